@@ -1,0 +1,184 @@
+"""Open a committed artifact: only through its manifest, checked on request against sizes and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dpo_ray.artifacts.digest import file_sha256
+from dpo_ray.artifacts.disk import COPY_CHUNK_BYTES
+from dpo_ray.artifacts.manifest import FileEntry, Manifest, parse_manifest
+from dpo_ray.artifacts.names import MANIFEST_NAME, artifact_name
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The committed result of a stage. Small, and pickles: workers open it themselves."""
+
+    manifest: Manifest
+    storage: Storage  # the artifact's directory
+
+    @property
+    def key(self) -> str:
+        """Return the hash of all that could change this artifact."""
+        return self.manifest.key
+
+    @property
+    def stage(self) -> str:
+        """Return the name of the stage that made this artifact."""
+        return self.manifest.stage
+
+    def names(self, prefix: str = "") -> list[str]:
+        """List the names of the files that begin with a prefix, sorted."""
+        return sorted(entry.name for entry in self.manifest.files if entry.name.startswith(prefix))
+
+    def entry(self, name: str) -> FileEntry:
+        """Return what the manifest says of a file; ArtifactError where it is not listed."""
+        for entry in self.manifest.files:
+            if entry.name == name:
+                return entry
+        raise ArtifactError(f"the manifest lists no file {name!r}", where=self.storage.uri, fix=_RERUN)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading, after a look at its size."""
+        entry = self.entry(name)
+        self._check_size(entry)
+        return self.storage.open_input(entry.path)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a whole file and check its digest."""
+        entry = self.entry(name)
+        try:
+            data = self.storage.read_bytes(entry.path)
+        except FileNotFoundError as error:
+            raise self._damaged(entry, "is missing") from error
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise self._damaged(entry, "differs from the manifest's sha256")
+        return data
+
+    def local_dir(self, prefix: str, cache: Path) -> Path:
+        """Return a local directory with the files below a prefix ("" for all), for libraries that need paths.
+
+        A local artifact answers with its own directory, and then only sizes are checked. From an object store
+        the files are copied below `cache`, each checked against its sha256 before it gets its name, so
+        several workers of a machine may share the cache.
+        """
+        prefix = prefix.rstrip("/")
+        entries = [
+            entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")
+        ]
+        if not entries:
+            raise ArtifactError(
+                f"the manifest lists no files below {prefix!r}", where=self.storage.uri, fix=_RERUN
+            )
+        if self.storage.is_local:
+            for entry in entries:
+                self._check_size(entry)
+            return self.storage.local_path(prefix)
+        # The attempt is in the path: an artifact deleted and made again never mixes with its old self.
+        home = Path(cache) / artifact_name(self.stage, self.key) / self.manifest.attempt
+        for entry in entries:
+            self._fetch(entry, home / entry.name)
+        return home / prefix if prefix else home
+
+    def verify(self, deep: bool = True) -> None:
+        """Check the manifest, the list of files and their sizes, and with `deep` every sha256.
+
+        Raises ArtifactError that names the file and says what to do.
+        """
+        if read_manifest(self.storage) != self.manifest:
+            raise ArtifactError(
+                "the manifest is not the one that was opened", where=self.storage.uri, fix=_RERUN
+            )
+        sizes = self.storage.file_sizes()
+        for entry in self.manifest.files:
+            if entry.path not in sizes:
+                raise self._damaged(entry, "is missing")
+            if self.storage.is_local:
+                self.storage.local_path(entry.path)  # refuses symbolic links
+            self._check_size(entry, sizes[entry.path])
+            if deep and self._sha256(entry) != entry.sha256:
+                raise self._damaged(entry, "differs from the manifest's sha256")
+        # On an object store, other attempts at the same artifact may lie beside the one that won.
+        home = "" if self.storage.is_local else f"{self.manifest.attempt}/"
+        listed = {MANIFEST_NAME, *(entry.path for entry in self.manifest.files)}
+        if extra := sorted(path for path in sizes if path.startswith(home) and path not in listed):
+            raise ArtifactError(
+                f"a file is not in the manifest: {extra[0]!r}",
+                where=self.storage.uri,
+                fix=f"remove it, or {_RERUN}",
+            )
+
+    def _fetch(self, entry: FileEntry, target: Path) -> None:
+        if target.exists() and target.stat().st_size == entry.bytes:
+            return  # it got its name after its digest was checked
+        unchecked = target.with_name(f"{target.name}.unchecked-{secrets.token_hex(8)}")
+        try:
+            self.storage.download(entry.path, unchecked)
+            if file_sha256(unchecked) != entry.sha256:
+                raise self._damaged(entry, "differs from the manifest's sha256")
+            unchecked.replace(target)
+        except FileNotFoundError as error:
+            raise self._damaged(entry, "is missing") from error
+        finally:
+            unchecked.unlink(missing_ok=True)
+
+    def _check_size(self, entry: FileEntry, size: int | None = None) -> None:
+        try:
+            size = self.storage.size(entry.path) if size is None else size
+        except FileNotFoundError as error:
+            raise self._damaged(entry, "is missing") from error
+        if size != entry.bytes:
+            raise self._damaged(entry, f"has {size} bytes where the manifest says {entry.bytes}")
+
+    def _sha256(self, entry: FileEntry) -> str:
+        sha256 = hashlib.sha256()
+        with self.storage.open_input(entry.path) as file:
+            while chunk := file.read(COPY_CHUNK_BYTES):
+                sha256.update(chunk)
+        return sha256.hexdigest()
+
+    def _damaged(self, entry: FileEntry, what: str) -> ArtifactError:
+        return ArtifactError(
+            f"the file {entry.name!r} {what}", where=self.storage.full_path(entry.path), fix=_RERUN
+        )
+
+
+_RERUN = "delete the artifact's directory; its stage runs again"
+
+
+def read_manifest(storage: Storage) -> Manifest | None:
+    """Read the manifest in an artifact's directory, or None. Raises ArtifactError where it is damaged."""
+    try:
+        data = storage.read_bytes(MANIFEST_NAME)
+    except FileNotFoundError:
+        return None
+    return parse_manifest(data, storage.full_path(MANIFEST_NAME))
+
+
+def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
+    """Return the committed artifact of a stage and key, or None where its stage has to run.
+
+    A damaged manifest on a disk counts as none: the next commit moves that directory aside. An object store
+    cannot do that in one step, so there it raises ArtifactError before the work is done in vain.
+    """
+    storage = root.child(artifact_name(stage, key))
+    try:
+        manifest = read_manifest(storage)
+        if manifest is not None and (manifest.stage, manifest.key) != (stage, key):
+            what = f"the manifest is that of {manifest.stage}-{manifest.key}"
+            raise ArtifactError(what, where=storage.uri, fix=_RERUN)
+    except ArtifactError as error:
+        if not storage.is_local or not isinstance(error.__cause__, ValueError):
+            raise  # not a damaged text but a newer format, another artifact's manifest or a failing disk
+        logger.warning("not used, its stage runs again: %s", error)
+        return None
+    return None if manifest is None else Artifact(manifest, storage)

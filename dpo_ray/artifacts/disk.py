@@ -1,0 +1,202 @@
+"""Write to a local or network disk so that a crash or power cut leaves a file whole or absent, never half.
+
+Every write goes to a temporary file in the same directory, which is fsynced and then given its name by one
+atomic call; the directory is fsynced too, because the name is the directory's data and not the file's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dpo_ray.artifacts.names import TEMPORARY_PREFIX
+from dpo_ray.errors import ArtifactError
+
+COPY_CHUNK_BYTES = 8 * 2**20
+
+
+class Disk:
+    """A directory on a disk. Its methods raise OSError; `Storage` tells the user what it means."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, name: str) -> Path:
+        """Return the path of a name, refusing symbolic links below the root: they could lead anywhere."""
+        path = self.root
+        for part in name.split("/") if name else ():
+            path = path / part
+            if path.is_symlink():
+                raise ArtifactError(
+                    "is a symbolic link, which could lead out of the directory",
+                    where=str(path),
+                    fix="put the file itself there; only the storage's own root may be a link",
+                )
+        return path
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def size(self, name: str) -> int:
+        status = self.path(name).stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(f"{self.path(name)} is a directory")
+        return status.st_size
+
+    def read_bytes(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+    def open_input(self, name: str) -> BinaryIO:
+        return open(self.path(name), "rb")
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """List the files below a prefix with their sizes in bytes; a symbolic link counts as a file."""
+        found: dict[str, int] = {}
+        for directory, below, names in os.walk(self.path(prefix), onerror=_raise_unless_absent):
+            links = [name for name in below if Path(directory, name).is_symlink()]
+            for name in names + links:
+                if name.startswith(TEMPORARY_PREFIX):
+                    continue
+                path = Path(directory, name)
+                with contextlib.suppress(FileNotFoundError):  # deleted by another process while we list
+                    found[path.relative_to(self.root).as_posix()] = path.lstat().st_size
+        return found
+
+    def list_dirs(self, prefix: str) -> list[str]:
+        try:
+            with os.scandir(self.path(prefix)) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a file with these bytes, durably."""
+        with self._new_file(name, _replace) as file:
+            file.write(data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that must not exist yet: one of many callers succeeds, others get FileExistsError."""
+        if os.path.lexists(self.path(name)):  # saves the work; the link below is what decides
+            raise FileExistsError(f"{self.path(name)} exists")
+        with self._new_file(name, _link_exclusively) as file:
+            file.write(data)
+
+    def upload(self, name: str, source: Path) -> tuple[int, str]:
+        """Copy a local file to this place, durably; returns its size in bytes and its sha256."""
+        with open(source, "rb") as input_file, self._new_file(name, _replace) as file:
+            return copy_and_hash(input_file, file)
+
+    def download(self, name: str, target: Path) -> None:
+        shutil.copyfile(self.path(name), target)
+
+    def delete(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    def delete_tree(self, prefix: str) -> None:
+        """Delete a directory and all in it; links in it are removed and not followed. Missing is fine."""
+        path = self.path(prefix)
+        while path.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process deletes the same tree
+                shutil.rmtree(path)
+
+    def rename_dir(self, source: Path, name: str) -> None:
+        """Give a directory its final name and make that durable.
+
+        Raises OSError (ENOTEMPTY or EEXIST) where a directory of that name with something in it exists.
+        """
+        target = self.path(name)
+        sync_tree(source)
+        make_dirs(target.parent)
+        os.rename(source, target)  # noqa: TID251 (here is where it belongs)
+        sync_dir(target.parent)
+        sync_dir(source.parent)
+
+    @contextlib.contextmanager
+    def _new_file(self, name: str, publish: Callable[[str, str], None]) -> Iterator[BinaryIO]:
+        """Yield a temporary file; on leaving, fsync it and name it by `publish(temporary, final)`."""
+        final = self.path(name)
+        make_dirs(final.parent)
+        temporary = str(final.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, str(final))
+        except Exception:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                os.unlink(temporary)
+            raise
+        sync_dir(final.parent)
+
+
+def copy_and_hash(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
+    """Copy a stream in pieces; returns the number of bytes and their sha256."""
+    sha256, count = hashlib.sha256(), 0
+    while chunk := source.read(COPY_CHUNK_BYTES):
+        sha256.update(chunk)
+        target.write(chunk)
+        count += len(chunk)
+    return count, sha256.hexdigest()
+
+
+def make_dirs(path: Path) -> None:
+    """Make a directory and its parents, each durably: a new directory's name is its parent's data."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        sync_dir(directory.parent)
+
+
+def sync_dir(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Make every file and directory below a directory durable, whoever wrote them."""
+    for directory, _, names in os.walk(root, topdown=False, onerror=_raise_unless_absent):
+        for name in names:
+            path = Path(directory, name)
+            if path.is_symlink() or name.startswith(TEMPORARY_PREFIX):
+                continue  # no file of ours, or one that a worker is writing and nobody will read
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_dir(Path(directory))
+
+
+def _replace(temporary: str, final: str) -> None:
+    os.replace(temporary, final)  # noqa: TID251 (here is where it belongs)
+
+
+def _link_exclusively(temporary: str, final: str) -> None:
+    try:
+        os.link(temporary, final)  # unlike rename, refuses to replace; the file appears whole
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(errno.ENOTSUP, "the file system has no hard links", final) from error
+        raise
+    os.unlink(temporary)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

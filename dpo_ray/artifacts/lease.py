@@ -1,0 +1,202 @@
+"""Let one driver at a time write to a run, on disks and object stores alike.
+
+Lease files are numbered: lease-000001.json, lease-000002.json, ... The highest number is the lease. Taking it
+over is the exclusive creation of the next number, so of many contenders exactly one wins; the number is the
+fencing token. A thread of the holder rewrites its own file to say that it lives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from dpo_ray.artifacts.process import Process, user_name
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import DpoRayError, LeaseError
+
+logger = logging.getLogger(__name__)
+
+MAX_CLOCK_SKEW_SECONDS = 5.0  # machines of a cluster keep their clocks closer than this
+MAX_TRIES = 20
+_FILE = re.compile(r"lease-(\d{6,})\.json")
+
+
+class Lease:
+    """The right to write to a run; entering takes it or raises LeaseError, leaving releases it.
+
+    A lease is free when it was released, when its heartbeat is older than its own `ttl_seconds`, and at once
+    when its holder was a process of this machine that is gone.
+    """
+
+    def __init__(self, storage: Storage, holder: str = "", ttl_seconds: float = 60.0) -> None:
+        """Prepare a lease kept in `storage`. `holder` tells others who has it (default: user, host, pid)."""
+        self.storage, self.ttl_seconds = storage, ttl_seconds
+        self.token = 0  # grows with every acquisition; 0 before the first
+        self.lost = False
+        self._holder = holder
+        self._record: dict[str, Any] = {}
+        self._pid = 0
+        self._refreshed_unix_seconds = 0.0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Lease:
+        """Take the lease. Raises LeaseError that names the holder where a living one has it."""
+        for _ in range(MAX_TRIES):
+            highest = self._highest()
+            if highest:
+                record = self._read(highest)
+                if record is not None and not is_free(record, time.time()):
+                    raise self._held(highest, record)
+            if self._take(highest + 1):
+                self._start()
+                return self
+        raise LeaseError(
+            "other drivers take the lease again and again", where=self.storage.uri, fix="run one of them"
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the lease and remove the older lease files; a forked child leaves it to the parent."""
+        if os.getpid() != self._pid:
+            return
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        try:
+            self._refresh(released=True)
+            if not self.lost:
+                self._remove_older()
+        except (DpoRayError, OSError) as failure:  # the work is done; the lease runs out by itself
+            logger.warning(
+                "the lease could not be released and runs out in %g s: %s", self.ttl_seconds, failure
+            )
+        self._pid = 0
+
+    def check(self) -> None:
+        """Raise LeaseError where another driver has taken the run over; call it before every commit.
+
+        After a pause longer than the time to live (a suspended machine), the storage is asked first.
+        """
+        if not self.lost and time.time() - self._refreshed_unix_seconds > self.ttl_seconds:
+            self._refresh(released=False)
+        if self.lost:
+            raise LeaseError(
+                f"this driver lost the run: another took over lease {self.token}",
+                where=self.storage.uri,
+                fix="let the other driver go on; nothing that it does not know of was committed",
+            )
+
+    def _take(self, number: int) -> bool:
+        now, process = time.time(), Process.current()
+        since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+        self._record = {
+            "holder": self._holder or f"{user_name()}@{process.host} pid {process.pid} since {since}",
+            "process": dataclasses.asdict(process),
+            "nonce": secrets.token_hex(8),
+            "ttl_seconds": self.ttl_seconds,
+            "heartbeat_unix_seconds": now,
+            "released": False,
+        }
+        try:
+            self.storage.create(_file_name(number), _encode(self._record))
+        except FileExistsError:
+            record = self._read(number)  # ours, where a request was retried after its answer was lost
+            if record is None or record.get("nonce") != self._record["nonce"]:
+                return False
+        if self._highest() > number:  # we came so late that the number had been used, released and removed
+            self.storage.delete(_file_name(number))
+            return False
+        self.token, self.lost, self._pid, self._refreshed_unix_seconds = number, False, process.pid, now
+        return True
+
+    def _start(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self.ttl_seconds / 3) and not self.lost:
+            try:
+                self._refresh(released=False)
+            except (DpoRayError, OSError) as error:
+                # The storage may be back at the next beat; check() decides.
+                logger.warning("the lease's heartbeat failed: %s", error)
+
+    def _refresh(self, released: bool) -> None:
+        """Write the heartbeat, or see that a higher number has been taken."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            # Higher: taken over. None or lower: our file was deleted by hand, so anybody may take the run.
+            if self._highest() != self.token:
+                self.lost = True
+                return
+            now = time.time()
+            self._record |= {"heartbeat_unix_seconds": now, "released": released}
+            self.storage.write(_file_name(self.token), _encode(self._record))
+            self._refreshed_unix_seconds = now
+
+    def _remove_older(self) -> None:
+        for number in self._numbers():
+            if number < self.token:
+                self.storage.delete(_file_name(number))
+
+    def _numbers(self) -> list[int]:
+        return [int(match.group(1)) for name in self.storage.list_files() if (match := _FILE.fullmatch(name))]
+
+    def _highest(self) -> int:
+        return max(self._numbers(), default=0)
+
+    def _read(self, number: int) -> dict[str, Any] | None:
+        """Read a lease file. None where it is gone or holds no lease: then the next number may be taken."""
+        try:
+            record = json.loads(self.storage.read_bytes(_file_name(number)))
+            return record if isinstance(record, dict) else None
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _held(self, number: int, record: dict[str, Any]) -> LeaseError:
+        ttl = _number(record, "ttl_seconds")
+        return LeaseError(
+            f"the run is held by {record.get('holder')}",
+            where=self.storage.full_path(_file_name(number)),
+            fix="wait for it or stop it; "
+            f"if its machine is gone for good, the run is free {ttl:g} s after its last heartbeat",
+        )
+
+
+def is_free(record: dict[str, Any], now_unix_seconds: float) -> bool:
+    """Say whether a lease may be taken over. Wall clocks give its age, with room for their difference."""
+    if record.get("released"):
+        return True
+    process = Process.from_json(record.get("process"))
+    if process is not None and process.is_gone():
+        return True
+    ttl = _number(record, "ttl_seconds")
+    age_seconds = now_unix_seconds - _number(record, "heartbeat_unix_seconds")
+    return age_seconds > ttl + min(MAX_CLOCK_SKEW_SECONDS, ttl)
+
+
+def _number(record: dict[str, Any], name: str) -> float:
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _file_name(number: int) -> str:
+    return f"lease-{number:06d}.json"
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode("utf-8")

@@ -1,0 +1,174 @@
+"""Write to S3 or Google Cloud Storage through fsspec. A PUT is atomic there, `create` a conditional PUT."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+
+from dpo_ray.artifacts.disk import copy_and_hash
+from dpo_ray.artifacts.names import TEMPORARY_PREFIX
+from dpo_ray.errors import DpoRayError, InfrastructureError
+
+EXTRAS = {"s3": "s3", "gs": "gs"}  # scheme -> the extra of this package that brings its client
+_CONFLICTS = ("ConditionalRequestConflict", "OperationAborted", "409")
+CONFLICT_TRIES = 5
+CONFLICT_WAIT_SECONDS = 0.2
+
+
+class ObjectStore:
+    """A prefix in a bucket. Its methods raise OSError; clients' own exceptions become InfrastructureError."""
+
+    def __init__(self, scheme: str, root: str) -> None:
+        self.scheme, self.root = scheme, root  # root: bucket/prefix
+
+    def exists(self, name: str) -> bool:
+        try:
+            self._call("info", self._path(name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, name: str) -> int:
+        info = self._call("info", self._path(name))
+        if info["type"] == "directory":
+            raise IsADirectoryError(f"{self._path(name)} is a directory")
+        return int(info["size"])
+
+    def read_bytes(self, name: str) -> bytes:
+        return self._call("cat_file", self._path(name))
+
+    def open_input(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, self._call("open", self._path(name), "rb"))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """List the objects below a prefix with their sizes in bytes."""
+        try:
+            found = self._call("find", self._path(prefix), detail=True)
+        except FileNotFoundError:
+            return {}
+        below, sizes = f"{self._path(prefix)}/", {}
+        for path, info in found.items():
+            if path.startswith(below) and not path.endswith("/") and f"/{TEMPORARY_PREFIX}" not in path:
+                sizes[path.removeprefix(f"{self.root}/")] = int(info["size"])
+        return sizes
+
+    def list_dirs(self, prefix: str) -> list[str]:
+        try:
+            found = self._call("ls", self._path(prefix), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [info["name"].rstrip("/").rpartition("/")[2] for info in found if info["type"] == "directory"]
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._bucket_must_exist():
+            self._call("pipe_file", self._path(name), data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write an object that must not exist yet: one of many callers succeeds, others get FileExistsError.
+
+        A request whose answer was lost may have been retried and then refused because of itself: a caller
+        that gets FileExistsError compares what is there with what it wrote.
+        """
+        for attempt in range(CONFLICT_TRIES):
+            try:
+                with self._bucket_must_exist():
+                    self._call("pipe_file", self._path(name), data, mode="create")
+                return
+            except FileExistsError:
+                raise
+            except OSError as error:
+                code = _service_code(error)
+                if code in ("PreconditionFailed", "412"):
+                    raise FileExistsError(f"{self._path(name)} exists") from error
+                # Two PUTs at the same time: S3 may refuse both, and asks for another try.
+                busy = code in _CONFLICTS or error.errno == errno.EBUSY
+                if not busy or attempt + 1 == CONFLICT_TRIES:
+                    raise
+            time.sleep(CONFLICT_WAIT_SECONDS * 2**attempt)
+
+    def upload(self, name: str, source: Path) -> tuple[int, str]:
+        """Copy a local file to this place in pieces; returns its size in bytes and its sha256."""
+        with open(source, "rb") as input_file, self._bucket_must_exist():
+            target = self._call("open", self._path(name), "wb")
+            try:
+                count, sha256 = copy_and_hash(input_file, target)
+                _translated("upload", self._path(name), target.close)
+            except BaseException:
+                # close() would publish the half that was written, and so would the garbage collector.
+                target.closed = True
+                target.discard()
+                raise
+        return count, sha256
+
+    def download(self, name: str, target: Path) -> None:
+        self._call("get_file", self._path(name), str(target))
+
+    def delete(self, name: str) -> None:
+        try:
+            self._call("rm_file", self._path(name))
+        except FileNotFoundError:
+            return
+
+    def delete_tree(self, prefix: str) -> None:
+        try:
+            self._call("rm", self._path(prefix), recursive=True)
+        except FileNotFoundError:
+            return
+
+    @contextmanager
+    def _bucket_must_exist(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            where = f"{self.scheme}://{self.root}"
+            fix = "make the bucket, or correct the address"
+            raise InfrastructureError(f"the bucket does not exist: {error}", where=where, fix=fix) from error
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def _call(self, method: str, path: str, *arguments: Any, **options: Any) -> Any:
+        function = getattr(_file_system(self.scheme), method)
+        return _translated(method, f"{self.scheme}://{path}", lambda: function(path, *arguments, **options))
+
+
+def _file_system(scheme: str) -> Any:
+    """Return fsspec's client, of which fsspec keeps one per process and thread: cheap, and safe after a fork.
+
+    Listings are never cached: another process writes to the same place.
+    """
+    try:
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    except ImportError as error:
+        raise InfrastructureError(
+            f"{scheme}:// needs a package that is not installed ({error})",
+            where=f"{scheme}://",
+            fix=f"pip install 'dpo-ray[{EXTRAS[scheme]}]'",
+        ) from error
+
+
+def _translated(action: str, where: str, call: Callable[[], Any]) -> Any:
+    """Run a client's call; its own exceptions, which have no common ancestor, become InfrastructureError."""
+    try:
+        return call()
+    except (OSError, DpoRayError):
+        raise
+    except Exception as error:
+        raise InfrastructureError(
+            f"{action} failed: {type(error).__name__}: {error}",
+            where=where,
+            fix="check the credentials, the endpoint and the network, then run the same command again",
+        ) from error
+
+
+def _service_code(error: OSError) -> str:
+    """Return the service's own error code from the cause: s3fs knows only the one way that AWS spells it."""
+    response = getattr(error.__cause__, "response", None)
+    problem = response.get("Error") if isinstance(response, dict) else None
+    return str(problem.get("Code", "")) if isinstance(problem, dict) else ""

@@ -1,0 +1,36 @@
+"""What an artifact records of how it was made: the same for every stage, decided by the plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.manifest import FileEntry
+from dpo_ray.artifacts.staging import Staging
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Inputs, configuration and versions of one stage's run; the clock runs from its making."""
+
+    stage_version: int
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    began_monotonic_seconds: float = field(default_factory=time.monotonic)
+
+    def commit(self, staging: Staging, files: Iterable[FileEntry], *, rows: dict[str, int], figures: dict[str, Any]) -> Artifact:
+        """Commit a staging place with this provenance."""
+        return staging.commit(
+            files,
+            stage_version=self.stage_version,
+            rows=rows,
+            inputs=self.inputs,
+            config=self.config,
+            figures=figures,
+            versions=self.versions,
+            seconds=time.monotonic() - self.began_monotonic_seconds,
+        )

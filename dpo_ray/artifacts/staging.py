@@ -1,0 +1,227 @@
+"""Write an artifact where no reader looks, then commit it in one step that either happens or does not.
+
+On a disk an attempt writes to `<root>/.staging/<run>/<stage>-<key>.<attempt>/`; the commit writes the
+manifest there and renames the directory to `<root>/<stage>-<key>`. On an object store, which has no rename,
+the files lie at `<root>/<stage>-<key>/<attempt>/` from the start, and the commit is the conditional PUT of
+`manifest.json`. A marker `<root>/.staging/<run>/<stage>-<key>.<attempt>.json` lets a later driver find what a
+dead attempt left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_ray.artifacts.artifact import Artifact, find_artifact
+from dpo_ray.artifacts.manifest import FileEntry, Manifest, manifest_bytes, parse_manifest
+from dpo_ray.artifacts.names import MANIFEST_NAME, STAGING_NAME, artifact_name, checked_name, checked_run
+from dpo_ray.artifacts.process import Process
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """One attempt at one artifact. Pickles: workers on any machine write into it, the driver commits.
+
+    A name that is written twice holds what was written last. Workers whose tasks may run twice therefore
+    write the same bytes under the same name, or names of their own of which `commit` is told one.
+    """
+
+    root: Storage
+    storage: Storage
+    attempt: str
+    stage: str
+    key: str
+    run: str
+
+    def write(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
+        """Write a file of the artifact, durably."""
+        return self._placed(self.storage.write(_file_name(name), data, rows))
+
+    def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
+        """Copy a local file into the artifact, durably."""
+        return self._placed(self.storage.upload(_file_name(name), source, rows))
+
+    def commit(
+        self,
+        files: Iterable[FileEntry],
+        *,
+        stage_version: int,
+        rows: dict[str, int],
+        inputs: dict[str, str],
+        config: dict[str, Any],
+        figures: dict[str, Any],
+        versions: dict[str, str],
+        seconds: float,
+    ) -> Artifact:
+        """Make these files the artifact, and nothing else that attempts of dead or repeated tasks left here.
+
+        Where somebody else has committed the same artifact already, ours is discarded and theirs returned.
+        Raises ArtifactError where a listed file is missing, has another size or lies elsewhere, or a name
+        comes twice.
+        """
+        if theirs := find_artifact(self.root, self.stage, self.key):
+            self.abandon()
+            return theirs
+        manifest = Manifest(
+            stage=self.stage,
+            stage_version=stage_version,
+            key=self.key,
+            run=self.run,
+            attempt=self.attempt,
+            created_unix_seconds=time.time(),
+            seconds=seconds,
+            files=self._checked(files),
+            rows=rows,
+            inputs=inputs,
+            config=config,
+            figures=figures,
+            versions=versions,
+        )
+        data = manifest_bytes(manifest)
+        if self.root.is_local:
+            return self._commit_by_rename(data)
+        return self._commit_by_put(data)
+
+    def abandon(self) -> None:
+        """Delete what this attempt wrote; committed files stay."""
+        discard_attempt(self.root, self.stage, self.key, self.run, self.attempt)
+
+    def _commit_by_rename(self, data: bytes) -> Artifact:
+        self.storage.write(MANIFEST_NAME, data)
+        home = artifact_name(self.stage, self.key)
+        for _ in range(3):  # again only where the place was taken by something that is no artifact
+            try:
+                self.root.rename_into(self.storage, home)
+            except FileExistsError:
+                if theirs := find_artifact(self.root, self.stage, self.key):
+                    self.abandon()
+                    return theirs
+                self._set_aside(home)
+                continue
+            except FileNotFoundError as error:
+                raise self._superseded() from error
+            self.root.delete(marker_name(self.stage, self.key, self.run, self.attempt))
+            return Artifact(parse_manifest(data, self.root.full_path(home)), self.root.child(home))
+        raise ArtifactError(
+            "something that is no artifact keeps the place",
+            where=self.root.full_path(home),
+            fix="move that directory away, then run the same command again",
+        )
+
+    def _commit_by_put(self, data: bytes) -> Artifact:
+        home = self.root.child(artifact_name(self.stage, self.key))
+        marker = marker_name(self.stage, self.key, self.run, self.attempt)
+        try:
+            home.create(MANIFEST_NAME, data)
+        except FileExistsError:
+            winner = find_artifact(self.root, self.stage, self.key)
+            if winner is None:
+                raise ArtifactError(
+                    "the manifest came and went", where=home.uri, fix="run the command again"
+                ) from None
+            # It may be ours: a request whose answer was lost is sent again, and then refused.
+            if winner.manifest.attempt != self.attempt:
+                self.abandon()
+                return winner
+        # A later driver that took this attempt for dead removes the marker before it looks for the manifest:
+        # either it has seen ours and spared the files, or we see here that it has not.
+        if not self.root.exists(marker):
+            home.delete(MANIFEST_NAME)
+            self.abandon()
+            raise self._superseded()
+        self.root.delete(marker)
+        return Artifact(parse_manifest(data, home.uri), home)
+
+    def _checked(self, files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
+        """Check the entries against what lies in the staging place, and remove what is not listed."""
+        entries = sorted((self._placed(entry) for entry in files), key=lambda entry: entry.name)
+        sizes = self.storage.file_sizes()
+        seen: set[str] = set()
+        for entry in entries:
+            where = self.storage.full_path(entry.name)
+            if entry.name in seen:
+                raise ArtifactError(
+                    f"the file {entry.name!r} is listed twice", where=where, fix="give each file its own name"
+                )
+            seen.add(entry.name)
+            if entry.name not in sizes:
+                raise ArtifactError("a listed file is missing", where=where, fix="run the same command again")
+            if sizes[entry.name] != entry.bytes:
+                what = f"the file has {sizes[entry.name]} bytes where its entry says {entry.bytes}"
+                raise ArtifactError(what, where=where, fix="run the same command again")
+            if self.root.is_local:
+                self.storage.local_path(entry.name)  # refuses symbolic links
+        for name in sizes.keys() - seen:
+            self.storage.delete(name)
+        return tuple(entries)
+
+    def _placed(self, entry: FileEntry) -> FileEntry:
+        """Return the entry with its path below the artifact's directory."""
+        path = entry.name if self.root.is_local else f"{self.attempt}/{entry.name}"
+        if entry.path not in (entry.name, path):
+            raise ArtifactError(
+                f"the path {entry.path!r} is not that of the file {entry.name!r}", where=self.storage.uri
+            )
+        _file_name(entry.name)
+        return entry.model_copy(update={"path": path})
+
+    def _set_aside(self, home: str) -> None:
+        aside = f"{home}.damaged-{self.attempt}"
+        try:
+            self.root.rename_into(self.root.child(home), aside)
+        except FileNotFoundError:
+            return  # somebody else has moved it
+        logger.warning("%s had no valid manifest and was moved to %s", self.root.full_path(home), aside)
+
+    def _superseded(self) -> ArtifactError:
+        return ArtifactError(
+            "this attempt was swept away: a later driver of the run took it for dead",
+            where=self.storage.uri,
+            fix="let that driver go on, or run the same command again",
+        )
+
+
+def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
+    """Open a staging place that no other attempt shares."""
+    name, attempt = artifact_name(stage, key), f"{int(time.time()):x}-{secrets.token_hex(6)}"
+    if root.is_local:
+        storage = root.child(STAGING_NAME, checked_run(run), f"{name}.{attempt}")
+    else:
+        storage = root.child(name, attempt)
+    process = dataclasses.asdict(Process.current())
+    root.write(marker_name(stage, key, run, attempt), json.dumps(process).encode())
+    return Staging(root, storage, attempt, stage, key, run)
+
+
+def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str) -> None:
+    """Delete an attempt's marker and files, unless it is the one that was committed."""
+    name = artifact_name(stage, key)
+    root.delete(marker_name(stage, key, run, attempt))
+    if root.is_local:
+        root.delete_tree(f"{STAGING_NAME}/{checked_run(run)}/{name}.{attempt}")
+        return
+    committed = find_artifact(root, stage, key)
+    if committed is None or committed.manifest.attempt != attempt:
+        root.delete_tree(f"{name}/{attempt}")
+
+
+def marker_name(stage: str, key: str, run: str, attempt: str) -> str:
+    """Return the name of the file that says which process began an attempt."""
+    return f"{STAGING_NAME}/{checked_run(run)}/{artifact_name(stage, key)}.{attempt}.json"
+
+
+def _file_name(name: str) -> str:
+    if checked_name(name) == MANIFEST_NAME:
+        raise ArtifactError(f"the name {MANIFEST_NAME!r} is the commit's own")
+    return name

@@ -1,0 +1,89 @@
+"""Find committed artifacts, begin new ones, and clear away what dead attempts left.
+
+Artifacts live at `<root>/<stage>-<key>/`. The key says all that could change the content, so an artifact that
+is there is never made again and one that is stale is never found.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+from dpo_ray.artifacts.artifact import Artifact, find_artifact, read_manifest
+from dpo_ray.artifacts.manifest import Manifest
+from dpo_ray.artifacts.names import STAGING_NAME, checked_run
+from dpo_ray.artifacts.process import Process
+from dpo_ray.artifacts.staging import Staging, begin_attempt, discard_attempt
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError
+
+__all__ = ["Artifact", "ArtifactStore", "Staging"]
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPT = re.compile(
+    r"(?P<stage>[a-z][a-z0-9_-]*)-(?P<key>[A-Za-z0-9_]+)\.(?P<attempt>[0-9a-f]+-[0-9a-f]+)(\.json)?"
+)
+
+
+class ArtifactStore:
+    """The artifacts below one directory, shared by all runs that use it."""
+
+    def __init__(self, root: Storage) -> None:
+        self.root = root
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """Return the committed artifact of a stage and key, or None where its stage has to run.
+
+        Raises ArtifactError for a manifest of a newer format, and on object stores for a damaged one.
+        """
+        return find_artifact(self.root, stage, key)
+
+    def begin(self, stage: str, key: str, run: str) -> Staging:
+        """Open a staging place of this attempt's own for an artifact; `Staging.commit` makes it visible."""
+        return begin_attempt(self.root, stage, key, run)
+
+    def latest(self, stage: str, run: str) -> Manifest | None:
+        """Return the newest manifest of a stage that this run committed, to say why it is stale now."""
+        newest: Manifest | None = None
+        for directory in self.root.list_dirs():
+            name, _, key = directory.rpartition("-")
+            if name != stage or not key:
+                continue
+            try:
+                manifest = read_manifest(self.root.child(directory))
+            except ArtifactError as error:
+                logger.warning("passed over: %s", error)
+                continue
+            if manifest is None or (manifest.stage, manifest.run) != (stage, run):
+                continue
+            if newest is None or manifest.created_unix_seconds > newest.created_unix_seconds:
+                newest = manifest
+        return newest
+
+    def sweep(self, run: str) -> int:
+        """Delete what dead attempts of a run left behind; returns the number of attempts.
+
+        The caller holds the run's lease. So an attempt of a process that is known to run on this machine is
+        spared, any other is dead, or belongs to a driver that lost the lease and must not commit any more.
+        """
+        place = f"{STAGING_NAME}/{checked_run(run)}"
+        below = {name.removeprefix(f"{place}/").partition("/")[0] for name in self.root.list_files(place)}
+        below.update(self.root.list_dirs(place))
+        attempts = {
+            match.group("stage", "key", "attempt") for name in below if (match := _ATTEMPT.fullmatch(name))
+        }
+        swept = 0
+        for stage, key, attempt in sorted(attempts):
+            if not self._is_alive(f"{place}/{stage}-{key}.{attempt}.json"):
+                discard_attempt(self.root, stage, key, run, attempt)
+                swept += 1
+        return swept
+
+    def _is_alive(self, marker: str) -> bool:
+        try:
+            process = Process.from_json(json.loads(self.root.read_bytes(marker)))
+        except (FileNotFoundError, ValueError):
+            return False
+        return process is not None and process.is_alive_here()

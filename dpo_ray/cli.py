@@ -1,0 +1,173 @@
+"""The command line. Each command is a few lines that call one function."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError
+
+_CODES = "\n\n".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items())
+app = typer.Typer(
+    help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; any value of it can be "
+    "set on the command line as key.path=value.\n\nExit codes:\n\n" + _CODES,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+)  # fmt: skip
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the recipe's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
+) -> None:
+    """Run a recipe: every stage that is not done. The last line of the output is one line of figures.
+
+    Stop it at any moment, by any means: the same command goes on from what was committed.
+    """
+    from dpo_ray import pipeline, summary
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.observe.progress import Reporter
+
+    reporter = Reporter()
+    finished, ran = pipeline.offline(load_recipe(recipe, overrides or []), reporter, verbose=verbose)
+    if ran:
+        summary.write_report(finished)
+    else:
+        reporter.say("every stage is done: nothing to run")
+    values = summary.figures(finished)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    summary.print_comparison(finished, Console())
+    typer.echo(summary.line(values))
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say which stages are done, which would run, and why. Starts nothing, writes nothing."""
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.planning import make_plan
+
+    made = make_plan(load_recipe(recipe, overrides or []))
+    rows = [{"stage": s.stage, "key": s.key, "state": s.state, "reason": s.reason} for s in made.stages.values()]
+    if as_json:
+        typer.echo(json.dumps({"name": made.recipe.name, "device": made.hardware.device, "dtype": made.hardware.dtype, "stages": rows}))
+        return
+    table = Table(title=f"{made.recipe.name}: on {made.hardware.device}, {made.hardware.dtype}", title_justify="left")
+    for name in ("stage", "state", "reason", "key"):
+        table.add_column(name, no_wrap=name != "reason")
+    for row in rows:
+        colour = {"done": "green", "stale": "yellow", "missing": "cyan"}[row["state"]]
+        table.add_row(row["stage"], f"[{colour}]{row['state']}[/{colour}]", row["reason"], row["key"])
+    _console().print(table)
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe and all that it names and that can be looked at from here. Starts nothing."""
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.planning import preflight
+
+    checked = load_recipe(recipe, overrides or [])
+    shards, _ = preflight(checked)
+    if as_json:
+        typer.echo(checked.model_dump_json())
+    else:
+        typer.echo(f"{recipe}: valid; {len(shards)} data shards")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from dpo_ray.config.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml")) -> None:
+    """Write a commented starter recipe, which runs as it is."""
+    text = resources.files("dpo_ray.config").joinpath("starter.yaml").read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise ConfigError("there is a file of this name already", where=str(path), fix="name another file") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", where=str(path), fix="name a file in a directory that you can write") from None
+    typer.echo(f"wrote {path}; next: dpo-ray run {path}")
+
+
+@app.command()
+def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Write the report of a finished run again, and say where it is."""
+    from dpo_ray import pipeline, summary
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.planning import make_plan
+
+    made = make_plan(load_recipe(recipe, overrides or []))
+    typer.echo(summary.write_report(pipeline.opened(made)))
+
+
+@app.command()
+def doctor(
+    output: Annotated[str, typer.Option(help="The place to check for writing: a directory or a URI.")] = "runs", as_json: Json = False
+) -> None:
+    """Check versions, devices, Ray and storage; say what will not work and how to mend it."""
+    from dpo_ray.doctor import examine
+
+    findings = examine(output)
+    broken = any(f.state == "broken" for f in findings)
+    if as_json:
+        typer.echo(json.dumps([vars(f) for f in findings]))
+    else:
+        table = Table("", "what", "found", "to mend it")
+        for f in findings:
+            mark = {"ok": "[green]ok[/green]", "warning": "[yellow]look[/yellow]", "broken": "[red]broken[/red]"}[f.state]
+            table.add_row(mark, f.what, f.found, f.fix)
+        _console().print(table)
+    raise typer.Exit(9 if broken else 0)
+
+
+def _console() -> Console:
+    """Print to standard output; where that is no terminal, wide enough that no cell is cut."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; errors of ours are printed, never traced."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        code: Any = app(arguments, standalone_mode=False)
+    except DpoRayError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):  # not one of click's usage errors
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"error: {error.format_message()}", style="red", highlight=False, markup=False)  # type: ignore[attr-defined]
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Connect to Ray: always by an explicit address, never to whatever cluster happens to run on the machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.errors import InfrastructureError
+
+OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
+DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}
+
+
+def local_cpus(recipe: Recipe) -> int:
+    """Count the CPUs to offer on this machine: its cores, but at least what the recipe's widest moment asks for.
+
+    CPUs are Ray's way of counting what may run at once; more than the machine has only means that they share.
+    """
+    scoring = recipe.reference.replicas * recipe.reference.cpus_per_replica + 1  # and one task that reads
+    training = recipe.train.workers * recipe.train.cpus_per_worker
+    return recipe.ray.cpus or max(os.cpu_count() or 1, int(max(scoring, training, 2) + 0.999))
+
+
+@contextmanager
+def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
+    """Be connected to the recipe's Ray for a while.
+
+    Raises:
+        InfrastructureError: the address does not answer, or is of another Ray version.
+    """
+    os.environ.update(DRIVER_ENVIRONMENT)
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to the terminal otherwise
+    os.environ.update(WORKER_ENVIRONMENT)  # a local Ray's workers inherit the driver's environment
+    options: dict = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    if recipe.ray.address == "local":
+        os.environ.pop("RAY_ADDRESS", None)
+        options |= {"num_cpus": local_cpus(recipe), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    else:
+        options |= {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
+    try:
+        ray.init(recipe.ray.address, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise InfrastructureError(f"Ray does not answer: {str(error).strip().splitlines()[0]}", where=f"ray.address={recipe.ray.address}",
+                                  fix="check the address, that the cluster runs this Ray version, and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)") from error  # fmt: skip
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()

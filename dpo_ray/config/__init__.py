@@ -1,0 +1,1 @@
+"""The recipe: pydantic models only; imports neither torch nor ray."""

@@ -1,0 +1,24 @@
+"""The model that is aligned; its untouched weights are the reference."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import StrictModel
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+class ModelConfig(StrictModel):
+    """Say which model is the policy at step 0 and, frozen, the reference."""
+
+    path: str = Field(min_length=1)
+    """A directory in Hugging Face format (config.json, *.safetensors, tokenizer), a hub name, or `builtin:NAME`."""
+
+    revision: str | None = None
+    """Hub names only: a branch, tag or, best, a 40-hex commit."""
+
+    dtype: DType = "auto"
+    """Compute type of training and scoring. auto: bfloat16 on a GPU, float32 on CPU. Master weights are float32."""

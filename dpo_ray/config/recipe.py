@@ -1,0 +1,55 @@
+"""The root of a recipe: everything that a run depends on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .base import StrictModel
+from .data import DataConfig
+from .evaluate import EvaluateConfig
+from .model import ModelConfig
+from .reference import ReferenceConfig
+from .train import TrainConfig
+
+RESERVED_NAMES = ("artifacts", "reference-store")
+
+
+class RayConfig(StrictModel):
+    """Where the work runs."""
+
+    address: str = "local"
+    """local: a Ray of its own on this machine. Otherwise the address of a running cluster, or `auto` inside one."""
+
+    cpus: int | None = Field(default=None, gt=0)
+    """Local only: CPUs that Ray may use; default: the cores of this machine, at least what the recipe asks for."""
+
+
+class Recipe(StrictModel):
+    """One run, from preference data to an aligned policy."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    """The run: its directory is OUTPUT/NAME."""
+
+    output: str = Field(default="runs", min_length=1)
+    """A directory or a URI (s3://bucket/prefix, gs://...). Runs under one output share finished artifacts."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    model: ModelConfig
+    data: DataConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """Besides metrics.jsonl, which is always written."""
+
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Recipe:
+        if self.name in RESERVED_NAMES:
+            raise ValueError(f"name: `{self.name}` is the name of a directory that runs share; choose another")
+        if self.train.eval_every_steps is not None and not self.data.eval:
+            raise ValueError("train.eval_every_steps: there is nothing to evaluate on; set data.eval or leave it out")
+        return self

@@ -1,0 +1,85 @@
+"""The errors a user meets: each says what is wrong, where, and what to do; each has its own exit code."""
+
+from __future__ import annotations
+
+
+class DpoRayError(Exception):
+    """State what is wrong, where it was seen and how to mend it.
+
+    `exit_code` is what the command line returns; the codes are documented in docs/operations.md.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(what, where, fix)  # all three in `args`, so that the error survives pickling by Ray
+        self.what, self.where, self.fix = what, where, fix
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.what, self.where, self.fix)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}\n  -> {self.fix}" if self.fix else text
+
+
+def _rebuild(cls: type[DpoRayError], what: str, where: str, fix: str) -> DpoRayError:
+    return cls(what, where=where, fix=fix)
+
+
+class ConfigError(DpoRayError):
+    """A recipe or a command-line value is wrong. Nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(DpoRayError):
+    """The input data cannot be used: no rows admitted, or too many quarantined."""
+
+    exit_code = 3
+
+
+class ArtifactError(DpoRayError):
+    """A committed artifact is missing, damaged or cannot be written."""
+
+    exit_code = 4
+
+
+class LeaseError(DpoRayError):
+    """Another driver holds the run."""
+
+    exit_code = 5
+
+
+class AuditError(DpoRayError):
+    """The reference log-probs differ from the trainer's own beyond the tolerance."""
+
+    exit_code = 6
+
+
+class TrainError(DpoRayError):
+    """Training stopped: a non-finite loss or gradient, or the workers failed too often."""
+
+    exit_code = 7
+
+
+class EngineError(DpoRayError):
+    """An inference engine could not start or gave an answer that breaks its contract."""
+
+    exit_code = 8
+
+
+class InfrastructureError(DpoRayError):
+    """Ray, the storage or a package is not as it must be."""
+
+    exit_code = 9
+
+
+EXIT_CODES = {
+    0: "success",
+    **{e.exit_code: (e.__doc__ or "").splitlines()[0] for e in (
+        DpoRayError, ConfigError, DataError, ArtifactError, LeaseError, AuditError, TrainError, EngineError,
+        InfrastructureError,
+    )},
+    75: "Stopped by a signal after a checkpoint; the same command goes on.",
+}

@@ -1,0 +1,1 @@
+"""What a finished policy does on held-out data."""

@@ -1,0 +1,86 @@
+"""What is said about a finished policy: pure functions of held-out log-probs and of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion sampled from a model, with its log-prob under the policy and under the reference (nats)."""
+
+    token_ids: tuple[int, ...]
+    policy_logp: float
+    reference_logp: float
+    ended: bool  # with an end-of-turn token, rather than by the limit
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Completions of the same prompts, sampled from the policy and from the reference."""
+
+    prompt_ids: tuple[tuple[int, ...], ...]
+    policy: tuple[Sample, ...]
+    reference: tuple[Sample, ...]
+
+
+def heldout_figures(table: pa.Table) -> dict[str, float]:
+    """Average the held-out pairs by weight: loss, rewards, margin, accuracy with its standard error, and "longer wins".
+
+    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains.
+    """
+    column = {name: table[name].to_numpy() for name in table.column_names}
+    weight = column["weight"] / column["weight"].sum()
+    mean = {name: float((values * weight).sum()) for name, values in column.items()}
+    longer = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5
+    return {
+        "pairs": float(len(table)),
+        "loss": mean["loss"],
+        "rewards/chosen": mean["reward_chosen"],
+        "rewards/rejected": mean["reward_rejected"],
+        "rewards/margins": mean["reward_chosen"] - mean["reward_rejected"],
+        "rewards/accuracies": mean["accurate"],
+        "accuracy_standard_error": math.sqrt(mean["accurate"] * (1 - mean["accurate"]) / len(table)),
+        "longer_wins": float((longer * weight).sum()),
+    }
+
+
+def sample_figures(comparison: Comparison) -> dict[str, float]:
+    """Estimate KL(policy || reference) per completion from the policy's own samples, and compare lengths.
+
+    KL = E[log pi(y) - log pi_ref(y)], y ~ pi: unbiased at temperature 1; for completions cut off by the limit it is the
+    KL of what was sampled. Its standard error is that of the mean.
+    """
+    ratios = np.array([s.policy_logp - s.reference_logp for s in comparison.policy])
+    return {
+        "samples": float(len(ratios)),
+        "kl": float(ratios.mean()),
+        "kl_standard_error": float(ratios.std(ddof=1) / math.sqrt(len(ratios))) if len(ratios) > 1 else 0.0,
+        "policy_tokens": _mean(len(s.token_ids) for s in comparison.policy),
+        "reference_tokens": _mean(len(s.token_ids) for s in comparison.reference),
+        "policy_ended": _mean(s.ended for s in comparison.policy),
+        "reference_ended": _mean(s.ended for s in comparison.reference),
+    }
+
+
+def reward_figures(policy: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Compare true rewards of the same prompts' completions; `true_reward_gain_in_sd` is in the reference's deviations."""
+    p, r = np.asarray(policy, float), np.asarray(reference, float)
+    gain = p - r
+    return {
+        "policy_true_reward": float(p.mean()),
+        "reference_true_reward": float(r.mean()),
+        "true_reward_gain": float(gain.mean()),
+        "true_reward_gain_standard_error": float(gain.std(ddof=1) / math.sqrt(len(gain))) if len(gain) > 1 else 0.0,
+        "true_reward_gain_in_sd": float(gain.mean() / r.std()) if r.std() > 0 else 0.0,
+    }
+
+
+def _mean(values) -> float:
+    listed = [float(v) for v in values]
+    return sum(listed) / len(listed) if listed else 0.0

@@ -1,0 +1,64 @@
+"""The stage `evaluate`: what the finished policy does on held-out data, and how it differs from the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.data.tokens import read_table
+
+from .metrics import Comparison, heldout_figures, reward_figures, sample_figures
+
+
+TrueReward = Callable[[str, str], float]
+
+
+def heldout_prompts(tokens: Artifact, count: int) -> list[list[int]]:
+    """Take the first `count` different prompts of the held-out data; the order of files is the seed."""
+    prompts: dict[tuple[int, ...], None] = {}
+    for name in tokens.names("eval/"):
+        for ids in read_table(tokens, name, ["prompt_ids"])["prompt_ids"].to_pylist():
+            if len(prompts) >= count:
+                return [list(p) for p in prompts]
+            prompts[tuple(ids)] = None
+    return [list(p) for p in prompts]
+
+
+def run(
+    trained: Artifact, comparison: Comparison | None, true_reward: TrueReward | None, tokenizer: PreTrainedTokenizerBase,
+    staging: Staging, provenance: Provenance,
+) -> Artifact:  # fmt: skip
+    """Work out all figures and commit the artifact `evaluate`."""
+    figures: dict[str, Any] = {}
+    entries = []
+    if "heldout.parquet" in trained.names():
+        figures["heldout"] = heldout_figures(read_table(trained, "heldout.parquet"))
+    if comparison is not None:
+        texts = sample_rows(comparison, tokenizer, true_reward)
+        figures["samples"] = sample_figures(comparison)
+        if true_reward is not None:
+            figures["samples"] |= reward_figures([t["policy_score"] for t in texts], [t["reference_score"] for t in texts])
+        lines = "".join(json.dumps(t) + "\n" for t in texts)
+        entries.append(staging.write("samples.jsonl", lines.encode(), rows=len(texts)))
+    entries.append(staging.write("figures.json", json.dumps(figures, indent=1).encode()))
+    rows = {"samples": len(comparison.policy) if comparison else 0}
+    return provenance.commit(staging, entries, rows=rows, figures=figures)
+
+
+def sample_rows(comparison: Comparison, tokenizer: PreTrainedTokenizerBase, true_reward: TrueReward | None) -> list[dict[str, Any]]:
+    """Decode prompts and completions, side by side, with the true reward where it is known."""
+    rows = []
+    for prompt_ids, policy, reference in zip(comparison.prompt_ids, comparison.policy, comparison.reference, strict=True):
+        prompt = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
+        texts = {name: tokenizer.decode(list(s.token_ids), skip_special_tokens=True) for name, s in (("policy", policy), ("reference", reference))}
+        row: dict[str, Any] = {"prompt": prompt, **texts, "kl": policy.policy_logp - policy.reference_logp}
+        if true_reward is not None:
+            row |= {f"{name}_score": true_reward(prompt, text) for name, text in texts.items()}
+        rows.append(row)
+    return rows

@@ -1,0 +1,121 @@
+"""Find, identify and load a model in Hugging Face format, never running code from its directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dpo_ray.artifacts.digest import digest
+from dpo_ray.artifacts.digest_cache import cached_file_sha256
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.errors import ConfigError, InfrastructureError
+
+from . import shared_prefix
+from .builtin import builtin_model
+from .token_logps import TokenLogps
+
+BUILTIN = "builtin:"
+WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+                   "merges.txt", "tokenizer.model", "added_tokens.json")  # fmt: skip
+
+
+def is_hub_name(path: str) -> bool:
+    """Say whether `path` is meant as `organisation/name` on the hub rather than as a directory."""
+    return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+
+
+def model_directory(config: ModelConfig) -> Path:
+    """Return the local directory of a model; a hub name is downloaded (or found in the hub's cache).
+
+    Raises:
+        ConfigError: no such model, no safetensors, or it wants to run code of its own.
+        InfrastructureError: the hub cannot be reached.
+    """
+    if config.path.startswith(BUILTIN):
+        return builtin_model(config.path.removeprefix(BUILTIN))
+    if is_hub_name(config.path):
+        return _download(config)
+    directory = Path(config.path).expanduser().resolve()
+    _check(directory, f"model.path={config.path}")
+    return directory
+
+
+def _check(directory: Path, where: str) -> None:
+    if not directory.is_dir():
+        raise ConfigError("no such model directory", where=where, fix="name a directory in Hugging Face format, ORGANISATION/NAME, or builtin:NAME")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config.json cannot be read: {error}", where=where, fix="the directory must be in Hugging Face format") from None
+    if "auto_map" in config:
+        raise ConfigError("the model brings code of its own (auto_map), which is never run", where=where, fix="use a model that transformers knows")
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError("no *.safetensors in it", where=where, fix="convert the weights to safetensors; pickled weights are not read")
+
+
+def _download(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*WEIGHT_PATTERNS, *TOKENIZER_FILES, "generation_config.json"]
+    where = f"model.path={config.path}"
+    try:
+        directory = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError:
+        raise InfrastructureError("not in the hub's cache, and the hub cannot be reached", where=where,
+                                  fix="check the network, or download it and give its directory") from None  # fmt: skip
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise ConfigError(f"the hub refuses it: {str(error).splitlines()[0]}", where=where, fix="check name, revision and HF_TOKEN") from None
+    _check(directory, where)
+    return directory
+
+
+def model_identity(config: ModelConfig) -> str:
+    """Identify a model by its bytes (config and weights); a hub model that is not here, by name and revision."""
+    if is_hub_name(config.path):
+        return digest(["hub", config.path, config.revision or "main"])
+    directory = model_directory(config)
+    files = sorted(f for pattern in WEIGHT_PATTERNS for f in directory.glob(pattern))
+    return digest({f.name: cached_file_sha256(f) for f in files})
+
+
+def tokenizer_identity(config: ModelConfig) -> str:
+    """Identify a tokenizer by its files' bytes."""
+    if is_hub_name(config.path):
+        return digest(["hub tokenizer", config.path, config.revision or "main"])
+    directory = model_directory(config)
+    return digest({n: cached_file_sha256(directory / n) for n in TOKENIZER_FILES if (directory / n).is_file()})
+
+
+def context_tokens(directory: Path) -> int | None:
+    """Return the model's context length, where its configuration states one."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("max_position_embeddings")
+
+
+def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int) -> TokenLogps:
+    """Load a causal language model ready to give token log-probs: shared-prefix attention, no dropout.
+
+    Raises:
+        ConfigError: transformers does not know the architecture, or it cannot attend by segments.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=shared_prefix.IMPLEMENTATION,
+            trust_remote_code=False, local_files_only=True, use_safetensors=True,
+        )  # fmt: skip
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"transformers cannot load it: {str(error).splitlines()[0]}", where=f"model.path={directory}",
+                          fix="use a causal language model that this version of transformers knows") from None  # fmt: skip
+    assert isinstance(model, PreTrainedModel)  # noqa: S101
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # preference losses compare two forward passes: both must see the same network
+    return TokenLogps(model, chunk_tokens)

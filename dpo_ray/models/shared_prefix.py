@@ -1,0 +1,114 @@
+"""Attention over packed groups by KV expansion: a prompt's keys and values serve all of its completions.
+
+Queries are cut into segments (each prompt, each completion). A completion's keys are its prompt's followed by its own,
+bottom-right causal. No mask is built and every linear layer sees a prompt once. It is registered through transformers'
+attention interface (https://huggingface.co/docs/transformers/attention_interface), so no model code is touched; an
+implementation that is not registered for masks gets `attention_mask=None`, which is what keeps transformers from reading
+the restart of `position_ids` as the start of a new sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface
+
+from .packed_rows import Segment
+
+IMPLEMENTATION = "dpo_ray_shared_prefix"
+
+
+def shared_prefix_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, tokens, head_dim]
+    key: Tensor,  # [1, kv_heads, tokens, head_dim]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Sequence[Segment],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,  # transformers passes its own extras (dropout, position_ids, ...) to every implementation
+) -> tuple[Tensor, None]:
+    """Attend within groups as the packed layout says; returns [1, tokens, heads, head_dim].
+
+    Raises:
+        ValueError: the model built a mask of its own, which this layout cannot honour.
+    """
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} passes an attention mask; packed groups cannot honour it")
+    if softcap is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    parts = [_attend(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, s: Segment, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    q = query[:, :, s.start : s.stop]
+    k = torch.cat([key[:, :, s.prompt_start : s.prompt_stop], key[:, :, s.start : s.stop]], dim=2)
+    v = torch.cat([value[:, :, s.prompt_start : s.prompt_stop], value[:, :, s.start : s.stop]], dim=2)
+    grouped = q.shape[1] != k.shape[1]
+    queries, keys = q.shape[2], k.shape[2]
+    if softcap is not None:
+        return _softcapped(q, k, v, scaling, window, softcap)
+    if window is not None and window < keys:
+        mask = _visible(queries, keys, window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_lower_right(queries, keys), scale=scaling, enable_gqa=grouped
+    )
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Say which keys a query sees: those up to its own, bottom-right aligned, at most `window` of them."""
+    q = torch.arange(keys - queries, keys, device=device)[:, None]
+    k = torch.arange(keys, device=device)[None, :]
+    seen = k <= q
+    return seen if window is None else seen & (k > q - window)
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float) -> Tensor:
+    """Attend with scores squashed to +-softcap (Gemma 2), which the fused kernels of torch do not offer."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(q.shape[2], k.shape[2], window, q.device), float("-inf"))
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None, window: int | None
+) -> Tensor:
+    """Attend in one kernel call on CUDA; FlashAttention aligns causal masks to the bottom right when q is shorter than k."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    device = query.device
+    q_lengths = torch.tensor([s.stop - s.start for s in segments])
+    k_lengths = q_lengths + torch.tensor([s.prompt_stop - s.prompt_start for s in segments])
+    gather = torch.cat([
+        torch.cat([torch.arange(s.prompt_start, s.prompt_stop), torch.arange(s.start, s.stop)]) for s in segments
+    ]).to(device)
+    zero = torch.zeros(1, dtype=torch.int32)
+    cu_q = torch.cat([zero, q_lengths.cumsum(0, dtype=torch.int32)]).to(device)
+    cu_k = torch.cat([zero, k_lengths.cumsum(0, dtype=torch.int32)]).to(device)
+    out = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        key[0].transpose(0, 1).index_select(0, gather),
+        value[0].transpose(0, 1).index_select(0, gather),
+        cu_q, cu_k, int(q_lengths.max()), int(k_lengths.max()),
+        scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)  # noqa: S101 - no auxiliary outputs were asked for
+    return out[None]
+
+
+AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)

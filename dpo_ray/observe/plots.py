@@ -1,0 +1,375 @@
+"""Plots of a run as inline SVG that follows the page's light or dark colours, one `Plot` per figure.
+
+Colours are written as CSS classes (`stroke-train`, `fill-chosen`) and never as values, so the page's style
+sheet decides them; there are no style attributes either, so the page can forbid them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Colour = Literal["train", "eval", "chosen", "rejected", "prompt"]
+
+# Stand-in values: matplotlib wants a colour, `_embed` turns each into a class.
+_STAND_INS = {
+    "ink": "#000001", "grid": "#000002", "train": "#000003", "eval": "#000004", "chosen": "#000005",
+    "rejected": "#000006", "prompt": "#000007",
+}
+_ROLES = {value: role for role, value in _STAND_INS.items()}
+_RC = {
+    "svg.fonttype": "none", "svg.hashsalt": "dpo_ray", "font.size": 10.0,
+    "figure.facecolor": "none", "axes.facecolor": "none",
+    "text.color": _STAND_INS["ink"], "axes.labelcolor": _STAND_INS["ink"],
+    "xtick.color": _STAND_INS["ink"], "ytick.color": _STAND_INS["ink"],
+    "axes.edgecolor": _STAND_INS["grid"], "grid.color": _STAND_INS["grid"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.linewidth": 0.6,
+    "xtick.major.size": 3.0, "ytick.major.size": 0.0, "lines.linewidth": 1.5, "lines.markersize": 4.0,
+    "axes.xmargin": 0.02,
+}
+_SIZE_INCHES = (5.0, 2.8)
+SMOOTHED_FROM_POINTS = 60
+_MAX_POINTS = 240  # more points than the plot has room for become bands of their range
+_MOST_BINS = 36
+_TICK_STEPS = [1, 2, 2.5, 5, 10]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Hold one figure: `svg` is empty where nothing was measured; `legend` pairs labels with CSS classes."""
+
+    key: str
+    title: str
+    caption: str
+    svg: str = ""
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Line:
+    label: str
+    metric: str
+    colour: Colour
+    set_by_recipe: bool = False  # not a noisy measurement, so never averaged
+
+    @property
+    def held_out(self) -> bool:
+        return self.metric.startswith("eval_")
+
+
+@dataclass(frozen=True)
+class _Panel:
+    y_label: str
+    lines: tuple[_Line, ...]
+    bounds: tuple[float | None, float | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    key: str
+    title: str
+    caption: str
+    panels: tuple[_Panel, ...]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Hold the finite values of one metric by step, and how many were not finite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    not_finite: int
+
+
+_REWARD = "reward = beta × (policy logp − reference logp)"
+_CURVES = (
+    _Curve("loss", "Loss", "Mean objective over the step's groups. Sigmoid DPO starts at ln 2 = 0.693.", (
+        _Panel("loss", (_Line("training", "loss", "train"), _Line("held out", "eval_loss", "eval"))),)),
+    _Curve("margins", "Reward margin", f"margin = chosen reward − rejected reward; {_REWARD}.", (
+        _Panel("margin", (_Line("training", "rewards/margins", "train"),
+                          _Line("held out", "eval_rewards/margins", "eval"))),)),
+    _Curve("accuracy", "Preference accuracy", "Share of pairs whose chosen reward is the higher one.", (
+        _Panel("accuracy", (_Line("training", "rewards/accuracies", "train"),
+                            _Line("held out", "eval_rewards/accuracies", "eval")), (0.0, 1.0)),)),
+    _Curve("rewards", "Chosen and rejected rewards", f"{_REWARD}, mean over the step's completions.", (
+        _Panel("reward", (_Line("chosen", "rewards/chosen", "chosen"),
+                          _Line("rejected", "rewards/rejected", "rejected"),
+                          _Line("chosen, held out", "eval_rewards/chosen", "chosen"),
+                          _Line("rejected, held out", "eval_rewards/rejected", "rejected"))),)),
+    _Curve("logps", "Policy log-probs", "logp = sum over a completion's tokens of log p(token), in nats.", (
+        _Panel("logp (nats)", (_Line("chosen", "logps/chosen", "chosen"),
+                               _Line("rejected", "logps/rejected", "rejected"))),)),
+    _Curve("gradient", "Gradient norm and learning rate", "Global L2 norm of the gradient before clipping.", (
+        _Panel("grad norm", (_Line("gradient norm", "grad_norm", "train"),), (0.0, None)),
+        _Panel("learning rate", (_Line("learning rate", "learning_rate", "eval", True),), (0.0, None)))),
+    _Curve("throughput", "Throughput", "Tokens of all workers together per second of wall time.", (
+        _Panel("tokens / s", (_Line("tokens per second", "tokens_per_second", "train"),), (0.0, None)),
+        _Panel("s / step", (_Line("seconds per step", "seconds_per_step", "eval"),), (0.0, None)))),
+)
+
+
+def training_plots(
+    train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]],
+) -> list[Plot]:
+    """Draw the curves of training over steps; a metric that no row has is left out of its plot."""
+    return [_curve_plot(curve, train, held_out) for curve in _CURVES]
+
+
+def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequence[float]) -> list[Plot]:
+    """Draw how the rewards of held-out pairs and the KL of sampled completions are distributed."""
+    return [
+        _histogram_plot("reward-distribution", "Held-out rewards", f"{_REWARD}; dashed: mean.", "reward",
+                        {"chosen": rewards.get("chosen", ()), "rejected": rewards.get("rejected", ())}),
+        _histogram_plot("kl", "KL from the reference",
+                        "Estimated KL(policy ‖ reference) of each completion that the policy sampled; "
+                        "dashed: mean.", "KL (nats)", {"train": kl_per_sample}),
+    ]
+
+
+def length_plot(lengths: Mapping[str, Sequence[int]]) -> Plot:
+    """Draw how long prompts and completions are, in tokens."""
+    parts: dict[Colour, Sequence[float]] = {
+        "prompt": lengths.get("prompt", ()), "chosen": lengths.get("chosen", ()),
+        "rejected": lengths.get("rejected", ()),
+    }
+    return _histogram_plot("lengths", "Token lengths",
+                           "Tokens after the chat template; a completion counts its end-of-turn token; "
+                           "dashed: mean.", "tokens", parts, whole_numbers=True)
+
+
+def _curve_plot(
+    curve: _Curve, train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]],
+) -> Plot:
+    measured = [
+        (panel, [(line, found) for line in panel.lines
+                 if (found := _by_step(held_out if line.held_out else train, line.metric)).steps.size])
+        for panel in curve.panels
+    ]
+    measured = [(panel, lines) for panel, lines in measured if lines]
+    not_finite = sum(found.not_finite for _, lines in measured for _, found in lines)
+    if not measured:
+        return Plot(curve.key, curve.title, curve.caption)
+    with style.context(["default", _RC]):
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axes = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (panel, lines) in zip(axes, measured, strict=True):
+            for line, found in lines:
+                _draw_line(axis, line, found)
+            _dress(axis, panel.y_label, panel.bounds, ticks=6 if len(measured) == 1 else 4)
+        _dress_steps(axes[-1], [found for _, lines in measured for _, found in lines])
+        figure.align_ylabels()
+        described = " ".join(_describe(line.label, found) for _, lines in measured for line, found in lines)
+        svg = _embed(figure, curve.key, curve.title, described)
+    drawn = [line for _, lines in measured for line, _ in lines]
+    legend = tuple((line.label, f"{'dot' if line.held_out else 'bar'} fill-{line.colour}") for line in drawn)
+    caption = _with_losses(curve.caption, not_finite)
+    return Plot(curve.key, curve.title, caption, svg, legend if len(drawn) > len(measured) else ())
+
+
+def _by_step(rows: Sequence[Mapping[str, float]], metric: str) -> _Values:
+    """Pick one metric by step; of a step recorded twice (a run that went on) the later record counts."""
+    by_step = {float(row.get("step", i + 1)): float(row[metric]) for i, row in enumerate(rows)
+               if row.get(metric) is not None}
+    finite = sorted((step, value) for step, value in by_step.items() if math.isfinite(value))
+    table = np.array(finite, dtype=np.float64).reshape(-1, 2)
+    return _Values(table[:, 0], table[:, 1], len(by_step) - len(finite))
+
+
+def _draw_line(axis: Axes, line: _Line, found: _Values) -> None:
+    colour = _STAND_INS[line.colour]
+    steps, values, count = found.steps, found.values, found.steps.size
+    if count < SMOOTHED_FROM_POINTS or line.set_by_recipe or line.held_out:
+        marker = "o" if count <= 2 or (line.held_out and count < SMOOTHED_FROM_POINTS) else ""
+        dashes = (0, (3, 2)) if line.held_out else "solid"
+        axis.plot(steps, values, color=colour, marker=marker, linestyle=dashes)
+        return
+    starts = np.arange(0, count, math.ceil(count / _MAX_POINTS))
+    if starts.size == count:
+        axis.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    else:
+        low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+        axis.fill_between(steps[starts], low, high, color=colour, alpha=0.22, linewidth=0)
+    axis.plot(steps[starts], running_mean(values, smoothing_window(count))[starts], color=colour)
+
+
+def smoothing_window(points: int) -> int:
+    """Say over how many points the strong line of a curve averages: odd, 1 for a short curve."""
+    return (points // 30) | 1 if points >= SMOOTHED_FROM_POINTS else 1
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Average [N] values over a centred, odd `window` that shrinks at both ends."""
+    half = window // 2
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(values.size) - half, 0)
+    high = np.minimum(np.arange(values.size) + half + 1, values.size)
+    return (total[high] - total[low]) / (high - low)
+
+
+def _histogram_plot(
+    key: str, title: str, caption: str, x_label: str, parts: Mapping[Colour, Sequence[float]], *,
+    whole_numbers: bool = False,
+) -> Plot:
+    given = {colour: np.asarray(values, dtype=np.float64) for colour, values in parts.items()}
+    finite = {colour: values[np.isfinite(values)] for colour, values in given.items()}
+    kept = {colour: values for colour, values in finite.items() if values.size}
+    if not kept:
+        return Plot(key, title, caption)
+    everything = np.concatenate(list(kept.values()))
+    edges = _bin_edges(everything, max(v.size for v in kept.values()), whole_numbers)
+    beyond = int(np.count_nonzero((everything < edges[0]) | (everything > edges[-1])))
+    with style.context(["default", _RC]):
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+        axis = figure.subplots()
+        for colour, values in kept.items():
+            counts, _ = np.histogram(values, bins=edges)
+            axis.stairs(counts, edges, fill=True, color=_STAND_INS[colour], alpha=0.22)
+            axis.stairs(counts, edges, color=_STAND_INS[colour], linewidth=1.3)
+            axis.axvline(float(np.clip(values.mean(), edges[0], edges[-1])), color=_STAND_INS[colour],
+                         linestyle=(0, (4, 3)), linewidth=1.2)
+        _dress(axis, "count", (0.0, None), ticks=5)
+        axis.set_xlabel(x_label)
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICK_STEPS, integer=True))
+        described = " ".join(
+            f"{colour if len(kept) > 1 else x_label}: {values.size} values, mean {values.mean():.4g}, "
+            f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}."
+            for colour, values in kept.items())
+        svg = _embed(figure, key, title, described)
+    legend = tuple((f"{f'{colour}, ' if len(kept) > 1 else ''}mean {typographic(f'{values.mean():,.3g}')}",
+                    f"bar fill-{colour}") for colour, values in kept.items())
+    sizes = [f"{values.size:,}" for values in kept.values()]
+    same = len(sizes) > 1 and len(set(sizes)) == 1
+    caption += f" n = {sizes[0]} each." if same else f" n = {' / '.join(sizes)}."
+    caption = _with_losses(caption, sum(values.size for values in given.values()) - everything.size)
+    return Plot(key, title, f"{caption} Beyond the axis: {beyond:,}." if beyond else caption, svg, legend)
+
+
+def _bin_edges(values: np.ndarray, largest_part: int, whole_numbers: bool) -> np.ndarray:
+    """Choose common bin edges; a few far outliers are cut off rather than flatten everything else."""
+    bins = min(_MOST_BINS, max(8, round(1.5 * math.sqrt(largest_part))))
+    low, high = float(values.min()), float(values.max())
+    inner_low, inner_high = (float(q) for q in np.quantile(values, [0.005, 0.995]))
+    slack = inner_high - inner_low
+    if slack > 0 and (high > inner_high + 2 * slack or low < inner_low - 2 * slack):
+        low, high = max(low, inner_low - slack / 10), min(high, inner_high + slack / 10)
+    if whole_numbers:
+        width = max(1, math.ceil((high - low + 1) / bins))
+        return np.arange(math.floor(low), math.floor(high) + width + 1, width) - 0.5
+    return np.histogram_bin_edges(values, bins=bins, range=(low, high))
+
+
+def _with_losses(caption: str, not_finite: int) -> str:
+    return f"{caption} Left out as not finite: {not_finite:,}." if not_finite else caption
+
+
+def _describe(label: str, found: _Values) -> str:
+    steps, values = found.steps, found.values
+    first = f"{label}: {values[0]:.4g} at step {steps[0]:g}"
+    if steps.size == 1:
+        return f"{first}."
+    last = f"{values[-1]:.4g} at step {steps[-1]:g}"
+    return f"{first}, {last}, between {values.min():.4g} and {values.max():.4g}."
+
+
+def _dress(axis: Axes, y_label: str, bounds: tuple[float | None, float | None], ticks: int) -> None:
+    axis.set_ylabel(y_label)
+    axis.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axis.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=_TICK_STEPS))
+    low, high = bounds
+    if low is not None:
+        axis.set_ylim(bottom=low if high is None else low - 0.02)
+    if high is not None:
+        axis.set_ylim(top=high + 0.02)
+
+
+def _dress_steps(axis: Axes, drawn: Sequence[_Values]) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_TICK_STEPS, integer=True))
+    low, high = min(f.steps[0] for f in drawn), max(f.steps[-1] for f in drawn)
+    if low == high:
+        axis.set_xlim(low - 1, high + 1)
+
+
+def _tick(value: float, _position: int | None = None) -> str:
+    """Write a tick's value shortly: 25,000, 1.2M, 0.35, 5e-7."""
+    size = abs(value)
+    if size < 1e-15:  # the ticks of tiny ranges miss zero by a rounding error
+        return "0"
+    if size >= 1e6:
+        return typographic(f"{value / 1e6:g}M")
+    return typographic(f"{value:.3g}" if size < 1e-3 else f"{value:,g}")
+
+
+def typographic(number: str) -> str:
+    """Give a formatted number a true minus and an exponent without zeros in front."""
+    return re.sub(r"e([+-])0*", r"e\1", number).replace("e+", "e").replace("-", "\N{MINUS SIGN}")
+
+
+def _embed(figure: Figure, key: str, title: str, description: str) -> str:
+    """Turn a figure into an SVG element for a page: ids of its own, classes for colours, a description."""
+    buffer = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())  # noqa: S314 - matplotlib's output, not foreign text
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', buffer.getvalue().decode()))
+    for parent in root.iter():
+        for child in [c for c in parent if _local(c.tag) in {"metadata", "style"}]:
+            parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        _plain_attributes(element, key, used)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib |= {"role": "img", "aria-labelledby": f"{key}-title {key}-desc"}
+    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
+        label = ElementTree.Element(tag, {"id": f"{key}-{tag}"})
+        label.text = text
+        root.insert(position, label)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _two_decimals(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _plain_attributes(element: ElementTree.Element, key: str, used: set[str]) -> None:
+    """Rewrite attributes in place: classes and attributes for `style`, ids under the plot's `key`."""
+    given = {_local(name): value for name, value in element.attrib.items()}
+    element.attrib.clear()
+    classes = []
+    for declaration in given.pop("style", "").split(";"):
+        name, _, value = (part.strip() for part in declaration.partition(":"))
+        if name in {"fill", "stroke"} and value in _ROLES:
+            classes.append(f"{name}-{_ROLES[value]}")
+        elif name and not name.startswith("font"):
+            given[name] = value
+    if (identifier := given.pop("id", None)) in used:
+        given["id"] = identifier or ""
+    for name, value in given.items():
+        if name == "id":
+            value = f"{key}-{value}"
+        elif name == "d":
+            value = " ".join(re.sub(r"\d+\.\d+", _two_decimals, value).split())
+        element.set(name, value.replace("url(#", f"url(#{key}-") if name != "href" else f"#{key}-{value[1:]}")
+    if classes:
+        element.set("class", " ".join(classes))
+    for blank in ("text", "tail"):
+        if not (getattr(element, blank) or "").strip():
+            setattr(element, blank, None)

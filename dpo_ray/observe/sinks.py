@@ -1,0 +1,59 @@
+"""Where metrics go while training runs: metrics.jsonl, always, and TensorBoard where the recipe asks for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from dpo_ray.artifacts.storage import Storage
+
+
+class MetricsSinks:
+    """The live metrics of one run, written by its driver.
+
+    On a disk, metrics.jsonl grows line by line; on an object store, which cannot append, it is written as a whole when
+    training ends. What a resumed run measures again replaces what it had said before.
+    """
+
+    def __init__(self, run_dir: Storage, trackers: Sequence[str]) -> None:
+        self._run_dir, self._trackers = run_dir, trackers
+        self._rows: dict[int, dict[str, float]] = {}
+        self._board = None
+
+    def __enter__(self) -> MetricsSinks:
+        if self._run_dir.exists("metrics.jsonl"):
+            rows = (json.loads(line) for line in self._run_dir.read_bytes("metrics.jsonl").splitlines() if line.endswith(b"}"))
+            self._rows = {row["step"]: row for row in rows}
+        if "tensorboard" in self._trackers and self._run_dir.is_local:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run_dir.local_path() / "tensorboard"))
+        return self
+
+    def begin(self, step: int) -> None:
+        """Keep what steps up to `step` measured and forget the rest: training goes on from there."""
+        self._rows = {s: row for s, row in self._rows.items() if s <= step}
+        self._write_all()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Take one step's metrics."""
+        step = int(row["step"])
+        self._rows[step] = row
+        if self._run_dir.is_local:
+            with Path(self._run_dir.local_path("metrics.jsonl")).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, step)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._rows:
+            self._write_all()
+
+    def _write_all(self) -> None:
+        self._run_dir.write("metrics.jsonl", "".join(json.dumps(self._rows[s]) + "\n" for s in sorted(self._rows)).encode())

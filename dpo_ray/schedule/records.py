@@ -1,0 +1,121 @@
+"""Packed micro-batches on storage: one Parquet row each, one row group per step, one file per rank and run of steps."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_ray.artifacts.artifact import Artifact
+
+from .micro_batch import MicroBatch
+
+_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+MICRO_BATCHES = pa.schema([
+    ("step", pa.int64()),
+    ("step_weight", pa.float64()),
+    ("step_tokens", pa.int64()),
+    ("input_ids", _INTS),
+    ("position_ids", _INTS),
+    ("group_index", _INTS),
+    ("completion_index", _INTS),
+    ("scores", _FLOATS),
+    ("reference_token_logps", _FLOATS),
+    ("preference_probability", _FLOATS),
+    ("weight", _FLOATS),
+    ("group_ids", pa.list_(pa.binary(16))),
+])  # fmt: skip
+_ARRAYS = ("input_ids", "position_ids", "group_index", "completion_index", "scores", "reference_token_logps",
+           "preference_probability", "weight")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """One rank's share of a global step; weight (of pairs) and tokens are the whole step's, over all ranks."""
+
+    step: int
+    step_weight: float
+    step_tokens: int
+    micro_batches: tuple[MicroBatch, ...]
+
+
+def file_name(split: str, rank: int, first_step: int) -> str:
+    """Name the file of a rank that begins with `first_step`."""
+    return f"{split}/rank-{rank:05d}/step-{first_step:09d}.parquet"
+
+
+def step_table(share: RankStep) -> pa.Table:
+    """Make the rows of one rank's share of a step."""
+    whole = {"step": share.step, "step_weight": share.step_weight, "step_tokens": share.step_tokens}
+    columns: dict[str, list] = {name: [value] * len(share.micro_batches) for name, value in whole.items()}
+    columns |= {name: [getattr(m, name) for m in share.micro_batches] for name in _ARRAYS}
+    columns["group_ids"] = [list(m.group_ids) for m in share.micro_batches]
+    return pa.table(columns, schema=MICRO_BATCHES)
+
+
+def _micro_batch(table: pa.Table, row: int) -> MicroBatch:
+    arrays = {name: table[name][row].values.to_numpy(zero_copy_only=False) for name in _ARRAYS}
+    return MicroBatch(**arrays, group_ids=tuple(table["group_ids"][row].as_py()))
+
+
+def read_steps(schedule: Artifact, split: str, rank: int, start_step: int = 0) -> Iterator[RankStep]:
+    """Yield a rank's steps in order, from `start_step` on. The cursor is that one integer."""
+    names = schedule.names(f"{split}/rank-{rank:05d}/")
+    first_steps = [int(name.rsplit("-", 1)[1].removesuffix(".parquet")) for name in names]
+    for i, name in enumerate(names):
+        if i + 1 < len(names) and first_steps[i + 1] <= start_step:
+            continue
+        with schedule.open(name) as stream:
+            file = pq.ParquetFile(stream)
+            for row_group in range(max(0, start_step - first_steps[i]), file.num_row_groups):
+                table = file.read_row_group(row_group)
+                yield RankStep(table["step"][0].as_py(), table["step_weight"][0].as_py(), table["step_tokens"][0].as_py(),
+                               tuple(_micro_batch(table, row) for row in range(len(table))))  # fmt: skip
+
+
+def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
+    """Read ahead in a thread, so that storage does not make the step wait; errors come out where the step would."""
+    ready: queue.Queue[RankStep | BaseException | None] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: RankStep | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for step in steps:
+                if not put(step):
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+            put(error)
+
+    threading.Thread(target=read, name="schedule-prefetch", daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+
+
+def filler() -> MicroBatch:
+    """Make the smallest micro-batch that counts for nothing: a rank without work still takes part in collectives."""
+    one = np.zeros(1, np.int32)
+    return MicroBatch(
+        input_ids=np.zeros(3, np.int32), position_ids=np.array([0, 1, 1], np.int32), group_index=np.zeros(3, np.int32),
+        completion_index=np.array([0, 1, 2], np.int32), scores=np.array([1, 0], np.float32), reference_token_logps=np.zeros(2, np.float32),
+        preference_probability=np.ones(1, np.float32), weight=one.astype(np.float32), group_ids=(bytes(16),),
+    )  # fmt: skip

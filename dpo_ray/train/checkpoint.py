@@ -1,0 +1,148 @@
+"""Training checkpoints: sharded files by PyTorch DCP, committed by a manifest with their digests.
+
+    <place>/step-000000010/<attempt>/__0_0.distcp, ..., .metadata
+    <place>/step-000000010.json                      the commit
+    <place>/metrics/000000000-000000010.jsonl        what the steps since the last checkpoint measured
+
+The newest checkpoint that verifies wins; a damaged one is set aside. Loading reshards, so the number of ranks may change.
+DCP's `.metadata` is a pickle, which runs code when it is read: only files whose digests we wrote are ever loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError
+
+logger = logging.getLogger(__name__)
+_PREFIX, _CHUNK_BYTES = "step-", 1 << 22
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint says besides weights and optimizer state: the data cursor and running totals."""
+
+    step: int = 0  # steps done == index of the next step
+    num_tokens: int = 0
+    figures: dict[str, Any] | None = None  # of the audit before step 1
+
+
+class Checkpoints:
+    """The checkpoints of one training run. Every rank makes one; save and load are collective."""
+
+    def __init__(self, place: Storage, attempt: str, keep: int) -> None:
+        self._place, self._attempt, self._keep = place, attempt, keep
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def save(self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]) -> None:
+        """Commit a checkpoint of all ranks, then delete those that are no longer needed."""
+        name = f"{_PREFIX}{progress.step:09d}"
+        directory = self._place.child(name, self._attempt)
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        dcp.save({"policy": model_state, "optimizer": optimizer_state}, storage_writer=_writer(directory))
+        _barrier()
+        if self._rank == 0:
+            files = {n: _digest(directory, n) for n in directory.list_files()}
+            first = max((stop for _, stop in self._segments() if stop < progress.step), default=0)
+            lines = "".join(json.dumps(row) + "\n" for row in metrics if row["step"] > first)
+            self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
+            manifest = {"step": progress.step, "num_tokens": progress.num_tokens, "figures": progress.figures,
+                        "directory": f"{name}/{self._attempt}", "files": files}  # fmt: skip
+            self._place.write(f"{name}.json", json.dumps(manifest, indent=1).encode())
+            self._prune()
+        _barrier()
+
+    def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Restore the newest checkpoint that verifies; without one, say so by step 0."""
+        chosen: list[dict[str, Any] | None] = [self._newest_sound() if self._rank == 0 else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen, src=0)
+        manifest = chosen[0]
+        if manifest is None:
+            return Progress()
+        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        state = {"policy": model_state, "optimizer": optimizer_state}
+        dcp.load(state, storage_reader=_reader(self._place.child(manifest["directory"])))
+        set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+        return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"])
+
+    def metrics(self, until_step: int) -> list[dict[str, float]]:
+        """Return what the steps up to a committed checkpoint measured, in order, each step once."""
+        rows: dict[int, dict[str, float]] = {}
+        for start, stop in self._segments():
+            if stop <= until_step:
+                for line in self._place.read_bytes(f"metrics/{start:09d}-{stop:09d}.jsonl").splitlines():
+                    row = json.loads(line)
+                    rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
+
+    def _segments(self) -> list[tuple[int, int]]:
+        names = [n.removeprefix("metrics/").removesuffix(".jsonl") for n in self._place.list_files("metrics")]
+        return sorted((int(a), int(b)) for a, b in (n.split("-") for n in names))
+
+    def _committed(self) -> list[str]:
+        return [n for n in self._place.list_files() if n.startswith(_PREFIX) and n.endswith(".json") and "/" not in n]
+
+    def _newest_sound(self) -> dict[str, Any] | None:
+        for name in reversed(self._committed()):
+            try:
+                manifest = json.loads(self._place.read_bytes(name))
+                directory = self._place.child(manifest["directory"])
+                wrong = [n for n, known in manifest["files"].items() if not directory.exists(n) or _digest(directory, n) != known]
+                if not wrong:
+                    return manifest
+                reason = f"{wrong[0]} is not what was written"
+            except (ValueError, KeyError, TypeError, ArtifactError) as error:
+                reason = f"its manifest cannot be read ({error})"
+            logger.warning("checkpoint %s is damaged (%s): set aside; the one before it is used", self._place.full_path(name), reason)
+            self._place.write(f"damaged/{name}", self._place.read_bytes(name))
+            self._place.delete(name)
+        return None
+
+    def _prune(self) -> None:
+        kept = self._committed()[-self._keep :]
+        for name in self._committed()[: -self._keep]:
+            self._place.delete(name)
+        for directory in self._place.list_dirs():
+            if directory.startswith(_PREFIX) and f"{directory}.json" not in kept:
+                self._place.delete_tree(directory)
+
+
+def _digest(directory: Storage, name: str) -> str:
+    h = hashlib.sha256()
+    with directory.open_input(name) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def _writer(directory: Storage) -> dcp.StorageWriter:
+    if directory.is_local:
+        return dcp.FileSystemWriter(directory.local_path(), sync_files=True)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # torch's own; not exported yet
+
+    return FsspecWriter(directory.uri)
+
+
+def _reader(directory: Storage) -> dcp.StorageReader:
+    if directory.is_local:
+        return dcp.FileSystemReader(directory.local_path())
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    return FsspecReader(directory.uri)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

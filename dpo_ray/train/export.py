@@ -1,0 +1,30 @@
+"""The finished policy in Hugging Face format: safetensors, tokenizer, chat template, generation config, model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dpo_ray.models.load import TOKENIZER_FILES
+from dpo_ray.models.token_logps import TokenLogps
+
+
+def gather_policy(policy: TokenLogps, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Gather all weights on rank 0's CPU (collective; other ranks get an empty dict), in the type they are served in."""
+    whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name.removeprefix("model."): w.to(dtype) if w.is_floating_point() else w for name, w in whole.items()}
+
+
+def write_policy(policy: TokenLogps, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: Path, template: str, target: Path) -> None:
+    """Write the model directory. `template` is the chat template's text that training used, or `plain`."""
+    model = policy.model
+    model.config.dtype = dtype
+    model.save_pretrained(target, state_dict=weights, max_shard_size="5GB")
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if template != "plain":
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -1,0 +1,165 @@
+"""What each training process runs under Ray Train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.train import TrainConfig
+from dpo_ray.data.tokens import parquet_bytes
+from dpo_ray.errors import DpoRayError
+from dpo_ray.models.load import load_policy, model_directory
+from dpo_ray.models.packed_rows import packed_rows
+from dpo_ray.models.token_logps import TokenLogps
+from dpo_ray.schedule.micro_batch import MicroBatch
+from dpo_ray.schedule.records import prefetched, read_steps
+
+from .checkpoint import Checkpoints, Progress
+from .export import gather_policy, write_policy
+from .loop import HELDOUT, Plan, evaluate, heldout_table, train
+from .optimizer import build_optimizer
+from .sharding import shard
+
+logger = logging.getLogger(__name__)
+
+# Stored and own log-probs of a sample -> figures; raises AuditError. Given by the pipeline, which knows the reference.
+Audit = Callable[[list[list[np.ndarray]], list[list[np.ndarray]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """Everything that a worker needs. Pickles."""
+
+    model: ModelConfig
+    config: TrainConfig
+    dtype: str
+    template: str
+    schedule: Artifact
+    checkpoints: Storage
+    staging: Staging
+    inbox: Any  # handle of the driver's MetricsInbox
+    audit: Audit | None
+    audit_groups: int
+    restore: bool = True
+
+
+def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
+    """Train, export, and return rank 0's account; an error that all ranks see alike comes back as `error`."""
+    try:
+        return _run(settings["task"])
+    except DpoRayError as error:
+        if dist.get_world_size() > 1 and not getattr(error, "exit_code", 0) in (6, 7):  # only audit and training errors are collective
+            raise
+        return {"error": error}
+
+
+def _run(task: TrainTask) -> dict[str, Any]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(max(1, int(task.config.cpus_per_worker)))
+    source = model_directory(task.model)
+    policy = load_policy(source, torch.float32, task.config.logprob_chunk_tokens)
+    if task.config.activation_checkpointing == "full":
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    shard(policy.to(device), device.type, world, getattr(torch, task.dtype)).train()
+    optimizer = build_optimizer(policy, task.config.optimizer)
+    checkpoints = Checkpoints(task.checkpoints, task.staging.attempt, task.config.keep_checkpoints)
+    progress = checkpoints.load_newest(policy, optimizer)
+    counts = task.schedule.manifest.rows
+    plan = Plan(counts["train/steps"], counts["train/groups"], device)
+
+    def report(row: dict[str, float]) -> None:
+        if rank == 0:
+            task.inbox.put.remote(row)
+
+    if progress.step:
+        logger.info("going on from the checkpoint of step %d", progress.step)
+    elif task.audit is not None and task.audit_groups:
+        progress = replace(progress, figures=_audited(policy, task, rank, device))
+    report({"restored_step": progress.step})
+    steps = prefetched(read_steps(task.schedule, "train", rank, progress.step))
+    has_heldout = "eval/steps" in counts
+    progress = train(policy, optimizer, steps, lambda: read_steps(task.schedule, "eval", rank), plan, task.config, checkpoints, progress, report)
+    heldout = _gathered(heldout_table(policy, read_steps(task.schedule, "eval", rank), task.config, device)) if has_heldout else None
+    final = evaluate(policy, read_steps(task.schedule, "eval", rank), task.config, device) if has_heldout else {}
+    weights = gather_policy(policy, getattr(torch, task.dtype))
+    if rank:
+        return {}
+    return _written(policy, weights, source, heldout, checkpoints, progress, task) | {"final_evaluation": final}
+
+
+def _audited(policy: TokenLogps, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
+    """Score the schedule's first groups with the policy as it is before step 1, and compare; collective."""
+    stored: list[list[np.ndarray]] = []
+    own: list[list[np.ndarray]] = []
+    policy.eval()
+    seen = 0
+    for share in read_steps(task.schedule, "train", rank):
+        if seen >= task.audit_groups:
+            break
+        for micro_batch in share.micro_batches:
+            with torch.no_grad():
+                logps = policy(packed_rows(micro_batch, device)).float().cpu().numpy()
+            if micro_batch.weight.any():
+                stored += _by_group(micro_batch.reference_token_logps, micro_batch)
+                own += _by_group(logps, micro_batch)
+        seen += round(share.step_weight)
+    policy.train()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (stored, own))
+    assert task.audit is not None  # noqa: S101
+    return task.audit([g for part in gathered for g in part[0]], [g for part in gathered for g in part[1]])
+
+
+def _by_group(values: np.ndarray, micro_batch: MicroBatch) -> list[list[np.ndarray]]:
+    """Cut a micro-batch's per-token values into groups x completions x [tokens]."""
+    of_completions = micro_batch.completion_index > 0
+    keys = np.stack([micro_batch.group_index, micro_batch.completion_index], axis=1)[of_completions]
+    cuts = np.flatnonzero(np.any(np.diff(keys, axis=0), axis=1)) + 1
+    groups: dict[int, list[np.ndarray]] = {}
+    for start, part in zip([0, *cuts.tolist()], np.split(values, cuts), strict=True):
+        groups.setdefault(int(keys[start, 0]), []).append(part)
+    return list(groups.values())
+
+
+def _gathered(table: torch.Tensor) -> np.ndarray:
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, table.numpy())
+    return np.concatenate(parts)
+
+
+def _written(
+    policy: TokenLogps, weights: dict[str, torch.Tensor], source: Path, heldout: np.ndarray | None, checkpoints: Checkpoints,
+    progress: Progress, task: TrainTask,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the artifact's files into the staging place (rank 0) and return their entries with the account."""
+    entries = []
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-policy-") as scratch:
+        write_policy(policy, weights, getattr(torch, task.dtype), source, task.template, Path(scratch))
+        for file in sorted(Path(scratch).rglob("*")):
+            if file.is_file():
+                entries.append(task.staging.upload(f"policy/{file.relative_to(scratch).as_posix()}", file))
+    metrics = checkpoints.metrics(progress.step)
+    lines = "".join(json.dumps(row) + "\n" for row in metrics)
+    entries.append(task.staging.write("metrics.jsonl", lines.encode(), rows=len(metrics)))
+    if heldout is not None:
+        table = pa.table({name: heldout[:, i] for i, name in enumerate(HELDOUT)})
+        entries.append(task.staging.write("heldout.parquet", parquet_bytes(table), rows=len(table)))
+    return {"entries": entries, "audit": progress.figures, "steps": progress.step, "num_tokens": progress.num_tokens,
+            "final": metrics[-1] if metrics else {}}  # fmt: skip

@@ -1,0 +1,289 @@
+"""The run report stands alone, shows every part, keeps foreign text harmless and stays small."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from jinja2 import UndefinedError
+
+from dpo_ray.observe.plots import heldout_plots, running_mean, smoothing_window, training_plots, typographic
+from dpo_ray.observe.report import (
+    EXAMPLE_CHARACTERS,
+    MAX_SAMPLES,
+    SAMPLE_CHARACTERS,
+    ReportData,
+    Tile,
+    excerpt,
+    format_number,
+    format_seconds,
+    render_report,
+    unaccounted_rows,
+)
+
+SECTIONS = ("summary", "training", "held-out", "samples", "data", "audit", "stages", "recipe", "versions")
+PLOTS = ("loss", "margins", "accuracy", "rewards", "logps", "gradient", "throughput", "reward-distribution",
+         "kl", "lengths")
+HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x onerror='alert(1)'></p></section>"
+VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Read a page, insisting that every tag is closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        assert len(attrs) == len(dict(attrs)), f"an attribute twice in <{tag}>"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> without a start"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def values(self, attribute: str) -> list[str]:
+        return [attrs[attribute] or "" for _, attrs in self.tags if attribute in attrs]
+
+    def words(self) -> str:
+        return " ".join("".join(self.text).split())
+
+
+def train_rows(steps: int) -> list[dict[str, float]]:
+    noise = random.Random(7)
+    return [
+        {"step": step, "loss": 0.693 * math.exp(-step / steps) + noise.gauss(0, 0.02),
+         "rewards/chosen": noise.gauss(0.3, 0.1), "rewards/rejected": noise.gauss(-0.9, 0.1),
+         "rewards/margins": noise.gauss(1.2, 0.1), "rewards/accuracies": noise.uniform(0.5, 1.0),
+         "logps/chosen": noise.gauss(-210, 5), "logps/rejected": noise.gauss(-220, 5),
+         "grad_norm": noise.uniform(1, 3), "learning_rate": 5e-7 * step / steps, "num_tokens": 1000.0 * step,
+         "epoch": step / steps, "tokens_per_second": noise.gauss(18000, 500),
+         "seconds_per_step": noise.gauss(2, 0.1)}
+        for step in range(1, steps + 1)
+    ]
+
+
+def full_data(steps: int = 40) -> ReportData:
+    noise = random.Random(3)
+    return ReportData(
+        name="tiny-run", created="2025-01-02T03:04:05+00:00", what="Sigmoid DPO on 90 groups.",
+        headline=[Tile("Final loss", 0.41234, "last step"), Tile("Rows", 12345)],
+        comparison=[("True reward", "0.31", "0.57")],
+        train_metrics=train_rows(steps),
+        eval_metrics=[{"step": steps, "eval_loss": 0.5, "eval_rewards/accuracies": 0.7,
+                       "eval_rewards/margins": 0.9}],
+        heldout_rewards={"chosen": [noise.gauss(0.3, 1) for _ in range(200)],
+                         "rejected": [noise.gauss(-1, 1) for _ in range(200)]},
+        kl_per_sample=[noise.gauss(2, 1) for _ in range(64)],
+        lengths={name: [noise.randrange(1, 300) for _ in range(90)]
+                 for name in ("prompt", "chosen", "rejected")},
+        account=[{"source": "a.jsonl", "split": "train", "rows_in": 100, "admitted": 90, "quarantined": 7,
+                  "duplicates": 3}],
+        reasons=[{"reason": "too_long", "meaning": "Too many tokens.", "rows": 7, "example": "lorem " * 100}],
+        audit={"passed": True, "token_mult_prob_error": 1.0021}, audit_note="Within tolerance.",
+        samples=[{"prompt": "Hello?", "reference": "Hi.", "policy": "Good day.", "reference_score": 0.25,
+                  "policy_score": 0.75}],
+        stages=[{"stage": "train", "key": "train-0011", "state": "built", "seconds": 8040.0, "rows": None}],
+        recipe_yaml="objective:\n  type: sigmoid\n  beta: 0.1\n", versions={"torch": "2.13.0"},
+        paths={"policy": "runs/tiny/policy"},
+    )
+
+
+EMPTY = ReportData(name="empty", created="2025-01-02T03:04:05+00:00", what="Nothing ran.")
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render_report(full_data())
+
+
+@pytest.mark.parametrize("data", [full_data(), full_data(1), EMPTY], ids=["full", "one step", "empty"])
+def test_every_section_is_present_well_formed_and_linked(data: ReportData) -> None:
+    page = Page(render_report(data))
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    assert [a["id"] for tag, a in page.tags if tag == "section"] == list(SECTIONS)
+    assert [h for h in page.values("href") if not h.startswith("#")] == []
+    assert {h[1:] for h in page.values("href")} <= set(ids)
+    assert {f"plot-{key}" for key in PLOTS} <= set(ids)
+
+
+def test_figures_of_the_data_are_shown(html: str) -> None:
+    words = Page(html).words()
+    for expected in ("tiny-run", "0.4123", "12,345", "True reward0.310.57", "a.jsonl", "Too many tokens.",
+                     "every row accounted for", "token_mult_prob_error", "1.002", "passed Within tolerance.",
+                     "Good day.", "score 0.75", "2 h 14 min", "beta: 0.1", "2.13.0", "runs/tiny/policy"):
+        assert expected in words, expected
+    assert "Not measured" not in words
+
+
+def test_empty_data_says_not_measured_and_draws_nothing() -> None:
+    html = render_report(EMPTY)
+    assert html.count(">Not measured<") == len(PLOTS)
+    assert 'role="img"' not in html
+    noted = dataclasses.replace(EMPTY, audit_note="Skipped: the reference was scored by the trainer.")
+    assert "Skipped: the reference was scored by the trainer." in Page(render_report(noted)).words()
+
+
+def test_nothing_is_fetched_or_executed(html: str) -> None:
+    page = Page(html)
+    fetching = {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+    assert not fetching & {tag for tag, _ in page.tags}
+    for attribute in ("src", "srcset", "style", "action", "data", "xlink:href"):
+        assert page.values(attribute) == []
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert re.search(r"https?://|@import", html) is None
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+
+
+def test_policy_admits_exactly_the_style_sheet_of_the_page(html: str) -> None:
+    policy = next(a["content"] for tag, a in Page(html).tags
+                  if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+
+
+def test_every_plot_is_described_and_coloured_by_the_page(html: str) -> None:
+    page = Page(html)
+    drawn = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
+    assert [a["aria-labelledby"] for a in drawn] == [f"{key}-title {key}-desc" for key in PLOTS]
+    assert "training: " in page.words()
+    assert "at step 40" in page.words()
+    body = html.split("</head>")[1]
+    assert re.findall(r"#0000\d\d|stroke=\"#|fill=\"#", body) == []  # no fixed colour is left, nor a stand-in
+    assert all(a.get("scope") in {"col", "row"} for tag, a in page.tags if tag == "th")
+
+
+def test_foreign_text_is_escaped_everywhere() -> None:
+    data = dataclasses.replace(
+        full_data(1), name=HOSTILE, what=HOSTILE, created=HOSTILE, headline=[Tile(HOSTILE, HOSTILE, HOSTILE)],
+        comparison=[(HOSTILE, HOSTILE, HOSTILE)],
+        account=[{**full_data(1).account[0], "source": HOSTILE, "split": HOSTILE}],
+        reasons=[{"reason": HOSTILE, "meaning": HOSTILE, "rows": 1, "example": HOSTILE}],
+        audit={"passed": False, HOSTILE: HOSTILE}, audit_note=HOSTILE,
+        samples=[{"prompt": HOSTILE, "reference": HOSTILE, "policy": HOSTILE}],
+        stages=[{"stage": HOSTILE, "key": HOSTILE, "state": HOSTILE, "note": HOSTILE}],
+        recipe_yaml=HOSTILE, versions={HOSTILE: HOSTILE}, paths={HOSTILE: HOSTILE},
+    )
+    html = render_report(data)
+    page = Page(html)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    in_attributes = 1  # the time's `datetime`
+    assert html.count("&lt;script&gt;") == page.words().count("<script>") + in_attributes
+
+
+def test_broken_text_is_made_writable() -> None:
+    broken = {"prompt": "a\x00b\x1b[31m", "reference": "\ud800", "policy": "ok"}
+    data = dataclasses.replace(EMPTY, samples=[broken])
+    html = render_report(data)
+    assert html.encode("utf-8")
+    assert "a\u2400b\u241b[31m" in html
+    assert "\x00" not in html
+
+
+def test_long_text_and_many_samples_are_cut() -> None:
+    long = "x" * 100_000
+    data = dataclasses.replace(
+        EMPTY, samples=[{"prompt": long, "reference": long, "policy": long}] * (MAX_SAMPLES + 5),
+        reasons=[{"reason": "r", "meaning": "m", "rows": 1, "example": long}])
+    html = render_report(data)
+    assert html.count("<article") == MAX_SAMPLES
+    assert f"The first {MAX_SAMPLES} of {MAX_SAMPLES + 5}." in html
+    assert html.count("x" * SAMPLE_CHARACTERS) == 3 * MAX_SAMPLES
+    assert "x" * (SAMPLE_CHARACTERS + 1) not in html
+    assert f"{100_000 - EXAMPLE_CHARACTERS:,} more characters" in html
+
+
+def test_same_data_gives_the_same_page_whatever_matplotlib_is_set_to(html: str) -> None:
+    with matplotlib.rc_context({"font.size": 30.0, "svg.hashsalt": "other", "axes.grid": False}):
+        assert render_report(full_data()) == html
+    assert matplotlib.rcParams["svg.hashsalt"] != "dpo_ray"
+
+
+def test_size_does_not_grow_with_the_run() -> None:
+    small, large = (len(render_report(full_data(steps)).encode()) for steps in (500, 2_000))
+    assert large < 1_500_000
+    assert large < 1.3 * small
+
+
+def test_rows_that_are_lost_are_called_out() -> None:
+    row = {"source": "a", "split": "train", "rows_in": 10, "admitted": 6, "quarantined": 2, "duplicates": 1}
+    gained = {**row, "admitted": 8}  # one lost and one gained do not cancel out
+    assert unaccounted_rows(row) == 1
+    assert unaccounted_rows(gained) == -1
+    words = Page(render_report(dataclasses.replace(EMPTY, account=[row, gained]))).words()
+    assert "2 rows not accounted for" in words
+    assert "every row accounted for" not in words
+
+
+def test_a_row_without_a_required_field_is_refused() -> None:
+    with pytest.raises(UndefinedError, match="state"):
+        render_report(dataclasses.replace(EMPTY, stages=[{"stage": "train", "key": "k"}]))
+
+
+def test_values_that_are_not_finite_are_left_out_and_counted() -> None:
+    rows = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf}]
+    loss = training_plots(rows, [])[0]
+    assert "Left out as not finite: 2." in loss.caption
+    assert "training: 0.7 at step 1." in loss.svg
+    kl = heldout_plots({}, [1.0, math.nan])[1]
+    assert "Left out as not finite: 1." in kl.caption
+
+
+def test_far_outliers_are_counted_beyond_the_axis() -> None:
+    values = [float(i % 10) for i in range(1_000)]
+    assert "Beyond" not in heldout_plots({}, values)[1].caption
+    assert "Beyond the axis: 1." in heldout_plots({}, [*values, 1e6])[1].caption
+
+
+def test_a_step_recorded_twice_counts_once_by_its_later_record() -> None:
+    rows = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 0.5}]
+    assert "training: 0.7 at step 1, 0.5 at step 2, between 0.5 and 0.7." in training_plots(rows, [])[0].svg
+
+
+def test_running_mean_is_the_mean_of_a_centred_window() -> None:
+    values = np.array([1.0, 2.0, 6.0, 3.0])
+    np.testing.assert_allclose(running_mean(values, 3), [1.5, 3.0, 11 / 3, 4.5])
+    np.testing.assert_array_equal(running_mean(values, 1), values)
+    assert smoothing_window(10) == 1
+    assert smoothing_window(300) == 11
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0.41234, "0.4123"), (1588, "1,588"), (-0.5, "\N{MINUS SIGN}0.5"), (3.0, "3"), (True, "yes"), (None, "–"),
+    ("71.8 %", "71.8 %"), (math.nan, "not finite"), (18412.4, "18,412"), (2.5e20, "2.5e20"),
+    (-3.1e-5, "\N{MINUS SIGN}3.1e\N{MINUS SIGN}5"),
+])
+def test_numbers_are_written_for_readers(value: object, text: str) -> None:
+    assert format_number(value) == text  # pyright: ignore[reportArgumentType]
+
+
+def test_times_excerpts_and_exponents_are_written_for_readers() -> None:
+    assert [format_seconds(s) for s in (None, 0.31, 59.96, 185, 3599.7, 8040)] == [
+        "–", "0.31 s", "60 s", "3 min 05 s", "1 h 00 min", "2 h 14 min"]
+    assert excerpt("abc", 3) == "abc"
+    assert excerpt("abcd", 3) == "abc … (1 more characters)"
+    assert typographic("5e-07") == "5e\N{MINUS SIGN}7"
