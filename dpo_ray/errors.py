@@ -77,9 +77,19 @@ class InfrastructureError(DpoRayError):
 
 EXIT_CODES = {
     0: "success",
-    **{e.exit_code: (e.__doc__ or "").splitlines()[0] for e in (
-        DpoRayError, ConfigError, DataError, ArtifactError, LeaseError, AuditError, TrainError, EngineError,
-        InfrastructureError,
-    )},
+    **{
+        e.exit_code: (e.__doc__ or "").splitlines()[0]
+        for e in (
+            DpoRayError,
+            ConfigError,
+            DataError,
+            ArtifactError,
+            LeaseError,
+            AuditError,
+            TrainError,
+            EngineError,
+            InfrastructureError,
+        )
+    },
     75: "Stopped by a signal after a checkpoint; the same command goes on.",
 }

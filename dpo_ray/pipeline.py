@@ -87,15 +87,22 @@ def opened(plan: Plan) -> Finished:
     for stage in planning.STAGES:
         artifact = planning.found(plan, stage)
         if artifact is None:
-            raise ArtifactError(f"the stage `{stage}` is not done ({plan.stages[stage].reason})", where=plan.recipe.name, fix="`dpo-ray run` it first")
+            raise ArtifactError(
+                f"the stage `{stage}` is not done ({plan.stages[stage].reason})",
+                where=plan.recipe.name,
+                fix="`dpo-ray run` it first",
+            )
         artifacts[stage] = artifact
     return Finished(plan, **artifacts)
 
 
 def _need_vllm(recipe: Recipe) -> None:
     if recipe.ray.address == "local" and planning.engine_version("vllm") == "absent":
-        raise InfrastructureError("vLLM is not installed", where="reference.engine, evaluate.sample_prompts",
-                                  fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0")  # fmt: skip
+        raise InfrastructureError(
+            "vLLM is not installed",
+            where="reference.engine, evaluate.sample_prompts",
+            fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0",
+        )
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -120,10 +127,17 @@ class _Run:
         if prepared is None:
             prepared, granules = self._prepare(store)
         else:
-            with self._reporter.stage("reference", "groups", prepared.manifest.rows["train/admitted"] + prepared.manifest.rows["eval/admitted"]) as bar:
+            with self._reporter.stage(
+                "reference",
+                "groups",
+                prepared.manifest.rows["train/admitted"] + prepared.manifest.rows["eval/admitted"],
+            ) as bar:
                 granules = list(self._scored(reference_stage.groups_dataset(prepared), store, bar))
         if referenced is None:
-            figures = {name: sum(getattr(g, name) for g in granules) for name in ("scored", "found", "tokens", "cached_tokens", "seconds")}
+            figures = {
+                name: sum(getattr(g, name) for g in granules)
+                for name in ("scored", "found", "tokens", "cached_tokens", "seconds")
+            }
             referenced = reference_stage.join(prepared, store, self._begin("reference"), provenance, figures)
         return prepared, referenced
 
@@ -135,33 +149,53 @@ class _Run:
             granules = list(self._scored(rows, store, bar))
         artifact = prepare_stage.finish(staging, self.plan.shards, provenance)
         for split in ("train", "eval"):
-            counts = [f"{artifact.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}" for what in ("rows_in", "admitted", "quarantined", "duplicates")]
+            counts = [
+                f"{artifact.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}"
+                for what in ("rows_in", "admitted", "quarantined", "duplicates")
+            ]
             self._reporter.say(f"prepare, {split} data: {', '.join(counts)}")
         return artifact, granules
 
     def _scored(self, rows: Any, store: ReferenceStore, bar: Bar) -> Iterator[reference_stage.Granule]:
         tokens = 0
         settings = self.scorer_settings(str(self._model_dir))
-        for granule in reference_stage.score(rows, store, settings, self.recipe.reference, self.plan.hardware.engine_gpus):
+        for granule in reference_stage.score(
+            rows, store, settings, self.recipe.reference, self.plan.hardware.engine_gpus
+        ):
             tokens += granule.tokens
-            bar.advance(granule.groups, f"{tokens:,} tokens scored, {granule.found} known, {granule.tokens / max(1e-9, granule.seconds):,.0f} tokens/s an engine")
+            bar.advance(
+                granule.groups,
+                f"{tokens:,} tokens scored, {granule.found} known, {granule.tokens / max(1e-9, granule.seconds):,.0f} tokens/s an engine",
+            )
             yield granule
 
     def scorer_settings(self, model_dir: str, *, extra_tokens: int = 0) -> ScorerSettings:
         """Set up an engine for this recipe's lengths; `extra_tokens` makes room for sampling."""
         r, hardware = self.recipe.reference, self.plan.hardware
         return ScorerSettings(
-            engine=r.engine, model_dir=model_dir, dtype=hardware.dtype, device=hardware.device,
-            max_length_tokens=self.recipe.data.max_length_tokens + extra_tokens, max_batched_tokens=r.max_batched_tokens,
-            gpu_memory_fraction=r.gpu_memory_fraction, share_prompt=r.share_prompt,
-        )  # fmt: skip
+            engine=r.engine,
+            model_dir=model_dir,
+            dtype=hardware.dtype,
+            device=hardware.device,
+            max_length_tokens=self.recipe.data.max_length_tokens + extra_tokens,
+            max_batched_tokens=r.max_batched_tokens,
+            gpu_memory_fraction=r.gpu_memory_fraction,
+            share_prompt=r.share_prompt,
+        )
 
     def schedule(self, prepared: Artifact, referenced: Artifact) -> Artifact:
         """Order and pack the groups."""
         if (done := planning.found(self.plan, "schedule")) is not None:
             return done
         with self._reporter.stage("schedule", "steps") as bar:
-            artifact = schedule_stage.run(prepared, referenced, self.recipe.train, self.recipe.seed, self._begin("schedule"), self._provenance("schedule"))
+            artifact = schedule_stage.run(
+                prepared,
+                referenced,
+                self.recipe.train,
+                self.recipe.seed,
+                self._begin("schedule"),
+                self._provenance("schedule"),
+            )
             bar.advance(artifact.manifest.rows["train/steps"])
         return artifact
 
@@ -173,16 +207,34 @@ class _Run:
         run_dir, steps = planning.run_storage(recipe), scheduled.manifest.rows["train/steps"]
         provenance = self._provenance("train")
         task = TrainTask(
-            model=recipe.model, config=recipe.train, dtype=plan.hardware.dtype, template=plan.template, schedule=scheduled,
-            checkpoints=run_dir.child("checkpoints", plan.resume_key), staging=self._begin("train"), inbox=train_stage.start_inbox(),
-            audit=partial(checked_audit, recipe.train.objective.beta, plan.hardware.dtype, recipe.reference.audit), audit_groups=recipe.reference.audit.groups,
-        )  # fmt: skip
+            model=recipe.model,
+            config=recipe.train,
+            dtype=plan.hardware.dtype,
+            template=plan.template,
+            schedule=scheduled,
+            checkpoints=run_dir.child("checkpoints", plan.resume_key),
+            staging=self._begin("train"),
+            inbox=train_stage.start_inbox(),
+            audit=partial(checked_audit, recipe.train.objective.beta, plan.hardware.dtype, recipe.reference.audit),
+            audit_groups=recipe.reference.audit.groups,
+        )
         with self._reporter.stage("train", "steps", steps) as bar, MetricsSinks(run_dir, recipe.trackers) as sinks:
             account = train_stage.run(task, plan.hardware.train_gpus, partial(_follow, sinks, bar))
         if (figures := account["audit"]) and not figures["passed"]:
-            self._reporter.say(f"[bold yellow]audit[/bold yellow]: out of tolerance, and reference.audit.on_drift is warn: {figures}")
-        card = model_card(recipe.name, recipe.model.path, recipe.train.objective.type, prepared.manifest.rows, account["steps"],
-                          account["final"], account["final_evaluation"], recipe_yaml(recipe), planning.versions())  # fmt: skip
+            self._reporter.say(
+                f"[bold yellow]audit[/bold yellow]: out of tolerance, and reference.audit.on_drift is warn: {figures}"
+            )
+        card = model_card(
+            recipe.name,
+            recipe.model.path,
+            recipe.train.objective.type,
+            prepared.manifest.rows,
+            account["steps"],
+            account["final"],
+            account["final_evaluation"],
+            recipe_yaml(recipe),
+            planning.versions(),
+        )
         return train_stage.commit(task, account, card, provenance)
 
     def evaluate(self, prepared: Artifact, trained: Artifact) -> Artifact:
@@ -195,8 +247,14 @@ class _Run:
             comparison = self._compared(trained, prompts, tokenizer) if prompts else None
             bar.advance(len(prompts))
             is_synthetic = all(shard.kind == "synthetic" for shard in self.plan.shards)
-            return evaluate_stage.run(trained, comparison, synthetic.true_reward if is_synthetic else None, tokenizer,
-                                      self._begin("evaluate"), provenance)  # fmt: skip
+            return evaluate_stage.run(
+                trained,
+                comparison,
+                synthetic.true_reward if is_synthetic else None,
+                tokenizer,
+                self._begin("evaluate"),
+                provenance,
+            )
 
     def _compared(self, trained: Artifact, prompts: list[list[int]], tokenizer: Any) -> Comparison:
         e, r = self.recipe.evaluate, self.recipe.reference
@@ -242,8 +300,11 @@ def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, float]) -> None:
         return
     sinks.write(row)
     heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""
-    bar.advance(1, f"loss {row['loss']:.4f}, margin {row['rewards/margins']:+.3f}, accuracy {row['rewards/accuracies']:.2f}{heldout}, "
-                   f"{row['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    bar.advance(
+        1,
+        f"loss {row['loss']:.4f}, margin {row['rewards/margins']:+.3f}, accuracy {row['rewards/accuracies']:.2f}{heldout}, "
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+    )
 
 
 def _cache_dir(artifact: Artifact) -> Any:

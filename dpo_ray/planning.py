@@ -20,7 +20,13 @@ from dpo_ray.models.load import context_tokens, is_hub_name, model_directory, mo
 from dpo_ray.reference.store import Numerics
 
 STAGES = ("prepare", "reference", "schedule", "train", "evaluate")
-INPUTS = {"prepare": (), "reference": ("prepare",), "schedule": ("prepare", "reference"), "train": ("schedule",), "evaluate": ("prepare", "train")}
+INPUTS = {
+    "prepare": (),
+    "reference": ("prepare",),
+    "schedule": ("prepare", "reference"),
+    "train": ("schedule",),
+    "evaluate": ("prepare", "train"),
+}
 VERSIONS = {"prepare": 1, "reference": 1, "schedule": 1, "train": 1, "evaluate": 1}
 """Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
@@ -78,7 +84,9 @@ def artifact_store(recipe: Recipe) -> ArtifactStore:
 
 def reference_root(recipe: Recipe) -> Storage:
     """Name the reference store: reference.store, or OUTPUT/reference-store."""
-    return Storage(recipe.reference.store) if recipe.reference.store else Storage(recipe.output).child("reference-store")
+    return (
+        Storage(recipe.reference.store) if recipe.reference.store else Storage(recipe.output).child("reference-store")
+    )
 
 
 def versions() -> dict[str, str]:
@@ -102,7 +110,9 @@ def hardware(recipe: Recipe) -> Hardware:
     """Decide device and type: as the recipe says, else by whether this machine has CUDA."""
     gpu_here = 1.0 if torch.cuda.is_available() else 0.0
     train_gpus = recipe.train.gpus_per_worker if recipe.train.gpus_per_worker is not None else gpu_here
-    engine_gpus = recipe.reference.gpus_per_replica if recipe.reference.gpus_per_replica is not None else float(train_gpus > 0)
+    engine_gpus = (
+        recipe.reference.gpus_per_replica if recipe.reference.gpus_per_replica is not None else float(train_gpus > 0)
+    )
     device = "cuda" if train_gpus else "cpu"
     dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bfloat16" if train_gpus else "float32")
     return Hardware(device, train_gpus, engine_gpus, dtype)
@@ -119,19 +129,29 @@ def preflight(recipe: Recipe) -> tuple[tuple[Shard, ...], str]:
     """
     shards = (*list_shards("train", recipe.data.train), *list_shards("eval", recipe.data.eval))
     if recipe.evaluate.sample_prompts and not recipe.data.eval:
-        raise ConfigError("sampling takes its prompts from held-out data, and there is none", where="evaluate.sample_prompts",
-                          fix="set data.eval, or evaluate.sample_prompts=0")  # fmt: skip
+        raise ConfigError(
+            "sampling takes its prompts from held-out data, and there is none",
+            where="evaluate.sample_prompts",
+            fix="set data.eval, or evaluate.sample_prompts=0",
+        )
     directory = None if is_hub_name(recipe.model.path) else model_directory(recipe.model)
     if directory is None:
         template = recipe.data.chat_template
         if template not in ("auto", "plain"):
-            raise ConfigError("a template file needs a local model to check it with", where="data.chat_template", fix="use auto, or give model.path as a directory")
+            raise ConfigError(
+                "a template file needs a local model to check it with",
+                where="data.chat_template",
+                fix="use auto, or give model.path as a directory",
+            )
         return shards, template
     tokenizer = load_tokenizer(str(directory))
     context = context_tokens(directory)
     if context is not None and recipe.data.max_length_tokens > context:
-        raise ConfigError(f"longer than the model's context of {context} tokens", where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
-                          fix=f"set at most {context}")  # fmt: skip
+        raise ConfigError(
+            f"longer than the model's context of {context} tokens",
+            where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
+            fix=f"set at most {context}",
+        )
     return shards, resolve_template(recipe.data.chat_template, tokenizer)
 
 
@@ -163,21 +183,40 @@ def _stage_configs(
 ) -> dict[str, dict[str, Any]]:
     """Say for each stage what of the recipe its result depends on: this, with its inputs, is what its key hashes."""
     t = recipe.train
-    sources = [{"split": s.split, "format": s.row_format, "columns": s.columns.model_dump(), "digest": shard_digest(s)} for s in shards]
+    sources = [
+        {"split": s.split, "format": s.row_format, "columns": s.columns.model_dump(), "digest": shard_digest(s)}
+        for s in shards
+    ]
     return {
         "prepare": {
-            "sources": sources, "tokenizer": tokenizer_identity(recipe.model), "tokenizers": importlib.metadata.version("tokenizers"),
+            "sources": sources,
+            "tokenizer": tokenizer_identity(recipe.model),
+            "tokenizers": importlib.metadata.version("tokenizers"),
             "chat_template": template if template in ("auto", "plain") else digest(template),
             **recipe.data.model_dump(include={"max_length_tokens", "truncation", "rows_per_part"}),
         },
         "reference": {"model": model, **numerics.tag()},
-        "schedule": {"seed": recipe.seed, **t.model_dump(include={"workers", "epochs", "steps", "groups_per_step", "tokens_per_micro_batch"})},
+        "schedule": {
+            "seed": recipe.seed,
+            **t.model_dump(include={"workers", "epochs", "steps", "groups_per_step", "tokens_per_micro_batch"}),
+        },
         "train": {
-            "model": model, "dtype": where.dtype, "device": where.device,
-            **t.model_dump(mode="json", include={"objective", "optimizer", "activation_checkpointing", "logprob_chunk_tokens", "eval_every_steps"}),
+            "model": model,
+            "dtype": where.dtype,
+            "device": where.device,
+            **t.model_dump(
+                mode="json",
+                include={
+                    "objective",
+                    "optimizer",
+                    "activation_checkpointing",
+                    "logprob_chunk_tokens",
+                    "eval_every_steps",
+                },
+            ),
         },
         "evaluate": {"seed": recipe.seed, **recipe.evaluate.model_dump(exclude={"shown_samples"})},
-    }  # fmt: skip
+    }
 
 
 def _state(
@@ -198,9 +237,15 @@ def _state(
 def _differences(before: Any, now: Any, path: str) -> list[str]:
     """Name the values that differ, by their path in the stage's configuration."""
     if isinstance(before, dict) and isinstance(now, dict):
-        return [line for k in sorted({*before, *now}) for line in _differences(before.get(k), now.get(k), f"{path}.{k}")]
+        return [
+            line for k in sorted({*before, *now}) for line in _differences(before.get(k), now.get(k), f"{path}.{k}")
+        ]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [line for i, (b, n) in enumerate(zip(before, now, strict=True)) for line in _differences(b, n, f"{path}[{i}]")]
+        return [
+            line
+            for i, (b, n) in enumerate(zip(before, now, strict=True))
+            for line in _differences(b, n, f"{path}[{i}]")
+        ]
     if before == now:
         return []
     if isinstance(before, list) or isinstance(now, list):

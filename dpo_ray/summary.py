@@ -67,20 +67,55 @@ def print_comparison(run: Finished, console: Console) -> None:
 
 def comparison(run: Finished) -> list[tuple[str, str, str]]:
     """List (measure, reference, policy) in words that need no training."""
-    sampled, heldout = run.evaluate.manifest.figures.get("samples", {}), run.evaluate.manifest.figures.get("heldout", {})
+    sampled, heldout = (
+        run.evaluate.manifest.figures.get("samples", {}),
+        run.evaluate.manifest.figures.get("heldout", {}),
+    )
     rows: list[tuple[str, str, str]] = []
     if "policy_true_reward" in sampled:
-        rows.append(("true reward of sampled completions", f"{sampled['reference_true_reward']:+.2f}", f"{sampled['policy_true_reward']:+.2f}"))
+        rows.append(
+            (
+                "true reward of sampled completions",
+                f"{sampled['reference_true_reward']:+.2f}",
+                f"{sampled['policy_true_reward']:+.2f}",
+            )
+        )
         gain, error = sampled["true_reward_gain"], sampled["true_reward_gain_standard_error"]
-        rows.append(("  gain (in the reference's standard deviations)", "", f"{gain:+.2f} ± {error:.2f} ({sampled['true_reward_gain_in_sd']:+.1f} sd)"))
+        rows.append(
+            (
+                "  gain (in the reference's standard deviations)",
+                "",
+                f"{gain:+.2f} ± {error:.2f} ({sampled['true_reward_gain_in_sd']:+.1f} sd)",
+            )
+        )
     if heldout:
-        rows.append(("held-out pairs whose better completion is preferred", "", f"{heldout['rewards/accuracies']:.1%} ± {heldout['accuracy_standard_error']:.1%}"))
+        rows.append(
+            (
+                "held-out pairs whose better completion is preferred",
+                "",
+                f"{heldout['rewards/accuracies']:.1%} ± {heldout['accuracy_standard_error']:.1%}",
+            )
+        )
         rows.append(("  what preferring the longer one would get", f"{heldout['longer_wins']:.1%}", ""))
         rows.append(("held-out reward margin", "0", f"{heldout['rewards/margins']:+.3f}"))
     if sampled:
-        rows.append(("distance from the reference (KL, nats a completion)", "0", f"{sampled['kl']:.2f} ± {sampled['kl_standard_error']:.2f}"))
-        rows.append(("tokens of a sampled completion", f"{sampled['reference_tokens']:.1f}", f"{sampled['policy_tokens']:.1f}"))
-        rows.append(("completions that end by themselves", f"{sampled['reference_ended']:.0%}", f"{sampled['policy_ended']:.0%}"))
+        rows.append(
+            (
+                "distance from the reference (KL, nats a completion)",
+                "0",
+                f"{sampled['kl']:.2f} ± {sampled['kl_standard_error']:.2f}",
+            )
+        )
+        rows.append(
+            ("tokens of a sampled completion", f"{sampled['reference_tokens']:.1f}", f"{sampled['policy_tokens']:.1f}")
+        )
+        rows.append(
+            (
+                "completions that end by themselves",
+                f"{sampled['reference_ended']:.0%}",
+                f"{sampled['policy_ended']:.0%}",
+            )
+        )
     return rows
 
 
@@ -95,10 +130,18 @@ def report_data(run: Finished) -> ReportData:
     """Gather the report from the committed artifacts alone, so that it can be written again at any time."""
     recipe, trained, evaluated = run.plan.recipe, run.train.manifest.figures, run.evaluate.manifest.figures
     metrics = [json.loads(text) for text in run.train.read_bytes("metrics.jsonl").splitlines()]
-    evaluations = [{"step": m["step"], **{k: v for k, v in m.items() if k.startswith("eval_")}} for m in metrics if "eval_loss" in m]
+    evaluations = [
+        {"step": m["step"], **{k: v for k, v in m.items() if k.startswith("eval_")}}
+        for m in metrics
+        if "eval_loss" in m
+    ]
     if not evaluations and trained["final_evaluation"]:
         evaluations = [{"step": trained["steps"], **trained["final_evaluation"]}]
-    samples = [json.loads(text) for text in run.evaluate.read_bytes("samples.jsonl").splitlines()] if "samples.jsonl" in run.evaluate.names() else []
+    samples = (
+        [json.loads(text) for text in run.evaluate.read_bytes("samples.jsonl").splitlines()]
+        if "samples.jsonl" in run.evaluate.names()
+        else []
+    )
     heldout = read_table(run.train, "heldout.parquet").to_pydict() if "heldout.parquet" in run.train.names() else {}
     rows = run.prepare.manifest.rows
     return ReportData(
@@ -113,7 +156,10 @@ def report_data(run: Finished) -> ReportData:
         heldout_rewards={"chosen": heldout.get("reward_chosen", []), "rejected": heldout.get("reward_rejected", [])},
         kl_per_sample=[s["kl"] for s in samples],
         lengths=_lengths(run.prepare),
-        account=[{k: a[k] for k in ("source", "split", "rows_in", "admitted", "quarantined", "duplicates")} for a in run.prepare.manifest.figures["accounts"]],
+        account=[
+            {k: a[k] for k in ("source", "split", "rows_in", "admitted", "quarantined", "duplicates")}
+            for a in run.prepare.manifest.figures["accounts"]
+        ],
         reasons=_reasons(run.prepare),
         audit=trained["audit"] or {},
         audit_note="" if trained["audit"] else "reference.audit.groups is 0",
@@ -129,13 +175,31 @@ def _headline(rows: dict[str, int], trained: dict[str, Any], evaluated: dict[str
     heldout, sampled = evaluated.get("heldout", {}), evaluated.get("samples", {})
     tiles = [Tile("final loss", trained["final"].get("loss", float("nan")), f"step {trained['steps']:,}")]
     if heldout:
-        tiles.append(Tile("held-out accuracy", f"{heldout['rewards/accuracies']:.1%}", f"± {heldout['accuracy_standard_error']:.1%}, {heldout['pairs']:.0f} pairs"))
+        tiles.append(
+            Tile(
+                "held-out accuracy",
+                f"{heldout['rewards/accuracies']:.1%}",
+                f"± {heldout['accuracy_standard_error']:.1%}, {heldout['pairs']:.0f} pairs",
+            )
+        )
         tiles.append(Tile("held-out margin", f"{heldout['rewards/margins']:+.3f}", "reward of chosen minus rejected"))
     if "policy_true_reward" in sampled:
-        tiles.append(Tile("true reward", f"{sampled['reference_true_reward']:+.2f} → {sampled['policy_true_reward']:+.2f}", "reference → policy"))
+        tiles.append(
+            Tile(
+                "true reward",
+                f"{sampled['reference_true_reward']:+.2f} → {sampled['policy_true_reward']:+.2f}",
+                "reference → policy",
+            )
+        )
     if sampled:
         tiles.append(Tile("KL", f"{sampled['kl']:.2f}", "nats a completion, to the reference"))
-    tiles.append(Tile("rows", f"{rows['train/rows_in']:,}", f"{rows['train/admitted']:,} admitted, {rows['train/quarantined']:,} quarantined, {rows['train/duplicates']:,} duplicates"))
+    tiles.append(
+        Tile(
+            "rows",
+            f"{rows['train/rows_in']:,}",
+            f"{rows['train/admitted']:,} admitted, {rows['train/quarantined']:,} quarantined, {rows['train/duplicates']:,} duplicates",
+        )
+    )
     return tiles
 
 
@@ -156,14 +220,30 @@ def _reasons(prepared: Artifact) -> list[dict[str, Any]]:
     for account in prepared.manifest.figures["accounts"]:
         counts.update(account["reasons"])
     examples = quarantine_examples(prepared)
-    return [{"reason": reason, "meaning": REASONS[reason], "rows": count, "example": examples[reason][0]["sample"]} for reason, count in counts.most_common()]
+    return [
+        {"reason": reason, "meaning": REASONS[reason], "rows": count, "example": examples[reason][0]["sample"]}
+        for reason, count in counts.most_common()
+    ]
 
 
 def _stage(artifact: Artifact) -> dict[str, Any]:
     manifest = artifact.manifest
-    rows = {"prepare": "train/rows_in", "reference": "groups", "schedule": "train/steps", "train": "steps", "evaluate": "samples"}[manifest.stage]
+    rows = {
+        "prepare": "train/rows_in",
+        "reference": "groups",
+        "schedule": "train/steps",
+        "train": "steps",
+        "evaluate": "samples",
+    }[manifest.stage]
     note = ""
     if manifest.stage == "reference":
         f = manifest.figures
         note = f"{f['scored']:,} sequences scored, {f['found']:,} already known, {f['cached_tokens']:,} of {f['tokens']:,} tokens from the prompt cache"
-    return {"stage": manifest.stage, "key": manifest.key, "state": "committed", "seconds": manifest.seconds, "rows": manifest.rows.get(rows, 0), "note": note}
+    return {
+        "stage": manifest.stage,
+        "key": manifest.key,
+        "state": "committed",
+        "seconds": manifest.seconds,
+        "rows": manifest.rows.get(rows, 0),
+        "note": note,
+    }

@@ -72,13 +72,9 @@ class Artifact:
         several workers of a machine may share the cache.
         """
         prefix = prefix.rstrip("/")
-        entries = [
-            entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")
-        ]
+        entries = [entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")]
         if not entries:
-            raise ArtifactError(
-                f"the manifest lists no files below {prefix!r}", where=self.storage.uri, fix=_RERUN
-            )
+            raise ArtifactError(f"the manifest lists no files below {prefix!r}", where=self.storage.uri, fix=_RERUN)
         if self.storage.is_local:
             for entry in entries:
                 self._check_size(entry)
@@ -95,9 +91,7 @@ class Artifact:
         Raises ArtifactError that names the file and says what to do.
         """
         if read_manifest(self.storage) != self.manifest:
-            raise ArtifactError(
-                "the manifest is not the one that was opened", where=self.storage.uri, fix=_RERUN
-            )
+            raise ArtifactError("the manifest is not the one that was opened", where=self.storage.uri, fix=_RERUN)
         sizes = self.storage.file_sizes()
         for entry in self.manifest.files:
             if entry.path not in sizes:
@@ -147,9 +141,7 @@ class Artifact:
         return sha256.hexdigest()
 
     def _damaged(self, entry: FileEntry, what: str) -> ArtifactError:
-        return ArtifactError(
-            f"the file {entry.name!r} {what}", where=self.storage.full_path(entry.path), fix=_RERUN
-        )
+        return ArtifactError(f"the file {entry.name!r} {what}", where=self.storage.full_path(entry.path), fix=_RERUN)
 
 
 _RERUN = "delete the artifact's directory; its stage runs again"

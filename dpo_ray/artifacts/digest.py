@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-KEY_HEX_CHARACTERS = (
-    20  # 80 bits: no accidental collision among all the artifacts that anybody will ever have
-)
+KEY_HEX_CHARACTERS = 20  # 80 bits: no accidental collision among all the artifacts that anybody will ever have
 
 
 def canonical_json(value: Any) -> bytes:

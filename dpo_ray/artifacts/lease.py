@@ -61,9 +61,7 @@ class Lease:
             if self._take(highest + 1):
                 self._start()
                 return self
-        raise LeaseError(
-            "other drivers take the lease again and again", where=self.storage.uri, fix="run one of them"
-        )
+        raise LeaseError("other drivers take the lease again and again", where=self.storage.uri, fix="run one of them")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -79,9 +77,7 @@ class Lease:
             if not self.lost:
                 self._remove_older()
         except (DpoRayError, OSError) as failure:  # the work is done; the lease runs out by itself
-            logger.warning(
-                "the lease could not be released and runs out in %g s: %s", self.ttl_seconds, failure
-            )
+            logger.warning("the lease could not be released and runs out in %g s: %s", self.ttl_seconds, failure)
         self._pid = 0
 
     def check(self) -> None:

@@ -41,9 +41,7 @@ def fault_in_name(name: str) -> str:
 def checked_name(name: str, where: str = "") -> str:
     """Return the name, or raise ArtifactError where it could lead out of its directory."""
     if fault := fault_in_name(name):
-        raise ArtifactError(
-            f"the name {name!r} {fault}", where=where, fix="use a plain relative name like a/b.parquet"
-        )
+        raise ArtifactError(f"the name {name!r} {fault}", where=where, fix="use a plain relative name like a/b.parquet")
     return name
 
 
@@ -59,7 +57,5 @@ def artifact_name(stage: str, key: str) -> str:
 def checked_run(run: str) -> str:
     """Return the run's name, or raise ArtifactError where it cannot be a directory's name."""
     if not _RUN.fullmatch(run):
-        raise ArtifactError(
-            f"the run name {run!r} is not letters, digits, '.', '_' and '-', a letter or digit first"
-        )
+        raise ArtifactError(f"the run name {run!r} is not letters, digits, '.', '_' and '-', a letter or digit first")
     return run

@@ -22,7 +22,9 @@ class Provenance:
     versions: dict[str, str]
     began_monotonic_seconds: float = field(default_factory=time.monotonic)
 
-    def commit(self, staging: Staging, files: Iterable[FileEntry], *, rows: dict[str, int], figures: dict[str, Any]) -> Artifact:
+    def commit(
+        self, staging: Staging, files: Iterable[FileEntry], *, rows: dict[str, int], figures: dict[str, Any]
+    ) -> Artifact:
         """Commit a staging place with this provenance."""
         return staging.commit(
             files,

@@ -127,9 +127,7 @@ class Staging:
         except FileExistsError:
             winner = find_artifact(self.root, self.stage, self.key)
             if winner is None:
-                raise ArtifactError(
-                    "the manifest came and went", where=home.uri, fix="run the command again"
-                ) from None
+                raise ArtifactError("the manifest came and went", where=home.uri, fix="run the command again") from None
             # It may be ours: a request whose answer was lost is sent again, and then refused.
             if winner.manifest.attempt != self.attempt:
                 self.abandon()

@@ -66,9 +66,7 @@ class Storage:
     def local_path(self, name: str = "") -> Path:
         """Return a path for libraries that need one. Raises ArtifactError on an object store."""
         if not isinstance(self._place, Disk):
-            raise ArtifactError(
-                "an object store has no local paths", where=self.uri, fix="download the file first"
-            )
+            raise ArtifactError("an object store has no local paths", where=self.uri, fix="download the file first")
         return self._place.path(self._optional(name))
 
     def full_path(self, name: str = "") -> str:

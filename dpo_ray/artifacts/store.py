@@ -22,9 +22,7 @@ __all__ = ["Artifact", "ArtifactStore", "Staging"]
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPT = re.compile(
-    r"(?P<stage>[a-z][a-z0-9_-]*)-(?P<key>[A-Za-z0-9_]+)\.(?P<attempt>[0-9a-f]+-[0-9a-f]+)(\.json)?"
-)
+_ATTEMPT = re.compile(r"(?P<stage>[a-z][a-z0-9_-]*)-(?P<key>[A-Za-z0-9_]+)\.(?P<attempt>[0-9a-f]+-[0-9a-f]+)(\.json)?")
 
 
 class ArtifactStore:
@@ -71,9 +69,7 @@ class ArtifactStore:
         place = f"{STAGING_NAME}/{checked_run(run)}"
         below = {name.removeprefix(f"{place}/").partition("/")[0] for name in self.root.list_files(place)}
         below.update(self.root.list_dirs(place))
-        attempts = {
-            match.group("stage", "key", "attempt") for name in below if (match := _ATTEMPT.fullmatch(name))
-        }
+        attempts = {match.group("stage", "key", "attempt") for name in below if (match := _ATTEMPT.fullmatch(name))}
         swept = 0
         for stage, key, attempt in sorted(attempts):
             if not self._is_alive(f"{place}/{stage}-{key}.{attempt}.json"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 
@@ -41,17 +41,38 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     options: dict = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if recipe.ray.address == "local":
         os.environ.pop("RAY_ADDRESS", None)
-        options |= {"num_cpus": local_cpus(recipe), "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        options |= {
+            "num_cpus": local_cpus(recipe),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
     else:
         options |= {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
     try:
-        ray.init(recipe.ray.address, **options)
+        with nullcontext() if verbose else _silent_stderr():
+            ray.init(recipe.ray.address, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise InfrastructureError(f"Ray does not answer: {str(error).strip().splitlines()[0]}", where=f"ray.address={recipe.ray.address}",
-                                  fix="check the address, that the cluster runs this Ray version, and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)") from error  # fmt: skip
+        raise InfrastructureError(
+            f"Ray does not answer: {str(error).strip().splitlines()[0]}",
+            where=f"ray.address={recipe.ray.address}",
+            fix="check the address, that the cluster runs this Ray version, and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)",
+        ) from error
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Hide what Ray's C++ side writes while it starts (that it obeys RAY_BACKEND_LOG_LEVEL); errors are raised, not written."""
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

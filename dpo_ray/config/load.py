@@ -33,7 +33,9 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -64,18 +66,26 @@ def read_recipe_values(path: Path) -> dict[str, Any]:
     """
     where = str(path)
     if not path.exists():
-        raise ConfigError("no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented one to begin with")
+        raise ConfigError(
+            "no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented one to begin with"
+        )
     if path.is_dir():
         raise ConfigError("this is a directory, not a recipe", where=where, fix="name the YAML file in it")
     if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise ConfigError(f"larger than {MAX_RECIPE_BYTES} bytes", where=where, fix="a recipe is a page of YAML; is this data?")
+        raise ConfigError(
+            f"larger than {MAX_RECIPE_BYTES} bytes", where=where, fix="a recipe is a page of YAML; is this data?"
+        )
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"), where)
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text (byte {error.start})", where=where, fix="save the file as UTF-8") from None
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(f"a recipe is a mapping of sections, this is {kind}", where=where, fix="begin with `name:`, `model:`, `data:`")
+        raise ConfigError(
+            f"a recipe is a mapping of sections, this is {kind}",
+            where=where,
+            fix="begin with `name:`, `model:`, `data:`",
+        )
     return values
 
 
@@ -90,13 +100,19 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         key, sign, text = override.partition("=")
         parts = key.strip().split(".")
         if not sign or not all(parts):
-            raise ConfigError(f"`{override}` is not KEY.PATH=VALUE", where="command line", fix="for example train.objective.beta=0.1")
+            raise ConfigError(
+                f"`{override}` is not KEY.PATH=VALUE", where="command line", fix="for example train.objective.beta=0.1"
+            )
         section = result
         for depth, part in enumerate(parts[:-1]):
             below = section.setdefault(part, {})
             if not isinstance(below, dict):
                 place = ".".join(parts[: depth + 1])
-                raise ConfigError(f"`{place}` is {below!r}, not a section", where=f"command line, {key}", fix=f"set {place}=... as a whole")
+                raise ConfigError(
+                    f"`{place}` is {below!r}, not a section",
+                    where=f"command line, {key}",
+                    fix=f"set {place}=... as a whole",
+                )
             section = below
         section[parts[-1]] = _parse_yaml(text, f"command line, {key}")
     return result
@@ -118,7 +134,9 @@ def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors(include_url=False)]
         many = f"{len(lines)} fields are wrong:\n    " + "\n    ".join(lines)
-        raise ConfigError(lines[0] if len(lines) == 1 else many, where=where, fix="`dpo-ray schema` lists every field") from None
+        raise ConfigError(
+            lines[0] if len(lines) == 1 else many, where=where, fix="`dpo-ray schema` lists every field"
+        ) from None
 
 
 def _explain(problem: Any) -> str:
@@ -158,7 +176,11 @@ def _walk(loc: tuple[Any, ...]) -> tuple[type[BaseModel] | None, list[str]]:
         field = owner.model_fields.get(part) if owner and isinstance(part, str) else None
         if field is not None:
             models = _models_in(field.annotation)
-    owner = next((m for m in models if _is_model(m) and path and path[-1] not in m.model_fields), owner) if len(path) > 1 else owner
+    owner = (
+        next((m for m in models if _is_model(m) and path and path[-1] not in m.model_fields), owner)
+        if len(path) > 1
+        else owner
+    )
     return owner, path
 
 

@@ -30,7 +30,7 @@ REASONS: dict[str, str] = {
 SAMPLE_CHARACTERS = 200
 
 
-class Rejected(Exception):  # noqa: N818 - not an error of the program: the row's fate
+class Rejected(Exception):
     """Carry the reason code and the detail of one row that is not admitted."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

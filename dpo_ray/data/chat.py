@@ -24,11 +24,17 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no usable tokenizer: {str(error).splitlines()[0]}", where=f"model.path={model_dir}",
-                          fix="put tokenizer.json and tokenizer_config.json beside the weights") from None  # fmt: skip
+        raise ConfigError(
+            f"no usable tokenizer: {str(error).splitlines()[0]}",
+            where=f"model.path={model_dir}",
+            fix="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no eos_token", where=f"model.path={model_dir}",
-                          fix="set eos_token in tokenizer_config.json: completions end with it")  # fmt: skip
+        raise ConfigError(
+            "the tokenizer has no eos_token",
+            where=f"model.path={model_dir}",
+            fix="set eos_token in tokenizer_config.json: completions end with it",
+        )
     return tokenizer
 
 
@@ -42,18 +48,26 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return PLAIN
     if choice == "auto":
         if not isinstance(tokenizer.chat_template, str):
-            raise ConfigError("the tokenizer has no chat template", where="data.chat_template=auto",
-                              fix="set data.chat_template=plain for bare text, or the path of a Jinja template")  # fmt: skip
+            raise ConfigError(
+                "the tokenizer has no chat template",
+                where="data.chat_template=auto",
+                fix="set data.chat_template=plain for bare text, or the path of a Jinja template",
+            )
         return tokenizer.chat_template
     path = Path(choice)
     if not path.is_file():
-        raise ConfigError("no such template file", where=f"data.chat_template={choice}", fix="allowed: auto, plain, or a file's path")
+        raise ConfigError(
+            "no such template file", where=f"data.chat_template={choice}", fix="allowed: auto, plain, or a file's path"
+        )
     text = path.read_text(encoding="utf-8")
     try:
         jinja2.Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701 - parsed only, never rendered
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"not a valid template: {error.message} (line {error.lineno})", where=f"data.chat_template={choice}",
-                          fix="correct the template") from None  # fmt: skip
+        raise ConfigError(
+            f"not a valid template: {error.message} (line {error.lineno})",
+            where=f"data.chat_template={choice}",
+            fix="correct the template",
+        ) from None
     return text
 
 
@@ -79,7 +93,9 @@ def render(group: TextGroup, template: str, tokenizer: PreTrainedTokenizerBase) 
     return prompt, wholes
 
 
-def _apply(messages: Conversation, template: str, tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+def _apply(
+    messages: Conversation, template: str, tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
+) -> str:
     try:  # transformers renders in Jinja's immutable sandbox
         text = tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt

@@ -47,7 +47,9 @@ def text_group(row: Mapping[str, Any], row_format: RowFormat, columns: Columns) 
     match row_format:
         case "text":
             _require(has_prompt, "MISSING_PROMPT", f"no column `{columns.prompt}`")
-            group = TextGroup(_text(prompt, columns.prompt), (_text(chosen, "chosen"), _text(rejected, "rejected")), (1.0, 0.0))
+            group = TextGroup(
+                _text(prompt, columns.prompt), (_text(chosen, "chosen"), _text(rejected, "rejected")), (1.0, 0.0)
+            )
         case "messages":
             _require(has_prompt, "MISSING_PROMPT", f"no column `{columns.prompt}`")
             group = _message_group(_conversation(prompt, "prompt"), chosen, rejected)
@@ -152,10 +154,8 @@ def _hh_group(chosen: str, rejected: str) -> TextGroup:
 
 
 def _hh_messages(prompt: str) -> Conversation:
-    messages = []
-    for turn in prompt.removesuffix(ASSISTANT).replace(HUMAN, "\x00u").replace(ASSISTANT, "\x00a").split("\x00")[1:]:
-        messages.append({"role": "user" if turn[0] == "u" else "assistant", "content": turn[1:].strip()})
-    return tuple(messages)
+    turns = prompt.removesuffix(ASSISTANT).replace(HUMAN, "\x00u").replace(ASSISTANT, "\x00a").split("\x00")[1:]
+    return tuple({"role": "user" if t[0] == "u" else "assistant", "content": t[1:].strip()} for t in turns)
 
 
 def _implicit_text(chosen: str, rejected: str) -> TextGroup:

@@ -52,9 +52,17 @@ def list_shards(split: Literal["train", "eval"], sources: Sequence[Source]) -> l
         match source:
             case FilesSource():
                 for path in [source.path] if isinstance(source.path, str) else source.path:
-                    found += [(PurePosixPath(f).name, _kind(f), f, source.format, source.columns) for f in _expand(path, split)]
+                    found += [
+                        (PurePosixPath(f).name, _kind(f), f, source.format, source.columns)
+                        for f in _expand(path, split)
+                    ]
             case HubSource():
-                what = {"name": source.name, "subset": source.subset, "split": source.split, "revision": source.revision}
+                what = {
+                    "name": source.name,
+                    "subset": source.subset,
+                    "split": source.split,
+                    "revision": source.revision,
+                }
                 found.append((f"{source.name}[{source.split}]", "hub", json.dumps(what), source.format, source.columns))
             case SyntheticSource():
                 what = {"pairs": source.pairs, "seed": source.seed}
@@ -68,15 +76,25 @@ def _expand(path: str, split: str) -> list[str]:
         fs, root = fsspec.core.url_to_fs(path)
         protocol = "" if "file" in _protocols(fs) else path.split("://", 1)[0] + "://"
         if fs.isdir(root):
-            matched = [f for f in fs.find(root) if f.endswith(KNOWN_SUFFIXES) and not PurePosixPath(f).name.startswith((".", "_"))]
+            matched = [
+                f
+                for f in fs.find(root)
+                if f.endswith(KNOWN_SUFFIXES) and not PurePosixPath(f).name.startswith((".", "_"))
+            ]
         else:
             matched = [f for f in fs.glob(root) if fs.isfile(f)]
     except ImportError as error:
-        raise InfrastructureError(str(error), where=where, fix="install the extra: pip install 'dpo-ray[s3]' or 'dpo-ray[gs]'") from None
+        raise InfrastructureError(
+            str(error), where=where, fix="install the extra: pip install 'dpo-ray[s3]' or 'dpo-ray[gs]'"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot be listed: {error}", where=where, fix="check the path, the network and your credentials") from None
+        raise ConfigError(
+            f"cannot be listed: {error}", where=where, fix="check the path, the network and your credentials"
+        ) from None
     if not matched:
-        raise ConfigError("no file matches", where=where, fix=f"name a file, a glob or a directory of {', '.join(KNOWN_SUFFIXES)}")
+        raise ConfigError(
+            "no file matches", where=where, fix=f"name a file, a glob or a directory of {', '.join(KNOWN_SUFFIXES)}"
+        )
     return [protocol + str(f) for f in sorted(matched)]
 
 
@@ -113,7 +131,7 @@ def read_rows(shard: Shard) -> Iterator[tuple[int, Any]]:
     """
     ordinal = -1
     try:
-        for ordinal, row in enumerate(_rows(shard)):  # noqa: B007 - used after the loop
+        for ordinal, row in enumerate(_rows(shard)):
             yield ordinal, row
     except (OSError, EOFError, pa.ArrowException, ValueError, KeyError) as error:
         yield ordinal + 1, Rejected("SHARD_UNREADABLE", f"{type(error).__name__}: {error}"[:300])
@@ -145,7 +163,9 @@ def _hub_rows(what: dict[str, Any]) -> Iterable[Any]:
     try:
         return datasets.load_dataset(what["name"], what["subset"], split=what["split"], revision=what["revision"])
     except Exception as error:  # the hub's client raises many kinds; all mean that the data cannot be had
-        raise DataError(f"cannot be loaded: {error}", where=f"hub:{what['name']}", fix="check name, split, network and HF_TOKEN") from error
+        raise DataError(
+            f"cannot be loaded: {error}", where=f"hub:{what['name']}", fix="check name, split, network and HF_TOKEN"
+        ) from error
 
 
 def _decompressed(raw: BinaryIO, location: str) -> Any:

@@ -46,8 +46,13 @@ def tokenized(shards: Sequence[Shard], task: PrepareTask) -> ray.data.Dataset:
     come. Nothing runs until it is consumed. A task that runs twice writes the same names with the same bytes.
     """
     by_index = ray.data.from_items([{"shard": i} for i in range(len(shards))], override_num_blocks=len(shards))
-    return by_index.map_batches(_prepare_shards, batch_size=1, batch_format="pyarrow", num_cpus=1,
-                                fn_kwargs={"shards": tuple(shards), "task": task})  # fmt: skip
+    return by_index.map_batches(
+        _prepare_shards,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        fn_kwargs={"shards": tuple(shards), "task": task},
+    )
 
 
 def _prepare_shards(batch: pa.Table, shards: Sequence[Shard], task: PrepareTask) -> Iterator[pa.Table]:
@@ -71,8 +76,15 @@ def prepare_shard(shard: Shard, task: PrepareTask) -> Iterator[pa.Table]:
         rows_in, admitted = rows_in + len(rows), admitted + len(table)
         reasons.update(row["reason"] for row in quarantined)
         yield table.append_column("split", pa.array([shard.split] * len(table), pa.string()))
-    account = {"split": shard.split, "index": shard.index, "source": shard.name, "rows_in": rows_in, "admitted": admitted,
-               "reasons": dict(reasons), "entries": entries}  # fmt: skip
+    account = {
+        "split": shard.split,
+        "index": shard.index,
+        "source": shard.name,
+        "rows_in": rows_in,
+        "admitted": admitted,
+        "reasons": dict(reasons),
+        "entries": entries,
+    }
     task.staging.write(_account_name(shard), json.dumps(account).encode())
     if not entries:  # an empty shard must still yield a block with the schema
         yield TOKENS.append(pa.field("split", pa.string())).empty_table()
@@ -93,19 +105,31 @@ def _batched(rows: Iterator[tuple[int, Any]], size: int) -> Iterator[list[tuple[
         yield batch
 
 
-def _split(rows: Sequence[tuple[int, Any]], shard: Shard, task: PrepareTask) -> tuple[list[TokenGroup], list[dict[str, Any]]]:
+def _split(
+    rows: Sequence[tuple[int, Any]], shard: Shard, task: PrepareTask
+) -> tuple[list[TokenGroup], list[dict[str, Any]]]:
     """Tokenize a part's rows; return the sound groups, and a quarantine row for each of the others."""
     config = task.config
     texts = [_text_group(row, shard) for _, row in rows]
-    results = tokenize_groups(texts, _tokenizer(task.tokenizer_dir), task.template, config.max_length_tokens, config.truncation)
+    results = tokenize_groups(
+        texts, _tokenizer(task.tokenizer_dir), task.template, config.max_length_tokens, config.truncation
+    )
     groups, quarantined = [], []
     for (ordinal, row), result in zip(rows, results, strict=True):
         if isinstance(result, TokenGroup):
             groups.append(result)
         else:
             sample = result.detail if isinstance(row, Rejected) else row
-            quarantined.append({"reason": result.reason, "detail": result.detail, "split": shard.split, "source": shard.name,
-                                "ordinal": ordinal, "sample": sample_of(sample)})  # fmt: skip
+            quarantined.append(
+                {
+                    "reason": result.reason,
+                    "detail": result.detail,
+                    "split": shard.split,
+                    "source": shard.name,
+                    "ordinal": ordinal,
+                    "sample": sample_of(sample),
+                }
+            )
     return groups, quarantined
 
 
@@ -145,13 +169,22 @@ def finish(staging: Staging, shards: Sequence[Shard], provenance: Provenance) ->
             files += [kept] if kept.rows else []
         account["admitted"] -= account["duplicates"]
         account["quarantined"] = sum(account["reasons"].values())
-    rows = {f"{split}/{what}": sum(a[what] for a in accounts if a["split"] == split)
-            for split in SPLITS for what in ("rows_in", "admitted", "quarantined", "duplicates")}  # fmt: skip
+    rows = {
+        f"{split}/{what}": sum(a[what] for a in accounts if a["split"] == split)
+        for split in SPLITS
+        for what in ("rows_in", "admitted", "quarantined", "duplicates")
+    }
     if not rows["train/admitted"]:
         reasons = sum((Counter(a["reasons"]) for a in accounts if a["split"] == "train"), Counter())
-        listed = "; ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in reasons.most_common(5)) or "the data is empty"
-        raise DataError(f"none of {rows['train/rows_in']} training rows was admitted: {listed}", where="data.train",
-                        fix="check data.train's format and columns against the first rows of the data")  # fmt: skip
+        listed = (
+            "; ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in reasons.most_common(5))
+            or "the data is empty"
+        )
+        raise DataError(
+            f"none of {rows['train/rows_in']} training rows was admitted: {listed}",
+            where="data.train",
+            fix="check data.train's format and columns against the first rows of the data",
+        )
     return provenance.commit(staging, files, rows=rows, figures={"accounts": accounts})
 
 

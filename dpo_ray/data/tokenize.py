@@ -62,7 +62,9 @@ def tokenize_groups(
     return results
 
 
-def _rendered(group: TextGroup | Rejected, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]] | Rejected:
+def _rendered(
+    group: TextGroup | Rejected, template: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[str]] | Rejected:
     if isinstance(group, Rejected):
         return group
     try:
@@ -85,9 +87,13 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, plain: bool
 
 
 def _token_group(
-    group: TextGroup, prompt: list[int], wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase,
-    max_length_tokens: int, truncation: Truncation,
-) -> TokenGroup:  # fmt: skip
+    group: TextGroup,
+    prompt: list[int],
+    wholes: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length_tokens: int,
+    truncation: Truncation,
+) -> TokenGroup:
     if not prompt:
         raise Rejected("EMPTY_PROMPT", "the prompt has no tokens")
     if any(whole[: len(prompt)] != prompt for whole in wholes):

@@ -14,24 +14,28 @@ from dpo_ray.schedule.micro_batch import Group
 
 from .tokenize import TokenGroup
 
-TOKENS = pa.schema([
-    ("group_id", pa.binary(16)),
-    ("source", pa.string()),
-    ("prompt_ids", pa.list_(pa.int32())),
-    ("completion_ids", pa.list_(pa.list_(pa.int32()))),
-    ("scores", pa.list_(pa.float32())),
-    ("preference_probability", pa.float32()),
-    ("weight", pa.float32()),
-])  # fmt: skip
+TOKENS = pa.schema(
+    [
+        ("group_id", pa.binary(16)),
+        ("source", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.list_(pa.int32()))),
+        ("scores", pa.list_(pa.float32())),
+        ("preference_probability", pa.float32()),
+        ("weight", pa.float32()),
+    ]
+)
 
-QUARANTINE = pa.schema([
-    ("reason", pa.string()),
-    ("detail", pa.string()),
-    ("split", pa.string()),
-    ("source", pa.string()),
-    ("ordinal", pa.int64()),
-    ("sample", pa.string()),
-])  # fmt: skip
+QUARANTINE = pa.schema(
+    [
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("ordinal", pa.int64()),
+        ("sample", pa.string()),
+    ]
+)
 
 
 def tokens_table(groups: Sequence[TokenGroup], source: str) -> pa.Table:

@@ -15,7 +15,6 @@ from dpo_ray.data.tokens import read_table
 
 from .metrics import Comparison, heldout_figures, reward_figures, sample_figures
 
-
 TrueReward = Callable[[str, str], float]
 
 
@@ -31,9 +30,13 @@ def heldout_prompts(tokens: Artifact, count: int) -> list[list[int]]:
 
 
 def run(
-    trained: Artifact, comparison: Comparison | None, true_reward: TrueReward | None, tokenizer: PreTrainedTokenizerBase,
-    staging: Staging, provenance: Provenance,
-) -> Artifact:  # fmt: skip
+    trained: Artifact,
+    comparison: Comparison | None,
+    true_reward: TrueReward | None,
+    tokenizer: PreTrainedTokenizerBase,
+    staging: Staging,
+    provenance: Provenance,
+) -> Artifact:
     """Work out all figures and commit the artifact `evaluate`."""
     figures: dict[str, Any] = {}
     entries = []
@@ -43,7 +46,9 @@ def run(
         texts = sample_rows(comparison, tokenizer, true_reward)
         figures["samples"] = sample_figures(comparison)
         if true_reward is not None:
-            figures["samples"] |= reward_figures([t["policy_score"] for t in texts], [t["reference_score"] for t in texts])
+            figures["samples"] |= reward_figures(
+                [t["policy_score"] for t in texts], [t["reference_score"] for t in texts]
+            )
         lines = "".join(json.dumps(t) + "\n" for t in texts)
         entries.append(staging.write("samples.jsonl", lines.encode(), rows=len(texts)))
     entries.append(staging.write("figures.json", json.dumps(figures, indent=1).encode()))
@@ -51,12 +56,19 @@ def run(
     return provenance.commit(staging, entries, rows=rows, figures=figures)
 
 
-def sample_rows(comparison: Comparison, tokenizer: PreTrainedTokenizerBase, true_reward: TrueReward | None) -> list[dict[str, Any]]:
+def sample_rows(
+    comparison: Comparison, tokenizer: PreTrainedTokenizerBase, true_reward: TrueReward | None
+) -> list[dict[str, Any]]:
     """Decode prompts and completions, side by side, with the true reward where it is known."""
     rows = []
-    for prompt_ids, policy, reference in zip(comparison.prompt_ids, comparison.policy, comparison.reference, strict=True):
+    for prompt_ids, policy, reference in zip(
+        comparison.prompt_ids, comparison.policy, comparison.reference, strict=True
+    ):
         prompt = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
-        texts = {name: tokenizer.decode(list(s.token_ids), skip_special_tokens=True) for name, s in (("policy", policy), ("reference", reference))}
+        texts = {
+            name: tokenizer.decode(list(s.token_ids), skip_special_tokens=True)
+            for name, s in (("policy", policy), ("reference", reference))
+        }
         row: dict[str, Any] = {"prompt": prompt, **texts, "kl": policy.policy_logp - policy.reference_logp}
         if true_reward is not None:
             row |= {f"{name}_score": true_reward(prompt, text) for name, text in texts.items()}

@@ -21,13 +21,23 @@ from .token_logps import TokenLogps
 
 BUILTIN = "builtin:"
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-                   "merges.txt", "tokenizer.model", "added_tokens.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+)
 
 
 def is_hub_name(path: str) -> bool:
     """Say whether `path` is meant as `organisation/name` on the hub rather than as a directory."""
-    return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+    return (
+        not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+    )
 
 
 def model_directory(config: ModelConfig) -> Path:
@@ -48,15 +58,29 @@ def model_directory(config: ModelConfig) -> Path:
 
 def _check(directory: Path, where: str) -> None:
     if not directory.is_dir():
-        raise ConfigError("no such model directory", where=where, fix="name a directory in Hugging Face format, ORGANISATION/NAME, or builtin:NAME")
+        raise ConfigError(
+            "no such model directory",
+            where=where,
+            fix="name a directory in Hugging Face format, ORGANISATION/NAME, or builtin:NAME",
+        )
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config.json cannot be read: {error}", where=where, fix="the directory must be in Hugging Face format") from None
+        raise ConfigError(
+            f"config.json cannot be read: {error}", where=where, fix="the directory must be in Hugging Face format"
+        ) from None
     if "auto_map" in config:
-        raise ConfigError("the model brings code of its own (auto_map), which is never run", where=where, fix="use a model that transformers knows")
+        raise ConfigError(
+            "the model brings code of its own (auto_map), which is never run",
+            where=where,
+            fix="use a model that transformers knows",
+        )
     if not any(directory.glob("*.safetensors")):
-        raise ConfigError("no *.safetensors in it", where=where, fix="convert the weights to safetensors; pickled weights are not read")
+        raise ConfigError(
+            "no *.safetensors in it",
+            where=where,
+            fix="convert the weights to safetensors; pickled weights are not read",
+        )
 
 
 def _download(config: ModelConfig) -> Path:
@@ -68,10 +92,15 @@ def _download(config: ModelConfig) -> Path:
     try:
         directory = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError:
-        raise InfrastructureError("not in the hub's cache, and the hub cannot be reached", where=where,
-                                  fix="check the network, or download it and give its directory") from None  # fmt: skip
+        raise InfrastructureError(
+            "not in the hub's cache, and the hub cannot be reached",
+            where=where,
+            fix="check the network, or download it and give its directory",
+        ) from None
     except (HfHubHTTPError, ValueError, OSError) as error:
-        raise ConfigError(f"the hub refuses it: {str(error).splitlines()[0]}", where=where, fix="check name, revision and HF_TOKEN") from None
+        raise ConfigError(
+            f"the hub refuses it: {str(error).splitlines()[0]}", where=where, fix="check name, revision and HF_TOKEN"
+        ) from None
     _check(directory, where)
     return directory
 
@@ -108,12 +137,19 @@ def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int) -> Token
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=shared_prefix.IMPLEMENTATION,
-            trust_remote_code=False, local_files_only=True, use_safetensors=True,
-        )  # fmt: skip
+            directory,
+            dtype=dtype,
+            attn_implementation=shared_prefix.IMPLEMENTATION,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
     except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"transformers cannot load it: {str(error).splitlines()[0]}", where=f"model.path={directory}",
-                          fix="use a causal language model that this version of transformers knows") from None  # fmt: skip
+        raise ConfigError(
+            f"transformers cannot load it: {str(error).splitlines()[0]}",
+            where=f"model.path={directory}",
+            fix="use a causal language model that this version of transformers knows",
+        ) from None
     assert isinstance(model, PreTrainedModel)  # noqa: S101
     for module in model.modules():
         if isinstance(module, nn.Dropout):

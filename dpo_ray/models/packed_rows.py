@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +87,7 @@ def _segments(group_index: np.ndarray, completion_index: np.ndarray) -> tuple[Se
     changes = np.flatnonzero(np.diff(group_index) | np.diff(completion_index)) + 1
     bounds = [0, *changes.tolist(), len(group_index)]
     segments, prompt = [], (0, 0)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         if completion_index[start] == 0:
             prompt = (start, stop)
             segments.append(Segment(start, stop, start, start))

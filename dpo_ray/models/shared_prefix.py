@@ -48,7 +48,13 @@ def shared_prefix_attention(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, s: Segment, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    s: Segment,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     q = query[:, :, s.start : s.stop]
     k = torch.cat([key[:, :, s.prompt_start : s.prompt_stop], key[:, :, s.start : s.stop]], dim=2)
@@ -94,9 +100,9 @@ def _varlen(
     device = query.device
     q_lengths = torch.tensor([s.stop - s.start for s in segments])
     k_lengths = q_lengths + torch.tensor([s.prompt_stop - s.prompt_start for s in segments])
-    gather = torch.cat([
-        torch.cat([torch.arange(s.prompt_start, s.prompt_stop), torch.arange(s.start, s.stop)]) for s in segments
-    ]).to(device)
+    gather = torch.cat(
+        [torch.cat([torch.arange(s.prompt_start, s.prompt_stop), torch.arange(s.start, s.stop)]) for s in segments]
+    ).to(device)
     zero = torch.zeros(1, dtype=torch.int32)
     cu_q = torch.cat([zero, q_lengths.cumsum(0, dtype=torch.int32)]).to(device)
     cu_k = torch.cat([zero, k_lengths.cumsum(0, dtype=torch.int32)]).to(device)
@@ -104,9 +110,14 @@ def _varlen(
         query[0].transpose(0, 1).contiguous(),
         key[0].transpose(0, 1).index_select(0, gather),
         value[0].transpose(0, 1).index_select(0, gather),
-        cu_q, cu_k, int(q_lengths.max()), int(k_lengths.max()),
-        scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        cu_q,
+        cu_k,
+        int(q_lengths.max()),
+        int(k_lengths.max()),
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     assert isinstance(out, Tensor)  # noqa: S101 - no auxiliary outputs were asked for
     return out[None]
 

@@ -23,7 +23,9 @@ class TokenLogps(nn.Module):
         config = model.config.get_text_config()
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Granite divides its logits by logits_scaling, Cohere multiplies them by logit_scale.
-        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
 
     def forward(self, rows: PackedRows) -> Tensor:
         """Return token log-probs, float32 [rows], in the order of `rows.target`."""
@@ -36,9 +38,12 @@ class TokenLogps(nn.Module):
         if len(hidden) <= self.chunk_tokens or not torch.is_grad_enabled():
             return torch.cat([self._logps(h, t, head.weight) for h, t in self._chunks(hidden, rows.target)])
         # The chunks' logits are recomputed in backward; kept, they would be the matrix again.
-        return torch.cat([
-            checkpoint(self._logps, h, t, head.weight, use_reentrant=False) for h, t in self._chunks(hidden, rows.target)
-        ])  # fmt: skip
+        return torch.cat(
+            [
+                checkpoint(self._logps, h, t, head.weight, use_reentrant=False)
+                for h, t in self._chunks(hidden, rows.target)
+            ]
+        )
 
     def _chunks(self, hidden: Tensor, target: Tensor):
         return zip(hidden.split(self.chunk_tokens), target.split(self.chunk_tokens), strict=True)

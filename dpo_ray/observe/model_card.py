@@ -6,14 +6,28 @@ from collections.abc import Mapping
 
 
 def model_card(
-    name: str, base_model: str, objective: str, rows: Mapping[str, int], steps: int, final: Mapping[str, float],
-    heldout: Mapping[str, float], recipe_yaml: str, versions: Mapping[str, str],
-) -> str:  # fmt: skip
+    name: str,
+    base_model: str,
+    objective: str,
+    rows: Mapping[str, int],
+    steps: int,
+    final: Mapping[str, float],
+    heldout: Mapping[str, float],
+    recipe_yaml: str,
+    versions: Mapping[str, str],
+) -> str:
     """Write a card in the hub's format: what was trained on what, with which figures, and the whole recipe."""
     measured = {**{k: v for k, v in final.items() if k.startswith(("loss", "rewards/"))}, **heldout}
     table = "\n".join(f"| `{k}` | {v:.4f} |" for k, v in measured.items())
-    counts = ", ".join(f"{rows.get(f'train/{what}', 0):,} {words}" for what, words in (
-        ("rows_in", "rows in"), ("admitted", "admitted"), ("quarantined", "quarantined"), ("duplicates", "duplicates dropped")))  # fmt: skip
+    counts = ", ".join(
+        f"{rows.get(f'train/{what}', 0):,} {words}"
+        for what, words in (
+            ("rows_in", "rows in"),
+            ("admitted", "admitted"),
+            ("quarantined", "quarantined"),
+            ("duplicates", "duplicates dropped"),
+        )
+    )
     tools = ", ".join(f"{k} {v}" for k, v in versions.items())
     return f"""---
 base_model: {base_model}

@@ -25,19 +25,38 @@ Colour = Literal["train", "eval", "chosen", "rejected", "prompt"]
 
 # Stand-in values: matplotlib wants a colour, `_embed` turns each into a class.
 _STAND_INS = {
-    "ink": "#000001", "grid": "#000002", "train": "#000003", "eval": "#000004", "chosen": "#000005",
-    "rejected": "#000006", "prompt": "#000007",
+    "ink": "#000001",
+    "grid": "#000002",
+    "train": "#000003",
+    "eval": "#000004",
+    "chosen": "#000005",
+    "rejected": "#000006",
+    "prompt": "#000007",
 }
 _ROLES = {value: role for role, value in _STAND_INS.items()}
 _RC = {
-    "svg.fonttype": "none", "svg.hashsalt": "dpo_ray", "font.size": 10.0,
-    "figure.facecolor": "none", "axes.facecolor": "none",
-    "text.color": _STAND_INS["ink"], "axes.labelcolor": _STAND_INS["ink"],
-    "xtick.color": _STAND_INS["ink"], "ytick.color": _STAND_INS["ink"],
-    "axes.edgecolor": _STAND_INS["grid"], "grid.color": _STAND_INS["grid"],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.linewidth": 0.6,
-    "xtick.major.size": 3.0, "ytick.major.size": 0.0, "lines.linewidth": 1.5, "lines.markersize": 4.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dpo_ray",
+    "font.size": 10.0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.color": _STAND_INS["ink"],
+    "axes.labelcolor": _STAND_INS["ink"],
+    "xtick.color": _STAND_INS["ink"],
+    "ytick.color": _STAND_INS["ink"],
+    "axes.edgecolor": _STAND_INS["grid"],
+    "grid.color": _STAND_INS["grid"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "xtick.major.size": 3.0,
+    "ytick.major.size": 0.0,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.0,
     "axes.xmargin": 0.02,
 }
 _SIZE_INCHES = (5.0, 2.8)
@@ -96,33 +115,89 @@ class _Values:
 
 _REWARD = "reward = beta × (policy logp − reference logp)"
 _CURVES = (
-    _Curve("loss", "Loss", "Mean objective over the step's groups. Sigmoid DPO starts at ln 2 = 0.693.", (
-        _Panel("loss", (_Line("training", "loss", "train"), _Line("held out", "eval_loss", "eval"))),)),
-    _Curve("margins", "Reward margin", f"margin = chosen reward − rejected reward; {_REWARD}.", (
-        _Panel("margin", (_Line("training", "rewards/margins", "train"),
-                          _Line("held out", "eval_rewards/margins", "eval"))),)),
-    _Curve("accuracy", "Preference accuracy", "Share of pairs whose chosen reward is the higher one.", (
-        _Panel("accuracy", (_Line("training", "rewards/accuracies", "train"),
-                            _Line("held out", "eval_rewards/accuracies", "eval")), (0.0, 1.0)),)),
-    _Curve("rewards", "Chosen and rejected rewards", f"{_REWARD}, mean over the step's completions.", (
-        _Panel("reward", (_Line("chosen", "rewards/chosen", "chosen"),
-                          _Line("rejected", "rewards/rejected", "rejected"),
-                          _Line("chosen, held out", "eval_rewards/chosen", "chosen"),
-                          _Line("rejected, held out", "eval_rewards/rejected", "rejected"))),)),
-    _Curve("logps", "Policy log-probs", "logp = sum over a completion's tokens of log p(token), in nats.", (
-        _Panel("logp (nats)", (_Line("chosen", "logps/chosen", "chosen"),
-                               _Line("rejected", "logps/rejected", "rejected"))),)),
-    _Curve("gradient", "Gradient norm and learning rate", "Global L2 norm of the gradient before clipping.", (
-        _Panel("grad norm", (_Line("gradient norm", "grad_norm", "train"),), (0.0, None)),
-        _Panel("learning rate", (_Line("learning rate", "learning_rate", "eval", True),), (0.0, None)))),
-    _Curve("throughput", "Throughput", "Tokens of all workers together per second of wall time.", (
-        _Panel("tokens / s", (_Line("tokens per second", "tokens_per_second", "train"),), (0.0, None)),
-        _Panel("s / step", (_Line("seconds per step", "seconds_per_step", "eval"),), (0.0, None)))),
+    _Curve(
+        "loss",
+        "Loss",
+        "Mean objective over the step's groups. Sigmoid DPO starts at ln 2 = 0.693.",
+        (_Panel("loss", (_Line("training", "loss", "train"), _Line("held out", "eval_loss", "eval"))),),
+    ),
+    _Curve(
+        "margins",
+        "Reward margin",
+        f"margin = chosen reward − rejected reward; {_REWARD}.",
+        (
+            _Panel(
+                "margin",
+                (_Line("training", "rewards/margins", "train"), _Line("held out", "eval_rewards/margins", "eval")),
+            ),
+        ),
+    ),
+    _Curve(
+        "accuracy",
+        "Preference accuracy",
+        "Share of pairs whose chosen reward is the higher one.",
+        (
+            _Panel(
+                "accuracy",
+                (
+                    _Line("training", "rewards/accuracies", "train"),
+                    _Line("held out", "eval_rewards/accuracies", "eval"),
+                ),
+                (0.0, 1.0),
+            ),
+        ),
+    ),
+    _Curve(
+        "rewards",
+        "Chosen and rejected rewards",
+        f"{_REWARD}, mean over the step's completions.",
+        (
+            _Panel(
+                "reward",
+                (
+                    _Line("chosen", "rewards/chosen", "chosen"),
+                    _Line("rejected", "rewards/rejected", "rejected"),
+                    _Line("chosen, held out", "eval_rewards/chosen", "chosen"),
+                    _Line("rejected, held out", "eval_rewards/rejected", "rejected"),
+                ),
+            ),
+        ),
+    ),
+    _Curve(
+        "logps",
+        "Policy log-probs",
+        "logp = sum over a completion's tokens of log p(token), in nats.",
+        (
+            _Panel(
+                "logp (nats)",
+                (_Line("chosen", "logps/chosen", "chosen"), _Line("rejected", "logps/rejected", "rejected")),
+            ),
+        ),
+    ),
+    _Curve(
+        "gradient",
+        "Gradient norm and learning rate",
+        "Global L2 norm of the gradient before clipping.",
+        (
+            _Panel("grad norm", (_Line("gradient norm", "grad_norm", "train"),), (0.0, None)),
+            _Panel("learning rate", (_Line("learning rate", "learning_rate", "eval", True),), (0.0, None)),
+        ),
+    ),
+    _Curve(
+        "throughput",
+        "Throughput",
+        "Tokens of all workers together per second of wall time.",
+        (
+            _Panel("tokens / s", (_Line("tokens per second", "tokens_per_second", "train"),), (0.0, None)),
+            _Panel("s / step", (_Line("seconds per step", "seconds_per_step", "eval"),), (0.0, None)),
+        ),
+    ),
 )
 
 
 def training_plots(
-    train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]],
+    train: Sequence[Mapping[str, float]],
+    held_out: Sequence[Mapping[str, float]],
 ) -> list[Plot]:
     """Draw the curves of training over steps; a metric that no row has is left out of its plot."""
     return [_curve_plot(curve, train, held_out) for curve in _CURVES]
@@ -131,31 +206,54 @@ def training_plots(
 def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequence[float]) -> list[Plot]:
     """Draw how the rewards of held-out pairs and the KL of sampled completions are distributed."""
     return [
-        _histogram_plot("reward-distribution", "Held-out rewards", f"{_REWARD}; dashed: mean.", "reward",
-                        {"chosen": rewards.get("chosen", ()), "rejected": rewards.get("rejected", ())}),
-        _histogram_plot("kl", "KL from the reference",
-                        "Estimated KL(policy ‖ reference) of each completion that the policy sampled; "
-                        "dashed: mean.", "KL (nats)", {"train": kl_per_sample}),
+        _histogram_plot(
+            "reward-distribution",
+            "Held-out rewards",
+            f"{_REWARD}; dashed: mean.",
+            "reward",
+            {"chosen": rewards.get("chosen", ()), "rejected": rewards.get("rejected", ())},
+        ),
+        _histogram_plot(
+            "kl",
+            "KL from the reference",
+            "Estimated KL(policy ‖ reference) of each completion that the policy sampled; dashed: mean.",
+            "KL (nats)",
+            {"train": kl_per_sample},
+        ),
     ]
 
 
 def length_plot(lengths: Mapping[str, Sequence[int]]) -> Plot:
     """Draw how long prompts and completions are, in tokens."""
     parts: dict[Colour, Sequence[float]] = {
-        "prompt": lengths.get("prompt", ()), "chosen": lengths.get("chosen", ()),
+        "prompt": lengths.get("prompt", ()),
+        "chosen": lengths.get("chosen", ()),
         "rejected": lengths.get("rejected", ()),
     }
-    return _histogram_plot("lengths", "Token lengths",
-                           "Tokens after the chat template; a completion counts its end-of-turn token; "
-                           "dashed: mean.", "tokens", parts, whole_numbers=True)
+    return _histogram_plot(
+        "lengths",
+        "Token lengths",
+        "Tokens after the chat template; a completion counts its end-of-turn token; dashed: mean.",
+        "tokens",
+        parts,
+        whole_numbers=True,
+    )
 
 
 def _curve_plot(
-    curve: _Curve, train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]],
+    curve: _Curve,
+    train: Sequence[Mapping[str, float]],
+    held_out: Sequence[Mapping[str, float]],
 ) -> Plot:
     measured = [
-        (panel, [(line, found) for line in panel.lines
-                 if (found := _by_step(held_out if line.held_out else train, line.metric)).steps.size])
+        (
+            panel,
+            [
+                (line, found)
+                for line in panel.lines
+                if (found := _by_step(held_out if line.held_out else train, line.metric)).steps.size
+            ],
+        )
         for panel in curve.panels
     ]
     measured = [(panel, lines) for panel, lines in measured if lines]
@@ -181,8 +279,9 @@ def _curve_plot(
 
 def _by_step(rows: Sequence[Mapping[str, float]], metric: str) -> _Values:
     """Pick one metric by step; of a step recorded twice (a run that went on) the later record counts."""
-    by_step = {float(row.get("step", i + 1)): float(row[metric]) for i, row in enumerate(rows)
-               if row.get(metric) is not None}
+    by_step = {
+        float(row.get("step", i + 1)): float(row[metric]) for i, row in enumerate(rows) if row.get(metric) is not None
+    }
     finite = sorted((step, value) for step, value in by_step.items() if math.isfinite(value))
     table = np.array(finite, dtype=np.float64).reshape(-1, 2)
     return _Values(table[:, 0], table[:, 1], len(by_step) - len(finite))
@@ -220,7 +319,12 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _histogram_plot(
-    key: str, title: str, caption: str, x_label: str, parts: Mapping[Colour, Sequence[float]], *,
+    key: str,
+    title: str,
+    caption: str,
+    x_label: str,
+    parts: Mapping[Colour, Sequence[float]],
+    *,
     whole_numbers: bool = False,
 ) -> Plot:
     given = {colour: np.asarray(values, dtype=np.float64) for colour, values in parts.items()}
@@ -238,18 +342,25 @@ def _histogram_plot(
             counts, _ = np.histogram(values, bins=edges)
             axis.stairs(counts, edges, fill=True, color=_STAND_INS[colour], alpha=0.22)
             axis.stairs(counts, edges, color=_STAND_INS[colour], linewidth=1.3)
-            axis.axvline(float(np.clip(values.mean(), edges[0], edges[-1])), color=_STAND_INS[colour],
-                         linestyle=(0, (4, 3)), linewidth=1.2)
+            axis.axvline(
+                float(np.clip(values.mean(), edges[0], edges[-1])),
+                color=_STAND_INS[colour],
+                linestyle=(0, (4, 3)),
+                linewidth=1.2,
+            )
         _dress(axis, "count", (0.0, None), ticks=5)
         axis.set_xlabel(x_label)
         axis.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICK_STEPS, integer=True))
         described = " ".join(
             f"{colour if len(kept) > 1 else x_label}: {values.size} values, mean {values.mean():.4g}, "
             f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}."
-            for colour, values in kept.items())
+            for colour, values in kept.items()
+        )
         svg = _embed(figure, key, title, described)
-    legend = tuple((f"{f'{colour}, ' if len(kept) > 1 else ''}mean {typographic(f'{values.mean():,.3g}')}",
-                    f"bar fill-{colour}") for colour, values in kept.items())
+    legend = tuple(
+        (f"{f'{colour}, ' if len(kept) > 1 else ''}mean {typographic(f'{values.mean():,.3g}')}", f"bar fill-{colour}")
+        for colour, values in kept.items()
+    )
     sizes = [f"{values.size:,}" for values in kept.values()]
     same = len(sizes) > 1 and len(set(sizes)) == 1
     caption += f" n = {sizes[0]} each." if same else f" n = {' / '.join(sizes)}."

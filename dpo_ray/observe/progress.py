@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LOG_EVERY_SECONDS = 5.0
 
@@ -36,11 +45,15 @@ class Bar:
     def close(self) -> None:
         """Print the closing line: it stays in the log."""
         seconds = time.monotonic() - self._began
-        self._console.print(f"[bold]{self._title}[/bold]: {self._done:,.0f} {self._unit} in {seconds:.1f} s ({self._rate()})", highlight=False)
+        self._console.print(
+            f"[bold]{self._title}[/bold]: {self._done:,.0f} {self._unit} in {seconds:.1f} s ({self._rate()})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def say(self, text: str) -> None:
         """Print a line that is not progress."""
-        self._console.print(f"{self._title}: {text}", highlight=False)
+        self._console.print(f"{self._title}: {text}", highlight=False, soft_wrap=True)
 
     def _rate(self) -> str:
         return f"{(self._done - self._before) / max(1e-9, time.monotonic() - self._began):,.1f} {self._unit}/s"
@@ -55,7 +68,11 @@ class Bar:
                 seconds = (self._total - self._done) * (time.monotonic() - self._began) / (self._done - self._before)
                 left = f", {max(0.0, seconds):.0f} s left"
             total = f"/{self._total:,}" if self._total else ""
-            self._console.print(f"{self._title}: {self._done:,.0f}{total} {self._unit}, {self._rate()}{left} {self._note}", highlight=False)
+            self._console.print(
+                f"{self._title}: {self._done:,.0f}{total} {self._unit}, {self._rate()}{left} {self._note}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 class Reporter:
@@ -66,19 +83,28 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, unit: str, total: int | None = None) -> Iterator[Bar]:
         """Show a stage while it runs; its closing line is printed if it ends well."""
         if not self.console.is_terminal:
-            self.console.print(f"{title}: started", highlight=False)
+            self.console.print(f"{title}: started", highlight=False, soft_wrap=True)
             bar = Bar(self.console, None, title, unit, total)
             yield bar
             bar.close()
             return
-        columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-                   TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        columns = (
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=self.console, transient=True) as live:
             bar = Bar(self.console, live, title, unit, total)
             yield bar

@@ -87,20 +87,24 @@ def render_report(data: ReportData) -> str:
     Raises KeyError or jinja2.UndefinedError where a row of `data` lacks a required field.
     """
     steps = len(data.train_metrics)
-    html = _environment().from_string(_template_text()).render(
-        data=data,
-        generator=f"dpo_ray {__version__}",
-        training=training_plots(data.train_metrics, data.eval_metrics),
-        heldout=heldout_plots(data.heldout_rewards, data.kl_per_sample),
-        lengths=length_plot(data.lengths),
-        window=smoothing_window(steps) if steps >= SMOOTHED_FROM_POINTS else 0,
-        total=_total(data.account),
-        unaccounted=sum(abs(unaccounted_rows(row)) for row in data.account),
-        count_names=_COUNTS,
-        samples=data.samples[:MAX_SAMPLES],
-        sample_characters=SAMPLE_CHARACTERS,
-        example_characters=EXAMPLE_CHARACTERS,
-        audit_figures={name: value for name, value in data.audit.items() if name != "passed"},
+    html = (
+        _environment()
+        .from_string(_template_text())
+        .render(
+            data=data,
+            generator=f"dpo_ray {__version__}",
+            training=training_plots(data.train_metrics, data.eval_metrics),
+            heldout=heldout_plots(data.heldout_rewards, data.kl_per_sample),
+            lengths=length_plot(data.lengths),
+            window=smoothing_window(steps) if steps >= SMOOTHED_FROM_POINTS else 0,
+            total=_total(data.account),
+            unaccounted=sum(abs(unaccounted_rows(row)) for row in data.account),
+            count_names=_COUNTS,
+            samples=data.samples[:MAX_SAMPLES],
+            sample_characters=SAMPLE_CHARACTERS,
+            example_characters=EXAMPLE_CHARACTERS,
+            audit_figures={name: value for name, value in data.audit.items() if name != "passed"},
+        )
     )
     # A lone surrogate, which broken input can hold, has no UTF-8 form: the file could not be written.
     return html.lstrip().translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
@@ -165,10 +169,16 @@ def _template_text() -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": format_number, "seconds": format_seconds, "excerpt": excerpt, "csp_hash": _csp_hash,
+        "number": format_number,
+        "seconds": format_seconds,
+        "excerpt": excerpt,
+        "csp_hash": _csp_hash,
         "breakable": breakable,
     }
     return environment

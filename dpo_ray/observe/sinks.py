@@ -24,7 +24,11 @@ class MetricsSinks:
 
     def __enter__(self) -> MetricsSinks:
         if self._run_dir.exists("metrics.jsonl"):
-            rows = (json.loads(line) for line in self._run_dir.read_bytes("metrics.jsonl").splitlines() if line.endswith(b"}"))
+            rows = (
+                json.loads(line)
+                for line in self._run_dir.read_bytes("metrics.jsonl").splitlines()
+                if line.endswith(b"}")
+            )
             self._rows = {row["step"]: row for row in rows}
         if "tensorboard" in self._trackers and self._run_dir.is_local:
             from tensorboardX import SummaryWriter
@@ -49,11 +53,15 @@ class MetricsSinks:
                 if name != "step":
                     self._board.add_scalar(name, value, step)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._board is not None:
             self._board.close()
         if self._rows:
             self._write_all()
 
     def _write_all(self) -> None:
-        self._run_dir.write("metrics.jsonl", "".join(json.dumps(self._rows[s]) + "\n" for s in sorted(self._rows)).encode())
+        self._run_dir.write(
+            "metrics.jsonl", "".join(json.dumps(self._rows[s]) + "\n" for s in sorted(self._rows)).encode()
+        )

@@ -39,10 +39,15 @@ class SamplerActor:
         from vllm.inputs import TokensPrompt
 
         parameters = [
-            SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, detokenize=False,
-                           stop_token_ids=list(sampling.stop_token_ids), seed=sample_seed(sampling.seed, prompt))
+            SamplingParams(
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_new_tokens,
+                detokenize=False,
+                stop_token_ids=list(sampling.stop_token_ids),
+                seed=sample_seed(sampling.seed, prompt),
+            )
             for prompt in prompts
-        ]  # fmt: skip
+        ]
         inputs = [TokensPrompt(prompt_token_ids=list(p)) for p in prompts]
         outputs = self._scorer.engine.generate(inputs, parameters, use_tqdm=False)
         return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
@@ -64,7 +69,12 @@ def sample_seed(seed: int, prompt: Sequence[int]) -> int:
 
 
 def compare(
-    policy: ScorerSettings, reference: ScorerSettings, prompts: Sequence[Sequence[int]], sampling: Sampling, cpus: float, gpus: float
+    policy: ScorerSettings,
+    reference: ScorerSettings,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    cpus: float,
+    gpus: float,
 ) -> Comparison:
     """Sample a completion of every prompt from both models, and score all of them under both.
 
@@ -94,6 +104,9 @@ def compare(
 
     def collected(name: str) -> tuple[Sample, ...]:
         under_policy, under_reference = logps[name, "policy"], logps[name, "reference"]
-        return tuple(Sample(tuple(ids), p, r, ended) for (ids, ended), p, r in zip(samples[name], under_policy, under_reference, strict=True))
+        return tuple(
+            Sample(tuple(ids), p, r, ended)
+            for (ids, ended), p, r in zip(samples[name], under_policy, under_reference, strict=True)
+        )
 
     return Comparison(tuple(tuple(p) for p in prompts), collected("policy"), collected("reference"))

@@ -35,10 +35,17 @@ class AuditResult:
 
 
 def audit(
-    stored: Sequence[Sequence[np.ndarray]], trainer: Sequence[Sequence[np.ndarray]], beta: float, dtype: str, config: AuditConfig
+    stored: Sequence[Sequence[np.ndarray]],
+    trainer: Sequence[Sequence[np.ndarray]],
+    beta: float,
+    dtype: str,
+    config: AuditConfig,
 ) -> AuditResult:
     """Compare token log-probs, groups x completions x float32 [tokens]; the margin is that of the first two completions."""
-    drift = [[np.asarray(s, np.float64) - np.asarray(t, np.float64) for s, t in zip(a, b, strict=True)] for a, b in zip(stored, trainer, strict=True)]
+    drift = [
+        [np.asarray(s, np.float64) - np.asarray(t, np.float64) for s, t in zip(a, b, strict=True)]
+        for a, b in zip(stored, trainer, strict=True)
+    ]
     flat = np.concatenate([d for group in drift for d in group])
     pairs = [group for group in drift if len(group) >= 2]
     errors = np.array([g[0].sum() - g[1].sum() for g in pairs])
@@ -47,11 +54,18 @@ def audit(
     allowed_mean = config.max_mean_drift or MAX_MEAN_DRIFT[dtype]
     mean, most = float(np.abs(flat).mean()), float(np.abs(flat).max())
     return AuditResult(
-        groups=len(drift), tokens=len(flat), mean_token_drift=mean, max_token_drift=most, signed_bias=float(flat.mean()),
-        margin_error_std=float(beta * errors.std()) if len(errors) else 0.0, length_correlation=_correlation(errors, lengths),
-        multiplicative_error=float(np.exp(np.abs(flat)).mean()), allowed_token_drift=allowed, allowed_mean_drift=allowed_mean,
+        groups=len(drift),
+        tokens=len(flat),
+        mean_token_drift=mean,
+        max_token_drift=most,
+        signed_bias=float(flat.mean()),
+        margin_error_std=float(beta * errors.std()) if len(errors) else 0.0,
+        length_correlation=_correlation(errors, lengths),
+        multiplicative_error=float(np.exp(np.abs(flat)).mean()),
+        allowed_token_drift=allowed,
+        allowed_mean_drift=allowed_mean,
         passed=most <= allowed and mean <= allowed_mean,
-    )  # fmt: skip
+    )
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

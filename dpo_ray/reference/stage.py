@@ -57,16 +57,21 @@ def _read_parts(batch: pa.Table, tokens: Artifact) -> Iterator[pa.Table]:
         yield read_table(tokens, name)
 
 
-def score(groups: ray.data.Dataset, store: ReferenceStore, settings: ScorerSettings, config: ReferenceConfig, gpus: float) -> Iterator[Granule]:
+def score(
+    groups: ray.data.Dataset, store: ReferenceStore, settings: ScorerSettings, config: ReferenceConfig, gpus: float
+) -> Iterator[Granule]:
     """Score all completions that the store lacks, streaming, on a pool of engines; yields progress as granules end."""
     # Cut to granules between reading and scoring: it keeps the two apart, so that CPUs tokenize ahead of the engines.
     granules = groups.repartition(target_num_rows_per_block=config.groups_per_granule)
     results = granules.map_batches(
         ScoringActor,
         fn_constructor_kwargs={"store": store, "settings": settings},
-        batch_size=config.groups_per_granule, batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=config.replicas), num_cpus=config.cpus_per_replica, num_gpus=gpus or None,
-    )  # fmt: skip
+        batch_size=config.groups_per_granule,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=config.replicas),
+        num_cpus=config.cpus_per_replica,
+        num_gpus=gpus or None,
+    )
     for row in results.iter_rows():
         yield Granule(**row)
 
@@ -117,7 +122,9 @@ def start_scorer(settings: ScorerSettings):
     return TrainerScorer(settings)
 
 
-def join(tokens: Artifact, store: ReferenceStore, staging: Staging, provenance: Provenance, figures: dict[str, Any]) -> Artifact:
+def join(
+    tokens: Artifact, store: ReferenceStore, staging: Staging, provenance: Provenance, figures: dict[str, Any]
+) -> Artifact:
     """Join the store to every group by key, part by part in parallel, and commit the artifact `reference`.
 
     Raises:
@@ -126,8 +133,12 @@ def join(tokens: Artifact, store: ReferenceStore, staging: Staging, provenance: 
     parts = token_parts(tokens)
     names = ray.data.from_items([{"name": n} for n in parts], override_num_blocks=len(parts))
     segments = tuple(store.segments())
-    joined = names.map_batches(_join_parts, batch_size=1, batch_format="pyarrow",
-                               fn_kwargs={"tokens": tokens, "store": store, "segments": segments, "staging": staging})  # fmt: skip
+    joined = names.map_batches(
+        _join_parts,
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"tokens": tokens, "store": store, "segments": segments, "staging": staging},
+    )
     entries = [FileEntry.model_validate_json(row["entry"]) for row in joined.iter_rows()]
     rows = {"groups": sum(e.rows or 0 for e in entries)}
     return provenance.commit(staging, entries, rows=rows, figures=figures)
@@ -140,8 +151,15 @@ def _index(store: ReferenceStore, segments: tuple[str, ...]) -> StoreIndex:
     return index
 
 
-def _join_parts(batch: pa.Table, tokens: Artifact, store: ReferenceStore, segments: tuple[str, ...], staging: Staging) -> dict[str, list[str]]:
-    return {"entry": [join_part(name, tokens, store, _index(store, segments), staging).model_dump_json() for name in batch["name"].to_pylist()]}
+def _join_parts(
+    batch: pa.Table, tokens: Artifact, store: ReferenceStore, segments: tuple[str, ...], staging: Staging
+) -> dict[str, list[str]]:
+    return {
+        "entry": [
+            join_part(name, tokens, store, _index(store, segments), staging).model_dump_json()
+            for name in batch["name"].to_pylist()
+        ]
+    }
 
 
 def join_part(name: str, tokens: Artifact, store: ReferenceStore, index: StoreIndex, staging: Staging) -> FileEntry:
@@ -152,7 +170,13 @@ def join_part(name: str, tokens: Artifact, store: ReferenceStore, index: StoreIn
     for row, group in zip(rows, keys, strict=True):
         for completion, key in zip(row["completion_ids"], group, strict=True):
             if len(values[key]) != len(completion):
-                raise ArtifactError(f"{len(values[key])} log-probs for a completion of {len(completion)} tokens", where=store.partition.uri,
-                                    fix="delete this directory of the store; it is made again")  # fmt: skip
-    table = pa.table({"group_id": [r["group_id"] for r in rows], "token_logps": [[values[k] for k in g] for g in keys]}, schema=REFERENCE)
+                raise ArtifactError(
+                    f"{len(values[key])} log-probs for a completion of {len(completion)} tokens",
+                    where=store.partition.uri,
+                    fix="delete this directory of the store; it is made again",
+                )
+    table = pa.table(
+        {"group_id": [r["group_id"] for r in rows], "token_logps": [[values[k] for k in g] for g in keys]},
+        schema=REFERENCE,
+    )
     return staging.write(name, parquet_bytes(table), rows=len(table))

@@ -77,8 +77,11 @@ class ReferenceStore:
         """
         for logps in token_logps:
             if not (np.isfinite(logps).all() and (logps <= 1e-4).all()):
-                raise ArtifactError("an engine returned values that are no log-probs", where=self.partition.uri,
-                                    fix="run again; if it stays so, set reference.engine=trainer and report it")  # fmt: skip
+                raise ArtifactError(
+                    "an engine returned values that are no log-probs",
+                    where=self.partition.uri,
+                    fix="run again; if it stays so, set reference.engine=trainer and report it",
+                )
         table = pa.table({"key": list(keys), "token_logps": list(token_logps)}, schema=SEGMENT)
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
@@ -123,7 +126,11 @@ class StoreIndex:
         by_segment: dict[str, list[tuple[bytes, int]]] = {}
         for key in keys:
             if key not in self._place:
-                raise ArtifactError(f"no log-probs for the key {key.hex()}", where=self._partition.uri, fix="run again: what is missing is scored")
+                raise ArtifactError(
+                    f"no log-probs for the key {key.hex()}",
+                    where=self._partition.uri,
+                    fix="run again: what is missing is scored",
+                )
             name, row = self._place[key]
             by_segment.setdefault(name, []).append((key, row))
         found: dict[bytes, np.ndarray] = {}

@@ -33,7 +33,12 @@ class TrainerScorer:
         for i, request in enumerate(requests):
             members.setdefault((request.group, request.prompt_ids.tobytes()), []).append(i)
         groups = [
-            Group(b"", requests[ids[0]].prompt_ids, tuple(requests[i].completion_ids for i in ids), np.zeros(len(ids), np.float32))
+            Group(
+                b"",
+                requests[ids[0]].prompt_ids,
+                tuple(requests[i].completion_ids for i in ids),
+                np.zeros(len(ids), np.float32),
+            )
             for ids in members.values()
         ]
         tokens = [g.tokens for g in groups]

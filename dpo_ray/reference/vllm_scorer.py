@@ -14,7 +14,11 @@ from .scorer import ScoreRequest, ScorerSettings
 
 # Read by vLLM when it is imported. In process, uncompiled and unbound, an engine starts on CPU in seconds, not a minute.
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
 
 
 def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> Any:
@@ -36,15 +40,26 @@ def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> 
     )
     try:
         return LLM(
-            model=settings.model_dir, dtype=settings.dtype, max_model_len=settings.max_length_tokens + 1,
-            max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_length_tokens + 1), max_num_seqs=256,
-            enable_prefix_caching=True, enforce_eager=settings.device == "cpu" or not enable_sampling,
-            generation_config="vllm", skip_tokenizer_init=True, seed=0, disable_log_stats=True,
-            trust_remote_code=False, **options,
-        )  # fmt: skip
+            model=settings.model_dir,
+            dtype=settings.dtype,
+            max_model_len=settings.max_length_tokens + 1,
+            max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_length_tokens + 1),
+            max_num_seqs=256,
+            enable_prefix_caching=True,
+            enforce_eager=settings.device == "cpu" or not enable_sampling,
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+            seed=0,
+            disable_log_stats=True,
+            trust_remote_code=False,
+            **options,
+        )
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
-        raise EngineError(f"vLLM does not start: {str(error).strip().splitlines()[-1]}", where=settings.model_dir,
-                          fix="see the engine's log above; `dpo-ray doctor` checks the installation, reference.engine=trainer does without vLLM") from error  # fmt: skip
+        raise EngineError(
+            f"vLLM does not start: {str(error).strip().splitlines()[-1]}",
+            where=settings.model_dir,
+            fix="see the engine's log above; `dpo-ray doctor` checks the installation, reference.engine=trainer does without vLLM",
+        ) from error
 
 
 class VllmScorer:
@@ -71,8 +86,16 @@ class VllmScorer:
         scores = dict(zip(order, answers, strict=True))
         scores.update(zip(refused, self._run([requests[i] for i in refused], read_cache=False), strict=True))
         for i, logps in scores.items():
-            if logps is None or len(logps) != len(requests[i].completion_ids) or not np.isfinite(logps).all() or (logps > 1e-4).any():
-                raise EngineError("vLLM returned no valid log-probs for a sequence", fix="set reference.engine=trainer, and report the model")
+            if (
+                logps is None
+                or len(logps) != len(requests[i].completion_ids)
+                or not np.isfinite(logps).all()
+                or (logps > 1e-4).any()
+            ):
+                raise EngineError(
+                    "vLLM returned no valid log-probs for a sequence",
+                    fix="set reference.engine=trainer, and report the model",
+                )
         return [np.minimum(scores[i], 0.0) for i in range(len(requests))]
 
     @property
@@ -88,7 +111,9 @@ class VllmScorer:
             return []
         from vllm.inputs import TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=[*r.prompt_ids.tolist(), *r.completion_ids.tolist()]) for r in requests]
+        prompts = [
+            TokensPrompt(prompt_token_ids=[*r.prompt_ids.tolist(), *r.completion_ids.tolist()]) for r in requests
+        ]
         parameters = [self._parameters(r, read_cache) for r in requests]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [self._read(request, output) for request, output in zip(requests, outputs, strict=True)]
@@ -96,10 +121,18 @@ class VllmScorer:
     def _parameters(self, request: ScoreRequest, read_cache: bool) -> Any:
         from vllm import SamplingParams
 
-        common: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "detokenize": False, "skip_reading_prefix_cache": not read_cache}
+        common: dict[str, Any] = {
+            "max_tokens": 1,
+            "temperature": 0,
+            "detokenize": False,
+            "skip_reading_prefix_cache": not read_cache,
+        }
         if self._by_token_ids:
-            return SamplingParams(prompt_logprob_token_ids=request.completion_ids[:, None],
-                                  prompt_logprob_start=len(request.prompt_ids) - 1, **common)  # fmt: skip
+            return SamplingParams(
+                prompt_logprob_token_ids=request.completion_ids[:, None],
+                prompt_logprob_start=len(request.prompt_ids) - 1,
+                **common,
+            )
         return SamplingParams(prompt_logprobs=0, flat_logprobs=True, **common)
 
     def _read(self, request: ScoreRequest, output: Any) -> np.ndarray | None:
@@ -113,5 +146,7 @@ class VllmScorer:
             return None if ids is None else np.asarray(ids, np.float32)[:, 0]
         flat = output.prompt_logprobs
         if list(flat.token_ids[-tokens:]) != request.completion_ids.tolist():
-            raise EngineError("vLLM scored other tokens than it was given", fix="report the model and the versions (`dpo-ray doctor`)")
+            raise EngineError(
+                "vLLM scored other tokens than it was given", fix="report the model and the versions (`dpo-ray doctor`)"
+            )
         return np.asarray(flat.logprobs[-tokens:], np.float32)

@@ -58,12 +58,20 @@ def build_split(
             with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
                 table = reader.read_all()
             groups = dict(zip(table["row"].to_pylist(), to_groups(table.drop_columns(["row"])), strict=True))
-            entries += _write_bucket(split, first, [[groups[i] for i in step] for step in steps[first : first + STEPS_PER_BUCKET]], packing, staging)
+            entries += _write_bucket(
+                split,
+                first,
+                [[groups[i] for i in step] for step in steps[first : first + STEPS_PER_BUCKET]],
+                packing,
+                staging,
+            )
             file.unlink()
     return entries
 
 
-def _deal_to_buckets(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[np.ndarray], scratch: Path) -> list[Path]:
+def _deal_to_buckets(
+    parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[np.ndarray], scratch: Path
+) -> list[Path]:
     files = [scratch / f"{i}.arrow" for i in range(len(buckets))]
     writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
     offset = 0
@@ -82,7 +90,9 @@ def _deal_to_buckets(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[
     return files
 
 
-def _write_bucket(split: str, first_step: int, steps: Sequence[Sequence[Group]], packing: Packing, staging: Staging) -> list[FileEntry]:
+def _write_bucket(
+    split: str, first_step: int, steps: Sequence[Sequence[Group]], packing: Packing, staging: Staging
+) -> list[FileEntry]:
     packed = [pack_step(groups, packing) for groups in steps]
     entries = []
     for rank in range(packing.ranks):

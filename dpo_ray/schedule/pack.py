@@ -55,7 +55,9 @@ def estimate_work(prompt_tokens: int, completion_tokens: Sequence[int]) -> float
     return prompt_tokens + sum(completion_tokens) + visible / ATTENTION_SCALE
 
 
-def deal(tokens: Sequence[int], work: Sequence[float], ranks: int, tokens_per_micro_batch: int) -> list[list[list[int]]]:
+def deal(
+    tokens: Sequence[int], work: Sequence[float], ranks: int, tokens_per_micro_batch: int
+) -> list[list[list[int]]]:
     """Deal a step's groups to ranks as micro-batches of at most `tokens_per_micro_batch` tokens.
 
     Every rank gets the same number of micro-batches (collectives need it), so some may be empty: the caller fills them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +16,32 @@ from dpo_ray.artifacts.artifact import Artifact
 from .micro_batch import MicroBatch
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-MICRO_BATCHES = pa.schema([
-    ("step", pa.int64()),
-    ("step_weight", pa.float64()),
-    ("step_tokens", pa.int64()),
-    ("input_ids", _INTS),
-    ("position_ids", _INTS),
-    ("group_index", _INTS),
-    ("completion_index", _INTS),
-    ("scores", _FLOATS),
-    ("reference_token_logps", _FLOATS),
-    ("preference_probability", _FLOATS),
-    ("weight", _FLOATS),
-    ("group_ids", pa.list_(pa.binary(16))),
-])  # fmt: skip
-_ARRAYS = ("input_ids", "position_ids", "group_index", "completion_index", "scores", "reference_token_logps",
-           "preference_probability", "weight")  # fmt: skip
+MICRO_BATCHES = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("step_weight", pa.float64()),
+        ("step_tokens", pa.int64()),
+        ("input_ids", _INTS),
+        ("position_ids", _INTS),
+        ("group_index", _INTS),
+        ("completion_index", _INTS),
+        ("scores", _FLOATS),
+        ("reference_token_logps", _FLOATS),
+        ("preference_probability", _FLOATS),
+        ("weight", _FLOATS),
+        ("group_ids", pa.list_(pa.binary(16))),
+    ]
+)
+_ARRAYS = (
+    "input_ids",
+    "position_ids",
+    "group_index",
+    "completion_index",
+    "scores",
+    "reference_token_logps",
+    "preference_probability",
+    "weight",
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +84,12 @@ def read_steps(schedule: Artifact, split: str, rank: int, start_step: int = 0) -
             file = pq.ParquetFile(stream)
             for row_group in range(max(0, start_step - first_steps[i]), file.num_row_groups):
                 table = file.read_row_group(row_group)
-                yield RankStep(table["step"][0].as_py(), table["step_weight"][0].as_py(), table["step_tokens"][0].as_py(),
-                               tuple(_micro_batch(table, row) for row in range(len(table))))  # fmt: skip
+                yield RankStep(
+                    table["step"][0].as_py(),
+                    table["step_weight"][0].as_py(),
+                    table["step_tokens"][0].as_py(),
+                    tuple(_micro_batch(table, row) for row in range(len(table))),
+                )
 
 
 def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
@@ -98,7 +112,7 @@ def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
                 if not put(step):
                     return
             put(None)
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+        except BaseException as error:
             put(error)
 
     threading.Thread(target=read, name="schedule-prefetch", daemon=True).start()
@@ -115,7 +129,13 @@ def filler() -> MicroBatch:
     """Make the smallest micro-batch that counts for nothing: a rank without work still takes part in collectives."""
     one = np.zeros(1, np.int32)
     return MicroBatch(
-        input_ids=np.zeros(3, np.int32), position_ids=np.array([0, 1, 1], np.int32), group_index=np.zeros(3, np.int32),
-        completion_index=np.array([0, 1, 2], np.int32), scores=np.array([1, 0], np.float32), reference_token_logps=np.zeros(2, np.float32),
-        preference_probability=np.ones(1, np.float32), weight=one.astype(np.float32), group_ids=(bytes(16),),
-    )  # fmt: skip
+        input_ids=np.zeros(3, np.int32),
+        position_ids=np.array([0, 1, 1], np.int32),
+        group_index=np.zeros(3, np.int32),
+        completion_index=np.array([0, 1, 2], np.int32),
+        scores=np.array([1, 0], np.float32),
+        reference_token_logps=np.zeros(2, np.float32),
+        preference_probability=np.ones(1, np.float32),
+        weight=one.astype(np.float32),
+        group_ids=(bytes(16),),
+    )

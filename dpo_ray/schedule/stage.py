@@ -17,8 +17,14 @@ from .build import Packing, build_split
 from .pack import step_groups
 
 
-
-def run(tokens: Artifact, reference: Artifact | None, train: TrainConfig, seed: int, staging: Staging, provenance: Provenance) -> Artifact:
+def run(
+    tokens: Artifact,
+    reference: Artifact | None,
+    train: TrainConfig,
+    seed: int,
+    staging: Staging,
+    provenance: Provenance,
+) -> Artifact:
     """Order, deal and pack the groups of training and held-out data, and commit the artifact `schedule`."""
     packing = Packing(train.workers, train.tokens_per_micro_batch)
     entries, counts = [], {}
@@ -41,8 +47,11 @@ def _load(tokens: Artifact, reference: Artifact | None, name: str) -> pa.Table:
         return table
     scored = read_table(reference, name)
     if scored["group_id"] != table["group_id"]:
-        raise ArtifactError("the groups are not those of the tokens", where=f"{reference.storage.uri}/{name}",
-                            fix="delete this artifact's directory; the stage runs again")  # fmt: skip
+        raise ArtifactError(
+            "the groups are not those of the tokens",
+            where=f"{reference.storage.uri}/{name}",
+            fix="delete this artifact's directory; the stage runs again",
+        )
     return table.append_column("token_logps", scored["token_logps"])
 
 

@@ -45,7 +45,9 @@ class Checkpoints:
         self._place, self._attempt, self._keep = place, attempt, keep
         self._rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def save(self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]) -> None:
+    def save(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]
+    ) -> None:
         """Commit a checkpoint of all ranks, then delete those that are no longer needed."""
         name = f"{_PREFIX}{progress.step:09d}"
         directory = self._place.child(name, self._attempt)
@@ -57,8 +59,13 @@ class Checkpoints:
             first = max((stop for _, stop in self._segments() if stop < progress.step), default=0)
             lines = "".join(json.dumps(row) + "\n" for row in metrics if row["step"] > first)
             self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
-            manifest = {"step": progress.step, "num_tokens": progress.num_tokens, "figures": progress.figures,
-                        "directory": f"{name}/{self._attempt}", "files": files}  # fmt: skip
+            manifest = {
+                "step": progress.step,
+                "num_tokens": progress.num_tokens,
+                "figures": progress.figures,
+                "directory": f"{name}/{self._attempt}",
+                "files": files,
+            }
             self._place.write(f"{name}.json", json.dumps(manifest, indent=1).encode())
             self._prune()
         _barrier()
@@ -99,13 +106,21 @@ class Checkpoints:
             try:
                 manifest = json.loads(self._place.read_bytes(name))
                 directory = self._place.child(manifest["directory"])
-                wrong = [n for n, known in manifest["files"].items() if not directory.exists(n) or _digest(directory, n) != known]
+                wrong = [
+                    n
+                    for n, known in manifest["files"].items()
+                    if not directory.exists(n) or _digest(directory, n) != known
+                ]
                 if not wrong:
                     return manifest
                 reason = f"{wrong[0]} is not what was written"
             except (ValueError, KeyError, TypeError, ArtifactError) as error:
                 reason = f"its manifest cannot be read ({error})"
-            logger.warning("checkpoint %s is damaged (%s): set aside; the one before it is used", self._place.full_path(name), reason)
+            logger.warning(
+                "checkpoint %s is damaged (%s): set aside; the one before it is used",
+                self._place.full_path(name),
+                reason,
+            )
             self._place.write(f"damaged/{name}", self._place.read_bytes(name))
             self._place.delete(name)
         return None

@@ -15,10 +15,13 @@ from dpo_ray.models.token_logps import TokenLogps
 def gather_policy(policy: TokenLogps, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Gather all weights on rank 0's CPU (collective; other ranks get an empty dict), in the type they are served in."""
     whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name.removeprefix("model."): w.to(dtype) if w.is_floating_point() else w for name, w in whole.items()}
+    tensors = {name.removeprefix("model."): w for name, w in whole.items() if isinstance(w, torch.Tensor)}
+    return {name: w.to(dtype) if w.is_floating_point() else w for name, w in tensors.items()}
 
 
-def write_policy(policy: TokenLogps, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: Path, template: str, target: Path) -> None:
+def write_policy(
+    policy: TokenLogps, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: Path, template: str, target: Path
+) -> None:
     """Write the model directory. `template` is the chat template's text that training used, or `plain`."""
     model = policy.model
     model.config.dtype = dtype

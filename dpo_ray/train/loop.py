@@ -20,8 +20,19 @@ from .optimizer import set_learning_rate
 from .step import MEASURES, accurate, evaluate_pairs, train_step
 
 # Columns of the held-out table: one row per pair.
-HELDOUT = ("loss", "reward_chosen", "reward_rejected", "accurate", "logp_chosen", "logp_rejected",
-           "reference_chosen", "reference_rejected", "tokens_chosen", "tokens_rejected", "weight")  # fmt: skip
+HELDOUT = (
+    "loss",
+    "reward_chosen",
+    "reward_rejected",
+    "accurate",
+    "logp_chosen",
+    "logp_rejected",
+    "reference_chosen",
+    "reference_rejected",
+    "tokens_chosen",
+    "tokens_rejected",
+    "weight",
+)
 
 
 @dataclass(frozen=True)
@@ -55,16 +66,27 @@ def train(
         learning_rate = set_learning_rate(optimizer, share.step, plan.total_steps, config.optimizer)
         micro_batches = [packed_rows(m, plan.device) for m in share.micro_batches]
         try:
-            measured = train_step(policy, micro_batches, share.step_weight, config.objective, optimizer, config.optimizer.max_grad_norm)
+            measured = train_step(
+                policy, micro_batches, share.step_weight, config.objective, optimizer, config.optimizer.max_grad_norm
+            )
         except TrainError as error:
             groups = ", ".join(g.hex() for m in share.micro_batches for g in m.group_ids)
-            raise TrainError(error.what, where=f"step {share.step + 1}, groups {groups[:400]}",
-                             fix="lower train.optimizer.learning_rate, or look at these groups; the last checkpoint is sound") from None  # fmt: skip
+            raise TrainError(
+                error.what,
+                where=f"step {share.step + 1}, groups {groups[:400]}",
+                fix="lower train.optimizer.learning_rate, or look at these groups; the last checkpoint is sound",
+            ) from None
         progress = replace(progress, step=share.step + 1, num_tokens=progress.num_tokens + share.step_tokens)
         seconds, began = time.monotonic() - began, time.monotonic()
-        row = {"step": progress.step, **measured, "learning_rate": learning_rate, "num_tokens": progress.num_tokens,
-               "epoch": progress.step * config.groups_per_step / plan.groups, "seconds_per_step": seconds,
-               "tokens_per_second": share.step_tokens / seconds}  # fmt: skip
+        row = {
+            "step": progress.step,
+            **measured,
+            "learning_rate": learning_rate,
+            "num_tokens": progress.num_tokens,
+            "epoch": progress.step * config.groups_per_step / plan.groups,
+            "seconds_per_step": seconds,
+            "tokens_per_second": share.step_tokens / seconds,
+        }
         last = progress.step == plan.total_steps
         if config.eval_every_steps and (progress.step % config.eval_every_steps == 0 or last):
             row |= evaluate(policy, heldout(), config, plan.device)
@@ -77,7 +99,9 @@ def train(
     return progress
 
 
-def evaluate(policy: nn.Module, heldout: Iterable[RankStep], config: TrainConfig, device: torch.device) -> dict[str, float]:
+def evaluate(
+    policy: nn.Module, heldout: Iterable[RankStep], config: TrainConfig, device: torch.device
+) -> dict[str, float]:
     """Average the held-out pairs' measures over all ranks, under TRL's names with `eval_` before them; collective."""
     table = heldout_table(policy, heldout, config, device)
     weight = table[:, -1:]
@@ -86,8 +110,15 @@ def evaluate(policy: nn.Module, heldout: Iterable[RankStep], config: TrainConfig
         sums = sums.to(device)
         dist.all_reduce(sums)
     mean = dict(zip(HELDOUT, (sums[:-1] / sums[-1]).tolist(), strict=True))
-    values = (mean["loss"], mean["reward_chosen"], mean["reward_rejected"], mean["reward_chosen"] - mean["reward_rejected"],
-              mean["accurate"], mean["logp_chosen"], mean["logp_rejected"])  # fmt: skip
+    values = (
+        mean["loss"],
+        mean["reward_chosen"],
+        mean["reward_rejected"],
+        mean["reward_chosen"] - mean["reward_rejected"],
+        mean["accurate"],
+        mean["logp_chosen"],
+        mean["logp_rejected"],
+    )
     return {f"eval_{name}": value for name, value in zip(MEASURES, values, strict=True)}
 
 
@@ -99,9 +130,19 @@ def heldout_table(policy: nn.Module, heldout: Iterable[RankStep], config: TrainC
         for micro_batch in share.micro_batches:
             rows = packed_rows(micro_batch, device)
             pairs, losses = evaluate_pairs(policy, rows, config.objective)
-            columns = (losses, beta * pairs.chosen_logratio, beta * pairs.rejected_logratio, accurate(pairs),
-                       pairs.policy_chosen, pairs.policy_rejected, pairs.reference_chosen, pairs.reference_rejected,
-                       pairs.chosen_tokens, pairs.rejected_tokens, rows.pair_weight)  # fmt: skip
+            columns = (
+                losses,
+                beta * pairs.chosen_logratio,
+                beta * pairs.rejected_logratio,
+                accurate(pairs),
+                pairs.policy_chosen,
+                pairs.policy_rejected,
+                pairs.reference_chosen,
+                pairs.reference_rejected,
+                pairs.chosen_tokens,
+                pairs.rejected_tokens,
+                rows.pair_weight,
+            )
             table = torch.stack([c.double() for c in columns], dim=1).cpu()
             tables.append(table[table[:, -1] > 0])
     policy.train()

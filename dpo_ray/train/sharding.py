@@ -25,6 +25,7 @@ def shard(policy: TokenLogps, device_type: str, world_size: int, compute_dtype: 
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows SUM only; on NCCL it is the same sum
     return policy
 
 

@@ -52,18 +52,30 @@ def run(task: TrainTask, gpus_per_worker: float, on_row: Callable[[dict[str, flo
         AuditError, TrainError: as the workers found.
     """
     resources = {"CPU": task.config.cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
-    with tempfile.TemporaryDirectory(prefix="dpo-ray-train-", ignore_cleanup_errors=True) as scratch, _following(task.inbox, on_row):
+    with (
+        tempfile.TemporaryDirectory(prefix="dpo-ray-train-", ignore_cleanup_errors=True) as scratch,
+        _following(task.inbox, on_row),
+    ):
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"task": task},
-            scaling_config=ScalingConfig(num_workers=task.config.workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources),
-            run_config=RunConfig(name=task.staging.attempt, storage_path=scratch, failure_config=FailureConfig(max_failures=task.config.max_failures)),
+            scaling_config=ScalingConfig(
+                num_workers=task.config.workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=task.staging.attempt,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=task.config.max_failures),
+            ),
         )
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise TrainError(f"the workers failed: {_first_cause(error)}", where="train",
-                             fix="mend the cause and run the same command: it goes on from the newest checkpoint") from error  # fmt: skip
+            raise TrainError(
+                f"the workers failed: {_first_cause(error)}",
+                where="train",
+                fix="mend the cause and run the same command: it goes on from the newest checkpoint",
+            ) from error
     account = result.return_value
     assert isinstance(account, dict)  # noqa: S101 - what train_worker returns
     if "error" in account:
@@ -86,7 +98,7 @@ def _first_cause(error: ray.train.TrainingFailedError) -> str:
     return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
 
 
-class _following:  # noqa: N801 - used as a context manager only
+class _following:
     """Poll the inbox in a thread while training runs, and once more at the end."""
 
     def __init__(self, inbox: Any, on_row: Callable[[dict[str, float]], None]) -> None:

@@ -19,8 +19,14 @@ from dpo_ray.objectives.select import pair_losses
 # The order in which `_measure` sums; weighted means of these are the metrics of a step.
 ROUNDING = 1e-6  # relative error of a float32 sum of log-probs, with room for another engine's order of operations
 MEASURES = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-)  # fmt: skip
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def train_step(
@@ -86,7 +92,12 @@ def accurate(pairs: PairLogps) -> Tensor:
 
     Without that allowance the accuracy of an untrained policy would be rounding noise instead of 0.
     """
-    sizes = pairs.policy_chosen.abs() + pairs.policy_rejected.abs() + pairs.reference_chosen.abs() + pairs.reference_rejected.abs()
+    sizes = (
+        pairs.policy_chosen.abs()
+        + pairs.policy_rejected.abs()
+        + pairs.reference_chosen.abs()
+        + pairs.reference_rejected.abs()
+    )
     return pairs.chosen_logratio - pairs.rejected_logratio > ROUNDING * sizes
 
 
@@ -94,7 +105,15 @@ def _measure(beta: float, pairs: PairLogps, losses: Tensor, rows: PackedRows) ->
     """Sum the measures over this micro-batch's pairs, by weight: float64 [measures] on the CPU."""
     chosen, rejected = beta * pairs.chosen_logratio, beta * pairs.rejected_logratio
     per_pair = torch.stack(
-        [losses, chosen, rejected, chosen - rejected, accurate(pairs).float(), pairs.policy_chosen, pairs.policy_rejected]
+        [
+            losses,
+            chosen,
+            rejected,
+            chosen - rejected,
+            accurate(pairs).float(),
+            pairs.policy_chosen,
+            pairs.policy_rejected,
+        ]
     ).detach()
     counted = rows.pair_weight > 0  # fillers may hold anything
     return (per_pair[:, counted].double() * rows.pair_weight[counted].double()).sum(dim=1).cpu()

@@ -64,7 +64,10 @@ def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
     try:
         return _run(settings["task"])
     except DpoRayError as error:
-        if dist.get_world_size() > 1 and not getattr(error, "exit_code", 0) in (6, 7):  # only audit and training errors are collective
+        if dist.get_world_size() > 1 and getattr(error, "exit_code", 0) not in (
+            6,
+            7,
+        ):  # only audit and training errors are collective
             raise
         return {"error": error}
 
@@ -95,8 +98,22 @@ def _run(task: TrainTask) -> dict[str, Any]:
     report({"restored_step": progress.step})
     steps = prefetched(read_steps(task.schedule, "train", rank, progress.step))
     has_heldout = "eval/steps" in counts
-    progress = train(policy, optimizer, steps, lambda: read_steps(task.schedule, "eval", rank), plan, task.config, checkpoints, progress, report)
-    heldout = _gathered(heldout_table(policy, read_steps(task.schedule, "eval", rank), task.config, device)) if has_heldout else None
+    progress = train(
+        policy,
+        optimizer,
+        steps,
+        lambda: read_steps(task.schedule, "eval", rank),
+        plan,
+        task.config,
+        checkpoints,
+        progress,
+        report,
+    )
+    heldout = (
+        _gathered(heldout_table(policy, read_steps(task.schedule, "eval", rank), task.config, device))
+        if has_heldout
+        else None
+    )
     final = evaluate(policy, read_steps(task.schedule, "eval", rank), task.config, device) if has_heldout else {}
     weights = gather_policy(policy, getattr(torch, task.dtype))
     if rank:
@@ -145,21 +162,30 @@ def _gathered(table: torch.Tensor) -> np.ndarray:
 
 
 def _written(
-    policy: TokenLogps, weights: dict[str, torch.Tensor], source: Path, heldout: np.ndarray | None, checkpoints: Checkpoints,
-    progress: Progress, task: TrainTask,
-) -> dict[str, Any]:  # fmt: skip
+    policy: TokenLogps,
+    weights: dict[str, torch.Tensor],
+    source: Path,
+    heldout: np.ndarray | None,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    task: TrainTask,
+) -> dict[str, Any]:
     """Write the artifact's files into the staging place (rank 0) and return their entries with the account."""
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-policy-") as scratch:
         write_policy(policy, weights, getattr(torch, task.dtype), source, task.template, Path(scratch))
-        for file in sorted(Path(scratch).rglob("*")):
-            if file.is_file():
-                entries.append(task.staging.upload(f"policy/{file.relative_to(scratch).as_posix()}", file))
+        files = [file for file in sorted(Path(scratch).rglob("*")) if file.is_file()]
+        entries += [task.staging.upload(f"policy/{f.relative_to(scratch).as_posix()}", f) for f in files]
     metrics = checkpoints.metrics(progress.step)
     lines = "".join(json.dumps(row) + "\n" for row in metrics)
     entries.append(task.staging.write("metrics.jsonl", lines.encode(), rows=len(metrics)))
     if heldout is not None:
         table = pa.table({name: heldout[:, i] for i, name in enumerate(HELDOUT)})
         entries.append(task.staging.write("heldout.parquet", parquet_bytes(table), rows=len(table)))
-    return {"entries": entries, "audit": progress.figures, "steps": progress.step, "num_tokens": progress.num_tokens,
-            "final": metrics[-1] if metrics else {}}  # fmt: skip
+    return {
+        "entries": entries,
+        "audit": progress.figures,
+        "steps": progress.step,
+        "num_tokens": progress.num_tokens,
+        "final": metrics[-1] if metrics else {},
+    }

@@ -30,8 +30,18 @@ from dpo_ray.observe.report import (
 )
 
 SECTIONS = ("summary", "training", "held-out", "samples", "data", "audit", "stages", "recipe", "versions")
-PLOTS = ("loss", "margins", "accuracy", "rewards", "logps", "gradient", "throughput", "reward-distribution",
-         "kl", "lengths")
+PLOTS = (
+    "loss",
+    "margins",
+    "accuracy",
+    "rewards",
+    "logps",
+    "gradient",
+    "throughput",
+    "reward-distribution",
+    "kl",
+    "lengths",
+)
 HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x onerror='alert(1)'></p></section>"
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 
@@ -74,13 +84,22 @@ class Page(HTMLParser):
 def train_rows(steps: int) -> list[dict[str, float]]:
     noise = random.Random(7)
     return [
-        {"step": step, "loss": 0.693 * math.exp(-step / steps) + noise.gauss(0, 0.02),
-         "rewards/chosen": noise.gauss(0.3, 0.1), "rewards/rejected": noise.gauss(-0.9, 0.1),
-         "rewards/margins": noise.gauss(1.2, 0.1), "rewards/accuracies": noise.uniform(0.5, 1.0),
-         "logps/chosen": noise.gauss(-210, 5), "logps/rejected": noise.gauss(-220, 5),
-         "grad_norm": noise.uniform(1, 3), "learning_rate": 5e-7 * step / steps, "num_tokens": 1000.0 * step,
-         "epoch": step / steps, "tokens_per_second": noise.gauss(18000, 500),
-         "seconds_per_step": noise.gauss(2, 0.1)}
+        {
+            "step": step,
+            "loss": 0.693 * math.exp(-step / steps) + noise.gauss(0, 0.02),
+            "rewards/chosen": noise.gauss(0.3, 0.1),
+            "rewards/rejected": noise.gauss(-0.9, 0.1),
+            "rewards/margins": noise.gauss(1.2, 0.1),
+            "rewards/accuracies": noise.uniform(0.5, 1.0),
+            "logps/chosen": noise.gauss(-210, 5),
+            "logps/rejected": noise.gauss(-220, 5),
+            "grad_norm": noise.uniform(1, 3),
+            "learning_rate": 5e-7 * step / steps,
+            "num_tokens": 1000.0 * step,
+            "epoch": step / steps,
+            "tokens_per_second": noise.gauss(18000, 500),
+            "seconds_per_step": noise.gauss(2, 0.1),
+        }
         for step in range(1, steps + 1)
     ]
 
@@ -88,25 +107,37 @@ def train_rows(steps: int) -> list[dict[str, float]]:
 def full_data(steps: int = 40) -> ReportData:
     noise = random.Random(3)
     return ReportData(
-        name="tiny-run", created="2025-01-02T03:04:05+00:00", what="Sigmoid DPO on 90 groups.",
+        name="tiny-run",
+        created="2025-01-02T03:04:05+00:00",
+        what="Sigmoid DPO on 90 groups.",
         headline=[Tile("Final loss", 0.41234, "last step"), Tile("Rows", 12345)],
         comparison=[("True reward", "0.31", "0.57")],
         train_metrics=train_rows(steps),
-        eval_metrics=[{"step": steps, "eval_loss": 0.5, "eval_rewards/accuracies": 0.7,
-                       "eval_rewards/margins": 0.9}],
-        heldout_rewards={"chosen": [noise.gauss(0.3, 1) for _ in range(200)],
-                         "rejected": [noise.gauss(-1, 1) for _ in range(200)]},
+        eval_metrics=[{"step": steps, "eval_loss": 0.5, "eval_rewards/accuracies": 0.7, "eval_rewards/margins": 0.9}],
+        heldout_rewards={
+            "chosen": [noise.gauss(0.3, 1) for _ in range(200)],
+            "rejected": [noise.gauss(-1, 1) for _ in range(200)],
+        },
         kl_per_sample=[noise.gauss(2, 1) for _ in range(64)],
-        lengths={name: [noise.randrange(1, 300) for _ in range(90)]
-                 for name in ("prompt", "chosen", "rejected")},
-        account=[{"source": "a.jsonl", "split": "train", "rows_in": 100, "admitted": 90, "quarantined": 7,
-                  "duplicates": 3}],
+        lengths={name: [noise.randrange(1, 300) for _ in range(90)] for name in ("prompt", "chosen", "rejected")},
+        account=[
+            {"source": "a.jsonl", "split": "train", "rows_in": 100, "admitted": 90, "quarantined": 7, "duplicates": 3}
+        ],
         reasons=[{"reason": "too_long", "meaning": "Too many tokens.", "rows": 7, "example": "lorem " * 100}],
-        audit={"passed": True, "token_mult_prob_error": 1.0021}, audit_note="Within tolerance.",
-        samples=[{"prompt": "Hello?", "reference": "Hi.", "policy": "Good day.", "reference_score": 0.25,
-                  "policy_score": 0.75}],
+        audit={"passed": True, "token_mult_prob_error": 1.0021},
+        audit_note="Within tolerance.",
+        samples=[
+            {
+                "prompt": "Hello?",
+                "reference": "Hi.",
+                "policy": "Good day.",
+                "reference_score": 0.25,
+                "policy_score": 0.75,
+            }
+        ],
         stages=[{"stage": "train", "key": "train-0011", "state": "built", "seconds": 8040.0, "rows": None}],
-        recipe_yaml="objective:\n  type: sigmoid\n  beta: 0.1\n", versions={"torch": "2.13.0"},
+        recipe_yaml="objective:\n  type: sigmoid\n  beta: 0.1\n",
+        versions={"torch": "2.13.0"},
         paths={"policy": "runs/tiny/policy"},
     )
 
@@ -132,9 +163,24 @@ def test_every_section_is_present_well_formed_and_linked(data: ReportData) -> No
 
 def test_figures_of_the_data_are_shown(html: str) -> None:
     words = Page(html).words()
-    for expected in ("tiny-run", "0.4123", "12,345", "True reward0.310.57", "a.jsonl", "Too many tokens.",
-                     "every row accounted for", "token_mult_prob_error", "1.002", "passed Within tolerance.",
-                     "Good day.", "score 0.75", "2 h 14 min", "beta: 0.1", "2.13.0", "runs/tiny/policy"):
+    for expected in (
+        "tiny-run",
+        "0.4123",
+        "12,345",
+        "True reward0.310.57",
+        "a.jsonl",
+        "Too many tokens.",
+        "every row accounted for",
+        "token_mult_prob_error",
+        "1.002",
+        "passed Within tolerance.",
+        "Good day.",
+        "score 0.75",
+        "2 h 14 min",
+        "beta: 0.1",
+        "2.13.0",
+        "runs/tiny/policy",
+    ):
         assert expected in words, expected
     assert "Not measured" not in words
 
@@ -159,8 +205,9 @@ def test_nothing_is_fetched_or_executed(html: str) -> None:
 
 
 def test_policy_admits_exactly_the_style_sheet_of_the_page(html: str) -> None:
-    policy = next(a["content"] for tag, a in Page(html).tags
-                  if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for tag, a in Page(html).tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
     (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -179,14 +226,21 @@ def test_every_plot_is_described_and_coloured_by_the_page(html: str) -> None:
 
 def test_foreign_text_is_escaped_everywhere() -> None:
     data = dataclasses.replace(
-        full_data(1), name=HOSTILE, what=HOSTILE, created=HOSTILE, headline=[Tile(HOSTILE, HOSTILE, HOSTILE)],
+        full_data(1),
+        name=HOSTILE,
+        what=HOSTILE,
+        created=HOSTILE,
+        headline=[Tile(HOSTILE, HOSTILE, HOSTILE)],
         comparison=[(HOSTILE, HOSTILE, HOSTILE)],
         account=[{**full_data(1).account[0], "source": HOSTILE, "split": HOSTILE}],
         reasons=[{"reason": HOSTILE, "meaning": HOSTILE, "rows": 1, "example": HOSTILE}],
-        audit={"passed": False, HOSTILE: HOSTILE}, audit_note=HOSTILE,
+        audit={"passed": False, HOSTILE: HOSTILE},
+        audit_note=HOSTILE,
         samples=[{"prompt": HOSTILE, "reference": HOSTILE, "policy": HOSTILE}],
         stages=[{"stage": HOSTILE, "key": HOSTILE, "state": HOSTILE, "note": HOSTILE}],
-        recipe_yaml=HOSTILE, versions={HOSTILE: HOSTILE}, paths={HOSTILE: HOSTILE},
+        recipe_yaml=HOSTILE,
+        versions={HOSTILE: HOSTILE},
+        paths={HOSTILE: HOSTILE},
     )
     html = render_report(data)
     page = Page(html)
@@ -207,8 +261,10 @@ def test_broken_text_is_made_writable() -> None:
 def test_long_text_and_many_samples_are_cut() -> None:
     long = "x" * 100_000
     data = dataclasses.replace(
-        EMPTY, samples=[{"prompt": long, "reference": long, "policy": long}] * (MAX_SAMPLES + 5),
-        reasons=[{"reason": "r", "meaning": "m", "rows": 1, "example": long}])
+        EMPTY,
+        samples=[{"prompt": long, "reference": long, "policy": long}] * (MAX_SAMPLES + 5),
+        reasons=[{"reason": "r", "meaning": "m", "rows": 1, "example": long}],
+    )
     html = render_report(data)
     assert html.count("<article") == MAX_SAMPLES
     assert f"The first {MAX_SAMPLES} of {MAX_SAMPLES + 5}." in html
@@ -272,18 +328,35 @@ def test_running_mean_is_the_mean_of_a_centred_window() -> None:
     assert smoothing_window(300) == 11
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    (0.41234, "0.4123"), (1588, "1,588"), (-0.5, "\N{MINUS SIGN}0.5"), (3.0, "3"), (True, "yes"), (None, "–"),
-    ("71.8 %", "71.8 %"), (math.nan, "not finite"), (18412.4, "18,412"), (2.5e20, "2.5e20"),
-    (-3.1e-5, "\N{MINUS SIGN}3.1e\N{MINUS SIGN}5"),
-])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.41234, "0.4123"),
+        (1588, "1,588"),
+        (-0.5, "\N{MINUS SIGN}0.5"),
+        (3.0, "3"),
+        (True, "yes"),
+        (None, "–"),
+        ("71.8 %", "71.8 %"),
+        (math.nan, "not finite"),
+        (18412.4, "18,412"),
+        (2.5e20, "2.5e20"),
+        (-3.1e-5, "\N{MINUS SIGN}3.1e\N{MINUS SIGN}5"),
+    ],
+)
 def test_numbers_are_written_for_readers(value: object, text: str) -> None:
     assert format_number(value) == text  # pyright: ignore[reportArgumentType]
 
 
 def test_times_excerpts_and_exponents_are_written_for_readers() -> None:
     assert [format_seconds(s) for s in (None, 0.31, 59.96, 185, 3599.7, 8040)] == [
-        "–", "0.31 s", "60 s", "3 min 05 s", "1 h 00 min", "2 h 14 min"]
+        "–",
+        "0.31 s",
+        "60 s",
+        "3 min 05 s",
+        "1 h 00 min",
+        "2 h 14 min",
+    ]
     assert excerpt("abc", 3) == "abc"
     assert excerpt("abcd", 3) == "abc … (1 more characters)"
     assert typographic("5e-07") == "5e\N{MINUS SIGN}7"

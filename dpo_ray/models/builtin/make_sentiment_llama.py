@@ -44,13 +44,19 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     bpe.train_from_iterator(documents(DOCUMENTS_OF_THE_TOKENIZER, seed), trainer=trainer)
     pad, bos, eos = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=pad, bos_token=bos, eos_token=eos, model_max_length=CONTEXT_TOKENS,
+        tokenizer_object=bpe,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        model_max_length=CONTEXT_TOKENS,
         clean_up_tokenization_spaces=False,
     )
 
@@ -59,10 +65,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
     """Build the untrained Llama in fp32: grouped-query attention and tied embeddings, as larger ones have."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=224, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=True, initializer_range=0.05, dtype="float32",
-        pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=224,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        dtype="float32",
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
     )
     return LlamaForCausalLM(config)
 
@@ -115,7 +131,10 @@ def main(directory: Path) -> None:
     nats, floor = document_nats(model, tokenizer, SEED + 1), floor_nats(tokenizer)
     logger.info("%d parameters, %.3f nats a document, floor %.3f", model.num_parameters(), nats, floor)
     model.generation_config = GenerationConfig(
-        do_sample=True, pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID,
+        do_sample=True,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -128,9 +147,7 @@ def _learning_rate_factor(step: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))
 
 
-def _batches(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (token ids, mask), each [documents, tokens]: documents ended by EOS, padded on the right."""
     while chunk := list(islice(texts, DOCUMENTS_PER_STEP)):
         rows = [torch.tensor([*tokenizer.encode(text), EOS_ID]) for text in chunk]

@@ -42,9 +42,7 @@ class _Machine:
     def __init__(self, root: Path, cut: int, power: bool) -> None:
         self.root, self.cut, self.power, self.count = root, cut, power, 0
         self.durable = {path.stat().st_ino for path in root.rglob("*") if path.is_file()}
-        self.names: list[
-            tuple[str, str, str]
-        ] = []  # (operation, source, target) whose directory is not fsynced
+        self.names: list[tuple[str, str, str]] = []  # (operation, source, target) whose directory is not fsynced
         self.real = {name: getattr(os, name) for name in OPERATIONS}
         for name in OPERATIONS:
             setattr(os, name, self._wrapped(name))

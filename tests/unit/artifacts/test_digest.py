@@ -11,9 +11,7 @@ from dpo_ray.artifacts.digest import artifact_key, canonical_json, digest, file_
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
-values = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4)
-)
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4))
 configs = st.dictionaries(text, values, min_size=1, max_size=4)
 inputs = st.dictionaries(text, text, max_size=3)
 
@@ -95,9 +93,7 @@ def test_like_values_of_other_types_differ() -> None:
     assert digest((1, 2)) == digest([1, 2])
 
 
-@pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), [-float("inf")], {"a": {"b": float("nan")}}, "\ud800"]
-)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [-float("inf")], {"a": {"b": float("nan")}}, "\ud800"])
 def test_what_json_cannot_hold_is_refused(value) -> None:
     with pytest.raises(ValueError, match=r"JSON|surrogates"):
         canonical_json(value)

@@ -171,9 +171,7 @@ def test_the_heartbeat_goes_on_and_finds_a_successor(storage: Storage) -> None:
             time.sleep(0.02)
         with pytest.raises(LeaseError, match="lost the run"):
             lease.check()
-    assert storage.list_files() == ["lease-000001.json", "lease-000002.json"], (
-        "what a successor holds is left alone"
-    )
+    assert storage.list_files() == ["lease-000001.json", "lease-000002.json"], "what a successor holds is left alone"
 
 
 def test_check_asks_the_storage_after_a_pause(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +184,7 @@ def test_check_asks_the_storage_after_a_pause(disk: Storage, monkeypatch: pytest
             lease.check()
 
 
-def test_check_does_not_pass_while_the_storage_cannot_be_asked(
-    disk: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_does_not_pass_while_the_storage_cannot_be_asked(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(disk, ttl_seconds=300) as lease:
         later = time.time() + 400
 
@@ -204,9 +200,7 @@ def test_check_does_not_pass_while_the_storage_cannot_be_asked(
         lease.check()
 
 
-def test_a_number_that_was_used_and_removed_is_not_taken_again(
-    disk: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_number_that_was_used_and_removed_is_not_taken_again(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(disk):
         pass
     late = Lease(disk)

@@ -110,9 +110,7 @@ def test_a_creation_on_s3_sends_the_condition(s3: Storage, s3_server: S3Server) 
     assert [path for path in s3_server.conditional_puts if prefix in path] == [f"/{prefix}/lease"]
 
 
-def test_a_server_that_ignores_the_condition_is_found_out(
-    s3: Storage, s3_server: S3Server, monkeypatch
-) -> None:
+def test_a_server_that_ignores_the_condition_is_found_out(s3: Storage, s3_server: S3Server, monkeypatch) -> None:
     import s3fs
 
     keep = s3fs.S3FileSystem._filter_kwargs

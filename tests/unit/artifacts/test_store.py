@@ -152,9 +152,7 @@ def test_sweep_removes_dead_attempts_of_this_run_only(storage: Storage) -> None:
     mine = store.begin("tokens", "k1", "run")
     mine.write("f", b"mine")
     pid = os.fork()
-    if (
-        pid == 0
-    ):  # a driver that dies in the middle; on S3 its client belongs to the parent, so disk only writes
+    if pid == 0:  # a driver that dies in the middle; on S3 its client belongs to the parent, so disk only writes
         code = 0
         if storage.is_local:
             dead = store.begin("tokens", "k2", "run")
