@@ -15,19 +15,22 @@ from rich.table import Table
 
 from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError
 
-_CODES = "\n\n".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items())
+_MEANINGS = EXIT_CODES | {1: "A fault of dpo-ray itself: the traceback says where"}
+_CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
 app = typer.Typer(
     help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; any value of it can be "
-    "set on the command line as key.path=value.\n\nExit codes:\n\n" + _CODES,
+    "set on the command line as key.path=value. Begin with `dpo-ray init` and `dpo-ray run`.",
+    epilog="Exit codes:\n\n" + _CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that replace the recipe's.")
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the recipe's.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -43,16 +46,18 @@ def run(
 
     Stop it at any moment, by any means: the same command goes on from what was committed.
     """
-    from dpo_ray import pipeline, summary
+    from dpo_ray import pipeline, planning, summary
     from dpo_ray.config.load import load_recipe
     from dpo_ray.observe.progress import Reporter
 
     reporter = Reporter()
     finished, ran = pipeline.offline(load_recipe(recipe, overrides or []), reporter, verbose=verbose)
-    if ran:
-        summary.write_report(finished)
-    else:
+    if not ran:
         reporter.say("every stage is done: nothing to run")
+    if ran or not planning.run_storage(finished.plan.recipe).exists(
+        summary.REPORT
+    ):  # another run may have done the same work under its own name
+        summary.write_report(finished)
     values = summary.figures(finished)
     if as_json:
         typer.echo(json.dumps(values))
@@ -168,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; errors of ours are printed, never traced."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code: Any = app(arguments, standalone_mode=False)
+        code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
     except DpoRayError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
         sys.exit(error.exit_code)
@@ -177,12 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
         sys.exit(130)
-    except Exception as error:
-        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):  # not one of click's usage errors
-            raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error.format_message()}", style="red", highlight=False, markup=False
-        )  # type: ignore[attr-defined]
+    except typer.TyperException as error:
+        if message := error.format_message():  # empty where the help was printed instead, because nothing was given
+            Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", highlight=False, markup=False)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 

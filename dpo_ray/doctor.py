@@ -8,7 +8,10 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -128,7 +131,7 @@ def _ray() -> Finding:
 
 
 def _memory() -> Finding:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _available_memory_bytes()
     good = free >= MEMORY_BYTES_NEEDED
     return Finding(
         "memory",
@@ -138,15 +141,25 @@ def _memory() -> Finding:
     )
 
 
+def _available_memory_bytes() -> int:
+    """Read what programs can still take, caches included; where the system does not say, what lies idle."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _storage(output: str) -> list[Finding]:
     try:
         place = Storage(output)
-        place.check_writable()
+        with _no_new_directories(place):
+            place.check_writable()
     except DpoRayError as error:
         return [Finding(f"storage {output}", "broken", error.what, error.fix)]
     found = [Finding(f"storage {place.uri}", "ok", "can be written, read, and created exclusively")]
     if place.is_local:
-        free = shutil.disk_usage(place.local_path()).free
+        free = shutil.disk_usage(_nearest(place.local_path())).free
         good = free >= DISK_BYTES_NEEDED
         found.append(
             Finding(
@@ -157,3 +170,21 @@ def _storage(output: str) -> list[Finding]:
             )
         )
     return found
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the nearest directory above it that exists."""
+    return path if path.exists() else _nearest(path.parent)
+
+
+@contextmanager
+def _no_new_directories(place: Storage) -> Iterator[None]:
+    """Take away again the directories that the check has to make: looking leaves no trace."""
+    path = place.local_path() if place.is_local else Path()
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        yield
+    finally:
+        for directory in missing:
+            with suppress(OSError):  # never made, or somebody else has put something there
+                directory.rmdir()

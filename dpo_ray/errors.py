@@ -76,7 +76,7 @@ class InfrastructureError(DpoRayError):
 
 
 EXIT_CODES = {
-    0: "success",
+    0: "Success.",
     **{
         e.exit_code: (e.__doc__ or "").splitlines()[0]
         for e in (
@@ -91,5 +91,5 @@ EXIT_CODES = {
             InfrastructureError,
         )
     },
-    75: "Stopped by a signal after a checkpoint; the same command goes on.",
+    130: "Stopped by Ctrl-C; the same command goes on from what was committed.",
 }

@@ -16,6 +16,7 @@ from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.cluster.session import session
+from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.config.reference import AuditConfig
 from dpo_ray.data import stage as prepare_stage
@@ -24,7 +25,7 @@ from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.errors import ArtifactError, AuditError, InfrastructureError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
-from dpo_ray.models.load import model_directory
+from dpo_ray.models.load import BUILTIN, is_hub_name, model_directory
 from dpo_ray.observe.model_card import model_card
 from dpo_ray.observe.progress import Bar, Reporter
 from dpo_ray.observe.sinks import MetricsSinks
@@ -207,7 +208,7 @@ class _Run:
         run_dir, steps = planning.run_storage(recipe), scheduled.manifest.rows["train/steps"]
         provenance = self._provenance("train")
         task = TrainTask(
-            model=recipe.model,
+            model=self._model_for_workers(),
             config=recipe.train,
             dtype=plan.hardware.dtype,
             template=plan.template,
@@ -237,6 +238,12 @@ class _Run:
         )
         return train_stage.commit(task, account, card, provenance)
 
+    def _model_for_workers(self) -> ModelConfig:
+        """Name the model so that a process with another working directory, or on another node, finds it."""
+        given = self.recipe.model
+        found_anywhere = is_hub_name(given.path) or given.path.startswith(BUILTIN)
+        return given if found_anywhere else given.model_copy(update={"path": str(self._model_dir)})
+
     def evaluate(self, prepared: Artifact, trained: Artifact) -> Artifact:
         """Sample from policy and reference, and work out the figures."""
         if (done := planning.found(self.plan, "evaluate")) is not None:
@@ -260,8 +267,9 @@ class _Run:
         e, r = self.recipe.evaluate, self.recipe.reference
         policy_dir = trained.local_dir("policy", _cache_dir(trained))
         sampling = Sampling(e.temperature, e.max_new_tokens, (int(tokenizer.eos_token_id),), self.recipe.seed)
-        settings = [self.scorer_settings(str(d), extra_tokens=e.max_new_tokens) for d in (policy_dir, self._model_dir)]
-        return compare(*settings, prompts, sampling, r.cpus_per_replica, self.plan.hardware.engine_gpus)
+        policy = self.scorer_settings(str(policy_dir), extra_tokens=e.max_new_tokens)
+        reference = self.scorer_settings(str(self._model_dir), extra_tokens=e.max_new_tokens)
+        return compare(policy, reference, prompts, sampling, r.cpus_per_replica, self.plan.hardware.engine_gpus)
 
     def _begin(self, stage: str) -> Staging:
         return planning.artifact_store(self.recipe).begin(stage, self.plan.stages[stage].key, self.recipe.name)
@@ -283,7 +291,8 @@ def checked_audit(
     if not result.passed and config.on_drift == "stop":
         raise AuditError(
             f"stored reference log-probs differ from the trainer's own by up to {result.max_token_drift:.2e} nats a token "
-            f"(allowed {result.allowed_token_drift:.0e}), {result.mean_token_drift:.2e} on average (allowed {result.allowed_mean_drift:.0e})",
+            f"(allowed {result.allowed_token_drift:.0e}), {result.mean_token_drift:.2e} on average "
+            f"(allowed {result.allowed_mean_drift:.0e})",
             where="reference.audit",
             fix="set reference.engine=trainer, which is exact; or, knowing the cause, raise reference.audit.max_token_drift",
         )

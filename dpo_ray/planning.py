@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -127,6 +128,8 @@ def preflight(recipe: Recipe) -> tuple[tuple[Shard, ...], str]:
     Raises:
         ConfigError, InfrastructureError: the first thing that is wrong.
     """
+    _check_places(recipe)
+    _check_gpus(recipe)
     shards = (*list_shards("train", recipe.data.train), *list_shards("eval", recipe.data.eval))
     if recipe.evaluate.sample_prompts and not recipe.data.eval:
         raise ConfigError(
@@ -153,6 +156,36 @@ def preflight(recipe: Recipe) -> tuple[tuple[Shard, ...], str]:
             fix=f"set at most {context}",
         )
     return shards, resolve_template(recipe.data.chat_template, tokenizer)
+
+
+def _check_places(recipe: Recipe) -> None:
+    """See that the places to write to can be directories; leaves no trace, as `plan` and `validate` promise."""
+    for field, place in (("output", run_storage(recipe)), ("reference.store", reference_root(recipe))):
+        if not place.is_local:
+            continue
+        nearest = place.local_path()
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise ConfigError(
+                f"`{nearest}` is not a directory, so nothing can be written there",
+                where=f"{field}={place.uri}",
+                fix="name a directory, existing or new, or s3://bucket/prefix, gs://bucket/prefix",
+            )
+
+
+def _check_gpus(recipe: Recipe) -> None:
+    """Refuse what this machine can never grant: Ray would wait for it without end."""
+    where = hardware(recipe)
+    wanted = {"train.workers": recipe.train.workers * where.train_gpus}
+    wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
+    for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
+        if gpus > torch.cuda.device_count():
+            raise ConfigError(
+                f"asks for {gpus:g} GPUs, and this machine has {torch.cuda.device_count()}",
+                where=field,
+                fix="lower it, or the GPUs of each; or name a cluster in ray.address",
+            )
 
 
 def make_plan(recipe: Recipe) -> Plan:

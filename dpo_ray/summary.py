@@ -147,8 +147,9 @@ def report_data(run: Finished) -> ReportData:
     return ReportData(
         name=recipe.name,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.evaluate.manifest.created_unix_seconds)),
-        what=f"{recipe.train.objective.type} preference optimisation of {recipe.model.path} on {rows['train/admitted']:,} preference groups, "
-        f"{trained['steps']:,} steps with {recipe.train.workers} worker{'s' if recipe.train.workers > 1 else ''}",
+        what=f"{recipe.train.objective.type} preference optimisation of {recipe.model.path} "
+        f"on {rows['train/admitted']:,} preference groups, {trained['steps']:,} steps "
+        f"with {recipe.train.workers} worker{'s' if recipe.train.workers > 1 else ''}",
         headline=_headline(rows, trained, evaluated),
         comparison=comparison(run),
         train_metrics=[{k: v for k, v in m.items() if not k.startswith("eval_")} for m in metrics],
@@ -238,7 +239,10 @@ def _stage(artifact: Artifact) -> dict[str, Any]:
     note = ""
     if manifest.stage == "reference":
         f = manifest.figures
-        note = f"{f['scored']:,} sequences scored, {f['found']:,} already known, {f['cached_tokens']:,} of {f['tokens']:,} tokens from the prompt cache"
+        note = (
+            f"{f['scored']:,} sequences scored, {f['found']:,} already known, "
+            f"{f['cached_tokens']:,} of {f['tokens']:,} tokens from the prompt cache"
+        )
     return {
         "stage": manifest.stage,
         "key": manifest.key,

@@ -193,10 +193,8 @@ class Staging:
 def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
     """Open a staging place that no other attempt shares."""
     name, attempt = artifact_name(stage, key), f"{int(time.time()):x}-{secrets.token_hex(6)}"
-    if root.is_local:
-        storage = root.child(STAGING_NAME, checked_run(run), f"{name}.{attempt}")
-    else:
-        storage = root.child(name, attempt)
+    place = (STAGING_NAME, checked_run(run), f"{name}.{attempt}") if root.is_local else (name, attempt)
+    storage = root.child(*place)
     process = dataclasses.asdict(Process.current())
     root.write(marker_name(stage, key, run, attempt), json.dumps(process).encode())
     return Staging(root, storage, attempt, stage, key, run)

@@ -14,7 +14,7 @@ from dpo_ray.errors import InfrastructureError
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
-WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"}
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def local_cpus(recipe: Recipe) -> int:
@@ -29,11 +29,14 @@ def local_cpus(recipe: Recipe) -> int:
 
 @contextmanager
 def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
-    """Be connected to the recipe's Ray for a while.
+    """Be connected to the recipe's Ray for a while; a connection that the program has already is used and left open.
 
     Raises:
         InfrastructureError: the address does not answer, or is of another Ray version.
     """
+    if ray.is_initialized():
+        yield
+        return
     os.environ.update(DRIVER_ENVIRONMENT)
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to the terminal otherwise

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import StrictModel
+from .base import StrictModel, field_error
 
 RowFormat = Literal["auto", "text", "messages", "implicit_messages", "implicit_text", "hh"]
 
@@ -75,8 +75,11 @@ def _source_from_string(value: Any) -> Any:
     return value
 
 
+SourceSection = FilesSource | HubSource | SyntheticSource
 Source = Annotated[
-    FilesSource | HubSource | SyntheticSource, Field(discriminator="type"), BeforeValidator(_source_from_string)
+    SourceSection,
+    Field(discriminator="type"),
+    BeforeValidator(_source_from_string, json_schema_input_type=str | SourceSection),
 ]
 
 
@@ -84,7 +87,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | dict | StrictModel) else value
 
 
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_list)]
+Sources = Annotated[
+    tuple[Source, ...],
+    BeforeValidator(_as_list, json_schema_input_type=str | SourceSection | tuple[str | SourceSection, ...]),
+]
 
 
 class DataConfig(StrictModel):
@@ -111,5 +117,5 @@ class DataConfig(StrictModel):
     @model_validator(mode="after")
     def _something_to_train_on(self) -> DataConfig:
         if not self.train:
-            raise ValueError("train: no source is given")
+            raise field_error("train", "no source is given")
         return self

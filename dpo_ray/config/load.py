@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dpo_ray.errors import ConfigError
 
+from .explain import explain
 from .recipe import Recipe
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -55,7 +55,12 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}" if mark else where
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"not valid YAML: {what}", where=place, fix="correct the line") from None
+        fix = "quote text that begins with * or &" if "alias" in what or "alphabetic" in what else "correct the line"
+        raise ConfigError(f"not valid YAML: {what}", where=place, fix=fix) from None
+    except RecursionError:
+        raise ConfigError("nested too deeply", where=where, fix="a recipe is a page of YAML; is this data?") from None
+    except ValueError as error:  # YAML's own constructors: a date that is none, a number of thousands of digits
+        raise ConfigError(f"a value cannot be read: {error}", where=where, fix="quote it if it is text") from None
 
 
 def read_recipe_values(path: Path) -> dict[str, Any]:
@@ -65,6 +70,18 @@ def read_recipe_values(path: Path) -> dict[str, Any]:
         ConfigError: no such file, too large, not UTF-8, not YAML, a repeated key, or not a mapping.
     """
     where = str(path)
+    values = _parse_yaml(_read_text(path, where), where)
+    if not isinstance(values, dict):
+        kind = "empty" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(
+            f"a recipe is a mapping of sections, this is {kind}",
+            where=where,
+            fix="begin with `name:`, `model:`, `data:`",
+        )
+    return values
+
+
+def _read_text(path: Path, where: str) -> str:
     if not path.exists():
         raise ConfigError(
             "no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented one to begin with"
@@ -76,17 +93,11 @@ def read_recipe_values(path: Path) -> dict[str, Any]:
             f"larger than {MAX_RECIPE_BYTES} bytes", where=where, fix="a recipe is a page of YAML; is this data?"
         )
     try:
-        values = _parse_yaml(path.read_text(encoding="utf-8"), where)
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text (byte {error.start})", where=where, fix="save the file as UTF-8") from None
-    if not isinstance(values, dict):
-        kind = "empty" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(
-            f"a recipe is a mapping of sections, this is {kind}",
-            where=where,
-            fix="begin with `name:`, `model:`, `data:`",
-        )
-    return values
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=where, fix="check its permissions") from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -105,7 +116,9 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             )
         section = result
         for depth, part in enumerate(parts[:-1]):
-            below = section.setdefault(part, {})
+            if section.get(part) is None:  # absent, or a section that is left empty
+                section[part] = {}
+            below = section[part]
             if not isinstance(below, dict):
                 place = ".".join(parts[: depth + 1])
                 raise ConfigError(
@@ -132,71 +145,11 @@ def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors(include_url=False)]
+        lines = [explain(Recipe, problem) for problem in error.errors(include_url=False)]
         many = f"{len(lines)} fields are wrong:\n    " + "\n    ".join(lines)
         raise ConfigError(
             lines[0] if len(lines) == 1 else many, where=where, fix="`dpo-ray schema` lists every field"
         ) from None
-
-
-def _explain(problem: Any) -> str:
-    """Turn one of pydantic's errors into `path: what is wrong (value); what is allowed`."""
-    model, path = _walk(problem["loc"])
-    value, kind = problem["input"], problem["type"]
-    if kind == "extra_forbidden":
-        key, section = path[-1], ".".join(path[:-1]) or "the recipe"
-        known = sorted(model.model_fields) if model else []
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"{section} has: {', '.join(known)}"
-        return f"{'.'.join(path)}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{'.'.join(path)}: required, and not given"
-    if kind == "union_tag_invalid":
-        return f"{'.'.join(path)}.type: {value.get('type')!r} is not known; allowed: {problem['ctx']['expected_tags']}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{'.'.join(path)}: {message}" if path else message
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}; got {shown}"
-
-
-def _walk(loc: tuple[Any, ...]) -> tuple[type[BaseModel] | None, list[str]]:
-    """Follow a pydantic error location; drop the union tags, which are no keys; return the last section's model."""
-    models: list[Any] = [Recipe]
-    path: list[str] = []
-    owner: type[BaseModel] | None = Recipe
-    for part in loc:
-        tagged = [m for m in models if isinstance(m, type) and _tag(m) == part]
-        if tagged:
-            models = tagged
-            owner = tagged[0]
-            continue
-        path.append(str(part))
-        owner = next((m for m in models if _is_model(m)), owner)
-        field = owner.model_fields.get(part) if owner and isinstance(part, str) else None
-        if field is not None:
-            models = _models_in(field.annotation)
-    owner = (
-        next((m for m in models if _is_model(m) and path and path[-1] not in m.model_fields), owner)
-        if len(path) > 1
-        else owner
-    )
-    return owner, path
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _tag(kind: type) -> str | None:
-    field = kind.model_fields.get("type") if _is_model(kind) else None  # type: ignore[attr-defined]
-    return get_args(field.annotation)[0] if field and get_args(field.annotation) else None
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    if _is_model(annotation):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models_in(part)]
 
 
 def _copy_mappings(value: Any) -> Any:

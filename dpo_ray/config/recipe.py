@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel
+from .base import StrictModel, field_error
 from .data import DataConfig
 from .evaluate import EvaluateConfig
 from .model import ModelConfig
@@ -49,7 +50,20 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
         if self.name in RESERVED_NAMES:
-            raise ValueError(f"name: `{self.name}` is the name of a directory that runs share; choose another")
+            raise field_error("name", f"`{self.name}` is the name of a directory that runs share; choose another")
         if self.train.eval_every_steps is not None and not self.data.eval:
-            raise ValueError("train.eval_every_steps: there is nothing to evaluate on; set data.eval or leave it out")
+            raise field_error(
+                "train.eval_every_steps", "there is nothing to evaluate on; set data.eval or leave it out"
+            )
+        if self.ray.cpus is not None and self.ray.address == "local" and self.ray.cpus < self.cpus_needed():
+            raise field_error(
+                "ray.cpus",
+                f"{self.ray.cpus} cannot hold what the recipe asks for at once: set at least {self.cpus_needed()}",
+            )
         return self
+
+    def cpus_needed(self) -> int:
+        """Count the CPUs that the recipe's widest moment asks Ray for; with fewer it would wait for ever."""
+        scoring = self.reference.replicas * self.reference.cpus_per_replica + 1  # and one task that reads
+        training = self.train.workers * self.train.cpus_per_worker
+        return ceil(max(scoring, training, 2))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from .base import StrictModel
 from .objective import Objective, SigmoidObjective
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(StrictModel):
     """AdamW with a warm-up and a decay."""
 
     learning_rate: float = Field(default=5e-7, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)

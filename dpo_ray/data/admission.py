@@ -28,6 +28,7 @@ REASONS: dict[str, str] = {
 }
 
 SAMPLE_CHARACTERS = 200
+DETAIL_CHARACTERS = 300
 
 
 class Rejected(Exception):
@@ -41,7 +42,15 @@ class Rejected(Exception):
 
 def sample_of(row: object) -> str:
     """Shorten a row to one printable line, safe to show in a terminal (no control characters)."""
-    text = row.decode("utf-8", "backslashreplace") if isinstance(row, bytes) else str(row)
-    text = text[: SAMPLE_CHARACTERS * 2].encode("utf-8", "backslashreplace").decode("utf-8")
+    try:
+        text = row.decode("utf-8", "backslashreplace") if isinstance(row, bytes) else str(row)
+    except RecursionError:
+        text = f"{type(row).__name__}, nested too deeply to show"
+    return printable(text, SAMPLE_CHARACTERS)
+
+
+def printable(text: str, limit_characters: int) -> str:
+    """Replace what a terminal or UTF-8 would not take, and shorten; input data gets into every detail."""
+    text = text[: limit_characters * 2].encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= SAMPLE_CHARACTERS else text[: SAMPLE_CHARACTERS - 1] + "…"
+    return text if len(text) <= limit_characters else text[: limit_characters - 1] + "…"

@@ -23,9 +23,9 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # `tokenizers` raises bare exceptions
         raise ConfigError(
-            f"no usable tokenizer: {str(error).splitlines()[0]}",
+            f"no usable tokenizer: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
             where=f"model.path={model_dir}",
             fix="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from None
@@ -42,26 +42,15 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
 
     Raises:
-        ConfigError: `auto` and the tokenizer has none; no such file; not valid Jinja.
+        ConfigError: `auto` and the tokenizer has none; no such file, or not UTF-8; not valid Jinja.
     """
     if choice == PLAIN:
         return PLAIN
-    if choice == "auto":
-        if not isinstance(tokenizer.chat_template, str):
-            raise ConfigError(
-                "the tokenizer has no chat template",
-                where="data.chat_template=auto",
-                fix="set data.chat_template=plain for bare text, or the path of a Jinja template",
-            )
-        return tokenizer.chat_template
-    path = Path(choice)
-    if not path.is_file():
-        raise ConfigError(
-            "no such template file", where=f"data.chat_template={choice}", fix="allowed: auto, plain, or a file's path"
-        )
-    text = path.read_text(encoding="utf-8")
-    try:
-        jinja2.Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701 - parsed only, never rendered
+    text = _own_template(tokenizer) if choice == "auto" else _template_file(choice)
+    try:  # by transformers, which knows tags that Jinja does not, such as `generation`
+        _apply(({"role": "user", "content": "x"},), text, tokenizer, add_generation_prompt=True)
+    except Rejected:
+        return text  # it is well formed; what it refuses, rows will tell
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"not a valid template: {error.message} (line {error.lineno})",
@@ -69,6 +58,33 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
             fix="correct the template",
         ) from None
     return text
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name; `default` is the one for conversations without tools
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise ConfigError(
+            "the tokenizer has no chat template",
+            where="data.chat_template=auto",
+            fix="set data.chat_template=plain for bare text, or the path of a Jinja template",
+        )
+    return template
+
+
+def _template_file(choice: str) -> str:
+    path = Path(choice)
+    if not path.is_file():
+        raise ConfigError(
+            "no such template file", where=f"data.chat_template={choice}", fix="allowed: auto, plain, or a file's path"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot be read: {error}", where=f"data.chat_template={choice}", fix="save it as UTF-8 text"
+        ) from None
 
 
 def render(group: TextGroup, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
@@ -100,7 +116,9 @@ def _apply(
         text = tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+    except jinja2.TemplateSyntaxError:
+        raise  # the template's fault, not the row's: `resolve_template` has seen to it
+    except Exception as error:  # a template is a program, and its row can make it raise anything
         raise Rejected("TEMPLATE_ERROR", f"{type(error).__name__}: {error}"[:200]) from None
     assert isinstance(text, str)  # noqa: S101 - tokenize=False
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from .admission import Rejected
 
 ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # white space at the very beginning is often stripped
 
 Message = dict[str, str]
 Conversation = tuple[Message, ...]
@@ -23,7 +25,8 @@ class TextGroup:
     """One prompt and its completions, best first, before rendering.
 
     `prompt` is text or messages; so are the completions (a message completion is the assistant's text alone).
-    `messages` is the conversation of a text prompt that has turns in it (HH-RLHF), for use with a chat template.
+    `messages` is the conversation that a text prompt stands for, for use with a chat template: the turns of HH-RLHF.
+    With it, the white space between prompt and completion is the format's and does not go into the conversation.
     """
 
     prompt: str | Conversation
@@ -40,7 +43,9 @@ def text_group(row: Mapping[str, Any], row_format: RowFormat, columns: Columns) 
     """
     chosen = _field(row, columns.chosen, "MISSING_CHOSEN")
     rejected = _field(row, columns.rejected, "MISSING_REJECTED")
-    has_prompt = columns.prompt in row
+    # A table has every column in every row: where the format takes no prompt, a null one is none.
+    implicit = row_format in ("implicit_messages", "implicit_text", "hh")
+    has_prompt = columns.prompt in row and not (implicit and row[columns.prompt] is None)
     prompt = _field(row, columns.prompt, "MISSING_PROMPT") if has_prompt else None
     if row_format == "auto":
         row_format = _recognise(prompt, chosen, rejected)
@@ -79,6 +84,8 @@ def _require(condition: bool, reason: str, detail: str) -> None:
 def _recognise(prompt: Any, chosen: Any, rejected: Any) -> RowFormat:
     if isinstance(chosen, list | tuple) or isinstance(rejected, list | tuple):
         return "messages" if isinstance(prompt, list | tuple) else "implicit_messages"
+    if isinstance(prompt, list | tuple):
+        return "messages"
     if prompt is not None:
         return "text"
     return "hh" if isinstance(chosen, str) and ASSISTANT in chosen else "implicit_text"
@@ -121,8 +128,10 @@ def _answer(value: Any, name: str) -> str:
 
 
 def _message_group(prompt: Conversation, chosen: Any, rejected: Any) -> TextGroup:
-    begins = [tuple(v[: len(prompt)]) == prompt for v in (chosen, rejected) if isinstance(v, list | tuple)]
-    if begins and all(begins):  # the prompt is repeated at the beginning of both, as UltraFeedback has it
+    both = [_conversation(v, n) for v, n in ((chosen, "chosen"), (rejected, "rejected")) if isinstance(v, list | tuple)]
+    if (
+        prompt and both and all(turns[: len(prompt)] == prompt for turns in both)
+    ):  # the prompt is repeated at the beginning of both, as UltraFeedback has it
         return _implicit_messages(None, chosen, rejected)
     return TextGroup(prompt, (_answer(chosen, "chosen"), _answer(rejected, "rejected")), (1.0, 0.0))
 
@@ -154,8 +163,12 @@ def _hh_group(chosen: str, rejected: str) -> TextGroup:
 
 
 def _hh_messages(prompt: str) -> Conversation:
-    turns = prompt.removesuffix(ASSISTANT).replace(HUMAN, "\x00u").replace(ASSISTANT, "\x00a").split("\x00")[1:]
-    return tuple({"role": "user" if t[0] == "u" else "assistant", "content": t[1:].strip()} for t in turns)
+    """Split at the turns; what stands before the first is the system's."""
+    before, *pieces = _TURN.split(prompt.removesuffix(ASSISTANT))
+    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):
+        turns.append({"role": "user" if speaker == "Human" else "assistant", "content": text.strip()})
+    return tuple(turns)
 
 
 def _implicit_text(chosen: str, rejected: str) -> TextGroup:
@@ -164,7 +177,8 @@ def _implicit_text(chosen: str, rejected: str) -> TextGroup:
     if len(shared) < max(len(chosen), len(rejected)):
         shared = shared[: max(shared.rfind(c) for c in " \n\t") + 1].rstrip()
     _require(bool(shared.strip()) or chosen == rejected, "PROMPT_MISMATCH", "chosen and rejected share no beginning")
-    return TextGroup(shared, (chosen[len(shared) :], rejected[len(shared) :]), (1.0, 0.0))
+    messages = ({"role": "user", "content": shared},)
+    return TextGroup(shared, (chosen[len(shared) :], rejected[len(shared) :]), (1.0, 0.0), messages)
 
 
 def _checked(group: TextGroup) -> TextGroup:

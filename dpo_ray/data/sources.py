@@ -1,27 +1,21 @@
-"""Shards: what a recipe's sources name, file by file, and the rows in them."""
+"""Shards: what a recipe's sources name, file by file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dpo_ray.artifacts.digest_cache import cached_file_sha256
 from dpo_ray.config.data import Columns, FilesSource, HubSource, RowFormat, Source, SyntheticSource
-from dpo_ray.errors import ConfigError, DataError, InfrastructureError
-
-from . import synthetic
-from .admission import Rejected
+from dpo_ray.errors import ConfigError, InfrastructureError
 
 SYNTHETIC_VERSION = 1  # raised when the grammar changes, so that artifacts made of it become stale
-MAX_ROW_BYTES = 16 << 20
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 KNOWN_SUFFIXES = (*JSON_LINES, ".parquet", ".arrow")
 
@@ -52,10 +46,10 @@ def list_shards(split: Literal["train", "eval"], sources: Sequence[Source]) -> l
         match source:
             case FilesSource():
                 for path in [source.path] if isinstance(source.path, str) else source.path:
-                    found += [
+                    found.extend(
                         (PurePosixPath(f).name, _kind(f), f, source.format, source.columns)
                         for f in _expand(path, split)
-                    ]
+                    )
             case HubSource():
                 what = {
                     "name": source.name,
@@ -74,20 +68,18 @@ def _expand(path: str, split: str) -> list[str]:
     where = f"data.{split}={path}"
     try:
         fs, root = fsspec.core.url_to_fs(path)
-        protocol = "" if "file" in _protocols(fs) else path.split("://", 1)[0] + "://"
+        protocol = "" if "file" in protocols(fs) else path.split("://", 1)[0] + "://"
         if fs.isdir(root):
-            matched = [
-                f
-                for f in fs.find(root)
-                if f.endswith(KNOWN_SUFFIXES) and not PurePosixPath(f).name.startswith((".", "_"))
-            ]
-        else:
-            matched = [f for f in fs.glob(root) if fs.isfile(f)]
+            matched = _files_of_directory(fs, str(root), where)
+        else:  # a file's own name may hold characters that mean something in a glob
+            matched = [root] if fs.isfile(root) else _files_of_glob(fs, str(root))
+    except ConfigError:
+        raise
     except ImportError as error:
         raise InfrastructureError(
             str(error), where=where, fix="install the extra: pip install 'dpo-ray[s3]' or 'dpo-ray[gs]'"
         ) from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each file system's client has kinds of its own: no credentials, no bucket, no route
         raise ConfigError(
             f"cannot be listed: {error}", where=where, fix="check the path, the network and your credentials"
         ) from None
@@ -98,7 +90,30 @@ def _expand(path: str, split: str) -> list[str]:
     return [protocol + str(f) for f in sorted(matched)]
 
 
-def _protocols(fs: Any) -> Sequence[str]:
+def _files_of_glob(fs: Any, pattern: str) -> list[str]:
+    """List the files that match; hidden ones, as in a shell, only where the pattern names the dot."""
+    hidden = PurePosixPath(pattern).name.startswith(".")
+    return [f for f in fs.glob(pattern) if fs.isfile(f) and (hidden or not PurePosixPath(f).name.startswith("."))]
+
+
+def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
+    """List a directory's data files; of a saved data set, those that its state names and no others."""
+    if fs.isfile(f"{root}/dataset_dict.json"):
+        splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
+        raise ConfigError(
+            f"a saved DatasetDict with the splits {', '.join(splits)}",
+            where=where,
+            fix=f"name one split's directory, such as {root}/{splits[0] if splits else 'train'}",
+        )
+    if fs.isfile(f"{root}/state.json"):
+        state = json.loads(fs.cat_file(f"{root}/state.json"))
+        if isinstance(state, dict) and "_data_files" in state:
+            return [f"{root}/{file['filename']}" for file in state["_data_files"]]
+    return [f for f in fs.find(root) if f.endswith(KNOWN_SUFFIXES) and not PurePosixPath(f).name.startswith((".", "_"))]
+
+
+def protocols(fs: Any) -> Sequence[str]:
+    """List the names of a file system's protocol; `file` is among those of the local one."""
     return [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
 
 
@@ -112,96 +127,24 @@ def _kind(path: str) -> Kind:
 
 
 def shard_digest(shard: Shard) -> str:
-    """Identify a shard's content: sha256 of a local file; name, size and tag of a remote object; parameters otherwise."""
+    """Identify a shard's content: sha256 of a local file; name, size and tag of a remote object; parameters otherwise.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     if shard.kind in ("hub", "synthetic"):
         made_by = SYNTHETIC_VERSION if shard.kind == "synthetic" else ""
         return hashlib.sha256(f"{shard.kind} {made_by} {shard.location} {shard.split}".encode()).hexdigest()
     fs, path = fsspec.core.url_to_fs(shard.location)
-    if "file" in _protocols(fs):
-        return cached_file_sha256(Path(str(path)))
-    info = fs.info(path)
+    try:
+        if "file" in protocols(fs):
+            return cached_file_sha256(Path(str(path)))
+        info = fs.info(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error}",
+            where=f"data.{shard.split}={shard.location}",
+            fix="check that it is there and may be read",
+        ) from None
     tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or str(info.get("LastModified", ""))
     return hashlib.sha256(f"{shard.location} {info['size']} {tag}".encode()).hexdigest()
-
-
-def read_rows(shard: Shard) -> Iterator[tuple[int, Any]]:
-    """Yield (ordinal, row) for every row; a row that cannot be read is a `Rejected`, and its neighbours go on.
-
-    Where the shard itself breaks off, the last item is a `Rejected` with SHARD_UNREADABLE.
-    """
-    ordinal = -1
-    try:
-        for ordinal, row in enumerate(_rows(shard)):
-            yield ordinal, row
-    except (OSError, EOFError, pa.ArrowException, ValueError, KeyError) as error:
-        yield ordinal + 1, Rejected("SHARD_UNREADABLE", f"{type(error).__name__}: {error}"[:300])
-
-
-def _rows(shard: Shard) -> Iterable[Any]:
-    match shard.kind:
-        case "jsonl":
-            with fsspec.open(shard.location, "rb") as raw:
-                yield from map(_parse_line, _lines(_decompressed(raw, shard.location)))  # type: ignore[arg-type]
-        case "parquet":
-            with fsspec.open(shard.location, "rb") as raw:
-                for batch in pq.ParquetFile(raw).iter_batches(batch_size=256):
-                    yield from batch.to_pylist()
-        case "arrow":
-            with fsspec.open(shard.location, "rb") as raw, pa.ipc.open_stream(raw) as reader:
-                for batch in reader:
-                    yield from batch.to_pylist()
-        case "synthetic":
-            what = json.loads(shard.location)
-            yield from synthetic.preference_pairs(what["pairs"], what["seed"], shard.split)
-        case "hub":
-            yield from _hub_rows(json.loads(shard.location))
-
-
-def _hub_rows(what: dict[str, Any]) -> Iterable[Any]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(what["name"], what["subset"], split=what["split"], revision=what["revision"])
-    except Exception as error:  # the hub's client raises many kinds; all mean that the data cannot be had
-        raise DataError(
-            f"cannot be loaded: {error}", where=f"hub:{what['name']}", fix="check name, split, network and HF_TOKEN"
-        ) from error
-
-
-def _decompressed(raw: BinaryIO, location: str) -> Any:
-    for suffix, codec in ((".gz", "gzip"), (".zst", "zstd")):
-        if location.endswith(suffix):
-            return pa.CompressedInputStream(raw, codec)
-    return raw
-
-
-def _lines(stream: Any, chunk_bytes: int = 1 << 20) -> Iterator[bytes | Rejected]:
-    """Split a byte stream into lines, never holding more than a chunk and one line of bounded length."""
-    rest, skipping = b"", False
-    while chunk := stream.read(chunk_bytes):
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            if skipping:
-                skipping = False  # this is the end of a line that was reported already
-            elif len(line) > MAX_ROW_BYTES:
-                yield Rejected("TOO_LONG_BYTES", f"{len(line)} bytes")
-            elif line.strip():
-                yield line
-        if len(rest) > MAX_ROW_BYTES:
-            if not skipping:
-                yield Rejected("TOO_LONG_BYTES", f"over {MAX_ROW_BYTES} bytes")
-            rest, skipping = b"", True
-    if rest.strip() and not skipping:
-        yield rest
-
-
-def _parse_line(line: bytes | Rejected) -> Any:
-    if isinstance(line, Rejected):
-        return line
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return Rejected("INVALID_UTF8", f"byte {error.start}: {line[:100]!r}")
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Rejected("JSON_SYNTAX", f"{error}: {line[:100]!r}"[:300])
-    return row

@@ -19,10 +19,11 @@ from dpo_ray.artifacts.staging import Staging
 from dpo_ray.config.data import DataConfig
 from dpo_ray.errors import DataError
 
-from .admission import REASONS, Rejected, sample_of
-from .chat import load_tokenizer
+from .admission import DETAIL_CHARACTERS, REASONS, Rejected, printable, sample_of
+from .chat import load_tokenizer, resolve_template
 from .groups import TextGroup, text_group
-from .sources import Shard, read_rows
+from .rows import read_rows
+from .sources import Shard
 from .tokenize import TokenGroup, tokenize_groups
 from .tokens import QUARANTINE, TOKENS, parquet_bytes, read_table, tokens_table
 
@@ -47,7 +48,7 @@ def tokenized(shards: Sequence[Shard], task: PrepareTask) -> ray.data.Dataset:
     """
     by_index = ray.data.from_items([{"shard": i} for i in range(len(shards))], override_num_blocks=len(shards))
     return by_index.map_batches(
-        _prepare_shards,
+        _prepare_shards,  # pyright: ignore[reportArgumentType] - Ray types `fn` as if there were no fn_kwargs
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
@@ -109,11 +110,11 @@ def _split(
     rows: Sequence[tuple[int, Any]], shard: Shard, task: PrepareTask
 ) -> tuple[list[TokenGroup], list[dict[str, Any]]]:
     """Tokenize a part's rows; return the sound groups, and a quarantine row for each of the others."""
-    config = task.config
+    config, tokenizer = task.config, _tokenizer(task.tokenizer_dir)
+    # `auto` where the plan was made without the model's files at hand
+    template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
     texts = [_text_group(row, shard) for _, row in rows]
-    results = tokenize_groups(
-        texts, _tokenizer(task.tokenizer_dir), task.template, config.max_length_tokens, config.truncation
-    )
+    results = tokenize_groups(texts, tokenizer, template, config.max_length_tokens, config.truncation)
     groups, quarantined = [], []
     for (ordinal, row), result in zip(rows, results, strict=True):
         if isinstance(result, TokenGroup):
@@ -123,7 +124,7 @@ def _split(
             quarantined.append(
                 {
                     "reason": result.reason,
-                    "detail": result.detail,
+                    "detail": printable(result.detail, DETAIL_CHARACTERS),
                     "split": shard.split,
                     "source": shard.name,
                     "ordinal": ordinal,
@@ -153,7 +154,7 @@ def finish(staging: Staging, shards: Sequence[Shard], provenance: Provenance) ->
     """Drop duplicates, add up the account, and commit the tokens artifact.
 
     Raises:
-        DataError: no training row was admitted.
+        DataError: no row of a split was admitted.
     """
     accounts = [json.loads(staging.storage.read_bytes(_account_name(s))) for s in shards]
     files: list[FileEntry] = []
@@ -174,18 +175,21 @@ def finish(staging: Staging, shards: Sequence[Shard], provenance: Provenance) ->
         for split in SPLITS
         for what in ("rows_in", "admitted", "quarantined", "duplicates")
     }
-    if not rows["train/admitted"]:
-        reasons = sum((Counter(a["reasons"]) for a in accounts if a["split"] == "train"), Counter())
-        listed = (
-            "; ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in reasons.most_common(5))
-            or "the data is empty"
-        )
-        raise DataError(
-            f"none of {rows['train/rows_in']} training rows was admitted: {listed}",
-            where="data.train",
-            fix="check data.train's format and columns against the first rows of the data",
-        )
+    for split in SPLITS:
+        if not rows[f"{split}/admitted"] and (split == "train" or any(s.split == split for s in shards)):
+            raise _none_admitted(split, accounts)
     return provenance.commit(staging, files, rows=rows, figures={"accounts": accounts})
+
+
+def _none_admitted(split: str, accounts: Sequence[dict[str, Any]]) -> DataError:
+    mine = [a for a in accounts if a["split"] == split]
+    reasons = sum((Counter(a["reasons"]) for a in mine), Counter())
+    listed = "; ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in reasons.most_common(5))
+    return DataError(
+        f"none of {sum(a['rows_in'] for a in mine)} rows was admitted: {listed or 'the data is empty'}",
+        where=f"data.{split}",
+        fix=f"check data.{split}'s format and columns against the first rows of the data",
+    )
 
 
 def _without_duplicates(staging: Staging, entry: FileEntry, seen: set[bytes]) -> tuple[FileEntry, int]:

@@ -48,6 +48,7 @@ def tokenize_groups(
     """Tokenize a batch; an item that was or becomes rejected stands in its place as `Rejected`."""
     rendered = [_rendered(g, template, tokenizer) for g in groups]
     texts = [text for item in rendered if not isinstance(item, Rejected) for text in (item[0], *item[1])]
+    ends = _end_tokens(tokenizer, template)
     encoded = iter(_encode(texts, tokenizer, plain=template == PLAIN))
     results: list[TokenGroup | Rejected] = []
     for group, item in zip(groups, rendered, strict=True):
@@ -56,7 +57,7 @@ def tokenize_groups(
             continue
         prompt, wholes = next(encoded), [next(encoded) for _ in item[1]]
         try:
-            results.append(_token_group(group, prompt, wholes, tokenizer, max_length_tokens, truncation))
+            results.append(_token_group(group, prompt, wholes, tokenizer, ends, max_length_tokens, truncation))
         except Rejected as rejected:
             results.append(rejected)
     return results
@@ -91,6 +92,7 @@ def _token_group(
     prompt: list[int],
     wholes: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
+    ends: frozenset[int],
     max_length_tokens: int,
     truncation: Truncation,
 ) -> TokenGroup:
@@ -98,21 +100,35 @@ def _token_group(
         raise Rejected("EMPTY_PROMPT", "the prompt has no tokens")
     if any(whole[: len(prompt)] != prompt for whole in wholes):
         raise Rejected("PREFIX_BROKEN", "prompt and completion merge into one token where they meet")
-    completions = [_ended(whole[len(prompt) :], tokenizer) for whole in wholes]
+    completions = [_ended(whole[len(prompt) :], tokenizer, ends) for whole in wholes]
     prompt, completions = truncate(prompt, completions, max_length_tokens, truncation)
     if any(a == b for i, a in enumerate(completions) for b in completions[i + 1 :]):
         raise Rejected("NO_RESPONSE_TOKENS", "as tokens, after truncation, the completions are the same")
     return TokenGroup(prompt, completions, list(group.scores))
 
 
-def _ended(completion: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Let a completion end with its end-of-turn token: what a template writes after it is no part, and one is added if none is there."""
-    specials = set(tokenizer.all_special_ids)
-    last = max((i for i, token in enumerate(completion) if token in specials), default=-1)
-    tail = tokenizer.decode(completion[last + 1 :]) if last >= 0 else ""
-    if last >= 0 and not tail.strip():
-        return completion[: last + 1]
-    return [*completion, tokenizer.eos_token_id]  # type: ignore[list-item]
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> frozenset[int]:
+    """Name the tokens that can end a turn: any special one that a template writes, EOS alone in plain text."""
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    if template == PLAIN:
+        return frozenset((eos,))
+    marked = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset((eos, *tokenizer.all_special_ids, *marked))
+
+
+def _ended(completion: list[int], tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> list[int]:
+    """Let a completion end with its end-of-turn token: what a template writes after it is no part.
+
+    That is the first end token after which there are only end tokens and white space, as in
+    `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. Where there is none, EOS is added.
+    """
+    end = None
+    for i in range(len(completion) - 1, -1, -1):
+        if completion[i] in ends:
+            end = i
+        elif str(tokenizer.decode(completion[i : i + 1])).strip():
+            break
+    return completion[: end + 1] if end is not None else [*completion, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
 
 
 def truncate(

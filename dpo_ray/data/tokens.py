@@ -67,7 +67,9 @@ def read_table(artifact: Artifact, name: str, columns: Sequence[str] | None = No
 
 def groups_of(table: pa.Table, reference_token_logps: pa.ChunkedArray | None = None) -> Iterator[Group]:
     """Yield the preference groups of a part, with the reference's log-probs where they are given."""
-    logps = reference_token_logps.to_pylist() if reference_token_logps is not None else [None] * len(table)
+    logps: list[list[list[float]] | None] = [None] * len(table)
+    if reference_token_logps is not None:
+        logps = reference_token_logps.to_pylist()
     for row, known in zip(table.to_pylist(), logps, strict=True):
         yield Group(
             group_id=row["group_id"],

@@ -64,9 +64,9 @@ def sample_rows(
     for prompt_ids, policy, reference in zip(
         comparison.prompt_ids, comparison.policy, comparison.reference, strict=True
     ):
-        prompt = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
+        prompt = str(tokenizer.decode(list(prompt_ids), skip_special_tokens=True))
         texts = {
-            name: tokenizer.decode(list(s.token_ids), skip_special_tokens=True)
+            name: str(tokenizer.decode(list(s.token_ids), skip_special_tokens=True))
             for name, s in (("policy", policy), ("reference", reference))
         }
         row: dict[str, Any] = {"prompt": prompt, **texts, "kl": policy.policy_logp - policy.reference_logp}

@@ -32,13 +32,16 @@ def shared_prefix_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,  # transformers passes its own extras (dropout, position_ids, ...) to every implementation
 ) -> tuple[Tensor, None]:
     """Attend within groups as the packed layout says; returns [1, tokens, heads, head_dim].
 
     Raises:
-        ValueError: the model built a mask of its own, which this layout cannot honour.
+        ValueError: the model built a mask of its own or has attention sinks, which this layout cannot honour.
     """
+    if s_aux is not None:
+        raise ValueError(f"{type(module).__name__} has attention sinks, which packed groups do not honour yet")
     if attention_mask is not None:
         raise ValueError(f"{type(module).__name__} passes an attention mask; packed groups cannot honour it")
     if softcap is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):

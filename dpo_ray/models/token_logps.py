@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -35,12 +36,14 @@ class TokenLogps(nn.Module):
         ).last_hidden_state[0]  # [tokens, hidden]
         hidden = hidden.index_select(0, rows.predictor)  # [rows, hidden]
         head = self.model.get_output_embeddings()
+        assert head is not None  # noqa: S101 - a causal language model has a head
+        bias = getattr(head, "bias", None)  # few models have one (Phi)
         if len(hidden) <= self.chunk_tokens or not torch.is_grad_enabled():
-            return torch.cat([self._logps(h, t, head.weight) for h, t in self._chunks(hidden, rows.target)])
+            return torch.cat([self._logps(h, t, head.weight, bias) for h, t in self._chunks(hidden, rows.target)])
         # The chunks' logits are recomputed in backward; kept, they would be the matrix again.
         return torch.cat(
             [
-                checkpoint(self._logps, h, t, head.weight, use_reentrant=False)
+                checkpoint(self._logps, h, t, head.weight, bias, use_reentrant=False)
                 for h, t in self._chunks(hidden, rows.target)
             ]
         )
@@ -48,8 +51,8 @@ class TokenLogps(nn.Module):
     def _chunks(self, hidden: Tensor, target: Tensor):
         return zip(hidden.split(self.chunk_tokens), target.split(self.chunk_tokens), strict=True)
 
-    def _logps(self, hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        logits = (hidden @ weight.T).float()  # [chunk, vocabulary]
+    def _logps(self, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(hidden, weight, bias).float()  # [chunk, vocabulary]
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcap is not None:

@@ -1,15 +1,9 @@
-"""Plots of a run as inline SVG that follows the page's light or dark colours, one `Plot` per figure.
-
-Colours are written as CSS classes (`stroke-train`, `fill-chosen`) and never as values, so the page's style
-sheet decides them; there are no style attributes either, so the page can forbid them.
-"""
+"""Plots of a run as inline SVG that follows the page's light or dark colours, one `Plot` per figure."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,35 +11,25 @@ from typing import Literal
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dpo_ray.observe.svg import STAND_INS, embed
+
 Colour = Literal["train", "eval", "chosen", "rejected", "prompt"]
 
-# Stand-in values: matplotlib wants a colour, `_embed` turns each into a class.
-_STAND_INS = {
-    "ink": "#000001",
-    "grid": "#000002",
-    "train": "#000003",
-    "eval": "#000004",
-    "chosen": "#000005",
-    "rejected": "#000006",
-    "prompt": "#000007",
-}
-_ROLES = {value: role for role, value in _STAND_INS.items()}
 _RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpo_ray",
     "font.size": 10.0,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
-    "text.color": _STAND_INS["ink"],
-    "axes.labelcolor": _STAND_INS["ink"],
-    "xtick.color": _STAND_INS["ink"],
-    "ytick.color": _STAND_INS["ink"],
-    "axes.edgecolor": _STAND_INS["grid"],
-    "grid.color": _STAND_INS["grid"],
+    "text.color": STAND_INS["ink"],
+    "axes.labelcolor": STAND_INS["ink"],
+    "xtick.color": STAND_INS["ink"],
+    "ytick.color": STAND_INS["ink"],
+    "axes.edgecolor": STAND_INS["grid"],
+    "grid.color": STAND_INS["grid"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -270,7 +254,7 @@ def _curve_plot(
         _dress_steps(axes[-1], [found for _, lines in measured for _, found in lines])
         figure.align_ylabels()
         described = " ".join(_describe(line.label, found) for _, lines in measured for line, found in lines)
-        svg = _embed(figure, curve.key, curve.title, described)
+        svg = embed(figure, curve.key, curve.title, described)
     drawn = [line for _, lines in measured for line, _ in lines]
     legend = tuple((line.label, f"{'dot' if line.held_out else 'bar'} fill-{line.colour}") for line in drawn)
     caption = _with_losses(curve.caption, not_finite)
@@ -288,7 +272,7 @@ def _by_step(rows: Sequence[Mapping[str, float]], metric: str) -> _Values:
 
 
 def _draw_line(axis: Axes, line: _Line, found: _Values) -> None:
-    colour = _STAND_INS[line.colour]
+    colour = STAND_INS[line.colour]
     steps, values, count = found.steps, found.values, found.steps.size
     if count < SMOOTHED_FROM_POINTS or line.set_by_recipe or line.held_out:
         marker = "o" if count <= 2 or (line.held_out and count < SMOOTHED_FROM_POINTS) else ""
@@ -340,11 +324,11 @@ def _histogram_plot(
         axis = figure.subplots()
         for colour, values in kept.items():
             counts, _ = np.histogram(values, bins=edges)
-            axis.stairs(counts, edges, fill=True, color=_STAND_INS[colour], alpha=0.22)
-            axis.stairs(counts, edges, color=_STAND_INS[colour], linewidth=1.3)
+            axis.stairs(counts, edges, fill=True, color=STAND_INS[colour], alpha=0.22)
+            axis.stairs(counts, edges, color=STAND_INS[colour], linewidth=1.3)
             axis.axvline(
                 float(np.clip(values.mean(), edges[0], edges[-1])),
-                color=_STAND_INS[colour],
+                color=STAND_INS[colour],
                 linestyle=(0, (4, 3)),
                 linewidth=1.2,
             )
@@ -356,7 +340,7 @@ def _histogram_plot(
             f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}."
             for colour, values in kept.items()
         )
-        svg = _embed(figure, key, title, described)
+        svg = embed(figure, key, title, described)
     legend = tuple(
         (f"{f'{colour}, ' if len(kept) > 1 else ''}mean {typographic(f'{values.mean():,.3g}')}", f"bar fill-{colour}")
         for colour, values in kept.items()
@@ -428,59 +412,3 @@ def _tick(value: float, _position: int | None = None) -> str:
 def typographic(number: str) -> str:
     """Give a formatted number a true minus and an exponent without zeros in front."""
     return re.sub(r"e([+-])0*", r"e\1", number).replace("e+", "e").replace("-", "\N{MINUS SIGN}")
-
-
-def _embed(figure: Figure, key: str, title: str, description: str) -> str:
-    """Turn a figure into an SVG element for a page: ids of its own, classes for colours, a description."""
-    buffer = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    root = ElementTree.fromstring(buffer.getvalue())  # noqa: S314 - matplotlib's output, not foreign text
-    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', buffer.getvalue().decode()))
-    for parent in root.iter():
-        for child in [c for c in parent if _local(c.tag) in {"metadata", "style"}]:
-            parent.remove(child)
-    for element in root.iter():
-        element.tag = _local(element.tag)
-        _plain_attributes(element, key, used)
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{key}-title {key}-desc"}
-    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
-        label = ElementTree.Element(tag, {"id": f"{key}-{tag}"})
-        label.text = text
-        root.insert(position, label)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _two_decimals(number: re.Match[str]) -> str:
-    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
-
-
-def _local(name: str) -> str:
-    return name.rpartition("}")[2]
-
-
-def _plain_attributes(element: ElementTree.Element, key: str, used: set[str]) -> None:
-    """Rewrite attributes in place: classes and attributes for `style`, ids under the plot's `key`."""
-    given = {_local(name): value for name, value in element.attrib.items()}
-    element.attrib.clear()
-    classes = []
-    for declaration in given.pop("style", "").split(";"):
-        name, _, value = (part.strip() for part in declaration.partition(":"))
-        if name in {"fill", "stroke"} and value in _ROLES:
-            classes.append(f"{name}-{_ROLES[value]}")
-        elif name and not name.startswith("font"):
-            given[name] = value
-    if (identifier := given.pop("id", None)) in used:
-        given["id"] = identifier or ""
-    for name, value in given.items():
-        if name == "id":
-            value = f"{key}-{value}"
-        elif name == "d":
-            value = " ".join(re.sub(r"\d+\.\d+", _two_decimals, value).split())
-        element.set(name, value.replace("url(#", f"url(#{key}-") if name != "href" else f"#{key}-{value[1:]}")
-    if classes:
-        element.set("class", " ".join(classes))
-    for blank in ("text", "tail"):
-        if not (getattr(element, blank) or "").strip():
-            setattr(element, blank, None)

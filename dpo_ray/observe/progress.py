@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 LOG_EVERY_SECONDS = 5.0
 
+Clock = Callable[[], float]
+
 
 class Bar:
-    """One stage under way: how much is done of how much, at what rate, with what figures."""
+    """One stage under way: how much is done of how much, at what rate, how long it will take, with what figures."""
 
-    def __init__(self, console: Console, live: Progress | None, title: str, unit: str, total: int | None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        live: Progress | None,
+        title: str,
+        unit: str,
+        total: int | None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._console, self._live, self._title, self._unit, self._total = console, live, title, unit, total
-        self._began = self._said = time.monotonic()
+        self._clock = clock
+        self._began = self._said = clock()
         self._done, self._note, self._before = 0.0, "", 0.0
-        self._task: TaskID | None = live.add_task(title, total=total, unit=unit, note="", rate="") if live else None
+        self._task: TaskID | None = live.add_task(title, total=total, figures="", note="") if live else None
+        self._show()
 
     def begin_at(self, done: float) -> None:
         """Say what an earlier attempt has done: it counts as progress, not towards the rate."""
         self._done = self._before = done
-        self._began = time.monotonic()
+        self._began = self._clock()
         self._show()
 
     def advance(self, amount: float, note: str = "") -> None:
@@ -44,35 +49,40 @@ class Bar:
 
     def close(self) -> None:
         """Print the closing line: it stays in the log."""
-        seconds = time.monotonic() - self._began
-        self._console.print(
-            f"[bold]{self._title}[/bold]: {self._done:,.0f} {self._unit} in {seconds:.1f} s ({self._rate()})",
-            highlight=False,
-            soft_wrap=True,
-        )
+        earlier = f" ({self._before:,.0f} of them earlier)" if self._before else ""
+        rate = f", {self._rate()}" if self._done > self._before else ""
+        note = f"; {self._note}" if self._note else ""
+        took = duration(self._clock() - self._began)
+        self._line(f"{self._done:,.0f} {self._unit}{earlier} in {took}{rate}{note}", bold=True)
 
     def say(self, text: str) -> None:
         """Print a line that is not progress."""
-        self._console.print(f"{self._title}: {text}", highlight=False, soft_wrap=True)
+        self._line(text)
 
     def _rate(self) -> str:
-        return f"{(self._done - self._before) / max(1e-9, time.monotonic() - self._began):,.1f} {self._unit}/s"
+        done, seconds = self._done - self._before, max(1e-9, self._clock() - self._began)
+        if 0 < done < seconds:
+            return f"{seconds / done:,.1f} s each"
+        return f"{done / seconds:,.1f} {self._unit}/s"
+
+    def _left(self) -> str:
+        if not self._total or self._done <= self._before:
+            return ""
+        seconds = (self._total - self._done) * (self._clock() - self._began) / (self._done - self._before)
+        return f"{duration(max(0.0, seconds))} left"
 
     def _show(self) -> None:
+        total = f"/{self._total:,}" if self._total else ""
+        figures = ", ".join(f for f in (f"{self._done:,.0f}{total} {self._unit}", self._rate(), self._left()) if f)
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=self._done, rate=self._rate(), note=self._note)
-        elif time.monotonic() - self._said >= LOG_EVERY_SECONDS:
-            self._said = time.monotonic()
-            left = ""
-            if self._total and self._done > self._before:
-                seconds = (self._total - self._done) * (time.monotonic() - self._began) / (self._done - self._before)
-                left = f", {max(0.0, seconds):.0f} s left"
-            total = f"/{self._total:,}" if self._total else ""
-            self._console.print(
-                f"{self._title}: {self._done:,.0f}{total} {self._unit}, {self._rate()}{left} {self._note}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._live.update(self._task, completed=self._done, figures=figures, note=escape(self._note))
+        elif self._clock() - self._said >= LOG_EVERY_SECONDS:
+            self._said = self._clock()
+            self._line(f"{figures}; {self._note}" if self._note else figures)
+
+    def _line(self, text: str, *, bold: bool = False) -> None:
+        title = f"[bold]{self._title}[/bold]" if bold else self._title
+        self._console.print(f"{title}: {escape(text)}", highlight=False, soft_wrap=True)
 
 
 class Reporter:
@@ -82,7 +92,7 @@ class Reporter:
         self.console = console or Console(stderr=True)
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line; it may hold rich's markup."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -96,16 +106,26 @@ class Reporter:
             return
         columns = (
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            # The note has a line of its own: beside the figures it would be cut on a narrow terminal.
+            TextColumn(
+                "{task.fields[figures]}\n{task.fields[note]}",
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
         )
-        with Progress(*columns, console=self.console, transient=True) as live:
+        with Progress(*columns, console=self.console, transient=True, expand=True) as live:
             bar = Bar(self.console, live, title, unit, total)
             yield bar
         bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people say it: 4.2 s, 75 s, 12 min 30 s, 3 h 05 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

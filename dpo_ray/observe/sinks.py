@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dpo_ray.artifacts.storage import Storage
 
@@ -20,7 +22,7 @@ class MetricsSinks:
     def __init__(self, run_dir: Storage, trackers: Sequence[str]) -> None:
         self._run_dir, self._trackers = run_dir, trackers
         self._rows: dict[int, dict[str, float]] = {}
-        self._board = None
+        self._board: Any = None  # tensorboardX's writer
 
     def __enter__(self) -> MetricsSinks:
         if self._run_dir.exists("metrics.jsonl"):
@@ -30,16 +32,23 @@ class MetricsSinks:
                 if line.endswith(b"}")
             )
             self._rows = {row["step"]: row for row in rows}
-        if "tensorboard" in self._trackers and self._run_dir.is_local:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(self._run_dir.local_path() / "tensorboard"))
         return self
 
     def begin(self, step: int) -> None:
-        """Keep what steps up to `step` measured and forget the rest: training goes on from there."""
+        """Keep what steps up to `step` measured and forget the rest: training goes on from there. Call it before `write`."""
         self._rows = {s: row for s, row in self._rows.items() if s <= step}
         self._write_all()
+        if "tensorboard" in self._trackers and self._run_dir.is_local:
+            from tensorboardX import SummaryWriter
+
+            if self._board is not None:
+                self._board.close()
+            # purge_step: TensorBoard hides what an earlier attempt had written from this step on
+            self._board = SummaryWriter(
+                str(self._run_dir.local_path() / "tensorboard"),
+                purge_step=step + 1,
+                filename_suffix=f".{time.time_ns()}",  # two within a second would be one file, the first one lost
+            )
 
     def write(self, row: dict[str, float]) -> None:
         """Take one step's metrics."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -84,8 +85,8 @@ def compare(
     actor = ray.remote(SamplerActor).options(num_cpus=cpus, num_gpus=gpus or None)
     samples: dict[str, list[tuple[list[int], bool]]] = {}
     logps: dict[tuple[str, str], list[float]] = {}
-    first = actor.remote(reference)
-    second = actor.remote(policy)
+    first: Any = actor.remote(reference)
+    second: Any = actor.remote(policy)
     pending = second.sample.remote(prompts, sampling)  # runs as soon as its engine is up
     samples["reference"] = ray.get(first.sample.remote(prompts, sampling))
     completions = {"reference": [ids for ids, _ in samples["reference"]]}

@@ -41,31 +41,39 @@ def audit(
     dtype: str,
     config: AuditConfig,
 ) -> AuditResult:
-    """Compare token log-probs, groups x completions x float32 [tokens]; the margin is that of the first two completions."""
+    """Compare token log-probs, groups x completions x float32 [tokens]; the margin is that of the first two completions.
+
+    A sample without tokens shows nothing, so it does not pass.
+    """
     drift = [
         [np.asarray(s, np.float64) - np.asarray(t, np.float64) for s, t in zip(a, b, strict=True)]
         for a, b in zip(stored, trainer, strict=True)
     ]
-    flat = np.concatenate([d for group in drift for d in group])
+    flat = np.concatenate([np.zeros(0), *(d for group in drift for d in group)])
+    size = np.abs(flat)
     pairs = [group for group in drift if len(group) >= 2]
     errors = np.array([g[0].sum() - g[1].sum() for g in pairs])
     lengths = np.array([len(g[0]) - len(g[1]) for g in pairs], np.float64)
     allowed = config.max_token_drift or MAX_TOKEN_DRIFT[dtype]
     allowed_mean = config.max_mean_drift or MAX_MEAN_DRIFT[dtype]
-    mean, most = float(np.abs(flat).mean()), float(np.abs(flat).max())
+    mean, most = _mean(size), float(size.max(initial=0.0))
     return AuditResult(
         groups=len(drift),
         tokens=len(flat),
         mean_token_drift=mean,
         max_token_drift=most,
-        signed_bias=float(flat.mean()),
+        signed_bias=_mean(flat),
         margin_error_std=float(beta * errors.std()) if len(errors) else 0.0,
         length_correlation=_correlation(errors, lengths),
-        multiplicative_error=float(np.exp(np.abs(flat)).mean()),
+        multiplicative_error=_mean(np.exp(size)),
         allowed_token_drift=allowed,
         allowed_mean_drift=allowed_mean,
-        passed=most <= allowed and mean <= allowed_mean,
+        passed=len(flat) > 0 and most <= allowed and mean <= allowed_mean,
     )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -35,6 +35,8 @@ class ScorerSettings:
 class Scorer(Protocol):
     """Score completions of a frozen model. Holds the model; closing frees it."""
 
+    cached_tokens: int  # prompt tokens that were read from the engine's cache, since it started
+
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
         """Return float32 [completion tokens] for each request, in the order given."""
         ...

@@ -48,7 +48,10 @@ def groups_dataset(tokens: Artifact) -> ray.data.Dataset:
     """Describe the reading of a committed tokens artifact; the blocks are as `data.stage.tokenized` gives them."""
     names = [{"name": n} for n in token_parts(tokens)]
     return ray.data.from_items(names, override_num_blocks=len(names)).map_batches(
-        _read_parts, batch_size=1, batch_format="pyarrow", fn_kwargs={"tokens": tokens}
+        _read_parts,  # pyright: ignore[reportArgumentType] - Ray types `fn` as if there were no fn_kwargs
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={"tokens": tokens},
     )
 
 
@@ -111,7 +114,7 @@ class ScoringActor:
         return self._scorer.cached_tokens - before
 
 
-def start_scorer(settings: ScorerSettings):
+def start_scorer(settings: ScorerSettings) -> Scorer:
     """Start the engine that the recipe names."""
     if settings.engine == "vllm":
         from .vllm_scorer import VllmScorer
@@ -134,7 +137,7 @@ def join(
     names = ray.data.from_items([{"name": n} for n in parts], override_num_blocks=len(parts))
     segments = tuple(store.segments())
     joined = names.map_batches(
-        _join_parts,
+        _join_parts,  # pyright: ignore[reportArgumentType] - Ray types `fn` as if there were no fn_kwargs
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"tokens": tokens, "store": store, "segments": segments, "staging": staging},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from dpo_ray.artifacts.digest import digest
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 
+logger = logging.getLogger(__name__)
+_SEGMENT_PREFIX = "segment-"
 SEGMENT = pa.schema([("key", pa.binary(16)), ("token_logps", pa.list_(pa.float32()))])
 
 
@@ -61,7 +64,8 @@ class ReferenceStore:
 
     def segments(self) -> list[str]:
         """List the committed segments."""
-        return [name for name in self.partition.list_files() if name.endswith(".parquet")]
+        names = self.partition.list_files()
+        return [n for n in names if n.startswith(_SEGMENT_PREFIX) and n.endswith(".parquet")]
 
     def index(self) -> StoreIndex:
         """Read the keys of all segments."""
@@ -84,11 +88,11 @@ class ReferenceStore:
                 )
         table = pa.table({"key": list(keys), "token_logps": list(token_logps)}, schema=SEGMENT)
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         if not self.partition.exists("about.json"):
             about = {"model_digest": self.model_digest, "numerics": self.numerics.tag()}
             self.partition.write("about.json", json.dumps(about, indent=1).encode())
-        name = f"segment-{uuid.uuid4().hex}.parquet"
+        name = f"{_SEGMENT_PREFIX}{uuid.uuid4().hex}.parquet"
         self.partition.write(name, sink.getvalue(), rows=len(table))
         return name
 
@@ -102,11 +106,15 @@ class StoreIndex:
         self._known: set[str] = set()
 
     def add_segments(self, names: Iterable[str]) -> None:
-        """Read the keys of segments that are not known yet."""
+        """Read the keys of segments that are not known yet. An unreadable one is passed over: its keys are scored again."""
         for name in names:
             if name not in self._known:
                 self._known.add(name)
-                keys = self._read(name, ["key"])["key"].to_pylist()
+                try:
+                    keys = self._read(name, ["key"])["key"].to_pylist()
+                except ArtifactError as error:
+                    logger.warning("%s", error)
+                    continue
                 self._place.update((key, (name, row)) for row, key in enumerate(keys))
 
     def add(self, name: str, keys: Sequence[bytes]) -> None:
@@ -121,7 +129,7 @@ class StoreIndex:
         """Return float32 [completion tokens] for each key.
 
         Raises:
-            ArtifactError: a key is not in the store.
+            ArtifactError: a key is not in the store, or its segment is damaged.
         """
         by_segment: dict[str, list[tuple[bytes, int]]] = {}
         for key in keys:
@@ -141,5 +149,15 @@ class StoreIndex:
         return found
 
     def _read(self, name: str, columns: list[str]) -> pa.Table:
-        with self._partition.open_input(name) as stream:
-            return pq.ParquetFile(stream).read(columns=columns)
+        try:
+            with self._partition.open_input(name) as stream:
+                file = pq.ParquetFile(stream, page_checksum_verification=True)
+                if not file.schema_arrow.equals(SEGMENT):
+                    raise ValueError(f"its columns are {file.schema_arrow.names}")
+                return file.read(columns=columns)
+        except (ValueError, OSError) as error:
+            raise ArtifactError(
+                f"a segment of the reference store is damaged: {str(error).splitlines()[0]}",
+                where=self._partition.full_path(name),
+                fix="delete that file and run again: what is missing is scored",
+            ) from error

@@ -85,6 +85,7 @@ class VllmScorer:
         refused = [i for i, answer in zip(order, answers, strict=True) if answer is None]
         scores = dict(zip(order, answers, strict=True))
         scores.update(zip(refused, self._run([requests[i] for i in refused], read_cache=False), strict=True))
+        valid: dict[int, np.ndarray] = {}
         for i, logps in scores.items():
             if (
                 logps is None
@@ -96,7 +97,8 @@ class VllmScorer:
                     "vLLM returned no valid log-probs for a sequence",
                     fix="set reference.engine=trainer, and report the model",
                 )
-        return [np.minimum(scores[i], 0.0) for i in range(len(requests))]
+            valid[i] = np.minimum(logps, 0.0)
+        return [valid[i] for i in range(len(requests))]
 
     @property
     def engine(self) -> Any:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpo_ray.errors import DataError
+
 # Attention's share of a token's work grows with its position. One unit is a token's work in the linear layers; a token at
 # position p adds p / ATTENTION_SCALE. 12 x hidden size is the ratio for a standard block; 8,192 stands for a mid-size model.
 ATTENTION_SCALE = 8192 * 12
@@ -32,8 +34,13 @@ def step_groups(group_ids: Sequence[bytes], seed: int, groups_per_step: int, epo
     """Yield, for every optimizer step, the indices of its groups: consecutive slices of the epochs laid end to end.
 
     The batch of a step is a function of (group ids, seed, step) alone.
+
+    Raises:
+        DataError: steps are asked for, and there is no group to fill them.
     """
     total = count_steps(len(group_ids), groups_per_step, epochs, steps) * groups_per_step
+    if total and not group_ids:
+        raise DataError("there are no groups", where="schedule", fix="look at the quarantine of `prepare`")
     if steps is None:
         total = min(total, len(group_ids) * epochs)
     stream = _endless(group_ids, seed)

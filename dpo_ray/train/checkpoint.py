@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
@@ -48,27 +50,34 @@ class Checkpoints:
     def save(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]
     ) -> None:
-        """Commit a checkpoint of all ranks, then delete those that are no longer needed."""
+        """Commit a checkpoint of all ranks, then delete those that are no longer needed.
+
+        `metrics` are the rows of the steps since the last checkpoint, or since the one that was loaded.
+        """
         name = f"{_PREFIX}{progress.step:09d}"
         directory = self._place.child(name, self._attempt)
         model_state, optimizer_state = get_state_dict(policy, optimizer)
-        dcp.save({"policy": model_state, "optimizer": optimizer_state}, storage_writer=_writer(directory))
+        state_dict_saver.save({"policy": model_state, "optimizer": optimizer_state}, storage_writer=_writer(directory))
         _barrier()
         if self._rank == 0:
-            files = {n: _digest(directory, n) for n in directory.list_files()}
-            first = max((stop for _, stop in self._segments() if stop < progress.step), default=0)
-            lines = "".join(json.dumps(row) + "\n" for row in metrics if row["step"] > first)
-            self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
-            manifest = {
-                "step": progress.step,
-                "num_tokens": progress.num_tokens,
-                "figures": progress.figures,
-                "directory": f"{name}/{self._attempt}",
-                "files": files,
-            }
-            self._place.write(f"{name}.json", json.dumps(manifest, indent=1).encode())
+            self._commit(name, directory, progress, metrics)
             self._prune()
         _barrier()
+
+    def _commit(self, name: str, directory: Storage, progress: Progress, metrics: list[dict[str, float]]) -> None:
+        if metrics:
+            first = int(metrics[0]["step"]) - 1
+            lines = "".join(json.dumps(row) + "\n" for row in metrics)
+            self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
+        manifest = {
+            "step": progress.step,
+            "num_tokens": progress.num_tokens,
+            "figures": progress.figures,
+            "directory": f"{name}/{self._attempt}",
+            "files": {n: _digest(directory, n) for n in directory.list_files()},
+        }
+        manifest["digest"] = _manifest_digest(manifest)
+        self._place.write(f"{name}.json", json.dumps(manifest, indent=1).encode())
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Restore the newest checkpoint that verifies; without one, say so by step 0."""
@@ -76,11 +85,13 @@ class Checkpoints:
         if dist.is_initialized():
             dist.broadcast_object_list(chosen, src=0)
         manifest = chosen[0]
+        if self._rank == 0:
+            self._forget_metrics_after(manifest["step"] if manifest else 0)
         if manifest is None:
             return Progress()
         model_state, optimizer_state = get_state_dict(policy, optimizer)
         state = {"policy": model_state, "optimizer": optimizer_state}
-        dcp.load(state, storage_reader=_reader(self._place.child(manifest["directory"])))
+        state_dict_loader.load(state, storage_reader=_reader(self._place.child(manifest["directory"])))
         set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
         return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"])
 
@@ -94,6 +105,12 @@ class Checkpoints:
                     rows[row["step"]] = row
         return [rows[step] for step in sorted(rows)]
 
+    def _forget_metrics_after(self, step: int) -> None:
+        """Delete what steps measured that no sound checkpoint holds: they are done again, perhaps cut otherwise."""
+        for start, stop in self._segments():
+            if stop > step:
+                self._place.delete(f"metrics/{start:09d}-{stop:09d}.jsonl")
+
     def _segments(self) -> list[tuple[int, int]]:
         names = [n.removeprefix("metrics/").removesuffix(".jsonl") for n in self._place.list_files("metrics")]
         return sorted((int(a), int(b)) for a, b in (n.split("-") for n in names))
@@ -105,6 +122,8 @@ class Checkpoints:
         for name in reversed(self._committed()):
             try:
                 manifest = json.loads(self._place.read_bytes(name))
+                if manifest.pop("digest") != _manifest_digest(manifest):
+                    raise ValueError("its digest does not match its content")
                 directory = self._place.child(manifest["directory"])
                 wrong = [
                     n
@@ -114,8 +133,8 @@ class Checkpoints:
                 if not wrong:
                     return manifest
                 reason = f"{wrong[0]} is not what was written"
-            except (ValueError, KeyError, TypeError, ArtifactError) as error:
-                reason = f"its manifest cannot be read ({error})"
+            except (ValueError, KeyError, TypeError, AttributeError, ArtifactError) as error:
+                reason = f"its manifest is not what was written: {error!r}"
             logger.warning(
                 "checkpoint %s is damaged (%s): set aside; the one before it is used",
                 self._place.full_path(name),
@@ -126,12 +145,18 @@ class Checkpoints:
         return None
 
     def _prune(self) -> None:
-        kept = self._committed()[-self._keep :]
-        for name in self._committed()[: -self._keep]:
+        """Delete what is older than the kept checkpoints; never what is newer, which another attempt may be writing."""
+        committed = self._committed()
+        for name in committed[: -self._keep]:
             self._place.delete(name)
+        oldest = committed[-self._keep :][0].removesuffix(".json")
         for directory in self._place.list_dirs():
-            if directory.startswith(_PREFIX) and f"{directory}.json" not in kept:
+            if directory.startswith(_PREFIX) and directory < oldest:  # step numbers are padded: names sort as they do
                 self._place.delete_tree(directory)
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(directory: Storage, name: str) -> str:
@@ -142,17 +167,17 @@ def _digest(directory: Storage, name: str) -> str:
     return h.hexdigest()
 
 
-def _writer(directory: Storage) -> dcp.StorageWriter:
+def _writer(directory: Storage) -> StorageWriter:
     if directory.is_local:
-        return dcp.FileSystemWriter(directory.local_path(), sync_files=True)
+        return FileSystemWriter(directory.local_path(), sync_files=True)
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # torch's own; not exported yet
 
     return FsspecWriter(directory.uri)
 
 
-def _reader(directory: Storage) -> dcp.StorageReader:
+def _reader(directory: Storage) -> StorageReader:
     if directory.is_local:
-        return dcp.FileSystemReader(directory.local_path())
+        return FileSystemReader(directory.local_path())
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
     return FsspecReader(directory.uri)

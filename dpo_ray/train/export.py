@@ -24,8 +24,9 @@ def write_policy(
 ) -> None:
     """Write the model directory. `template` is the chat template's text that training used, or `plain`."""
     model = policy.model
-    model.config.dtype = dtype
     model.save_pretrained(target, state_dict=weights, max_shard_size="5GB")
+    model.config.dtype = dtype  # save_pretrained writes the type of the module's parameters, not that of `weights`
+    model.config.save_pretrained(target)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

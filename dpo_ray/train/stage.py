@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
-from dpo_ray.errors import TrainError
+from dpo_ray.errors import DpoRayError, TrainError
 
 from .worker import TrainTask, train_worker
 
@@ -71,10 +71,13 @@ def run(task: TrainTask, gpus_per_worker: float, on_row: Callable[[dict[str, flo
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
+            cause = first_cause(error)
+            if isinstance(cause, DpoRayError):
+                raise cause from error
             raise TrainError(
-                f"the workers failed: {_first_cause(error)}",
+                f"the workers failed: {type(cause).__name__}: {cause}",
                 where="train",
-                fix="mend the cause and run the same command: it goes on from the newest checkpoint",
+                fix="mend the cause and run the same command: it goes on from the newest checkpoint; --verbose shows the workers' logs",
             ) from error
     account = result.return_value
     assert isinstance(account, dict)  # noqa: S101 - what train_worker returns
@@ -92,10 +95,11 @@ def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Prov
     return artifact
 
 
-def _first_cause(error: ray.train.TrainingFailedError) -> str:
+def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
+    """Find what a worker raised, under the wrappings of Ray Train; a worker that died by itself has none."""
     failures = getattr(error, "worker_failures", {})
     cause = next(iter(failures.values()), error)
-    return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
+    return getattr(cause, "_base_exc", cause)
 
 
 class _following:

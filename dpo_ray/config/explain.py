@@ -1,0 +1,94 @@
+"""Turn pydantic's errors into lines that a person can act on: the field's path, what is wrong, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+SHOWN_CHARACTERS = 80
+_KINDS = {  # pydantic's kind of error -> what is expected, in words of YAML
+    "model_type": "a section (a mapping of keys) is expected",
+    "model_attributes_type": "a section (a mapping of keys) is expected",
+    "tuple_type": "a list is expected",
+    "string_type": "text is expected (quote it)",
+    "int_type": "a whole number is expected",
+    "int_parsing": "a whole number is expected",
+    "int_from_float": "a whole number is expected",
+    "float_type": "a number is expected",
+    "float_parsing": "a number is expected",
+    "bool_type": "true or false is expected",
+    "bool_parsing": "true or false is expected",
+}
+
+
+def explain(root: type[BaseModel], problem: Any) -> str:
+    """Write one entry of `ValidationError.errors()` as `path: what is wrong; what is allowed; got VALUE`."""
+    model, path = _walk(root, problem["loc"])
+    value, kind, place = problem["input"], problem["type"], ".".join(path)
+    if kind == "extra_forbidden":
+        return f"{place}: unknown key; {_hint(root, model, path)}"
+    if kind == "missing":
+        return f"{place}: required, and not given"
+    if kind == "union_tag_invalid":
+        return f"{place}.type: {value.get('type')!r} is not known; allowed: {problem['ctx']['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"{place}.type: required, and not given"
+    if kind == "field_error":  # raised by a section's own validator
+        return f"{'.'.join([*path, problem['ctx']['field']])}: {problem['msg']}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{place}: {message}" if path else message
+    text = _KINDS.get(kind, f"{message[0].lower()}{message[1:]}")
+    shown = repr(value) if len(repr(value)) <= SHOWN_CHARACTERS else repr(value)[: SHOWN_CHARACTERS - 3] + "..."
+    return f"{place}: {text}; got {'nothing' if value is None else shown}"
+
+
+def _hint(root: type[BaseModel], model: type[BaseModel] | None, path: list[str]) -> str:
+    """Suggest the nearest key of the section, else where in the recipe a field of that name stands, else list all."""
+    key, section = path[-1], ".".join(path[:-1]) or "the recipe"
+    known = sorted(model.model_fields) if model else []
+    elsewhere = next((p for p in _field_paths(root) if p.rpartition(".")[2] == key), None)
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.6 if elsewhere is None else 0.9):
+        return f"did you mean `{near[0]}`?"
+    if elsewhere is not None:
+        return f"did you mean `{elsewhere}`?"
+    return f"{section} has: {', '.join(known)}"
+
+
+def _field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the paths of all fields, those of a section after the section itself."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for below in _models_in(field.annotation):
+            yield from _field_paths(below, f"{prefix}{name}.")
+
+
+def _walk(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel] | None, list[str]]:
+    """Follow an error's location; drop the union tags, which are no keys; return the last section's model and the path."""
+    owner: type[BaseModel] | None = root
+    models: list[type[BaseModel]] = [root]
+    path: list[str] = []
+    for part in loc:
+        if tagged := [m for m in models if _tag(m) == part]:
+            models = tagged
+            continue
+        path.append(str(part))
+        if isinstance(part, str):
+            owner = models[0] if models else None
+            field = owner.model_fields.get(part) if owner else None
+            models = _models_in(field.annotation) if field else []
+    return owner, path
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return next(iter(get_args(field.annotation)), None) if field else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]

@@ -1,0 +1,124 @@
+"""SIGKILL the driver in every stage, rerun the same command each time: the end is bit for bit that of a quiet run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
+
+RECIPE = {
+    "name": "chaos",
+    "model": {"path": "builtin:sentiment_llama"},
+    "data": {
+        "train": {"type": "synthetic", "pairs": 640},
+        "eval": {"type": "synthetic", "pairs": 64},
+        "chat_template": "plain",
+        "max_length_tokens": 128,
+        "rows_per_part": 128,
+    },
+    "reference": {"groups_per_granule": 64},
+    "train": {
+        "workers": 2,
+        "groups_per_step": 32,
+        "optimizer": {"learning_rate": 3e-4},
+        "checkpoint_every_steps": 4,
+        "eval_every_steps": 10,
+    },
+    "evaluate": {"sample_prompts": 16, "max_new_tokens": 48},
+}
+
+
+def command(root: Path) -> list[str]:
+    path = root / "recipe.yaml"
+    if not path.exists():
+        path.write_text(yaml.safe_dump(RECIPE | {"output": str(root / "out")}))
+    return [sys.executable, "-m", "dpo_ray", "run", str(path)]
+
+
+def finish(root: Path) -> str:
+    done = subprocess.run(command(root), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def kill_when(root: Path, reached: Callable[[], bool]) -> None:
+    """Start the run, SIGKILL its driver as soon as `reached`, and see that it had not ended by itself."""
+    with (root / "log").open("w") as log:
+        process = subprocess.Popen(command(root), stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while not reached():
+            assert process.poll() is None, (root / "log").read_text()
+            assert time.monotonic() < deadline, (root / "log").read_text()
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL
+
+
+def exists(root: Path, pattern: str) -> Callable[[], bool]:
+    return lambda: any((root / "out").glob(pattern))
+
+
+# Where each stage is under way, by what it has written.
+MOMENTS = {
+    "prepare": lambda root: exists(root, "artifacts/.staging/chaos/prepare-*/train/*.parquet"),
+    "reference": lambda root: exists(root, "reference-store/*/segment-*.parquet"),
+    "join": lambda root: exists(root, "artifacts/.staging/chaos/reference-*.json"),
+    "schedule": lambda root: exists(root, "artifacts/.staging/chaos/schedule-*.json"),
+    "train": lambda root: exists(root, "chaos/checkpoints/*/step-*.json"),
+    "evaluate": lambda root: exists(root, "artifacts/train-*/manifest.json"),
+}
+
+
+def weights(root: Path) -> str:
+    (file,) = (root / "out" / "artifacts").glob("train-*/policy/model.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def counts(line: str) -> str:
+    return line.split(" report=")[0]
+
+
+def test_a_driver_killed_in_every_stage_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    quiet.mkdir()
+    killed.mkdir()
+    undisturbed = finish(quiet)
+    for stage, moment in MOMENTS.items():
+        kill_when(killed, moment(killed))
+        print(f"killed in {stage}")
+    last = finish(killed)
+    assert counts(last) == counts(undisturbed)
+    assert "rows_in=640 admitted=640 quarantined=0 duplicates=0 steps=20" in last
+    assert weights(killed) == weights(quiet)
+    steps = [json.loads(text)["step"] for text in (killed / "out" / "chaos" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 21))
+    staging = killed / "out" / "artifacts" / ".staging"
+    assert [p for p in staging.rglob("*") if p.is_file()] == []  # what the dead attempts left is swept
+
+
+def test_the_second_driver_names_the_first_and_leaves(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(command(tmp_path), stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not exists(tmp_path, "chaos/lease-*.json")():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=120)
+        assert second.returncode == 5
+        assert f"pid {first.pid}" in second.stderr
+        assert "Traceback" not in second.stderr
+    finally:
+        first.kill()
+        first.wait()

@@ -1,0 +1,103 @@
+"""The recipe's models: sources in their short forms, unions, agreement between sections, and the JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from functools import reduce
+from typing import Any
+
+import pytest
+
+from dpo_ray.config.data import FilesSource, HubSource, SyntheticSource
+from dpo_ray.config.load import apply_overrides, validate_recipe
+from dpo_ray.config.objective import IpoObjective, SigmoidObjective
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.errors import ConfigError
+
+LEAST: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": "synthetic"}}
+
+
+def recipe(*overrides: str) -> Recipe:
+    return validate_recipe(apply_overrides(LEAST, list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("given", "sources"),
+    [
+        ("synthetic", (SyntheticSource(),)),
+        ("a/*.jsonl", (FilesSource(path="a/*.jsonl"),)),
+        ("s3://b/x", (FilesSource(path="s3://b/x"),)),
+        ("hub:org/name", (HubSource(name="org/name"),)),
+        ("{path: a, format: hh}", (FilesSource(path="a", format="hh"),)),
+        ("{path: [a, b]}", (FilesSource(path=("a", "b")),)),
+        ("{type: hub, name: org/name, split: test}", (HubSource(name="org/name", split="test"),)),
+        ("[a, hub:b, {type: synthetic, pairs: 3}]", (FilesSource(path="a"), HubSource(name="b"), SyntheticSource(pairs=3))),
+        ("[]", ()),
+    ],
+)  # fmt: skip
+def test_a_source_may_be_written_short(given: str, sources: tuple[object, ...]) -> None:
+    assert recipe(f"data.eval={given}", "evaluate.sample_prompts=0").data.eval == sources
+
+
+def test_an_objective_is_told_by_its_type_and_is_sigmoid_without_one() -> None:
+    assert recipe().train.objective == SigmoidObjective()
+    assert recipe("train.objective={beta: 0.3}").train.objective == SigmoidObjective(beta=0.3)
+    assert recipe("train.objective={type: ipo, beta: 0.3}").train.objective == IpoObjective(beta=0.3)
+    with pytest.raises(ConfigError, match=r"train\.objective\.label_smoothing: unknown key"):
+        recipe("train.objective={type: ipo, label_smoothing: 0.1}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "other"),
+        ("output", "s3://bucket/x"),
+        ("seed", 7),
+        ("model.path", "builtin:x"),
+        ("data.train", (FilesSource(path="x.jsonl"),)),
+        ("data.eval", (FilesSource(path="x.jsonl"),)),
+        ("reference.engine", "trainer"),
+        ("reference.replicas", 3),
+        ("train.workers", 3),
+        ("train.objective.type", "ipo"),
+        ("train.objective.beta", 0.7),
+        ("train.steps", 9),
+        ("train.epochs", 4),
+    ],
+)
+def test_a_settled_key_can_be_set_on_the_command_line(key: str, value: object) -> None:
+    text = "x.jsonl" if isinstance(value, tuple) else str(value)
+    assert reduce(getattr, key.split("."), recipe(f"{key}={text}")) == value
+
+
+def test_a_recipe_survives_being_written_and_read() -> None:
+    made = recipe("data.eval=[a, hub:b]", "train.objective.type=ipo", "train.optimizer.learning_rate=5e-7")
+    assert validate_recipe(made.model_dump(mode="json")) == made
+    assert Recipe.model_validate_json(made.model_dump_json()) == made
+
+
+def test_sections_agree() -> None:
+    with pytest.raises(ConfigError, match=r"train\.eval_every_steps: there is nothing to evaluate on"):
+        recipe("train.eval_every_steps=5")
+    assert recipe("train.eval_every_steps=5", "data.eval=x").train.eval_every_steps == 5
+
+
+def test_a_local_ray_has_the_cpus_that_the_recipe_asks_for() -> None:
+    assert recipe("train.workers=3", "train.cpus_per_worker=1.5").cpus_needed() == 5
+    assert recipe("reference.replicas=4").cpus_needed() == 5
+    assert recipe("train.workers=3", "ray.cpus=3").ray.cpus == 3
+    assert recipe("train.workers=3", "ray.cpus=1", "ray.address=auto").ray.cpus == 1
+    with pytest.raises(ConfigError, match=r"ray\.cpus: 2 cannot hold .* at least 3"):
+        recipe("train.workers=3", "ray.cpus=2")
+
+
+def test_the_schema_describes_every_field_and_allows_the_short_forms() -> None:
+    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    definitions = schema["$defs"]
+    assert set(schema["required"]) == {"name", "model", "data"}
+    assert schema["additionalProperties"] is False
+    assert definitions["SigmoidObjective"]["properties"]["beta"]["description"].startswith("Strength of the pull")
+    train = definitions["DataConfig"]["properties"]["train"]
+    assert {"type": "string"} in train["anyOf"]
+    assert any(form.get("type") == "array" for form in train["anyOf"])
+    assert {"SigmoidObjective", "IpoObjective", "FilesSource", "HubSource", "SyntheticSource"} <= set(definitions)

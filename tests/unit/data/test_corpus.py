@@ -1,0 +1,65 @@
+"""The corpus of bad rows: each is quarantined for its reason, and its neighbours are as if it were not there.
+
+A case of tests/corpus/rows.jsonl holds the reason, what is wrong (`why`), and the row (`row`, or `line_latin1` where it
+is not JSON: its code points are the bytes). `template` is `plain`, `chatml` (the default), or what comes before ChatML.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_ray.data.admission import REASONS, sample_of
+
+from .conftest import CHATML
+
+CASES = [json.loads(line) for line in (Path(__file__).parents[2] / "corpus/rows.jsonl").read_text().splitlines()]
+ELSEWHERE = {"SHARD_UNREADABLE", "TOO_LONG_BYTES"}  # test_broken_shards.py
+NEIGHBOURS = [
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Hi\n\nAssistant: no"},
+    {"chosen": "\n\nHuman: Well\n\nAssistant: good", "rejected": "\n\nHuman: Well\n\nAssistant: bad"},
+]
+AS_TEXT = [{"prompt": p, "chosen": " yes", "rejected": " no"} for p in ("Hi", "Well")]
+
+
+def test_the_corpus_has_every_reason():
+    assert {case["reason"] for case in CASES} == set(REASONS) - ELSEWHERE
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{c['reason']}-{c['why']}" for c in CASES])
+def test_bad_row_is_quarantined_and_its_neighbours_are_untouched(case, prepare, jsonl, chatml_dir, builtin_dir):
+    bad = case["line_latin1"].encode("latin-1") if "line_latin1" in case else case["row"]
+    first, second = AS_TEXT if case.get("format") == "text" else NEIGHBOURS
+    template = case.get("template", "chatml")
+    settings = {
+        "template": {"plain": "plain", "chatml": CHATML}.get(template, template + CHATML),
+        "tokenizer_dir": builtin_dir if template == "plain" else chatml_dir,
+        **{k: case[k] for k in ("max_length_tokens", "truncation") if k in case},
+    }
+    source = {"format": case.get("format", "auto")}
+    without = prepare({"path": jsonl([first, second], "without.jsonl"), **source}, **settings)
+    prepared = prepare({"path": jsonl([first, bad, second], "with.jsonl"), **source}, **settings)
+    assert prepared.reasons() == [case["reason"]]
+    (row,) = prepared.quarantined()
+    assert (row["ordinal"], row["source"], row["split"]) == (1, "with.jsonl", "train")
+    assert [g["group_id"] for g in prepared.groups()] == [g["group_id"] for g in without.groups()]
+    assert len(prepared.groups()) == 2
+
+
+@pytest.mark.parametrize("row", [b"\xff\x1b[31m\n" * 99, {"k": "\ud800\x00\u202e" * 999}, "é" * 201, None, {1: [2]}])
+def test_sample_is_short_and_printable(row: object):
+    sample = sample_of(row)
+    assert len(sample) <= 200
+    assert sample.isprintable()
+    assert sample.encode()
+
+
+def test_sample_of_what_is_nested_beyond_str():
+    row: list = []
+    for _ in range(200_000):
+        row = [row]
+    assert "nested" in sample_of(row)
+    while row:  # freed level by level: the interpreter's own way goes as deep as the nesting
+        row = row.pop()

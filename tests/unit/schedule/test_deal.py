@@ -1,0 +1,122 @@
+"""Dealing a step's groups to ranks and micro-batches, and what a packed row looks like."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_ray.schedule.build import Packing, pack_step, pair_weight
+from dpo_ray.schedule.micro_batch import Group, MicroBatch, pack
+from dpo_ray.schedule.pack import ATTENTION_SCALE, deal, estimate_work
+from dpo_ray.schedule.records import filler
+
+from .making import make_group
+
+token_counts = st.lists(st.integers(1, 100), min_size=1, max_size=40)
+batches = st.lists(st.integers(0, 10_000), min_size=1, max_size=12, unique=True)
+
+
+@given(token_counts, st.integers(1, 9), st.integers(1, 150))
+def test_every_group_once_equal_counts_budget_kept(tokens, ranks, budget) -> None:
+    dealt = deal(tokens, [float(t) ** 1.5 for t in tokens], ranks, budget)
+    assert len(dealt) == ranks
+    assert len({len(batches) for batches in dealt}) == 1
+    flat = [i for batches in dealt for batch in batches for i in batch]
+    assert sorted(flat) == list(range(len(tokens)))
+    for batches_of_rank in dealt:
+        for batch in batches_of_rank:
+            assert batch == sorted(batch)
+            assert len(batch) <= 1 or sum(tokens[i] for i in batch) <= budget
+    assert any(all(batch for batch in batches_of_rank) for batches_of_rank in dealt)  # no count of fillers alone
+
+
+@given(token_counts, st.integers(1, 9), st.integers(1, 150))
+def test_dealing_is_a_function(tokens, ranks, budget) -> None:
+    work = [float(t) for t in tokens]
+    assert deal(tokens, work, ranks, budget) == deal(list(tokens), list(work), ranks, budget)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 9))
+def test_no_rank_has_more_than_its_share_and_one_group(work, ranks) -> None:
+    """The bound of longest-first dealing: the mean plus the largest single piece."""
+    dealt = deal(work, [float(w) for w in work], ranks, 10**9)
+    loads = [sum(work[i] for batch in batches for i in batch) for batches in dealt]
+    assert max(loads) <= sum(work) / ranks + max(work)
+
+
+def test_work_counts_visible_pairs() -> None:
+    # prompt 2 (3 pairs), completions 1 (2 + 1 pairs) and 3 (6 + 6 pairs)
+    assert estimate_work(2, [1, 3]) == pytest.approx(6 + (3 + 3 + 12) / ATTENTION_SCALE)
+
+
+@given(batches, st.integers(20, 200))
+def test_the_step_is_the_same_whatever_the_world(numbers, budget) -> None:
+    groups = [make_group(n) for n in numbers]
+    by_world = {}
+    for ranks in (1, 2, 3, 4):
+        weight, tokens, shares = pack_step(groups, Packing(ranks, budget))
+        ids = sorted(i for share in shares for m in share if m.weight.any() for i in m.group_ids)
+        pairs = sum(pair_weight(g) for g in groups)
+        assert weight == pairs
+        assert len({len(share) for share in shares}) == 1
+        by_world[ranks] = (weight, tokens, ids)
+    assert by_world[1] == by_world[2] == by_world[3] == by_world[4]
+    assert by_world[1][1] == sum(g.tokens for g in groups)
+    assert by_world[1][2] == sorted(g.group_id for g in groups)
+
+
+def test_weight_of_pairs() -> None:
+    ids = tuple(np.array([1], np.int32) for _ in range(4))
+    group = Group(b"", ids[0], ids, np.array([2, 1, 1, 0], np.float32), weight=0.5)
+    assert pair_weight(group) == 0.5 * 5
+    assert pair_weight(Group(b"", ids[0], ids[:1], np.ones(1, np.float32))) == 0
+
+
+def check_layout(batch: MicroBatch, groups: list[Group]) -> None:
+    """Check a packed row token by token against the layout of the contract."""
+    q, references, completion = 0, [], 0
+    for g, group in enumerate(groups):
+        for k, segment in enumerate((group.prompt_ids, *group.completion_ids)):
+            for offset, token in enumerate(segment):
+                assert batch.input_ids[q] == token
+                assert batch.group_index[q] == g
+                assert batch.completion_index[q] == k
+                assert batch.position_ids[q] == (offset if k == 0 else len(group.prompt_ids) + offset)
+                q += 1
+            if k:
+                assert batch.scores[completion] == group.scores[k - 1]
+                known = group.reference_token_logps
+                references += list(known[k - 1]) if known is not None else [0.0] * len(segment)
+                completion += 1
+    assert q == len(batch.input_ids) == sum(g.tokens for g in groups)
+    assert completion == len(batch.scores)
+    assert batch.reference_token_logps.tolist() == references
+    assert batch.weight.tolist() == [g.weight for g in groups]
+    assert batch.preference_probability.tolist() == [g.preference_probability for g in groups]
+    assert batch.group_ids == tuple(g.group_id for g in groups)
+
+
+@given(batches)
+def test_layout_of_a_packed_row(numbers) -> None:
+    groups = [make_group(n) for n in numbers]
+    batch = pack(groups)
+    check_layout(batch, groups)
+    integers = (batch.input_ids, batch.position_ids, batch.group_index, batch.completion_index)
+    assert all(a.dtype == np.int32 for a in integers)
+    floats = (batch.scores, batch.reference_token_logps, batch.weight, batch.preference_probability)
+    assert all(a.dtype == np.float32 for a in floats)
+
+
+def test_groups_without_a_reference_get_zeros() -> None:
+    ids = np.array([1, 2], np.int32)
+    check_layout(
+        pack([group := Group(b"i" * 16, ids, (ids, ids[:1]), np.array([1, 0], np.float32))]),
+        [group],
+    )
+
+
+def test_a_filler_is_one_pair_that_weighs_nothing() -> None:
+    ids = np.zeros(1, np.int32)
+    check_layout(filler(), [Group(bytes(16), ids, (ids, ids), np.array([1, 0], np.float32), weight=0.0)])

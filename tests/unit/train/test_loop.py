@@ -1,0 +1,138 @@
+"""The loop on the built-in model: stopped and resumed it ends with the same bits, and it reports what it did."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import TrainError
+from dpo_ray.schedule.records import RankStep
+from dpo_ray.train.checkpoint import Checkpoints, Progress
+from dpo_ray.train.loop import HELDOUT, Plan, evaluate, heldout_table, train
+from dpo_ray.train.optimizer import build_optimizer, learning_rate_factor
+
+from .making import GROUPS_PER_STEP, LEARNING_RATE, STEPS, make_config, make_policy, rank_steps, weights_of
+
+PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
+CLOCK = ("seconds_per_step", "tokens_per_second")
+CONFIG = make_config(checkpoint_every_steps=3, eval_every_steps=2)
+
+
+class Run:
+    """One process's life: it restores, trains the steps it is given, and is gone."""
+
+    def __init__(self, place: Path, attempt: str) -> None:
+        self.policy = make_policy()
+        self.optimizer = build_optimizer(self.policy, CONFIG.optimizer)
+        self.checkpoints = Checkpoints(Storage(place), attempt, 2)
+        self.progress = self.checkpoints.load_newest(self.policy, self.optimizer)
+        self.reported: list[dict[str, float]] = []
+
+    def train(self, most_steps: int = STEPS) -> Progress:
+        steps = islice(rank_steps(1, 0), self.progress.step, self.progress.step + most_steps)
+        return train(
+            self.policy,
+            self.optimizer,
+            steps,
+            lambda: rank_steps(1, 0)[:2],
+            PLAN,
+            CONFIG,
+            self.checkpoints,
+            self.progress,
+            self.reported.append,
+        )
+
+
+def timeless(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+
+
+@pytest.mark.parametrize("killed_after", [3, 5])  # right after a checkpoint; two steps later, which are lost
+def test_interrupted_and_resumed_is_undisturbed(killed_after: int, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", "a-1")
+    progress = whole.train()
+    Run(tmp_path / "parts", "a-1").train(killed_after)
+    second = Run(tmp_path / "parts", "a-2")
+    assert second.progress.step == 3
+    assert second.train() == progress
+    expected = weights_of(whole.policy)
+    assert all(torch.equal(w, expected[n]) for n, w in weights_of(second.policy).items())
+    assert timeless(second.checkpoints.metrics(STEPS)) == timeless(whole.reported)
+    finished = Run(tmp_path / "parts", "a-3")  # killed between the last checkpoint and the export
+    assert finished.train() == progress
+    assert finished.reported == []
+    assert all(torch.equal(w, expected[n]) for n, w in weights_of(finished.policy).items())
+
+
+def test_rows_say_what_was_done(tmp_path: Path) -> None:
+    run = Run(tmp_path, "a-1")
+    progress = run.train()
+    tokens = np.cumsum([s.step_tokens for s in rank_steps(1, 0)])
+    assert progress == Progress(STEPS, int(tokens[-1]))
+    assert [r["step"] for r in run.reported] == list(range(1, STEPS + 1))
+    assert [r["num_tokens"] for r in run.reported] == tokens.tolist()
+    assert [r["epoch"] for r in run.reported] == pytest.approx([s / STEPS for s in range(1, STEPS + 1)])
+    rates = [LEARNING_RATE * learning_rate_factor(s, STEPS, CONFIG.optimizer) for s in range(STEPS)]
+    assert [r["learning_rate"] for r in run.reported] == pytest.approx(rates)
+    assert ["eval_loss" in r for r in run.reported] == [False, True] * 3
+    assert all(r["seconds_per_step"] > 0 and r["tokens_per_second"] > 0 for r in run.reported)
+    # It learns: pairs of the first two steps are held out here, and are seen in training too.
+    assert run.reported[5]["eval_loss"] < run.reported[1]["eval_loss"]
+
+
+def test_a_failed_step_names_its_groups_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+    run, steps = Run(tmp_path, "a-1"), rank_steps(1, 0)
+    bad = steps[3].micro_batches[0]
+    poisoned = replace(bad, reference_token_logps=np.full_like(bad.reference_token_logps, np.nan))
+    steps[3] = replace(steps[3], micro_batches=(poisoned, *steps[3].micro_batches[1:]))
+    with pytest.raises(TrainError) as stopped:
+        train(
+            run.policy,
+            run.optimizer,
+            steps,
+            list[RankStep],
+            PLAN,
+            make_config(checkpoint_every_steps=1),
+            run.checkpoints,
+            run.progress,
+            run.reported.append,
+        )
+    assert stopped.value.where.startswith("step 4, groups")
+    assert bad.group_ids[0].hex() in stopped.value.where
+    assert "learning_rate" in stopped.value.fix
+    assert [r["step"] for r in run.reported] == [1, 2, 3]
+    again = Run(tmp_path, "a-2")
+    assert again.progress.step == 3
+    assert all(torch.equal(w, weights_of(run.policy)[n]) for n, w in weights_of(again.policy).items())
+
+
+def test_evaluation_is_the_weighted_mean_of_the_table_without_fillers(tmp_path: Path) -> None:
+    policy = make_policy()
+    shares = rank_steps(5, 4, tokens_per_micro_batch=30)[:2] + rank_steps(2, 0)[2:]
+    table = heldout_table(policy, shares, CONFIG, PLAN.device)
+    of_fillers = [m for s in shares for m in s.micro_batches if not m.weight.any()]
+    pairs = sum(len(m.group_ids) for s in shares for m in s.micro_batches) - len(of_fillers)
+    assert of_fillers
+    assert table.shape == (pairs, len(HELDOUT))
+    assert policy.training
+    column = dict(zip(HELDOUT, table.T.numpy(), strict=True))
+    means = evaluate(policy, shares, CONFIG, PLAN.device)
+    weight = column["weight"]
+    assert set(weight) == {1.0, 0.5}
+    expected = {
+        "eval_loss": column["loss"],
+        "eval_rewards/margins": column["reward_chosen"] - column["reward_rejected"],
+        "eval_logps/rejected": column["logp_rejected"],
+    }
+    for name, values in expected.items():
+        assert means[name] == pytest.approx((values * weight).sum() / weight.sum(), rel=1e-9)
+    beta = CONFIG.objective.beta
+    np.testing.assert_allclose(
+        column["reward_chosen"], beta * (column["logp_chosen"] - column["reference_chosen"]), atol=1e-6
+    )
