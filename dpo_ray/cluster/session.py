@@ -22,9 +22,7 @@ def local_cpus(recipe: Recipe) -> int:
 
     CPUs are Ray's way of counting what may run at once; more than the machine has only means that they share.
     """
-    scoring = recipe.reference.replicas * recipe.reference.cpus_per_replica + 1  # and one task that reads
-    training = recipe.train.workers * recipe.train.cpus_per_worker
-    return recipe.ray.cpus or max(os.cpu_count() or 1, int(max(scoring, training, 2) + 0.999))
+    return recipe.ray.cpus or max(os.cpu_count() or 1, recipe.cpus_needed())
 
 
 @contextmanager

@@ -66,4 +66,5 @@ class Recipe(StrictModel):
         """Count the CPUs that the recipe's widest moment asks Ray for; with fewer it would wait for ever."""
         scoring = self.reference.replicas * self.reference.cpus_per_replica + 1  # and one task that reads
         training = self.train.workers * self.train.cpus_per_worker
-        return ceil(max(scoring, training, 2))
+        sampling = 2 * self.reference.cpus_per_replica  # policy and reference side by side
+        return ceil(max(scoring, training, sampling, 2))

@@ -30,5 +30,5 @@ def write_policy(
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if template != "plain":
+    if template not in ("plain", "auto"):  # auto: the tokenizer's own, which its files hold
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")

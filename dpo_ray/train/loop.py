@@ -103,12 +103,21 @@ def evaluate(
     policy: nn.Module, heldout: Iterable[RankStep], config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
     """Average the held-out pairs' measures over all ranks, under TRL's names with `eval_` before them; collective."""
-    table = heldout_table(policy, heldout, config, device)
-    weight = table[:, -1:]
-    sums = torch.cat([(table * weight).sum(dim=0), weight.sum(dim=0)])
+    sums = weighted_sums(heldout_table(policy, heldout, config, device))
     if dist.is_initialized() and dist.get_world_size() > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
+    return evaluation(sums)
+
+
+def weighted_sums(table: Tensor) -> Tensor:
+    """Sum a held-out table's columns by weight, and the weight: float64 [HELDOUT + 1]."""
+    weight = table[:, -1:]
+    return torch.cat([(table * weight).sum(dim=0), weight.sum(dim=0)])
+
+
+def evaluation(sums: Tensor) -> dict[str, float]:
+    """Turn weighted sums into means under TRL's names with `eval_` before them."""
     mean = dict(zip(HELDOUT, (sums[:-1] / sums[-1]).tolist(), strict=True))
     values = (
         mean["loss"],

@@ -32,7 +32,7 @@ from dpo_ray.schedule.records import prefetched, read_steps
 
 from .checkpoint import Checkpoints, Progress
 from .export import gather_policy, write_policy
-from .loop import HELDOUT, Plan, evaluate, heldout_table, train
+from .loop import HELDOUT, Plan, evaluation, heldout_table, train, weighted_sums
 from .optimizer import build_optimizer
 from .sharding import shard
 
@@ -109,12 +109,10 @@ def _run(task: TrainTask) -> dict[str, Any]:
         progress,
         report,
     )
-    heldout = (
-        _gathered(heldout_table(policy, read_steps(task.schedule, "eval", rank), task.config, device))
-        if has_heldout
-        else None
-    )
-    final = evaluate(policy, read_steps(task.schedule, "eval", rank), task.config, device) if has_heldout else {}
+    heldout = None
+    if has_heldout:
+        heldout = _gathered(heldout_table(policy, read_steps(task.schedule, "eval", rank), task.config, device))
+    final = evaluation(weighted_sums(torch.from_numpy(heldout))) if heldout is not None else {}
     weights = gather_policy(policy, getattr(torch, task.dtype))
     if rank:
         return {}

@@ -84,9 +84,7 @@ def from_vllm(rows: list[dict[str, Any]], tokens: Artifact) -> list[tuple[np.nda
     )
     assert sum(g.scored for g in granules) == 2 * len(rows)
     index = store.index()
-    keys = [
-        [store.key(r["prompt_ids"], r["chosen_ids"]), store.key(r["prompt_ids"], r["rejected_ids"])] for r in rows
-    ]
+    keys = [[store.key(r["prompt_ids"], r["chosen_ids"]), store.key(r["prompt_ids"], r["rejected_ids"])] for r in rows]
     values = index.fetch([k for pair in keys for k in pair])
     return [tuple(values[k] for k in pair) for pair in keys]
 

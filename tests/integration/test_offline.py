@@ -44,9 +44,7 @@ def metrics(run: Finished) -> list[dict[str, float]]:
 def test_every_row_is_accounted_for_and_every_stage_committed(finished: Finished) -> None:
     rows = finished.prepare.manifest.rows
     for split, count in (("train", 96), ("eval", 24)):
-        admitted, quarantined, duplicates = (
-            rows[f"{split}/{w}"] for w in ("admitted", "quarantined", "duplicates")
-        )
+        admitted, quarantined, duplicates = (rows[f"{split}/{w}"] for w in ("admitted", "quarantined", "duplicates"))
         assert rows[f"{split}/rows_in"] == count == admitted + quarantined + duplicates
     assert finished.reference.manifest.rows["groups"] == rows["train/admitted"] + rows["eval/admitted"]
     assert [m["step"] for m in metrics(finished)] == [1, 2, 3, 4, 5, 6]
@@ -151,9 +149,7 @@ def test_training_moved_the_policy_towards_the_preferences(finished: Finished) -
 
 def test_trainer_scoring_gives_the_same_reference(finished: Finished, tmp_path: Path) -> None:
     """The exact fallback: another engine, another key, the same numbers; its first loss is ln 2 to rounding."""
-    run, _ = offline(
-        small_recipe(tmp_path, "reference.engine=trainer", "train.workers=2", "train.steps=1"), Reporter()
-    )
+    run, _ = offline(small_recipe(tmp_path, "reference.engine=trainer", "train.workers=2", "train.steps=1"), Reporter())
     assert metrics(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert run.prepare.key == finished.prepare.key
     assert run.reference.key != finished.reference.key

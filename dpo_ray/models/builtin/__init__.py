@@ -13,5 +13,5 @@ def builtin_model(name: str) -> Path:
     names = sorted(path.parent.name for path in here.glob("*/config.json"))
     if name not in names:
         what, fix = f"no builtin model is named {name!r}", f"use one of: {', '.join(names)}"
-        raise ConfigError(what, where="builtin_model", fix=fix)
+        raise ConfigError(what, where=f"model.path=builtin:{name}", fix=fix)
     return here / name

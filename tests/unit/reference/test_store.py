@@ -143,9 +143,10 @@ def test_values_that_were_changed_are_an_error_that_says_what_to_do(damage: str,
 def test_a_key_is_model_numerics_and_tokens(tmp_path: Path, store: ReferenceStore) -> None:
     key = store.key([1, 2], [3])
     assert len(key) == 16
+    fields = ("engine", "version", "device", "dtype")
+    numerics = [dataclasses.replace(NUMERICS, **{name: "other"}) for name in fields]
     others = [ReferenceStore(Storage(tmp_path), "b" * 64, NUMERICS)]
-    for name in ("engine", "version", "device", "dtype"):
-        others.append(ReferenceStore(Storage(tmp_path), MODEL, dataclasses.replace(NUMERICS, **{name: "other"})))
+    others += [ReferenceStore(Storage(tmp_path), MODEL, n) for n in numerics]
     keys = {key, *(other.key([1, 2], [3]) for other in others)}
     places = {store.partition.uri, *(other.partition.uri for other in others)}
     assert len(keys) == len(places) == 6
