@@ -17,6 +17,7 @@ from dpo_ray.errors import ConfigError, InfrastructureError
 
 from . import shared_prefix
 from .builtin import builtin_model
+from .probe import check_segments
 from .token_logps import TokenLogps
 
 BUILTIN = "builtin:"
@@ -154,4 +155,6 @@ def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int) -> Token
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # preference losses compare two forward passes: both must see the same network
-    return TokenLogps(model, chunk_tokens)
+    policy = TokenLogps(model, chunk_tokens)
+    check_segments(policy, f"model.path={directory}")
+    return policy

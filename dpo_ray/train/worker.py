@@ -56,7 +56,6 @@ class TrainTask:
     inbox: Any  # handle of the driver's MetricsInbox
     audit: Audit | None
     audit_groups: int
-    restore: bool = True
 
 
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
