@@ -29,7 +29,9 @@ def test_an_exact_architecture_that_is_not_on_the_list_passes_the_probe(tmp_path
 @pytest.mark.parametrize(
     "config",
     [
-        BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64),  # ALiBi: positions by row
+        BloomConfig(
+            hidden_size=32, n_layer=2, n_head=4, vocab_size=64, initializer_range=0.5
+        ),  # ALiBi: positions by row
         Mamba2Config(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=1, vocab_size=64),
     ],
     ids=lambda c: c.model_type,
