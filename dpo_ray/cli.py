@@ -62,7 +62,7 @@ def run(
     if as_json:
         typer.echo(json.dumps(values))
         return
-    summary.print_comparison(finished, Console())
+    summary.print_comparison(finished, _console())
     typer.echo(summary.line(values))
 
 

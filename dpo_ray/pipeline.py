@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import yaml
 
 from dpo_ray import planning
@@ -18,11 +17,10 @@ from dpo_ray.artifacts.staging import Staging
 from dpo_ray.cluster.session import session
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.config.reference import AuditConfig
 from dpo_ray.data import stage as prepare_stage
 from dpo_ray.data import synthetic
 from dpo_ray.data.chat import load_tokenizer
-from dpo_ray.errors import ArtifactError, AuditError, InfrastructureError
+from dpo_ray.errors import ArtifactError, InfrastructureError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
 from dpo_ray.models.load import BUILTIN, is_hub_name, model_directory
@@ -32,12 +30,12 @@ from dpo_ray.observe.sinks import MetricsSinks
 from dpo_ray.online.sampler import Sampling, compare
 from dpo_ray.planning import Plan
 from dpo_ray.reference import stage as reference_stage
-from dpo_ray.reference.audit import audit
+from dpo_ray.reference.audit import checked_audit
 from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.schedule import stage as schedule_stage
 from dpo_ray.train import stage as train_stage
-from dpo_ray.train.worker import TrainTask
+from dpo_ray.train.task import TrainTask
 
 
 @dataclass(frozen=True)
@@ -277,26 +275,6 @@ class _Run:
     def _provenance(self, stage: str) -> Provenance:
         planned = self.plan.stages[stage]
         return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
-
-
-def checked_audit(
-    beta: float, dtype: str, config: AuditConfig, stored: list[list[np.ndarray]], trainer: list[list[np.ndarray]]
-) -> dict[str, Any]:
-    """Audit a sample and return the figures; runs in the training workers, before step 1.
-
-    Raises:
-        AuditError: out of tolerance, and the recipe says to stop.
-    """
-    result = audit(stored, trainer, beta, dtype, config)
-    if not result.passed and config.on_drift == "stop":
-        raise AuditError(
-            f"stored reference log-probs differ from the trainer's own by up to {result.max_token_drift:.2e} nats a token "
-            f"(allowed {result.allowed_token_drift:.0e}), {result.mean_token_drift:.2e} on average "
-            f"(allowed {result.allowed_mean_drift:.0e})",
-            where="reference.audit",
-            fix="set reference.engine=trainer, which is exact; or, knowing the cause, raise reference.audit.max_token_drift",
-        )
-    return result.figures()
 
 
 def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, float]) -> None:

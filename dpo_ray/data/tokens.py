@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.schedule.micro_batch import Group
 
-from .tokenize import TokenGroup
+if TYPE_CHECKING:  # tokenizers take seconds to import, and who joins or packs needs none
+    from .tokenize import TokenGroup
 
 TOKENS = pa.schema(
     [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from dpo_ray.config.reference import AuditConfig
+from dpo_ray.errors import AuditError
 
 # Nats. bfloat16's own rounding noise is about 0.03 a token, so only gross errors can be told from it.
 MAX_TOKEN_DRIFT = {"float32": 1e-4, "bfloat16": 0.5}
@@ -74,6 +76,26 @@ def audit(
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
+
+
+def checked_audit(
+    beta: float, dtype: str, config: AuditConfig, stored: list[list[np.ndarray]], trainer: list[list[np.ndarray]]
+) -> dict[str, Any]:
+    """Audit a sample and return the figures; runs in the training workers, before step 1.
+
+    Raises:
+        AuditError: out of tolerance, and the recipe says to stop.
+    """
+    result = audit(stored, trainer, beta, dtype, config)
+    if not result.passed and config.on_drift == "stop":
+        raise AuditError(
+            f"stored reference log-probs differ from the trainer's own by up to {result.max_token_drift:.2e} nats a token "
+            f"(allowed {result.allowed_token_drift:.0e}), {result.mean_token_drift:.2e} on average "
+            f"(allowed {result.allowed_mean_drift:.0e})",
+            where="reference.audit",
+            fix="set reference.engine=trainer, which is exact; or, knowing the cause, raise reference.audit.max_token_drift",
+        )
+    return result.figures()
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

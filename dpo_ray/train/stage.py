@@ -17,24 +17,10 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.errors import DpoRayError, TrainError
 
-from .worker import TrainTask, train_worker
+from .task import MetricsInbox, TrainTask, train_worker
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
-
-
-class MetricsInbox:
-    """An actor that holds rows from rank 0 until the driver takes them."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
-
-    def put(self, row: dict[str, float]) -> None:
-        self._rows.append(row)
-
-    def take(self) -> list[dict[str, float]]:
-        rows, self._rows = self._rows, []
-        return rows
 
 
 def start_inbox() -> Any:

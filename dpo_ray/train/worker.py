@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,8 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.artifacts.staging import Staging
-from dpo_ray.artifacts.storage import Storage
-from dpo_ray.config.model import ModelConfig
-from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.tokens import parquet_bytes
-from dpo_ray.errors import DpoRayError
+from dpo_ray.errors import AuditError, TrainError
 from dpo_ray.models.load import load_policy, model_directory
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
@@ -35,39 +29,19 @@ from .export import gather_policy, write_policy
 from .loop import HELDOUT, Plan, evaluation, heldout_table, train, weighted_sums
 from .optimizer import build_optimizer
 from .sharding import shard
+from .task import TrainTask
 
 logger = logging.getLogger(__name__)
 
-# Stored and own log-probs of a sample -> figures; raises AuditError. Given by the pipeline, which knows the reference.
-Audit = Callable[[list[list[np.ndarray]], list[list[np.ndarray]]], dict[str, Any]]
+# Errors that every rank sees alike, because what they follow from was gathered: all ranks return, none waits for another.
+COLLECTIVE = (AuditError, TrainError)
 
 
-@dataclass(frozen=True)
-class TrainTask:
-    """Everything that a worker needs. Pickles."""
-
-    model: ModelConfig
-    config: TrainConfig
-    dtype: str
-    template: str
-    schedule: Artifact
-    checkpoints: Storage
-    staging: Staging
-    inbox: Any  # handle of the driver's MetricsInbox
-    audit: Audit | None
-    audit_groups: int
-
-
-def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
+def train_and_export(task: TrainTask) -> dict[str, Any]:
     """Train, export, and return rank 0's account; an error that all ranks see alike comes back as `error`."""
     try:
-        return _run(settings["task"])
-    except DpoRayError as error:
-        if dist.get_world_size() > 1 and getattr(error, "exit_code", 0) not in (
-            6,
-            7,
-        ):  # only audit and training errors are collective
-            raise
+        return _run(task)
+    except COLLECTIVE as error:
         return {"error": error}
 
 

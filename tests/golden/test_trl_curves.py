@@ -32,7 +32,7 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store import Numerics, ReferenceStore
 from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.train import stage as train_stage
-from dpo_ray.train.worker import TrainTask
+from dpo_ray.train.task import TrainTask
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(not (GOLDEN / "rows.json").exists(), reason=f"no golden curves in {GOLDEN}")

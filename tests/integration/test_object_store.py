@@ -38,6 +38,7 @@ def run(recipe: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=dict(os.environ))
 
 
+@pytest.mark.slow
 def test_a_run_on_s3(bucket: str, tmp_path: Path) -> None:
     recipe = small_recipe(f"s3://{bucket}/here", "reference.engine=trainer", "train.workers=2", "train.steps=4")
     path = tmp_path / "recipe.yaml"
