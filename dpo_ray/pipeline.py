@@ -277,10 +277,10 @@ class _Run:
         return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
 
 
-def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, float]) -> None:
+def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
     """Show and keep one row of training metrics; a worker's first row says where it begins."""
     if "restored_step" in row:
-        sinks.begin(int(row["restored_step"]))
+        sinks.begin(row["known"])
         bar.begin_at(row["restored_step"])
         if row["restored_step"]:
             bar.say(f"going on from the checkpoint of step {row['restored_step']:.0f}")

@@ -25,30 +25,28 @@ class MetricsSinks:
         self._board: Any = None  # tensorboardX's writer
 
     def __enter__(self) -> MetricsSinks:
-        if self._run_dir.exists("metrics.jsonl"):
-            rows = (
-                json.loads(line)
-                for line in self._run_dir.read_bytes("metrics.jsonl").splitlines()
-                if line.endswith(b"}")
-            )
-            self._rows = {row["step"]: row for row in rows}
         return self
 
-    def begin(self, step: int) -> None:
-        """Keep what steps up to `step` measured and forget the rest: training goes on from there. Call it before `write`."""
-        self._rows = {s: row for s, row in self._rows.items() if s <= step}
+    def begin(self, known: Sequence[dict[str, float]]) -> None:
+        """Begin with what the checkpoint that training goes on from has measured, and with nothing else.
+
+        The checkpoint's rows are complete; what this file held may lack the last moments before a crash, or be of another
+        recipe under the same name. Call it before `write`.
+        """
+        self._rows = {int(row["step"]): row for row in known}
         self._write_all()
         if "tensorboard" in self._trackers and self._run_dir.is_local:
             from tensorboardX import SummaryWriter
 
             if self._board is not None:
                 self._board.close()
-            # purge_step: TensorBoard hides what an earlier attempt had written from this step on
             self._board = SummaryWriter(
                 str(self._run_dir.local_path() / "tensorboard"),
-                purge_step=step + 1,
+                purge_step=0,  # TensorBoard hides what earlier attempts wrote: all of it is written again
                 filename_suffix=f".{time.time_ns()}",  # two within a second would be one file, the first one lost
             )
+            for row in known:
+                self._add_to_board(row)
 
     def write(self, row: dict[str, float]) -> None:
         """Take one step's metrics."""
@@ -57,10 +55,13 @@ class MetricsSinks:
         if self._run_dir.is_local:
             with Path(self._run_dir.local_path("metrics.jsonl")).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
+        self._add_to_board(row)
+
+    def _add_to_board(self, row: dict[str, float]) -> None:
         if self._board is not None:
             for name, value in row.items():
                 if name != "step":
-                    self._board.add_scalar(name, value, step)
+                    self._board.add_scalar(name, value, int(row["step"]))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

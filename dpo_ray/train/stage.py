@@ -28,7 +28,7 @@ def start_inbox() -> Any:
     return ray.remote(MetricsInbox).options(num_cpus=0).remote()
 
 
-def run(task: TrainTask, gpus_per_worker: float, on_row: Callable[[dict[str, float]], None]) -> dict[str, Any]:
+def run(task: TrainTask, gpus_per_worker: float, on_row: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Train to the end and return rank 0's account; `on_row` is called on this side with every row of metrics.
 
     Each call is a Ray Train run of its own, so Ray's own snapshot is never the truth: our checkpoints are.
@@ -91,7 +91,7 @@ def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
 class _following:
     """Poll the inbox in a thread while training runs, and once more at the end."""
 
-    def __init__(self, inbox: Any, on_row: Callable[[dict[str, float]], None]) -> None:
+    def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None]) -> None:
         self._inbox, self._on_row = inbox, on_row
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="metrics-inbox", daemon=True)

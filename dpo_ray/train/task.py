@@ -38,12 +38,12 @@ class MetricsInbox:
     """An actor that holds rows from rank 0 until the driver takes them."""
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
+        self._rows: list[dict[str, Any]] = []
 
-    def put(self, row: dict[str, float]) -> None:
+    def put(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
 
-    def take(self) -> list[dict[str, float]]:
+    def take(self) -> list[dict[str, Any]]:
         rows, self._rows = self._rows, []
         return rows
 

@@ -60,7 +60,7 @@ def _run(task: TrainTask) -> dict[str, Any]:
     counts = task.schedule.manifest.rows
     plan = Plan(counts["train/steps"], counts["train/groups"], device)
 
-    def report(row: dict[str, float]) -> None:
+    def report(row: dict[str, Any]) -> None:
         if rank == 0:
             task.inbox.put.remote(row)
 
@@ -68,7 +68,7 @@ def _run(task: TrainTask) -> dict[str, Any]:
         logger.info("going on from the checkpoint of step %d", progress.step)
     elif task.audit is not None and task.audit_groups:
         progress = replace(progress, figures=_audited(policy, task, rank, device))
-    report({"restored_step": progress.step})
+    report({"restored_step": progress.step, "known": checkpoints.metrics(progress.step) if rank == 0 else []})
     steps = prefetched(read_steps(task.schedule, "train", rank, progress.step))
     has_heldout = "eval/steps" in counts
     progress = train(

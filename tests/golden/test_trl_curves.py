@@ -157,7 +157,7 @@ def train(objective, workers: int, schedule: Artifact, root: Path) -> list[dict[
         audit=None,
         audit_groups=0,
     )
-    seen: list[dict[str, float]] = []
+    seen: list[dict[str, Any]] = []
     account = train_stage.run(task, 0.0, seen.append)
     assert account["steps"] == config.steps
     stored = [json.loads(line) for line in task.staging.storage.read_bytes("metrics.jsonl").splitlines()]
