@@ -118,7 +118,8 @@ def schedule_of(tokens: Artifact, reference: list[tuple[np.ndarray, ...]], worke
 
 
 @pytest.mark.parametrize(
-    ("reference", "workers"), [("file", 1), ("file", 2), ("vllm", 1), ("vllm", 2)], ids=lambda v: str(v)
+    ("reference", "workers"),
+    [("file", 1), ("file", 2), pytest.param("vllm", 1, marks=pytest.mark.slow), ("vllm", 2)],
 )
 @pytest.mark.parametrize("objective", [SigmoidObjective(beta=0.1), IpoObjective(beta=0.1)], ids=lambda o: o.type)
 def test_curves(objective, reference: str, workers: int, references, tokens: Artifact, tmp_path: Path) -> None:
