@@ -46,7 +46,7 @@ def run(
 
     Stop it at any moment, by any means: the same command goes on from what was committed.
     """
-    from dpo_ray import pipeline, planning, summary
+    from dpo_ray import pipeline, summary
     from dpo_ray.config.load import load_recipe
     from dpo_ray.observe.progress import Reporter
 
@@ -54,10 +54,7 @@ def run(
     finished, ran = pipeline.offline(load_recipe(recipe, overrides or []), reporter, verbose=verbose)
     if not ran:
         reporter.say("every stage is done: nothing to run")
-    if ran or not planning.run_storage(finished.plan.recipe).exists(
-        summary.REPORT
-    ):  # another run may have done the same work under its own name
-        summary.write_report(finished)
+    summary.write_report(finished)
     values = summary.figures(finished)
     if as_json:
         typer.echo(json.dumps(values))

@@ -23,7 +23,7 @@ from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.errors import ArtifactError, InfrastructureError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
-from dpo_ray.models.load import BUILTIN, is_hub_name, model_directory
+from dpo_ray.models.load import BUILTIN, context_tokens, is_hub_name, model_directory
 from dpo_ray.observe.model_card import model_card
 from dpo_ray.observe.progress import Bar, Reporter
 from dpo_ray.observe.sinks import MetricsSinks
@@ -66,12 +66,10 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         planning.artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
-        run = _Run(planning.make_plan(recipe), reporter)
+        run = _Run(planning.make_plan(recipe), reporter, lease)
         prepared, referenced = run.prepare_and_reference()
-        lease.check()
         scheduled = run.schedule(prepared, referenced)
         trained = run.train(scheduled, prepared)
-        lease.check()
         evaluated = run.evaluate(prepared, trained)
         return Finished(run.plan, prepared, referenced, scheduled, trained, evaluated), True
 
@@ -96,7 +94,7 @@ def opened(plan: Plan) -> Finished:
 
 
 def _need_vllm(recipe: Recipe) -> None:
-    if recipe.ray.address == "local" and planning.engine_version("vllm") == "absent":
+    if planning.engine_version("vllm") == "absent":
         raise InfrastructureError(
             "vLLM is not installed",
             where="reference.engine, evaluate.sample_prompts",
@@ -112,8 +110,8 @@ def recipe_yaml(recipe: Recipe) -> str:
 class _Run:
     """The stages of one run under its lease, with a Ray to run on."""
 
-    def __init__(self, plan: Plan, reporter: Reporter) -> None:
-        self.plan, self.recipe, self._reporter = plan, plan.recipe, reporter
+    def __init__(self, plan: Plan, reporter: Reporter, lease: Lease) -> None:
+        self.plan, self.recipe, self._reporter, self._lease = plan, plan.recipe, reporter, lease
         self._model_dir = model_directory(self.recipe.model)
 
     def prepare_and_reference(self) -> tuple[Artifact, Artifact]:
@@ -200,10 +198,12 @@ class _Run:
 
     def train(self, scheduled: Artifact, prepared: Artifact) -> Artifact:
         """Train the policy, from the newest checkpoint where there is one."""
-        if (done := planning.found(self.plan, "train")) is not None:
-            return done
         recipe, plan = self.recipe, self.plan
         run_dir, steps = planning.run_storage(recipe), scheduled.manifest.rows["train/steps"]
+        checkpoints = run_dir.child("checkpoints", plan.resume_key)
+        if (done := planning.found(self.plan, "train")) is not None:
+            checkpoints.delete_tree()  # of a driver that was killed between its commit and this
+            return done
         provenance = self._provenance("train")
         task = TrainTask(
             model=self._model_for_workers(),
@@ -211,7 +211,7 @@ class _Run:
             dtype=plan.hardware.dtype,
             template=plan.template,
             schedule=scheduled,
-            checkpoints=run_dir.child("checkpoints", plan.resume_key),
+            checkpoints=checkpoints,
             staging=self._begin("train"),
             inbox=train_stage.start_inbox(),
             audit=partial(checked_audit, recipe.train.objective.beta, plan.hardware.dtype, recipe.reference.audit),
@@ -234,6 +234,7 @@ class _Run:
             recipe_yaml(recipe),
             planning.versions(),
         )
+        self._lease.check()  # training takes hours: a driver that lost its run must not delete checkpoints
         return train_stage.commit(task, account, card, provenance)
 
     def _model_for_workers(self) -> ModelConfig:
@@ -247,9 +248,11 @@ class _Run:
         if (done := planning.found(self.plan, "evaluate")) is not None:
             return done
         provenance, tokenizer = self._provenance("evaluate"), load_tokenizer(str(self._model_dir))
-        prompts = evaluate_stage.heldout_prompts(prepared, self.recipe.evaluate.sample_prompts)
+        context = context_tokens(self._model_dir)
+        longest = context - self.recipe.evaluate.max_new_tokens if context is not None else None
+        prompts = evaluate_stage.heldout_prompts(prepared, self.recipe.evaluate.sample_prompts, longest)
         with self._reporter.stage("evaluate", "prompts") as bar:
-            comparison = self._compared(trained, prompts, tokenizer) if prompts else None
+            comparison = self._compared(prepared, trained, prompts, tokenizer) if prompts else None
             bar.advance(len(prompts))
             is_synthetic = all(shard.kind == "synthetic" for shard in self.plan.shards)
             return evaluate_stage.run(
@@ -261,15 +264,17 @@ class _Run:
                 provenance,
             )
 
-    def _compared(self, trained: Artifact, prompts: list[list[int]], tokenizer: Any) -> Comparison:
+    def _compared(self, prepared: Artifact, trained: Artifact, prompts: list[list[int]], tokenizer: Any) -> Comparison:
         e, r = self.recipe.evaluate, self.recipe.reference
         policy_dir = trained.local_dir("policy", _cache_dir(trained))
-        sampling = Sampling(e.temperature, e.max_new_tokens, (int(tokenizer.eos_token_id),), self.recipe.seed)
+        stops = evaluate_stage.end_tokens(prepared, tokenizer)
+        sampling = Sampling(e.temperature, e.max_new_tokens, stops, self.recipe.seed)
         policy = self.scorer_settings(str(policy_dir), extra_tokens=e.max_new_tokens)
         reference = self.scorer_settings(str(self._model_dir), extra_tokens=e.max_new_tokens)
         return compare(policy, reference, prompts, sampling, r.cpus_per_replica, self.plan.hardware.engine_gpus)
 
     def _begin(self, stage: str) -> Staging:
+        self._lease.check()
         return planning.artifact_store(self.recipe).begin(stage, self.plan.stages[stage].key, self.recipe.name)
 
     def _provenance(self, stage: str) -> Provenance:

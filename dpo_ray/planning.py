@@ -237,6 +237,9 @@ def _stage_configs(
             "model": model,
             "dtype": where.dtype,
             "device": where.device,
+            "audit": "stop"
+            if recipe.reference.audit.groups and recipe.reference.audit.on_drift == "stop"
+            else "lenient",
             **t.model_dump(
                 mode="json",
                 include={

@@ -120,9 +120,11 @@ def comparison(run: Finished) -> list[tuple[str, str, str]]:
 
 
 def write_report(run: Finished) -> str:
-    """Write report.html into the run's directory and return its place."""
+    """Write report.html into the run's directory, unless it says the same already, and return its place."""
     place = planning.run_storage(run.plan.recipe)
-    place.write(REPORT, render_report(report_data(run)).encode("utf-8", "replace"))
+    page = render_report(report_data(run)).encode("utf-8", "replace")
+    if not (place.exists(REPORT) and place.read_bytes(REPORT) == page):
+        place.write(REPORT, page)
     return place.full_path(REPORT)
 
 

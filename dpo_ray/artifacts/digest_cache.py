@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dpo_ray.artifacts.digest import file_sha256
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import DpoRayError
 
 SMALL_BYTES = 4 << 20  # read again each time: cheaper than it is to remember
 
@@ -29,5 +31,6 @@ def cached_file_sha256(path: Path) -> str:
         if len(known) == 64:
             return known
     digest = file_sha256(path)
-    cache.write(name, digest.encode())
+    with suppress(DpoRayError):  # a home that cannot be written only means to read the file again next time
+        cache.write(name, digest.encode())
     return digest

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import ray
+import ray.exceptions
 
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.errors import InfrastructureError
+from dpo_ray.errors import DpoRayError, InfrastructureError
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
@@ -33,7 +34,8 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         InfrastructureError: the address does not answer, or is of another Ray version.
     """
     if ray.is_initialized():
-        yield
+        with _causes():
+            yield
         return
     os.environ.update(DRIVER_ENVIRONMENT)
     if not verbose:
@@ -61,9 +63,26 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:
-        yield
+        with _causes():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise what our own code raised in a worker, not the wrappings that Ray puts around it."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, DpoRayError) and not isinstance(cause, ray.exceptions.RayError):
+                raise cause from error
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        what = f"a worker failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
+        fix = "run the same command again: it goes on from what was committed; --verbose shows what Ray and its workers log"
+        raise InfrastructureError(what, where="ray", fix=fix) from error
 
 
 @contextmanager

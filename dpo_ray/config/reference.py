@@ -36,7 +36,7 @@ class ReferenceConfig(StrictModel):
 
     cpus_per_replica: float = Field(default=1, gt=0)
     gpus_per_replica: float | None = Field(default=None, ge=0)
-    """Default: 1 where the cluster has GPUs, 0 otherwise."""
+    """Default: 1 where the machine that runs the command has CUDA, 0 otherwise."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine takes; the rest is headroom for logits, which vLLM does not profile."""

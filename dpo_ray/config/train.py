@@ -37,7 +37,7 @@ class TrainConfig(StrictModel):
 
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """Default: 1 where the cluster has GPUs, 0 otherwise."""
+    """Default: 1 where the machine that runs the command has CUDA, 0 otherwise."""
 
     objective: Objective = SigmoidObjective()
 

@@ -18,15 +18,26 @@ from .metrics import Comparison, heldout_figures, reward_figures, sample_figures
 TrueReward = Callable[[str, str], float]
 
 
-def heldout_prompts(tokens: Artifact, count: int) -> list[list[int]]:
-    """Take the first `count` different prompts of the held-out data; the order of files is the seed."""
+def heldout_prompts(tokens: Artifact, count: int, longest_tokens: int | None) -> list[list[int]]:
+    """Take the first `count` different prompts of the held-out data that leave room for a completion."""
     prompts: dict[tuple[int, ...], None] = {}
     for name in tokens.names("eval/"):
         for ids in read_table(tokens, name, ["prompt_ids"])["prompt_ids"].to_pylist():
             if len(prompts) >= count:
                 return [list(p) for p in prompts]
-            prompts[tuple(ids)] = None
+            if longest_tokens is None or len(ids) <= longest_tokens:
+                prompts[tuple(ids)] = None
     return [list(p) for p in prompts]
+
+
+def end_tokens(tokens: Artifact, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """List the tokens at which sampling stops: EOS, and the special tokens that end held-out completions (end of turn)."""
+    last: set[int] = set()
+    for name in tokens.names("eval/"):
+        for completions in read_table(tokens, name, ["completion_ids"])["completion_ids"].to_pylist():
+            last.update(ids[-1] for ids in completions)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return tuple(sorted({int(str(tokenizer.eos_token_id)), *(last & special)}))
 
 
 def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,12 @@ class SamplerActor:
     """One vLLM engine that samples, and scores what was sampled."""
 
     def __init__(self, settings: ScorerSettings) -> None:
-        self._scorer = VllmScorer(settings, enable_sampling=True)
+        self._settings = settings
+
+    @cached_property
+    def _scorer(self) -> VllmScorer:
+        """Start the engine with the first request: what a method raises reaches the driver, a constructor's error does not."""
+        return VllmScorer(self._settings, enable_sampling=True)
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[list[int], bool]]:
         """Return, for each prompt, the sampled token ids and whether they end with a stop token.
@@ -79,20 +85,22 @@ def compare(
 ) -> Comparison:
     """Sample a completion of every prompt from both models, and score all of them under both.
 
-    The two engines start together where resources allow; on a single GPU the second waits until the first has ended, so
-    each model is asked twice at most: to sample, and to score the other's samples.
+    Without GPUs the two engines start side by side. With GPUs each has the device for itself, one after the other, and
+    the reference's is started again to score what the policy sampled.
     """
     actor = ray.remote(SamplerActor).options(num_cpus=cpus, num_gpus=gpus or None)
     samples: dict[str, list[tuple[list[int], bool]]] = {}
     logps: dict[tuple[str, str], list[float]] = {}
     first: Any = actor.remote(reference)
-    second: Any = actor.remote(policy)
-    pending = second.sample.remote(prompts, sampling)  # runs as soon as its engine is up
+    second: Any = None if gpus else actor.remote(policy)
+    pending: Any = None if gpus else second.sample.remote(prompts, sampling)
     samples["reference"] = ray.get(first.sample.remote(prompts, sampling))
     completions = {"reference": [ids for ids, _ in samples["reference"]]}
     logps["reference", "reference"] = ray.get(first.score.remote(prompts, completions["reference"]))
-    if gpus:  # free the device for the second engine; the first is started again to score its samples
+    if gpus:
         ray.kill(first)
+        second = actor.remote(policy)
+        pending = second.sample.remote(prompts, sampling)
     samples["policy"] = ray.get(pending)
     completions["policy"] = [ids for ids, _ in samples["policy"]]
     for name in ("policy", "reference"):

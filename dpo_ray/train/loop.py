@@ -70,7 +70,7 @@ def train(
                 policy, micro_batches, share.step_weight, config.objective, optimizer, config.optimizer.max_grad_norm
             )
         except TrainError as error:
-            groups = ", ".join(g.hex() for m in share.micro_batches for g in m.group_ids)
+            groups = ", ".join(g.hex() for m in share.micro_batches if m.weight.any() for g in m.group_ids)
             raise TrainError(
                 error.what,
                 where=f"step {share.step + 1}, groups {groups[:400]}",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -24,7 +25,7 @@ POLL_SECONDS = 0.5
 
 
 def start_inbox() -> Any:
-    """Start the inbox on the driver's node; it ends with the driver."""
+    """Start the inbox; it ends with the driver."""
     return ray.remote(MetricsInbox).options(num_cpus=0).remote()
 
 
@@ -94,6 +95,7 @@ class _following:
     def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None]) -> None:
         self._inbox, self._on_row = inbox, on_row
         self._stop = threading.Event()
+        self._lost = False
         self._thread = threading.Thread(target=self._poll, name="metrics-inbox", daemon=True)
 
     def __enter__(self) -> None:
@@ -102,12 +104,17 @@ class _following:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._drain()
+        if not self._lost:
+            self._drain()
 
     def _poll(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
+        while not self._stop.wait(POLL_SECONDS) and not self._lost:
             self._drain()
 
     def _drain(self) -> None:
-        for row in ray.get(self._inbox.take.remote()):
-            self._on_row(row)
+        try:
+            for row in ray.get(self._inbox.take.remote()):
+                self._on_row(row)
+        except (ray.exceptions.RayError, OSError, DpoRayError) as error:
+            self._lost = True  # training goes on, and its metrics are safe with the checkpoints
+            logger.warning("the live metrics stop here: %s", error)

@@ -1,0 +1,40 @@
+"""What our code raises in a worker comes out as itself, with its own exit code, not as Ray's wrapping."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+import ray.data
+
+from dpo_ray.cluster.session import session
+from dpo_ray.errors import ArtifactError, EngineError, InfrastructureError
+
+from .conftest import small_recipe
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def failing_batch(batch):
+    raise EngineError("no engine", where="here", fix="mend it")
+
+
+class FailingActor:
+    def work(self):
+        raise ArtifactError("damaged", where="there", fix="delete it")
+
+    def crash(self):
+        raise ZeroDivisionError("not ours")
+
+
+def test_an_error_in_a_data_task_keeps_its_kind_and_words(tmp_path) -> None:
+    with pytest.raises(EngineError, match="no engine") as raised, session(small_recipe(tmp_path)):
+        ray.data.range(1).map_batches(failing_batch).materialize()
+    assert (raised.value.where, raised.value.fix) == ("here", "mend it")
+
+
+def test_an_error_in_an_actor_keeps_its_kind_and_another_names_its_cause(tmp_path) -> None:
+    actor = ray.remote(FailingActor).remote()
+    with pytest.raises(ArtifactError, match="damaged"), session(small_recipe(tmp_path)):
+        ray.get(actor.work.remote())
+    with pytest.raises(InfrastructureError, match="not ours"), session(small_recipe(tmp_path)):
+        ray.get(actor.crash.remote())
