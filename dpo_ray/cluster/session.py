@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import ray
 import ray.exceptions
 
+from dpo_ray import errors
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import DpoRayError, InfrastructureError
 
@@ -69,17 +71,26 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+_OURS = re.compile(r"^dpo_ray\.errors\.(?P<kind>\w+): (?P<what>.*)(?:\n  -> (?P<fix>.*))?$", re.MULTILINE)
+
+
+def _from_text(trace: str) -> DpoRayError | None:
+    """Find our error in a worker's traceback: of an error in a data task Ray hands over the text alone."""
+    found = _OURS.search(trace)
+    kind = getattr(errors, found["kind"], None) if found else None
+    return kind(found["what"], fix=found["fix"] or "") if found and kind else None
+
+
 @contextmanager
 def _causes() -> Iterator[None]:
     """Raise what our own code raised in a worker, not the wrappings that Ray puts around it."""
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, DpoRayError) and not isinstance(cause, ray.exceptions.RayError):
-                raise cause from error
-            cause = getattr(cause, "cause", None) or cause.__cause__
+        cause = getattr(error, "cause", None)
+        ours = cause if isinstance(cause, DpoRayError) else _from_text(str(error))
+        if ours is not None:
+            raise ours from error
         what = f"a worker failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
         fix = "run the same command again: it goes on from what was committed; --verbose shows what Ray and its workers log"
         raise InfrastructureError(what, where="ray", fix=fix) from error
