@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -300,8 +300,3 @@ def _short(value: Any) -> str:
 def found(plan: Plan, stage: str) -> Artifact | None:
     """Open a stage's artifact, if it is committed."""
     return artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
-
-
-def marked_done(plan: Plan, stage: str) -> Plan:
-    """Note that a stage was committed."""
-    return replace(plan, stages=plan.stages | {stage: replace(plan.stages[stage], state="done", reason="")})
