@@ -91,14 +91,14 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
 def validate(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a recipe and all that it names and that can be looked at from here. Starts nothing."""
     from dpo_ray.config.load import load_recipe
-    from dpo_ray.planning import preflight
+    from dpo_ray.preflight import preflight
 
-    checked = load_recipe(recipe, overrides or [])
-    shards, _ = preflight(checked)
+    loaded = load_recipe(recipe, overrides or [])
+    checked = preflight(loaded)
     if as_json:
-        typer.echo(checked.model_dump_json())
+        typer.echo(loaded.model_dump_json())
     else:
-        typer.echo(f"{recipe}: valid; {len(shards)} data shards")
+        typer.echo(f"{recipe}: valid; {len(checked.shards)} data shards")
 
 
 @app.command()
@@ -136,6 +136,35 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     made = make_plan(load_recipe(recipe, overrides or []))
     typer.echo(summary.write_report(pipeline.opened(made)))
+
+
+inspect = typer.Typer(help="Look at what a recipe reads, before training on it.", no_args_is_help=True)
+app.add_typer(inspect, name="inspect")
+
+
+@inspect.command("data")
+def inspect_data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    sample: Annotated[int, typer.Option(min=0, max=100, help="How many groups to show as the model sees them.")] = 3,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
+) -> None:
+    """Say what went in, what was left out and why, how long it is, and what the model sees; write it as data.html.
+
+    Runs the stage `prepare`, if it is not done, and no engine.
+    """
+    from dpo_ray import account, inspection, pipeline
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.observe.progress import Reporter
+
+    made, tokens = pipeline.prepared(load_recipe(recipe, overrides or []), Reporter(), verbose=verbose)
+    page = account.data_page(made, tokens, sample)
+    place = account.write_data_page(made, tokens, page)
+    if as_json:
+        typer.echo(json.dumps(inspection.figures(page, place)))
+    else:
+        inspection.print_account(page, made.recipe.name, place, _console())
 
 
 @app.command()

@@ -20,7 +20,11 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.data import stage as prepare_stage
 from dpo_ray.data import synthetic
 from dpo_ray.data.chat import load_tokenizer
-from dpo_ray.errors import ArtifactError, InfrastructureError
+from dpo_ray.data.keys import SHARD_VERSION, shard_key
+from dpo_ray.data.merge import PreparedShard, check_quarantined
+from dpo_ray.data.prepare import PrepareTask
+from dpo_ray.data.tokens import splits
+from dpo_ray.errors import ArtifactError, DataError, InfrastructureError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
 from dpo_ray.models.load import BUILTIN, context_tokens, is_hub_name, model_directory
@@ -28,6 +32,7 @@ from dpo_ray.observe.model_card import model_card
 from dpo_ray.observe.progress import Bar, Reporter
 from dpo_ray.observe.sinks import MetricsSinks
 from dpo_ray.online.sampler import Sampling, compare
+from dpo_ray.places import artifact_store, reference_root, run_storage
 from dpo_ray.planning import Plan
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.audit import checked_audit
@@ -61,17 +66,41 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
         return opened(plan), False
     if recipe.reference.engine == "vllm" or recipe.evaluate.sample_prompts:
         _need_vllm(recipe)
-    run_dir = planning.run_storage(recipe)
+    run_dir = run_storage(recipe)
     run_dir.check_writable()
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
-        planning.artifact_store(recipe).sweep(recipe.name)
+        artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
         run = _Run(planning.make_plan(recipe), reporter, lease)
-        prepared, referenced = run.prepare_and_reference()
+        prepared = run.prepare()
+        schedule_stage.check_usable(prepared, recipe.train.objective)
+        referenced = run.reference(prepared)
         scheduled = run.schedule(prepared, referenced)
         trained = run.train(scheduled, prepared)
         evaluated = run.evaluate(prepared, trained)
         return Finished(run.plan, prepared, referenced, scheduled, trained, evaluated), True
+
+
+def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Plan, Artifact]:
+    """Run the stage `prepare` alone, if it is not done; returns the plan and the tokens artifact.
+
+    Raises:
+        DpoRayError: as `offline` does, except that a share of unsound rows over the limit does not stop a look at them.
+    """
+    plan = planning.make_plan(recipe)
+    if (done := planning.found(plan, "prepare")) is not None:
+        return plan, done
+    run_dir = run_storage(recipe)
+    run_dir.check_writable()
+    with Lease(run_dir) as lease, session(recipe, verbose=verbose):
+        artifact_store(recipe).sweep(recipe.name)
+        run = _Run(planning.make_plan(recipe), reporter, lease)
+        try:
+            return run.plan, run.prepare()
+        except DataError:
+            if (done := planning.found(run.plan, "prepare")) is None:
+                raise
+            return run.plan, done
 
 
 def opened(plan: Plan) -> Finished:
@@ -114,44 +143,50 @@ class _Run:
         self.plan, self.recipe, self._reporter, self._lease = plan, plan.recipe, reporter, lease
         self._model_dir = model_directory(self.recipe.model)
 
-    def prepare_and_reference(self) -> tuple[Artifact, Artifact]:
-        """Run both as one streaming execution where both are missing: rows go to the engines as they are tokenized."""
-        prepared, referenced = planning.found(self.plan, "prepare"), planning.found(self.plan, "reference")
-        if prepared is not None and referenced is not None:
-            return prepared, referenced
-        store = ReferenceStore(planning.reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
-        provenance = self._provenance("reference")
-        if prepared is None:
-            prepared, granules = self._prepare(store)
-        else:
-            with self._reporter.stage(
-                "reference",
-                "groups",
-                prepared.manifest.rows["train/admitted"] + prepared.manifest.rows["eval/admitted"],
-            ) as bar:
-                granules = list(self._scored(reference_stage.groups_dataset(prepared), store, bar))
-        if referenced is None:
-            figures = {
-                name: sum(getattr(g, name) for g in granules)
-                for name in ("scored", "found", "tokens", "cached_tokens", "seconds")
-            }
-            referenced = reference_stage.join(prepared, store, self._begin("reference"), provenance, figures)
-        return prepared, referenced
+    def prepare(self) -> Artifact:
+        """Tokenize what is new, choose among all groups, and stop where too many rows are unsound."""
+        tokens = planning.found(self.plan, "prepare") or self._prepare()
+        check_quarantined(tokens, self.recipe.data.max_quarantined_fraction)
+        return tokens
 
-    def _prepare(self, store: ReferenceStore) -> tuple[Artifact, list[reference_stage.Granule]]:
-        staging, provenance = self._begin("prepare"), self._provenance("prepare")
-        task = prepare_stage.PrepareTask(str(self._model_dir), self.plan.template, self.recipe.data, staging)
-        rows = prepare_stage.tokenized(self.plan.shards, task)
-        with self._reporter.stage("prepare + reference", "groups") as bar:
-            granules = list(self._scored(rows, store, bar))
-        artifact = prepare_stage.finish(staging, self.plan.shards, provenance)
-        for split in ("train", "eval"):
+    def _prepare(self) -> Artifact:
+        plan, store, provenance = self.plan, artifact_store(self.recipe), self._provenance("prepare")
+        configs = {shard_key(config): config for config in plan.shard_configs}
+        keys = [shard_key(config) for config in plan.shard_configs]
+        task = PrepareTask(str(self._model_dir), plan.checked.template, self.recipe.data, plan.checked.filters)
+        with self._reporter.stage("prepare", "rows") as bar:
+            artifacts = prepare_stage.prepare_shards(
+                dict(zip(keys, plan.checked.shards, strict=True)),
+                store,
+                self.recipe.name,
+                task,
+                lambda key: Provenance(SHARD_VERSION, {}, configs[key], planning.versions()),
+                bar.advance,
+            )
+            shards = [PreparedShard(s, artifacts[key]) for s, key in zip(plan.checked.shards, keys, strict=True)]
+            tokens = prepare_stage.merge(shards, self.recipe.data, self._begin("prepare"), provenance)
+        for split in splits(tokens):
             counts = [
-                f"{artifact.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}"
+                f"{tokens.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}"
                 for what in ("rows_in", "admitted", "quarantined", "duplicates")
             ]
             self._reporter.say(f"prepare, {split} data: {', '.join(counts)}")
-        return artifact, granules
+        return tokens
+
+    def reference(self, prepared: Artifact) -> Artifact:
+        """Score, streaming, what the store lacks; then join the store to the groups by key."""
+        if (done := planning.found(self.plan, "reference")) is not None:
+            return done
+        store = ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
+        provenance, rows = self._provenance("reference"), prepared.manifest.rows
+        groups = sum(rows[f"{split}/admitted"] for split in splits(prepared))
+        with self._reporter.stage("reference", "groups", groups) as bar:
+            granules = list(self._scored(reference_stage.groups_dataset(prepared), store, bar))
+        figures = {
+            name: sum(getattr(g, name) for g in granules)
+            for name in ("scored", "found", "tokens", "cached_tokens", "seconds")
+        }
+        return reference_stage.join(prepared, store, self._begin("reference"), provenance, figures)
 
     def _scored(self, rows: Any, store: ReferenceStore, bar: Bar) -> Iterator[reference_stage.Granule]:
         tokens = 0
@@ -199,7 +234,7 @@ class _Run:
     def train(self, scheduled: Artifact, prepared: Artifact) -> Artifact:
         """Train the policy, from the newest checkpoint where there is one."""
         recipe, plan = self.recipe, self.plan
-        run_dir, steps = planning.run_storage(recipe), scheduled.manifest.rows["train/steps"]
+        run_dir, steps = run_storage(recipe), scheduled.manifest.rows["train/steps"]
         checkpoints = run_dir.child("checkpoints", plan.resume_key)
         if (done := planning.found(self.plan, "train")) is not None:
             checkpoints.delete_tree()  # of a driver that was killed between its commit and this
@@ -209,7 +244,7 @@ class _Run:
             model=self._model_for_workers(),
             config=recipe.train,
             dtype=plan.hardware.dtype,
-            template=plan.template,
+            template=plan.checked.template,
             schedule=scheduled,
             checkpoints=checkpoints,
             staging=self._begin("train"),
@@ -254,7 +289,7 @@ class _Run:
         with self._reporter.stage("evaluate", "prompts") as bar:
             comparison = self._compared(prepared, trained, prompts, tokenizer) if prompts else None
             bar.advance(len(prompts))
-            is_synthetic = all(shard.kind == "synthetic" for shard in self.plan.shards)
+            is_synthetic = all(shard.kind == "synthetic" for shard in self.plan.checked.shards)
             return evaluate_stage.run(
                 trained,
                 comparison,
@@ -275,7 +310,7 @@ class _Run:
 
     def _begin(self, stage: str) -> Staging:
         self._lease.check()
-        return planning.artifact_store(self.recipe).begin(stage, self.plan.stages[stage].key, self.recipe.name)
+        return artifact_store(self.recipe).begin(stage, self.plan.stages[stage].key, self.recipe.name)
 
     def _provenance(self, stage: str) -> Provenance:
         planned = self.plan.stages[stage]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.digest import artifact_key, digest
-from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data.chat import load_tokenizer, resolve_template
-from dpo_ray.data.sources import Shard, list_shards, shard_digest
-from dpo_ray.errors import ConfigError
-from dpo_ray.models.load import context_tokens, is_hub_name, model_directory, model_identity, tokenizer_identity
+from dpo_ray.data.keys import prepare_config, shard_configs, shard_key
+from dpo_ray.models.load import model_identity, tokenizer_identity
+from dpo_ray.places import artifact_store
+from dpo_ray.preflight import Checked, Hardware, hardware, preflight
 from dpo_ray.reference.store import Numerics
 
 STAGES = ("prepare", "reference", "schedule", "train", "evaluate")
@@ -28,19 +24,9 @@ INPUTS = {
     "train": ("schedule",),
     "evaluate": ("prepare", "train"),
 }
-VERSIONS = {"prepare": 1, "reference": 1, "schedule": 1, "train": 1, "evaluate": 1}
+VERSIONS = {"prepare": 2, "reference": 1, "schedule": 2, "train": 1, "evaluate": 1}
 """Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What the stages run on, decided before anything starts."""
-
-    device: Literal["cpu", "cuda"]
-    train_gpus: float
-    engine_gpus: float
-    dtype: Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +47,8 @@ class Plan:
 
     recipe: Recipe
     hardware: Hardware
-    shards: tuple[Shard, ...]
-    template: str
+    checked: Checked
+    shard_configs: tuple[dict[str, Any], ...]  # of each shard, what its groups depend on
     model_digest: str
     numerics: Numerics
     stages: dict[str, StagePlan]
@@ -71,23 +57,6 @@ class Plan:
     @property
     def done(self) -> bool:
         return all(s.state == "done" for s in self.stages.values())
-
-
-def run_storage(recipe: Recipe) -> Storage:
-    """Name the run's own directory: OUTPUT/NAME."""
-    return Storage(recipe.output).child(recipe.name)
-
-
-def artifact_store(recipe: Recipe) -> ArtifactStore:
-    """Name the artifacts that runs under one output share: OUTPUT/artifacts."""
-    return ArtifactStore(Storage(recipe.output).child("artifacts"))
-
-
-def reference_root(recipe: Recipe) -> Storage:
-    """Name the reference store: reference.store, or OUTPUT/reference-store."""
-    return (
-        Storage(recipe.reference.store) if recipe.reference.store else Storage(recipe.output).child("reference-store")
-    )
 
 
 def versions() -> dict[str, str]:
@@ -107,127 +76,40 @@ def engine_version(engine: str) -> str:
     return "absent"
 
 
-def hardware(recipe: Recipe) -> Hardware:
-    """Decide device and type: as the recipe says, else by whether this machine has CUDA."""
-    gpu_here = 1.0 if torch.cuda.is_available() else 0.0
-    train_gpus = recipe.train.gpus_per_worker if recipe.train.gpus_per_worker is not None else gpu_here
-    engine_gpus = (
-        recipe.reference.gpus_per_replica if recipe.reference.gpus_per_replica is not None else float(train_gpus > 0)
-    )
-    device = "cuda" if train_gpus else "cpu"
-    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bfloat16" if train_gpus else "float32")
-    return Hardware(device, train_gpus, engine_gpus, dtype)
-
-
-def preflight(recipe: Recipe) -> tuple[tuple[Shard, ...], str]:
-    """Check all of a recipe that can be checked without starting: files, model, template, lengths.
-
-    Returns:
-        The shards, and the chat template's text (of a hub model that is not here: its name in the recipe).
-
-    Raises:
-        ConfigError, InfrastructureError: the first thing that is wrong.
-    """
-    _check_places(recipe)
-    _check_gpus(recipe)
-    shards = (*list_shards("train", recipe.data.train), *list_shards("eval", recipe.data.eval))
-    if recipe.evaluate.sample_prompts and not recipe.data.eval:
-        raise ConfigError(
-            "sampling takes its prompts from held-out data, and there is none",
-            where="evaluate.sample_prompts",
-            fix="set data.eval, or evaluate.sample_prompts=0",
-        )
-    directory = None if is_hub_name(recipe.model.path) else model_directory(recipe.model)
-    if directory is None:
-        template = recipe.data.chat_template
-        if template not in ("auto", "plain"):
-            raise ConfigError(
-                "a template file needs a local model to check it with",
-                where="data.chat_template",
-                fix="use auto, or give model.path as a directory",
-            )
-        return shards, template
-    tokenizer = load_tokenizer(str(directory))
-    context = context_tokens(directory)
-    if context is not None and recipe.data.max_length_tokens > context:
-        raise ConfigError(
-            f"longer than the model's context of {context} tokens",
-            where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
-            fix=f"set at most {context}",
-        )
-    return shards, resolve_template(recipe.data.chat_template, tokenizer)
-
-
-def _check_places(recipe: Recipe) -> None:
-    """See that the places to write to can be directories; leaves no trace, as `plan` and `validate` promise."""
-    for field, place in (("output", run_storage(recipe)), ("reference.store", reference_root(recipe))):
-        if not place.is_local:
-            continue
-        nearest = place.local_path()
-        while not os.path.lexists(nearest):
-            nearest = nearest.parent
-        if not nearest.is_dir():
-            raise ConfigError(
-                f"`{nearest}` is not a directory, so nothing can be written there",
-                where=f"{field}={place.uri}",
-                fix="name a directory, existing or new, or s3://bucket/prefix, gs://bucket/prefix",
-            )
-
-
-def _check_gpus(recipe: Recipe) -> None:
-    """Refuse what this machine can never grant: Ray would wait for it without end."""
-    where = hardware(recipe)
-    wanted = {"train.workers": recipe.train.workers * where.train_gpus}
-    wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
-    for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
-        if gpus > torch.cuda.device_count():
-            raise ConfigError(
-                f"asks for {gpus:g} GPUs, and this machine has {torch.cuda.device_count()}",
-                where=field,
-                fix="lower it, or the GPUs of each; or name a cluster in ray.address",
-            )
-
-
 def make_plan(recipe: Recipe) -> Plan:
     """Work out every stage's key and state.
 
     Raises:
         ConfigError, InfrastructureError: as `preflight` does.
     """
-    shards, template = preflight(recipe)
+    checked = preflight(recipe)
+    tokenizer = tokenizer_identity(recipe.model)
+    shards = shard_configs(checked.shards, recipe.data, tokenizer, checked.template, checked.filters)
     where = hardware(recipe)
     numerics = Numerics(recipe.reference.engine, engine_version(recipe.reference.engine), where.device, where.dtype)
     model = model_identity(recipe.model)
-    configs = _stage_configs(recipe, shards, template, model, numerics, where)
+    configs = _stage_configs(recipe, prepare_config(checked.shards, shards, recipe.data), model, numerics, where)
     store = artifact_store(recipe)
     stages: dict[str, StagePlan] = {}
     for stage in STAGES:
         inputs = {name: stages[name].key for name in INPUTS[stage]}
         key = artifact_key(stage, VERSIONS[stage], configs[stage], inputs)
         state, reason = _state(store, recipe, stage, key, configs[stage], inputs)
+        if stage == "prepare" and state != "done":
+            reason += f"; {_missing_shards(store, shards)} of {len(shards)} shards to tokenize"
         stages[stage] = StagePlan(stage, key, configs[stage], inputs, state, reason)
     ordering = {k: v for k, v in configs["schedule"].items() if k not in ("workers", "tokens_per_micro_batch")}
     resume = digest([configs["train"], ordering, stages["prepare"].key, stages["reference"].key])[:20]
-    return Plan(recipe, where, shards, template, model, numerics, stages, resume)
+    return Plan(recipe, where, checked, tuple(shards), model, numerics, stages, resume)
 
 
 def _stage_configs(
-    recipe: Recipe, shards: tuple[Shard, ...], template: str, model: str, numerics: Numerics, where: Hardware
+    recipe: Recipe, prepare: dict[str, Any], model: str, numerics: Numerics, where: Hardware
 ) -> dict[str, dict[str, Any]]:
     """Say for each stage what of the recipe its result depends on: this, with its inputs, is what its key hashes."""
     t = recipe.train
-    sources = [
-        {"split": s.split, "format": s.row_format, "columns": s.columns.model_dump(), "digest": shard_digest(s)}
-        for s in shards
-    ]
     return {
-        "prepare": {
-            "sources": sources,
-            "tokenizer": tokenizer_identity(recipe.model),
-            "tokenizers": importlib.metadata.version("tokenizers"),
-            "chat_template": template if template in ("auto", "plain") else digest(template),
-            **recipe.data.model_dump(include={"max_length_tokens", "truncation", "rows_per_part"}),
-        },
+        "prepare": prepare,
         "reference": {"model": model, **numerics.tag()},
         "schedule": {
             "seed": recipe.seed,
@@ -257,6 +139,10 @@ def _stage_configs(
             **recipe.evaluate.model_dump(exclude={"shown_samples"}),
         },
     }
+
+
+def _missing_shards(store: ArtifactStore, shards: list[dict[str, Any]]) -> int:
+    return sum(store.find("shard", shard_key(config)) is None for config in shards)
 
 
 def _state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import secrets
@@ -42,10 +43,13 @@ class Artifact:
 
     def entry(self, name: str) -> FileEntry:
         """Return what the manifest says of a file; ArtifactError where it is not listed."""
-        for entry in self.manifest.files:
-            if entry.name == name:
-                return entry
-        raise ArtifactError(f"the manifest lists no file {name!r}", where=self.storage.uri, fix=_RERUN)
+        if (entry := self._entries.get(name)) is None:
+            raise ArtifactError(f"the manifest lists no file {name!r}", where=self.storage.uri, fix=_RERUN)
+        return entry
+
+    @functools.cached_property
+    def _entries(self) -> dict[str, FileEntry]:
+        return {entry.name: entry for entry in self.manifest.files}
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading, after a look at its size."""

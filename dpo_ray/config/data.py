@@ -1,121 +1,118 @@
-"""Where preference data comes from and what is done to a row before training sees it."""
+"""What is read, what is admitted, and what is done to a row before training sees it."""
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from .base import StrictModel, field_error
+from .sources import Sources
 
-RowFormat = Literal["auto", "text", "messages", "implicit_messages", "implicit_text", "hh"]
-
-
-class Columns(StrictModel):
-    """Name the columns of a source that calls them otherwise."""
-
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+EVAL = "eval"
 
 
-class FilesSource(StrictModel):
-    """Read JSONL (plain, .gz, .zst), Parquet, or a directory written by `datasets.save_to_disk`."""
+class PairingConfig(StrictModel):
+    """Say how completions with scores, ranks or verdicts become preferences."""
 
-    type: Literal["files"] = "files"
-    path: str | tuple[str, ...]
-    """A file, a glob, a directory or a URI (s3://, gs://); or a list of them."""
+    pairs: Literal["best_worst", "all", "adjacent", "list"] = "best_worst"
+    """Of K > 2 completions: the best against the worst; every better against every worse; each against the next;
+    or the whole ranked list, for listwise objectives."""
 
-    format: RowFormat = "auto"
-    """How a row says its preference. auto recognises each row by itself.
+    min_margin: float = Field(default=0.0, ge=0)
+    """Smallest difference of scores that makes a pair. A pair of equal scores is a tie, whatever this is."""
 
-    text: prompt, chosen, rejected are strings. messages: they are lists of {role, content}.
-    implicit_messages: chosen and rejected are whole conversations that share their beginning.
-    hh: chosen and rejected are texts with "\\n\\nHuman:" and "\\n\\nAssistant:" turns (HH-RLHF).
-    implicit_text: chosen and rejected are texts whose longest common beginning is the prompt.
-    """
+    ties: Literal["drop", "keep"] = "drop"
+    """Of two completions that are as good as each other: leave the row out, or train on it with probability 1/2."""
 
-    columns: Columns = Columns()
-
-
-class HubSource(StrictModel):
-    """Read a data set of the Hugging Face hub."""
-
-    type: Literal["hub"] = "hub"
-    name: str = Field(min_length=1)
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    """A branch, tag or, best, a 40-hex commit: only a commit makes the run reproducible."""
-
-    format: RowFormat = "auto"
-    columns: Columns = Columns()
+    annotators: Literal["probability", "majority", "unanimous"] = "probability"
+    """Of several verdicts on a pair: their mean as the probability that chosen is better (a soft label; a tie counts
+    half); what most say; or only what all say."""
 
 
-class SyntheticSource(StrictModel):
-    """Make reviews by a small grammar, labelled by Bradley-Terry with a known reward (needs no network)."""
+class RulesConfig(StrictModel):
+    """Say which sound rows are left out nevertheless; each rule has its own reason in the account."""
 
-    type: Literal["synthetic"] = "synthetic"
-    pairs: int = Field(default=2000, gt=0)
-    """Training and held-out pairs are disjoint: which they are follows from where this source stands."""
+    special_tokens: Literal["quarantine", "allow"] = "quarantine"
+    """Text of a row that spells one of the tokenizer's special tokens, and so would be read as one."""
 
-    seed: int = 0
+    conflicts: Literal["drop", "keep"] = "drop"
+    """Pairs that the data also holds the other way round: leave out both."""
 
+    leakage: Literal["drop", "keep"] = "drop"
+    """Training rows whose prompt is also one of held-out data: leave them out of training."""
 
-def _source_from_string(value: Any) -> Any:
-    """Accept a plain string (or list of strings) as the path of files, `hub:NAME` as a hub data set, `synthetic`."""
-    if isinstance(value, str):
-        if value == "synthetic":
-            return {"type": "synthetic"}
-        if value.startswith("hub:"):
-            return {"type": "hub", "name": value.removeprefix("hub:")}
-        return {"type": "files", "path": value}
-    if isinstance(value, dict) and "type" not in value and "path" in value:
-        return {"type": "files", **value}
-    return value
+    near_duplicates: float | None = Field(default=None, gt=0, le=1)
+    """Rows that are as similar as this to an earlier one (Jaccard similarity of their 5-grams of tokens, estimated by
+    MinHash; 0.8 is usual): leave them out. Exact duplicates are always left out. Unset: no search."""
+
+    filters: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")], ...] = ()
+    """Functions of yours, as `module:function`. Each is called with the prompt (text or messages) and the list of
+    completions (text); it returns True to keep the row, False or a text that says why to leave it out."""
 
 
-SourceSection = FilesSource | HubSource | SyntheticSource
-Source = Annotated[
-    SourceSection,
-    Field(discriminator="type"),
-    BeforeValidator(_source_from_string, json_schema_input_type=str | SourceSection),
-]
+def _shape_of_eval(value: Any) -> str:
+    is_sets = isinstance(value, dict) and not {"type", "path"} & value.keys()
+    return "sets" if is_sets else "sources"
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict | StrictModel) else value
-
-
-Sources = Annotated[
-    tuple[Source, ...],
-    BeforeValidator(_as_list, json_schema_input_type=str | SourceSection | tuple[str | SourceSection, ...]),
+SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+EvalSources = Annotated[
+    Annotated[Sources, Tag("sources")] | Annotated[dict[SetName, Sources], Tag("sets")], Discriminator(_shape_of_eval)
 ]
 
 
 class DataConfig(StrictModel):
-    """Say what is read, how it is rendered, and how long it may be."""
+    """Say what is read, how it is rendered, what is admitted, and how long it may be."""
 
     train: Sources
     """Training data: a path or glob, `hub:NAME`, `synthetic`, a mapping with `type`, or a list of these."""
 
-    eval: Sources = ()
-    """Held-out data, in the same forms. Without it there is no held-out accuracy."""
+    eval: EvalSources = ()
+    """Held-out data, in the same forms; or several sets by name, `NAME: sources`. Without it there is no held-out
+    accuracy."""
 
     chat_template: str = "auto"
     """auto: the tokenizer's own template. plain: text as it is, no template. Otherwise the path of a Jinja file."""
 
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Further variables for the template, such as enable_thinking; a row's own go before them."""
+
+    chat_template_date: datetime.date = datetime.date(2024, 7, 26)
+    """What a template that asks for today's date is told, so that the same data gives the same tokens on every day."""
+
     max_length_tokens: int = Field(default=1024, gt=1)
     """Longest prompt + completion."""
 
+    max_prompt_tokens: int | None = Field(default=None, gt=0)
+    """Longest prompt; of a longer one, keep_end keeps the end, otherwise the row is left out. Unset: no limit of its own."""
+
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
-    """Too long: cut the completion's end, cut the prompt's start, or quarantine the row."""
+    """Too long: cut the completion's end, cut the prompt's start, or leave the row out."""
+
+    pairing: PairingConfig = PairingConfig()
+    rules: RulesConfig = RulesConfig()
+
+    max_quarantined_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Of the rows of training or of a held-out set, the largest share that may be unsound; more stop the run before anything
+    expensive. What your own rules leave out does not count."""
 
     rows_per_part: int = Field(default=2048, gt=0)
     """Rows of one Parquet part: the granule of work and of restarts."""
 
+    @property
+    def eval_sets(self) -> dict[str, Sources]:
+        """Held-out data by the name of its split: `eval`, or `eval_NAME` for each set."""
+        if isinstance(self.eval, dict):
+            return {f"{EVAL}_{name}": sources for name, sources in self.eval.items()}
+        return {EVAL: self.eval} if self.eval else {}
+
     @model_validator(mode="after")
-    def _something_to_train_on(self) -> DataConfig:
+    def _sources_agree(self) -> DataConfig:
         if not self.train:
             raise field_error("train", "no source is given")
+        for split, sources in {"train": self.train, **self.eval_sets}.items():
+            if len({source.weight is None for source in sources}) > 1:
+                raise field_error(split.replace("_", ".", 1), "some sources have a weight and some have none")
         return self

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag
 
 SHOWN_CHARACTERS = 80
 _KINDS = {  # pydantic's kind of error -> what is expected, in words of YAML
@@ -22,6 +23,15 @@ _KINDS = {  # pydantic's kind of error -> what is expected, in words of YAML
     "bool_type": "true or false is expected",
     "bool_parsing": "true or false is expected",
 }
+
+
+def explain_all(root: type[BaseModel], problems: Iterable[Any]) -> list[str]:
+    """Write the entries of `ValidationError.errors()`, one for each place: a value may be wrong for each type it may have."""
+    lines: dict[str, str] = {}
+    for problem in problems:
+        line = explain(root, problem)
+        lines.setdefault(line.partition(": ")[0], line)
+    return list(lines.values())
 
 
 def explain(root: type[BaseModel], problem: Any) -> str:
@@ -66,29 +76,57 @@ def _field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _field_paths(below, f"{prefix}{name}.")
 
 
+class _Kind(NamedTuple):
+    """One of the types that a value may have, and the tag that stands for it in an error's location."""
+
+    tag: str
+    type: Any
+
+
 def _walk(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel] | None, list[str]]:
-    """Follow an error's location; drop the union tags, which are no keys; return the last section's model and the path."""
+    """Follow an error's location; drop what names one type of several, which is no key; return the last section's model
+    and the path."""
     owner: type[BaseModel] | None = root
-    models: list[type[BaseModel]] = [root]
-    path: list[str] = []
+    kinds, path = [_Kind("", root)], []
     for part in loc:
-        if tagged := [m for m in models if _tag(m) == part]:
-            models = tagged
-            continue
-        path.append(str(part))
-        if isinstance(part, str):
-            owner = models[0] if models else None
-            field = owner.model_fields.get(part) if owner else None
-            models = _models_in(field.annotation) if field else []
+        models = [kind.type for kind in kinds if _is_model(kind.type)]
+        values = [get_args(kind.type)[1] for kind in kinds if get_origin(kind.type) is dict]
+        if tagged := [kind for kind in kinds if kind.tag == part]:
+            kinds = tagged
+        elif isinstance(part, int):
+            path.append(str(part))
+            items = [item for kind in kinds if get_origin(kind.type) is tuple for item in get_args(kind.type)]
+            kinds = [kind for item in items if item is not Ellipsis for kind in _kinds(item)]
+        elif models:
+            owner, field = models[0], models[0].model_fields.get(part)
+            path.append(part)
+            kinds = _kinds(field.annotation) if field else []
+        elif values and part != "[key]":
+            owner = None
+            path.append(part)
+            kinds = _kinds(values[0])
+        elif not kinds:
+            path.append(part)
     return owner, path
 
 
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("type")
-    return next(iter(get_args(field.annotation)), None) if field else None
+def _kinds(annotation: Any) -> list[_Kind]:
+    """List the types that an annotation allows; a section's tag is its `type`."""
+    if get_origin(annotation) is Annotated:
+        inner, *said = get_args(annotation)
+        tag = next((s.tag for s in said if isinstance(s, Tag)), "")
+        return [_Kind(tag or kind.tag, kind.type) for kind in _kinds(inner)]
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for one in get_args(annotation) for kind in _kinds(one)]
+    field = annotation.model_fields.get("type") if _is_model(annotation) else None
+    return [_Kind(next(iter(get_args(field.annotation)), "") if field else "", annotation)]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if _is_model(annotation):
         return [annotation]
     return [found for part in get_args(annotation) for found in _models_in(part)]

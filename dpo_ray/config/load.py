@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dpo_ray.errors import ConfigError
 
-from .explain import explain
+from .explain import explain_all
 from .recipe import Recipe
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -145,7 +145,7 @@ def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [explain(Recipe, problem) for problem in error.errors(include_url=False)]
+        lines = explain_all(Recipe, error.errors(include_url=False))
         many = f"{len(lines)} fields are wrong:\n    " + "\n    ".join(lines)
         raise ConfigError(
             lines[0] if len(lines) == 1 else many, where=where, fix="`dpo-ray schema` lists every field"

@@ -2,29 +2,82 @@
 
 from __future__ import annotations
 
-REASONS: dict[str, str] = {
-    "JSON_SYNTAX": "the line is not JSON",
-    "NOT_AN_OBJECT": "the line is JSON, but not an object with named fields",
-    "INVALID_UTF8": "the line is not UTF-8, or holds a lone surrogate",
-    "TOO_LONG_BYTES": "the line is longer than the limit for one row",
-    "SHARD_UNREADABLE": "the file broke off or could not be read from here on; it counts as one row",
-    "MISSING_PROMPT": "there is no prompt, and chosen and rejected do not hold one",
-    "MISSING_CHOSEN": "there is no chosen completion",
-    "MISSING_REJECTED": "there is no rejected completion",
-    "NULL_FIELD": "prompt, chosen or rejected is null",
-    "WRONG_TYPE": "prompt, chosen or rejected is neither text nor a list of messages",
-    "BAD_MESSAGE": "a message is not an object with a role and text content",
-    "BAD_ROLE": "a message has a role other than system, user, assistant or tool",
-    "LAST_TURN_NOT_ASSISTANT": "chosen or rejected does not end with a turn of the assistant",
-    "EMPTY_PROMPT": "the prompt has no text",
-    "EMPTY_CHOSEN": "chosen has no text",
-    "EMPTY_REJECTED": "rejected has no text",
-    "IDENTICAL_PAIR": "chosen and rejected are the same",
-    "PROMPT_MISMATCH": "chosen and rejected do not answer the same prompt",
-    "TEMPLATE_ERROR": "the chat template refused the conversation",
-    "PREFIX_BROKEN": "the rendered prompt is not how the rendered conversation begins, as text or as tokens",
-    "NO_RESPONSE_TOKENS": "after truncation nothing is left of a completion, or nothing differs",
-    "TOO_LONG": "longer than data.max_length_tokens, and data.truncation is `drop`",
+from typing import Literal, NamedTuple
+
+
+class Reason(NamedTuple):
+    """What a code means. A `fault` is of the data and counts toward data.max_quarantined_fraction; a `rule` is the recipe's."""
+
+    kind: Literal["fault", "rule"]
+    meaning: str
+
+
+def _fault(meaning: str) -> Reason:
+    return Reason("fault", meaning)
+
+
+def _rule(meaning: str) -> Reason:
+    return Reason("rule", meaning)
+
+
+REASONS: dict[str, Reason] = {
+    # reading
+    "JSON_SYNTAX": _fault("the line is not JSON"),
+    "CSV_SYNTAX": _fault("the row is not CSV: its quotes do not match"),
+    "CSV_FIELDS": _fault("the row has more or fewer fields than the header"),
+    "NOT_AN_OBJECT": _fault("the row is JSON, but not an object with named fields"),
+    "INVALID_UTF8": _fault("the row is not UTF-8, or holds a lone surrogate"),
+    "TOO_LONG_BYTES": _fault("the row is longer than the limit for one row"),
+    # a whole file, or the rest of it from here on; it counts as one row
+    "SHARD_EMPTY": _fault("the file has no bytes, where its kind has some even without rows"),
+    "SHARD_BAD_MAGIC": _fault("the file does not begin as its kind does: its name is wrong, or it was written over"),
+    "SHARD_COMPRESSION": _fault("the file is not compressed in the way that its name says"),
+    "SHARD_TRUNCATED": _fault("the end of the file is missing"),
+    "SHARD_DAMAGED": _fault("the content cannot be decoded, or belies its checksum: bytes of the file were changed"),
+    "SHARD_DUPLICATE_COLUMN": _fault("the file has a column twice that rows are made of"),
+    "SHARD_ARROW_EXTENSION": _fault("a column that rows are made of is of an Arrow extension type"),
+    "SHARD_UNREADABLE": _fault("the file could not be read, or not from here on"),
+    # layout
+    "UNKNOWN_FORMAT": _fault("the row has none of the layouts that are known"),
+    "MISSING_PROMPT": _fault("there is no prompt, and the completions do not hold one"),
+    "MISSING_CHOSEN": _fault("there is no chosen completion"),
+    "MISSING_REJECTED": _fault("there is no rejected completion"),
+    "MISSING_COMPLETION": _fault("there is no completion, or fewer than its scores, ranks or verdicts"),
+    "NULL_FIELD": _fault("a field that the format needs is null"),
+    "WRONG_TYPE": _fault("a field is of another type than the format has"),
+    "BAD_MESSAGE": _fault("a message is not an object with a role and text content"),
+    "BAD_ROLE": _fault("a message has a role that is not known"),
+    "NON_ALTERNATING_ROLES": _fault("turns of user and assistant do not alternate"),
+    "LAST_TURN_NOT_ASSISTANT": _fault("a conversation does not end with a turn of the assistant"),
+    "BAD_SCORE": _fault("a score, rank or rating is missing, or no finite number"),
+    "BAD_LABEL": _fault("a label or verdict is not one of those that the format has"),
+    "BAD_TOOLS": _fault("the tools are not a list of JSON schemas, or the template's variables no mapping"),
+    # content
+    "EMPTY_PROMPT": _fault("the prompt has no text"),
+    "EMPTY_CHOSEN": _fault("chosen has no text"),
+    "EMPTY_REJECTED": _fault("rejected has no text"),
+    "EMPTY_COMPLETION": _fault("a completion has no text"),
+    "CONTROL_CHARS": _fault("the text holds control characters"),
+    "IDENTICAL_PAIR": _fault("two completions are the same"),
+    "PROMPT_MISMATCH": _fault("the completions do not answer the same prompt"),
+    "SPECIAL_TOKEN_INJECTION": _fault("the text spells one of the tokenizer's special tokens"),
+    # rendering and tokens
+    "TEMPLATE_ERROR": _fault("the chat template refused the conversation"),
+    "TEMPLATE_LIMIT": _fault("rendering took too long, or came to too much text"),
+    "PREFIX_BROKEN": _fault("the rendered prompt is not how the rendered conversation begins, as text or as tokens"),
+    "NO_RESPONSE_TOKENS": _rule("after truncation nothing is left of a completion, or nothing differs"),
+    "PROMPT_TOO_LONG": _rule("the prompt is longer than data.max_prompt_tokens, or fills data.max_length_tokens"),
+    "TOO_LONG": _rule("longer than data.max_length_tokens, and data.truncation does not let it be cut"),
+    # preferences
+    "TIE": _rule("no completion is better than another, and data.pairing.ties is `drop`"),
+    "LOW_MARGIN": _rule("no scores differ by data.pairing.min_margin"),
+    "DISAGREEMENT": _rule("the verdicts differ, and data.pairing.annotators is `unanimous`"),
+    # rules over all rows
+    "FILTERED": _rule("a function of data.rules.filters left it out"),
+    "CONFLICTING_PAIR": _rule("the data also holds the opposite preference"),
+    "LEAKED_PROMPT": _rule("the prompt is also one of held-out data"),
+    "OVER_CAP": _rule("beyond the source's max_groups"),
+    "OUTSIDE_MIXTURE": _rule("beyond the source's share by weight"),
 }
 
 SAMPLE_CHARACTERS = 200

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dpo_ray.config.data import DataConfig
 from dpo_ray.errors import ConfigError
 
 from .admission import Rejected
-from .groups import Conversation, TextGroup
+from .groups import Message, TextGroup
+from .sandbox import TextTooLong, compile_template
+from .watchdog import Watchdog
 
 PLAIN = "plain"
+RENDER_SECONDS = 1.0  # of CPU, for one text: a thousand times what long conversations take
 
 
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
@@ -47,10 +55,8 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if choice == PLAIN:
         return PLAIN
     text = _own_template(tokenizer) if choice == "auto" else _template_file(choice)
-    try:  # by transformers, which knows tags that Jinja does not, such as `generation`
-        _apply(({"role": "user", "content": "x"},), text, tokenizer, add_generation_prompt=True)
-    except Rejected:
-        return text  # it is well formed; what it refuses, rows will tell
+    try:
+        compile_template(text, datetime.date.min)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             f"not a valid template: {error.message} (line {error.lineno})",
@@ -87,38 +93,106 @@ def _template_file(choice: str) -> str:
         ) from None
 
 
-def render(group: TextGroup, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
-    """Render a group: the prompt's text, and for each completion the text of the whole conversation.
+class Rendered(NamedTuple):
+    """The prompt's text, and for each completion the text of the whole conversation, which begins with the prompt."""
 
-    Raises:
-        Rejected: the template refuses the conversation, or the prompt is not how the whole begins.
-    """
-    if template == PLAIN:
-        prompt = group.prompt if isinstance(group.prompt, str) else "".join(f"{m['content']}\n\n" for m in group.prompt)
-        return prompt, [prompt + completion for completion in group.completions]
-    turns = group.messages if group.messages is not None else group.prompt
-    messages = ({"role": "user", "content": turns},) if isinstance(turns, str) else turns
-    prompt = _apply(messages, template, tokenizer, add_generation_prompt=True)
-    wholes = []
-    for completion in group.completions:
-        answer = {"role": "assistant", "content": completion.strip() if group.messages is not None else completion}
-        whole = _apply((*messages, answer), template, tokenizer, add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
-        wholes.append(whole)
-    return prompt, wholes
+    prompt: str
+    wholes: list[str]
 
 
-def _apply(
-    messages: Conversation, template: str, tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> str:
-    try:  # transformers renders in Jinja's immutable sandbox
-        text = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+class Renderer:
+    """Render preference groups by one template. Compiled once; each text within bounds of time and length."""
+
+    def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self._plain = template == PLAIN
+        self._variables = {
+            "documents": None,
+            **tokenizer.special_tokens_map,
+            **config.chat_template_kwargs,
+        }
+        own = tokenizer.chat_template
+        # of several templates by name, transformers takes `tool_use` for conversations with tools
+        with_tools = (
+            own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
         )
-    except jinja2.TemplateSyntaxError:
-        raise  # the template's fault, not the row's: `resolve_template` has seen to it
-    except Exception as error:  # a template is a program, and its row can make it raise anything
-        raise Rejected("TEMPLATE_ERROR", f"{type(error).__name__}: {error}"[:200]) from None
-    assert isinstance(text, str)  # noqa: S101 - tokenize=False
-    return text
+        self._render, self._render_with_tools = (
+            None if self._plain else _compiled(text, config.chat_template_date) for text in (template, with_tools)
+        )
+
+    def render(self, group: TextGroup, watchdog: Watchdog) -> Rendered:
+        """Render one group.
+
+        Raises:
+            Rejected: the template refuses the conversation, takes too long or makes too much text over it, or the
+                prompt is not how the whole begins.
+        """
+        if self._plain:
+            prompt = _plain_prompt(group)
+            return Rendered(prompt, [prompt + _plain_text(completion) for completion in group.completions])
+        turns = group.messages if group.messages is not None else group.prompt
+        messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
+        prompt = self._text(group, messages, watchdog, add_generation_prompt=True)
+        wholes = []
+        for completion in group.completions:
+            answer = _answer(completion, strip=group.messages is not None)
+            whole = self._text(group, [*messages, answer], watchdog, add_generation_prompt=False)
+            if not whole.startswith(prompt):
+                raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
+            wholes.append(whole)
+        return Rendered(prompt, wholes)
+
+    def user_turn(self) -> str:
+        """Render a user's turn alone: `x`, and what the template writes around it. Empty where there is no such thing."""
+        if self._plain:
+            return ""
+        group = TextGroup("x", ("y",), (1.0,))
+        try:
+            with Watchdog(RENDER_SECONDS) as watchdog:
+                return self._text(group, [{"role": "user", "content": "x"}], watchdog, add_generation_prompt=False)
+        except Rejected:
+            return ""
+
+    def _text(
+        self, group: TextGroup, messages: list[Message], watchdog: Watchdog, *, add_generation_prompt: bool
+    ) -> str:
+        variables: dict[str, Any] = {
+            **self._variables,
+            **group.template_kwargs,
+            "messages": messages,
+            "tools": None if group.tools is None else list(group.tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        render = self._render if group.tools is None else self._render_with_tools
+        assert render is not None  # noqa: S101 - not plain
+        try:
+            return watchdog.run(lambda: render(variables))
+        except (TextTooLong, TimeoutError, MemoryError) as error:
+            raise Rejected("TEMPLATE_LIMIT", f"the template {error}") from None
+        except Exception as error:  # a template is a program, and its row can make it raise anything
+            raise Rejected("TEMPLATE_ERROR", f"{type(error).__name__}: {error}"[:200]) from None
+
+
+_compiled = functools.lru_cache(maxsize=8)(compile_template)
+
+
+def _plain_prompt(group: TextGroup) -> str:
+    if isinstance(group.prompt, str):
+        return group.prompt
+    return "".join(f"{_plain_text(message)}\n\n" for message in group.prompt)
+
+
+def _plain_text(spoken: str | Mapping[str, Any]) -> str:
+    if isinstance(spoken, str):
+        return spoken
+    if spoken.get("tool_calls"):
+        raise Rejected(
+            "TEMPLATE_ERROR", "plain text has no way to write tool calls: data.chat_template must name a template"
+        )
+    return spoken.get("content") or ""
+
+
+def _answer(completion: str | Message, *, strip: bool) -> Message:
+    """Make the assistant's message. In a conversation that text stood for, white space around it was the format's."""
+    if isinstance(completion, str):
+        return {"role": "assistant", "content": completion.strip() if strip else completion}
+    return completion

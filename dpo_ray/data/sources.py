@@ -1,99 +1,131 @@
-"""Shards: what a recipe's sources name, file by file."""
+"""Shards: what a recipe's sources name, file by file; and pieces, what one task reads of a shard."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import fsspec
+import pyarrow.parquet as pq
 
 from dpo_ray.artifacts.digest_cache import cached_file_sha256
-from dpo_ray.config.data import Columns, FilesSource, HubSource, RowFormat, Source, SyntheticSource
-from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.config.sources import Columns, FilesSource, HubSource, RowFormat, Source, SyntheticSource
+from dpo_ray.errors import ConfigError, DpoRayError
+
+from .json_rows import begins_list
+from .locations import content_tag, file_name, file_system, is_http, is_local, opened, shown
 
 SYNTHETIC_VERSION = 1  # raised when the grammar changes, so that artifacts made of it become stale
-JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-KNOWN_SUFFIXES = (*JSON_LINES, ".parquet", ".arrow")
+PIECE_BYTES = 64 << 20
+HEAD_BYTES = 64 << 10
 
-Kind = Literal["jsonl", "parquet", "arrow", "hub", "synthetic"]
+Kind = Literal["json", "csv", "tsv", "parquet", "arrow", "hub", "synthetic"]
+PLAIN_JSON = (".jsonl", ".ndjson", ".json")
+_COMPRESSED = ("", ".gz", ".zst")
+_KINDS: dict[str, Kind] = {
+    **{f"{end}{c}": "json" for end in PLAIN_JSON for c in _COMPRESSED},
+    **{f".csv{c}": "csv" for c in _COMPRESSED},
+    **{f".tsv{c}": "tsv" for c in _COMPRESSED},
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz and .zst), .parquet, .arrow"
+_NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")  # what data sets write beside their data
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file (or data set) of a source; `index` is its place among the split's shards."""
+    """One file (or data set) of a source."""
 
-    split: Literal["train", "eval"]
-    index: int
-    name: str  # what reports call it
+    split: str  # train, eval, or eval_NAME of a named set
+    index: int  # its place among the split's shards
+    source: int  # the place of its source among the split's sources
+    name: str  # what reports call it: the source's name, else the file's
     kind: Kind
     location: str  # path or URI; for hub and synthetic data their parameters as JSON
     row_format: RowFormat
     columns: Columns
+    criteria: Mapping[str, float]
 
 
-def list_shards(split: Literal["train", "eval"], sources: Sequence[Source]) -> list[Shard]:
+@dataclass(frozen=True)
+class Piece:
+    """A part of a shard that one task reads: large plain JSON Lines and Parquet files have several."""
+
+    shard: Shard
+    index: int = 0
+    start: int = 0  # JSON Lines: the first byte; Parquet: the first row group
+    stop: int | None = None  # one past the last; None: to the end
+
+
+def list_shards(split: str, sources: Sequence[Source]) -> list[Shard]:
     """Name all shards of a split in a stable order: sources as given, files of each sorted by path.
 
     Raises:
         ConfigError: a path or glob that matches nothing, or a file whose kind is not known.
+        InfrastructureError: the package that reaches a remote storage is not installed.
     """
-    found: list[tuple[str, Kind, str, RowFormat, Columns]] = []
-    for source in sources:
-        match source:
-            case FilesSource():
-                for path in [source.path] if isinstance(source.path, str) else source.path:
-                    found.extend(
-                        (PurePosixPath(f).name, _kind(f), f, source.format, source.columns)
-                        for f in _expand(path, split)
-                    )
-            case HubSource():
-                what = {
-                    "name": source.name,
-                    "subset": source.subset,
-                    "split": source.split,
-                    "revision": source.revision,
-                }
-                found.append((f"{source.name}[{source.split}]", "hub", json.dumps(what), source.format, source.columns))
-            case SyntheticSource():
-                what = {"pairs": source.pairs, "seed": source.seed}
-                found.append(("synthetic", "synthetic", json.dumps(what), "text", Columns()))
-    return [Shard(split, i, *shard) for i, shard in enumerate(found)]
+    found: list[Shard] = []
+    for place, source in enumerate(sources):
+        row_format, columns, criteria = "text", Columns(), {}
+        if not isinstance(source, SyntheticSource):
+            row_format, columns, criteria = source.format, source.columns, source.criteria
+        for name, kind, location in _named(source, split):
+            name = source.name or name
+            found.append(Shard(split, len(found), place, name, kind, location, row_format, columns, criteria))
+    return found
 
 
-def _expand(path: str, split: str) -> list[str]:
-    where = f"data.{split}={path}"
+def _named(source: Source, split: str) -> Iterator[tuple[str, Kind, str]]:
+    """Yield what reports call a shard, its kind, and where it lies."""
+    match source:
+        case FilesSource():
+            for path in [source.path] if isinstance(source.path, str) else source.path:
+                for file in _expand(path, f"data.{split.replace('_', '.', 1)}={shown(path)}"):
+                    yield file_name(file), _kind(file), file
+        case HubSource():
+            what = source.model_dump(include={"path", "subset", "split", "revision"})
+            yield f"{source.path}[{source.split}]", "hub", json.dumps(what)
+        case SyntheticSource():
+            yield "synthetic", "synthetic", json.dumps({"pairs": source.pairs, "seed": source.seed})
+
+
+def _expand(path: str, where: str) -> list[str]:
     try:
-        fs, root = fsspec.core.url_to_fs(path)
-        protocol = "" if "file" in protocols(fs) else path.split("://", 1)[0] + "://"
-        if fs.isdir(root):
-            matched = _files_of_directory(fs, str(root), where)
-        else:  # a file's own name may hold characters that mean something in a glob
-            matched = [root] if fs.isfile(root) else _files_of_glob(fs, str(root))
-    except ConfigError:
+        fs, root = file_system(path)
+        if is_http(path):
+            fs.info(root)  # raises where it is not there
+            return [path]
+        protocol = "" if is_local(fs) else path.split("://", 1)[0] + "://"
+        matched = _matching(fs, root, where)
+    except DpoRayError:
         raise
-    except ImportError as error:
-        raise InfrastructureError(
-            str(error), where=where, fix="install the extra: pip install 'dpo-ray[s3]' or 'dpo-ray[gs]'"
-        ) from None
     except Exception as error:  # each file system's client has kinds of its own: no credentials, no bucket, no route
         raise ConfigError(
-            f"cannot be listed: {error}", where=where, fix="check the path, the network and your credentials"
+            f"cannot be listed: {type(error).__name__}: {error}".replace(path, shown(path)),
+            where=where,
+            fix="check the path, the network and your credentials",
         ) from None
     if not matched:
-        raise ConfigError(
-            "no file matches", where=where, fix=f"name a file, a glob or a directory of {', '.join(KNOWN_SUFFIXES)}"
-        )
-    return [protocol + str(f) for f in sorted(matched)]
+        raise ConfigError("no file matches", where=where, fix=f"name a file, a glob or a directory of {_KNOWN}")
+    return [protocol + file for file in sorted(matched)]
+
+
+def _matching(fs: Any, root: str, where: str) -> list[str]:
+    if fs.isdir(root):
+        return _files_of_directory(fs, root, where)
+    if fs.isfile(root):  # a file's own name may hold characters that mean something in a glob
+        return [root]
+    return _files_of_glob(fs, root)
 
 
 def _files_of_glob(fs: Any, pattern: str) -> list[str]:
     """List the files that match; hidden ones, as in a shell, only where the pattern names the dot."""
     hidden = PurePosixPath(pattern).name.startswith(".")
-    return [f for f in fs.glob(pattern) if fs.isfile(f) and (hidden or not PurePosixPath(f).name.startswith("."))]
+    return [f for f in fs.glob(pattern) if not fs.isdir(f) and (hidden or not PurePosixPath(f).name.startswith("."))]
 
 
 def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
@@ -108,43 +140,105 @@ def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
     if fs.isfile(f"{root}/state.json"):
         state = json.loads(fs.cat_file(f"{root}/state.json"))
         if isinstance(state, dict) and "_data_files" in state:
-            return [f"{root}/{file['filename']}" for file in state["_data_files"]]
-    return [f for f in fs.find(root) if f.endswith(KNOWN_SUFFIXES) and not PurePosixPath(f).name.startswith((".", "_"))]
+            return [f"{root}/{_inside(file['filename'], where)}" for file in state["_data_files"]]
+    return [f for f in fs.find(root) if _is_data(PurePosixPath(f).name) and not fs.isdir(f)]
 
 
-def protocols(fs: Any) -> Sequence[str]:
-    """List the names of a file system's protocol; `file` is among those of the local one."""
-    return [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+def _inside(name: str, where: str) -> str:
+    """Return a file's name that data gives, unless it leads out of the data's own directory."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ConfigError(
+            f"state.json names a file outside of the data set: {name!r}",
+            where=where,
+            fix="do not use this data set; if it is yours, save it again",
+        )
+    return name
 
 
-def _kind(path: str) -> Kind:
-    if path.endswith(JSON_LINES):
-        return "jsonl"
-    for kind in ("parquet", "arrow"):
-        if path.endswith(f".{kind}"):
+def _is_data(name: str) -> bool:
+    return name.lower().endswith(tuple(_KINDS)) and name not in _NO_DATA and not name.startswith((".", "_"))
+
+
+def _kind(location: str) -> Kind:
+    name = file_name(location).lower()
+    for suffix, kind in _KINDS.items():
+        if name.endswith(suffix):
             return kind
-    raise ConfigError("not a kind of file that is known", where=path, fix=f"known: {', '.join(KNOWN_SUFFIXES)}")
+    raise ConfigError("not a kind of file that is known", where=shown(location), fix=f"known: {_KNOWN}")
 
 
 def shard_digest(shard: Shard) -> str:
-    """Identify a shard's content: sha256 of a local file; name, size and tag of a remote object; parameters otherwise.
+    """Identify a shard's content and the way it is read.
+
+    The content is known by the sha256 of a local file, by size and tag of a remote one (its checksum, where the storage
+    has one), by name and revision of hub data, and by the parameters of synthetic data.
 
     Raises:
         ConfigError: the file cannot be read.
+        InfrastructureError: the package that reaches a remote storage is not installed.
     """
-    if shard.kind in ("hub", "synthetic"):
-        made_by = SYNTHETIC_VERSION if shard.kind == "synthetic" else ""
-        return hashlib.sha256(f"{shard.kind} {made_by} {shard.location} {shard.split}".encode()).hexdigest()
-    fs, path = fsspec.core.url_to_fs(shard.location)
+    return hashlib.sha256(f"{shard.kind} {_content(shard)}".encode()).hexdigest()
+
+
+def _content(shard: Shard) -> str:
+    if shard.kind == "synthetic":
+        return f"{SYNTHETIC_VERSION} {shard.location} {'train' if shard.split == 'train' else 'eval'}"
+    if shard.kind == "hub":
+        return shard.location
     try:
-        if "file" in protocols(fs):
-            return cached_file_sha256(Path(str(path)))
+        fs, path = file_system(shard.location)
+        if is_local(fs):
+            return cached_file_sha256(Path(path))
         info = fs.info(path)
-    except OSError as error:
+    except DpoRayError:
+        raise
+    except Exception as error:  # each file system's client has kinds of its own
         raise ConfigError(
-            f"cannot be read: {error}",
-            where=f"data.{shard.split}={shard.location}",
+            f"cannot be read: {type(error).__name__}: {error}".replace(shard.location, shown(shard.location)),
+            where=f"data.{shard.split.replace('_', '.', 1)}={shown(shard.location)}",
             fix="check that it is there and may be read",
         ) from None
-    tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or str(info.get("LastModified", ""))
-    return hashlib.sha256(f"{shard.location} {info['size']} {tag}".encode()).hexdigest()
+    if info.get("blob_id"):  # the hub's own hash of the content: an unchanged file stays the same in every revision
+        return f"blob {info['blob_id']}"
+    return f"{shown(shard.location)} {info['size']} {content_tag(info)}"
+
+
+def pieces(shard: Shard, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+    """Divide a shard for parallel reading: plain JSON Lines by bytes, Parquet by row groups; anything else is one piece.
+
+    The rows of all pieces, one after the other, are the rows of the shard. A damaged shard is one piece: reading it says
+    what is wrong.
+
+    Raises:
+        InfrastructureError: a remote storage failed.
+    """
+    try:
+        bounds = _bounds(shard, piece_bytes)
+    except DpoRayError:
+        raise
+    except Exception:  # the same failure comes again when the piece is read, and is accounted for there
+        bounds = [0]
+    stops = [*bounds[1:], None]
+    return [Piece(shard, i, start, stop) for i, (start, stop) in enumerate(zip(bounds, stops, strict=True))]
+
+
+def _bounds(shard: Shard, piece_bytes: int) -> list[int]:
+    """Say where pieces begin: bytes or row groups."""
+    is_plain = file_name(shard.location).lower().endswith(PLAIN_JSON)
+    if is_http(shard.location) or not (shard.kind == "parquet" or (shard.kind == "json" and is_plain)):
+        return [0]
+    fs, path = file_system(shard.location)
+    size_bytes = fs.info(path)["size"]
+    if size_bytes <= piece_bytes:
+        return [0]
+    with opened(shard.location, at_random=True) as raw:
+        if shard.kind == "json":
+            return [0] if begins_list(raw.read(HEAD_BYTES)) else list(range(0, size_bytes, piece_bytes))
+        groups = pq.read_metadata(raw)
+    bounds, held_bytes = [0], 0
+    for group in range(1, groups.num_row_groups):
+        held_bytes += groups.row_group(group - 1).total_byte_size
+        if held_bytes >= piece_bytes:
+            bounds.append(group)
+            held_bytes = 0
+    return bounds

@@ -2,158 +2,175 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_ray.config.data import DataConfig
+
 from .admission import Rejected
-from .chat import PLAIN, render
+from .chat import PLAIN, RENDER_SECONDS, Rendered, Renderer
+from .encode import Encoded, Encoder
 from .groups import TextGroup
+from .special_tokens import InjectionScan, control_tokens
+from .truncate import truncate
+from .watchdog import Watchdog
 
-Truncation = Literal["keep_start", "keep_end", "drop"]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenGroup:
-    """One row of the tokens artifact."""
+    """One row of the tokens artifact, and what rules over all rows go by."""
 
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
+    prompt_ids: np.ndarray  # int32 [prompt tokens]
+    completion_ids: list[np.ndarray]  # int32 [tokens] each; best first
     scores: list[float]
-    preference_probability: float = 1.0
+    chosen: list[int]
+    rejected: list[int]
+    preference_probability: float
+    prompt_hash: bytes  # of the prompt before truncation
     weight: float = 1.0
 
     @property
     def group_id(self) -> bytes:
-        """Hash the content (16 bytes), unambiguously: lengths stand before ids."""
-        h = hashlib.blake2b(digest_size=16)
-        for ids in (self.prompt_ids, *self.completion_ids):
-            h.update(len(ids).to_bytes(4, "little"))
-            h.update(np.asarray(ids, np.int32).tobytes())
-        h.update(np.asarray([*self.scores, self.preference_probability, self.weight], np.float32).tobytes())
-        return h.digest()
+        """Hash the content (16 bytes): the same prompt and completions in the same order of preference, however scored."""
+        return _group_id(self.prompt_ids, self.completion_ids, self.scores)
+
+    @property
+    def opposite_id(self) -> bytes | None:
+        """The group_id of the opposite preference: the pair the other way round, the other label; None for longer lists."""
+        if len(self.completion_ids) > 2:
+            return None
+        return _group_id(self.prompt_ids, self.completion_ids[::-1], [1.0 - s for s in self.scores])
+
+
+def _group_id(prompt_ids: np.ndarray, completion_ids: Sequence[np.ndarray], scores: Sequence[float]) -> bytes:
+    h = hashlib.blake2b(digest_size=16)
+    for ids in (prompt_ids, *completion_ids):  # unambiguous: the length stands before the ids
+        h.update(len(ids).to_bytes(4, "little"))
+        h.update(np.ascontiguousarray(ids, np.int32).data)
+    if len(completion_ids) == 1:  # its label is all that the order of others says
+        h.update(np.float32(scores[0]).tobytes())
+    return h.digest()
 
 
 def tokenize_groups(
-    groups: Sequence[TextGroup | Rejected],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length_tokens: int,
-    truncation: Truncation,
+    groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig
 ) -> list[TokenGroup | Rejected]:
-    """Tokenize a batch; an item that was or becomes rejected stands in its place as `Rejected`."""
-    rendered = [_rendered(g, template, tokenizer) for g in groups]
-    texts = [text for item in rendered if not isinstance(item, Rejected) for text in (item[0], *item[1])]
-    ends = _end_tokens(tokenizer, template)
-    encoded = iter(_encode(texts, tokenizer, plain=template == PLAIN))
+    """Tokenize a batch; an item that was or becomes rejected stands in its place as `Rejected`.
+
+    `template` is the chat template's text, or `plain`. The ids are those that the tokenizer gives the rendered
+    conversation, up to the token that ends the answer's turn. The tokenizer must not be changed between calls.
+    """
+    rendered = _rendered(groups, tokenizer, template, config)
+    encoded = iter(_encoder(tokenizer, template == PLAIN).encode([r for r in rendered if not isinstance(r, Rejected)]))
+    ending = _turn_ending(tokenizer, template == PLAIN)
     results: list[TokenGroup | Rejected] = []
-    for group, item in zip(groups, rendered, strict=True):
-        if isinstance(item, Rejected) or isinstance(group, Rejected):
-            results.append(item if isinstance(item, Rejected) else group)  # type: ignore[arg-type]
+    for group, text in zip(groups, rendered, strict=True):
+        ids = text if isinstance(text, Rejected) else next(encoded)
+        if isinstance(ids, Rejected):
+            results.append(ids)
             continue
-        prompt, wholes = next(encoded), [next(encoded) for _ in item[1]]
+        assert isinstance(group, TextGroup)  # noqa: S101 - what was rejected stays so
         try:
-            results.append(_token_group(group, prompt, wholes, tokenizer, ends, max_length_tokens, truncation))
+            results.append(_token_group(group, ids, ending, config))
         except Rejected as rejected:
             results.append(rejected)
     return results
 
 
 def _rendered(
-    group: TextGroup | Rejected, template: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[str]] | Rejected:
-    if isinstance(group, Rejected):
-        return group
-    try:
-        return render(group, template, tokenizer)
-    except Rejected as rejected:
-        return rejected
+    groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig
+) -> list[Rendered | Rejected]:
+    renderer = Renderer(template, tokenizer, config)
+    scan = _injection_scan(tokenizer, renderer.user_turn()) if config.rules.special_tokens == "quarantine" else None
+    results: list[Rendered | Rejected] = []
+    with Watchdog(RENDER_SECONDS) as watchdog:
+        for group in groups:
+            if isinstance(group, Rejected):
+                results.append(group)
+                continue
+            token = None if scan is None else scan.first(group)
+            if token is not None:
+                results.append(Rejected("SPECIAL_TOKEN_INJECTION", f"the text holds {token}"))
+                continue
+            try:
+                results.append(renderer.render(group, watchdog))
+            except Rejected as rejected:
+                results.append(rejected)
+    return results
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> list[list[int]]:
-    """Tokenize in one call. A template writes its own special tokens; plain text gets the tokenizer's (a BOS)."""
-    if not texts:
-        return []
-    ids = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"]
-    if not plain:
-        return ids  # type: ignore[return-value]
-    # A tokenizer that closes text with an EOS of its own would put one between prompt and completion.
-    end = tokenizer.eos_token_id
-    closes = tokenizer("a")["input_ids"][-1:] == [end]  # type: ignore[index]
-    return [i[:-1] if closes and i[-1:] == [end] else i for i in ids]  # type: ignore[index,return-value]
-
-
-def _token_group(
-    group: TextGroup,
-    prompt: list[int],
-    wholes: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: frozenset[int],
-    max_length_tokens: int,
-    truncation: Truncation,
-) -> TokenGroup:
-    if not prompt:
+def _token_group(group: TextGroup, encoded: Encoded, ending: TurnEnding, config: DataConfig) -> TokenGroup:
+    if not encoded.prompt:
         raise Rejected("EMPTY_PROMPT", "the prompt has no tokens")
-    if any(whole[: len(prompt)] != prompt for whole in wholes):
-        raise Rejected("PREFIX_BROKEN", "prompt and completion merge into one token where they meet")
-    completions = [_ended(whole[len(prompt) :], tokenizer, ends) for whole in wholes]
-    prompt, completions = truncate(prompt, completions, max_length_tokens, truncation)
-    if any(a == b for i, a in enumerate(completions) for b in completions[i + 1 :]):
-        raise Rejected("NO_RESPONSE_TOKENS", "as tokens, after truncation, the completions are the same")
-    return TokenGroup(prompt, completions, list(group.scores))
+    ended = [ending.ended(ids) for ids in encoded.completions]
+    if any(ids in ending.tokens for ids in ended):
+        raise Rejected("NO_RESPONSE_TOKENS", "rendered, a completion is nothing but the end of its turn")
+    prompt, completions = truncate(
+        np.frombuffer(encoded.prompt, np.int32), [np.frombuffer(ids, np.int32) for ids in ended], config
+    )
+    chosen, rejected = ([], []) if len(completions) == 1 else (list(group.chosen), list(group.rejected))
+    pairs = zip(chosen, rejected, strict=True) if chosen else itertools.combinations(range(len(completions)), 2)
+    if any(completions[a].tobytes() == completions[b].tobytes() for a, b in pairs):
+        raise Rejected("NO_RESPONSE_TOKENS", "as tokens, after truncation, two completions are the same")
+    return TokenGroup(
+        prompt,
+        completions,
+        list(group.scores),
+        chosen,
+        rejected,
+        group.preference_probability,
+        hashlib.blake2b(encoded.prompt, digest_size=16).digest(),
+    )
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> frozenset[int]:
-    """Name the tokens that can end a turn: any special one that a template writes, EOS alone in plain text."""
-    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    if template == PLAIN:
-        return frozenset((eos,))
-    marked = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset((eos, *tokenizer.all_special_ids, *marked))
+class TurnEnding:
+    """Know the tokens that can end a turn: any special one that a template writes, EOS alone in plain text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
+        self._tokenizer = tokenizer
+        marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self._eos = _as_bytes(eos)
+        self.tokens = frozenset(map(_as_bytes, (eos,) if plain else (eos, *tokenizer.all_special_ids, *marked)))
+        self._blank: dict[bytes, bool] = {}
+
+    def ended(self, ids: bytes) -> bytes:
+        """Let a completion (int32) end with its end-of-turn token: what a template writes after it is no part.
+
+        That is the first end token after which there are only end tokens and white space, as in
+        `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. Where there is none, EOS is added.
+        """
+        end = None
+        for behind in range(len(ids), 0, -_ID_BYTES):
+            token = ids[behind - _ID_BYTES : behind]
+            if token in self.tokens:
+                end = behind
+            elif not self._is_blank(token):
+                break
+        return ids + self._eos if end is None else ids[:end]
+
+    def _is_blank(self, token: bytes) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not str(self._tokenizer.decode(np.frombuffer(token, np.int32).tolist())).strip()
+        return self._blank[token]
 
 
-def _ended(completion: list[int], tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> list[int]:
-    """Let a completion end with its end-of-turn token: what a template writes after it is no part.
-
-    That is the first end token after which there are only end tokens and white space, as in
-    `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. Where there is none, EOS is added.
-    """
-    end = None
-    for i in range(len(completion) - 1, -1, -1):
-        if completion[i] in ends:
-            end = i
-        elif str(tokenizer.decode(completion[i : i + 1])).strip():
-            break
-    return completion[: end + 1] if end is not None else [*completion, int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
+_ID_BYTES = np.dtype(np.int32).itemsize
 
 
-def truncate(
-    prompt: list[int], completions: list[list[int]], max_length_tokens: int, truncation: Truncation
-) -> tuple[list[int], list[list[int]]]:
-    """Bring prompt + completion down to `max_length_tokens`, the prompt alike for all completions.
+def _as_bytes(token: int) -> bytes:
+    return np.int32(token).tobytes()
 
-    keep_start cuts the completions' ends; keep_end cuts the prompt's start; drop rejects.
 
-    Raises:
-        Rejected: nothing would be left of a completion or of the prompt, or `drop` and too long.
-    """
-    longest = len(prompt) + max(map(len, completions))
-    if longest <= max_length_tokens:
-        return prompt, completions
-    match truncation:
-        case "drop":
-            raise Rejected("TOO_LONG", f"{longest} tokens")
-        case "keep_start":
-            room = max_length_tokens - len(prompt)
-            if room <= 0:
-                raise Rejected("NO_RESPONSE_TOKENS", f"the prompt alone has {len(prompt)} tokens")
-            return prompt, [c[:room] for c in completions]
-        case "keep_end":
-            keep = len(prompt) - (longest - max_length_tokens)
-            if keep <= 0:
-                raise Rejected("NO_RESPONSE_TOKENS", f"a completion alone has {max(map(len, completions))} tokens")
-            return prompt[-keep:], completions
+# What takes longer to make than a batch to tokenize; a worker has one tokenizer, or two.
+_encoder = functools.lru_cache(maxsize=2)(lambda tokenizer, plain: Encoder(tokenizer, plain=plain))
+_turn_ending = functools.lru_cache(maxsize=2)(lambda tokenizer, plain: TurnEnding(tokenizer, plain=plain))
+_injection_scan = functools.lru_cache(maxsize=2)(
+    lambda tokenizer, user_turn: InjectionScan(tokenizer, control_tokens(tokenizer, user_turn))
+)

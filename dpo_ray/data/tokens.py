@@ -23,10 +23,23 @@ TOKENS = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.list_(pa.int32()))),
         ("scores", pa.list_(pa.float32())),
+        ("chosen", pa.list_(pa.int16())),  # pair p prefers completion chosen[p] to rejected[p]
+        ("rejected", pa.list_(pa.int16())),
         ("preference_probability", pa.float32()),
         ("weight", pa.float32()),
     ]
 )
+
+SHARD = pa.schema(
+    [
+        *(field for field in TOKENS if field.name != "source"),
+        ("ordinal", pa.int64()),  # of the row in its piece of the shard
+        ("prompt_hash", pa.binary(16)),  # of the prompt before truncation
+        ("opposite_id", pa.binary(16)),  # the group_id of the opposite preference; null where there is none
+        ("minhash", pa.binary()),  # null where near duplicates are not searched
+    ]
+)
+"""What a shard's artifact holds of each admitted row: its group, and what rules over all rows go by."""
 
 QUARANTINE = pa.schema(
     [
@@ -40,18 +53,47 @@ QUARANTINE = pa.schema(
 )
 
 
-def tokens_table(groups: Sequence[TokenGroup], source: str) -> pa.Table:
-    """Make the table of one part."""
+def shard_table(groups: Sequence[TokenGroup], ordinals: Sequence[int], minhashes: Sequence[bytes] | None) -> pa.Table:
+    """Make the table of one part of a shard, of schema SHARD; `ordinals` and `minhashes` are of each group."""
+    completions = [ids for g in groups for ids in g.completion_ids]
     columns = {
-        "group_id": [g.group_id for g in groups],
-        "source": [source] * len(groups),
-        "prompt_ids": [g.prompt_ids for g in groups],
-        "completion_ids": [g.completion_ids for g in groups],
-        "scores": [g.scores for g in groups],
-        "preference_probability": [g.preference_probability for g in groups],
-        "weight": [g.weight for g in groups],
+        "group_id": pa.array([g.group_id for g in groups], pa.binary(16)),
+        "prompt_ids": _lists([g.prompt_ids for g in groups], np.int32),
+        "completion_ids": pa.ListArray.from_arrays(
+            _offsets([g.completion_ids for g in groups]), _lists(completions, np.int32)
+        ),
+        "scores": _lists([g.scores for g in groups], np.float32),
+        "chosen": _lists([g.chosen for g in groups], np.int16),
+        "rejected": _lists([g.rejected for g in groups], np.int16),
+        "preference_probability": pa.array([g.preference_probability for g in groups], pa.float32()),
+        "weight": pa.array([g.weight for g in groups], pa.float32()),
+        "ordinal": pa.array(ordinals, pa.int64()),
+        "prompt_hash": pa.array([g.prompt_hash for g in groups], pa.binary(16)),
+        "opposite_id": pa.array([g.opposite_id for g in groups], pa.binary(16)),
+        "minhash": pa.nulls(len(groups), pa.binary()) if minhashes is None else pa.array(minhashes, pa.binary()),
     }
-    return pa.table(columns, schema=TOKENS)
+    return pa.table(columns, schema=SHARD)
+
+
+def _lists(lists: Sequence[Sequence[float] | np.ndarray], dtype: type[np.generic]) -> pa.ListArray:
+    """Make a column of lists without a Python object for each of their values."""
+    flat = np.concatenate([np.asarray(values, dtype) for values in lists]) if lists else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(_offsets(lists), pa.array(flat))
+
+
+def _offsets(lists: Sequence[Sequence[object] | np.ndarray]) -> pa.Array:
+    return pa.array(np.cumsum([0, *map(len, lists)], dtype=np.int32))
+
+
+def splits(tokens: Artifact) -> list[str]:
+    """List the splits of a tokens artifact: `train`, then the held-out ones (`eval`, or `eval_NAME` of each set)."""
+    names = [name.removesuffix("/admitted") for name in tokens.manifest.rows if name.endswith("/admitted")]
+    return sorted(names, key=lambda name: (name != "train", name))
+
+
+def eval_splits(tokens: Artifact) -> list[str]:
+    """List the held-out splits of a tokens artifact that hold any group."""
+    return [s for s in splits(tokens) if s != "train" and tokens.manifest.rows[f"{s}/admitted"]]
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -78,6 +120,8 @@ def groups_of(table: pa.Table, reference_token_logps: pa.ChunkedArray | None = N
             prompt_ids=np.array(row["prompt_ids"], np.int32),
             completion_ids=tuple(np.array(c, np.int32) for c in row["completion_ids"]),
             scores=np.array(row["scores"], np.float32),
+            chosen=np.array(row["chosen"], np.int32),
+            rejected=np.array(row["rejected"], np.int32),
             preference_probability=row["preference_probability"],
             weight=row["weight"],
             reference_token_logps=None if known is None else tuple(np.array(k, np.float32) for k in known),

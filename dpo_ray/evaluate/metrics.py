@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from dpo_ray.config.data import EVAL
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -29,12 +31,24 @@ class Comparison:
     reference: tuple[Sample, ...]
 
 
+def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
+    """Give the figures of each named held-out set by its name; none where held-out data is not in sets.
+
+    The table's column `split` says `eval_NAME` of a set's pairs, and `eval` of held-out data without a name.
+    """
+    splits = np.array(table["split"].to_pylist())
+    return {
+        split.removeprefix(f"{EVAL}_"): heldout_figures(table.take(np.flatnonzero(splits == split)))
+        for split in sorted({*splits.tolist()} - {EVAL})
+    }
+
+
 def heldout_figures(table: pa.Table) -> dict[str, float]:
-    """Average the held-out pairs by weight: loss, rewards, margin, accuracy with its standard error, and "longer wins".
+    """Average held-out pairs by weight: loss, rewards, margin, accuracy with its standard error, and "longer wins".
 
     `longer_wins` is the accuracy of preferring the longer completion: what length alone explains.
     """
-    column = {name: table[name].to_numpy() for name in table.column_names}
+    column = {name: table[name].to_numpy() for name in table.column_names if name != "split"}
     weight = column["weight"] / column["weight"].sum()
     mean = {name: float((values * weight).sum()) for name, values in column.items()}
     longer = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5

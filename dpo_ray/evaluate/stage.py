@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,29 +12,39 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
-from dpo_ray.data.tokens import read_table
+from dpo_ray.data.tokens import eval_splits, read_table
 
-from .metrics import Comparison, heldout_figures, reward_figures, sample_figures
+from .metrics import Comparison, heldout_by_set, heldout_figures, reward_figures, sample_figures
 
 TrueReward = Callable[[str, str], float]
 
 
 def heldout_prompts(tokens: Artifact, count: int, longest_tokens: int | None) -> list[list[int]]:
-    """Take the first `count` different prompts of the held-out data that leave room for a completion."""
+    """Take `count` different prompts that leave room for a completion: the first of each held-out set, in turns.
+
+    A set that has no more leaves its turns to the others.
+    """
     prompts: dict[tuple[int, ...], None] = {}
-    for name in tokens.names("eval/"):
-        for ids in read_table(tokens, name, ["prompt_ids"])["prompt_ids"].to_pylist():
-            if len(prompts) >= count:
-                return [list(p) for p in prompts]
-            if longest_tokens is None or len(ids) <= longest_tokens:
-                prompts[tuple(ids)] = None
+    sets = deque(_prompts(tokens, split) for split in eval_splits(tokens))
+    while sets and len(prompts) < count:
+        own = sets.popleft()
+        fitting = (p for p in own if p not in prompts and (longest_tokens is None or len(p) <= longest_tokens))
+        if (prompt := next(fitting, None)) is not None:
+            prompts[prompt] = None
+            sets.append(own)
     return [list(p) for p in prompts]
+
+
+def _prompts(tokens: Artifact, split: str) -> Iterator[tuple[int, ...]]:
+    for name in tokens.names(f"{split}/"):
+        for ids in read_table(tokens, name, ["prompt_ids"])["prompt_ids"].to_pylist():
+            yield tuple(ids)
 
 
 def end_tokens(tokens: Artifact, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """List the tokens at which sampling stops: EOS, and the special tokens that end held-out completions (end of turn)."""
     last: set[int] = set()
-    for name in tokens.names("eval/"):
+    for name in (n for split in eval_splits(tokens) for n in tokens.names(f"{split}/")):
         for completions in read_table(tokens, name, ["completion_ids"])["completion_ids"].to_pylist():
             last.update(ids[-1] for ids in completions)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -52,7 +63,10 @@ def run(
     figures: dict[str, Any] = {}
     entries = []
     if "heldout.parquet" in trained.names():
-        figures["heldout"] = heldout_figures(read_table(trained, "heldout.parquet"))
+        pairs = read_table(trained, "heldout.parquet")
+        figures["heldout"] = heldout_figures(pairs)
+        if by_set := heldout_by_set(pairs):
+            figures["heldout_sets"] = by_set
     if comparison is not None:
         texts = sample_rows(comparison, tokenizer, true_reward)
         figures["samples"] = sample_figures(comparison)

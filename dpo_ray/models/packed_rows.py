@@ -48,21 +48,15 @@ def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed
     """Work out the index tensors of a micro-batch and put them on `device`.
 
     The first token of every completion is predicted by the prompt's last token, every other by its predecessor.
-    Pairs are all (i, j) of a group with score i > score j; each pair carries its group's weight.
+    Each pair carries the weight and the preference probability of its group.
     """
     segments = _segments(batch.group_index, batch.completion_index)
     completions = [s for s in segments if s.prompt_stop > s.prompt_start]
-    predictor = np.concatenate([[s.prompt_stop - 1, *range(s.start, s.stop - 1)] for s in completions])
-    rows = np.concatenate([np.arange(s.start, s.stop) for s in completions])
+    rows = np.flatnonzero(batch.completion_index)
     lengths = np.array([s.stop - s.start for s in completions])
-    owner = batch.group_index[[s.start for s in completions]]  # [completions]
-    pairs = [
-        (i, j, owner[i])
-        for i in range(len(completions))
-        for j in range(len(completions))
-        if owner[i] == owner[j] and batch.scores[i] > batch.scores[j]
-    ]
-    chosen, rejected, pair_group = np.array(pairs, dtype=np.int64).reshape(-1, 3).T
+    predictor = rows - 1
+    predictor[np.cumsum(lengths) - lengths] = [s.prompt_stop - 1 for s in completions]
+    pair_group = batch.group_index[[s.start for s in completions]][batch.chosen]
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(array)).to(device=device, dtype=dtype, non_blocking=True)
@@ -75,8 +69,8 @@ def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed
         target=put(batch.input_ids[rows]),
         completion_of_row=put(np.repeat(np.arange(len(completions)), lengths)),
         lengths=put(lengths),
-        chosen=put(chosen),
-        rejected=put(rejected),
+        chosen=put(batch.chosen),
+        rejected=put(batch.rejected),
         pair_weight=put(batch.weight[pair_group], torch.float32),
         preference_probability=put(batch.preference_probability[pair_group], torch.float32),
         reference_token_logps=put(batch.reference_token_logps, torch.float32),

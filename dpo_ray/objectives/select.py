@@ -12,6 +12,15 @@ from . import preference
 from .preference import PairLogps
 
 
+def needs_pairs(objective: Objective) -> bool:
+    """Say whether an objective compares two completions of a prompt, so that a group without pairs teaches it nothing."""
+    match objective:
+        case SigmoidObjective() | IpoObjective():
+            return True
+        case _:
+            assert_never(objective)
+
+
 def pair_losses(objective: Objective, pairs: PairLogps) -> Tensor:
     """Compute the objective's loss of every pair, float32 [pairs]."""
     match objective:

@@ -1,4 +1,4 @@
-"""Plots of a run as inline SVG that follows the page's light or dark colours, one `Plot` per figure."""
+"""Curves of a run as inline SVG that follows the page's light or dark colours, one `Plot` per figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpo_ray.observe.svg import STAND_INS, embed
 
 Colour = Literal["train", "eval", "chosen", "rejected", "prompt"]
 
-_RC = {
+STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dpo_ray",
     "font.size": 10.0,
@@ -43,11 +43,10 @@ _RC = {
     "lines.markersize": 4.0,
     "axes.xmargin": 0.02,
 }
-_SIZE_INCHES = (5.0, 2.8)
+SIZE_INCHES = (5.0, 2.8)
 SMOOTHED_FROM_POINTS = 60
 _MAX_POINTS = 240  # more points than the plot has room for become bands of their range
-_MOST_BINS = 36
-_TICK_STEPS = [1, 2, 2.5, 5, 10]
+TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class _Values:
     not_finite: int
 
 
-_REWARD = "reward = beta × (policy logp − reference logp)"
+REWARD = "reward = beta × (policy logp − reference logp)"
 _CURVES = (
     _Curve(
         "loss",
@@ -108,7 +107,7 @@ _CURVES = (
     _Curve(
         "margins",
         "Reward margin",
-        f"margin = chosen reward − rejected reward; {_REWARD}.",
+        f"margin = chosen reward − rejected reward; {REWARD}.",
         (
             _Panel(
                 "margin",
@@ -134,7 +133,7 @@ _CURVES = (
     _Curve(
         "rewards",
         "Chosen and rejected rewards",
-        f"{_REWARD}, mean over the step's completions.",
+        f"{REWARD}, mean over the step's completions.",
         (
             _Panel(
                 "reward",
@@ -187,43 +186,6 @@ def training_plots(
     return [_curve_plot(curve, train, held_out) for curve in _CURVES]
 
 
-def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequence[float]) -> list[Plot]:
-    """Draw how the rewards of held-out pairs and the KL of sampled completions are distributed."""
-    return [
-        _histogram_plot(
-            "reward-distribution",
-            "Held-out rewards",
-            f"{_REWARD}; dashed: mean.",
-            "reward",
-            {"chosen": rewards.get("chosen", ()), "rejected": rewards.get("rejected", ())},
-        ),
-        _histogram_plot(
-            "kl",
-            "KL from the reference",
-            "Estimated KL(policy ‖ reference) of each completion that the policy sampled; dashed: mean.",
-            "KL (nats)",
-            {"train": kl_per_sample},
-        ),
-    ]
-
-
-def length_plot(lengths: Mapping[str, Sequence[int]]) -> Plot:
-    """Draw how long prompts and completions are, in tokens."""
-    parts: dict[Colour, Sequence[float]] = {
-        "prompt": lengths.get("prompt", ()),
-        "chosen": lengths.get("chosen", ()),
-        "rejected": lengths.get("rejected", ()),
-    }
-    return _histogram_plot(
-        "lengths",
-        "Token lengths",
-        "Tokens after the chat template; a completion counts its end-of-turn token; dashed: mean.",
-        "tokens",
-        parts,
-        whole_numbers=True,
-    )
-
-
 def _curve_plot(
     curve: _Curve,
     train: Sequence[Mapping[str, float]],
@@ -244,20 +206,20 @@ def _curve_plot(
     not_finite = sum(found.not_finite for _, lines in measured for _, found in lines)
     if not measured:
         return Plot(curve.key, curve.title, curve.caption)
-    with style.context(["default", _RC]):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axes = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (panel, lines) in zip(axes, measured, strict=True):
             for line, found in lines:
                 _draw_line(axis, line, found)
-            _dress(axis, panel.y_label, panel.bounds, ticks=6 if len(measured) == 1 else 4)
+            dress(axis, panel.y_label, panel.bounds, ticks=6 if len(measured) == 1 else 4)
         _dress_steps(axes[-1], [found for _, lines in measured for _, found in lines])
         figure.align_ylabels()
         described = " ".join(_describe(line.label, found) for _, lines in measured for line, found in lines)
         svg = embed(figure, curve.key, curve.title, described)
     drawn = [line for _, lines in measured for line, _ in lines]
     legend = tuple((line.label, f"{'dot' if line.held_out else 'bar'} fill-{line.colour}") for line in drawn)
-    caption = _with_losses(curve.caption, not_finite)
+    caption = with_losses(curve.caption, not_finite)
     return Plot(curve.key, curve.title, caption, svg, legend if len(drawn) > len(measured) else ())
 
 
@@ -302,71 +264,8 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _histogram_plot(
-    key: str,
-    title: str,
-    caption: str,
-    x_label: str,
-    parts: Mapping[Colour, Sequence[float]],
-    *,
-    whole_numbers: bool = False,
-) -> Plot:
-    given = {colour: np.asarray(values, dtype=np.float64) for colour, values in parts.items()}
-    finite = {colour: values[np.isfinite(values)] for colour, values in given.items()}
-    kept = {colour: values for colour, values in finite.items() if values.size}
-    if not kept:
-        return Plot(key, title, caption)
-    everything = np.concatenate(list(kept.values()))
-    edges = _bin_edges(everything, max(v.size for v in kept.values()), whole_numbers)
-    beyond = int(np.count_nonzero((everything < edges[0]) | (everything > edges[-1])))
-    with style.context(["default", _RC]):
-        figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        axis = figure.subplots()
-        for colour, values in kept.items():
-            counts, _ = np.histogram(values, bins=edges)
-            axis.stairs(counts, edges, fill=True, color=STAND_INS[colour], alpha=0.22)
-            axis.stairs(counts, edges, color=STAND_INS[colour], linewidth=1.3)
-            axis.axvline(
-                float(np.clip(values.mean(), edges[0], edges[-1])),
-                color=STAND_INS[colour],
-                linestyle=(0, (4, 3)),
-                linewidth=1.2,
-            )
-        _dress(axis, "count", (0.0, None), ticks=5)
-        axis.set_xlabel(x_label)
-        axis.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICK_STEPS, integer=True))
-        described = " ".join(
-            f"{colour if len(kept) > 1 else x_label}: {values.size} values, mean {values.mean():.4g}, "
-            f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}."
-            for colour, values in kept.items()
-        )
-        svg = embed(figure, key, title, described)
-    legend = tuple(
-        (f"{f'{colour}, ' if len(kept) > 1 else ''}mean {typographic(f'{values.mean():,.3g}')}", f"bar fill-{colour}")
-        for colour, values in kept.items()
-    )
-    sizes = [f"{values.size:,}" for values in kept.values()]
-    same = len(sizes) > 1 and len(set(sizes)) == 1
-    caption += f" n = {sizes[0]} each." if same else f" n = {' / '.join(sizes)}."
-    caption = _with_losses(caption, sum(values.size for values in given.values()) - everything.size)
-    return Plot(key, title, f"{caption} Beyond the axis: {beyond:,}." if beyond else caption, svg, legend)
-
-
-def _bin_edges(values: np.ndarray, largest_part: int, whole_numbers: bool) -> np.ndarray:
-    """Choose common bin edges; a few far outliers are cut off rather than flatten everything else."""
-    bins = min(_MOST_BINS, max(8, round(1.5 * math.sqrt(largest_part))))
-    low, high = float(values.min()), float(values.max())
-    inner_low, inner_high = (float(q) for q in np.quantile(values, [0.005, 0.995]))
-    slack = inner_high - inner_low
-    if slack > 0 and (high > inner_high + 2 * slack or low < inner_low - 2 * slack):
-        low, high = max(low, inner_low - slack / 10), min(high, inner_high + slack / 10)
-    if whole_numbers:
-        width = max(1, math.ceil((high - low + 1) / bins))
-        return np.arange(math.floor(low), math.floor(high) + width + 1, width) - 0.5
-    return np.histogram_bin_edges(values, bins=bins, range=(low, high))
-
-
-def _with_losses(caption: str, not_finite: int) -> str:
+def with_losses(caption: str, not_finite: int) -> str:
+    """Let a caption say what could not be drawn."""
     return f"{caption} Left out as not finite: {not_finite:,}." if not_finite else caption
 
 
@@ -379,11 +278,12 @@ def _describe(label: str, found: _Values) -> str:
     return f"{first}, {last}, between {values.min():.4g} and {values.max():.4g}."
 
 
-def _dress(axis: Axes, y_label: str, bounds: tuple[float | None, float | None], ticks: int) -> None:
+def dress(axis: Axes, y_label: str, bounds: tuple[float | None, float | None], ticks: int) -> None:
+    """Give an axis its label, its ticks and, where they are fixed, its bounds."""
     axis.set_ylabel(y_label)
     axis.yaxis.set_major_formatter(FuncFormatter(_tick))
     axis.xaxis.set_major_formatter(FuncFormatter(_tick))
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=_TICK_STEPS))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=TICK_STEPS))
     low, high = bounds
     if low is not None:
         axis.set_ylim(bottom=low if high is None else low - 0.02)
@@ -393,7 +293,7 @@ def _dress(axis: Axes, y_label: str, bounds: tuple[float | None, float | None], 
 
 def _dress_steps(axis: Axes, drawn: Sequence[_Values]) -> None:
     axis.set_xlabel("step")
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_TICK_STEPS, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=TICK_STEPS, integer=True))
     low, high = min(f.steps[0] for f in drawn), max(f.steps[-1] for f in drawn)
     if low == high:
         axis.set_xlim(low - 1, high + 1)

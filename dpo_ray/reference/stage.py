@@ -18,7 +18,7 @@ from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.config.reference import ReferenceConfig
-from dpo_ray.data.tokens import parquet_bytes, read_table
+from dpo_ray.data.tokens import parquet_bytes, read_table, splits
 from dpo_ray.errors import ArtifactError
 
 from .scorer import Scorer, ScoreRequest, ScorerSettings
@@ -41,7 +41,7 @@ class Granule:
 
 def token_parts(tokens: Artifact) -> list[str]:
     """Name the artifact's parts of admitted groups, training ones first."""
-    return tokens.names("train/") + tokens.names("eval/")
+    return [name for split in splits(tokens) for name in tokens.names(f"{split}/")]
 
 
 def groups_dataset(tokens: Artifact) -> ray.data.Dataset:

@@ -115,6 +115,5 @@ def pack_step(groups: Sequence[Group], packing: Packing) -> tuple[float, int, li
 
 
 def pair_weight(group: Group) -> float:
-    """Add up the weight of a group's pairs: all (i, j) with score i > score j."""
-    scores = np.asarray(group.scores)
-    return float(group.weight) * int((scores[:, None] > scores[None, :]).sum())
+    """Add up the weight of a group's pairs: each has the group's."""
+    return float(group.weight) * len(group.chosen)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 
+def _no_pairs() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
 @dataclass(frozen=True)
 class Group:
-    """One prompt with K completions, their scores, and the reference's log-prob of every completion token."""
+    """One prompt with K completions, which of them are preferred to which, and the reference's log-prob of every token.
+
+    Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion and a ranked list have no pairs; nor has a
+    group that is only scored.
+    """
 
     group_id: bytes
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     completion_ids: tuple[np.ndarray, ...]  # K x int32 [completion tokens]
     scores: np.ndarray  # float32 [K]
+    chosen: np.ndarray = field(default_factory=_no_pairs)  # int [pairs], from 0 to K - 1
+    rejected: np.ndarray = field(default_factory=_no_pairs)
     preference_probability: float = 1.0
     weight: float = 1.0
     reference_token_logps: tuple[np.ndarray, ...] | None = None  # K x float32 [completion tokens]
@@ -40,6 +50,8 @@ class MicroBatch:
     group_index: np.ndarray  # int32 [tokens]
     completion_index: np.ndarray  # int32 [tokens]
     scores: np.ndarray  # float32 [completions]
+    chosen: np.ndarray  # int32 [pairs]: the place among the row's completions of the one that is preferred
+    rejected: np.ndarray  # int32 [pairs]
     reference_token_logps: np.ndarray  # float32 [completion tokens]
     preference_probability: np.ndarray  # float32 [groups]
     weight: np.ndarray  # float32 [groups]; 0 = filler that keeps the ranks in step
@@ -52,6 +64,8 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
     Groups without reference log-probs get zeros (reference-free objectives, and scoring itself).
     """
     ids, positions, group_index, completion_index, references = [], [], [], [], []
+    counts = [len(g.completion_ids) for g in groups]
+    firsts = np.cumsum(counts) - counts  # [groups]: where each group's completions begin among the row's
     for index, group in enumerate(groups):
         prompt_tokens = len(group.prompt_ids)
         segments = [group.prompt_ids, *group.completion_ids]
@@ -69,6 +83,8 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
         group_index=np.concatenate(group_index),
         completion_index=np.concatenate(completion_index),
         scores=np.concatenate([g.scores for g in groups]).astype(np.float32),
+        chosen=np.concatenate([first + g.chosen for first, g in zip(firsts, groups, strict=True)]).astype(np.int32),
+        rejected=np.concatenate([first + g.rejected for first, g in zip(firsts, groups, strict=True)]).astype(np.int32),
         reference_token_logps=np.concatenate(references).astype(np.float32),
         preference_probability=np.array([g.preference_probability for g in groups], np.float32),
         weight=np.array([g.weight for g in groups], np.float32),

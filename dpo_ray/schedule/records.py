@@ -26,6 +26,8 @@ MICRO_BATCHES = pa.schema(
         ("group_index", _INTS),
         ("completion_index", _INTS),
         ("scores", _FLOATS),
+        ("chosen", _INTS),
+        ("rejected", _INTS),
         ("reference_token_logps", _FLOATS),
         ("preference_probability", _FLOATS),
         ("weight", _FLOATS),
@@ -38,6 +40,8 @@ _ARRAYS = (
     "group_index",
     "completion_index",
     "scores",
+    "chosen",
+    "rejected",
     "reference_token_logps",
     "preference_probability",
     "weight",
@@ -125,6 +129,12 @@ def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
         stop.set()
 
 
+def heldout_splits(schedule: Artifact) -> list[str]:
+    """List the held-out splits that a schedule has steps of, in one order for all ranks: `eval`, or `eval_NAME`s."""
+    counts = (name.partition("/") for name, count in schedule.manifest.rows.items() if count)
+    return sorted(split for split, _, what in counts if what == "steps" and split != "train")
+
+
 def filler() -> MicroBatch:
     """Make the smallest micro-batch that counts for nothing: a rank without work still takes part in collectives."""
     one = np.zeros(1, np.int32)
@@ -134,6 +144,8 @@ def filler() -> MicroBatch:
         group_index=np.zeros(3, np.int32),
         completion_index=np.array([0, 1, 2], np.int32),
         scores=np.array([1, 0], np.float32),
+        chosen=np.array([0], np.int32),
+        rejected=np.array([1], np.int32),
         reference_token_logps=np.zeros(2, np.float32),
         preference_probability=np.ones(1, np.float32),
         weight=one.astype(np.float32),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpo_ray.config.data import EVAL
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import TrainError
 from dpo_ray.models.packed_rows import packed_rows
@@ -34,6 +35,9 @@ HELDOUT = (
     "weight",
 )
 
+# Readers of the held-out splits by name, `eval` or `eval_NAME` of each set; all ranks have them in the same order.
+Heldout = Mapping[str, Callable[[], Iterable[RankStep]]]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,7 +52,7 @@ def train(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
     steps: Iterable[RankStep],
-    heldout: Callable[[], Iterable[RankStep]],
+    heldout: Heldout,
     plan: Plan,
     config: TrainConfig,
     checkpoints: Checkpoints,
@@ -88,8 +92,8 @@ def train(
             "tokens_per_second": share.step_tokens / seconds,
         }
         last = progress.step == plan.total_steps
-        if config.eval_every_steps and (progress.step % config.eval_every_steps == 0 or last):
-            row |= evaluate(policy, heldout(), config, plan.device)
+        if heldout and config.eval_every_steps and (progress.step % config.eval_every_steps == 0 or last):
+            row |= evaluate(policy, heldout, config, plan.device)
             began = time.monotonic()
         rows.append(row)
         report(row)
@@ -99,15 +103,15 @@ def train(
     return progress
 
 
-def evaluate(
-    policy: nn.Module, heldout: Iterable[RankStep], config: TrainConfig, device: torch.device
-) -> dict[str, float]:
-    """Average the held-out pairs' measures over all ranks, under TRL's names with `eval_` before them; collective."""
-    sums = weighted_sums(heldout_table(policy, heldout, config, device))
+def evaluate(policy: nn.Module, heldout: Heldout, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Average the held-out pairs' measures over all ranks, named as `evaluation` does; collective."""
+    sums = torch.stack(
+        [weighted_sums(heldout_table(policy, read(), config, device)) for read in heldout.values()]
+    )  # [splits, HELDOUT + 1]
     if dist.is_initialized() and dist.get_world_size() > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    return evaluation(sums)
+    return evaluation(dict(zip(heldout, sums.cpu(), strict=True)))
 
 
 def weighted_sums(table: Tensor) -> Tensor:
@@ -116,8 +120,18 @@ def weighted_sums(table: Tensor) -> Tensor:
     return torch.cat([(table * weight).sum(dim=0), weight.sum(dim=0)])
 
 
-def evaluation(sums: Tensor) -> dict[str, float]:
-    """Turn weighted sums into means under TRL's names with `eval_` before them."""
+def evaluation(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Turn the weighted sums of each held-out split into means under TRL's names.
+
+    Those over all held-out pairs have `eval_` before them; those of a named set `eval_NAME_`, as TRL's have.
+    """
+    means = _means(EVAL, torch.stack(list(sums.values())).sum(dim=0))
+    for split in sorted(sums.keys() - {EVAL}):
+        means |= _means(split, sums[split])
+    return means
+
+
+def _means(prefix: str, sums: Tensor) -> dict[str, float]:
     mean = dict(zip(HELDOUT, (sums[:-1] / sums[-1]).tolist(), strict=True))
     values = (
         mean["loss"],
@@ -128,7 +142,7 @@ def evaluation(sums: Tensor) -> dict[str, float]:
         mean["logp_chosen"],
         mean["logp_rejected"],
     )
-    return {f"eval_{name}": value for name, value in zip(MEASURES, values, strict=True)}
+    return {f"{prefix}_{name}": value for name, value in zip(MEASURES, values, strict=True)}
 
 
 def heldout_table(policy: nn.Module, heldout: Iterable[RankStep], config: TrainConfig, device: torch.device) -> Tensor:

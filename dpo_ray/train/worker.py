@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from dpo_ray.models.load import load_policy, model_directory
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.micro_batch import MicroBatch
-from dpo_ray.schedule.records import prefetched, read_steps
+from dpo_ray.schedule.records import heldout_splits, prefetched, read_steps
 
 from .checkpoint import Checkpoints, Progress
 from .export import gather_policy, write_policy
@@ -70,26 +73,25 @@ def _run(task: TrainTask) -> dict[str, Any]:
         progress = replace(progress, figures=_audited(policy, task, rank, device))
     report({"restored_step": progress.step, "known": checkpoints.metrics(progress.step) if rank == 0 else []})
     steps = prefetched(read_steps(task.schedule, "train", rank, progress.step))
-    has_heldout = "eval/steps" in counts
+    heldout = {name: partial(read_steps, task.schedule, name, rank) for name in heldout_splits(task.schedule)}
     progress = train(
         policy,
         optimizer,
         steps,
-        lambda: read_steps(task.schedule, "eval", rank),
+        heldout,
         plan,
         task.config,
         checkpoints,
         progress,
         report,
     )
-    heldout = None
-    if has_heldout:
-        heldout = _gathered(heldout_table(policy, read_steps(task.schedule, "eval", rank), task.config, device))
-    final = evaluation(weighted_sums(torch.from_numpy(heldout))) if heldout is not None else {}
+    tables = {n: _gathered(heldout_table(policy, read(), task.config, device)) for n, read in heldout.items()}
+    sums = {name: weighted_sums(torch.from_numpy(table)) for name, table in tables.items()}
+    final = evaluation(sums) if sums else {}
     weights = gather_policy(policy, getattr(torch, task.dtype))
     if rank:
         return {}
-    return _written(policy, weights, source, heldout, checkpoints, progress, task) | {"final_evaluation": final}
+    return _written(policy, weights, source, tables, checkpoints, progress, task) | {"final_evaluation": final}
 
 
 def _audited(policy: TokenLogps, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
@@ -97,17 +99,14 @@ def _audited(policy: TokenLogps, task: TrainTask, rank: int, device: torch.devic
     stored: list[list[np.ndarray]] = []
     own: list[list[np.ndarray]] = []
     policy.eval()
-    seen = 0
-    for share in read_steps(task.schedule, "train", rank):
-        if seen >= task.audit_groups:
-            break
+    steps = math.ceil(task.audit_groups / task.config.groups_per_step)
+    for share in islice(read_steps(task.schedule, "train", rank), steps):
         for micro_batch in share.micro_batches:
             with torch.no_grad():
                 logps = policy(packed_rows(micro_batch, device)).float().cpu().numpy()
             if micro_batch.weight.any():
                 stored += _by_group(micro_batch.reference_token_logps, micro_batch)
                 own += _by_group(logps, micro_batch)
-        seen += round(share.step_weight)
     policy.train()
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (stored, own))
@@ -136,7 +135,7 @@ def _written(
     policy: TokenLogps,
     weights: dict[str, torch.Tensor],
     source: Path,
-    heldout: np.ndarray | None,
+    heldout: dict[str, np.ndarray],
     checkpoints: Checkpoints,
     progress: Progress,
     task: TrainTask,
@@ -150,8 +149,8 @@ def _written(
     metrics = checkpoints.metrics(progress.step)
     lines = "".join(json.dumps(row) + "\n" for row in metrics)
     entries.append(task.staging.write("metrics.jsonl", lines.encode(), rows=len(metrics)))
-    if heldout is not None:
-        table = pa.table({name: heldout[:, i] for i, name in enumerate(HELDOUT)})
+    if heldout:
+        table = heldout_pairs(heldout)
         entries.append(task.staging.write("heldout.parquet", parquet_bytes(table), rows=len(table)))
     return {
         "entries": entries,
@@ -160,3 +159,10 @@ def _written(
         "num_tokens": progress.num_tokens,
         "final": metrics[-1] if metrics else {},
     }
+
+
+def heldout_pairs(heldout: dict[str, np.ndarray]) -> pa.Table:
+    """Lay the splits' pairs end to end, a row each, with the name of the split: `eval`, or `eval_NAME` of a set."""
+    splits = np.repeat(list(heldout), [len(table) for table in heldout.values()])
+    pairs = np.concatenate(list(heldout.values()))
+    return pa.table({"split": splits, **{name: pairs[:, i] for i, name in enumerate(HELDOUT)}})

@@ -24,8 +24,7 @@ from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.objective import IpoObjective, SigmoidObjective
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import OptimizerConfig, TrainConfig
-from dpo_ray.data.tokenize import TokenGroup
-from dpo_ray.data.tokens import groups_of, parquet_bytes, read_table, tokens_table
+from dpo_ray.data.tokens import TOKENS, groups_of, parquet_bytes, read_table
 from dpo_ray.models.load import model_identity
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.scorer import ScorerSettings
@@ -53,8 +52,21 @@ def rows() -> list[dict[str, Any]]:
 def tokens(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The rows as a tokens artifact, in their order."""
     staging = ArtifactStore(Storage(tmp_path_factory.mktemp("tokens"))).begin("prepare", "golden", "golden")
-    groups = [TokenGroup(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]], [1.0, 0.0]) for r in rows]
-    table = tokens_table(groups, "golden")
+    groups = [
+        {
+            "group_id": number.to_bytes(16, "big"),
+            "source": "golden",
+            "prompt_ids": row["prompt_ids"],
+            "completion_ids": [row["chosen_ids"], row["rejected_ids"]],
+            "scores": [1.0, 0.0],
+            "chosen": [0],
+            "rejected": [1],
+            "preference_probability": 1.0,
+            "weight": 1.0,
+        }
+        for number, row in enumerate(rows)
+    ]
+    table = pa.Table.from_pylist(groups, schema=TOKENS)
     entry = staging.write("train/00000-00000.parquet", parquet_bytes(table), rows=len(table))
     return Provenance(1, {}, {}, {}).commit(staging, [entry], rows={"train/admitted": len(table)}, figures={})
 

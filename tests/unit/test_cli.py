@@ -18,6 +18,7 @@ COMMANDS = {
     "schema": [],
     "init": ["RECIPE", "recipe.yaml"],
     "report": ["RECIPE", "KEY.PATH=VALUE"],
+    "inspect": ["data"],
     "doctor": ["--output", "--json"],
 }
 

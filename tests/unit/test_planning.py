@@ -11,7 +11,9 @@ from dpo_ray import planning
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.config.load import apply_overrides, validate_recipe
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.planning import STAGES, Plan, make_plan, preflight
+from dpo_ray.data.keys import shard_key
+from dpo_ray.planning import STAGES, Plan, make_plan
+from dpo_ray.preflight import preflight
 
 ALL = set(STAGES)
 FROM_REFERENCE = {"reference", "schedule", "train", "evaluate"}
@@ -71,6 +73,19 @@ def template(directory: Path) -> str:
         ("data.truncation=drop", ALL),
         ("data.rows_per_part=7", ALL),
         ("data.chat_template=TEMPLATE", ALL),
+        ("data.chat_template_kwargs={enable_thinking: false}", ALL),
+        ("data.chat_template_date=2026-01-01", ALL),
+        ("data.max_prompt_tokens=100", ALL),
+        ("data.pairing.pairs=all", ALL),
+        ("data.pairing.annotators=majority", ALL),
+        ("data.rules.special_tokens=allow", ALL),
+        ("data.rules.filters=['json:loads']", ALL),
+        ("data.rules.near_duplicates=0.8", ALL),
+        ("data.rules.conflicts=keep", ALL),
+        ("data.rules.leakage=keep", ALL),
+        ("data.train.max_groups=9", ALL),
+        ("data.train.name=film-reviews", ALL),
+        ("data.max_quarantined_fraction=0.5", NOTHING),
         ("reference.engine=vllm", FROM_REFERENCE),
         ("model.dtype=bfloat16", FROM_REFERENCE),
         ("seed=1", FROM_SCHEDULE),
@@ -143,7 +158,9 @@ def test_the_reason_names_the_field_and_both_values(
 
 def test_without_artifacts_every_stage_is_missing_and_nothing_is_written(tmp_path: Path) -> None:
     plan = make_plan(recipe(tmp_path / "runs"))
-    assert {(s.state, s.reason) for s in plan.stages.values()} == {("missing", "not run yet")}
+    reasons = {s.reason for s in plan.stages.values() if s.state == "missing"}
+    assert reasons == {"not run yet", "not run yet; 2 of 2 shards to tokenize"}
+    assert all(s.state == "missing" for s in plan.stages.values())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -195,6 +212,25 @@ def test_training_resumes_whatever_the_packing_and_only_then(tmp_path: Path) -> 
 
 
 def test_preflight_gives_the_shards_of_both_splits(tmp_path: Path) -> None:
-    shards, chat_template = preflight(recipe(tmp_path))
-    assert [(s.split, s.kind) for s in shards] == [("train", "synthetic"), ("eval", "synthetic")]
-    assert chat_template == "plain"
+    checked = preflight(recipe(tmp_path))
+    assert [(s.split, s.kind) for s in checked.shards] == [("train", "synthetic"), ("eval", "synthetic")]
+    assert checked.template == "plain"
+    named = preflight(recipe(tmp_path, "data.eval={a: synthetic, b: synthetic}"))
+    assert [s.split for s in named.shards] == ["train", "eval_a", "eval_b"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokenized_again"),
+    [
+        (["data.rules.conflicts=keep", "data.rules.leakage=keep", "data.train.max_groups=9"], False),
+        (["data.train.name=film-reviews"], False),
+        (["data.pairing.ties=keep"], True),
+        (["data.rules.near_duplicates=0.8"], True),
+        (["data.max_length_tokens=100"], True),
+    ],
+)
+def test_rules_over_all_rows_tokenize_nothing_again(
+    overrides: list[str], tokenized_again: bool, tmp_path: Path
+) -> None:
+    before, after = ([shard_key(c) for c in make_plan(recipe(tmp_path, *o)).shard_configs] for o in ([], overrides))
+    assert (before != after) == tokenized_again

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.config.data import FilesSource, HubSource, SyntheticSource
 from dpo_ray.config.load import apply_overrides, validate_recipe
 from dpo_ray.config.objective import IpoObjective, SigmoidObjective
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.config.sources import FilesSource, HubSource, SyntheticSource
 from dpo_ray.errors import ConfigError
 
 LEAST: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": "synthetic"}}
@@ -27,16 +27,32 @@ def recipe(*overrides: str) -> Recipe:
         ("synthetic", (SyntheticSource(),)),
         ("a/*.jsonl", (FilesSource(path="a/*.jsonl"),)),
         ("s3://b/x", (FilesSource(path="s3://b/x"),)),
-        ("hub:org/name", (HubSource(name="org/name"),)),
+        ("hub:org/name", (HubSource(path="org/name"),)),
         ("{path: a, format: hh}", (FilesSource(path="a", format="hh"),)),
         ("{path: [a, b]}", (FilesSource(path=("a", "b")),)),
-        ("{type: hub, name: org/name, split: test}", (HubSource(name="org/name", split="test"),)),
-        ("[a, hub:b, {type: synthetic, pairs: 3}]", (FilesSource(path="a"), HubSource(name="b"), SyntheticSource(pairs=3))),
+        ("{type: hub, path: org/name, split: test}", (HubSource(path="org/name", split="test"),)),
+        ("[a, hub:b, {type: synthetic, pairs: 3}]", (FilesSource(path="a"), HubSource(path="b"), SyntheticSource(pairs=3))),
         ("[]", ()),
     ],
 )  # fmt: skip
 def test_a_source_may_be_written_short(given: str, sources: tuple[object, ...]) -> None:
     assert recipe(f"data.eval={given}", "evaluate.sample_prompts=0").data.eval == sources
+
+
+@pytest.mark.parametrize(
+    ("given", "sets"),
+    [
+        ("{path: a}", {"eval": (FilesSource(path="a"),)}),
+        ("{type: synthetic, pairs: 3}", {"eval": (SyntheticSource(pairs=3),)}),
+        ("{helpful: a, harmless-1: [b, hub:c]}", {
+            "eval_helpful": (FilesSource(path="a"),),
+            "eval_harmless-1": (FilesSource(path="b"), HubSource(path="c")),
+        }),
+        ("[]", {}),
+    ],
+)  # fmt: skip
+def test_held_out_data_is_one_set_or_several_by_name(given: str, sets: dict[str, object]) -> None:
+    assert recipe(f"data.eval={given}", "evaluate.sample_prompts=0").data.eval_sets == sets
 
 
 def test_an_objective_is_told_by_its_type_and_is_sigmoid_without_one() -> None:

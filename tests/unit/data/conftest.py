@@ -17,8 +17,11 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import Artifact, ArtifactStore
 from dpo_ray.config.data import DataConfig
 from dpo_ray.config.model import ModelConfig
-from dpo_ray.data.sources import Shard, list_shards
-from dpo_ray.data.stage import PrepareTask, finish, prepare_shard, quarantine_examples
+from dpo_ray.data.filters import load_filters
+from dpo_ray.data.merge import PreparedShard, choose, commit_tokens, merge_part
+from dpo_ray.data.prepare import PrepareTask, commit_shard, prepare_piece
+from dpo_ray.data.samples import quarantine_examples
+from dpo_ray.data.sources import Shard, list_shards, pieces
 from dpo_ray.data.tokens import read_table
 from dpo_ray.models.load import model_directory
 
@@ -75,24 +78,34 @@ class Prepared:
 def prepare(tmp_path: Path, builtin_dir: str) -> Callable[..., Prepared]:
     """Give a function that prepares sources as the stage does, and checks that every row is accounted for."""
     store = ArtifactStore(Storage(tmp_path / "artifacts"))
+    provenance = Provenance(1, {}, {}, {})
+
+    def artifact_of(shard: Shard, task: PrepareTask) -> Artifact:
+        staging = store.begin("shard", f"k{len(list(tmp_path.glob('artifacts/*-*')))}", "test")
+        parts = [(piece.index, part) for piece in pieces(shard) for part in prepare_piece(piece, staging, task)]
+        return commit_shard(staging, parts, provenance)
 
     def run(train: Any, *, tokenizer_dir: str = builtin_dir, template: str = "plain", **config: Any) -> Prepared:
         data = DataConfig.model_validate({"train": train, **config})
-        shards = [*list_shards("train", data.train), *list_shards("eval", data.eval)]
-        staging = store.begin("prepare", f"k{len(list(tmp_path.glob('artifacts/prepare-*')))}", "test")
-        task = PrepareTask(tokenizer_dir, template, data, staging)
-        blocks = [(shard, block) for shard in shards for block in prepare_shard(shard, task)]
-        parts = {n: staging.storage.read_bytes(n) for n in staging.storage.file_sizes()}
-        artifact = finish(staging, shards, Provenance(1, {}, {}, {}))
-        prepared = Prepared(artifact, parts)
+        sets = {"train": data.train, **data.eval_sets}
+        task = PrepareTask(tokenizer_dir, template, data, load_filters(data.rules.filters))
+        shards = [
+            PreparedShard(shard, artifact_of(shard, task))
+            for split, sources in sets.items()
+            for shard in list_shards(split, sources)
+        ]
+        staging = store.begin("prepare", f"k{len(list(tmp_path.glob('artifacts/*-*')))}", "test")
+        parts = [merge_part(choice, staging) for choice in choose(shards, data)]
+        artifact = commit_tokens(shards, parts, staging, provenance)
+        prepared = Prepared(artifact, {n: artifact.read_bytes(n) for n in artifact.names()})
         artifact.verify()
-        for split in ("train", "eval"):
-            rows = {k.removeprefix(f"{split}/"): v for k, v in prepared.rows.items() if k.startswith(split)}
+        for split in sets:
+            rows = {k.removeprefix(f"{split}/"): v for k, v in prepared.rows.items() if k.startswith(f"{split}/")}
             assert rows["rows_in"] == rows["admitted"] + rows["quarantined"] + rows["duplicates"]
             assert rows["admitted"] == len(prepared.groups(split))
             assert rows["quarantined"] == sum(q["split"] == split for q in prepared.quarantined())
-            streamed = sum(len(b) for s, b in blocks if s.split == split)
-            assert streamed == rows["admitted"] + rows["duplicates"]
+        accounts = artifact.manifest.figures["accounts"]
+        assert sum(a["rows_in"] for a in accounts) == sum(s.artifact.manifest.rows["rows_in"] for s in shards)
         for row in prepared.quarantined():
             assert len(row["sample"]) <= 200
             assert row["sample"].isprintable()

@@ -1,4 +1,4 @@
-"""A broken shard becomes one SHARD_UNREADABLE row after the rows before the break; the other shards go on."""
+"""Broken shards: each kind is told for its reason after the rows before the break, and the other shards go on."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from corpus.shards import BAD_SHARDS, BadShard, sound_rows, write_escaping_data_set
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dpo_ray.data import rows as rows_module
-from dpo_ray.data.admission import Rejected
-from dpo_ray.data.rows import read_rows
-from dpo_ray.errors import InfrastructureError
+from dpo_ray.config.data import DataConfig
+from dpo_ray.data import arrow_rows, chunks, json_rows, locations
+from dpo_ray.data.admission import REASONS, Rejected
+from dpo_ray.data.formats.read import text_group
+from dpo_ray.data.rows import read_batches
+from dpo_ray.data.sources import Shard, list_shards, pieces
+from dpo_ray.errors import ConfigError, InfrastructureError
 
 from .conftest import only_shard
 
@@ -34,79 +40,109 @@ def parquet(rows: list = ROWS) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def arrow(rows: list = ROWS) -> bytes:
-    sink, table = pa.BufferOutputStream(), pa.Table.from_pylist(rows)
-    with pa.ipc.new_stream(sink, table.schema) as writer:
+def arrow(rows: list = ROWS, to: Callable[..., Any] = pa.ipc.new_stream) -> bytes:
+    return arrow_of(pa.Table.from_pylist(rows), to)
+
+
+def arrow_of(table: pa.Table, to: Callable[..., Any] = pa.ipc.new_stream) -> bytes:
+    sink = pa.BufferOutputStream()
+    with to(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=50)
     return sink.getvalue().to_pybytes()
 
 
-def parquet_with_two_columns_of_one_name() -> bytes:
-    sink, a = pa.BufferOutputStream(), pa.array(["x"])
-    pq.write_table(pa.table([a, a, a, a], names=["prompt", "chosen", "rejected", "chosen"]), sink)
+def csv_text() -> bytes:
+    table = pa.Table.from_pylist(ROWS)
+    sink = pa.BufferOutputStream()
+    pa.csv.write_csv(table, sink)
     return sink.getvalue().to_pybytes()
 
 
-BROKEN: dict[str, Callable[[], bytes]] = {
-    "truncated.jsonl.gz": lambda: GZIP[: len(GZIP) // 2],
-    "header-only.jsonl.gz": lambda: GZIP[:4],
-    "zero.jsonl.gz": lambda: b"",
-    "no-gzip.jsonl.gz": lambda: TEXT,
-    "checksum.jsonl.gz": lambda: GZIP[:-8] + bytes(8),
-    "bits.jsonl.gz": lambda: GZIP[:2000] + b"\xff" * 50 + GZIP[2050:],
-    "garbage-after.jsonl.gz": lambda: GZIP + b"garbage",
-    "truncated.jsonl.zst": lambda: ZSTD[: len(ZSTD) // 2],
-    "zero.jsonl.zst": lambda: b"",
-    "no-zstd.jsonl.zst": lambda: TEXT,
-    "zero.parquet": lambda: b"",
-    "magic.parquet": lambda: parquet()[:-4] + b"XXXX",
-    "truncated.parquet": lambda: parquet()[:-500],
-    "page.parquet": lambda: parquet()[:300] + bytes(200) + parquet()[500:],
-    "two-columns.parquet": parquet_with_two_columns_of_one_name,
-    "zero.arrow": lambda: b"",
-    "text.arrow": lambda: TEXT,
-    "truncated.arrow": lambda: arrow()[: len(arrow()) // 2],
-    "half.arrow": lambda: b"ARROW1\0\0" + b"x" * 50,
+WHOLE = {
+    "a.jsonl": TEXT,
+    "a.json": json.dumps(ROWS, indent=1).encode(),
+    "a.jsonl.gz": GZIP,
+    "a.jsonl.zst": ZSTD,
+    "a.csv": csv_text(),
+    "a.parquet": parquet(),
+    "a.arrow": arrow(),
+    "file.arrow": arrow(to=pa.ipc.new_file),
 }
-ALL_BEFORE_THE_BREAK = {"checksum.jsonl.gz", "garbage-after.jsonl.gz"}
-SOME_BEFORE_THE_BREAK = {"truncated.jsonl.gz", "truncated.arrow"}
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_file_ends_with_one_unreadable_row(tmp_path: Path, name: str):
-    (tmp_path / name).write_bytes(BROKEN[name]())
-    rows = list(read_rows(only_shard(f"{tmp_path}/{name}")))
+def read(shard: Shard) -> list[tuple[int, Any]]:
+    return [row for piece in pieces(shard) for batch in read_batches(piece, 64) for row in batch]
+
+
+def values(shard: Shard) -> list[Any]:
+    return [row for _, row in read(shard)]
+
+
+def shards_of(directory: Path) -> list[Shard]:
+    return list_shards("train", DataConfig.model_validate({"train": str(directory)}).train)
+
+
+def reason_of(row: Any, shard: Shard) -> str | None:
+    try:
+        if isinstance(row, Rejected):
+            raise row
+        text_group(row, shard.row_format, shard.columns, shard.criteria)
+    except Rejected as rejected:
+        return rejected.reason
+    return None
+
+
+@pytest.mark.parametrize("bad", BAD_SHARDS, ids=lambda bad: f"{bad.kind}-{bad.file}")
+def test_bad_shard_is_told_for_its_reason_and_leaves_its_neighbours(tmp_path: Path, bad: BadShard):
+    for name in ("0.jsonl", "~.jsonl"):
+        (tmp_path / name).write_bytes(TEXT)
+    bad.write(tmp_path)
+    first, shard, last = shards_of(tmp_path)
+    assert values(first) == values(last) == ROWS
+    rows = read(shard)
     assert [ordinal for ordinal, _ in rows] == list(range(len(rows)))
-    last = rows[-1][1]
-    assert isinstance(last, Rejected)
-    assert last.reason == "SHARD_UNREADABLE"
-    assert last.detail
-    before = [row for _, row in rows[:-1] if not (isinstance(row, Rejected) and row.reason == "JSON_SYNTAX")]
-    assert all(row in ROWS for row in before if isinstance(row, dict))
-    if name in ALL_BEFORE_THE_BREAK:
-        assert before == ROWS
-    if name in SOME_BEFORE_THE_BREAK:
-        assert before == ROWS[: len(before)]
-        assert before
+    reasons = [reason_of(row, shard) for _, row in rows]
+    assert tuple(r for r in reasons if r is not None) == bad.reasons
+    sound = [row for (_, row), reason in zip(rows, reasons, strict=True) if reason is None]
+    assert sound == sound_rows(bad.file)[: len(sound)]
+    assert bad.sound_rows in (None, len(sound))
 
 
-def test_sound_shards_beside_broken_ones_are_whole(tmp_path: Path, prepare):
-    for name, data in BROKEN.items():
-        (tmp_path / f"0-{name}").write_bytes(data())
-    (tmp_path / "1-sound.jsonl").write_bytes(TEXT)
-    prepared = prepare(f"{tmp_path}/[01]-*")
-    assert prepared.rows["train/admitted"] == len(ROWS)
-    assert prepared.reasons().count("SHARD_UNREADABLE") == len(BROKEN)
-    account = next(a for a in prepared.artifact.manifest.figures["accounts"] if a["source"] == "1-sound.jsonl")
-    assert account["rows_in"] == len(ROWS)
+def test_the_corpus_has_every_reason_of_shards():
+    reasons = {reason for bad in BAD_SHARDS for reason in bad.reasons}
+    assert {name for name in REASONS if name.startswith("SHARD_")} <= reasons
+    assert len({bad.kind for bad in BAD_SHARDS}) >= 8
+
+
+def test_sound_shards_beside_bad_ones_are_whole(tmp_path: Path, prepare):
+    home = tmp_path / "home"
+    home.mkdir()
+    for bad in BAD_SHARDS:
+        bad.write(home)
+    (home / "sound.jsonl").write_bytes(TEXT)
+    prepared = prepare(str(home), max_quarantined_fraction=1)
+    assert prepared.reasons() == sorted(reason for bad in BAD_SHARDS for reason in bad.reasons)
+    account = next(a for a in prepared.artifact.manifest.figures["accounts"] if a["source"] == "sound.jsonl")
+    assert (account["rows_in"], account["admitted"]) == (len(ROWS), len(ROWS))
     assert not account["reasons"]
+
+
+def test_data_set_that_names_a_file_outside_of_itself_is_refused(tmp_path: Path):
+    write_escaping_data_set(tmp_path)
+    with pytest.raises(ConfigError, match=r"outside of the data set: '\.\./secret\.arrow'"):
+        shards_of(tmp_path / "saved")
+
+
+def test_plain_json_lines_of_zero_bytes_have_zero_rows(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert read(only_shard(f"{tmp_path}/a.jsonl")) == []
 
 
 def test_file_that_vanished(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(TEXT)
     shard = only_shard(f"{tmp_path}/a.jsonl")
     (tmp_path / "a.jsonl").unlink()
-    ((_, row),) = read_rows(shard)
+    ((_, row),) = read(shard)
     assert (row.reason, "FileNotFoundError" in row.detail) == ("SHARD_UNREADABLE", True)
 
 
@@ -119,33 +155,32 @@ def test_file_without_permission(tmp_path: Path):
     if before == 0:
         os.seteuid(65534)  # root may read everything
     try:
-        ((_, row),) = read_rows(shard)
+        ((_, row),) = read(shard)
     finally:
         os.seteuid(before)
     assert (row.reason, "PermissionError" in row.detail) == ("SHARD_UNREADABLE", True)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
 def test_device_that_fails_while_reading(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"")
     shard = only_shard(f"{tmp_path}/{name}")
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/proc/self/mem")
-    ((_, row),) = read_rows(shard)
+    ((_, row),) = read(shard)
     assert row.reason == "SHARD_UNREADABLE"
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_no_damage_crashes_the_reader(tmp_path: Path, name: str):
-    whole = {"a.parquet": parquet, "a.arrow": arrow, "a.jsonl.gz": lambda: GZIP, "a.jsonl.zst": lambda: ZSTD}
-    data, path, rng = whole.get(name, lambda: TEXT)(), tmp_path / name, random.Random(name)
+    data, path, rng = WHOLE[name], tmp_path / name, random.Random(name)
     for _ in range(60):
         damaged = bytearray(data)
         for _ in range(rng.randrange(1, 10)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         path.write_bytes(damaged)
-        ordinals = [ordinal for ordinal, _ in read_rows(only_shard(str(path)))]
+        ordinals = [ordinal for ordinal, _ in read(only_shard(str(path)))]
         assert ordinals == list(range(len(ordinals)))
 
 
@@ -153,21 +188,49 @@ def test_parquet_cell_that_is_not_utf8_costs_its_row_alone(tmp_path: Path):
     offsets, data = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc")
     prompts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, data])
     pq.write_table(pa.table({"prompt": prompts, "chosen": ["x"] * 3, "rejected": ["y"] * 3}), tmp_path / "a.parquet")
-    rows = [row for _, row in read_rows(only_shard(f"{tmp_path}/a.parquet"))]
+    rows = values(only_shard(f"{tmp_path}/a.parquet"))
     assert [r["prompt"] if isinstance(r, dict) else r.reason for r in rows] == ["a", "INVALID_UTF8", "c"]
 
 
+def test_nested_text_of_arrow_that_is_not_utf8_costs_its_row_alone(tmp_path: Path):
+    turns = [[{"role": "user", "content": text}] for text in (b"a", b"\xff", b"c")]
+    as_bytes = pa.array(turns, pa.list_(pa.struct([("role", pa.string()), ("content", pa.binary())])))
+    as_text = as_bytes.view(pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
+    (tmp_path / "a.arrow").write_bytes(arrow_of(pa.table({"chosen": as_text, "rejected": ["x", "y", "z"]})))
+    rows = values(only_shard(f"{tmp_path}/a.arrow"))
+    assert [r["chosen"][0]["content"] if isinstance(r, dict) else r.reason for r in rows] == ["a", "INVALID_UTF8", "c"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_row_of_a_table_that_is_longer_than_the_limit_costs_itself_alone(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(arrow_rows, "MAX_ROW_BYTES", 500)
+    rows = [*ROWS[:3], {"prompt": "p", "chosen": "x" * 600, "rejected": "r"}, *ROWS[3:6]]
+    (tmp_path / name).write_bytes(parquet(rows) if name == "a.parquet" else arrow(rows))
+    got = [r if isinstance(r, dict) else r.reason for r in values(only_shard(f"{tmp_path}/{name}"))]
+    assert got == [*ROWS[:3], "TOO_LONG_BYTES", *ROWS[3:6]]
+
+
+def test_extension_types_of_other_columns_and_json_are_no_hindrance(tmp_path: Path):
+    identities = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"x" * 16], pa.binary(16)))
+    tools = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["[]"]))
+    table = pa.table({"prompt": ["p"], "chosen": ["c"], "rejected": ["r"], "tools": tools, "id": identities})
+    (tmp_path / "a.arrow").write_bytes(arrow_of(table))
+    assert values(only_shard(f"{tmp_path}/a.arrow")) == [{"prompt": "p", "chosen": "c", "rejected": "r", "tools": "[]"}]
+
+
 def test_line_longer_than_the_limit_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rows_module, "MAX_ROW_BYTES", 500)
-    for chunk in (7, 100, 499, 501, 1 << 20):  # the line ends within, at and beyond a chunk
-        monkeypatch.setattr(rows_module, "PLAIN_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 500)
+    for chunk_bytes in (7, 100, 499, 501, 1 << 20):  # the line ends within, at and beyond a chunk
+        monkeypatch.setattr(chunks, "PLAIN_CHUNK_BYTES", chunk_bytes)
         for length in (501, 1500, 5000):
             lines = [LINES[0], b"x" * length, LINES[1], b"y" * length]
             (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-            rows = [row for _, row in read_rows(only_shard(f"{tmp_path}/a.jsonl"))]
+            rows = values(only_shard(f"{tmp_path}/a.jsonl"))
             got = [r if isinstance(r, dict) else r.reason for r in rows]
             expected = [ROWS[0], "TOO_LONG_BYTES", ROWS[1], "TOO_LONG_BYTES"]
-            assert got == expected, (chunk, length)
+            assert got == expected, (chunk_bytes, length)
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -196,17 +259,18 @@ class FlakyFileSystem(MemoryFileSystem):
         return file
 
 
-def test_failing_remote_storage_stops_instead_of_giving_up_rows(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", WHOLE)
+def test_failing_remote_storage_stops_instead_of_giving_up_rows(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(locations, "BUFFER_BYTES", 1000)
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
-    fsspec.filesystem("flaky").pipe_file("/a.jsonl", TEXT)
-    monkeypatch.setattr(rows_module, "PLAIN_CHUNK_BYTES", 1000)
+    fsspec.filesystem("flaky").pipe_file(f"/{name}", WHOLE[name])
+    FlakyFileSystem.reads = 0
     with pytest.raises(InfrastructureError, match="ConnectionResetError") as caught:
-        list(read_rows(only_shard("flaky:///a.jsonl")))
+        read(only_shard(f"flaky:///{name}"))
     assert "flaky://" in caught.value.where
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_remote_files_are_read_like_local_ones(name: str):
-    data = {"a.parquet": parquet(), "a.arrow": arrow(), "a.jsonl.gz": GZIP, "a.jsonl.zst": ZSTD}.get(name, TEXT)
-    fsspec.filesystem("memory").pipe_file(f"/shards/{name}", data)
-    assert [row for _, row in read_rows(only_shard(f"memory://shards/{name}"))] == ROWS
+    fsspec.filesystem("memory").pipe_file(f"/shards/{name}", WHOLE[name])
+    assert values(only_shard(f"memory://shards/{name}")) == ROWS

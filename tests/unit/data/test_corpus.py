@@ -1,7 +1,7 @@
 """The corpus of bad rows: each is quarantined for its reason, and its neighbours are as if it were not there.
 
 A case of tests/corpus/rows.jsonl holds the reason, what is wrong (`why`), and the row (`row`, or `line_latin1` where it
-is not JSON: its code points are the bytes). `template` is `plain`, `chatml` (the default), or what comes before ChatML.
+is not JSON: its code points are the bytes). `data` is what of the recipe's section the case needs. `template` is `plain`, `chatml` (the default), or what comes before ChatML.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from dpo_ray.data.admission import REASONS, sample_of
 from .conftest import CHATML
 
 CASES = [json.loads(line) for line in (Path(__file__).parents[2] / "corpus/rows.jsonl").read_text().splitlines()]
-ELSEWHERE = {"SHARD_UNREADABLE", "TOO_LONG_BYTES"}  # test_broken_shards.py
+ELSEWHERE = {
+    *(reason for reason in REASONS if reason.startswith(("SHARD_", "CSV_"))),  # test_broken_shards.py
+    "TOO_LONG_BYTES",  # test_broken_shards.py
+    "CONFLICTING_PAIR",  # test_stage.py, and the following: they take more than one row
+    "LEAKED_PROMPT",
+    "OVER_CAP",
+    "OUTSIDE_MIXTURE",
+    "FILTERED",  # test_filters.py
+}
 NEIGHBOURS = [
     {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Hi\n\nAssistant: no"},
     {"chosen": "\n\nHuman: Well\n\nAssistant: good", "rejected": "\n\nHuman: Well\n\nAssistant: bad"},
@@ -36,7 +44,7 @@ def test_bad_row_is_quarantined_and_its_neighbours_are_untouched(case, prepare, 
     settings = {
         "template": {"plain": "plain", "chatml": CHATML}.get(template, template + CHATML),
         "tokenizer_dir": builtin_dir if template == "plain" else chatml_dir,
-        **{k: case[k] for k in ("max_length_tokens", "truncation") if k in case},
+        **case.get("data", {}),
     }
     source = {"format": case.get("format", "auto")}
     without = prepare({"path": jsonl([first, second], "without.jsonl"), **source}, **settings)

@@ -1,61 +1,68 @@
-"""Which shards a source names, and that every kind of file gives the same rows."""
+"""Which shards a source names, that every kind of file gives the same rows, and that pieces lose none."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dpo_ray.config.data import DataConfig
-from dpo_ray.data.rows import read_rows
-from dpo_ray.data.sources import list_shards, shard_digest
+from dpo_ray.data.rows import read_batches
+from dpo_ray.data.sources import list_shards, pieces, shard_digest
 from dpo_ray.errors import ConfigError
 
 from .conftest import only_shard
+from .making import FILES, LINES, ROWS, rows_in, rows_of, shards_of
 
-ROWS = [{"prompt": f"p{i}", "chosen": "é" * i + "a", "rejected": "b"} for i in range(600)]
-LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
-
-
-def shards_of(train: object) -> list:
-    return list_shards("train", DataConfig.model_validate({"train": train}).train)
+PANDALM = (
+    Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parents[4] / "shared/data")) / "pandalm/testset-v1.json.gz"
+)
 
 
-def rows_of(path: Path, **source: object) -> list:
-    return [row for _, row in read_rows(only_shard(str(path), **source))]
-
-
-def write_arrow_file(path: Path) -> None:
-    table = pa.Table.from_pylist(ROWS)
-    with pa.ipc.new_file(str(path), table.schema) as writer:
-        writer.write_table(table, max_chunksize=100)
-
-
-WRITERS = {
-    "a.jsonl": lambda p: p.write_bytes(LINES),
-    "crlf.jsonl": lambda p: p.write_bytes(LINES.replace(b"\n", b"\r\n")),
-    "bom.json": lambda p: p.write_bytes(b"\xef\xbb\xbf" + LINES),
-    "unended.jsonl": lambda p: p.write_bytes(LINES.rstrip()),
-    "blank-lines.jsonl": lambda p: p.write_bytes(LINES.replace(b"\n", b"\n\n  \n")),
-    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(LINES)),
-    "members.json.gz": lambda p: p.write_bytes(gzip.compress(LINES[:1000]) + gzip.compress(LINES[1000:])),
-    "a.jsonl.zst": lambda p: p.write_bytes(pa.compress(LINES, "zstd", asbytes=True)),
-    "frames.json.zst": lambda p: p.write_bytes(
-        b"".join(pa.compress(x, "zstd", asbytes=True) for x in (LINES[:999], LINES[999:]))
-    ),
-    "a.parquet": lambda p: pq.write_table(pa.Table.from_pylist(ROWS), p, row_group_size=70),
-    "file.arrow": write_arrow_file,
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", FILES)
 def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str):
-    WRITERS[name](tmp_path / name)
+    (tmp_path / name).write_bytes(FILES[name])
     assert rows_of(tmp_path / name) == ROWS
+
+
+def text_bytes(batch: list[tuple[int, Any]]) -> int:
+    return sum(len(text.encode()) for _, row in batch for text in row.values())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_batches_are_bounded_by_rows_and_by_bytes(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(FILES[name])
+    for max_rows, max_bytes in ((7, 1 << 20), (1000, 1500), (1, 1)):
+        batches = [
+            batch
+            for piece in pieces(only_shard(f"{tmp_path}/{name}"))
+            for batch in read_batches(piece, max_rows, max_bytes)
+        ]
+        assert [row for batch in batches for _, row in batch] == ROWS
+        assert [ordinal for batch in batches for ordinal, _ in batch] == list(range(len(ROWS)))
+        assert max(map(len, batches)) <= max_rows
+        if not name.endswith((".parquet", ".arrow")):  # there the size of a row is a mean
+            assert all(len(batch) == 1 or text_bytes(batch) <= 2 * max_bytes for batch in batches)
+
+
+def test_directory_of_mixed_kinds(tmp_path: Path):
+    for name in FILES:
+        (tmp_path / name).write_bytes(FILES[name])
+    (tmp_path / "dataset_info.json").write_text("{}")
+    shards = shards_of(str(tmp_path))
+    assert [s.name for s in shards] == sorted(FILES)
+    assert all(rows_in(s) == ROWS for s in shards)
+
+
+@pytest.mark.skipif(not PANDALM.exists(), reason="needs PandaLM's file")
+def test_a_published_json_list_is_read_as_it_is():
+    assert rows_of(PANDALM) == json.loads(gzip.decompress(PANDALM.read_bytes()))
 
 
 def test_nested_messages_of_parquet_are_read_without_the_other_columns(tmp_path: Path):
@@ -72,7 +79,7 @@ def test_saved_dataset_reads_its_data_files_alone(tmp_path: Path):
     (home / "cache-0123.arrow").write_bytes(b"left by a map() over the saved data set")
     shards = shards_of(str(home))
     assert [s.name for s in shards] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
-    assert [row for s in shards for _, row in read_rows(s)] == ROWS
+    assert [row for s in shards for row in rows_in(s)] == ROWS
 
 
 def test_saved_dataset_dict_asks_for_a_split(tmp_path: Path):
@@ -95,10 +102,41 @@ def test_globs_directories_and_lists_in_a_stable_order(tmp_path: Path):
     assert both == ["c.parquet", "a.jsonl"]
     mixed = shards_of([f"{tmp_path}/b.jsonl", "synthetic", "hub:someone/pairs"])
     assert [(s.index, s.name, s.kind) for s in mixed] == [
-        (0, "b.jsonl", "jsonl"),
+        (0, "b.jsonl", "json"),
         (1, "synthetic", "synthetic"),
         (2, "someone/pairs[train]", "hub"),
     ]
+
+
+def test_a_shard_knows_its_source_and_what_that_says_of_its_rows(tmp_path: Path):
+    for name in ("a.jsonl", "b.jsonl", "c.csv"):
+        (tmp_path / name).write_bytes(LINES)
+    sources = [
+        {"path": f"{tmp_path}/*.jsonl", "format": "scored", "columns": {"prompt": "q"}, "criteria": {"truth": 2.0}},
+        {"path": f"{tmp_path}/c.csv", "name": "mine"},
+        {"type": "synthetic", "pairs": 3, "name": "reviews"},
+    ]
+    shards = shards_of(sources)
+    assert [(s.index, s.source, s.name) for s in shards] == [
+        (0, 0, "a.jsonl"), (1, 0, "b.jsonl"), (2, 1, "mine"), (3, 2, "reviews")
+    ]  # fmt: skip
+    assert all((s.row_format, s.columns.prompt, s.criteria) == ("scored", "q", {"truth": 2.0}) for s in shards[:2])
+    assert [s.row_format for s in shards[2:]] == ["auto", "text"]
+
+
+@pytest.mark.parametrize("split", ["train", "eval", "eval_mine"])
+def test_synthetic_rows_of_every_split(split: str):
+    (shard,) = list_shards(split, DataConfig.model_validate({"train": {"type": "synthetic", "pairs": 5}}).train)
+    (train,) = list_shards("train", DataConfig.model_validate({"train": {"type": "synthetic", "pairs": 5}}).train)
+    assert len(rows_in(shard)) == 5
+    assert (rows_in(shard) == rows_in(train)) == (split == "train") == (shard_digest(shard) == shard_digest(train))
+
+
+def test_the_field_is_named_of_a_set_of_held_out_data():
+    sources = DataConfig.model_validate({"train": "gone.jsonl"}).train
+    with pytest.raises(ConfigError) as caught:
+        list_shards("eval_mine", sources)
+    assert caught.value.where == "data.eval.mine=gone.jsonl"
 
 
 def test_name_that_looks_like_a_glob_is_a_file_first(tmp_path: Path):
@@ -114,7 +152,7 @@ def test_what_matches_nothing_is_a_config_error(tmp_path: Path, path: str):
     assert caught.value.where == f"data.train={tmp_path / path}"
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl.xz", "rows"])
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.jsonl.xz", "rows.parquet.gz", "rows"])
 def test_unknown_suffix_is_a_config_error(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ConfigError, match="not a kind of file"):
@@ -131,7 +169,9 @@ def test_digest_follows_content_and_not_the_name(tmp_path: Path):
         (tmp_path / name).write_bytes(data)
     a, b, c = (shard_digest(only_shard(f"{tmp_path}/{n}.jsonl")) for n in "abc")
     assert a == b != c
-    hub = [{"type": "hub", "name": "x/y", "revision": r} for r in ("1" * 40, "2" * 40)]
+    (tmp_path / "a.csv").write_bytes(LINES)
+    assert shard_digest(only_shard(f"{tmp_path}/a.csv")) != a  # the same bytes, read otherwise
+    hub = [{"type": "hub", "path": "x/y", "revision": r} for r in ("1" * 40, "2" * 40)]
     assert len({shard_digest(s) for s in shards_of([*hub, *hub])}) == 2
 
 
@@ -141,3 +181,11 @@ def test_digest_of_a_vanished_file_is_a_config_error(tmp_path: Path):
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         shard_digest(shard)
+
+
+def test_local_data_set_of_the_hub_is_read_by_its_columns(tmp_path: Path):
+    pytest.importorskip("datasets")
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pa.Table.from_pylist([{**row, "id": 3} for row in ROWS]), tmp_path / "pairs/train-0.parquet")
+    (shard,) = shards_of({"type": "hub", "path": str(tmp_path / "pairs"), "split": "train[:300]"})
+    assert rows_in(shard) == ROWS[:300]

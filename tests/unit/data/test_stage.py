@@ -9,8 +9,10 @@ import pytest
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.data import DataConfig
-from dpo_ray.data.sources import list_shards
-from dpo_ray.data.stage import PrepareTask, prepare_shard, quarantine_examples
+from dpo_ray.data.merge import check_quarantined
+from dpo_ray.data.prepare import PrepareTask, prepare_piece
+from dpo_ray.data.samples import quarantine_examples
+from dpo_ray.data.sources import Piece, list_shards
 from dpo_ray.errors import DataError
 
 from .conftest import CHATML
@@ -27,10 +29,10 @@ def test_duplicates_in_a_part_across_parts_and_across_shards(prepare, jsonl):
     assert prepared.rows["train/rows_in"] == 8
     assert prepared.rows["train/duplicates"] == 4
     assert prepared.artifact.names("train/") == [
-        "train/00000-00000.parquet",
-        "train/00000-00001.parquet",
-        "train/00000-00002.parquet",
-        "train/00001-00000.parquet",
+        "train/00000-00000-00000.parquet",
+        "train/00000-00000-00001.parquet",
+        "train/00000-00000-00002.parquet",
+        "train/00001-00000-00000.parquet",
     ]
     assert [prepared.artifact.entry(n).rows for n in prepared.artifact.names("train/")] == [1, 1, 1, 1]
     assert [g["source"] for g in prepared.groups()] == ["a.jsonl"] * 3 + ["b.jsonl"]
@@ -42,56 +44,102 @@ def test_duplicates_in_a_part_across_parts_and_across_shards(prepare, jsonl):
 def test_part_of_duplicates_alone_is_not_listed(prepare, jsonl):
     path = jsonl(rows(0, 1), "a.jsonl")
     prepared = prepare([path, path])
-    assert prepared.artifact.names("train/") == ["train/00000-00000.parquet"]
+    assert prepared.artifact.names("train/") == ["train/00000-00000-00000.parquet"]
     assert prepared.rows["train/duplicates"] == 2
 
 
 def test_train_and_eval_are_told_apart(prepare, jsonl):
     path = jsonl(rows(0, 1, 1))
-    prepared = prepare(path, eval=path)
+    prepared = prepare(path, eval=path, rules={"leakage": "keep"})
     assert [prepared.rows[f"{s}/admitted"] for s in ("train", "eval")] == [2, 2]
     assert [g["group_id"] for g in prepared.groups("train")] == [g["group_id"] for g in prepared.groups("eval")]
 
 
-def test_reversed_preference_and_other_prompt_are_no_duplicates(prepare, jsonl):
+def test_a_preference_and_its_opposite_are_both_left_out(prepare, jsonl):
     one = rows(0)[0]
     swapped = {**one, "chosen": one["rejected"], "rejected": one["chosen"]}
-    assert prepare(jsonl([one, swapped, *rows(1)])).rows["train/duplicates"] == 0
+    path = jsonl([one, swapped, *rows(1)])
+    prepared = prepare(path)
+    assert prepared.rows["train/duplicates"] == 0
+    assert prepared.reasons() == ["CONFLICTING_PAIR"] * 2
+    assert len(prepare(path, rules={"conflicts": "keep"}).groups()) == 3
+
+
+def test_a_prompt_of_held_out_data_is_kept_out_of_training(prepare, jsonl):
+    held_out = [{**rows(1)[0], "chosen": " fine"}]  # another answer to the same prompt
+    prepared = prepare(jsonl(rows(0, 1, 2)), eval={"a": jsonl(held_out, "a.jsonl"), "b": jsonl(rows(7), "b.jsonl")})
+    assert prepared.reasons() == ["LEAKED_PROMPT"]
+    assert [q["ordinal"] for q in prepared.quarantined()] == [1]
+    assert [prepared.rows[f"{s}/admitted"] for s in ("train", "eval_a", "eval_b")] == [2, 1, 1]
+
+
+def test_weights_and_caps_mix_sources(prepare, jsonl):
+    a, b = jsonl(rows(*range(10)), "a.jsonl"), jsonl(rows(*range(10, 16)), "b.jsonl")
+    mixed = prepare([{"path": a, "weight": 2, "name": "first"}, {"path": b, "weight": 1, "max_groups": 4}])
+    accounts = mixed.artifact.manifest.figures["accounts"]
+    assert [(x["source"], x["admitted"], x["reasons"]) for x in accounts] == [
+        ("first", 8, {"OUTSIDE_MIXTURE": 2}),
+        ("b.jsonl", 4, {"OVER_CAP": 2}),
+    ]
+    assert {g["source"] for g in mixed.groups()} == {"first", "b.jsonl"}
+
+
+def test_a_new_shard_does_not_change_what_a_cap_takes_of_the_old(prepare, jsonl):
+    a, b = jsonl(rows(*range(20)), "a.jsonl"), jsonl(rows(*range(20, 40)), "b.jsonl")
+    before = prepare({"path": a, "max_groups": 5}).groups()
+    after = prepare({"path": [a, b], "max_groups": 5}).groups()
+    ids = sorted(g["group_id"] for g in after)
+    assert [g["group_id"] for g in after if g["source"] == "a.jsonl"] == [
+        g["group_id"] for g in before if g["group_id"] in ids
+    ]
+    assert len(ids) == 5
+
+
+def test_unsound_rows_over_the_limit_stop_and_rules_do_not_count(prepare, jsonl):
+    path = jsonl([b"x", *rows(*range(49)), *[{**rows(i)[0], "chosen": " bad"} for i in (90, 91)]])
+    tokens = prepare(path).artifact
+    with pytest.raises(DataError) as caught:
+        check_quarantined(tokens, 0.05)
+    assert caught.value.where == "data.train"
+    assert "3 of 52 rows (5.8%) are unsound, over the 5.0% that are allowed: 2 IDENTICAL_PAIR" in caught.value.what
+    check_quarantined(tokens, 3 / 52)
+    with pytest.raises(DataError, match=r"data\.eval\.one: 1 of 2 rows"):
+        check_quarantined(
+            prepare(jsonl(rows(*range(9))), eval={"one": jsonl([b"x", *rows(7)], "e.jsonl")}).artifact, 0.4
+        )
+
+
+def test_rows_that_rules_leave_out_are_not_unsound(prepare, jsonl):
+    long = {**rows(0)[0], "chosen": " good" * 200}
+    prepared = prepare(jsonl([long, *rows(1)]), truncation="drop", max_length_tokens=64)
+    assert prepared.reasons() == ["TOO_LONG"]
+    check_quarantined(prepared.artifact, 0.0)
 
 
 def test_preparing_again_writes_the_same_bytes(prepare, jsonl):
     path = jsonl([*rows(*range(20)), b"not JSON", *rows(3)])
     first, second = prepare(path, rows_per_part=6), prepare(path, rows_per_part=6)
     assert first.parts == second.parts
-    assert len(first.parts) == 4 + 1 + 1  # parts, one quarantine file, the account
+    assert len(first.parts) == 4 + 1  # parts, one quarantine file
 
 
 def test_task_pickles_and_repeats_over_its_own_files(tmp_path, builtin_dir, jsonl):
-    staging = ArtifactStore(Storage(tmp_path / "artifacts")).begin("prepare", "k", "test")
+    staging = ArtifactStore(Storage(tmp_path / "artifacts")).begin("shard", "k", "test")
     config = DataConfig.model_validate({"train": jsonl(rows(*range(5))), "rows_per_part": 2})
-    task = PrepareTask(builtin_dir, "plain", config, staging)
+    task = PrepareTask(builtin_dir, "plain", config)
     (shard,) = list_shards("train", config.train)
-    blocks = prepare_shard(shard, task)
-    next(blocks)  # a task that dies after its first part
-    blocks.close()
-    sent_shard, sent_task = pickle.loads(pickle.dumps((shard, task)))  # noqa: S301
-    tables = list(prepare_shard(sent_shard, sent_task))
-    assert [len(t) for t in tables] == [2, 2, 1]
-    assert len(set(map(lambda t: t.schema, tables))) == 1  # noqa: C417
-    assert len(staging.storage.file_sizes()) == 4
-
-
-def test_empty_shard_gives_a_block_with_the_schema(tmp_path, builtin_dir, jsonl):
-    staging = ArtifactStore(Storage(tmp_path / "artifacts")).begin("prepare", "k", "test")
-    config = DataConfig.model_validate({"train": [jsonl([], "a.jsonl"), jsonl(rows(0), "b.jsonl")]})
-    task = PrepareTask(builtin_dir, "plain", config, staging)
-    empty, full = ([*prepare_shard(s, task)] for s in list_shards("train", config.train))
-    assert [len(t) for t in empty] == [0]
-    assert empty[0].schema == full[0].schema
+    parts = prepare_piece(Piece(shard), staging, task)
+    first = next(parts)  # a task that dies after its first part
+    parts.close()
+    sent = pickle.loads(pickle.dumps((Piece(shard), staging, task)))  # noqa: S301
+    again = list(prepare_piece(*sent))
+    assert [p.groups for p in again] == [2, 2, 1]
+    assert again[0] == first
+    assert len(staging.storage.file_sizes()) == 3
 
 
 def test_nothing_admitted_lists_the_reasons(prepare, jsonl):
-    path = jsonl([b"x", b"y", {"prompt": "p"}])
+    path = jsonl([b"x", b"y", {"prompt": "p", "rejected": "r"}])
     with pytest.raises(DataError) as caught:
         prepare(path)
     assert caught.value.where == "data.train"
@@ -104,7 +152,7 @@ def test_nothing_admitted_lists_the_reasons(prepare, jsonl):
 
 
 def test_examples_for_the_report(prepare, jsonl):
-    prepared = prepare(jsonl([b"x", *rows(0), b"y", {"prompt": "p"}]), rows_per_part=2)
+    prepared = prepare(jsonl([b"x", *rows(0), b"y", {"prompt": "p", "rejected": "r"}]), rows_per_part=2)
     examples = quarantine_examples(prepared.artifact)
     assert {reason: [e["ordinal"] for e in es] for reason, es in examples.items()} == {
         "JSON_SYNTAX": [0],

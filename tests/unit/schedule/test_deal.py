@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -69,15 +71,17 @@ def test_the_step_is_the_same_whatever_the_world(numbers, budget) -> None:
 
 def test_weight_of_pairs() -> None:
     ids = tuple(np.array([1], np.int32) for _ in range(4))
-    group = Group(b"", ids[0], ids, np.array([2, 1, 1, 0], np.float32), weight=0.5)
-    assert pair_weight(group) == 0.5 * 5
+    ranked = Group(b"", ids[0], ids, np.array([2, 1, 1, 0], np.float32), weight=0.5)
+    assert pair_weight(ranked) == 0  # scores alone make no pairs
+    assert pair_weight(replace(ranked, chosen=np.array([0, 1, 0]), rejected=np.array([1, 3, 3]))) == 0.5 * 3
     assert pair_weight(Group(b"", ids[0], ids[:1], np.ones(1, np.float32))) == 0
 
 
 def check_layout(batch: MicroBatch, groups: list[Group]) -> None:
     """Check a packed row token by token against the layout of the contract."""
-    q, references, completion = 0, [], 0
+    q, references, completion, pairs = 0, [], 0, []
     for g, group in enumerate(groups):
+        pairs += [(completion + i, completion + j) for i, j in zip(group.chosen, group.rejected, strict=True)]
         for k, segment in enumerate((group.prompt_ids, *group.completion_ids)):
             for offset, token in enumerate(segment):
                 assert batch.input_ids[q] == token
@@ -92,6 +96,7 @@ def check_layout(batch: MicroBatch, groups: list[Group]) -> None:
                 completion += 1
     assert q == len(batch.input_ids) == sum(g.tokens for g in groups)
     assert completion == len(batch.scores)
+    assert list(zip(batch.chosen, batch.rejected, strict=True)) == pairs
     assert batch.reference_token_logps.tolist() == references
     assert batch.weight.tolist() == [g.weight for g in groups]
     assert batch.preference_probability.tolist() == [g.preference_probability for g in groups]
@@ -104,6 +109,7 @@ def test_layout_of_a_packed_row(numbers) -> None:
     batch = pack(groups)
     check_layout(batch, groups)
     integers = (batch.input_ids, batch.position_ids, batch.group_index, batch.completion_index)
+    integers += (batch.chosen, batch.rejected)
     assert all(a.dtype == np.int32 for a in integers)
     floats = (batch.scores, batch.reference_token_logps, batch.weight, batch.preference_probability)
     assert all(a.dtype == np.float32 for a in floats)
@@ -119,4 +125,5 @@ def test_groups_without_a_reference_get_zeros() -> None:
 
 def test_a_filler_is_one_pair_that_weighs_nothing() -> None:
     ids = np.zeros(1, np.int32)
-    check_layout(filler(), [Group(bytes(16), ids, (ids, ids), np.array([1, 0], np.float32), weight=0.0)])
+    best, scores = np.array([0]), np.array([1, 0], np.float32)
+    check_layout(filler(), [Group(bytes(16), ids, (ids, ids), scores, best, best + 1, weight=0.0)])

@@ -16,7 +16,7 @@ from dpo_ray.train.loop import Plan, train
 from dpo_ray.train.optimizer import build_optimizer
 from dpo_ray.train.sharding import shard
 
-from .making import GROUPS_PER_STEP, STEPS, make_config, make_policy, rank_steps
+from .making import GROUPS_PER_STEP, STEPS, heldout_sets, make_config, make_policy, rank_steps
 
 PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
 CONFIG = make_config(checkpoint_every_steps=4, eval_every_steps=3)
@@ -33,7 +33,7 @@ def train_rank(rank: int, world: int, place: str) -> None:
     progress = checkpoints.load_newest(policy, optimizer)
     rows: list[dict[str, float]] = []
     steps = rank_steps(world, rank)
-    train(policy, optimizer, steps, lambda: steps[:2], PLAN, CONFIG, checkpoints, progress, rows.append)
+    train(policy, optimizer, steps, heldout_sets(world, rank), PLAN, CONFIG, checkpoints, progress, rows.append)
     weights = gather_policy(policy, torch.float32)
     if rank == 0:
         (directory / "metrics.json").write_text(json.dumps(rows))

@@ -16,6 +16,7 @@ from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.build import Packing, pack_step
 from dpo_ray.schedule.micro_batch import Group, pack
 from dpo_ray.schedule.records import RankStep
+from dpo_ray.train.loop import Heldout
 
 LEARNING_RATE, STEPS, GROUPS_PER_STEP = 2e-3, 6, 4
 
@@ -45,6 +46,8 @@ def make_groups(count: int, seed: int = 0) -> list[Group]:
             prompt_ids=rng.integers(3, 700, rng.integers(1, 15), dtype=np.int32),
             completion_ids=tuple(rng.integers(3, 700, n, dtype=np.int32) for n in lengths),
             scores=np.array([1, 0] if number % 2 else [0, 1], np.float32),
+            chosen=np.array([0 if number % 2 else 1]),
+            rejected=np.array([1 if number % 2 else 0]),
             weight=[1.0, 0.5][number % 2],
         )
         groups.append(group)
@@ -64,12 +67,20 @@ def with_reference(groups: Sequence[Group]) -> list[Group]:
 
 def rank_steps(world: int, rank: int, tokens_per_micro_batch: int = 80) -> list[RankStep]:
     """Pack the same STEPS steps for a rank of a world."""
-    groups, steps = make_groups(STEPS * GROUPS_PER_STEP), []
-    for number in range(STEPS):
-        members = groups[number * GROUPS_PER_STEP : (number + 1) * GROUPS_PER_STEP]
-        weight, tokens, ranks = pack_step(members, Packing(world, tokens_per_micro_batch))
-        steps.append(RankStep(number, weight, tokens, tuple(ranks[rank])))
-    return steps
+    groups = make_groups(STEPS * GROUPS_PER_STEP)
+    members = [groups[n * GROUPS_PER_STEP : (n + 1) * GROUPS_PER_STEP] for n in range(STEPS)]
+    return [rank_step(n, step, world, rank, tokens_per_micro_batch) for n, step in enumerate(members)]
+
+
+def rank_step(number: int, groups: Sequence[Group], world: int, rank: int, tokens_per_micro_batch: int) -> RankStep:
+    weight, tokens, ranks = pack_step(groups, Packing(world, tokens_per_micro_batch))
+    return RankStep(number, weight, tokens, tuple(ranks[rank]))
+
+
+def heldout_sets(world: int, rank: int) -> Heldout:
+    """Hold out the first two steps, and as a second set a single pair: of two ranks, one has nothing of it."""
+    single = [rank_step(0, make_groups(1, seed=5), world, rank, 80)]
+    return {"eval_first": lambda: rank_steps(world, rank)[:2], "eval_single": lambda: single}
 
 
 def rows_of(groups: Sequence[Group]) -> PackedRows:

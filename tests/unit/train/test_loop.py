@@ -12,12 +12,21 @@ import torch
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import TrainError
-from dpo_ray.schedule.records import RankStep
 from dpo_ray.train.checkpoint import Checkpoints, Progress
 from dpo_ray.train.loop import HELDOUT, Plan, evaluate, heldout_table, train
 from dpo_ray.train.optimizer import build_optimizer, learning_rate_factor
+from dpo_ray.train.step import MEASURES
 
-from .making import GROUPS_PER_STEP, LEARNING_RATE, STEPS, make_config, make_policy, rank_steps, weights_of
+from .making import (
+    GROUPS_PER_STEP,
+    LEARNING_RATE,
+    STEPS,
+    heldout_sets,
+    make_config,
+    make_policy,
+    rank_steps,
+    weights_of,
+)
 
 PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
 CLOCK = ("seconds_per_step", "tokens_per_second")
@@ -40,7 +49,7 @@ class Run:
             self.policy,
             self.optimizer,
             steps,
-            lambda: rank_steps(1, 0)[:2],
+            {"eval": lambda: rank_steps(1, 0)[:2]},
             PLAN,
             CONFIG,
             self.checkpoints,
@@ -96,7 +105,7 @@ def test_a_failed_step_names_its_groups_and_is_in_no_checkpoint(tmp_path: Path) 
             run.policy,
             run.optimizer,
             steps,
-            list[RankStep],
+            {},
             PLAN,
             make_config(checkpoint_every_steps=1),
             run.checkpoints,
@@ -122,7 +131,7 @@ def test_evaluation_is_the_weighted_mean_of_the_table_without_fillers(tmp_path: 
     assert table.shape == (pairs, len(HELDOUT))
     assert policy.training
     column = dict(zip(HELDOUT, table.T.numpy(), strict=True))
-    means = evaluate(policy, shares, CONFIG, PLAN.device)
+    means = evaluate(policy, {"eval": lambda: shares}, CONFIG, PLAN.device)
     weight = column["weight"]
     assert set(weight) == {1.0, 0.5}
     expected = {
@@ -136,3 +145,25 @@ def test_evaluation_is_the_weighted_mean_of_the_table_without_fillers(tmp_path: 
     np.testing.assert_allclose(
         column["reward_chosen"], beta * (column["logp_chosen"] - column["reference_chosen"]), atol=1e-6
     )
+
+
+def test_named_sets_are_measured_apart_and_together() -> None:
+    policy, sets = make_policy(), heldout_sets(1, 0)
+    means = evaluate(policy, sets, CONFIG, PLAN.device)
+    together = [share for read in sets.values() for share in read()]
+    pooled = evaluate(policy, {"eval": lambda: together}, CONFIG, PLAN.device)
+    assert pooled.keys() == {f"eval_{name}" for name in MEASURES}
+    assert {n: means[n] for n in pooled} == pytest.approx(pooled, rel=1e-9)
+    alone = {name: evaluate(policy, {"eval": read}, CONFIG, PLAN.device) for name, read in sets.items()}
+    for name, expected in alone.items():
+        assert {n: means[f"{name}_{n}"] for n in MEASURES} == {n: expected[f"eval_{n}"] for n in MEASURES}
+    assert len(means) == 3 * len(MEASURES)
+    assert alone["eval_first"]["eval_loss"] != alone["eval_single"]["eval_loss"]
+
+
+def test_without_held_out_groups_nothing_is_evaluated(tmp_path: Path) -> None:
+    run = Run(tmp_path, "a-1")  # its configuration asks for evaluation every two steps
+    steps = rank_steps(1, 0)[:2]
+    train(run.policy, run.optimizer, steps, {}, PLAN, CONFIG, run.checkpoints, run.progress, run.reported.append)
+    assert len(run.reported) == 2
+    assert not any(name.startswith("eval_") for row in run.reported for name in row)

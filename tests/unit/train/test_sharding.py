@@ -18,9 +18,10 @@ from dpo_ray.train.loop import train
 from dpo_ray.train.optimizer import build_optimizer
 
 from .fsdp_process import CONFIG, PLAN, train_rank
-from .making import STEPS, distance, make_policy, rank_steps
+from .making import STEPS, distance, heldout_sets, make_policy, rank_steps
 
-NAMES = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "learning_rate", "num_tokens", "eval_loss")
+NAMES = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "learning_rate", "num_tokens")
+NAMES += ("eval_loss", "eval_first_loss", "eval_single_loss", "eval_single_rewards/accuracies")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def one_process(place: Path, attempt: str) -> tuple[Progress, list[dict[str, flo
     began, rows = checkpoints.load_newest(policy, optimizer), []
     steps = rank_steps(1, 0)
     left = steps[began.step :]
-    train(policy, optimizer, left, lambda: steps[:2], PLAN, CONFIG, checkpoints, began, rows.append)
+    train(policy, optimizer, left, heldout_sets(1, 0), PLAN, CONFIG, checkpoints, began, rows.append)
     return began, rows, gather_policy(policy, torch.float32)
 
 

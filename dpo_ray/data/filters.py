@@ -1,0 +1,198 @@
+"""The user's own filters: functions that say of each row whether it stays."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_ray.errors import ConfigError
+
+from .admission import Rejected, sample_of
+from .groups import TextGroup
+
+WHERE = "data.rules.filters"
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """A module as it was read on the driver."""
+
+    name: str
+    file: str
+    directory: str  # where the recipe was run
+    text: str
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A function of the user's, called as `function(prompt, completions)` for each row.
+
+    Pickled, it carries the source of its module, so that workers on other nodes need no file: there the module is
+    executed once a process, as an import would. What the module itself imports must be found there: installed, or in the
+    driver's directory where that is shared.
+    """
+
+    name: str  # module:function
+    function: Callable[[Any, list[str]], Any]
+    digest: str  # of the name and the module's source: another filter makes other artifacts
+    module: ModuleSource | None  # None where it is of an installed package, which workers import
+
+    def __reduce__(self):
+        return _restored, (self.name, self.digest, self.module)
+
+
+def load_filters(names: Sequence[str]) -> tuple[Filter, ...]:
+    r"""Find the functions that a recipe names as `module:function`; modules of the current directory are found, too.
+
+    A file `my_filters.py` beside the recipe:
+
+        import re
+        from functools import cache
+
+        def no_urls(prompt, completions):
+            return not any(re.search(r"https?://", text) for text in completions)
+
+        @cache
+        def _model():
+            import fasttext
+            return fasttext.load_model("/models/lid.176.ftz")
+
+        def english(prompt, completions):
+            (label,), _ = _model().predict(completions[0].replace("\n", " "))
+            return label == "__label__en" or f"language: {label.removeprefix('__label__')}"
+
+    and in the recipe:
+
+        data:
+          rules:
+            filters: [my_filters:no_urls, my_filters:english]
+
+    Raises:
+        ConfigError: a module cannot be imported, or has no such function.
+    """
+    return tuple(_load(name) for name in names)
+
+
+def rejected_by(group: TextGroup, filters: Sequence[Filter]) -> Rejected | None:
+    """Return why the first filter that does not keep the row leaves it out; None where all keep it.
+
+    A filter is given the prompt (text, or a list of messages) and the list of completions (text), best first. It
+    returns True to keep the row; False, or a text that says why, to leave it out.
+
+    Raises:
+        ConfigError: a filter failed, or returned something else. That is no fault of the row's.
+    """
+    for each in filters:
+        # Copies: a filter that changes what it is given must not change the row.
+        prompt = group.prompt if isinstance(group.prompt, str) else [dict(message) for message in group.prompt]
+        completions = [c if isinstance(c, str) else str(c.get("content") or "") for c in group.completions]
+        try:
+            verdict = each.function(prompt, completions)
+        except Exception as error:  # whatever the user's code may raise
+            raise _failed(each, f"raised {type(error).__name__}: {error}", group) from error
+        if isinstance(verdict, str):
+            return Rejected("FILTERED", verdict or each.name)
+        if not isinstance(verdict, bool | np.bool_):
+            raise _failed(each, f"returned {type(verdict).__name__}, not True, False or text", group)
+        if not verdict:
+            return Rejected("FILTERED", each.name)
+    return None
+
+
+def _failed(each: Filter, what: str, group: TextGroup) -> ConfigError:
+    row = sample_of({"prompt": group.prompt, "completions": group.completions})
+    return ConfigError(
+        f"`{each.name}` {what}; the row: {row}",
+        where=WHERE,
+        fix="let it return True to keep a row, and False or a text that says why to leave it out",
+    )
+
+
+def _load(name: str) -> Filter:
+    module_name = name.split(":")[0]
+    try:
+        with _importable(os.getcwd()):
+            importlib.invalidate_caches()  # the file may be newer than what Python remembers of its directory
+            spec = importlib.util.find_spec(module_name)
+        if spec is None:
+            raise ModuleNotFoundError(f"no module {module_name!r} is here or installed")
+        content = Path(spec.origin).read_bytes() if spec.has_location and spec.origin else b""
+        module = None
+        if spec.has_location and spec.origin and not _is_installed(Path(spec.origin)):
+            text = importlib.util.decode_source(content)
+            module = ModuleSource(module_name, os.path.abspath(spec.origin), os.getcwd(), text)
+        digest = hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
+        function = _function(name, module)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise ConfigError(
+            f"`{name}` cannot be imported: {type(error).__name__}: {error}",
+            where=WHERE,
+            fix=f"name it as module:function; put the module into this directory ({os.getcwd()}) or install it",
+        ) from error
+    return Filter(name, function, digest, module)
+
+
+def _restored(name: str, digest: str, module: ModuleSource | None) -> Filter:
+    try:
+        return Filter(name, _function(name, module), digest, module)
+    except Exception as error:
+        raise ConfigError(
+            f"`{name}` cannot be imported on a worker: {type(error).__name__}: {error}",
+            where=WHERE,
+            fix="write the filter in one file, and install what it imports on every node",
+        ) from error
+
+
+def _function(name: str, module: ModuleSource | None) -> Callable[[Any, list[str]], Any]:
+    module_name, function_name = name.split(":")
+    function = getattr(_executed(module) if module else importlib.import_module(module_name), function_name)
+    if not callable(function):
+        raise TypeError(f"{function_name!r} is {type(function).__name__}, not a function")
+    return function
+
+
+@functools.cache
+def _executed(source: ModuleSource) -> types.ModuleType:
+    """Make a module of its source. The driver does so, too: what runs there is what the digest is of."""
+    spec = importlib.util.spec_from_file_location(source.name, source.file)
+    assert spec is not None  # noqa: S101 - of a name that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(source.name)
+    sys.modules[source.name] = module  # dataclasses look for their module there
+    try:
+        with _importable(source.directory):
+            code = compile(source.text, source.file, "exec", dont_inherit=True)
+            exec(code, vars(module))  # noqa: S102 - the user asks for their own code
+    finally:
+        sys.modules.pop(source.name, None)
+        if before is not None:
+            sys.modules[source.name] = before
+    return module
+
+
+def _is_installed(file: Path) -> bool:
+    """Tell whether a module belongs to Python or to a package of its environment, which workers have as well."""
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    return any(file.resolve().is_relative_to(Path(sysconfig.get_path(kind)).resolve()) for kind in kinds)
+
+
+@contextmanager
+def _importable(directory: str) -> Iterator[None]:
+    sys.path.insert(0, directory)
+    try:
+        yield
+    finally:
+        sys.path.remove(directory)

@@ -1,0 +1,41 @@
+"""Transcripts: text with turns of a human and an assistant, as HH-RLHF and Nectar have them.
+
+HH-RLHF: github.com/anthropics/hh-rlhf, README.md. Nectar: the card of huggingface.co/datasets/berkeley-nest/Nectar.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dpo_ray.data.groups import Conversation, TextGroup
+
+from .soundness import require
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # white space at the very beginning is often stripped
+
+
+def hh_pair(chosen: str, rejected: str) -> TextGroup:
+    """Split two dialogues at the last turn of the assistant; everything before is the prompt."""
+    cuts = [text.rfind(ASSISTANT) for text in (chosen, rejected)]
+    require(min(cuts) >= 0, "LAST_TURN_NOT_ASSISTANT", "no turn of the assistant")
+    for text, cut, name in ((chosen, cuts[0], "chosen"), (rejected, cuts[1], "rejected")):
+        require(HUMAN not in text[cut:], "LAST_TURN_NOT_ASSISTANT", f"`{name}` ends with a turn of the human")
+    prompts = [text[: cut + len(ASSISTANT)] for text, cut in zip((chosen, rejected), cuts, strict=True)]
+    require(prompts[0] == prompts[1], "PROMPT_MISMATCH", "the dialogues differ before their last turn")
+    answers = chosen[len(prompts[0]) :], rejected[len(prompts[0]) :]
+    return TextGroup(prompts[0], answers, (1.0, 0.0), messages=turns_of(prompts[0]))
+
+
+def is_transcript(prompt: str) -> bool:
+    """Tell a prompt that begins with a turn of the human and ends where the assistant's begins."""
+    return prompt.lstrip().startswith("Human:") and prompt.rstrip().endswith(ASSISTANT)
+
+
+def turns_of(prompt: str) -> Conversation:
+    """Split at the turns; what stands before the first is the system's."""
+    before, *pieces = _TURN.split(prompt.rstrip().removesuffix(ASSISTANT))
+    turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):
+        turns.append({"role": "user" if speaker == "Human" else "assistant", "content": text.strip()})
+    return tuple(turns)

@@ -1,0 +1,86 @@
+"""Chosen and rejected: TRL's preference types, which OpenRLHF and most data sets of pairs have too.
+
+TRL: docs/source/dataset_formats.md, "Preference". OpenRLHF: openrlhf/datasets/reward_dataset.py, with prompt_key,
+chosen_key and rejected_key. NeMo-RL's BinaryPreferenceDataset is `text`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_ray.config.sources import RowFormat
+from dpo_ray.data.groups import Conversation, TextGroup
+
+from .fields import Fields
+from .hh import hh_pair
+from .messages import answer, conversation, last_turn, prompt_of, user_turn, with_system
+from .soundness import require, sound_text
+
+
+def pair(fields: Fields, row_format: RowFormat) -> TextGroup:
+    """Read a row with chosen and rejected by one of TRL's formats, or HH-RLHF's."""
+    chosen, rejected = both(fields)
+    match row_format:
+        case "text":
+            prompt = sound_text(fields.need("prompt", "MISSING_PROMPT"), fields.column("prompt"))
+            answers = sound_text(chosen, "chosen"), sound_text(rejected, "rejected")
+            return TextGroup(with_system(prompt, fields), answers, (1.0, 0.0))
+        case "messages":
+            prompt = conversation(fields.need("prompt", "MISSING_PROMPT"), "prompt")
+            return preference(prompt, chosen, rejected, fields)
+        case "implicit_messages":  # a table has every column in every row: a null prompt is none
+            return _implicit_messages(fields.get("prompt"), chosen, rejected, fields)
+        case "hh":
+            return hh_pair(sound_text(chosen, "chosen"), sound_text(rejected, "rejected"))
+        case _:
+            return _implicit_text(sound_text(chosen, "chosen"), sound_text(rejected, "rejected"))
+
+
+def both(fields: Fields) -> tuple[Any, Any]:
+    """Return chosen and rejected as the row has them."""
+    return fields.need("chosen", "MISSING_CHOSEN"), fields.need("rejected", "MISSING_REJECTED")
+
+
+def explicit_pair(fields: Fields) -> TextGroup:
+    """Read a row with a prompt of any kind, and two answers of any kind."""
+    chosen, rejected = both(fields)
+    return preference(prompt_of(fields), chosen, rejected, fields)
+
+
+def preference(prompt: str | Conversation, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
+    """Put a prompt and two answers together; the prompt may be repeated at the beginning of both."""
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        return TextGroup(prompt, (sound_text(chosen, "chosen"), sound_text(rejected, "rejected")), (1.0, 0.0))
+    if isinstance(prompt, str):
+        return _implicit_messages(prompt, chosen, rejected, fields)
+    whole = [conversation(v, n) for v, n in ((chosen, "chosen"), (rejected, "rejected")) if isinstance(v, list | tuple)]
+    if prompt and whole and all(turns[: len(prompt)] == prompt for turns in whole):  # as UltraFeedback has it
+        return _implicit_messages(None, chosen, rejected, fields)
+    answers = answer(chosen, "chosen"), answer(rejected, "rejected")
+    return TextGroup(with_system(prompt, fields), answers, (1.0, 0.0))
+
+
+def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
+    """Take the turns that two conversations share as the prompt; or of two single answers, the prompt's text."""
+    chosen, rejected = ([v] if isinstance(v, Mapping) else v for v in (chosen, rejected))
+    turns = conversation(chosen, "chosen"), conversation(rejected, "rejected")
+    answers = last_turn(turns[0], "chosen"), last_turn(turns[1], "rejected")
+    shared = turns[0][:-1]
+    if isinstance(prompt, str) and len(turns[0]) == len(turns[1]) == 1:
+        shared = user_turn(sound_text(prompt, "prompt"))
+    else:
+        require(shared == turns[1][:-1], "PROMPT_MISMATCH", "chosen and rejected differ before their last turn")
+        require(bool(shared), "MISSING_PROMPT", "chosen and rejected hold a single message each")
+    return TextGroup(with_system(shared, fields), answers, (1.0, 0.0))
+
+
+def _implicit_text(chosen: str, rejected: str) -> TextGroup:
+    """Take the longest common beginning as the prompt, cut back to the last white space so that no word is split."""
+    shared = os.path.commonprefix([chosen, rejected])
+    if len(shared) < max(len(chosen), len(rejected)):
+        shared = shared[: max(shared.rfind(c) for c in " \n\t") + 1].rstrip()
+    require(bool(shared.strip()) or chosen == rejected, "PROMPT_MISMATCH", "chosen and rejected share no beginning")
+    answers = chosen[len(shared) :], rejected[len(shared) :]
+    return TextGroup(shared, answers, (1.0, 0.0), messages=user_turn(shared))

@@ -1,0 +1,111 @@
+"""From a row to a preference group: read by its format, and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dpo_ray.config.sources import Columns, RowFormat
+from dpo_ray.data.admission import Rejected
+from dpo_ray.data.groups import Message, TextGroup
+
+from .fields import Fields, fields_of
+from .layouts import alpaca, sharegpt
+from .messages import check_alternation
+from .pairs import explicit_pair, pair
+from .recognise import recognise
+from .scored import scored
+from .soundness import require, sound_value
+from .unpaired import unpaired
+from .verdicts import verdicts
+
+
+def text_group(
+    row: Mapping[str, Any], row_format: RowFormat, columns: Columns, criteria: Mapping[str, float]
+) -> TextGroup:
+    """Read one row: its completions in its own order, with its scores, label or verdicts as they are given.
+
+    Args:
+        row_format: how to read it; `auto` recognises it by its columns.
+        columns: the recipe's names of columns, where they are not the format's.
+        criteria: weights of several ratings in the score; empty for the overall score.
+
+    Raises:
+        Rejected: with the reason that fits best; the row is then quarantined.
+    """
+    if row_format == "auto":
+        row_format = recognise(row, columns)
+    fields = fields_of(row, row_format, columns)
+    group = _read(fields, row_format, criteria)
+    _check(group)
+    return _with_template_variables(group, fields)
+
+
+def _read(fields: Fields, row_format: RowFormat, criteria: Mapping[str, float]) -> TextGroup:
+    match row_format:
+        case "unpaired":
+            return unpaired(fields)
+        case "scored" | "nemo":
+            return scored(fields, criteria)
+        case "verdicts":
+            return verdicts(fields)
+        case "alpaca":
+            return alpaca(fields)
+        case "sharegpt":
+            return sharegpt(fields)
+        case "axolotl":
+            return explicit_pair(fields)
+        case _:
+            return pair(fields, row_format)
+
+
+def _check(group: TextGroup) -> None:
+    completions = group.completions
+    if any(a == b for i, a in enumerate(completions) for b in completions[i + 1 :]):
+        raise Rejected("IDENTICAL_PAIR")
+    reasons = ("EMPTY_CHOSEN", "EMPTY_REJECTED") if group.chosen else ("EMPTY_COMPLETION",) * len(completions)
+    for completion, reason in zip(completions, reasons, strict=True):
+        require(_says_something(completion), reason, "no text but white space")
+    turns = group.prompt if group.messages is None else group.messages
+    spoken = _says_something(turns) if isinstance(turns, str) else any(map(_says_something, turns))
+    require(spoken, "EMPTY_PROMPT", "no text but white space")
+    if not isinstance(turns, str):
+        check_alternation(turns)
+
+
+def _says_something(turn: str | Message) -> bool:
+    if isinstance(turn, str):
+        return bool(turn.strip())
+    return bool(turn["content"].strip() or turn.get("tool_calls"))
+
+
+def _with_template_variables(group: TextGroup, fields: Fields) -> TextGroup:
+    tools, variables = _decoded(fields, "tools"), _decoded(fields, "chat_template_kwargs")
+    if not tools and not variables:
+        return group
+    listed = isinstance(tools or [], list | tuple) and all(isinstance(tool, Mapping) for tool in tools or [])
+    require(listed, "BAD_TOOLS", "the tools are not a list of objects")
+    require(isinstance(variables or {}, Mapping), "BAD_TOOLS", "the template's variables are no mapping")
+    sound = sound_value(list(tools or ()), "tools", "BAD_TOOLS")
+    variables = sound_value(variables or {}, "chat_template_kwargs", "BAD_TOOLS")
+    return replace(group, tools=tuple(map(_schema, sound)) or None, template_kwargs=variables)
+
+
+def _decoded(fields: Fields, role: str) -> Any:
+    """Return a list or mapping that the row holds, as it is or as JSON text, in whole or item by item."""
+    value = fields.get(role)
+    items = value if isinstance(value, list | tuple) else None
+    try:
+        if items is not None:
+            return [json.loads(item) if isinstance(item, str) else item for item in items]
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError) as error:
+        raise Rejected("BAD_TOOLS", f"`{fields.column(role)}` is not JSON: {error}"[:200]) from None
+
+
+def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give a bare function, as LLaMA-Factory has it, the form that chat templates expect."""
+    bare = "name" in tool and not {"type", "function"} & tool.keys()
+    return {"type": "function", "function": tool} if bare else tool

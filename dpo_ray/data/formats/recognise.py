@@ -1,0 +1,116 @@
+"""Which format a row has: told from the columns that it has and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_ray.config.sources import Columns, RowFormat
+from dpo_ray.data.admission import DETAIL_CHARACTERS, Rejected
+
+from .fields import NAMES, fields_of
+from .hh import ASSISTANT
+
+PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
+
+
+def recognise(row: Mapping[str, Any], columns: Columns) -> RowFormat:
+    """Name the format of a row. Null columns say nothing, as a table has every column in every row, unless all are.
+
+    Raises:
+        Rejected: UNKNOWN_FORMAT.
+    """
+    given = {name: value for name, value in row.items() if value is not None}
+    found = _layout(given, row, columns) or _layout(row, row, columns) or _meant(columns)
+    if found is None:
+        raise Rejected("UNKNOWN_FORMAT", f"the row has: {', '.join(map(str, row))}"[:DETAIL_CHARACTERS])
+    return found
+
+
+def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) -> RowFormat | None:
+    def has(row_format: RowFormat, role: str) -> bool:
+        fields = fields_of(given, row_format, columns)
+        if role == "annotators":  # one who gave no verdict is null
+            return any(name in given for name in fields.spread(role))
+        spread = fields.spread(role) if role == "completions" else ()
+        return all(name in given for name in spread or (fields.column(role),))
+
+    if has("axolotl", "chosen") or has("axolotl", "rejected"):
+        return _pair(given, row, columns)
+    if has("sharegpt", "label"):
+        if "conversations" in given:
+            return "sharegpt"
+        if has("unpaired", "completion"):
+            return "unpaired"
+        if isinstance(given.get("messages"), list | tuple):
+            return "sharegpt"
+        if has("alpaca", "completion") and has("alpaca", "prompt"):
+            return "alpaca"
+    if has("verdicts", "completions") and has("verdicts", "annotators"):
+        return "verdicts"
+    if has("scored", "completions"):
+        return "nemo" if _is_nemo(given) else "scored"
+    return None
+
+
+def _pair(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) -> RowFormat:
+    """Tell the layouts with chosen and rejected apart by where the prompt is, and by what is a list."""
+    fields = fields_of(given, "axolotl", columns)
+    chosen, rejected = fields.get("chosen"), fields.get("rejected")
+    prompt = columns.prompt or next((name for name in PROMPTS if name in given), None)
+    if prompt not in (columns.prompt, "prompt") and (_is_conversation(chosen) or _is_dialogue(chosen)):
+        prompt = None  # chosen holds the prompt, and the column tells something else
+    argilla = {"chosen_response", "rejected_response"} & {fields.column("chosen"), fields.column("rejected")}
+    match prompt:
+        case "conversations":
+            return "sharegpt"
+        case "messages":
+            return "axolotl"
+        case "instruction":
+            return "axolotl" if argilla else "alpaca"
+        case "question" | "input":
+            return "axolotl"
+    if columns.input or columns.history:
+        return "alpaca"
+    name = columns.prompt or "prompt"
+    if argilla and name in given:
+        return "axolotl"
+    return _trl(given.get(name), name in row, chosen, rejected)
+
+
+def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> RowFormat:
+    if has_prompt and prompt is None:
+        return "text"  # which says that it is null
+    if isinstance(prompt, list | tuple):
+        return "messages"
+    if any(isinstance(value, list | tuple | Mapping) for value in (chosen, rejected)):
+        return "implicit_messages"
+    if prompt is not None:
+        return "text"
+    return "hh" if isinstance(chosen, str) and ASSISTANT in chosen else "implicit_text"
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 1
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and ASSISTANT in value
+
+
+def _is_nemo(given: Mapping[str, Any]) -> bool:
+    (prompt,), (completions,) = NAMES["nemo"]["prompt"], NAMES["nemo"]["completions"]
+    items = given.get(completions)
+    nested = isinstance(items, list | tuple) and all(isinstance(i, Mapping) and "completion" in i for i in items)
+    return nested and prompt in given and not {"prompt", "instruction"} & given.keys()
+
+
+def _meant(columns: Columns) -> RowFormat | None:
+    """Take the format that the recipe's columns speak of, so that the row's fault is that it lacks them."""
+    if columns.chosen or columns.rejected:
+        return "text"
+    if columns.completion or columns.label:
+        return "unpaired"
+    if columns.annotators:
+        return "verdicts"
+    return "scored" if columns.completions else None

@@ -1,0 +1,128 @@
+"""Lists of completions with scores or ranks.
+
+UltraFeedback: github.com/OpenBMB/UltraFeedback, README.md, "Dataset Format". Nectar: the card of
+huggingface.co/datasets/berkeley-nest/Nectar. NeMo-RL: docs/guides/dpo.md, "Datasets" (the lowest rank is preferred).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_ray.data.admission import Rejected
+from dpo_ray.data.groups import Message, TextGroup
+
+from .fields import Fields
+from .hh import is_transcript, turns_of
+from .messages import answer, prompt_of
+from .soundness import require
+
+TEXTS = ("response", "answer", "completion", "text")
+SCORES = ("overall_score", "fine-grained_score", "score", "rating")
+RANKS = ("rank",)
+RATINGS = ("annotations", "ratings", "scores")
+"""Names within a completion: of its text; of its score and of its rank; and of what holds several ratings."""
+
+LARGEST = 3.4e38  # of float32, in which scores are stored
+
+
+def scored(fields: Fields, criteria: Mapping[str, float]) -> TextGroup:
+    """Read a prompt, its completions in the order of the row, and their scores as given; ranks count down to 0.
+
+    Args:
+        criteria: weights of ratings, whose weighted mean is the score; empty for the row's own score.
+    """
+    items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
+    require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
+    require(len(items) > 1, "MISSING_COMPLETION", f"{len(items)} completion(s); a preference needs two")
+    completions = tuple(_completion(item, i) for i, item in enumerate(items))
+    scores = tuple(_weighted(item, i, criteria) for i, item in enumerate(items)) if criteria else _scores(fields, items)
+    # Models often give the same short answer: of a list the first of those counts, since no preference lies between them.
+    first = [i for i, completion in enumerate(completions) if completion not in completions[:i]]
+    require(len(first) > 1, "IDENTICAL_PAIR", f"all {len(completions)} completions are the same")
+    return _with_prompt(fields, tuple(completions[i] for i in first), tuple(scores[i] for i in first))
+
+
+def _with_prompt(fields: Fields, completions: tuple[str | Message, ...], scores: tuple[float, ...]) -> TextGroup:
+    prompt = prompt_of(fields)
+    if not isinstance(prompt, str) or not is_transcript(prompt) or not all(isinstance(c, str) for c in completions):
+        return TextGroup(prompt, completions, scores, chosen=(), rejected=())
+    # As in HH-RLHF, white space before an answer goes with it: it is one token with the first word.
+    text = prompt.rstrip()
+    spaced = tuple(prompt[len(text) :] + str(c) for c in completions)
+    return TextGroup(text, spaced, scores, chosen=(), rejected=(), messages=turns_of(text))
+
+
+def _completion(item: Any, i: int) -> str | Message:
+    where = f"completion {i}"
+    if isinstance(item, Mapping) and "role" not in item and "from" not in item:
+        name = next((t for t in TEXTS if t in item), None)
+        if name is None:
+            raise Rejected("MISSING_COMPLETION", f"{where} has none of {', '.join(TEXTS)}")
+        item = item[name]
+    require(item is not None, "NULL_FIELD", f"{where} is null")
+    return answer(item, "completion")
+
+
+def _scores(fields: Fields, items: Sequence[Any]) -> tuple[float, ...]:
+    """Find the scores: where the recipe says; beside the completions; or within them, by the first name that all have."""
+    if (beside := fields.several("scores", "BAD_SCORE")) is not None:
+        return _beside(beside, items)
+    for role, signed in (("scores", 1), ("ranks", -1)):
+        if (beside := fields.get(role)) is not None:
+            return _best_highest(_beside(beside, items), signed)
+    own = ((fields.columns.scores,), 1), ((fields.columns.ranks,), -1), (SCORES, 1), (RANKS, -1)
+    for names, signed in own:
+        for name in (n for n in names if isinstance(n, str)):
+            values = [_number(item.get(name)) if isinstance(item, Mapping) else None for item in items]
+            if None not in values:
+                return _best_highest(tuple(v for v in values if v is not None), signed)
+    raise Rejected("BAD_SCORE", f"no score or rank that all {len(items)} completions have as a finite number")
+
+
+def _beside(values: Any, items: Sequence[Any]) -> tuple[float, ...]:
+    require(isinstance(values, list | tuple), "WRONG_TYPE", "the scores are not a list")
+    short = len(items) < len(values)
+    require(not short, "MISSING_COMPLETION", f"{len(items)} completions have {len(values)} scores")
+    require(len(items) == len(values), "BAD_SCORE", f"{len(items)} completions have {len(values)} scores")
+    return tuple(_need_number(value, f"score {i}") for i, value in enumerate(values))
+
+
+def _best_highest(values: tuple[float, ...], signed: int) -> tuple[float, ...]:
+    """Turn ranks, of which the lowest is best, into scores: 0 for the last, one more for each rank above it."""
+    return values if signed == 1 else tuple(max(values) - v for v in values)
+
+
+def _weighted(item: Any, i: int, criteria: Mapping[str, float]) -> float:
+    """Take the weighted mean of a completion's ratings; of one that has no number ("N/A") the others count alone."""
+    require(isinstance(item, Mapping), "BAD_SCORE", f"completion {i} has no ratings")
+    ratings = next((item[name] for name in RATINGS if isinstance(item.get(name), Mapping)), item)
+    absent = sorted(criteria.keys() - ratings.keys())
+    require(not absent, "BAD_SCORE", f"completion {i} has no `{', '.join(absent)}`")
+    found = {name: _number(_rating(ratings[name])) for name in criteria}
+    known = {name: value for name, value in found.items() if value is not None}
+    require(bool(known), "BAD_SCORE", f"completion {i}: none of {', '.join(criteria)} is a number")
+    return sum(criteria[n] * v for n, v in known.items()) / sum(criteria[n] for n in known)
+
+
+def _rating(value: Any) -> Any:
+    return value.get("Rating", value.get("rating")) if isinstance(value, Mapping) else value
+
+
+def _need_number(value: Any, where: str) -> float:
+    number = _number(value)
+    if number is None:
+        raise Rejected("BAD_SCORE", f"{where} is {value!r}"[:200])
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number, also given as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and abs(number) < LARGEST else None

@@ -1,0 +1,52 @@
+"""Text and nested values that a template and a tokenizer can take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_ray.data.admission import Rejected
+
+DEEPEST = 64
+_CONTROL = bytes(c for c in (*range(32), 127) if chr(c) not in "\t\n\r")
+
+
+def require(condition: bool, reason: str, detail: str) -> None:
+    """Reject the row unless the condition holds."""
+    if not condition:
+        raise Rejected(reason, detail)
+
+
+def sound_text(value: Any, name: str) -> str:
+    """Return the value if it is text that a tokenizer can read.
+
+    Raises:
+        Rejected: WRONG_TYPE, INVALID_UTF8 (a lone surrogate) or CONTROL_CHARS (C0 but tab and line ends, and DEL).
+    """
+    if not isinstance(value, str):
+        raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not text")
+    try:
+        encoded = value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Rejected("INVALID_UTF8", f"`{name}` holds a lone surrogate at character {error.start}") from None
+    if len(encoded.translate(None, _CONTROL)) != len(encoded):  # in UTF-8 these bytes are nothing but the characters
+        found = next(byte for byte in encoded if byte in _CONTROL)
+        raise Rejected("CONTROL_CHARS", f"`{name}` holds U+{found:04X}")
+    return value
+
+
+def sound_value(value: Any, name: str, reason: str, depth: int = 0) -> Any:
+    """Return what a message or a tool holds beside text, without nulls: a table gives each object the fields of all.
+
+    Raises:
+        Rejected: as of `sound_text`, for text within it; `reason` where it is nested deeper than anything sound is.
+    """
+    require(depth < DEEPEST, reason, f"`{name}` is nested deeper than {DEEPEST} levels")
+    if isinstance(value, str):
+        return sound_text(value, name)
+    if isinstance(value, Mapping):
+        entries = ((k, v) for k, v in value.items() if v is not None)
+        return {sound_text(k, name): sound_value(v, name, reason, depth + 1) for k, v in entries}
+    if isinstance(value, list | tuple):
+        return [sound_value(item, name, reason, depth + 1) for item in value]
+    return value

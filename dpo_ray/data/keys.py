@@ -1,0 +1,73 @@
+"""What the content of prepared data depends on: of one shard, and of the tokens artifact."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_ray.artifacts.digest import artifact_key, digest
+from dpo_ray.config.data import DataConfig
+
+from .filters import Filter
+from .near_duplicates import MINHASH_VERSION
+from .sources import Shard, shard_digest
+
+SHARD_VERSION = 1
+"""Raised when the code makes other groups of the same shard; artifacts of shards and all that follow become stale."""
+
+
+def shard_configs(
+    shards: Sequence[Shard], data: DataConfig, tokenizer: str, template: str, filters: Sequence[Filter]
+) -> list[dict[str, Any]]:
+    """Say for each shard what its groups depend on: its content and how it is read, not where it lies or who uses it."""
+    common = {
+        "tokenizer": tokenizer,
+        "tokenizers": importlib.metadata.version("tokenizers"),
+        "chat_template": template if template in ("auto", "plain") else digest(template),
+        **data.model_dump(
+            mode="json",
+            include={
+                "chat_template_kwargs",
+                "chat_template_date",
+                "max_length_tokens",
+                "max_prompt_tokens",
+                "truncation",
+                "pairing",
+                "rows_per_part",
+            },
+        ),
+        "special_tokens": data.rules.special_tokens,
+        "minhash": MINHASH_VERSION if data.rules.near_duplicates is not None else None,
+        "filters": [f.digest for f in filters],
+    }
+    return [
+        {
+            "digest": shard_digest(s),
+            "format": s.row_format,
+            "columns": s.columns.model_dump(mode="json"),
+            "criteria": dict(s.criteria),
+            **common,
+        }
+        for s in shards
+    ]
+
+
+def shard_key(config: dict[str, Any]) -> str:
+    """Name the artifact of a shard."""
+    return artifact_key("shard", SHARD_VERSION, config, {})
+
+
+def prepare_config(shards: Sequence[Shard], configs: Sequence[dict[str, Any]], data: DataConfig) -> dict[str, Any]:
+    """Say what the tokens artifact depends on: its shards in their order, and the rules over all rows."""
+    own = ("digest", "format", "columns", "criteria")
+    sources = [
+        {"split": s.split, "source": s.source, **{k: c[k] for k in own}} for s, c in zip(shards, configs, strict=True)
+    ]
+    common = {k: v for k, v in configs[0].items() if k not in own} if configs else {}
+    mixture = {
+        split: [{"weight": s.weight, "max_groups": s.max_groups, "name": s.name} for s in split_sources]
+        for split, split_sources in {"train": data.train, **data.eval_sets}.items()
+    }
+    rules = data.rules.model_dump(mode="json", include={"conflicts", "leakage", "near_duplicates"})
+    return {"sources": sources, **common, "mixture": mixture, "rules": rules, "shard_version": SHARD_VERSION}

@@ -1,0 +1,105 @@
+"""From scores and verdicts to preferences: which completions make pairs, and how sure each preference is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from dpo_ray.config.data import PairingConfig
+
+from .admission import Rejected
+from .groups import TextGroup
+
+TIE = 0.5
+
+
+def paired(group: TextGroup, config: PairingConfig) -> TextGroup:
+    """Sort the completions best first and pair them; a group of plain preference data, or of one completion, is as it was.
+
+    Raises:
+        Rejected: TIE, LOW_MARGIN or DISAGREEMENT, as the recipe's `data.pairing` has it.
+    """
+    if group.chosen or len(group.completions) == 1:
+        return group
+    return _by_verdicts(group, config) if group.verdicts else _by_scores(group, config)
+
+
+def _by_verdicts(group: TextGroup, config: PairingConfig) -> TextGroup:
+    """Make the pair of two completions that annotators compared; its scores say no more than which is chosen."""
+    probability = _probability(group.verdicts, config)
+    if probability == TIE:
+        if config.ties == "drop":
+            raise Rejected("TIE", f"verdicts {', '.join(map(str, group.verdicts))}")
+        return _reduced(replace(group, scores=(TIE, TIE)), [0, 1], [(0, 1)], TIE)
+    scored = replace(group, scores=(1.0, 0.0) if probability > TIE else (0.0, 1.0))
+    order = [0, 1] if probability > TIE else [1, 0]
+    return _reduced(scored, order, [(0, 1)], float(max(probability, 1 - probability)))
+
+
+def _probability(verdicts: Sequence[int], config: PairingConfig) -> Fraction:
+    """Return how probable it is, exactly, that the first completion is the better one: 1/2 is a tie."""
+    ties, first, second = (verdicts.count(v) for v in (0, 1, 2))
+    match config.annotators:
+        case "probability":
+            return Fraction(2 * first + ties, 2 * len(verdicts))
+        case (
+            "majority"
+        ):  # of all three verdicts the most frequent; where there is none, as many say the one as the other
+            return Fraction(1 + (first > max(second, ties)) - (second > max(first, ties)), 2)
+        case "unanimous":
+            if max(ties, first, second) < len(verdicts):
+                raise Rejected("DISAGREEMENT", f"verdicts {', '.join(map(str, verdicts))}")
+            return Fraction(1 + bool(first) - bool(second), 2)
+
+
+def _by_scores(group: TextGroup, config: PairingConfig) -> TextGroup:
+    order = sorted(range(len(group.scores)), key=lambda i: -group.scores[i])  # stable: equal ones stay as they came
+    ranked = [group.scores[i] for i in order]
+    best, worst = 0, len(order) - 1
+    if ranked[best] == ranked[worst]:
+        return _all_equal(group, order, config)
+    if ranked[best] - ranked[worst] < config.min_margin:
+        raise Rejected("LOW_MARGIN", f"the best and the worst differ by {ranked[best] - ranked[worst]:g}")
+    match config.pairs:
+        case "list":
+            return _reduced(group, order, [])
+        case "best_worst":
+            pairs = [(best, worst)]
+        case "all":
+            pairs = [(i, j) for i in range(len(order)) for j in range(i + 1, len(order))]
+        case "adjacent":
+            pairs = [(i, i + 1) for i in range(worst)]
+    kept = [(i, j) for i, j in pairs if ranked[i] > ranked[j] and ranked[i] - ranked[j] >= config.min_margin]
+    if not kept:
+        raise Rejected("LOW_MARGIN", f"no neighbours differ by {config.min_margin:g}")
+    return _reduced(group, order, kept)
+
+
+def _all_equal(group: TextGroup, order: list[int], config: PairingConfig) -> TextGroup:
+    """Pair the first completion with the last as a tie, where ties are kept and a pair is what the recipe makes of a list."""
+    if config.ties == "drop" or (len(order) > 2 and config.pairs != "best_worst"):
+        raise Rejected("TIE", f"all {len(order)} scores are {group.scores[0]:g}")
+    return _reduced(group, order, [(0, len(order) - 1)], TIE)
+
+
+def _reduced(
+    group: TextGroup, order: Sequence[int], pairs: Sequence[tuple[int, int]], probability: float = 1.0
+) -> TextGroup:
+    """Order the completions, and leave out those that stand in no pair; without pairs the list stays whole.
+
+    Args:
+        order: the completions' indices, best first.
+        pairs: (chosen, rejected) as places in `order`.
+    """
+    places = sorted({place for pair in pairs for place in pair}) or range(len(order))
+    at = {place: k for k, place in enumerate(places)}
+    return replace(
+        group,
+        completions=tuple(group.completions[order[place]] for place in places),
+        scores=tuple(group.scores[order[place]] for place in places),
+        chosen=tuple(at[i] for i, _ in pairs),
+        rejected=tuple(at[j] for _, j in pairs),
+        preference_probability=probability,
+        verdicts=(),
+    )

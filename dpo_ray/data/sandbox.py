@@ -1,0 +1,201 @@
+"""Jinja as chat templates know it, within bounds: the sandbox of transformers, and no text beyond a limit.
+
+What could come to gigabytes in one step (repeating, joining, padding, powers) is measured before it is made.
+Endless loops are the watchdog's to stop. This holds off templates and rows that run away; it is no wall against
+a template that was written to attack the machine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+
+MAX_CHARACTERS = 16 * 2**20
+"""Of one rendered text, and of any text on the way to it: a few million tokens, beyond every model's context."""
+
+MAX_INTEGER_BITS = 2**16
+
+
+class TextTooLong(Exception):
+    """Say that a template made, or was about to make, more text than it may."""
+
+
+def compile_template(text: str, date: datetime.date) -> Callable[[Mapping[str, Any]], str]:
+    """Compile a chat template to a function from its variables to text.
+
+    `date` is what `strftime_now` formats. The function raises TextTooLong, and whatever else the template may.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is not valid.
+    """
+    template = _environment(date).from_string(text)
+    start = template.root_render_func
+    # `a ~ b` is compiled to this name, which the environment cannot replace
+    start.__globals__["str_join"] = lambda pieces: _concat(map(str, pieces))
+    shared = dict(template.globals)
+
+    def render(variables: Mapping[str, Any]) -> str:
+        context = jinja2.runtime.Context(template.environment, {**shared, **variables}, template.name, template.blocks)
+        return _concat(start(context))
+
+    return render
+
+
+@functools.lru_cache(maxsize=8)
+def _environment(date: datetime.date) -> jinja2.Environment:
+    environment = _BoundedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    for name in ("center", "format", "indent", "join", "replace"):
+        environment.filters[name] = _bounded_filter(name, environment.filters[name])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    midnight = datetime.datetime.combine(date, datetime.time())
+    environment.globals["strftime_now"] = lambda layout: midnight.strftime(layout)
+    del environment.globals["lipsum"]  # random text, as much as one asks for
+    return environment
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON without Jinja's escapes for HTML, as templates expect it."""
+    if isinstance(indent, int) and indent > 100:
+        raise TextTooLong(f"an indentation of {indent}")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """Take `{% generation %}`, with which some templates mark the assistant's tokens; it renders its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own way of declaring them
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _concat(pieces: Iterable[str]) -> str:
+    kept, characters = [], 0
+    for piece in pieces:
+        characters += len(piece)
+        if characters > MAX_CHARACTERS:  # as `_check` does, without a call for each piece
+            raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")
+        kept.append(piece)
+    return "".join(kept)
+
+
+class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Measure what operators and methods of text would make before they make it."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    concat = staticmethod(_concat)  # type: ignore[assignment]
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+                _check(len(left) + len(right))
+        elif operator == "*":
+            _check_product(left, right)
+        elif operator == "**":
+            if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_INTEGER_BITS:
+                raise TextTooLong("a power of too many digits")
+        elif isinstance(left, str):
+            _check(_grown("format", left, right if isinstance(right, tuple) else (right,)))
+        return self.binop_table[operator](left, right)
+
+    def call(self, context: jinja2.runtime.Context, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        text = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # `format` is wrapped by Jinja's sandbox
+        if isinstance(text, str):
+            _check(_grown(getattr(obj, "__name__", ""), text, (*args, *kwargs.values())))
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """Measure before filtering. Only the evaluation context stands before the value, where a filter takes it."""
+    first = 1 if hasattr(filter_, "jinja_pass_arg") else 0
+
+    @functools.wraps(filter_)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        value, others = args[first], (*args[first + 1 :], *kwargs.values())
+        if name == "join":  # here the pieces stand first, and what joins them follows
+            value = list(value)
+            args = (*args[:first], value, *args[first + 1 :])
+            separator = next((o for o in others if isinstance(o, str)), "")
+            _check(_grown(name, separator, (value,)))
+        else:
+            _check(_grown(name, str(value), others))
+        return filter_(*args, **kwargs)
+
+    return checked
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _grown(method: str, text: str, args: tuple[Any, ...]) -> int:
+    """Bound from above the length of what a method of text makes; 0 where it makes no more than there is."""
+    widths = [a for a in args if isinstance(a, int)]
+    texts = [a for a in args if isinstance(a, str)]
+    match method:
+        case "center" | "ljust" | "rjust" | "zfill":
+            return max(widths, default=0)
+        case "expandtabs":
+            return text.count("\t") * max(widths, default=8)
+        case "indent":
+            return (text.count("\n") + 1) * max((*widths, *map(len, texts)), default=4)
+        case "replace":
+            return text.count(texts[0]) * len(texts[1]) if len(texts) > 1 else 0
+        case "join":
+            pieces = args[0] if args and isinstance(args[0], list | tuple) else ()
+            return len(text) * len(pieces) + sum(len(p) for p in pieces if isinstance(p, str))
+        case "translate":
+            table = args[0] if args and isinstance(args[0], Mapping) else {}
+            return len(text) * max((len(v) for v in table.values() if isinstance(v, str)), default=0)
+        case "format" | "format_map":
+            return _formatted(text, args)
+    return 0
+
+
+def _formatted(text: str, args: tuple[Any, ...]) -> int:
+    """Bound the length of formatted text by its widths, and by its longest argument in each of its places."""
+    values = [v for a in args for v in (a.values() if isinstance(a, Mapping) else (a,))]
+    widths = [int(n[:12]) for n in _NUMBER.findall(text)] + [v for v in values if isinstance(v, int)]
+    places = text.count("{") + text.count("%")
+    return max([0, *widths]) + places * max((len(v) for v in values if isinstance(v, str)), default=0)
+
+
+def _check_product(left: Any, right: Any) -> None:
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, str | list | tuple) and isinstance(other, int):
+            _check(len(one) * other)
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
+        raise TextTooLong("a product of too many digits")
+
+
+def _check(characters: int) -> None:
+    if characters > MAX_CHARACTERS:
+        raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")

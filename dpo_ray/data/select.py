@@ -1,0 +1,200 @@
+"""Rules over all rows of a data set: which groups are duplicates, contradict each other, leak, or are too many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_ray.config.data import RulesConfig
+
+from .near_duplicates import PERMUTATIONS, SIGNATURE_DTYPE, near_duplicates
+
+ID_DTYPE = np.dtype("S16")
+"""A 16-byte id. numpy takes zeros at the end of text for none, which between ids of one length makes no difference."""
+
+
+class Outcome(IntEnum):
+    """What becomes of a row. Duplicates have a count of their own; the other names are codes of admission.REASONS."""
+
+    ADMITTED = 0
+    DUPLICATE = 1
+    NEAR_DUPLICATE = 2
+    CONFLICTING_PAIR = 3
+    LEAKED_PROMPT = 4
+    OVER_CAP = 5
+    OUTSIDE_MIXTURE = 6
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the rules go by, of all rows of a split: 52 bytes a row, and 256 more to search near duplicates."""
+
+    group_ids: np.ndarray  # [n] ID_DTYPE
+    prompt_hashes: np.ndarray  # [n] ID_DTYPE
+    opposite_ids: np.ndarray  # [n] ID_DTYPE; of a group that has no opposite its own group_id
+    source: np.ndarray  # [n] int32, the place of the row's source among those of the split
+    minhashes: np.ndarray | None = None  # [n, PERMUTATIONS] of SIGNATURE_DTYPE
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+
+def candidates(tables: Iterable[tuple[int, pa.Table]]) -> Candidates:
+    """Gather what the rules go by from (place of the source, table), in the order of the tables.
+
+    The tables have the columns group_id, prompt_hash and opposite_id of SHARD; and minhash, if any has it.
+    """
+    ids, prompts, opposites = (_Column(ID_DTYPE) for _ in range(3))
+    sources, signatures = _Column(np.dtype(np.int32)), _Column(SIGNATURE_DTYPE, PERMUTATIONS)
+    for source, table in tables:
+        table_ids = _ids(table["group_id"])
+        ids.append(table_ids)
+        prompts.append(_ids(table["prompt_hash"]))
+        absent = table["opposite_id"].is_null().to_numpy()
+        opposites.append(np.where(absent, table_ids, _ids(table["opposite_id"])))
+        sources.append(np.full(len(table), source, np.int32))
+        if "minhash" in table.column_names:
+            signatures.append(_signatures(table["minhash"]))
+    minhashes = signatures.whole() if signatures.rows else None
+    return Candidates(ids.whole(), prompts.whole(), opposites.whole(), sources.whole(), minhashes)
+
+
+class _Column:
+    """Hold an array that grows in place; a list of parts to concatenate would take its memory twice."""
+
+    def __init__(self, dtype: np.dtype, *shape: int) -> None:
+        self.values = np.empty((0, *shape), dtype)
+        self.rows = 0
+
+    def append(self, part: np.ndarray) -> None:
+        end = self.rows + len(part)
+        if end > len(self.values):
+            self._resize(max(end, len(self.values) + len(self.values) // 4))
+        self.values[self.rows : end] = part
+        self.rows = end
+
+    def whole(self) -> np.ndarray:
+        self._resize(self.rows)
+        return self.values
+
+    def _resize(self, rows: int) -> None:
+        self.values.resize((rows, *self.values.shape[1:]), refcheck=False)  # nothing else refers to it yet
+
+
+def _ids(column: pa.ChunkedArray) -> np.ndarray:
+    """Read fixed-size binary without an object a row; what stands in place of a null is undefined."""
+    parts = [np.empty(0, ID_DTYPE)]
+    for chunk in column.chunks:
+        buffer = chunk.buffers()[1]
+        if len(chunk):
+            parts.append(np.frombuffer(buffer, ID_DTYPE, len(chunk), chunk.offset * ID_DTYPE.itemsize))
+    return np.concatenate(parts)
+
+
+def _signatures(column: pa.ChunkedArray) -> np.ndarray:
+    if column.null_count:
+        raise ValueError(f"{column.null_count} of {len(column)} rows have no minhash: the shard was made without it")
+    joined = b"".join(column.to_pylist())
+    return np.frombuffer(joined, SIGNATURE_DTYPE).reshape(len(column), PERMUTATIONS)
+
+
+def select(
+    everything: Candidates,
+    held_out_prompts: np.ndarray | None,
+    rules: RulesConfig,
+    caps: Sequence[int | None],
+    weights: Sequence[float | None],
+) -> np.ndarray:
+    """Decide on every row of a split; the first rule that leaves it out is its outcome.
+
+    In this order: of exact duplicates the first stays; of a pair and its opposite both go; prompts of held-out data go;
+    of near duplicates the first stays; each source keeps as many groups as its cap, then as its share by weight. First
+    is who belongs to the source that is named first. Among rows of one source, and where a number is kept, the smallest
+    group_ids come first: a fair sample, since they are hashes, and one that does not depend on files and their order.
+
+    Args:
+        everything: all rows of the split.
+        held_out_prompts: ID_DTYPE, prompt hashes that must not be in this split; None where it is held out itself.
+        caps: for each source, the most groups that are taken, or None.
+        weights: for each source, its share relative to the others; None for all where all groups are taken.
+
+    Returns:
+        [n] uint8, an Outcome for each row.
+    """
+    outcomes = np.full(len(everything), Outcome.ADMITTED, np.uint8)
+    outcomes[_duplicates(everything)] = Outcome.DUPLICATE
+    if rules.conflicts == "drop":
+        outcomes[_conflicting(everything, np.flatnonzero(outcomes == Outcome.ADMITTED))] = Outcome.CONFLICTING_PAIR
+    if held_out_prompts is not None and rules.leakage == "drop":
+        rows = np.flatnonzero(outcomes == Outcome.ADMITTED)
+        leaked = _contained(everything.prompt_hashes[rows], np.unique(held_out_prompts))
+        outcomes[rows[leaked]] = Outcome.LEAKED_PROMPT
+    order = _by_source_and_id(everything, np.flatnonzero(outcomes == Outcome.ADMITTED))
+    if rules.near_duplicates is not None and len(order):
+        if everything.minhashes is None:
+            raise ValueError("near duplicates are searched by minhashes, and there are none")
+        outcomes[near_duplicates(everything.minhashes, order, rules.near_duplicates)] = Outcome.NEAR_DUPLICATE
+        order = order[outcomes[order] == Outcome.ADMITTED]
+    within_caps = _first_of_each_source(everything.source[order], caps)
+    outcomes[order[~within_caps]] = Outcome.OVER_CAP
+    order = order[within_caps]
+    shares = mixture(np.bincount(everything.source[order], minlength=len(weights)).tolist(), weights)
+    outcomes[order[~_first_of_each_source(everything.source[order], shares)]] = Outcome.OUTSIDE_MIXTURE
+    return outcomes
+
+
+def _duplicates(everything: Candidates) -> np.ndarray:
+    """Return the rows that repeat the content of another that comes first."""
+    order = np.lexsort((everything.source, everything.group_ids))  # stable: within a source by place
+    ids = everything.group_ids[order]
+    return order[1:][ids[1:] == ids[:-1]]
+
+
+def _conflicting(everything: Candidates, rows: np.ndarray) -> np.ndarray:
+    """Return which of the rows, each of another content, have their opposite among them.
+
+    A group and its opposite name each other, so that a sort by the smaller id of the two brings them together.
+    """
+    ids, opposite_ids = everything.group_ids[rows], everything.opposite_ids[rows]
+    pair_ids = np.where(opposite_ids < ids, opposite_ids, ids)
+    order = np.argsort(pair_ids)
+    equal = pair_ids[order[1:]] == pair_ids[order[:-1]]
+    return rows[np.concatenate([order[:-1][equal], order[1:][equal]])]
+
+
+def _contained(ids: np.ndarray, within: np.ndarray) -> np.ndarray:
+    """Bool [ids]: which are in `within`, sorted; ids need less memory so than in numpy's own `isin`."""
+    if not len(within):
+        return np.zeros(len(ids), bool)
+    places = np.searchsorted(within, ids)
+    return within[np.minimum(places, len(within) - 1)] == ids
+
+
+def _by_source_and_id(everything: Candidates, rows: np.ndarray) -> np.ndarray:
+    return rows[np.lexsort((everything.group_ids[rows], everything.source[rows]))]
+
+
+def _first_of_each_source(source: np.ndarray, limits: Sequence[int | None]) -> np.ndarray:
+    """Bool [rows]: whether a row is among the first of its source, up to the source's limit; `source` is sorted."""
+    counts = np.bincount(source, minlength=len(limits))
+    rank = np.arange(len(source)) - (np.cumsum(counts) - counts)[source]
+    limit = np.array([count if limit is None else limit for count, limit in zip(counts, limits, strict=True)], np.int64)
+    return rank < limit[source]
+
+
+def mixture(counts: Sequence[int], weights: Sequence[float | None]) -> list[int]:
+    """Say how many groups each source gives to a mixture: floor(weight * t), where the scarcest source gives all it has.
+
+    Weights are taken as the decimals that they are written as: 0.1 and 0.3 are one to three.
+    """
+    if not counts or None in weights:
+        return list(counts)
+    exact = [Fraction(str(weight)) for weight in weights]
+    scarcest = min(count / weight for count, weight in zip(counts, exact, strict=True))
+    return [math.floor(weight * scarcest) for weight in exact]

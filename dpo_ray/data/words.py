@@ -1,0 +1,266 @@
+"""Byte-level BPE at the speed of a dictionary: text is cut into words as the tokenizer cuts it, each encoded once.
+
+Byte-level BPE never merges across the words that its pre-tokenizer's regular expression cuts. Most words of a corpus
+have been seen before, so cutting with Python's `re` and looking the words up is several times as fast as encoding the
+text anew. It must also be exact, so everything about the tokenizer that is not understood here makes `Words.of` return
+None, a text with any character whose class could differ between versions of Unicode is left to the tokenizer, and the
+cuts are compared with the tokenizer's own on random text before the first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from .special_tokens import Spelled
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel's use_regex means
+MAX_PIECES = 2**17  # kept at once; some 20 MiB
+_LONG_CHARACTERS = 64  # a piece as long as this does not come again, and is not kept
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \\s as the tokenizers understand it
+_ODD_SPACES = ("   ", " \n", "\n ", *"\t\r\v\f\x1c\x1d\x1e\x1f")
+_ODD_WIDE_SPACES = tuple("\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") + tuple(map(chr, range(0x2000, 0x200B)))
+"""Where spaces are other than one or two between what is no space, words may begin elsewhere than at the space."""
+
+_CLASS = re.compile(r"\\p\{([LNM][a-z]?)\}|\\s|\\S")
+_PROBES, _PROBE_CHARACTERS = 96, 160
+
+
+class _Cache(dict[str, bytes]):
+    """The ids (int32) of each piece of text met; what is missing is encoded."""
+
+    def __init__(self, encode: Callable[[str], bytes]) -> None:
+        self._encode = encode
+
+    def __missing__(self, piece: str) -> bytes:
+        ids = self._encode(piece)
+        if len(piece) < _LONG_CHARACTERS:
+            if len(self) >= MAX_PIECES:
+                self.clear()
+            self[piece] = ids
+        return ids
+
+
+class Words:
+    """Encode text of one byte-level BPE tokenizer, word by word.
+
+    Between two single spaces, words need not even be cut: what stands between them is looked up whole.
+    """
+
+    def __init__(self, backend: Tokenizer, pattern: str) -> None:
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = {token.content: np.int32(i).tobytes() for i, token in added.items()}
+        self._added = Spelled(list(self._added_ids))
+        self.longest_added = max(map(len, self._added_ids), default=0)
+        self._ascii = re.compile(_in_classes(pattern, ascii_only=True)).findall
+        self._wide = re.compile(_in_classes(pattern, ascii_only=False)).findall
+        self._is_stable = _stable()
+        self._is_nfc = backend.normalizer is not None
+        model, to_bytes = backend.model, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+        def encode(word: str) -> bytes:
+            mapped = to_bytes.pre_tokenize_str(word)[0][0]
+            return np.array([token.id for token in model.tokenize(mapped)], np.int32).tobytes()
+
+        self._words = _Cache(encode)
+        self._starts = _Cache(lambda start: self._cut_ids(start))
+        self._spaced = _Cache(lambda follow: self._cut_ids(f" {follow}"))
+
+    @classmethod
+    def of(cls, backend: Tokenizer) -> Words | None:
+        """Return the words of a tokenizer, or None where it is not of the kind that is understood here."""
+        pattern = _pattern(backend)
+        if pattern is None or not _is_understood(backend):
+            return None
+        try:
+            words = cls(backend, pattern)
+        except re.error:  # the tokenizer's expressions have syntax that `re` has not
+            return None
+        return words if words._agrees_with(backend.pre_tokenizer) else None
+
+    def encode(self, text: str) -> bytes | None:
+        """Return the ids (int32) of text that may hold added tokens; None where the tokenizer must be asked."""
+        if not self._added.may_be_in(text):
+            return self._encode(text)
+        encoded = []
+        for i, part in enumerate(self._added.split(text)):  # text, token, text, ..., text
+            ids = self._added_ids[part] if i % 2 else self._encode(part)
+            if ids is None:
+                return None
+            encoded.append(ids)
+        return b"".join(encoded)
+
+    def settled(self, text: str) -> int:
+        """Return the last place where text can be cut whatever follows the text: behind added tokens, before a word.
+
+        0 where there is none.
+        """
+        place = len(text) - max(self.longest_added, 1)  # no added token that begins before it can reach beyond the text
+        last_added = self._added.last(text)
+        first = 0 if last_added is None else last_added.end()
+        while (place := text.rfind(" ", first + 1, max(place, 0))) > 0:
+            if text[place - 1].isalnum() and text[place + 1].isalnum():
+                return place
+        return 0
+
+    def _encode(self, text: str) -> bytes | None:
+        if not text:
+            return b""
+        has_odd_spaces = any(map(text.__contains__, _ODD_SPACES)) or text.endswith("  ")
+        if not text.isascii():
+            if not self._is_stable(text) or (self._is_nfc and not unicodedata.is_normalized("NFC", text)):
+                return None
+            has_odd_spaces = has_odd_spaces or any(map(text.__contains__, _ODD_WIDE_SPACES))
+        if has_odd_spaces:
+            return self._cut_ids(text)
+        start, *follow = text.split(" ")
+        return self._starts[start] + b"".join(map(self._spaced.__getitem__, follow))
+
+    def _cut_ids(self, text: str) -> bytes:
+        return b"".join(map(self._words.__getitem__, self._cut(text)))
+
+    def _cut(self, text: str) -> list[str]:
+        """Cut text into words as the tokenizer does."""
+        return (self._ascii if text.isascii() else self._wide)(text)
+
+    def _agrees_with(self, pre_tokenizer: Any) -> bool:
+        """Compare the cuts with the tokenizer's own on random text, at single spaces and at settled places too."""
+        chance = random.Random(0)
+        for _ in range(_PROBES):
+            text = _random_text(chance)
+            theirs = [text[start:end] for _, (start, end) in pre_tokenizer.pre_tokenize_str(text)]
+            if self._cut(text) != theirs:
+                return False
+            regular = re.sub(r"\s+", lambda run: run[0] if " " not in run[0] or run[0] == "  " else " ", text).rstrip()
+            start, *follow = regular.split(" ")
+            by_spaces = [word for part in (start, *(f" {f}" for f in follow)) for word in self._cut(part)]
+            if by_spaces != self._cut(regular):
+                return False
+            place = self.settled(text[: chance.randrange(len(text))])
+            if self._cut(text[:place]) + self._cut(text[place:]) != theirs:
+                return False
+        return True
+
+
+def _pattern(backend: Tokenizer) -> str | None:
+    """Return the regular expression that cuts words, where it is all that does."""
+    if backend.pre_tokenizer is None:
+        return None
+    state = json.loads(backend.pre_tokenizer.__getstate__())
+    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    if [step["type"] for step in steps] == ["ByteLevel"]:
+        pattern = GPT2 if steps[0]["use_regex"] else None
+    elif [step["type"] for step in steps] == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
+        by_regex = steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]
+        pattern = steps[0]["pattern"].get("Regex") if by_regex else None
+    else:
+        pattern = None
+    if pattern is None or steps[-1]["add_prefix_space"] or not _is_local(pattern):
+        return None
+    return pattern
+
+
+def _is_local(pattern: str) -> bool:
+    """Say whether where a word ends depends on the word and the next character alone, and `re` reads it alike."""
+    rest = pattern.replace(r"(?!\S)", "").replace("(?i:", "").replace("(?:", "")
+    rest = _CLASS.sub("", rest).replace(r"\r", "").replace(r"\n", "")
+    return "(?" not in rest and "\\" not in rest and "&&" not in rest and "[:" not in rest
+
+
+def _is_understood(backend: Tokenizer) -> bool:
+    normalizer = backend.normalizer and json.loads(backend.normalizer.__getstate__())["type"]
+    added = list(backend.get_added_tokens_decoder().values())
+    return (
+        isinstance(backend.model, models.BPE)
+        and not backend.model.dropout
+        and normalizer in (None, "NFC")
+        and not backend.encode_special_tokens
+        and not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        and len({token.normalized for token in added}) <= 1  # of two kinds, one is matched before the other
+    )
+
+
+def _in_classes(pattern: str, *, ascii_only: bool) -> str:
+    """Write out the classes of Unicode that `re` does not know or takes otherwise; others' syntax is the same."""
+
+    def written(match: re.Match[str]) -> str:
+        name = match[0]
+        ranges = _ranges("s" if name in (r"\s", r"\S") else match[1], ascii_only)
+        before, after = pattern[: match.start()], pattern[match.start() :]
+        in_brackets = len(re.findall(r"\[", before)) > len(re.findall(r"\]", before)) and "]" in after
+        if name == r"\S":
+            return f"[^{ranges}]"
+        return ranges if in_brackets else f"[{ranges}]"
+
+    return _CLASS.sub(written, pattern)
+
+
+@functools.cache
+def _ranges(name: str, ascii_only: bool) -> str:
+    """List the characters of a class: `s` as the tokenizers understand it, or a category's beginning such as L or Lu."""
+    if name == "s":
+        return r"\t-\r " if ascii_only else _SPACE
+    limit = 128 if ascii_only else 65536
+    none = "\ud800"  # which no text holds
+    return _as_ranges(c for c in range(limit) if unicodedata.category(chr(c)).startswith(name)) or none
+
+
+@functools.cache
+def _stable() -> Callable[[str], object]:
+    """Match text whose characters are of the same class in every version of Unicode: those assigned long ago, and emoji.
+
+    Characters assigned since (other symbols: emoji) are no letters, digits, marks or spaces before and after.
+    """
+    old, codes = unicodedata.ucd_3_2_0, []
+    for code in (*range(65536), *range(0x1F300, 0x1FB00)):
+        now, then = unicodedata.category(chr(code)), old.category(chr(code))
+        if (now == then and now not in ("Cn", "Co", "Cs")) or (now in ("So", "Sk") and then == "Cn"):
+            codes.append(code)
+    return re.compile(f"[{_as_ranges(codes)}]*").fullmatch
+
+
+def _as_ranges(codes: Iterable[int]) -> str:
+    """Write ascending code points as a regular expression's ranges, such as `A-Za-z`."""
+    found: list[list[int]] = []
+    for code in codes:
+        if found and found[-1][1] == code - 1:
+            found[-1][1] = code
+        else:
+            found.append([code, code])
+    return "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in found)
+
+
+_ALPHABETS = (
+    "abzS'tdrevmlL",
+    "AZQ",
+    "0123456789",
+    " ",
+    "  \t",
+    "\n\r",
+    "\x0b\x0c\x00\x1f\x7f\x85\xa0\u2003\u3000",
+    "".join(map(chr, range(33, 48))),
+    "@[]\\^_`{|}~",
+    "éßñÆſK",
+    "中文かなقअ",
+    "²½٣Ⅷ",
+    "’“—…€",
+    "\u0301\u0903\u200d\ufe0f",
+    "😀🚀🏻",
+)
+
+
+def _random_text(chance: random.Random) -> str:
+    """Make text of short and long runs of each class of characters that words are cut by."""
+    text = ""
+    while len(text) < _PROBE_CHARACTERS:
+        alphabet = chance.choice(_ALPHABETS)
+        text += "".join(chance.choices(alphabet, k=chance.choice((1, 1, 1, 2, 3, 4, 7, 12))))
+    return text

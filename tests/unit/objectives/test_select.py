@@ -1,0 +1,11 @@
+"""What each objective of a recipe learns from."""
+
+from __future__ import annotations
+
+from dpo_ray.config.objective import IpoObjective, SigmoidObjective
+from dpo_ray.objectives.select import needs_pairs
+
+
+def test_pairwise_objectives_need_pairs() -> None:
+    assert needs_pairs(SigmoidObjective())
+    assert needs_pairs(IpoObjective())
