@@ -108,6 +108,9 @@ def _concat(pieces: Iterable[str]) -> str:
     return "".join(kept)
 
 
+_MEASURED = (str, list, tuple)
+
+
 class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Measure what operators and methods of text would make before they make it."""
 
@@ -115,10 +118,12 @@ class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     concat = staticmethod(_concat)  # type: ignore[assignment]
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":
-            if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-                _check(len(left) + len(right))
-        elif operator == "*":
+        if operator == "+":  # most templates do little else; it doubles at most, so it may be measured when it is made
+            made = left + right
+            if isinstance(made, _MEASURED) and len(made) > MAX_CHARACTERS:
+                raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")
+            return made
+        if operator == "*":
             _check_product(left, right)
         elif operator == "**":
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_INTEGER_BITS:

@@ -9,6 +9,7 @@ cuts are compared with the tokenizer's own on random text before the first use.
 
 from __future__ import annotations
 
+import array
 import functools
 import json
 import random
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from .special_tokens import Spelled
 
@@ -64,11 +65,11 @@ class Words:
         self._wide = re.compile(_in_classes(pattern, ascii_only=False)).findall
         self._is_stable = _stable()
         self._is_nfc = backend.normalizer is not None
-        model, to_bytes = backend.model, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model, letters = backend.model, _letters_of_bytes()
 
         def encode(word: str) -> bytes:
-            mapped = to_bytes.pre_tokenize_str(word)[0][0]
-            return np.array([token.id for token in model.tokenize(mapped)], np.int32).tobytes()
+            of_bytes = word.encode().decode("latin-1").translate(letters)
+            return array.array("i", [token.id for token in model.tokenize(of_bytes)]).tobytes()
 
         self._words = _Cache(encode)
         self._starts = _Cache(lambda start: self._cut_ids(start))
@@ -148,6 +149,13 @@ class Words:
             if self._cut(text[:place]) + self._cut(text[place:]) != theirs:
                 return False
         return True
+
+
+def _letters_of_bytes() -> dict[int, str]:
+    """Map each byte to the letter that byte-level vocabularies write it as: printable ones as they are, others from 256."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _pattern(backend: Tokenizer) -> str | None:

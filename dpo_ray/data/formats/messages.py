@@ -35,10 +35,16 @@ def conversation(value: Any, name: str) -> Conversation:
     """
     if not isinstance(value, list | tuple):
         raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not a list of messages")
-    return tuple(_message(message, f"`{name}`, message {i}", name) for i, message in enumerate(value))
+    return tuple([_message(message, i, name) for i, message in enumerate(value)])
 
 
-def _message(message: Any, where: str, name: str) -> Message:
+def _message(message: Any, i: int, name: str) -> Message:
+    if type(message) is dict and len(message) == 2:  # role and content, as nearly all have: millions come through here
+        role, content = message.get("role"), message.get("content")
+        if type(role) is str and role in ROLES and type(content) is str:
+            sound_text(content, name)
+            return message
+    where = f"`{name}`, message {i}"
     if isinstance(message, Mapping) and "role" not in message and "from" in message:
         message = _from_sharegpt(message, where)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -88,7 +94,11 @@ def answer(value: Any, name: str) -> str | Message:
     """Take a completion given as text, as the assistant's message, or as a list of that one message."""
     if isinstance(value, str):
         return sound_text(value, name)
-    turns = conversation([value] if isinstance(value, Mapping) else value, name)
+    return only_turn(conversation([value] if isinstance(value, Mapping) else value, name), name)
+
+
+def only_turn(turns: Conversation, name: str) -> str | Message:
+    """Take the completion that is a conversation of one message."""
     completion = last_turn(turns, name)
     require(len(turns) == 1, "PROMPT_MISMATCH", f"`{name}` holds {len(turns)} turns beside an explicit prompt")
     return completion

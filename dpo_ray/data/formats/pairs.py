@@ -15,7 +15,7 @@ from dpo_ray.data.groups import Conversation, TextGroup
 
 from .fields import Fields
 from .hh import hh_pair
-from .messages import answer, conversation, last_turn, prompt_of, user_turn, with_system
+from .messages import answer, conversation, last_turn, only_turn, prompt_of, user_turn, with_system
 from .soundness import require, sound_text
 
 
@@ -55,11 +55,12 @@ def preference(prompt: str | Conversation, chosen: Any, rejected: Any, fields: F
         return TextGroup(prompt, (sound_text(chosen, "chosen"), sound_text(rejected, "rejected")), (1.0, 0.0))
     if isinstance(prompt, str):
         return _implicit_messages(prompt, chosen, rejected, fields)
-    whole = [conversation(v, n) for v, n in ((chosen, "chosen"), (rejected, "rejected")) if isinstance(v, list | tuple)]
-    if prompt and whole and all(turns[: len(prompt)] == prompt for turns in whole):  # as UltraFeedback has it
+    given = {"chosen": chosen, "rejected": rejected}
+    turns = {name: conversation(v, name) for name, v in given.items() if isinstance(v, list | tuple)}
+    if prompt and turns and all(whole[: len(prompt)] == prompt for whole in turns.values()):  # as UltraFeedback has it
         return _implicit_messages(None, chosen, rejected, fields)
-    answers = answer(chosen, "chosen"), answer(rejected, "rejected")
-    return TextGroup(with_system(prompt, fields), answers, (1.0, 0.0))
+    answers = [only_turn(turns[name], name) if name in turns else answer(v, name) for name, v in given.items()]
+    return TextGroup(with_system(prompt, fields), tuple(answers), (1.0, 0.0))
 
 
 def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
