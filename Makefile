@@ -11,7 +11,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 TORCH := 2.13.0
 
-.PHONY: help install quickstart test test-slow lint clean
+.PHONY: help install quickstart test test-slow lint bench-prepare clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ lint: $(STAMP) ## ruff, pyright, import-linter, file sizes
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 	@! git ls-files -co --exclude-standard '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 450 {print $$2 ": " $$1 " lines, over 450"; bad = 1} END {exit !bad}'
+
+bench-prepare: $(STAMP) ## rows/s of prepare against TRL's own preparation, and its peak memory (about half an hour)
+	@$(BIN)/python benchmarks/prepare.py
 
 clean: ## remove .venv and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from dpo_ray import planning
 from dpo_ray.artifacts.artifact import Artifact
@@ -21,7 +22,7 @@ from dpo_ray.data import stage as prepare_stage
 from dpo_ray.data import synthetic
 from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.data.keys import SHARD_VERSION, shard_key
-from dpo_ray.data.merge import PreparedShard, check_quarantined
+from dpo_ray.data.merge import PreparedShard, broken_shards, check_quarantined
 from dpo_ray.data.prepare import PrepareTask
 from dpo_ray.data.tokens import splits
 from dpo_ray.errors import ArtifactError, DataError, InfrastructureError
@@ -171,6 +172,8 @@ class _Run:
                 for what in ("rows_in", "admitted", "quarantined", "duplicates")
             ]
             self._reporter.say(f"prepare, {split} data: {', '.join(counts)}")
+        for broken in broken_shards(tokens):
+            self._reporter.say(f"[bold yellow]prepare[/bold yellow]: {escape(broken)}")
         return tokens
 
     def reference(self, prepared: Artifact) -> Artifact:

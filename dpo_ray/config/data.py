@@ -57,7 +57,7 @@ def _shape_of_eval(value: Any) -> str:
     return "sets" if is_sets else "sources"
 
 
-SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
 EvalSources = Annotated[
     Annotated[Sources, Tag("sources")] | Annotated[dict[SetName, Sources], Tag("sets")], Discriminator(_shape_of_eval)
 ]
@@ -110,9 +110,12 @@ class DataConfig(StrictModel):
 
     @model_validator(mode="after")
     def _sources_agree(self) -> DataConfig:
-        if not self.train:
-            raise field_error("train", "no source is given")
+        for name in ("messages", "tools", "add_generation_prompt"):
+            if name in self.chat_template_kwargs:
+                raise field_error(f"chat_template_kwargs.{name}", "this is the conversation's own; rows say it")
         for split, sources in {"train": self.train, **self.eval_sets}.items():
+            if not sources:
+                raise field_error(split.replace("_", ".", 1), "no source is given")
             if len({source.weight is None for source in sources}) > 1:
                 raise field_error(split.replace("_", ".", 1), "some sources have a weight and some have none")
         return self

@@ -123,12 +123,12 @@ class Renderer:
         """Render one group.
 
         Raises:
-            Rejected: the template refuses the conversation, takes too long or makes too much text over it, or the
-                prompt is not how the whole begins.
+            Rejected: the template refuses the conversation, takes too long or makes too much text over it; the prompt
+                is not how the whole begins; or the text is no Unicode.
         """
         if self._plain:
             prompt = _plain_prompt(group)
-            return Rendered(prompt, [prompt + _plain_text(completion) for completion in group.completions])
+            return Rendered(prompt, [_sound(prompt + _plain_text(completion)) for completion in group.completions])
         turns = group.messages if group.messages is not None else group.prompt
         messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
         prompt = self._text(group, messages, watchdog, add_generation_prompt=True)
@@ -138,7 +138,7 @@ class Renderer:
             whole = self._text(group, [*messages, answer], watchdog, add_generation_prompt=False)
             if not whole.startswith(prompt):
                 raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
-            wholes.append(whole)
+            wholes.append(_sound(whole))
         return Rendered(prompt, wholes)
 
     def user_turn(self) -> str:
@@ -173,6 +173,15 @@ class Renderer:
 
 
 _compiled = functools.lru_cache(maxsize=8)(compile_template)
+
+
+def _sound(text: str) -> str:
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell one, in the arguments of a tool call for instance
+        raise Rejected("INVALID_UTF8", f"rendered, a lone surrogate at character {error.start}") from None
+    return text
 
 
 def _plain_prompt(group: TextGroup) -> str:

@@ -52,7 +52,8 @@ class Encoder:
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | Rejected]:
         """Encode a batch; in place of a group whose prompt's tokens are not how its wholes' begin stands `Rejected`."""
-        by_words = [None if self._words is None else self._by_words(self._words, r) for r in rendered]
+        words = self._words
+        by_words = [None if words is None else self._by_words(words, r) for r in rendered]
         mine = [i for i, group in enumerate(by_words) if group is not None]
         checked = self._by_tokenizer([rendered[i] for i in mine[:_CHECKED_PER_BATCH]], may_cut=False)
         if any(_differ(by_words[i], group) for i, group in zip(mine, checked, strict=False)):

@@ -276,3 +276,14 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
                 fix="look at them (`dpo-ray inspect data RECIPE`) and mend the data or its format and columns; "
                 "or raise data.max_quarantined_fraction",
             )
+
+
+def broken_shards(tokens: Artifact) -> list[str]:
+    """Say which shards broke off or could not be read: each counts as one row, whatever it held."""
+    return [
+        f"the shard {a['source']} ({field_of(a['split'])}, file {a['index'] + 1}) is damaged: {reason} "
+        f"({REASONS[reason].meaning}); {a['rows_in'] - n:,} rows were read before that, and what follows is lost"
+        for a in tokens.manifest.figures["accounts"]
+        for reason, n in a["reasons"].items()
+        if reason.startswith("SHARD_")
+    ]

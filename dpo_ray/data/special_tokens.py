@@ -48,7 +48,8 @@ class InjectionScan:
         return found
 
     def _normalized(self, text: str) -> str:
-        return self._normalizer.normalize_str(text) if self._normalizer is not None else text
+        sound = text.encode("utf-8", "replace").decode()  # lone surrogates are rejected, but elsewhere
+        return self._normalizer.normalize_str(sound) if self._normalizer is not None else text
 
 
 class Spelled:

@@ -71,7 +71,8 @@ def exists(root: Path, pattern: str) -> Callable[[], bool]:
 
 # Where each stage is under way, by what it has written.
 MOMENTS = {
-    "prepare": lambda root: exists(root, "artifacts/.staging/chaos/prepare-*/train/*.parquet"),
+    "shard": lambda root: exists(root, "artifacts/.staging/chaos/shard-*/groups/*.parquet"),
+    "prepare": lambda root: exists(root, "artifacts/.staging/chaos/prepare-*.json"),
     "reference": lambda root: exists(root, "reference-store/*/segment-*.parquet"),
     "join": lambda root: exists(root, "artifacts/.staging/chaos/reference-*.json"),
     "schedule": lambda root: exists(root, "artifacts/.staging/chaos/schedule-*.json"),

@@ -153,7 +153,7 @@ def test_trainer_scoring_gives_the_same_reference(finished: Finished, tmp_path: 
     assert metrics(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert run.prepare.key == finished.prepare.key
     assert run.reference.key != finished.reference.key
-    for name in ("train/00000-00000.parquet", "eval/00000-00000.parquet"):
+    for name in ("train/00000-00000-00000.parquet", "eval/00000-00000-00000.parquet"):
         ours, theirs = (flat_logps(artifact, name) for artifact in (run.reference, finished.reference))
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

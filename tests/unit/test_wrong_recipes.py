@@ -121,6 +121,14 @@ KINDS = [
     override("an unknown objective", "train.objective.type=ppo", says=("train.objective.type: 'ppo'", "'sigmoid'")),
     override("an unknown engine", "reference.engine=sglang", says=("reference.engine:", "'vllm' or 'trainer'")),
     override("an unknown source", "data.train={type: kafka}", says=("data.train.0.type: 'kafka'", "'files'")),
+    override("eval set without a source", "data.eval={far: []}", says=("data.eval.far: no source is given",)),
+    override(
+        "half the sources weighed", "data.train=[{type: synthetic, weight: 1}, synthetic]", says=("data.train: some",)
+    ),
+    override(
+        "template's own variable", "data.chat_template_kwargs={messages: 1}", says=("chat_template_kwargs.messages",)
+    ),
+    override("filter of no module", "data.rules.filters=[nowhere:keep]", says=("data.rules.filters", "nowhere")),
     override("no source", "data.train=[]", says=("data.train: no source is given",)),
     override("a name with a slash", "name=a/b", says=("name:", "'a/b'")),
     override("a name that is taken", "name=artifacts", says=("name: `artifacts`", "choose another")),

@@ -105,6 +105,17 @@ def test_hh_text_becomes_messages_under_a_template_and_stays_text_without(chatml
     assert (prompt, wholes[0]) == ("\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: yes")
 
 
+def test_a_lone_surrogate_is_found_wherever_it_comes_from(chatml):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "\ud800"}}]}
+    for group, template in (
+        (TextGroup("Hi", (call, "no"), (1.0, 0.0)), TOOL_TEMPLATE),
+        (TextGroup("Hi", ("yes \ud800", "no"), (1.0, 0.0)), "plain"),
+    ):
+        with pytest.raises(Rejected) as caught:
+            rendered(group, template, chatml)
+        assert caught.value.reason == "INVALID_UTF8"
+
+
 def test_tool_calls_have_no_plain_text(chatml):
     with pytest.raises(Rejected) as caught:
         rendered(TextGroup("Hi", (TOOL_CALL, "no"), (1.0, 0.0)), "plain", chatml)
