@@ -90,6 +90,7 @@ def _warm_up(args: argparse.Namespace) -> None:
     for i, path in enumerate(files):
         path.write_text("".join(lines[i :: args.cores]), encoding="utf-8")
     prepared(_recipe("warm-up", args, files), Reporter(Console(file=io.StringIO())))
+    ray.get([_import_in_worker.remote() for _ in range(args.cores)])  # Ray may have ended a worker that stood idle
 
 
 @ray.remote(num_cpus=1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +55,8 @@ def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator
     """Prepare one piece of a shard, part by part. Run twice, it writes the same names with the same bytes."""
     for part, rows in enumerate(read_batches(piece, task.config.rows_per_part)):
         name = f"{piece.index:05d}-{part:05d}.parquet"
-        groups, ordinals, quarantined = _divided(rows, piece.shard, task)
+        with _collection_paused():
+            groups, ordinals, quarantined = _divided(rows, piece.shard, task)
         entries = []
         if groups:
             signatures = minhashes(groups) if task.config.rules.near_duplicates is not None else None
@@ -64,6 +67,18 @@ def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator
             entries.append(staging.write(f"quarantine/{name}", parquet_bytes(bad), rows=len(bad)))
         reasons = Counter(row["reason"] for row in quarantined)
         yield PartAccount(len(rows), len(groups), dict(reasons), tuple(entries))
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Keep Python from looking for cycles while a part is made: its many objects all live until it is written."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _divided(
