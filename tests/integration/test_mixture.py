@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,10 @@ def test_two_published_formats_mixed_one_to_one(tmp_path: Path, monkeypatch: pyt
     assert "eval_hh_rewards/accuracies" in run.train.manifest.figures["final_evaluation"]
 
 
-def _is_tie(row: dict[str, int]) -> bool:
+def _is_tie(row: dict[str, Any]) -> bool:
+    """Say whether the verdicts are balanced; a row without two texts is a fault before that."""
+    texts = [row[f"response{i}"] for i in (1, 2)]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        return False
     verdicts = [row[f"annotator{i}"] for i in (1, 2, 3)]
     return verdicts.count(1) == verdicts.count(2)

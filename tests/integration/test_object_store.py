@@ -49,7 +49,7 @@ def test_a_run_on_s3(bucket: str, tmp_path: Path) -> None:
     listed = boto3.client("s3").list_objects_v2(Bucket=bucket)["Contents"]
     names = {o["Key"]: o["LastModified"] for o in listed}
     assert "here/small/report.html" in names
-    assert sum(name.endswith("manifest.json") for name in names) == 5
+    assert sum(name.endswith("manifest.json") for name in names) == 5 + 2  # the stages, and a shard for each split
     assert not [name for name in names if "/checkpoints/" in name]  # served their purpose
     second = run(path)
     assert second.returncode == 0, second.stderr
