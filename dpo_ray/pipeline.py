@@ -72,7 +72,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
-        run = _Run(planning.make_plan(recipe), reporter, lease)
+        run = _Run(plan, reporter, lease)  # its keys hold; what is done by now, the store says
         prepared = run.prepare()
         schedule_stage.check_usable(prepared, recipe.train.objective)
         referenced = run.reference(prepared)
@@ -95,7 +95,7 @@ def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tu
     run_dir.check_writable()
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
-        run = _Run(planning.make_plan(recipe), reporter, lease)
+        run = _Run(plan, reporter, lease)  # its keys hold; what is done by now, the store says
         try:
             return run.plan, run.prepare()
         except DataError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from .prepare import PartAccount, PrepareTask, commit_shard, prepare_piece
 from .sources import Shard, pieces
 
 SHARD_STAGE = "shard"
-PARTS_PER_TASK = 16
+PARTS_PER_TASK = 4
 
 
 def prepare_shards(
@@ -56,14 +57,7 @@ def prepare_shards(
     open_pieces = Counter(key for key, _ in todo)
     parts: dict[str, list[tuple[int, PartAccount]]] = {key: [] for key in missing}
     sent = [{"number": i, "piece": dumps((p, stagings[key]))} for i, (key, p) in enumerate(todo)]
-    dataset = ray.data.from_items(sent, override_num_blocks=len(sent)).map_batches(
-        _prepare_pieces,  # pyright: ignore[reportArgumentType] - Ray types `fn` as if there were no fn_kwargs
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=1,
-        fn_kwargs={"task": task},
-    )
-    for row in dataset.iter_rows():
+    for row in _in_tasks(sent, partial(_prepare_pieces, task=task)):
         key, piece = todo[row["number"]]
         if row["part"] is not None:
             part = _part_account(json.loads(row["part"]))
@@ -74,6 +68,15 @@ def prepare_shards(
         if not open_pieces[key]:
             artifacts[key] = commit_shard(stagings[key], parts.pop(key), provenances[key])
     return artifacts
+
+
+def _in_tasks(
+    items: Sequence[dict[str, Any]], work: Callable[[pa.Table], Iterator[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """Give each item to a task of its own, and yield the rows that the tasks make, as they come."""
+    if items:
+        blocks = ray.data.from_items(list(items), override_num_blocks=len(items))
+        yield from blocks.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=1).iter_rows()
 
 
 def _prepare_pieces(batch: pa.Table, task: PrepareTask) -> Iterator[dict[str, Any]]:
@@ -98,22 +101,16 @@ def merge(shards: Sequence[PreparedShard], data: DataConfig, staging: Staging, p
     """
     choices = choose(shards, data)
     sent = [{"parts": dumps(choices[i : i + PARTS_PER_TASK])} for i in range(0, len(choices), PARTS_PER_TASK)]
-    merged: list[MergedPart] = []
-    if sent:
-        results = ray.data.from_items(sent, override_num_blocks=len(sent)).map_batches(
-            _merge_parts,  # pyright: ignore[reportArgumentType] - Ray types `fn` as if there were no fn_kwargs
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=1,
-            fn_kwargs={"staging": staging},
-        )
-        merged = [_merged_part(json.loads(row["merged"])) for row in results.iter_rows()]
+    merged = [
+        _merged_part(json.loads(row["merged"])) for row in _in_tasks(sent, partial(_merge_parts, staging=staging))
+    ]
     return commit_tokens(shards, merged, staging, provenance)
 
 
-def _merge_parts(batch: pa.Table, staging: Staging) -> dict[str, list[str]]:
-    parts = [merge_part(choice, staging) for sent in batch["parts"].to_pylist() for choice in loads(sent)]
-    return {"merged": [json.dumps({**vars(p), "entries": [e.model_dump() for e in p.entries]}) for p in parts]}
+def _merge_parts(batch: pa.Table, staging: Staging) -> Iterator[dict[str, Any]]:
+    for choice in (choice for sent in batch["parts"].to_pylist() for choice in loads(sent)):
+        part = merge_part(choice, staging)
+        yield {"merged": [json.dumps({**vars(part), "entries": [e.model_dump() for e in part.entries]})]}
 
 
 def _merged_part(said: dict[str, Any]) -> MergedPart:

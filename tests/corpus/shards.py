@@ -101,7 +101,7 @@ def _bad_shards() -> list[BadShard]:
         BadShard("ZERO_BYTES", "zero.jsonl.gz", b"", ("SHARD_EMPTY",)),
         BadShard("ZERO_BYTES", "zero.jsonl.zst", b"", ("SHARD_EMPTY",)),
         BadShard("ZERO_BYTES", "zero.csv", b"", ("SHARD_EMPTY",)),
-        BadShard("BAD_MAGIC", "magic.parquet", b"XXXX" + parquet(table("magic.parquet"))[4:], ("SHARD_BAD_MAGIC",)),
+        BadShard("BAD_MAGIC", "magic.parquet", b"RIFF" + parquet(table("magic.parquet"))[4:], ("SHARD_BAD_MAGIC",)),
         BadShard("BAD_MAGIC", "text.arrow", json_lines("text.arrow"), ("SHARD_BAD_MAGIC",)),
         BadShard("TRUNCATED_FOOTER", "cut.parquet", parquet(table("cut.parquet"))[:-20], ("SHARD_TRUNCATED",)),
         BadShard("TRUNCATED_FOOTER", "cut-file.arrow", arrow(table("cut-file.arrow"), to=pa.ipc.new_file)[:-20], ("SHARD_TRUNCATED",)),
