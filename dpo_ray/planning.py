@@ -24,7 +24,7 @@ INPUTS = {
     "train": ("schedule",),
     "evaluate": ("prepare", "train"),
 }
-VERSIONS = {"prepare": 2, "reference": 1, "schedule": 2, "train": 1, "evaluate": 1}
+VERSIONS = {"prepare": 2, "reference": 2, "schedule": 2, "train": 1, "evaluate": 1}
 """Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 
@@ -86,7 +86,8 @@ def make_plan(recipe: Recipe) -> Plan:
     tokenizer = tokenizer_identity(recipe.model)
     shards = shard_configs(checked.shards, recipe.data, tokenizer, checked.template, checked.filters)
     where = hardware(recipe)
-    numerics = Numerics(recipe.reference.engine, engine_version(recipe.reference.engine), where.device, where.dtype)
+    r = recipe.reference
+    numerics = Numerics(r.engine, engine_version(r.engine), where.device, where.dtype, where.dtype, r.tensor_parallel)
     model = model_identity(recipe.model)
     configs = _stage_configs(recipe, prepare_config(checked.shards, shards, recipe.data), model, numerics, where)
     store = artifact_store(recipe)

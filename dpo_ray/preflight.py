@@ -40,9 +40,8 @@ def hardware(recipe: Recipe) -> Hardware:
     """Decide device and type: as the recipe says, else by whether this machine has CUDA."""
     gpu_here = 1.0 if torch.cuda.is_available() else 0.0
     train_gpus = recipe.train.gpus_per_worker if recipe.train.gpus_per_worker is not None else gpu_here
-    engine_gpus = (
-        recipe.reference.gpus_per_replica if recipe.reference.gpus_per_replica is not None else float(train_gpus > 0)
-    )
+    r = recipe.reference
+    engine_gpus = r.gpus_per_replica if r.gpus_per_replica is not None else float(r.tensor_parallel * (train_gpus > 0))
     device = "cuda" if train_gpus else "cpu"
     dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bfloat16" if train_gpus else "float32")
     return Hardware(device, train_gpus, engine_gpus, dtype)
@@ -106,7 +105,8 @@ def _check_gpus(recipe: Recipe) -> None:
     """Refuse what this machine can never grant: Ray would wait for it without end."""
     where = hardware(recipe)
     wanted = {"train.workers": recipe.train.workers * where.train_gpus}
-    wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
+    if recipe.reference.engine == "vllm":
+        wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
     for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
         if gpus > torch.cuda.device_count():
             raise ConfigError(

@@ -20,5 +20,8 @@ class ModelConfig(StrictModel):
     revision: str | None = None
     """Hub names only: a branch, tag or, best, a 40-hex commit."""
 
+    adapter: str | None = Field(default=None, min_length=1)
+    """A directory with a LoRA adapter in PEFT's format: policy and reference are then the model with this adapter."""
+
     dtype: DType = "auto"
     """Compute type of training and scoring. auto: bfloat16 on a GPU, float32 on CPU. Master weights are float32."""

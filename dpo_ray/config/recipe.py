@@ -64,7 +64,12 @@ class Recipe(StrictModel):
 
     def cpus_needed(self) -> int:
         """Count the CPUs that the recipe's widest moment asks Ray for; with fewer it would wait for ever."""
-        scoring = self.reference.replicas * self.reference.cpus_per_replica + 1  # and one task that reads
         training = self.train.workers * self.train.cpus_per_worker
+        if self.reference.engine == "trainer":
+            scoring = training + 1  # and one task that reads
+        else:
+            scoring = self.reference.replicas * self.reference.cpus_per_replica + 1
+        if self.reference.mode == "streaming":
+            training += scoring  # side by side
         sampling = 2 * self.reference.cpus_per_replica  # policy and reference side by side
         return ceil(max(scoring, training, sampling, 2))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from .base import StrictModel
+from .base import StrictModel, field_error
 
 
 class AuditConfig(StrictModel):
@@ -21,28 +21,47 @@ class AuditConfig(StrictModel):
     max_mean_drift: float | None = Field(default=None, gt=0)
     """Largest mean |difference|. Default: 1e-5 in float32, 0.05 in bfloat16."""
 
-    on_drift: Literal["stop", "warn"] = "stop"
-    """Out of tolerance: stop before the first update, or only say so."""
+    max_bias: float | None = Field(default=None, gt=0)
+    """Largest |mean difference|: a bias rewards length. Default: 1e-5 in float32, 2e-3 in bfloat16."""
+
+    max_margin_error: float | None = Field(default=None, gt=0)
+    """Largest beta * standard deviation of a pair's margin error. Default: 1e-3 in float32, 0.1 in bfloat16."""
+
+    on_drift: Literal["stop", "use_trainer", "warn"] = "stop"
+    """Out of tolerance: stop before the first update; score all again with the trainer, which is exact; or only say so."""
 
 
 class ReferenceConfig(StrictModel):
     """Say which engine scores, how many there are, and where their results are kept."""
 
     engine: Literal["vllm", "trainer"] = "vllm"
-    """vllm: a pool of vLLM engines. trainer: the training stack's own forward pass, without gradients."""
+    """vllm: a pool of vLLM engines. trainer: the training workers' own sharded forward pass, without gradients."""
+
+    mode: Literal["ahead", "streaming"] = "ahead"
+    """ahead: all is scored, then training begins. streaming: training begins as soon as its first steps are scored, and the
+    engines need resources of their own. The weights are the same."""
 
     replicas: int = Field(default=1, gt=0)
     """Engines in the pool."""
 
+    max_replicas: int | None = Field(default=None, gt=0)
+    """Grow the pool up to this while there is work and the cluster has room. Default: replicas."""
+
+    tensor_parallel: int = Field(default=1, gt=0)
+    """GPUs that share one engine's model, on one node; more than 1 only where the model does not fit on one."""
+
     cpus_per_replica: float = Field(default=1, gt=0)
     gpus_per_replica: float | None = Field(default=None, ge=0)
-    """Default: 1 where the machine that runs the command has CUDA, 0 otherwise."""
+    """Default: tensor_parallel where the machine that runs the command has CUDA, 0 otherwise."""
+
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine takes; the rest is headroom for logits, which vLLM does not profile."""
 
-    max_batched_tokens: int = Field(default=8192, gt=0)
-    """Tokens of one engine step."""
+    max_batched_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of one engine step. Default: as many as the logits of such a step leave room for."""
 
     share_prompt: bool = True
     """Reuse a prompt's KV cache between its completions (guarded: a hit that reaches a completion is scored again)."""
@@ -50,7 +69,17 @@ class ReferenceConfig(StrictModel):
     store: str | None = None
     """Where token log-probs are kept for all runs. Default: OUTPUT/reference-store."""
 
-    groups_per_granule: int = Field(default=512, gt=0)
+    groups_per_granule: int = Field(default=1024, gt=0)
     """Groups scored and committed to the store at once: what a lost engine costs."""
 
     audit: AuditConfig = AuditConfig()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ReferenceConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise field_error("max_replicas", f"at least replicas={self.replicas} is expected")
+        if self.mode == "streaming" and self.engine == "trainer":
+            raise field_error("mode", "the trainer cannot score while it trains; use mode=ahead, or engine=vllm")
+        if self.tensor_parallel > 1 and self.engine == "trainer":
+            raise field_error("tensor_parallel", "is for engine=vllm; the trainer shards over train.workers")
+        return self

@@ -27,9 +27,11 @@ class ScorerSettings:
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
     max_length_tokens: int
-    max_batched_tokens: int
+    max_batched_tokens: int | None  # None: the scorer chooses what its logits leave room for
     gpu_memory_fraction: float
     share_prompt: bool
+    tensor_parallel: int = 1
+    adapter_dir: str | None = None  # a LoRA adapter in PEFT's format
 
 
 class Scorer(Protocol):

@@ -8,7 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +31,11 @@ class Numerics:
     version: str  # of the engine
     device: str  # cpu | cuda
     dtype: str
+    head_dtype: str  # of the matrix that makes logits; log-softmax is float32 always
+    tensor_parallel: int = 1  # sums are then split over GPUs, and round otherwise
 
-    def tag(self) -> dict[str, str]:
-        return {"engine": self.engine, "version": self.version, "device": self.device, "dtype": self.dtype}
+    def tag(self) -> dict[str, str | int]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

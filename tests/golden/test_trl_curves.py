@@ -88,7 +88,7 @@ def from_vllm(rows: list[dict[str, Any]], tokens: Artifact) -> list[tuple[np.nda
     """Score with a real engine in a Ray Data pool, into a store, and join by key: the stage's own path."""
     model = ModelConfig(path=str(GOLDEN / "tiny-llama"))
     store = ReferenceStore(
-        tokens.storage.child("store"), model_identity(model), Numerics("vllm", "test", "cpu", "float32")
+        tokens.storage.child("store"), model_identity(model), Numerics("vllm", "test", "cpu", "float32", "float32")
     )
     settings = ScorerSettings("vllm", model.path, "float32", "cpu", 511, 4096, 0.5, share_prompt=True)
     granules = list(

@@ -17,7 +17,7 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 from dpo_ray.reference.store import SEGMENT, Numerics, ReferenceStore
 
-NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32")
+NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32", "float32")
 MODEL = "a" * 64
 
 
