@@ -11,7 +11,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 TORCH := 2.13.0
 
-.PHONY: help install quickstart test test-slow lint bench-prepare clean
+.PHONY: help install quickstart test test-slow lint bench-prepare bench-reference clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ lint: $(STAMP) ## ruff, pyright, import-linter, file sizes
 
 bench-prepare: $(STAMP) ## rows/s of prepare against TRL's own preparation, and its peak memory (about half an hour)
 	@$(BIN)/python benchmarks/prepare.py
+
+bench-reference: $(STAMP) ## pairs/s of the engine pool against the bare engine and TRL's precompute (about a quarter of an hour)
+	@$(BIN)/python benchmarks/reference.py
 
 clean: ## remove .venv and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import platform
 import shlex
 import statistics
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 TRL_DEFAULT, TRL_PARALLEL, OURS, OURS_COLD = SIDES = (
     "TRL, as it comes",
@@ -38,7 +38,7 @@ class Measured:
 
 def report(m: Measured) -> str:
     """Write the tables, and under them what the figures hold and what they leave out."""
-    lines = [f"## prepare ({datetime.date.today()}; {_machine(m.args.cores)})", ""]
+    lines = [f"## prepare ({datetime.date.today()}; {machine(m.args.cores)})", ""]
     lines += [f"Command: `{shlex.join(['python', *sys.argv])}`"]
     for layout in m.speed:
         lines += ["", *_speed_table(layout, m)]
@@ -124,12 +124,3 @@ def _notes(m: Measured) -> list[str]:
         *(speed_notes if m.speed else []),
         f"- Python {platform.python_version()}; {', '.join(f'{name} {version}' for name, version in versions.items())}.",
     ]
-
-
-def _machine(cores: int) -> str:
-    """Describe the machine in a few words."""
-    info = Path("/proc/cpuinfo")
-    told = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in told if "model name" in line), platform.machine())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    return f"{cores} of {os.cpu_count()} cores, {model}, {memory:.0f} GiB; load {os.getloadavg()[0]:.1f} at the end"

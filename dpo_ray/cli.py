@@ -7,13 +7,16 @@ import logging
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError
+
+if TYPE_CHECKING:
+    from dpo_ray.artifacts.storage import Storage
 
 _MEANINGS = EXIT_CODES | {1: "A fault of dpo-ray itself: the traceback says where"}
 _CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
@@ -165,6 +168,100 @@ def inspect_data(
         typer.echo(json.dumps(inspection.figures(page, place)))
     else:
         inspection.print_account(page, made.recipe.name, place, _console())
+
+
+store = typer.Typer(
+    help="Look after a reference store, which runs share: its size, its soundness, its rubbish.", no_args_is_help=True
+)
+app.add_typer(store, name="store")
+
+StorePlace = Annotated[
+    str, typer.Argument(metavar="STORE", help="The store's directory or URI, or a recipe (*.yaml) that uses it.")
+]
+
+
+@store.command("stats")
+def store_stats(place: StorePlace, as_json: Json = False) -> None:
+    """Say what a store holds of each model and way of computing: sequences, tokens, bytes, damage, last use.
+
+    Reads the footers of the files only. A partition's name begins with its model's digest.
+    """
+    from dpo_ray import store_view
+    from dpo_ray.reference import store_care
+
+    root = _store_root(place)
+    found = store_care.stats(root)
+    if as_json:
+        typer.echo(json.dumps([vars(partition) for partition in found]))
+    else:
+        store_view.print_stats(root, found, _console())
+
+
+@store.command("verify")
+def store_verify(place: StorePlace, as_json: Json = False) -> None:
+    """Read all of a store, and list what is wrong: damaged files, values that are no log-probs, contradictions.
+
+    Exits with code 4 if anything is; `dpo-ray store gc` removes it, and the next run scores what is then missing.
+    """
+    from dpo_ray import store_view
+    from dpo_ray.errors import ArtifactError
+    from dpo_ray.reference import store_care
+
+    root = _store_root(place)
+    faults = list(store_care.verify(root))
+    if as_json:
+        typer.echo(json.dumps([vars(fault) for fault in faults]))
+    elif faults:
+        store_view.print_faults(root, faults, _console())
+    if faults:
+        fix = "dpo-ray store gc removes what is damaged; what is then missing is scored by the next run"
+        what = f"{len(faults):,} {'fault' if len(faults) == 1 else 'faults'} in the reference store"
+        raise ArtifactError(what, where=root.uri, fix=fix)
+    if not as_json:
+        typer.echo(f"{root.uri}: sound")
+
+
+@store.command("gc")
+def store_gc(
+    place: StorePlace,
+    unused_days: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Also delete what no run has used for N days.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; say what would be done.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also clear what was used in the last hour.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Clear a store: delete damaged files and leftovers, merge small segments, and delete what is unused if asked.
+
+    What a run used in the last hour is left alone, for it may be writing. Nothing sound is lost on the way, and
+    what was damaged is scored again by the next run that needs it.
+    """
+    from dpo_ray import store_view
+    from dpo_ray.reference.store_gc import clear
+
+    done = clear(_store_root(place), unused_days=unused_days, force=force, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps([vars(cleared) for cleared in done]))
+    elif done:
+        store_view.print_cleared(done, dry_run, _console())
+    else:
+        typer.echo("nothing to clear")
+
+
+def _store_root(place: str) -> Storage:
+    """Open the store at an address, or the one that a recipe uses, which may be empty still."""
+    from dpo_ray.artifacts.storage import Storage
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.places import reference_root
+    from dpo_ray.reference.store_care import partitions
+
+    if place.endswith((".yaml", ".yml")):
+        return reference_root(load_recipe(Path(place), []))
+    root = Storage(place)
+    if not partitions(root):
+        fix = "name the directory that holds the partitions, such as runs/reference-store, or a recipe that uses it"
+        raise ConfigError("there is no reference store", where=root.uri, fix=fix)
+    return root
 
 
 @app.command()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import yaml
 from rich.markup import escape
 
-from dpo_ray import planning
+from dpo_ray import drift, overlap, planning
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cluster.session import session
+from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data import stage as prepare_stage
@@ -25,9 +27,10 @@ from dpo_ray.data.keys import SHARD_VERSION, shard_key
 from dpo_ray.data.merge import PreparedShard, broken_shards, check_quarantined
 from dpo_ray.data.prepare import PrepareTask
 from dpo_ray.data.tokens import splits
-from dpo_ray.errors import ArtifactError, DataError, InfrastructureError
+from dpo_ray.errors import ArtifactError, AuditError, DataError, InfrastructureError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
+from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import BUILTIN, context_tokens, is_hub_name, model_directory
 from dpo_ray.observe.model_card import model_card
 from dpo_ray.observe.progress import Bar, Reporter
@@ -36,12 +39,17 @@ from dpo_ray.online.sampler import Sampling, compare
 from dpo_ray.places import artifact_store, reference_root, run_storage
 from dpo_ray.planning import Plan
 from dpo_ray.reference import stage as reference_stage
-from dpo_ray.reference.audit import checked_audit
+from dpo_ray.reference.audit import measure
 from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.reference.streaming import UnscorableError
+from dpo_ray.reference.verdict import check_drift
 from dpo_ray.schedule import stage as schedule_stage
+from dpo_ray.schedule.feed import LiveSchedule
+from dpo_ray.schedule.records import Schedule
 from dpo_ray.train import stage as train_stage
-from dpo_ray.train.task import TrainTask
+from dpo_ray.train.checkpoint import oldest_step
+from dpo_ray.train.task import AuditTask, TrainTask
 
 
 @dataclass(frozen=True)
@@ -65,21 +73,33 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     plan = planning.make_plan(recipe)
     if plan.done:
         return opened(plan), False
-    if recipe.reference.engine == "vllm" or recipe.evaluate.sample_prompts:
+    if plan.recipe.reference.engine == "vllm" or recipe.evaluate.sample_prompts:
         _need_vllm(recipe)
     run_dir = run_storage(recipe)
     run_dir.check_writable()
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
-        run = _Run(plan, reporter, lease)  # its keys hold; what is done by now, the store says
-        prepared = run.prepare()
-        schedule_stage.check_usable(prepared, recipe.train.objective)
-        referenced = run.reference(prepared)
-        scheduled = run.schedule(prepared, referenced)
-        trained = run.train(scheduled, prepared)
-        evaluated = run.evaluate(prepared, trained)
-        return Finished(run.plan, prepared, referenced, scheduled, trained, evaluated), True
+        try:
+            return _finished(_Run(plan, reporter, lease)), True  # its keys hold; what is done by now, the store says
+        except AuditError as error:
+            with_trainer = planning.make_plan(recipe)
+            if with_trainer.numerics == plan.numerics:
+                raise
+            reporter.say(f"[bold yellow]audit[/bold yellow]: {escape(error.what)}")
+            reporter.say(
+                "reference.audit.on_drift is use_trainer: the trainer scores all again, and trains with that alone"
+            )
+            return _finished(_Run(with_trainer, reporter, lease)), True
+
+
+def _finished(run: _Run) -> Finished:
+    """Run the stages that are not done, in their order."""
+    prepared = run.prepare()
+    schedule_stage.check_usable(prepared, run.recipe.train.objective)
+    referenced, scheduled, trained = run.side_by_side(prepared) or run.one_by_one(prepared)
+    evaluated = run.evaluate(prepared, trained)
+    return Finished(run.plan, prepared, referenced, scheduled, trained, evaluated)
 
 
 def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Plan, Artifact]:
@@ -143,6 +163,7 @@ class _Run:
     def __init__(self, plan: Plan, reporter: Reporter, lease: Lease) -> None:
         self.plan, self.recipe, self._reporter, self._lease = plan, plan.recipe, reporter, lease
         self._model_dir = model_directory(self.recipe.model)
+        self._adapter_dir = adapter_directory(self.recipe.model)
 
     def prepare(self) -> Artifact:
         """Tokenize what is new, choose among all groups, and stop where too many rows are unsound."""
@@ -176,35 +197,70 @@ class _Run:
             self._reporter.say(f"[bold yellow]prepare[/bold yellow]: {escape(broken)}")
         return tokens
 
+    def one_by_one(self, prepared: Artifact) -> tuple[Artifact, Artifact, Artifact]:
+        """Run `reference`, `schedule` and `train`, each when the one before has ended."""
+        referenced = self.reference(prepared)
+        scheduled = self.schedule(prepared, referenced)
+        return referenced, scheduled, self.train(scheduled, prepared)
+
+    def side_by_side(self, prepared: Artifact) -> tuple[Artifact, Artifact, Artifact] | None:
+        """Run the three at the same time, where the recipe says so and they can be; else None, with nothing left of it."""
+        if not overlap.is_wanted(self.plan):
+            return None
+        checkpoints = self._checkpoints(left_out=0)
+        run = overlap.Run(
+            self.plan,
+            prepared,
+            self._store(),
+            self.reference_settings(),
+            oldest_step(checkpoints),
+            self._begin,
+            self._provenance,
+            self._lease.check,
+        )
+        try:
+            return overlap.score_and_train(
+                run,
+                partial(self._reporter.stage, "reference", "groups", beside=True),
+                lambda scheduled, wait: self.train(scheduled, prepared, wait),
+            )
+        except UnscorableError as error:
+            self._reporter.say(f"[bold yellow]reference[/bold yellow]: {escape(str(error))}")
+            self._reporter.say("without them the steps hold other groups: all is scored now, and training begins again")
+            checkpoints.delete_tree()
+            return None
+
     def reference(self, prepared: Artifact) -> Artifact:
-        """Score, streaming, what the store lacks; then join the store to the groups by key."""
+        """Score what the store lacks; then join the store to the groups by key."""
         if (done := planning.found(self.plan, "reference")) is not None:
             return done
-        store = ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
-        provenance, rows = self._provenance("reference"), prepared.manifest.rows
+        recipe, provenance, rows = self.recipe, self._provenance("reference"), prepared.manifest.rows
+        store = self._store()
+        by_trainer = recipe.reference.engine == "trainer"
         groups = sum(rows[f"{split}/admitted"] for split in splits(prepared))
         with self._reporter.stage("reference", "groups", groups) as bar:
-            granules = list(self._scored(reference_stage.groups_dataset(prepared), store, bar))
-        figures = {
-            name: sum(getattr(g, name) for g in granules)
-            for name in ("scored", "found", "tokens", "cached_tokens", "seconds")
-        }
-        return reference_stage.join(prepared, store, self._begin("reference"), provenance, figures)
-
-    def _scored(self, rows: Any, store: ReferenceStore, bar: Bar) -> Iterator[reference_stage.Granule]:
-        tokens = 0
-        settings = self.scorer_settings(str(self._model_dir))
-        for granule in reference_stage.score(
-            rows, store, settings, self.recipe.reference, self.plan.hardware.engine_gpus
-        ):
-            tokens += granule.tokens
-            bar.advance(
-                granule.groups,
-                f"{tokens:,} tokens scored, {granule.found} known, {granule.tokens / max(1e-9, granule.seconds):,.0f} tokens/s an engine",
+            account = reference_stage.score(
+                prepared,
+                store,
+                self.reference_settings(),
+                recipe.reference,
+                recipe.train,
+                self.plan.hardware.train_gpus if by_trainer else self.plan.hardware.engine_gpus,
+                recipe.data.max_quarantined_fraction,
+                bar.advance,
+                bar.say,
             )
-            yield granule
+        return reference_stage.join(prepared, store, account, self._begin("reference"), provenance)
 
-    def scorer_settings(self, model_dir: str, *, extra_tokens: int = 0) -> ScorerSettings:
+    def reference_settings(self, extra_tokens: int = 0) -> ScorerSettings:
+        """Set up an engine with the reference model."""
+        adapter = str(self._adapter_dir) if self._adapter_dir else None
+        return replace(self.scorer_settings(str(self._model_dir), extra_tokens), adapter_dir=adapter)
+
+    def _store(self) -> ReferenceStore:
+        return ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
+
+    def scorer_settings(self, model_dir: str, extra_tokens: int) -> ScorerSettings:
         """Set up an engine for this recipe's lengths; `extra_tokens` makes room for sampling."""
         r, hardware = self.recipe.reference, self.plan.hardware
         return ScorerSettings(
@@ -234,14 +290,18 @@ class _Run:
             bar.advance(artifact.manifest.rows["train/steps"])
         return artifact
 
-    def train(self, scheduled: Artifact, prepared: Artifact) -> Artifact:
+    def train(
+        self, scheduled: Schedule, prepared: Artifact, before_commit: Callable[[], object] = lambda: None
+    ) -> Artifact:
         """Train the policy, from the newest checkpoint where there is one."""
         recipe, plan = self.recipe, self.plan
-        run_dir, steps = run_storage(recipe), scheduled.manifest.rows["train/steps"]
-        checkpoints = run_dir.child("checkpoints", plan.resume_key)
+        run_dir, steps = run_storage(recipe), scheduled.rows["train/steps"]
+        checkpoints = self._checkpoints(prepared.rows["train/admitted"] - scheduled.rows["train/groups"])
         if (done := planning.found(self.plan, "train")) is not None:
             checkpoints.delete_tree()  # of a driver that was killed between its commit and this
             return done
+        if (refused := artifact_store(recipe).find("train", plan.stages["train"].key)) is not None:
+            self.check_drift(refused.manifest.figures["audit"])
         provenance = self._provenance("train")
         task = TrainTask(
             model=self._model_for_workers(),
@@ -251,19 +311,16 @@ class _Run:
             schedule=scheduled,
             checkpoints=checkpoints,
             staging=self._begin("train"),
-            inbox=train_stage.start_inbox(),
-            audit=partial(checked_audit, recipe.train.objective.beta, plan.hardware.dtype, recipe.reference.audit),
-            audit_groups=recipe.reference.audit.groups,
+            inbox=scheduled.inbox if isinstance(scheduled, LiveSchedule) else start_inbox(),
+            audit=self.audit_task(),
         )
         with self._reporter.stage("train", "steps", steps) as bar, MetricsSinks(run_dir, recipe.trackers) as sinks:
             account = train_stage.run(task, plan.hardware.train_gpus, partial(_follow, sinks, bar))
-        if (figures := account["audit"]) and not figures["passed"]:
-            self._reporter.say(
-                f"[bold yellow]audit[/bold yellow]: out of tolerance, and reference.audit.on_drift is warn: {figures}"
-            )
+        if account["audit"]:
+            account["audit"] = self.check_drift(account["audit"])
         card = model_card(
             recipe.name,
-            recipe.model.path,
+            recipe.model,
             recipe.train.objective.type,
             prepared.manifest.rows,
             account["steps"],
@@ -272,14 +329,46 @@ class _Run:
             recipe_yaml(recipe),
             planning.versions(),
         )
+        before_commit()
         self._lease.check()  # training takes hours: a driver that lost its run must not delete checkpoints
         return train_stage.commit(task, account, card, provenance)
+
+    def _checkpoints(self, left_out: int) -> Storage:
+        """Name the place of the checkpoints. Where groups have no reference, and so are left out, the steps are others."""
+        key = self.plan.resume_key
+        return run_storage(self.recipe).child("checkpoints", f"{key}-without-{left_out}" if left_out else key)
+
+    def audit_task(self) -> AuditTask | None:
+        """Say how the workers audit the reference before step 1; None where the recipe turns it off."""
+        groups = self.recipe.reference.audit.groups
+        return AuditTask(groups, measure, drift.rule(self.recipe, self.plan.hardware.dtype)) if groups else None
+
+    def check_drift(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Judge what the audit measured; where it is over its limits, remember it, and stop or say so.
+
+        Raises:
+            AuditError: over the limits, and the recipe does not say to go on.
+        """
+        recipe, plan = self.recipe, self.plan
+        judgement = drift.judged(measured, recipe, plan.hardware.dtype)
+        if not judgement.passed:
+            reference, trainer = plan.stages["reference"].key, planning.engine_version("trainer")
+            drift.remember(artifact_store(recipe), reference, trainer, recipe.name, measured, planning.versions())
+            check_drift(judgement, recipe.reference.audit, recipe.reference.engine)
+            self._reporter.say(
+                f"[bold yellow]audit[/bold yellow]: {judgement.summary()}; reference.audit.on_drift is warn, so training goes on"
+            )
+        return judgement.figures()
 
     def _model_for_workers(self) -> ModelConfig:
         """Name the model so that a process with another working directory, or on another node, finds it."""
         given = self.recipe.model
         found_anywhere = is_hub_name(given.path) or given.path.startswith(BUILTIN)
-        return given if found_anywhere else given.model_copy(update={"path": str(self._model_dir)})
+        places = {
+            "path": given.path if found_anywhere else str(self._model_dir),
+            "adapter": str(self._adapter_dir) if self._adapter_dir else None,
+        }
+        return given.model_copy(update=places)
 
     def evaluate(self, prepared: Artifact, trained: Artifact) -> Artifact:
         """Sample from policy and reference, and work out the figures."""
@@ -307,8 +396,8 @@ class _Run:
         policy_dir = trained.local_dir("policy", _cache_dir(trained))
         stops = evaluate_stage.end_tokens(prepared, tokenizer)
         sampling = Sampling(e.temperature, e.max_new_tokens, stops, self.recipe.seed)
-        policy = self.scorer_settings(str(policy_dir), extra_tokens=e.max_new_tokens)
-        reference = self.scorer_settings(str(self._model_dir), extra_tokens=e.max_new_tokens)
+        policy = self.scorer_settings(str(policy_dir), e.max_new_tokens)
+        reference = self.reference_settings(e.max_new_tokens)
         return compare(policy, reference, prompts, sampling, r.cpus_per_replica, self.plan.hardware.engine_gpus)
 
     def _begin(self, stage: str) -> Staging:
@@ -327,6 +416,12 @@ def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
         bar.begin_at(row["restored_step"])
         if row["restored_step"]:
             bar.say(f"going on from the checkpoint of step {row['restored_step']:.0f}")
+        return
+    if "waiting_for" in row:
+        what = (
+            f"step {row['step']:.0f}" if row["waiting_for"] == "train" else f"the held-out data `{row['waiting_for']}`"
+        )
+        bar.say(f"{what} is not scored yet: training waits for it")
         return
     sinks.write(row)
     heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""

@@ -6,11 +6,13 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_ray import drift
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.digest import artifact_key, digest
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.keys import prepare_config, shard_configs, shard_key
+from dpo_ray.models.adapter import adapter_directory, read_adapter
 from dpo_ray.models.load import model_identity, tokenizer_identity
 from dpo_ray.places import artifact_store
 from dpo_ray.preflight import Checked, Hardware, hardware, preflight
@@ -24,7 +26,7 @@ INPUTS = {
     "train": ("schedule",),
     "evaluate": ("prepare", "train"),
 }
-VERSIONS = {"prepare": 2, "reference": 2, "schedule": 2, "train": 1, "evaluate": 1}
+VERSIONS = {"prepare": 2, "reference": 2, "schedule": 3, "train": 1, "evaluate": 1}
 """Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 
@@ -53,6 +55,7 @@ class Plan:
     numerics: Numerics
     stages: dict[str, StagePlan]
     resume_key: str  # of training checkpoints: what determines the weights, however it is packed
+    drift: str = ""  # of the engine's reference: why the trainer's own is in use instead, and so in `recipe`
 
     @property
     def done(self) -> bool:
@@ -79,10 +82,23 @@ def engine_version(engine: str) -> str:
 def make_plan(recipe: Recipe) -> Plan:
     """Work out every stage's key and state.
 
+    Where the recipe says `use_trainer`, and the audit of its engine's reference is known to have failed, the plan and its
+    `recipe` are those with the trainer's own scores.
+
     Raises:
         ConfigError, InfrastructureError: as `preflight` does.
     """
     checked = preflight(recipe)
+    plan = _planned(recipe, checked)
+    audit = recipe.reference.audit
+    if not audit.groups or audit.on_drift != "use_trainer" or recipe.reference.engine == "trainer":
+        return plan
+    store, reference = artifact_store(recipe), plan.stages["reference"].key
+    judgement = drift.remembered(store, reference, engine_version("trainer"), recipe, plan.hardware.dtype)
+    return plan if judgement is None else _planned(drift.with_trainer(recipe), checked, judgement.summary())
+
+
+def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Plan:
     tokenizer = tokenizer_identity(recipe.model)
     shards = shard_configs(checked.shards, recipe.data, tokenizer, checked.template, checked.filters)
     where = hardware(recipe)
@@ -95,13 +111,16 @@ def make_plan(recipe: Recipe) -> Plan:
     for stage in STAGES:
         inputs = {name: stages[name].key for name in INPUTS[stage]}
         key = artifact_key(stage, VERSIONS[stage], configs[stage], inputs)
-        state, reason = _state(store, recipe, stage, key, configs[stage], inputs)
+        state, reason = _state(store, recipe, where.dtype, stage, key, configs[stage], inputs)
         if stage == "prepare" and state != "done":
             reason += f"; {_missing_shards(store, shards)} of {len(shards)} shards to tokenize"
+        if stage == "reference" and because_of_drift:
+            said = f"the trainer scores: the audit of the engine's log-probs failed ({because_of_drift})"
+            reason = f"{said}; {reason}" if reason else said
         stages[stage] = StagePlan(stage, key, configs[stage], inputs, state, reason)
     ordering = {k: v for k, v in configs["schedule"].items() if k not in ("workers", "tokens_per_micro_batch")}
     resume = digest([configs["train"], ordering, stages["prepare"].key, stages["reference"].key])[:20]
-    return Plan(recipe, where, checked, tuple(shards), model, numerics, stages, resume)
+    return Plan(recipe, where, checked, tuple(shards), model, numerics, stages, resume, because_of_drift)
 
 
 def _stage_configs(
@@ -111,7 +130,7 @@ def _stage_configs(
     t = recipe.train
     return {
         "prepare": prepare,
-        "reference": {"model": model, **numerics.tag()},
+        "reference": {"model": model, "adapter": _adapter_identity(recipe), **numerics.tag()},
         "schedule": {
             "seed": recipe.seed,
             **t.model_dump(include={"workers", "epochs", "steps", "groups_per_step", "tokens_per_micro_batch"}),
@@ -120,9 +139,7 @@ def _stage_configs(
             "model": model,
             "dtype": where.dtype,
             "device": where.device,
-            "audit": "stop"
-            if recipe.reference.audit.groups and recipe.reference.audit.on_drift == "stop"
-            else "lenient",
+            "audit": "made" if recipe.reference.audit.groups else "off",  # what came of it is judged when it is found
             **t.model_dump(
                 mode="json",
                 include={
@@ -142,15 +159,28 @@ def _stage_configs(
     }
 
 
+def _adapter_identity(recipe: Recipe) -> str | None:
+    """Identify the adapter by itself too: the model's digest holds it, but could not say that it is what changed."""
+    directory = adapter_directory(recipe.model)
+    return None if directory is None else read_adapter(directory).identity()
+
+
 def _missing_shards(store: ArtifactStore, shards: list[dict[str, Any]]) -> int:
     return sum(store.find("shard", shard_key(config)) is None for config in shards)
 
 
 def _state(
-    store: ArtifactStore, recipe: Recipe, stage: str, key: str, config: dict[str, Any], inputs: dict[str, str]
+    store: ArtifactStore,
+    recipe: Recipe,
+    dtype: str,
+    stage: str,
+    key: str,
+    config: dict[str, Any],
+    inputs: dict[str, str],
 ) -> tuple[Literal["done", "stale", "missing"], str]:
-    if store.find(stage, key) is not None:
-        return "done", ""
+    if (artifact := store.find(stage, key)) is not None:
+        refused = _refused(artifact, recipe, dtype)
+        return ("stale", refused) if refused else ("done", "")
     before = store.latest(stage, recipe.name)
     if before is None:
         return "missing", "not run yet"
@@ -159,6 +189,15 @@ def _state(
     if before.stage_version != VERSIONS[stage]:
         reasons.append(f"the stage's code changed (version {before.stage_version} -> {VERSIONS[stage]})")
     return "stale", "; ".join(reasons[:4]) or "its artifact is gone"
+
+
+def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
+    """Say why a policy is not what the recipe asks for although its key is: the audit before it, by the recipe's limits."""
+    measured = artifact.manifest.figures.get("audit") if artifact.stage == "train" else None
+    if not measured or drift.rule(recipe, dtype)(measured):
+        return ""
+    over = drift.judged(measured, recipe, dtype).summary()
+    return f"it was trained although its audit failed ({over}), and on_drift is {recipe.reference.audit.on_drift}"
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:
@@ -185,5 +224,6 @@ def _short(value: Any) -> str:
 
 
 def found(plan: Plan, stage: str) -> Artifact | None:
-    """Open a stage's artifact, if it is committed."""
-    return artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
+    """Open a stage's artifact, if it is committed and is what the recipe asks for."""
+    artifact = artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
+    return None if artifact is None or _refused(artifact, plan.recipe, plan.hardware.dtype) else artifact

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,8 +14,10 @@ from dpo_ray.data.chat import load_tokenizer, resolve_template
 from dpo_ray.data.filters import Filter, load_filters
 from dpo_ray.data.sources import Shard, list_shards
 from dpo_ray.errors import ConfigError
+from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
 from dpo_ray.models.load import context_tokens, is_hub_name, model_directory
 from dpo_ray.places import reference_root, run_storage
+from dpo_ray.reference.vllm_engine import lora_options
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def preflight(recipe: Recipe) -> Checked:
             fix="set data.eval, or evaluate.sample_prompts=0",
         )
     directory = None if is_hub_name(recipe.model.path) else model_directory(recipe.model)
+    _check_adapter(recipe, directory)
     if directory is None:
         template = recipe.data.chat_template
         if template not in ("auto", "plain"):
@@ -78,7 +82,7 @@ def preflight(recipe: Recipe) -> Checked:
     context = context_tokens(directory)
     if context is not None and recipe.data.max_length_tokens > context:
         raise ConfigError(
-            f"longer than the model's context of {context} tokens",
+            f"longer than the model's context of {context} tokens (of a model with longrope, its original context)",
             where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
             fix=f"set at most {context}",
         )
@@ -101,12 +105,26 @@ def _check_places(recipe: Recipe) -> None:
             )
 
 
+def _check_adapter(recipe: Recipe, model: Path | None) -> None:
+    """See that the adapter is one, that vLLM can hold it, and that it is of this model, where the model is here."""
+    directory = adapter_directory(recipe.model)
+    if directory is None:
+        return
+    adapter = read_adapter(directory)
+    if model is not None:
+        check_targets(adapter, model)
+    if recipe.reference.engine == "vllm" or recipe.evaluate.sample_prompts:
+        lora_options(adapter)
+
+
 def _check_gpus(recipe: Recipe) -> None:
     """Refuse what this machine can never grant: Ray would wait for it without end."""
     where = hardware(recipe)
     wanted = {"train.workers": recipe.train.workers * where.train_gpus}
     if recipe.reference.engine == "vllm":
         wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
+    if recipe.reference.mode == "streaming":
+        wanted["train.workers and reference.replicas, side by side in reference.mode=streaming"] = sum(wanted.values())
     for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
         if gpus > torch.cuda.device_count():
             raise ConfigError(

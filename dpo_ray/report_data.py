@@ -7,13 +7,20 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_ray import drift
 from dpo_ray.account import data_page
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.data.tokens import read_table
+from dpo_ray.observe.reference_page import Check, ReferencePage, Scoring, Unscored
 from dpo_ray.observe.report import ReportData, Tile
 from dpo_ray.pipeline import Finished, recipe_yaml
+from dpo_ray.planning import Plan
+from dpo_ray.reference.granule import REASONS
+from dpo_ray.reference.stage import QUARANTINE_FILE
 
 DECODED_SAMPLES = 3  # groups that the report shows as the model sees them
+EXAMPLES = 3  # of each reason for which groups have no log-probs
+SCORING = ("engines", "sequences", "found", "tokens", "cached_tokens", "tokens_per_second", "rescored")
 
 
 def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: Mapping[str, str]) -> ReportData:
@@ -47,14 +54,46 @@ def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: 
         heldout_rewards={"chosen": heldout.get("reward_chosen", []), "rejected": heldout.get("reward_rejected", [])},
         kl_per_sample=[s["kl"] for s in samples],
         data=data_page(run.plan, run.prepare, DECODED_SAMPLES),
-        audit=trained["audit"] or {},
-        audit_note="" if trained["audit"] else "reference.audit.groups is 0",
+        reference=reference_page(run.plan, run.reference, trained["audit"] or {}),
         samples=[{k: v for k, v in s.items() if k != "kl"} for s in samples[: recipe.evaluate.shown_samples]],
         stages=[_stage(a) for a in (run.prepare, run.reference, run.schedule, run.train, run.evaluate)],
         recipe_yaml=recipe_yaml(recipe),
         versions=run.train.manifest.versions,
         paths=paths,
     )
+
+
+def reference_page(plan: Plan, reference: Artifact, measured: Mapping[str, Any]) -> ReferencePage:
+    """Gather the section on the reference; the audit is judged by the limits that the recipe has now."""
+    figures, n = reference.manifest.figures, plan.numerics
+    parallel = f", {n.tensor_parallel} GPUs each" if n.tensor_parallel > 1 else ""
+    judgement = drift.judged(measured, plan.recipe, plan.hardware.dtype) if measured else None
+    goes_on = "" if judgement is None or judgement.passed else "The recipe says to train all the same (on_drift: warn)."
+    return ReferencePage(
+        scoring=Scoring(
+            engine=n.version if n.engine == "vllm" else "the trainer",
+            numerics=f"{n.dtype}, {n.device}{parallel}",
+            **{name: figures[name] for name in SCORING},
+        ),
+        note=f"The recipe names vllm, but its audit failed ({plan.drift}): the trainer scored all again."
+        if plan.drift
+        else "",
+        unscored=_unscored(reference),
+        checks=[Check(f.name, f.value, f.limit, f.verdict, f.meaning) for f in judgement.findings] if judgement else (),
+        passed=judgement is not None and judgement.passed,
+        measured=measured,
+        audit_note=goes_on if judgement else "Not audited: reference.audit.groups is 0.",
+    )
+
+
+def _unscored(reference: Artifact) -> list[Unscored]:
+    if QUARANTINE_FILE not in reference.names():
+        return []
+    table = read_table(reference, QUARANTINE_FILE, ["reason", "detail"])
+    by_reason: dict[str, list[str]] = {}
+    for reason, detail in zip(table["reason"].to_pylist(), table["detail"].to_pylist(), strict=True):
+        by_reason.setdefault(reason, []).append(detail)
+    return [Unscored(r, REASONS[r], len(details), details[:EXAMPLES]) for r, details in sorted(by_reason.items())]
 
 
 def _headline(rows: dict[str, int], trained: dict[str, Any], evaluated: dict[str, Any]) -> list[Tile]:
@@ -101,10 +140,9 @@ def _stage(artifact: Artifact) -> dict[str, Any]:
     note = ""
     if manifest.stage == "reference":
         f = manifest.figures
-        note = (
-            f"{f['scored']:,} sequences scored, {f['found']:,} already known, "
-            f"{f['cached_tokens']:,} of {f['tokens']:,} tokens from the prompt cache"
-        )
+        unscored = sum(count for name, count in manifest.rows.items() if name.endswith("/unscored"))
+        note = f"{f['sequences']:,} sequences scored, {f['found']:,} already known"
+        note += f"; {unscored:,} groups could not be scored" if unscored else ""
     return {
         "stage": manifest.stage,
         "key": manifest.key,

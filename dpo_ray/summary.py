@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpo_ray import drift
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.observe.report import render_report
 from dpo_ray.pipeline import Finished
@@ -19,18 +20,33 @@ REPORT = "report.html"
 def figures(run: Finished) -> dict[str, Any]:
     """Collect the figures of the last line that `dpo-ray run` prints."""
     rows, trained, evaluated = run.prepare.manifest.rows, run.train.manifest.figures, run.evaluate.manifest.figures
+    scoring, left_out = run.reference.manifest.figures, run.reference.manifest.rows
     heldout = evaluated.get("heldout", {})
+    unscored = run.reference.manifest.rows.get("train/unscored", 0)  # admitted, and then left out by the reference
     return {
         "rows_in": rows["train/rows_in"],
-        "admitted": rows["train/admitted"],
-        "quarantined": rows["train/quarantined"],
+        "admitted": rows["train/admitted"] - unscored,
+        "quarantined": rows["train/quarantined"] + unscored,
         "duplicates": rows["train/duplicates"],
         "steps": trained["steps"],
         "final_loss": trained["final"].get("loss"),
         "heldout_accuracy": heldout.get("rewards/accuracies"),
+        "scored": scoring["sequences"],
+        "known": scoring["found"],
+        "unscored": sum(count for name, count in left_out.items() if name.endswith("/unscored")),
+        "audit": audit_in_a_word(run),
         "report": run_storage(run.plan.recipe).full_path(REPORT),
         "policy": run.train.storage.full_path(_policy_prefix(run.train)),
     }
+
+
+def audit_in_a_word(run: Finished) -> str:
+    """Say how the reference stands: passed, drifted (and the recipe went on), trainer (the engine's drifted), or off."""
+    if run.plan.drift:
+        return "trainer"
+    if not (measured := run.train.manifest.figures["audit"]):
+        return "off"
+    return "passed" if drift.judged(measured, run.plan.recipe, run.plan.hardware.dtype).passed else "drifted"
 
 
 def line(values: dict[str, Any]) -> str:

@@ -37,6 +37,11 @@ class Artifact:
         """Return the name of the stage that made this artifact."""
         return self.manifest.stage
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Return the counts that the manifest gives."""
+        return self.manifest.rows
+
     def names(self, prefix: str = "") -> list[str]:
         """List the names of the files that begin with a prefix, sorted."""
         return sorted(entry.name for entry in self.manifest.files if entry.name.startswith(prefix))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
 
 from dpo_ray.artifacts.artifact import Artifact, find_artifact, read_manifest
 from dpo_ray.artifacts.manifest import Manifest
@@ -42,9 +43,8 @@ class ArtifactStore:
         """Open a staging place of this attempt's own for an artifact; `Staging.commit` makes it visible."""
         return begin_attempt(self.root, stage, key, run)
 
-    def latest(self, stage: str, run: str) -> Manifest | None:
-        """Return the newest manifest of a stage that this run committed, to say why it is stale now."""
-        newest: Manifest | None = None
+    def manifests(self, stage: str) -> Iterator[Manifest]:
+        """Read the manifests of all committed artifacts of a stage; a damaged one is passed over with a warning."""
         for directory in self.root.list_dirs():
             name, _, key = directory.rpartition("-")
             if name != stage or not key:
@@ -54,11 +54,13 @@ class ArtifactStore:
             except ArtifactError as error:
                 logger.warning("passed over: %s", error)
                 continue
-            if manifest is None or (manifest.stage, manifest.run) != (stage, run):
-                continue
-            if newest is None or manifest.created_unix_seconds > newest.created_unix_seconds:
-                newest = manifest
-        return newest
+            if manifest is not None and manifest.stage == stage:
+                yield manifest
+
+    def latest(self, stage: str, run: str) -> Manifest | None:
+        """Return the newest manifest of a stage that this run committed, to say why it is stale now."""
+        ours = (manifest for manifest in self.manifests(stage) if manifest.run == run)
+        return max(ours, key=lambda manifest: manifest.created_unix_seconds, default=None)
 
     def sweep(self, run: str) -> int:
         """Delete what dead attempts of a run left behind; returns the number of attempts.

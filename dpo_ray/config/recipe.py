@@ -65,10 +65,11 @@ class Recipe(StrictModel):
     def cpus_needed(self) -> int:
         """Count the CPUs that the recipe's widest moment asks Ray for; with fewer it would wait for ever."""
         training = self.train.workers * self.train.cpus_per_worker
-        if self.reference.engine == "trainer":
-            scoring = training + 1  # and one task that reads
-        else:
-            scoring = self.reference.replicas * self.reference.cpus_per_replica + 1
+        by_trainer = training + 1  # and one task that reads
+        by_engines = self.reference.replicas * self.reference.cpus_per_replica + 1
+        scoring = by_trainer if self.reference.engine == "trainer" else by_engines
+        if self.reference.audit.on_drift == "use_trainer":
+            scoring = max(scoring, by_trainer)
         if self.reference.mode == "streaming":
             training += scoring  # side by side
         sampling = 2 * self.reference.cpus_per_replica  # policy and reference side by side

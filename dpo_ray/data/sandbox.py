@@ -11,10 +11,11 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -111,10 +112,42 @@ def _concat(pieces: Iterable[str]) -> str:
 _MEASURED = (str, list, tuple)
 
 
+class _CodeGenerator(jinja2.compiler.CodeGenerator):
+    """Compile the sums that are written out, `{{ a + b }}`, to Python's own: `_concat` measures what they make.
+
+    A sum that is kept in a variable can double with each round of a loop, one that is written out cannot.
+    """
+
+    def visit_Output(self, node: jinja2.nodes.Output, frame: Any) -> None:
+        self._written_out = frozenset(id(part) for child in node.nodes for part in _summands(child))
+        super().visit_Output(node, frame)
+
+    def visit_Add(self, node: jinja2.nodes.Add, frame: Any) -> None:
+        if id(node) not in self._written_out:
+            super().visit_Add(node, frame)
+            return
+        self.write("(")
+        self.visit(node.left, frame)
+        self.write(" + ")
+        self.visit(node.right, frame)
+        self.write(")")
+
+    _written_out: frozenset[int] = frozenset()
+
+
+def _summands(node: jinja2.nodes.Expr) -> Iterator[jinja2.nodes.Expr]:
+    """Yield an expression, and where it is a sum, all that it is a sum of."""
+    yield node
+    if isinstance(node, jinja2.nodes.Add):
+        yield from _summands(node.left)
+        yield from _summands(node.right)
+
+
 class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Measure what operators and methods of text would make before they make it."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
+    code_generator_class = _CodeGenerator
     concat = staticmethod(_concat)  # type: ignore[assignment]
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:

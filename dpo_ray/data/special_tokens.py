@@ -79,7 +79,7 @@ class Spelled:
 
     def split(self, text: str) -> list[str]:
         """Divide text at its tokens: text, token, text, ..., text. Joined it is the text."""
-        return self._pattern.split(text) if self._pattern else [text]
+        return self._pattern.split(text) if self._pattern and self.may_be_in(text) else [text]
 
 
 def _text(group: TextGroup) -> str:
@@ -89,6 +89,8 @@ def _text(group: TextGroup) -> str:
     for turn in (*turns, *group.completions):
         if isinstance(turn, str):
             texts.append(turn)
+        elif len(turn) == 2 and type(turn.get("content")) is str:  # role and content, as nearly all have
+            texts.append(turn["content"])
         else:  # the role is one of a few that are known
             _collect([value for key, value in turn.items() if key != "role"], texts)
     if group.tools or group.template_kwargs:  # `messages` are the text of `prompt`, divided

@@ -49,13 +49,12 @@ class TokenGroup:
 
 
 def _group_id(prompt_ids: np.ndarray, completion_ids: Sequence[np.ndarray], scores: Sequence[float]) -> bytes:
-    h = hashlib.blake2b(digest_size=16)
-    for ids in (prompt_ids, *completion_ids):  # unambiguous: the length stands before the ids
-        h.update(len(ids).to_bytes(4, "little"))
-        h.update(np.ascontiguousarray(ids, np.int32).data)
+    content = [
+        part for ids in (prompt_ids, *completion_ids) for part in (len(ids).to_bytes(4, "little"), ids.tobytes())
+    ]
     if len(completion_ids) == 1:  # its label is all that the order of others says
-        h.update(np.float32(scores[0]).tobytes())
-    return h.digest()
+        content.append(np.float32(scores[0]).tobytes())
+    return hashlib.blake2b(b"".join(content), digest_size=16).digest()  # unambiguous: the length stands before the ids
 
 
 def tokenize_groups(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,9 @@ def shard_table(groups: Sequence[TokenGroup], ordinals: Sequence[int], minhashes
     completions = [ids for g in groups for ids in g.completion_ids]
     columns = {
         "group_id": pa.array([g.group_id for g in groups], pa.binary(16)),
-        "prompt_ids": _lists([g.prompt_ids for g in groups], np.int32),
+        "prompt_ids": _id_lists([g.prompt_ids for g in groups]),
         "completion_ids": pa.ListArray.from_arrays(
-            _offsets([g.completion_ids for g in groups]), _lists(completions, np.int32)
+            _offsets([g.completion_ids for g in groups]), _id_lists(completions)
         ),
         "scores": _lists([g.scores for g in groups], np.float32),
         "chosen": _lists([g.chosen for g in groups], np.int16),
@@ -75,9 +76,14 @@ def shard_table(groups: Sequence[TokenGroup], ordinals: Sequence[int], minhashes
     return pa.table(columns, schema=SHARD)
 
 
-def _lists(lists: Sequence[Sequence[float] | np.ndarray], dtype: type[np.generic]) -> pa.ListArray:
-    """Make a column of lists without a Python object for each of their values."""
-    flat = np.concatenate([np.asarray(values, dtype) for values in lists]) if lists else np.empty(0, dtype)
+def _id_lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    """Make a column of lists of token ids (int32) without a Python object for each of them."""
+    flat = np.concatenate([np.empty(0, np.int32), *arrays])
+    return pa.ListArray.from_arrays(_offsets(arrays), pa.array(flat))
+
+
+def _lists(lists: Sequence[Sequence[float]], dtype: type[np.generic]) -> pa.ListArray:
+    flat = np.fromiter(itertools.chain.from_iterable(lists), dtype)
     return pa.ListArray.from_arrays(_offsets(lists), pa.array(flat))
 
 

@@ -15,7 +15,7 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,11 @@ MAX_PIECES = 2**17  # kept at once; some 20 MiB
 _LONG_CHARACTERS = 64  # a piece as long as this does not come again, and is not kept
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \\s as the tokenizers understand it
 _ODD_SPACES = ("   ", " \n", "\n ", *"\t\r\v\f\x1c\x1d\x1e\x1f")
-_ODD_WIDE_SPACES = tuple("\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") + tuple(map(chr, range(0x2000, 0x200B)))
+_ALL_ODD_SPACES = (
+    *_ODD_SPACES,
+    *"\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000",
+    *map(chr, range(0x2000, 0x200B)),
+)
 """Where spaces are other than one or two between what is no space, words may begin elsewhere than at the space."""
 
 _CLASS = re.compile(r"\\p\{([LNM][a-z]?)\}|\\s|\\S")
@@ -36,16 +40,18 @@ _PROBES, _PROBE_CHARACTERS = 96, 160
 
 
 class _Cache(dict[str, bytes]):
-    """The ids (int32) of each piece of text met; what is missing is encoded."""
+    """The ids (int32) of each piece of text met; what is missing is encoded. `fixed` is never forgotten."""
 
-    def __init__(self, encode: Callable[[str], bytes]) -> None:
-        self._encode = encode
+    def __init__(self, encode: Callable[[str], bytes], fixed: Mapping[str, bytes] | None = None) -> None:
+        super().__init__(fixed or {})
+        self._encode, self._fixed = encode, dict(self)
 
     def __missing__(self, piece: str) -> bytes:
         ids = self._encode(piece)
         if len(piece) < _LONG_CHARACTERS:
             if len(self) >= MAX_PIECES:
                 self.clear()
+                self.update(self._fixed)
             self[piece] = ids
         return ids
 
@@ -58,9 +64,9 @@ class Words:
 
     def __init__(self, backend: Tokenizer, pattern: str) -> None:
         added = backend.get_added_tokens_decoder()
-        self._added_ids = {token.content: np.int32(i).tobytes() for i, token in added.items()}
-        self._added = Spelled(list(self._added_ids))
-        self.longest_added = max(map(len, self._added_ids), default=0)
+        added_ids = {token.content: np.int32(i).tobytes() for i, token in added.items()}
+        self._added = Spelled(added_ids)
+        self.longest_added = max(map(len, added_ids), default=0)
         self._ascii = re.compile(_in_classes(pattern, ascii_only=True)).findall
         self._wide = re.compile(_in_classes(pattern, ascii_only=False)).findall
         self._is_stable = _stable()
@@ -72,8 +78,8 @@ class Words:
             return array.array("i", [token.id for token in model.tokenize(of_bytes)]).tobytes()
 
         self._words = _Cache(encode)
-        self._starts = _Cache(lambda start: self._cut_ids(start))
         self._spaced = _Cache(lambda follow: self._cut_ids(f" {follow}"))
+        self._starts = _Cache(self._cut_ids, fixed=added_ids)  # of text up to a space, or all of it; added tokens
 
     @classmethod
     def of(cls, backend: Tokenizer) -> Words | None:
@@ -89,15 +95,30 @@ class Words:
 
     def encode(self, text: str) -> bytes | None:
         """Return the ids (int32) of text that may hold added tokens; None where the tokenizer must be asked."""
-        if not self._added.may_be_in(text):
-            return self._encode(text)
-        encoded = []
-        for i, part in enumerate(self._added.split(text)):  # text, token, text, ..., text
-            ids = self._added_ids[part] if i % 2 else self._encode(part)
-            if ids is None:
-                return None
-            encoded.append(ids)
+        encoded: list[bytes] = []
+        odd_spaces: list[str] | None = None  # that the text has; not looked for yet
+        for part in self._added.split(text):  # text, token, text, ..., text
+            known = self._starts.get(part)
+            if known is not None:
+                encoded.append(known)
+                continue
+            if odd_spaces is None:
+                if not self._is_understood(text):
+                    return None
+                odd_spaces = [odd for odd in (_ODD_SPACES if text.isascii() else _ALL_ODD_SPACES) if odd in text]
+            if part.endswith("  ") or (odd_spaces and any(map(part.__contains__, odd_spaces))):
+                encoded.append(self._cut_ids(part))
+            else:
+                start, *follow = part.split(" ")
+                encoded.append(self._starts[start])
+                encoded += map(self._spaced.__getitem__, follow)
         return b"".join(encoded)
+
+    def _is_understood(self, text: str) -> bool:
+        """Say whether the tokenizer takes text as it is, and its characters for what they are in every Unicode."""
+        if text.isascii():
+            return True
+        return bool(self._is_stable(text)) and not (self._is_nfc and not unicodedata.is_normalized("NFC", text))
 
     def settled(self, text: str) -> int:
         """Return the last place where text can be cut whatever follows the text: behind added tokens, before a word.
@@ -111,19 +132,6 @@ class Words:
             if text[place - 1].isalnum() and text[place + 1].isalnum():
                 return place
         return 0
-
-    def _encode(self, text: str) -> bytes | None:
-        if not text:
-            return b""
-        has_odd_spaces = any(map(text.__contains__, _ODD_SPACES)) or text.endswith("  ")
-        if not text.isascii():
-            if not self._is_stable(text) or (self._is_nfc and not unicodedata.is_normalized("NFC", text)):
-                return None
-            has_odd_spaces = has_odd_spaces or any(map(text.__contains__, _ODD_WIDE_SPACES))
-        if has_odd_spaces:
-            return self._cut_ids(text)
-        start, *follow = text.split(" ")
-        return self._starts[start] + b"".join(map(self._spaced.__getitem__, follow))
 
     def _cut_ids(self, text: str) -> bytes:
         return b"".join(map(self._words.__getitem__, self._cut(text)))

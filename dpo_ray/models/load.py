@@ -15,12 +15,15 @@ from dpo_ray.artifacts.digest_cache import cached_file_sha256
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.errors import ConfigError, InfrastructureError
 
+from . import adapter as lora
 from . import shared_prefix
 from .builtin import builtin_model
 from .probe import check_segments
 from .token_logps import TokenLogps
 
 BUILTIN = "builtin:"
+OTHER_FORMATS = ["consolidated*"]  # Mistral's: the same weights once more
+LONGROPE = ("longrope", "su")  # and its old name
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,6 +67,12 @@ def _check(directory: Path, where: str) -> None:
             where=where,
             fix="name a directory in Hugging Face format, ORGANISATION/NAME, or builtin:NAME",
         )
+    if (directory / lora.CONFIG).is_file():  # with PEFT installed, transformers would add it without a word
+        raise ConfigError(
+            f"there is an adapter in it ({lora.CONFIG})",
+            where=where,
+            fix="name its base in model.path, and a directory with the adapter in model.adapter",
+        )
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -91,7 +100,11 @@ def _download(config: ModelConfig) -> Path:
     patterns = [*WEIGHT_PATTERNS, *TOKENIZER_FILES, "generation_config.json"]
     where = f"model.path={config.path}"
     try:
-        directory = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+        directory = Path(
+            snapshot_download(
+                config.path, revision=config.revision, allow_patterns=patterns, ignore_patterns=OTHER_FORMATS
+            )
+        )
     except LocalEntryNotFoundError:
         raise InfrastructureError(
             "not in the hub's cache, and the hub cannot be reached",
@@ -107,7 +120,15 @@ def _download(config: ModelConfig) -> Path:
 
 
 def model_identity(config: ModelConfig) -> str:
-    """Identify a model by its bytes (config and weights); a hub model that is not here, by name and revision."""
+    """Identify a model by its bytes: configuration and weights, and those of its adapter.
+
+    A hub model that is not here is identified by name and revision.
+    """
+    base, adapter = _base_identity(config), lora.adapter_directory(config)
+    return base if adapter is None else digest([base, lora.read_adapter(adapter).identity()])
+
+
+def _base_identity(config: ModelConfig) -> str:
     if is_hub_name(config.path):
         return digest(["hub", config.path, config.revision or "main"])
     directory = model_directory(config)
@@ -124,22 +145,35 @@ def tokenizer_identity(config: ModelConfig) -> str:
 
 
 def context_tokens(directory: Path) -> int | None:
-    """Return the model's context length, where its configuration states one."""
+    """Return the model's context length, where its configuration states one.
+
+    Of a model with longrope (Phi) it is the context before that: beyond, all positions turn otherwise, and of which kind
+    a sequence is would depend on others, on the longest beside it in a forward pass and on the context that vLLM was
+    started with, which is one token longer than the longest sequence.
+    """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return config.get("text_config", config).get("max_position_embeddings")
+    text = config.get("text_config", config)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) in LONGROPE:
+        original = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings", 4096)
+        return original - 1
+    return text.get("max_position_embeddings")
 
 
-def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int) -> TokenLogps:
+def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter: Path | None = None) -> TokenLogps:
     """Load a causal language model ready to give token log-probs: shared-prefix attention, no dropout.
 
+    A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
+
     Raises:
-        ConfigError: transformers does not know the architecture, or it cannot attend by segments.
+        ConfigError: transformers does not know the architecture, it cannot attend by segments, or the adapter is none
+            of this model's.
     """
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=dtype,
+            dtype=dtype if adapter is None else torch.float32,
             attn_implementation=shared_prefix.IMPLEMENTATION,
             trust_remote_code=False,
             local_files_only=True,
@@ -152,6 +186,10 @@ def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int) -> Token
             fix="use a causal language model that this version of transformers knows",
         ) from None
     assert isinstance(model, PreTrainedModel)  # noqa: S101
+    if adapter is not None:
+        lora.merge(model, lora.read_adapter(adapter))
+        for parameter in model.parameters():  # and no buffer: rotary frequencies stay as they are loaded
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # preference losses compare two forward passes: both must see the same network

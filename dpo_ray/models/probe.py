@@ -6,9 +6,14 @@ mixes neighbours otherwise (state-space layers, convolutions, ALiBi by row) woul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.schedule.micro_batch import Group, pack
@@ -18,7 +23,14 @@ from .packed_rows import packed_rows
 from .token_logps import TokenLogps
 
 # Families whose exactness the tests show; the probe would only cost them a forward pass.
-KNOWN_EXACT = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "phi", "phi3", "granite", "cohere"})
+KNOWN_EXACT = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+        *("granite", "cohere"),
+    }
+)
+WINDOWS = ("sliding_window", "attention_chunk_size")
+PROBE_WINDOW = 3  # tokens; shorter than the probe's sequences
 TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # of a token; wrong models are off by tenths and more
 
 
@@ -30,6 +42,8 @@ def check_segments(policy: TokenLogps, where: str) -> None:
         ConfigError: they differ, or the model does not take packed rows at all.
     """
     model_type = policy.model.config.model_type
+    if getattr(policy.model.config, "use_bidirectional_attention", None) is True:
+        raise _refused(model_type, "its tokens see those that follow them (use_bidirectional_attention)", where)
     if model_type in KNOWN_EXACT:
         return
     random = np.random.default_rng(0)
@@ -41,8 +55,9 @@ def check_segments(policy: TokenLogps, where: str) -> None:
     groups = [Group(bytes(16), p, c, np.array([1, 0], np.float32)) for p, c in zip(prompts, completions, strict=True)]
     policy.eval()
     try:
-        packed = policy(packed_rows(pack(groups))).float()
-        own = _alone(policy, groups)
+        with _short_windows(policy.model):
+            packed = policy(packed_rows(pack(groups))).float()
+            own = _alone(policy, groups)
         difference = float((packed - own).abs().max())
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise _refused(model_type, str(error).splitlines()[0], where) from error
@@ -66,6 +81,20 @@ def _alone(policy: TokenLogps, groups: list[Group]) -> Tensor:
     finally:
         policy.model.set_attn_implementation(shared_prefix.IMPLEMENTATION)
     return torch.cat(rows)
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Shorten all windows for a while, or a model that has them in its masks alone, which packed rows do without, passes."""
+    holders: list[Any] = [model.config, model.config.get_text_config(), *model.modules()]
+    windows = [(h, name, getattr(h, name)) for h in holders for name in WINDOWS if type(getattr(h, name, None)) is int]
+    try:
+        for holder, name, _ in windows:
+            setattr(holder, name, PROBE_WINDOW)
+        yield
+    finally:
+        for holder, name, window in windows:
+            setattr(holder, name, window)
 
 
 def _refused(model_type: str, reason: str, where: str) -> ConfigError:

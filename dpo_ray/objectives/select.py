@@ -21,6 +21,17 @@ def needs_pairs(objective: Objective) -> bool:
             assert_never(objective)
 
 
+def compares_per_token(objective: Objective) -> bool:
+    """Say whether an objective compares log-ratios per token, so that a completion's length does not scale them."""
+    match objective:
+        case SigmoidObjective():
+            return False
+        case IpoObjective():
+            return True
+        case _:
+            assert_never(objective)
+
+
 def pair_losses(objective: Objective, pairs: PairLogps) -> Tensor:
     """Compute the objective's loss of every pair, float32 [pairs]."""
     match objective:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dpo_ray.config.model import ModelConfig
+
 
 def model_card(
     name: str,
-    base_model: str,
+    model: ModelConfig,
     objective: str,
     rows: Mapping[str, int],
     steps: int,
@@ -29,16 +31,17 @@ def model_card(
         )
     )
     tools = ", ".join(f"{k} {v}" for k, v in versions.items())
+    base = f"`{model.path}`" + (f" with the LoRA adapter `{model.adapter}` merged into it" if model.adapter else "")
     return f"""---
-base_model: {base_model}
+base_model: {model.path}
 library_name: transformers
 tags: [dpo-ray, preference-optimization, {objective}]
 ---
 
 # {name}
 
-`{base_model}`, aligned with preference data by the `{objective}` objective in {steps:,} optimizer steps, with
-[dpo-ray](https://pypi.org/project/dpo-ray/). The reference model is the base model.
+{base}, aligned with preference data by the `{objective}` objective in {steps:,} optimizer steps, with
+[dpo-ray](https://pypi.org/project/dpo-ray/). The reference model is the base model{" with that adapter" if model.adapter else ""}.
 
 ## Data
 Training: {counts}.

@@ -51,13 +51,14 @@ TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 @dataclass(frozen=True)
 class Plot:
-    """Hold one figure: `svg` is empty where nothing was measured; `legend` pairs labels with CSS classes."""
+    """Hold one figure: without an `svg`, `instead` says why; `legend` pairs labels with CSS classes."""
 
     key: str
     title: str
     caption: str
     svg: str = ""
     legend: tuple[tuple[str, str], ...] = ()
+    instead: str = "Not measured"
 
 
 @dataclass(frozen=True)

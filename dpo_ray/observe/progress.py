@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
 LOG_EVERY_SECONDS = 5.0
+BESIDE_EVERY_SECONDS = 60.0  # above the live bar of another stage
 
 Clock = Callable[[], float]
 
@@ -27,9 +28,10 @@ class Bar:
         unit: str,
         total: int | None,
         clock: Clock = time.monotonic,
+        every_seconds: float = LOG_EVERY_SECONDS,
     ) -> None:
         self._console, self._live, self._title, self._unit, self._total = console, live, title, unit, total
-        self._clock = clock
+        self._clock, self._every_seconds = clock, every_seconds
         self._began = self._said = clock()
         self._done, self._note, self._before = 0.0, "", 0.0
         self._task: TaskID | None = live.add_task(title, total=total, figures="", note="") if live else None
@@ -76,7 +78,7 @@ class Bar:
         figures = ", ".join(f for f in (f"{self._done:,.0f}{total} {self._unit}", self._rate(), self._left()) if f)
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=self._done, figures=figures, note=escape(self._note))
-        elif self._clock() - self._said >= LOG_EVERY_SECONDS:
+        elif self._clock() - self._said >= self._every_seconds:
             self._said = self._clock()
             self._line(f"{figures}; {self._note}" if self._note else figures)
 
@@ -96,11 +98,16 @@ class Reporter:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, title: str, unit: str, total: int | None = None) -> Iterator[Bar]:
-        """Show a stage while it runs; its closing line is printed if it ends well."""
-        if not self.console.is_terminal:
+    def stage(self, title: str, unit: str, total: int | None = None, *, beside: bool = False) -> Iterator[Bar]:
+        """Show a stage while it runs; its closing line is printed if it ends well.
+
+        Args:
+            beside: another stage runs at the same time, and has the terminal's live bar: this one says lines.
+        """
+        if beside or not self.console.is_terminal:
             self.console.print(f"{title}: started", highlight=False, soft_wrap=True)
-            bar = Bar(self.console, None, title, unit, total)
+            every_seconds = BESIDE_EVERY_SECONDS if self.console.is_terminal else LOG_EVERY_SECONDS
+            bar = Bar(self.console, None, title, unit, total, every_seconds=every_seconds)
             yield bar
             bar.close()
             return

@@ -10,6 +10,7 @@ from dpo_ray.observe.data_page import DataPage, data_section_values
 from dpo_ray.observe.histograms import heldout_plots
 from dpo_ray.observe.page import render_page
 from dpo_ray.observe.plots import SMOOTHED_FROM_POINTS, smoothing_window, training_plots
+from dpo_ray.observe.reference_page import ReferencePage, reference_section_values
 
 SAMPLE_CHARACTERS = 1_200
 MAX_SAMPLES = 40
@@ -35,7 +36,7 @@ class ReportData:
     train_metrics, eval_metrics: a row per measured step under TRL's names and `step`; some may be missing.
     heldout_rewards: `chosen` and `rejected` rewards; kl_per_sample: nats per completion.
     data: the account of the data.
-    audit: the figures of the reference audit and `passed`; audit_note: why there is none, or what followed.
+    reference: the account of the reference and of its audit.
     samples: rows of prompt, reference, policy and, where judged, reference_score, policy_score.
     stages: rows of stage, key, state and, where known, seconds, rows, note.
     """
@@ -50,8 +51,7 @@ class ReportData:
     heldout_rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
     kl_per_sample: Sequence[float] = ()
     data: DataPage = field(default_factory=DataPage)
-    audit: Mapping[str, float | str | bool] = field(default_factory=dict)
-    audit_note: str = ""
+    reference: ReferencePage = field(default_factory=ReferencePage)
     samples: Sequence[Mapping[str, Any]] = ()
     stages: Sequence[Mapping[str, Any]] = ()
     recipe_yaml: str = ""
@@ -78,6 +78,6 @@ def render_report(data: ReportData) -> str:
         window=smoothing_window(steps) if steps >= SMOOTHED_FROM_POINTS else 0,
         samples=data.samples[:MAX_SAMPLES],
         sample_characters=SAMPLE_CHARACTERS,
-        audit_figures={name: value for name, value in data.audit.items() if name != "passed"},
         **data_section_values(data.data),
+        **reference_section_values(data.reference),
     )

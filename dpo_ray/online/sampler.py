@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from dpo_ray.errors import EngineError
 from dpo_ray.evaluate.metrics import Comparison, Sample
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
 from dpo_ray.reference.vllm_scorer import VllmScorer
@@ -56,15 +57,25 @@ class SamplerActor:
             for prompt in prompts
         ]
         inputs = [TokensPrompt(prompt_token_ids=list(p)) for p in prompts]
-        outputs = self._scorer.engine.generate(inputs, parameters, use_tqdm=False)
+        outputs = self._scorer.engine.generate(inputs, parameters, use_tqdm=False, lora_request=self._scorer.adapter)
         return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
 
     def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-        """Return the log-prob of each completion, summed over its tokens, in nats; 0 for an empty one."""
+        """Return the log-prob of each completion, summed over its tokens, in nats; 0 for an empty one.
+
+        Raises:
+            EngineError: the model gives a completion no finite log-probs.
+        """
         kept = [i for i, c in enumerate(completions) if len(c)]
         requests = [ScoreRequest(i, np.array(prompts[i], np.int32), np.array(completions[i], np.int32)) for i in kept]
         sums = [0.0] * len(completions)
         for i, logps in zip(kept, self._scorer.score(requests), strict=True):
+            if logps is None:
+                raise EngineError(
+                    "the model gives no finite log-probs for a sampled completion",
+                    where=self._settings.model_dir,
+                    fix="look at the model: training may have broken it",
+                )
             sums[i] = float(logps.sum(dtype=np.float64))
         return sums
 

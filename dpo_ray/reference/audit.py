@@ -1,102 +1,126 @@
-"""The audit: do the stored reference log-probs agree with the training stack's own forward pass?"""
+"""The audit: by how much do the stored reference log-probs differ from the training stack's own forward pass?
+
+What is measured here depends on neither limits nor beta, so a recipe that changes them judges it anew (`verdict.py`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from dpo_ray.config.reference import AuditConfig
 from dpo_ray.errors import AuditError
+from dpo_ray.schedule.compared import ComparedGroup
 
-# Nats. bfloat16's own rounding noise is about 0.03 a token, so only gross errors can be told from it.
-MAX_TOKEN_DRIFT = {"float32": 1e-4, "bfloat16": 0.5}
-MAX_MEAN_DRIFT = {"float32": 1e-5, "bfloat16": 0.05}
-
-
-@dataclass(frozen=True)
-class AuditResult:
-    """The statistics of stored minus trainer log-probs, in nats, over the tokens and pairs of a sample."""
-
-    groups: int
-    tokens: int
-    mean_token_drift: float  # mean |d|
-    max_token_drift: float
-    signed_bias: float  # mean d: a bias rewards length
-    margin_error_std: float  # beta * std of the error of a pair's reference margin
-    length_correlation: float  # of that error with the difference in length
-    multiplicative_error: float  # mean exp |d|
-    allowed_token_drift: float
-    allowed_mean_drift: float
-    passed: bool
-
-    def figures(self) -> dict[str, float | int | bool]:
-        return asdict(self)
+WORST_GROUPS = 3  # that drift most, named
+MAX_POINTS = 64  # pairs whose errors are kept for the report
+HISTOGRAM_BINS = 41  # odd: the middle one is around no difference
+_LARGEST_EXPONENT = 600.0  # keeps a hopeless drift finite, as JSON needs it
+_INNER = 0.995  # share of the tokens that the histogram's axis holds; a few far ones would flatten all others
 
 
-def audit(
-    stored: Sequence[Sequence[np.ndarray]],
-    trainer: Sequence[Sequence[np.ndarray]],
-    beta: float,
-    dtype: str,
-    config: AuditConfig,
-) -> AuditResult:
-    """Compare token log-probs, groups x completions x float32 [tokens]; the margin is that of the first two completions.
+def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
+    """Work out the statistics of d = stored - own log-prob, in nats, over a sample's tokens and pairs, as JSON can hold them.
 
-    A sample without tokens shows nothing, so it does not pass.
+    A group that comes twice (a second epoch) counts once, and the order of the sample does not matter. The error of a pair
+    is the d of its chosen completion, summed, less that of its rejected one: what training would see in its reference margin.
+
+    Returns:
+        Counts `groups`, `paired_groups`, `pairs`, `tokens`; over tokens `mean_token_drift` and `max_token_drift` (of |d|),
+        `signed_bias` (mean d) with `signed_bias_error` (its standard error; groups are independent, their tokens are not;
+        null for one group), `multiplicative_error` (mean exp |d|); over pairs `margin_error_nats` (standard deviation),
+        `margin_error_nats_per_token` (of the error per token) and `length_correlation` (with the difference in length);
+        and for a reader `worst_groups`, `drift_histogram` and `pair_errors`.
+
+    Raises:
+        AuditError: a value is not finite; no training can begin with such a model, whatever the recipe says of drift.
     """
-    drift = [
-        [np.asarray(s, np.float64) - np.asarray(t, np.float64) for s, t in zip(a, b, strict=True)]
-        for a, b in zip(stored, trainer, strict=True)
-    ]
-    flat = np.concatenate([np.zeros(0), *(d for group in drift for d in group)])
+    groups = [g for _, g in sorted({g.group_id: g for g in sample}.items())]
+    drift = [_drift(g) for g in groups]
+    by_group = [np.concatenate(completions) for completions in drift]
+    flat = np.concatenate([np.zeros(0), *by_group])
     size = np.abs(flat)
-    pairs = [group for group in drift if len(group) >= 2]
-    errors = np.array([g[0].sum() - g[1].sum() for g in pairs])
-    lengths = np.array([len(g[0]) - len(g[1]) for g in pairs], np.float64)
-    allowed = config.max_token_drift or MAX_TOKEN_DRIFT[dtype]
-    allowed_mean = config.max_mean_drift or MAX_MEAN_DRIFT[dtype]
-    mean, most = _mean(size), float(size.max(initial=0.0))
-    return AuditResult(
-        groups=len(drift),
-        tokens=len(flat),
-        mean_token_drift=mean,
-        max_token_drift=most,
-        signed_bias=_mean(flat),
-        margin_error_std=float(beta * errors.std()) if len(errors) else 0.0,
-        length_correlation=_correlation(errors, lengths),
-        multiplicative_error=_mean(np.exp(size)),
-        allowed_token_drift=allowed,
-        allowed_mean_drift=allowed_mean,
-        passed=len(flat) > 0 and most <= allowed and mean <= allowed_mean,
-    )
+    pairs = [
+        (d[c].sum() - d[r].sum(), d[c].mean() - d[r].mean(), len(d[c]) - len(d[r]))
+        for d, g in zip(drift, groups, strict=True)
+        for c, r in zip(g.chosen, g.rejected, strict=True)
+    ]
+    errors, per_token, lengths = np.array(pairs, np.float64).reshape(-1, 3).T  # each [pairs]
+    return {
+        "groups": len(groups),
+        "paired_groups": sum(len(g.chosen) > 0 for g in groups),
+        "pairs": len(pairs),
+        "tokens": len(flat),
+        "mean_token_drift": _mean(size),
+        "max_token_drift": float(size.max(initial=0.0)),
+        "signed_bias": _mean(flat),
+        "signed_bias_error": _error_of_mean(by_group),
+        "multiplicative_error": _mean(np.exp(np.minimum(size, _LARGEST_EXPONENT))) if len(flat) else 1.0,
+        "margin_error_nats": float(errors.std()) if pairs else 0.0,
+        "margin_error_nats_per_token": float(per_token.std()) if pairs else 0.0,
+        "length_correlation": _correlation(errors, lengths),
+        "worst_groups": _worst(groups, by_group),
+        "drift_histogram": _histogram(flat),
+        "pair_errors": {
+            "length_difference": [int(n) for n in lengths[:MAX_POINTS]],
+            "error_nats": [_short(e) for e in errors[:MAX_POINTS]],
+        },
+    }
+
+
+def _drift(group: ComparedGroup) -> list[np.ndarray]:
+    """Subtract: K x float64 [completion tokens]."""
+    drift = [s.astype(np.float64) - o.astype(np.float64) for s, o in zip(group.stored, group.own, strict=True)]
+    if not all(np.isfinite(d).all() for d in drift):
+        broken = "trainer" if not all(np.isfinite(o).all() for o in group.own) else "stored reference"
+        raise AuditError(
+            f"log-probs of the {broken} are not finite in group {group.group_id.hex()}",
+            where="reference.audit",
+            fix="look at the model's weights (inf, NaN) and at model.dtype; bfloat16 and float32 hold what float16 does not",
+        )
+    return drift
+
+
+def _error_of_mean(by_group: Sequence[np.ndarray]) -> float | None:
+    """Estimate the standard error of the mean over all tokens, of groups that are a random sample of all groups."""
+    if len(by_group) < 2:
+        return None
+    sums, counts = np.array([g.sum() for g in by_group]), np.array([len(g) for g in by_group])
+    residuals = sums - counts * sums.sum() / counts.sum()
+    return float(np.sqrt(len(by_group) / (len(by_group) - 1) * np.square(residuals).sum()) / counts.sum())
+
+
+def _worst(groups: Sequence[ComparedGroup], by_group: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    most = np.array([np.abs(d).max() for d in by_group])
+    return [
+        {
+            "group_id": groups[i].group_id.hex(),
+            "max_token_drift": float(most[i]),
+            "mean_token_drift": _mean(np.abs(by_group[i])),
+        }
+        for i in np.argsort(-most, kind="stable")[:WORST_GROUPS]
+        if most[i] > 0
+    ]
+
+
+def _histogram(flat: np.ndarray) -> dict[str, Any]:
+    """Count d in bins of equal width over -range_nats to range_nats; range 0 and no bins where nothing differs."""
+    size = np.abs(flat)
+    if not size.any():
+        return {"range_nats": 0.0, "counts": [], "beyond": 0}
+    reach = float(np.quantile(size, _INNER)) or float(size.max())
+    counts = np.histogram(flat, bins=HISTOGRAM_BINS, range=(-reach, reach))[0]
+    return {"range_nats": reach, "counts": counts.tolist(), "beyond": int(len(flat) - counts.sum())}
 
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def checked_audit(
-    beta: float, dtype: str, config: AuditConfig, stored: list[list[np.ndarray]], trainer: list[list[np.ndarray]]
-) -> dict[str, Any]:
-    """Audit a sample and return the figures; runs in the training workers, before step 1.
-
-    Raises:
-        AuditError: out of tolerance, and the recipe says to stop.
-    """
-    result = audit(stored, trainer, beta, dtype, config)
-    if not result.passed and config.on_drift == "stop":
-        raise AuditError(
-            f"stored reference log-probs differ from the trainer's own by up to {result.max_token_drift:.2e} nats a token "
-            f"(allowed {result.allowed_token_drift:.0e}), {result.mean_token_drift:.2e} on average "
-            f"(allowed {result.allowed_mean_drift:.0e})",
-            where="reference.audit",
-            fix="set reference.engine=trainer, which is exact; or, knowing the cause, raise reference.audit.max_token_drift",
-        )
-    return result.figures()
-
-
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else 0.0
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -32,13 +32,14 @@ class Unscored:
 
 @dataclass(frozen=True)
 class Scored:
-    """What scoring one granule came to. Its log-probs are in the store."""
+    """What scoring one granule came to, or a piece of one that was split. Its log-probs are in the store."""
 
     groups: int
-    sequences: int
+    sequences: int  # different ones
     tokens: int  # of prompts and completions, each prompt once a sequence
     cached_tokens: int  # of these, read from the engine's cache
     rescored: int  # sequences that the guard sent through again without the cache
     seconds: float
     engine: str  # its name in the pool
     unscored: tuple[Unscored, ...] = ()
+    granule: int = 0  # its number in the order in which the granules were handed to the pool

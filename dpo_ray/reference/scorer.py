@@ -35,12 +35,24 @@ class ScorerSettings:
 
 
 class Scorer(Protocol):
-    """Score completions of a frozen model. Holds the model; closing frees it."""
+    """Score completions of a frozen model. Holds the model; closing frees it.
 
-    cached_tokens: int  # prompt tokens that were read from the engine's cache, since it started
+    The counters only grow, from 0 when the scorer starts; what the sequences of one call came to is a difference.
+    """
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
-        """Return float32 [completion tokens] for each request, in the order given."""
+    cached_tokens: (
+        int  # prompt tokens that were not computed again but read from a cache, once for each sequence scored
+    )
+    rescored: int  # sequences that went through a second time, because of what reading the cache had made of them
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
+        """Return float32 [completion tokens] for each request, in the order given; all are finite and at most 0.
+
+        None stands for a sequence of which the model gives no finite log-probs; the others are not touched by it.
+
+        Raises:
+            EngineError: a sequence is empty or longer than `max_length_tokens`, or the answer is not about its tokens.
+        """
         ...
 
     def close(self) -> None: ...

@@ -1,42 +1,80 @@
-"""The stage `reference`: a pool of engines scores what the store lacks; then the store is joined to the groups by key."""
+"""The stage `reference`: what the store lacks is scored; then the store is joined to the groups by key."""
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import ray.data
-from ray.data import ActorPoolStrategy
+import ray
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.config.reference import ReferenceConfig
+from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.tokens import parquet_bytes, read_table, splits
-from dpo_ray.errors import ArtifactError
+from dpo_ray.errors import DataError
 
-from .scorer import Scorer, ScoreRequest, ScorerSettings
+from .granule import GRANULE, REASONS, Scored, Unscored
+from .join import JoinedPart, join_part
+from .missing import Looked, look_up
+from .pool import EnginePool
+from .scorer import ScorerSettings
 from .store import ReferenceStore, StoreIndex
+from .trainer_pool import score_with_trainer
 
-REFERENCE = pa.schema([("group_id", pa.binary(16)), ("token_logps", pa.list_(pa.list_(pa.float32())))])
+PARTS_OF_A_LOOK_UP = 4  # parts that one task looks up; granules are cut across them
+MAX_LOOK_UPS = 8  # tasks that look up at once
+RESULTS_AHEAD = 8  # of each: four granules, and their counts
+QUARANTINE_FILE = "quarantine.parquet"
 
 
-@dataclass(frozen=True)
-class Granule:
-    """What scoring one block of groups came to."""
+@dataclass
+class Account:
+    """What looking up and scoring have come to so far."""
 
-    groups: int
-    scored: int
-    found: int
-    tokens: int
-    cached_tokens: int
-    seconds: float
+    groups: int  # of all splits
+    done: int = 0  # groups that were looked up and found, or scored, or left out
+    found: int = 0  # completions that the store had
+    sequences: int = 0  # completions that were scored
+    tokens: int = 0
+    cached_tokens: int = 0
+    rescored: int = 0
+    seconds: float = 0.0  # of all engines
+    engines: set[str] = field(default_factory=set)
+    unscored: dict[bytes, Unscored] = field(default_factory=dict)
+
+    def add(self, scored: Scored) -> None:
+        """Count what scoring a granule came to."""
+        self.done += scored.groups
+        for name in ("sequences", "tokens", "cached_tokens", "rescored", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(scored, name))
+        if scored.tokens:
+            self.engines.add(scored.engine)
+        self.unscored |= {group.group_id: group for group in scored.unscored}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the speed of one engine."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def words(self) -> str:
+        """Say it in a line."""
+        cached = self.cached_tokens / self.tokens if self.tokens else 0.0
+        return (
+            f"{self.sequences:,} sequences scored, {self.found:,} known, {self.tokens_per_second:,.0f} tokens/s an engine, "
+            f"{cached:.0%} of the tokens cached"
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """Return what the artifact's manifest keeps."""
+        names = ("sequences", "found", "tokens", "cached_tokens", "rescored", "seconds", "tokens_per_second")
+        return {**{name: getattr(self, name) for name in names}, "engines": len(self.engines)}
 
 
 def token_parts(tokens: Artifact) -> list[str]:
@@ -44,142 +82,136 @@ def token_parts(tokens: Artifact) -> list[str]:
     return [name for split in splits(tokens) for name in tokens.names(f"{split}/")]
 
 
-def groups_dataset(tokens: Artifact) -> ray.data.Dataset:
-    """Describe the reading of a committed tokens artifact; the blocks are as `data.stage.tokenized` gives them."""
-    names = [{"name": n} for n in token_parts(tokens)]
-    return ray.data.from_items(names, override_num_blocks=len(names)).map_batches(
-        _read_parts,  # pyright: ignore[reportArgumentType] - Ray types `fn` as if there were no fn_kwargs
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={"tokens": tokens},
-    )
-
-
-def _read_parts(batch: pa.Table, tokens: Artifact) -> Iterator[pa.Table]:
-    for name in batch["name"].to_pylist():
-        yield read_table(tokens, name)
-
-
 def score(
-    groups: ray.data.Dataset, store: ReferenceStore, settings: ScorerSettings, config: ReferenceConfig, gpus: float
-) -> Iterator[Granule]:
-    """Score all completions that the store lacks, streaming, on a pool of engines; yields progress as granules end."""
-    # Cut to granules between reading and scoring: it keeps the two apart, so that CPUs tokenize ahead of the engines.
-    granules = groups.repartition(target_num_rows_per_block=config.groups_per_granule)
-    results = granules.map_batches(
-        ScoringActor,
-        fn_constructor_kwargs={"store": store, "settings": settings},
-        batch_size=config.groups_per_granule,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=config.replicas),
-        num_cpus=config.cpus_per_replica,
-        num_gpus=gpus or None,
-    )
-    for row in results.iter_rows():
-        yield Granule(**row)
+    tokens: Artifact,
+    store: ReferenceStore,
+    settings: ScorerSettings,
+    config: ReferenceConfig,
+    train: TrainConfig,
+    gpus: float,
+    max_unscored_fraction: float,
+    advance: Callable[[int, str], None],
+    say: Callable[[str], None],
+) -> Account:
+    """Score all completions that the store lacks. Engines start only where there are any, and are gone afterwards.
+
+    Args:
+        gpus: of each engine, or of each training worker where the trainer scores.
+        advance: is told how many more groups are done, and the figures in words.
+        say: is told what happened to the engines, and which groups are left out.
+
+    Raises:
+        DataError: more groups than `max_unscored_fraction` of all cannot be scored.
+        EngineError, InfrastructureError, TrainError, ArtifactError: as the pool of engines, or the trainer's, raises them.
+    """
+    account = Account(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
+
+    def looked(news: Looked) -> None:
+        account.found += news.found
+        account.done += news.known_groups
+        advance(news.known_groups, account.words())
+
+    granules = look_up_all(tokens, store, config, looked)
+    if config.engine == "trainer":
+        pool, answers = None, score_with_trainer(settings, store, train, list(granules), gpus)
+    else:
+        pool = EnginePool(settings, store, config, gpus, say)
+        answers = pool.run(granules)
+    with closing(answers):
+        for scored in answers:
+            account.add(scored)
+            for group in scored.unscored:
+                say(f"the group {group.group_id.hex()} is left out: {REASONS[group.reason]}")
+            check_unscored(account, max_unscored_fraction)
+            advance(scored.groups, account.words() + (f", engines {pool.ready}/{pool.size}" if pool else ""))
+    return account
 
 
-class ScoringActor:
-    """One engine of the pool. It starts with the first sequence that the store lacks."""
+def check_unscored(account: Account, limit: float) -> None:
+    """Stop where more groups cannot be scored than data.max_quarantined_fraction allows.
 
-    def __init__(self, store: ReferenceStore, settings: ScorerSettings) -> None:
-        self._store, self._settings = store, settings
-        self._index = store.index()
-        self._scorer: Scorer | None = None
-
-    def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
-        began = time.monotonic()
-        missing: dict[bytes, ScoreRequest] = {}
-        found = 0
-        for g, row in enumerate(batch.select(["prompt_ids", "completion_ids"]).to_pylist()):
-            prompt = np.array(row["prompt_ids"], np.int32)
-            for completion in row["completion_ids"]:
-                ids = np.array(completion, np.int32)
-                key = self._store.key(prompt, ids)
-                if key in self._index:
-                    found += 1
-                else:
-                    missing.setdefault(key, ScoreRequest(g, prompt, ids))
-        cached = self._score(missing) if missing else 0
-        tokens = sum(len(r.prompt_ids) + len(r.completion_ids) for r in missing.values())
-        granule = Granule(len(batch), len(missing), found, tokens, cached, time.monotonic() - began)
-        return {name: [value] for name, value in vars(granule).items()}
-
-    def _score(self, missing: dict[bytes, ScoreRequest]) -> int:
-        if self._scorer is None:
-            self._scorer = start_scorer(self._settings)
-        before = self._scorer.cached_tokens
-        name = self._store.append(list(missing), self._scorer.score(list(missing.values())))
-        self._index.add(name, list(missing))
-        return self._scorer.cached_tokens - before
+    Raises:
+        DataError: with the reasons.
+    """
+    count = len(account.unscored)
+    if count > limit * account.groups:
+        reasons = sorted({f"{REASONS[u.reason]} ({u.detail})" for u in account.unscored.values()})
+        raise DataError(
+            f"{count:,} of {account.groups:,} groups have no reference log-probs, over the {limit:.1%} that are allowed: "
+            + "; ".join(reasons[:3]),
+            where="reference",
+            fix="look at the groups that were named above, mend or leave out their rows; set reference.engine=trainer; "
+            "or raise data.max_quarantined_fraction",
+        )
 
 
-def start_scorer(settings: ScorerSettings) -> Scorer:
-    """Start the engine that the recipe names."""
-    if settings.engine == "vllm":
-        from .vllm_scorer import VllmScorer
+def look_up_all(
+    tokens: Artifact, store: ReferenceStore, config: ReferenceConfig, looked: Callable[[Looked], None]
+) -> Iterator[ray.ObjectRef]:
+    """Look up every part in Ray tasks, and yield granules of what the store lacks, in the order of the parts.
 
-        return VllmScorer(settings)
-    from .trainer_scorer import TrainerScorer
+    The tasks run ahead of who takes the granules, a little: each holds a few and waits.
+    """
+    segments = store.segments()  # once: a task that is run again must give the same granules
+    make_index: Any = ray.remote(_index)
+    index = make_index.remote(store, segments)
+    # One task's CPU is left beside the engines whatever the cluster; a task that waits keeps its own.
+    room = ray.cluster_resources().get("CPU", 0) - config.replicas * config.cpus_per_replica
+    task: Any = ray.remote(_look_up).options(num_returns="streaming", _generator_backpressure_num_objects=RESULTS_AHEAD)
+    parts = token_parts(tokens)
+    todo = iter([parts[i : i + PARTS_OF_A_LOOK_UP] for i in range(0, len(parts), PARTS_OF_A_LOOK_UP)])
+    running: deque[Any] = deque()
+    try:
+        while True:
+            while len(running) < max(1, min(MAX_LOOK_UPS, int(room))) and (names := next(todo, None)):
+                running.append(task.remote(names, tokens, store, index, config.groups_per_granule))
+            if not running:
+                return
+            for result in running[0]:
+                news: Any = ray.get(result)
+                looked(news)
+                if news.granule:
+                    yield next(running[0])
+            running.popleft()
+    finally:
+        for results in running:  # of who wants no more: the tasks would wait for ever
+            ray.cancel(results)
 
-    return TrainerScorer(settings)
+
+def _index(store: ReferenceStore, segments: Sequence[str] | None = None) -> StoreIndex:
+    return store.index(segments)
+
+
+def _look_up(
+    names: Sequence[str], tokens: Artifact, store: ReferenceStore, index: StoreIndex, groups_per_granule: int
+) -> Iterator[Looked | pa.Table]:
+    tables = (read_table(tokens, name, GRANULE.names) for name in names)
+    yield from look_up(tables, store, index, groups_per_granule)
 
 
 def join(
-    tokens: Artifact, store: ReferenceStore, staging: Staging, provenance: Provenance, figures: dict[str, Any]
+    tokens: Artifact, store: ReferenceStore, account: Account, staging: Staging, provenance: Provenance
 ) -> Artifact:
-    """Join the store to every group by key, part by part in parallel, and commit the artifact `reference`.
+    """Join the store to every group by key, part by part in Ray tasks, and commit the artifact `reference`.
 
     Raises:
         ArtifactError: a completion has no log-probs, or not as many as it has tokens.
     """
-    parts = token_parts(tokens)
-    names = ray.data.from_items([{"name": n} for n in parts], override_num_blocks=len(parts))
-    segments = tuple(store.segments())
-    joined = names.map_batches(
-        _join_parts,  # pyright: ignore[reportArgumentType] - Ray types `fn` as if there were no fn_kwargs
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={"tokens": tokens, "store": store, "segments": segments, "staging": staging},
+    index, unscored = ray.remote(_index).remote(store), ray.put(account.unscored)
+    task: Any = ray.remote(join_part)
+    parts: list[JoinedPart] = ray.get(
+        [task.remote(name, tokens, store, index, unscored, staging) for name in token_parts(tokens)]
     )
-    entries = [FileEntry.model_validate_json(row["entry"]) for row in joined.iter_rows()]
-    rows = {"groups": sum(e.rows or 0 for e in entries)}
-    return provenance.commit(staging, entries, rows=rows, figures=figures)
+    entries = [part.entry for part in parts]
+    quarantine = pa.concat_tables(part.quarantine for part in parts) if parts else None
+    rows = {"groups": sum(entry.rows or 0 for entry in entries)}
+    for split in splits(tokens):
+        mine = zip(parts, entries, strict=True)
+        rows[f"{split}/unscored"] = sum(len(p.quarantine) for p, e in mine if e.name.startswith(f"{split}/"))
+    if quarantine is not None and len(quarantine):
+        entries.append(_write_quarantine(quarantine, staging))
+    return provenance.commit(staging, entries, rows=rows, figures=account.figures())
 
 
-@functools.lru_cache(maxsize=1)
-def _index(store: ReferenceStore, segments: tuple[str, ...]) -> StoreIndex:
-    index = StoreIndex(store.partition)
-    index.add_segments(segments)
-    return index
-
-
-def _join_parts(
-    batch: pa.Table, tokens: Artifact, store: ReferenceStore, segments: tuple[str, ...], staging: Staging
-) -> dict[str, list[str]]:
-    return {
-        "entry": [
-            join_part(name, tokens, store, _index(store, segments), staging).model_dump_json()
-            for name in batch["name"].to_pylist()
-        ]
-    }
-
-
-def join_part(name: str, tokens: Artifact, store: ReferenceStore, index: StoreIndex, staging: Staging) -> FileEntry:
-    """Write the reference part that belongs to one tokens part: the same groups in the same order."""
-    rows = read_table(tokens, name, ["group_id", "prompt_ids", "completion_ids"]).to_pylist()
-    keys = [[store.key(row["prompt_ids"], c) for c in row["completion_ids"]] for row in rows]
-    values = index.fetch([key for group in keys for key in group])
-    for row, group in zip(rows, keys, strict=True):
-        for completion, key in zip(row["completion_ids"], group, strict=True):
-            if len(values[key]) != len(completion):
-                raise ArtifactError(
-                    f"{len(values[key])} log-probs for a completion of {len(completion)} tokens",
-                    where=store.partition.uri,
-                    fix="delete this directory of the store; it is made again",
-                )
-    table = pa.table(
-        {"group_id": [r["group_id"] for r in rows], "token_logps": [[values[k] for k in g] for g in keys]},
-        schema=REFERENCE,
-    )
-    return staging.write(name, parquet_bytes(table), rows=len(table))
+def _write_quarantine(quarantine: pa.Table, staging: Staging) -> FileEntry:
+    return staging.write(QUARANTINE_FILE, parquet_bytes(quarantine), rows=len(quarantine))

@@ -2,55 +2,211 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+import torch.distributed as dist
 
+from dpo_ray.config.train import TrainConfig
 from dpo_ray.models.load import load_policy
 from dpo_ray.models.packed_rows import packed_rows
+from dpo_ray.models.sharding import shard
 from dpo_ray.schedule.micro_batch import Group, pack
-from dpo_ray.schedule.pack import deal
+from dpo_ray.schedule.pack import deal, estimate_work
+from dpo_ray.schedule.records import filler
 
+from .granule import Scored, Unscored
 from .scorer import ScoreRequest, ScorerSettings
+from .store import ReferenceStore
+from .store_index import first_of_equal
 
 
 class TrainerScorer:
-    """The frozen model as the trainer runs it: packed groups, shared prompts, the same kernels."""
+    """The frozen model as the trainer runs it: packed groups, shared prompts, the same kernels.
 
-    def __init__(self, settings: ScorerSettings) -> None:
-        self._device = settings.device
-        self._max_batched_tokens = settings.max_batched_tokens
-        self.cached_tokens = 0
-        self._policy = load_policy(Path(settings.model_dir), getattr(torch, settings.dtype), chunk_tokens=1024)
-        self._policy.to(self._device).eval()
+    In a process group the model is sharded over the ranks exactly as for training, and all ranks make the same calls.
+    """
+
+    def __init__(
+        self, settings: ScorerSettings, train: TrainConfig | None = None, device: torch.device | None = None
+    ) -> None:
+        """Load the model. `train` bounds the forward passes; `device` is this rank's where there are several.
+
+        Raises:
+            ConfigError: the model or its adapter cannot be loaded.
+        """
+        train = train or TrainConfig()
+        grouped = dist.is_initialized()
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        self.cached_tokens = self.rescored = 0
+        self._device = device or torch.device(settings.device)
+        self._tokens_per_micro_batch = settings.max_batched_tokens or train.tokens_per_micro_batch
+        adapter = None if settings.adapter_dir is None else Path(settings.adapter_dir)
+        dtype = getattr(torch, settings.dtype)
+        # In a group, as for training: float32 weights, of which FSDP2 makes `dtype` for the forward pass.
+        loaded = torch.float32 if grouped else dtype
+        policy = load_policy(Path(settings.model_dir), loaded, train.logprob_chunk_tokens, adapter).to(self._device)
+        self._policy = (shard(policy, self._device.type, self.ranks, dtype) if grouped else policy).eval()
 
     @torch.no_grad()
-    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
-        """Return float32 [completion tokens] for each request, in the order given."""
+    def score_share(self, groups: Sequence[Group]) -> dict[int, list[np.ndarray]]:
+        """Score this rank's share of the groups, the same list on every rank; collective.
+
+        Returns:
+            By index into `groups`: float32 [completion tokens] of each completion. The ranks' shares make up the whole.
+        """
+        tokens = [g.tokens for g in groups]
+        work = [estimate_work(len(g.prompt_ids), [len(c) for c in g.completion_ids]) for g in groups]
+        scores: dict[int, list[np.ndarray]] = {}
+        for members in deal(tokens, work, self.ranks, self._tokens_per_micro_batch)[self.rank]:
+            batch = pack([groups[i] for i in members]) if members else filler()
+            rows = packed_rows(batch, self._device)
+            logps = self._policy(rows).float().cpu().numpy()
+            ends = np.cumsum([len(c) for i in members for c in groups[i].completion_ids], dtype=np.int64)
+            parts = iter(np.split(logps, ends[:-1]) if members else [])
+            scores |= {i: [next(parts) for _ in groups[i].completion_ids] for i in members}
+        return scores
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
+        """Return float32 [completion tokens] for each request, in the order given; None where one is not finite.
+
+        For a process that is alone: `Scorer.score`.
+        """
         members: dict[tuple[int, bytes], list[int]] = {}
         for i, request in enumerate(requests):
             members.setdefault((request.group, request.prompt_ids.tobytes()), []).append(i)
         groups = [
-            Group(
-                b"",
-                requests[ids[0]].prompt_ids,
-                tuple(requests[i].completion_ids for i in ids),
-                np.zeros(len(ids), np.float32),
-            )
+            _group(b"", requests[ids[0]].prompt_ids, [requests[i].completion_ids for i in ids])
             for ids in members.values()
         ]
-        tokens = [g.tokens for g in groups]
-        order = list(members.values())
-        results: dict[int, np.ndarray] = {}
-        for batch in deal(tokens, tokens, ranks=1, tokens_per_micro_batch=self._max_batched_tokens)[0]:
-            rows = packed_rows(pack([groups[g] for g in batch]), self._device)
-            logps = self._policy(rows).float().cpu().numpy()
-            ends = np.cumsum(rows.lengths.cpu().numpy())
-            owners = [i for g in batch for i in order[g]]
-            results.update(zip(owners, np.split(logps, ends[:-1]), strict=True))
-        return [results[i] for i in range(len(requests))]
+        self.cached_tokens += sum(_shared_tokens(g) for g in groups)
+        scores = self.score_share(groups)
+        results: list[np.ndarray | None] = [None] * len(requests)
+        for g, ids in enumerate(members.values()):
+            for i, logps in zip(ids, scores[g], strict=True):
+                results[i] = logps if np.isfinite(logps).all() else None
+        return results
 
     def close(self) -> None:
+        """Free the model."""
         del self._policy
+
+
+def score_granules(
+    scorer: TrainerScorer,
+    store: ReferenceStore,
+    known: Sequence[str],
+    granules: Iterable[pa.Table],
+    report: Callable[[Scored], bool],
+) -> None:
+    """Score granules (tables of GRANULE), the same on every rank; collective. Each rank commits a segment a granule.
+
+    What a group of workers before this one has committed is not scored again. Rank 0 reports each granule when all of it
+    is in the store, and all ranks end where `report` says that nobody listens.
+
+    Args:
+        known: segments of the store that can hold nothing of the granules.
+
+    Raises:
+        ArtifactError: the store cannot be read or written.
+    """
+    new = sorted(set(store.segments()) - set(known)) if scorer.rank == 0 else []
+    index, listening = store.index(new) if scorer.rank == 0 else None, True
+    for number, granule in enumerate(granules):
+        began, keys = time.monotonic(), store.keys(granule)
+        different = first_of_equal(keys)
+        # Rank 0 says for all: another writer could make the ranks' own look-ups differ, and then they would wait for ever.
+        missing = _from_rank_0(different & ~index.find(keys) if index is not None and listening else None)
+        if missing is None:
+            return
+        groups, completions = _missing_groups(granule, missing)
+        failed = _gathered(_commit(store, scorer.score_share(groups), [keys[c] for c in completions]))
+        if scorer.rank:
+            continue
+        scored = Scored(
+            groups=len(granule),
+            sequences=int(different.sum()) - len(failed),
+            tokens=sum(len(g.prompt_ids) * len(g.completion_ids) + sum(map(len, g.completion_ids)) for g in groups),
+            cached_tokens=sum(_shared_tokens(g) for g in groups),
+            rescored=0,
+            seconds=time.monotonic() - began,
+            engine=f"trainer of {scorer.ranks}",
+            unscored=_unscored(granule, keys, failed) if failed else (),
+            granule=number,
+        )
+        listening = report(scored)
+
+
+def _commit(store: ReferenceStore, scores: dict[int, list[np.ndarray]], keys: Sequence[np.ndarray]) -> list[bytes]:
+    """Append a rank's log-probs to the store; returns the keys of the completions without finite ones, left out."""
+    finite: dict[bytes, np.ndarray] = {}
+    failed: list[bytes] = []
+    for g, token_logps in scores.items():
+        for key, logps in zip(keys[g], token_logps, strict=True):
+            if np.isfinite(logps).all():
+                finite[key.tobytes()] = logps
+            else:
+                failed.append(key.tobytes())
+    if finite:
+        store.append(list(finite), list(finite.values()))
+    return failed
+
+
+def _unscored(granule: pa.Table, keys: np.ndarray, failed: Sequence[bytes]) -> tuple[Unscored, ...]:
+    """Name the groups that a completion without log-probs is of."""
+    counts = granule["completion_ids"].combine_chunks().value_lengths().to_numpy()
+    group_of = np.repeat(np.arange(len(granule)), counts)  # [completions]
+    without = set(failed)
+    rows = sorted({int(g) for g, key in zip(group_of, keys, strict=True) if key.tobytes() in without})
+    ids = granule["group_id"].take(pa.array(rows, pa.int64())).to_pylist()
+    return tuple(Unscored(i, "no_log_probs", "by the trainer's own forward pass") for i in ids)
+
+
+def _missing_groups(granule: pa.Table, missing: np.ndarray) -> tuple[list[Group], list[np.ndarray]]:
+    """Take out the groups with completions that are `missing` (bool [completions]), with these alone.
+
+    Returns:
+        The groups, and for each the positions of its completions among all of the granule's.
+    """
+    groups, positions, first = [], [], 0
+    for row in range(len(granule)):
+        completions = [c.values.to_numpy() for c in granule["completion_ids"][row].values]
+        of_group = first + np.flatnonzero(missing[first : first + len(completions)])
+        if len(of_group):
+            prompt = granule["prompt_ids"][row].values.to_numpy()
+            chosen = [completions[i - first] for i in of_group]
+            groups.append(_group(granule["group_id"][row].as_py(), prompt, chosen))
+            positions.append(of_group)
+        first += len(completions)
+    return groups, positions
+
+
+def _group(group_id: bytes, prompt_ids: np.ndarray, completion_ids: Sequence[np.ndarray]) -> Group:
+    return Group(group_id, prompt_ids, tuple(completion_ids), np.zeros(len(completion_ids), np.float32))
+
+
+def _shared_tokens(group: Group) -> int:
+    """Count the prompt tokens that are not computed again, since a prompt goes once with all its completions."""
+    return len(group.prompt_ids) * (len(group.completion_ids) - 1)
+
+
+def _from_rank_0(value: Any) -> Any:
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _gathered(values: list[bytes]) -> list[bytes]:
+    """Join the ranks' lists; no rank goes on before all have called."""
+    if not dist.is_initialized():
+        return values
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import gc
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,94 +12,64 @@ import numpy as np
 from dpo_ray.errors import EngineError
 
 from .scorer import ScoreRequest, ScorerSettings
+from .vllm_engine import adapter_request, start_engine, start_errors
 
-# Read by vLLM when it is imported. In process, uncompiled and unbound, an engine starts on CPU in seconds, not a minute.
-CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-}
+logger = logging.getLogger(__name__)
 
-
-def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> Any:
-    """Start a vLLM engine in this process.
-
-    vLLM always samples one token after a prompt, so its context is one token longer than the longest sequence; that
-    token's log-prob is never used.
-
-    Raises:
-        EngineError: it does not start; the reason is vLLM's.
-    """
-    os.environ.update(ENVIRONMENT | (CPU_ENVIRONMENT if settings.device == "cpu" else {}))
-    from vllm import LLM
-
-    options: dict[str, Any] = (
-        {"kv_cache_memory_bytes": 512 << 20, "block_size": 32, "distributed_executor_backend": "uni"}
-        if settings.device == "cpu"
-        else {"gpu_memory_utilization": settings.gpu_memory_fraction}
-    )
-    try:
-        return LLM(
-            model=settings.model_dir,
-            dtype=settings.dtype,
-            max_model_len=settings.max_length_tokens + 1,
-            max_num_batched_tokens=max(settings.max_batched_tokens, settings.max_length_tokens + 1),
-            max_num_seqs=256,
-            enable_prefix_caching=True,
-            enforce_eager=settings.device == "cpu" or not enable_sampling,
-            generation_config="vllm",
-            skip_tokenizer_init=True,
-            seed=0,
-            disable_log_stats=True,
-            trust_remote_code=False,
-            **options,
-        )
-    except (RuntimeError, ValueError, AssertionError, OSError) as error:
-        raise EngineError(
-            f"vLLM does not start: {str(error).strip().splitlines()[-1]}",
-            where=settings.model_dir,
-            fix="see the engine's log above; `dpo-ray doctor` checks the installation, reference.engine=trainer does without vLLM",
-        ) from error
+ROUNDING = 1e-4  # a log-prob may be so much above 0
+# Largest |difference| of a token's log-prob, in nats, with and without the cache. In float32 only the order of sums
+# differs. bfloat16 itself is off by up to 0.2 on single tokens of a random text, whichever way it is computed, while a
+# wrong cache is off by whole nats.
+SHARING_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
 
 class VllmScorer:
     """One engine. Sequences of a group go in side by side, so that the later ones find the prompt in the cache."""
 
-    def __init__(self, settings: ScorerSettings, *, enable_sampling: bool = False) -> None:
-        self._share_prompt = settings.share_prompt
-        self._llm = start_engine(settings, enable_sampling=enable_sampling)
-        self._by_token_ids = bool(getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False))
-        self.cached_tokens = 0
+    share_prompt: bool  # whether the cache is read: asked for, and found right when the engine started
+    adapter: Any | None  # what `engine.generate` takes as lora_request
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
-        """Return float32 [completion tokens] for each request, in the order given.
+    def __init__(self, settings: ScorerSettings, *, enable_sampling: bool = False) -> None:
+        self._longest = settings.max_length_tokens
+        self._llm = start_engine(settings, enable_sampling=enable_sampling)
+        self._by_token_ids = bool(self._llm.llm_engine.vllm_config.use_v2_model_runner)
+        self.adapter = adapter_request(settings)
+        self.cached_tokens = self.rescored = 0
+        self.share_prompt = settings.share_prompt
+        if self.share_prompt:
+            with start_errors(settings):
+                fault = self._sharing_fault(SHARING_TOLERANCE[settings.dtype])
+            if fault is not None:
+                self.share_prompt = False
+                logger.warning("prompts are not shared between completions: %s (%s)", fault, settings.model_dir)
+        self.cached_tokens = self.rescored = 0
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
+        """Return float32 [completion tokens] for each request, in the order given; None where they are no log-probs.
 
         A cache hit is good only if it ends inside the prompt: what it covers of a completion has no log-prob (V2) or
         uninitialised memory (V1). Such sequences are scored again without reading the cache.
 
         Raises:
-            EngineError: tokens or values come back other than they must.
+            EngineError: a sequence is not one that the engine was set up for, or tokens or values come back other than
+                they must. What vLLM raises in the middle of its work goes through: the engine is then of no more use.
         """
-        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].group, i))
-        answers = self._run([requests[i] for i in order], read_cache=self._share_prompt)
-        refused = [i for i, answer in zip(order, answers, strict=True) if answer is None]
-        scores = dict(zip(order, answers, strict=True))
-        scores.update(zip(refused, self._run([requests[i] for i in refused], read_cache=False), strict=True))
-        valid: dict[int, np.ndarray] = {}
-        for i, logps in scores.items():
-            if (
-                logps is None
-                or len(logps) != len(requests[i].completion_ids)
-                or not np.isfinite(logps).all()
-                or (logps > 1e-4).any()
-            ):
+        ids = [np.concatenate((r.prompt_ids, r.completion_ids)).tolist() for r in requests]
+        for request, sequence in zip(requests, ids, strict=True):
+            if not (len(request.prompt_ids) and len(request.completion_ids) and len(sequence) <= self._longest):
                 raise EngineError(
-                    "vLLM returned no valid log-probs for a sequence",
-                    fix="set reference.engine=trainer, and report the model",
+                    f"cannot score {len(request.completion_ids)} tokens after a prompt of {len(request.prompt_ids)}",
+                    fix=f"neither may be empty, and the engine was started for {self._longest} tokens in all",
                 )
-            valid[i] = np.minimum(logps, 0.0)
-        return [valid[i] for i in range(len(requests))]
+        scores: list[np.ndarray | None] = [None] * len(requests)
+        pending = side_by_side(requests)
+        for read_cache in (True, False) if self.share_prompt else (False,):
+            answers = self._run([requests[i] for i in pending], [ids[i] for i in pending], read_cache=read_cache)
+            for i, logps in zip(pending, answers, strict=True):
+                scores[i] = logps
+            pending = [i for i in pending if scores[i] is None]
+            self.rescored += len(pending) if read_cache else 0
+        return scores
 
     @property
     def engine(self) -> Any:
@@ -106,49 +77,142 @@ class VllmScorer:
         return self._llm
 
     def close(self) -> None:
+        """Stop the engine and its processes, and free its memory."""
         self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
 
-    def _run(self, requests: Sequence[ScoreRequest], *, read_cache: bool) -> list[np.ndarray | None]:
+    def _run(
+        self, requests: Sequence[ScoreRequest], ids: Sequence[list[int]], *, read_cache: bool
+    ) -> list[np.ndarray | None]:
+        """Score requests in their order; None for a hit in the cache that reaches too far, and for what is no log-probs.
+
+        Args:
+            ids: of each request, prompt and completion in one.
+        """
         if not requests:
             return []
+        from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        prompts = [
-            TokensPrompt(prompt_token_ids=[*r.prompt_ids.tolist(), *r.completion_ids.tolist()]) for r in requests
-        ]
-        parameters = [self._parameters(r, read_cache) for r in requests]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [self._read(request, output) for request, output in zip(requests, outputs, strict=True)]
-
-    def _parameters(self, request: ScoreRequest, read_cache: bool) -> Any:
-        from vllm import SamplingParams
-
-        common: dict[str, Any] = {
-            "max_tokens": 1,
-            "temperature": 0,
-            "detokenize": False,
-            "skip_reading_prefix_cache": not read_cache,
-        }
+        parameters: Any
         if self._by_token_ids:
-            return SamplingParams(
-                prompt_logprob_token_ids=request.completion_ids[:, None],
-                prompt_logprob_start=len(request.prompt_ids) - 1,
-                **common,
-            )
-        return SamplingParams(prompt_logprobs=0, flat_logprobs=True, **common)
+            parameters = [SamplingParams(**token_id_parameters(r, read_cache)) for r in requests]
+        else:
+            parameters = SamplingParams(**flat_parameters(read_cache))
+        prompts = [TokensPrompt(prompt_token_ids=sequence) for sequence in ids]
+        answers = self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
+        return [self._read(*each) for each in zip(requests, ids, answers, strict=True)]
 
-    def _read(self, request: ScoreRequest, output: Any) -> np.ndarray | None:
-        """Take the completion's log-probs out of an answer; None where the cache reached into the completion."""
-        cached, tokens = output.num_cached_tokens or 0, len(request.completion_ids)
-        if cached > len(request.prompt_ids) - 1:
+    def _read(self, request: ScoreRequest, ids: list[int], answer: Any) -> np.ndarray | None:
+        hit, tokens = answer.num_cached_tokens or 0, len(request.completion_ids)
+        if hit >= len(request.prompt_ids):
             return None
-        self.cached_tokens += cached
-        if self._by_token_ids:
-            ids = output.prompt_token_id_logprobs
-            return None if ids is None else np.asarray(ids, np.float32)[:, 0]
-        flat = output.prompt_logprobs
-        if list(flat.token_ids[-tokens:]) != request.completion_ids.tolist():
-            raise EngineError(
-                "vLLM scored other tokens than it was given", fix="report the model and the versions (`dpo-ray doctor`)"
-            )
-        return np.asarray(flat.logprobs[-tokens:], np.float32)
+        logps = read_token_ids(answer, ids, tokens) if self._by_token_ids else read_flat(answer, ids, tokens)
+        if logps is None or not np.isfinite(logps).all() or logps.max() > ROUNDING:
+            return None
+        self.cached_tokens += hit
+        return np.minimum(logps, 0.0)
+
+    def _sharing_fault(self, tolerance: float) -> str | None:
+        """Score one made-up group with and without the cache; say what is wrong with the cache, if anything is."""
+        config = self._llm.llm_engine.vllm_config
+        requests = probe_group(config.cache_config.block_size, self._longest, config.model_config.get_vocab_size())
+        if not requests:
+            return None  # no sequence is long enough for a block to be shared
+        ids = [np.concatenate((r.prompt_ids, r.completion_ids)).tolist() for r in requests]
+        with_cache = self._run(requests, ids, read_cache=True)
+        hits = self.cached_tokens
+        return sharing_fault(with_cache, self._run(requests, ids, read_cache=False), hits, tolerance)
+
+
+def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
+    """Order requests: groups by their longest sequence, longest first, and the completions of a group together."""
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in requests]
+    longest: dict[int, int] = {}
+    for request, length in zip(requests, lengths, strict=True):
+        longest[request.group] = max(length, longest.get(request.group, 0))
+    return sorted(range(len(requests)), key=lambda i: (-longest[requests[i].group], requests[i].group, -lengths[i], i))
+
+
+def probe_group(block_tokens: int, longest_tokens: int, vocabulary: int) -> list[ScoreRequest]:
+    """Make up a prompt of some blocks with two completions that differ from their first token; none if it is too long."""
+    tokens = min(8, longest_tokens // 4)
+    prompt_tokens = min(3 * block_tokens + block_tokens // 2, longest_tokens - tokens)
+    if tokens < 1 or prompt_tokens <= block_tokens:
+        return []
+    # The ends of a vocabulary are for special tokens, some of which stand for images.
+    ids = np.random.default_rng(0).integers(
+        vocabulary // 8, max(vocabulary // 2, vocabulary // 8 + 2), prompt_tokens + 2 * tokens, dtype=np.int32
+    )
+    prompt, first, second = np.split(ids, [prompt_tokens, prompt_tokens + tokens])
+    if first[0] == second[0]:
+        second[0] += 1
+    return [ScoreRequest(0, prompt, completion) for completion in (first, second)]
+
+
+def sharing_fault(
+    with_cache: Sequence[np.ndarray | None], without_cache: Sequence[np.ndarray | None], hits: int, tolerance: float
+) -> str | None:
+    """Say what is wrong with scores of one group that were made with the cache; None where nothing is.
+
+    Args:
+        hits: tokens of the group that were read from the cache and not refused.
+    """
+    if any(logps is None for logps in without_cache):
+        return "the model gives no log-probs for a random text"
+    if any(logps is None for logps in with_cache):
+        return "a hit in the cache reaches beyond the prompt, or gives no log-probs"
+    if hits == 0:
+        return "the engine does not find a prompt again in its cache"
+    drift = max(float(np.abs(a - b).max()) for a, b in zip(with_cache, without_cache, strict=True))  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
+    if drift > tolerance:
+        return f"log-probs with and without the cache differ by {drift:.2g} nats, more than {tolerance:g}"
+    return None
+
+
+def flat_parameters(read_cache: bool) -> dict[str, Any]:
+    """Ask for the log-probs of all tokens of a prompt: the only way of the V1 runner."""
+    return {"prompt_logprobs": 0, "flat_logprobs": True, **_common_parameters(read_cache)}
+
+
+def token_id_parameters(request: ScoreRequest, read_cache: bool) -> dict[str, Any]:
+    """Ask for the log-probs of the completion's tokens alone: a way of the V2 runner, gathered on the GPU."""
+    return {
+        "prompt_logprob_token_ids": np.ascontiguousarray(request.completion_ids, np.int32)[:, None],
+        "prompt_logprob_start": len(request.prompt_ids) - 1,  # the row that predicts the first of them
+        **_common_parameters(read_cache),
+    }
+
+
+def _common_parameters(read_cache: bool) -> dict[str, Any]:
+    return {"max_tokens": 1, "temperature": 0, "detokenize": False, "skip_reading_prefix_cache": not read_cache}
+
+
+def read_flat(answer: Any, ids: list[int], tokens: int) -> np.ndarray:
+    """Take the log-probs of the last `tokens` tokens out of an answer; float32 [tokens].
+
+    Raises:
+        EngineError: it is about other tokens.
+    """
+    flat = answer.prompt_logprobs
+    if flat is None or flat.token_ids[-tokens:] != ids[-tokens:]:
+        raise EngineError("vLLM scored other tokens than it was given", fix=_REPORT)
+    return np.array(flat.logprobs[-tokens:], np.float32)
+
+
+def read_token_ids(answer: Any, ids: list[int], tokens: int) -> np.ndarray | None:
+    """Take the log-probs asked for by token id out of an answer; float32 [tokens], or None where the cache hid some.
+
+    Raises:
+        EngineError: they are not as many as were asked for.
+    """
+    logps = answer.prompt_token_id_logprobs
+    if logps is None:
+        return None
+    if np.shape(logps) != (tokens, 1) or answer.prompt_token_ids != ids:
+        raise EngineError("vLLM scored other tokens than it was given", fix=_REPORT)
+    return np.asarray(logps, np.float32)[:, 0]
+
+
+_REPORT = "set reference.engine=trainer, and report the model and the versions (`dpo-ray doctor`)"

@@ -21,9 +21,12 @@ from dpo_ray.artifacts.staging import Staging
 
 from .micro_batch import Group, MicroBatch, pack
 from .pack import deal, estimate_work
-from .records import MICRO_BATCHES, RankStep, file_name, filler, step_table
+from .records import MICRO_BATCHES, RankStep, bucket_ranges, file_name, filler, step_table
 
-STEPS_PER_BUCKET = 128
+ROW = "row"  # the column that numbers a bucket's rows through all parts of the split
+
+Steps = Sequence[Sequence[int]]
+"""For each step, the row numbers of its groups."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,34 @@ class Packing:
     tokens_per_micro_batch: int
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """A run of consecutive steps of one split, which share a file per rank. Pickles."""
+
+    split: str
+    first_step: int
+    steps: Steps
+
+    @property
+    def stop_step(self) -> int:
+        return self.first_step + len(self.steps)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Return the numbers of the rows that its steps hold, ascending, each once: int64 [rows]."""
+        return np.unique(np.concatenate([np.asarray(step, np.int64) for step in self.steps]))
+
+
+def buckets_of(split: str, steps: Steps) -> list[Bucket]:
+    """Cut a split's steps to buckets."""
+    return [Bucket(split, b.start, steps[b.start : b.stop]) for b in bucket_ranges(len(steps))]
+
+
 def build_split(
     split: str,
     parts: Sequence[Callable[[], pa.Table]],
     to_groups: Callable[[pa.Table], Iterator[Group]],
-    steps: Sequence[Sequence[int]],
+    steps: Steps,
     packing: Packing,
     staging: Staging,
 ) -> list[FileEntry]:
@@ -49,38 +75,26 @@ def build_split(
         to_groups: makes groups of a table's rows.
         steps: for each step, the row numbers of its groups.
     """
-    entries: list[FileEntry] = []
-    firsts = range(0, len(steps), STEPS_PER_BUCKET)
+    buckets, entries = buckets_of(split, steps), []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-schedule-") as scratch:
-        buckets = [np.unique(np.concatenate([np.asarray(s) for s in steps[f : f + STEPS_PER_BUCKET]])) for f in firsts]
-        files = _deal_to_buckets(parts, buckets, Path(scratch))
-        for first, file in zip(firsts, files, strict=True):
-            with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
-                table = reader.read_all()
-            groups = dict(zip(table["row"].to_pylist(), to_groups(table.drop_columns(["row"])), strict=True))
-            entries += _write_bucket(
-                split,
-                first,
-                [[groups[i] for i in step] for step in steps[first : first + STEPS_PER_BUCKET]],
-                packing,
-                staging,
-            )
+        for bucket, file in zip(buckets, deal_rows(parts, buckets, Path(scratch)), strict=True):
+            entries += write_bucket(bucket, read_rows(file), to_groups, packing, staging)
             file.unlink()
     return entries
 
 
-def _deal_to_buckets(
-    parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[np.ndarray], scratch: Path
-) -> list[Path]:
+def deal_rows(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[Bucket], scratch: Path) -> list[Path]:
+    """Write every bucket's rows to a file of its own below `scratch`, with the column `row`, reading each part once."""
     files = [scratch / f"{i}.arrow" for i in range(len(buckets))]
+    wanted = [bucket.rows for bucket in buckets]
     writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
     offset = 0
     for load in parts:
         table = load()
-        for i, wanted in enumerate(buckets):
-            low, high = np.searchsorted(wanted, [offset, offset + len(table)])
-            rows = wanted[low:high]
-            taken = table.take(pa.array(rows - offset)).append_column("row", pa.array(rows))
+        for i, rows_of_bucket in enumerate(wanted):
+            low, high = np.searchsorted(rows_of_bucket, [offset, offset + len(table)])
+            rows = rows_of_bucket[low:high]
+            taken = table.take(pa.array(rows - offset)).append_column(ROW, pa.array(rows))
             if i not in writers:
                 writers[i] = pa.ipc.new_stream(str(files[i]), taken.schema)
             writers[i].write_table(taken)
@@ -90,18 +104,35 @@ def _deal_to_buckets(
     return files
 
 
-def _write_bucket(
-    split: str, first_step: int, steps: Sequence[Sequence[Group]], packing: Packing, staging: Staging
+def read_rows(file: Path) -> pa.Table:
+    """Read what `deal_rows` wrote for one bucket, in the order of `Bucket.rows`."""
+    with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
+        return reader.read_all()
+
+
+def write_bucket(
+    bucket: Bucket,
+    table: pa.Table,
+    to_groups: Callable[[pa.Table], Iterator[Group]],
+    packing: Packing,
+    staging: Staging,
 ) -> list[FileEntry]:
-    packed = [pack_step(groups, packing) for groups in steps]
+    """Pack a bucket's steps and write a file for every rank; the same bucket gives the same bytes.
+
+    Args:
+        table: the bucket's rows, with the column `row`.
+    """
+    groups = dict(zip(table[ROW].to_pylist(), to_groups(table.drop_columns([ROW])), strict=True))
+    packed = [pack_step([groups[i] for i in step], packing) for step in bucket.steps]
     entries = []
     for rank in range(packing.ranks):
         sink = io.BytesIO()
         with pq.ParquetWriter(sink, MICRO_BATCHES, compression="zstd") as writer:
             for i, (weight, tokens, ranks) in enumerate(packed):
-                share = RankStep(first_step + i, weight, tokens, tuple(ranks[rank]))
+                share = RankStep(bucket.first_step + i, weight, tokens, tuple(ranks[rank]))
                 writer.write_table(step_table(share), row_group_size=1 << 20)
-        entries.append(staging.write(file_name(split, rank, first_step), sink.getvalue(), rows=len(steps)))
+        name = file_name(bucket.split, rank, bucket.first_step)
+        entries.append(staging.write(name, sink.getvalue(), rows=len(packed)))
     return entries
 
 

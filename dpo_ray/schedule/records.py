@@ -1,17 +1,16 @@
-"""Packed micro-batches on storage: one Parquet row each, one row group per step, one file per rank and run of steps."""
+"""Packed micro-batches on storage: one Parquet row each, one row group per step, one file per rank and bucket of steps."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from dpo_ray.artifacts.artifact import Artifact
 
 from .micro_batch import MicroBatch
 
@@ -48,6 +47,20 @@ _ARRAYS = (
 )
 
 
+FIRST_BUCKET_STEPS, MOST_BUCKET_STEPS = 4, 128
+
+
+class Schedule(Protocol):
+    """Where steps are read: the committed artifact, or one that is being written, whose files are waited for."""
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """`SPLIT/steps` and `SPLIT/groups` of every split."""
+        ...
+
+    def open(self, name: str) -> BinaryIO: ...
+
+
 @dataclass(frozen=True)
 class RankStep:
     """One rank's share of a global step; weight (of pairs) and tokens are the whole step's, over all ranks."""
@@ -58,9 +71,28 @@ class RankStep:
     micro_batches: tuple[MicroBatch, ...]
 
 
+def bucket_ranges(steps: int) -> list[range]:
+    """Cut a split's steps to buckets, the runs of steps that share a file: each twice the one before, up to 128 steps.
+
+    The first file is therefore there early, and a long schedule has few files.
+    """
+    buckets: list[range] = []
+    start, size = 0, FIRST_BUCKET_STEPS
+    while start < steps:
+        buckets.append(range(start, min(start + size, steps)))
+        start, size = start + size, min(2 * size, MOST_BUCKET_STEPS)
+    return buckets
+
+
 def file_name(split: str, rank: int, first_step: int) -> str:
     """Name the file of a rank that begins with `first_step`."""
     return f"{split}/rank-{rank:05d}/step-{first_step:09d}.parquet"
+
+
+def parse_file_name(name: str) -> tuple[str, int, int]:
+    """Return the split, the rank and the first step of a file."""
+    split, rank, step = name.split("/")
+    return split, int(rank.removeprefix("rank-")), int(step.removeprefix("step-").removesuffix(".parquet"))
 
 
 def step_table(share: RankStep) -> pa.Table:
@@ -77,16 +109,17 @@ def _micro_batch(table: pa.Table, row: int) -> MicroBatch:
     return MicroBatch(**arrays, group_ids=tuple(table["group_ids"][row].as_py()))
 
 
-def read_steps(schedule: Artifact, split: str, rank: int, start_step: int = 0) -> Iterator[RankStep]:
-    """Yield a rank's steps in order, from `start_step` on. The cursor is that one integer."""
-    names = schedule.names(f"{split}/rank-{rank:05d}/")
-    first_steps = [int(name.rsplit("-", 1)[1].removesuffix(".parquet")) for name in names]
-    for i, name in enumerate(names):
-        if i + 1 < len(names) and first_steps[i + 1] <= start_step:
+def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -> Iterator[RankStep]:
+    """Yield a rank's steps in order, from `start_step` on. The cursor is that one integer.
+
+    Of a schedule that is being written, a step comes when its file is there; files before `start_step` are not waited for.
+    """
+    for bucket in bucket_ranges(schedule.rows.get(f"{split}/steps", 0)):
+        if bucket.stop <= start_step:
             continue
-        with schedule.open(name) as stream:
+        with schedule.open(file_name(split, rank, bucket.start)) as stream:
             file = pq.ParquetFile(stream)
-            for row_group in range(max(0, start_step - first_steps[i]), file.num_row_groups):
+            for row_group in range(max(0, start_step - bucket.start), len(bucket)):
                 table = file.read_row_group(row_group)
                 yield RankStep(
                     table["step"][0].as_py(),
@@ -129,9 +162,9 @@ def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
         stop.set()
 
 
-def heldout_splits(schedule: Artifact) -> list[str]:
+def heldout_splits(schedule: Schedule) -> list[str]:
     """List the held-out splits that a schedule has steps of, in one order for all ranks: `eval`, or `eval_NAME`s."""
-    counts = (name.partition("/") for name, count in schedule.manifest.rows.items() if count)
+    counts = (name.partition("/") for name, count in schedule.rows.items() if count)
     return sorted(split for split, _, what in counts if what == "steps" and split != "train")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from dpo_ray.errors import ArtifactError, DataError
 from dpo_ray.objectives.select import needs_pairs
 
 from .build import Packing, build_split
+from .micro_batch import Group
 from .pack import step_groups
 
 NAMED_GROUPS = 3  # group ids that an error names
@@ -38,18 +40,53 @@ def run(
         ArtifactError: the reference's groups are not those of the tokens.
     """
     packing = Packing(train.workers, train.tokens_per_micro_batch)
-    parts = {split: tokens.names(f"{split}/") for split in splits(tokens)}
-    ids = {split: _group_ids(tokens, split, names, train.objective) for split, names in parts.items()}
-    entries, counts = [], {}
-    for split, names in parts.items():
-        if not names:
-            continue
-        epochs, steps = (train.epochs, train.steps) if split == "train" else (1, None)
-        order = list(step_groups(ids[split], seed, train.groups_per_step, epochs, steps))
-        loaders = [partial(_load, tokens, reference, name) for name in names]
-        entries += build_split(split, loaders, _groups, order, packing, staging)
-        counts |= {f"{split}/steps": len(order), f"{split}/groups": len(ids[split])}
-    return provenance.commit(staging, entries, rows=counts, figures={})
+    orders, entries = order_splits(tokens, train, seed, reference), []
+    for order in orders:
+        loaders = [partial(_load, tokens, reference, name) for name in order.parts]
+        entries += build_split(order.split, loaders, to_groups, order.steps, packing, staging)
+    return provenance.commit(staging, entries, rows=count_rows(orders), figures={})
+
+
+@dataclass(frozen=True)
+class SplitOrder:
+    """The steps of one split, and the files of the tokens artifact that hold their groups."""
+
+    split: str
+    parts: Sequence[str]
+    groups: int  # that are ordered
+    steps: Sequence[Sequence[int]]  # of each step, the numbers of its groups' rows through all parts
+
+
+def order_splits(
+    tokens: Artifact, train: TrainConfig, seed: int, reference: Artifact | None = None
+) -> list[SplitOrder]:
+    """Order the groups of every split that has any, training first; those that `reference` has not scored are left out.
+
+    Raises:
+        DataError: groups without pairs, and an objective that needs pairs; or no groups for the steps asked for.
+    """
+    orders = []
+    for split in splits(tokens):
+        if names := tokens.names(f"{split}/"):
+            ids = _group_ids(tokens, split, names, train.objective)
+            rows = _scored_rows(reference, names) if reference is not None else np.arange(len(ids))
+            epochs, steps = (train.epochs, train.steps) if split == "train" else (1, None)
+            in_steps = step_groups([ids[i] for i in rows], seed, train.groups_per_step, epochs, steps)
+            orders.append(SplitOrder(split, names, len(rows), [rows[step].tolist() for step in in_steps]))
+    return orders
+
+
+def _scored_rows(reference: Artifact, names: Sequence[str]) -> np.ndarray:
+    """Number the rows, through all parts, whose groups have log-probs: int64 [rows]."""
+    scored = [read_table(reference, name, ["token_logps"])["token_logps"].is_valid().to_numpy() for name in names]
+    return np.flatnonzero(np.concatenate(scored))
+
+
+def count_rows(orders: Sequence[SplitOrder]) -> dict[str, int]:
+    """Count the steps and the groups of every split, as the artifact's manifest names them."""
+    return {
+        f"{o.split}/{what}": count for o in orders for what, count in (("steps", len(o.steps)), ("groups", o.groups))
+    }
 
 
 def check_usable(tokens: Artifact, objective: Objective) -> None:
@@ -118,7 +155,8 @@ def _load(tokens: Artifact, reference: Artifact | None, name: str) -> pa.Table:
     return table.append_column("token_logps", scored["token_logps"])
 
 
-def _groups(table: pa.Table):
+def to_groups(table: pa.Table) -> Iterator[Group]:
+    """Yield the groups of a table of tokens, with the log-probs of its column `token_logps` where it has one."""
     if "token_logps" not in table.column_names:
         return groups_of(table)
     return groups_of(table.drop_columns(["token_logps"]), table["token_logps"])

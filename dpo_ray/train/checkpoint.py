@@ -40,6 +40,12 @@ class Progress:
     figures: dict[str, Any] | None = None  # of the audit before step 1
 
 
+def oldest_step(place: Storage) -> int:
+    """Return the step of the oldest checkpoint that is kept, which training may have to go on from; 0 without any."""
+    steps = [name.removeprefix(_PREFIX).removesuffix(".json") for name in place.list_files() if _is_commit(name)]
+    return min(map(int, steps), default=0)
+
+
 class Checkpoints:
     """The checkpoints of one training run. Every rank makes one; save and load are collective."""
 
@@ -116,7 +122,7 @@ class Checkpoints:
         return sorted((int(a), int(b)) for a, b in (n.split("-") for n in names))
 
     def _committed(self) -> list[str]:
-        return [n for n in self._place.list_files() if n.startswith(_PREFIX) and n.endswith(".json") and "/" not in n]
+        return [name for name in self._place.list_files() if _is_commit(name)]
 
     def _newest_sound(self) -> dict[str, Any] | None:
         for name in reversed(self._committed()):
@@ -153,6 +159,10 @@ class Checkpoints:
         for directory in self._place.list_dirs():
             if directory.startswith(_PREFIX) and directory < oldest:  # step numbers are padded: names sort as they do
                 self._place.delete_tree(directory)
+
+
+def _is_commit(name: str) -> bool:
+    return name.startswith(_PREFIX) and name.endswith(".json") and "/" not in name
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a training run is told, and where its metrics go. Light to import: Ray's controller and the inbox load it too."""
+"""What a training run is told. Light to import: Ray's controller loads it too."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.train import TrainConfig
+from dpo_ray.schedule.compared import ComparedGroup
+from dpo_ray.schedule.records import Schedule
 
-# Stored and own log-probs of a sample -> figures; raises AuditError. Given by the pipeline, which knows the reference.
-Audit = Callable[[list[list[np.ndarray]], list[list[np.ndarray]]], dict[str, Any]]
+
+@dataclass(frozen=True)
+class AuditTask:
+    """How the reference is audited before step 1. Given by the pipeline, which knows the reference. Pickles."""
+
+    groups: int  # at least so many are compared, where there are as many
+    measure: Callable[[list[ComparedGroup]], dict[str, Any]]
+    goes_on: Callable[[dict[str, Any]], bool]  # whether to train, given what was measured now or by an earlier attempt
 
 
 @dataclass(frozen=True)
@@ -26,26 +31,11 @@ class TrainTask:
     config: TrainConfig
     dtype: str
     template: str
-    schedule: Artifact
+    schedule: Schedule
     checkpoints: Storage
     staging: Staging
-    inbox: Any  # handle of the driver's MetricsInbox
-    audit: Audit | None
-    audit_groups: int
-
-
-class MetricsInbox:
-    """An actor that holds rows from rank 0 until the driver takes them."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
-
-    def put(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-
-    def take(self) -> list[dict[str, Any]]:
-        rows, self._rows = self._rows, []
-        return rows
+    inbox: Any  # handle of the driver's inbox
+    audit: AuditTask | None
 
 
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:

@@ -21,18 +21,19 @@ import torch.distributed as dist
 
 from dpo_ray.data.tokens import parquet_bytes
 from dpo_ray.errors import AuditError, TrainError
+from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import load_policy, model_directory
 from dpo_ray.models.packed_rows import packed_rows
+from dpo_ray.models.sharding import shard
 from dpo_ray.models.token_logps import TokenLogps
-from dpo_ray.schedule.micro_batch import MicroBatch
+from dpo_ray.schedule.compared import ComparedGroup, compared_groups
 from dpo_ray.schedule.records import heldout_splits, prefetched, read_steps
 
 from .checkpoint import Checkpoints, Progress
 from .export import gather_policy, write_policy
 from .loop import HELDOUT, Plan, evaluation, heldout_table, train, weighted_sums
 from .optimizer import build_optimizer
-from .sharding import shard
-from .task import TrainTask
+from .task import AuditTask, TrainTask
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,14 @@ def _run(task: TrainTask) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(task.config.cpus_per_worker)))
     source = model_directory(task.model)
-    policy = load_policy(source, torch.float32, task.config.logprob_chunk_tokens)
+    policy = load_policy(source, torch.float32, task.config.logprob_chunk_tokens, adapter_directory(task.model))
     if task.config.activation_checkpointing == "full":
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     shard(policy.to(device), device.type, world, getattr(torch, task.dtype)).train()
     optimizer = build_optimizer(policy, task.config.optimizer)
     checkpoints = Checkpoints(task.checkpoints, task.staging.attempt, task.config.keep_checkpoints)
     progress = checkpoints.load_newest(policy, optimizer)
-    counts = task.schedule.manifest.rows
+    counts = task.schedule.rows
     plan = Plan(counts["train/steps"], counts["train/groups"], device)
 
     def report(row: dict[str, Any]) -> None:
@@ -69,8 +70,10 @@ def _run(task: TrainTask) -> dict[str, Any]:
 
     if progress.step:
         logger.info("going on from the checkpoint of step %d", progress.step)
-    elif task.audit is not None and task.audit_groups:
-        progress = replace(progress, figures=_audited(policy, task, rank, device))
+    elif task.audit is not None:
+        progress = replace(progress, figures=_audited(policy, task.audit, task, rank, device))
+    if task.audit is not None and progress.figures is not None and not task.audit.goes_on(progress.figures):
+        return {"audit": progress.figures}
     report({"restored_step": progress.step, "known": checkpoints.metrics(progress.step) if rank == 0 else []})
     steps = prefetched(read_steps(task.schedule, "train", rank, progress.step))
     heldout = {name: partial(read_steps, task.schedule, name, rank) for name in heldout_splits(task.schedule)}
@@ -94,35 +97,20 @@ def _run(task: TrainTask) -> dict[str, Any]:
     return _written(policy, weights, source, tables, checkpoints, progress, task) | {"final_evaluation": final}
 
 
-def _audited(policy: TokenLogps, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
-    """Score the schedule's first groups with the policy as it is before step 1, and compare; collective."""
-    stored: list[list[np.ndarray]] = []
-    own: list[list[np.ndarray]] = []
+def _audited(policy: TokenLogps, audit: AuditTask, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
+    """Score the schedule's first groups, a random sample, with the policy as it is before step 1; measure; collective."""
+    compared: list[ComparedGroup] = []
     policy.eval()
-    steps = math.ceil(task.audit_groups / task.config.groups_per_step)
+    steps = math.ceil(audit.groups / task.config.groups_per_step)
     for share in islice(read_steps(task.schedule, "train", rank), steps):
         for micro_batch in share.micro_batches:
             with torch.no_grad():
                 logps = policy(packed_rows(micro_batch, device)).float().cpu().numpy()
-            if micro_batch.weight.any():
-                stored += _by_group(micro_batch.reference_token_logps, micro_batch)
-                own += _by_group(logps, micro_batch)
+            compared += compared_groups(micro_batch, logps)
     policy.train()
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (stored, own))
-    assert task.audit is not None  # noqa: S101
-    return task.audit([g for part in gathered for g in part[0]], [g for part in gathered for g in part[1]])
-
-
-def _by_group(values: np.ndarray, micro_batch: MicroBatch) -> list[list[np.ndarray]]:
-    """Cut a micro-batch's per-token values into groups x completions x [tokens]."""
-    of_completions = micro_batch.completion_index > 0
-    keys = np.stack([micro_batch.group_index, micro_batch.completion_index], axis=1)[of_completions]
-    cuts = np.flatnonzero(np.any(np.diff(keys, axis=0), axis=1)) + 1
-    groups: dict[int, list[np.ndarray]] = {}
-    for start, part in zip([0, *cuts.tolist()], np.split(values, cuts), strict=True):
-        groups.setdefault(int(keys[start, 0]), []).append(part)
-    return list(groups.values())
+    dist.all_gather_object(gathered, compared)
+    return audit.measure([group for part in gathered for group in part])
 
 
 def _gathered(table: torch.Tensor) -> np.ndarray:

@@ -20,6 +20,7 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.objective import IpoObjective, SigmoidObjective
 from dpo_ray.config.reference import ReferenceConfig
@@ -85,20 +86,27 @@ def from_file(rows: list[dict[str, Any]], tokens: Artifact) -> list[tuple[np.nda
 
 
 def from_vllm(rows: list[dict[str, Any]], tokens: Artifact) -> list[tuple[np.ndarray, ...]]:
-    """Score with a real engine in a Ray Data pool, into a store, and join by key: the stage's own path."""
+    """Score with a real engine in the pool, into a store, and read it by key: the stage's own path."""
     model = ModelConfig(path=str(GOLDEN / "tiny-llama"))
     store = ReferenceStore(
         tokens.storage.child("store"), model_identity(model), Numerics("vllm", "test", "cpu", "float32", "float32")
     )
     settings = ScorerSettings("vllm", model.path, "float32", "cpu", 511, 4096, 0.5, share_prompt=True)
-    granules = list(
-        reference_stage.score(reference_stage.groups_dataset(tokens), store, settings, ReferenceConfig(), 0)
+    account = reference_stage.score(
+        tokens,
+        store,
+        settings,
+        ReferenceConfig(),
+        TrainConfig(),
+        gpus=0,
+        max_unscored_fraction=0,
+        advance=lambda groups, words: None,
+        say=print,
     )
-    assert sum(g.scored for g in granules) == 2 * len(rows)
-    index = store.index()
-    keys = [[store.key(r["prompt_ids"], r["chosen_ids"]), store.key(r["prompt_ids"], r["rejected_ids"])] for r in rows]
-    values = index.fetch([k for pair in keys for k in pair])
-    return [tuple(values[k] for k in pair) for pair in keys]
+    assert account.sequences == 2 * len(rows)
+    keys = [store.key(r["prompt_ids"], r[name]) for r in rows for name in ("chosen_ids", "rejected_ids")]
+    values = [logps.values.to_numpy() for logps in store.fetch(store.index(), keys)]
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 REFERENCES: dict[str, Callable[..., list[tuple[np.ndarray, ...]]]] = {"file": from_file, "vllm": from_vllm}
@@ -166,9 +174,8 @@ def train(objective, workers: int, schedule: Artifact, root: Path) -> list[dict[
         schedule=schedule,
         checkpoints=Storage(root / "checkpoints"),
         staging=ArtifactStore(Storage(root)).begin("train", "golden", "golden"),
-        inbox=train_stage.start_inbox(),
+        inbox=start_inbox(),
         audit=None,
-        audit_groups=0,
     )
     seen: list[dict[str, Any]] = []
     account = train_stage.run(task, 0.0, seen.append)

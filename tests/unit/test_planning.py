@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dpo_ray import planning
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.config.load import apply_overrides, validate_recipe
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.keys import shard_key
+from dpo_ray.models.builtin import builtin_model
 from dpo_ray.planning import STAGES, Plan, make_plan
 from dpo_ray.preflight import preflight
 
@@ -39,7 +43,7 @@ def recipe(output: Path, *overrides: str) -> Recipe:
     return validate_recipe(apply_overrides(values, list(overrides)))
 
 
-def commit(plan: Plan, stages: set[str] | tuple[str, ...] = STAGES) -> None:
+def commit(plan: Plan, stages: Collection[str] = STAGES) -> None:
     """Commit artifacts without files, as if these stages had run."""
     for name in stages:
         planned = plan.stages[name]
@@ -107,6 +111,11 @@ def template(directory: Path) -> str:
         ("evaluate.max_new_tokens=5", EVALUATE),
         ("evaluate.temperature=0.5", EVALUATE),
         ("evaluate.shown_samples=1", NOTHING),
+        ("reference.audit.groups=0", FROM_TRAIN),
+        ("reference.audit.groups=9", NOTHING),
+        ("reference.audit.on_drift=warn", NOTHING),
+        ("reference.audit.on_drift=use_trainer", NOTHING),
+        ("reference.audit.max_bias=1", NOTHING),
         ("reference.replicas=2", NOTHING),
         ("reference.cpus_per_replica=2", NOTHING),
         ("reference.max_batched_tokens=4096", NOTHING),
@@ -144,7 +153,8 @@ def test_a_field_changes_exactly_the_stages_below_it(
         ("seed=3", "schedule", "seed: 0 -> 3"),
         ("data.max_length_tokens=127", "prepare", "max_length_tokens: 128 -> 127"),
         ("data.truncation=drop", "prepare", "truncation: keep_start -> drop"),
-        ("reference.engine=vllm", "reference", "engine: trainer -> vllm"),
+        ("reference.engine=vllm", "reference", "reference.engine: trainer -> vllm"),
+        ("model.dtype=bfloat16", "reference", "reference.dtype: float32 -> bfloat16"),
         ("evaluate.temperature=0.5", "evaluate", "evaluate.temperature: 1.0 -> 0.5"),
         ("data.train=[{type: synthetic, pairs: 32}, {type: synthetic, pairs: 9}]", "prepare", "2 -> 3 entries"),
         ("data.max_length_tokens=127", "train", "schedule changed"),
@@ -154,6 +164,39 @@ def test_the_reason_names_the_field_and_both_values(
     override: str, stage: str, says: str, committed: tuple[Path, Plan]
 ) -> None:
     assert says in make_plan(recipe(committed[0], override)).stages[stage].reason
+
+
+def adapter(directory: Path, alpha: int) -> str:
+    """Write a LoRA adapter of one layer of the built-in model."""
+    config = json.loads((builtin_model("sentiment_llama") / "config.json").read_text())
+    size, rank = config["hidden_size"], 2
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    weights = {
+        f"{name}A.weight": np.ones((rank, size), np.float32),
+        f"{name}B.weight": np.ones((size, rank), np.float32),
+    }
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return str(directory)
+
+
+def test_the_reason_says_that_it_is_another_adapter(committed: tuple[Path, Plan], tmp_path: Path) -> None:
+    first, second = (f"model.adapter={adapter(tmp_path / str(alpha), alpha)}" for alpha in (4, 8))
+    output, without = committed
+    plan = make_plan(recipe(output, first))
+    assert "reference.adapter: None -> " in plan.stages["reference"].reason
+    assert plan.stages["reference"].key != without.stages["reference"].key
+    assert make_plan(recipe(output, second)).stages["reference"].key != plan.stages["reference"].key
+    assert make_plan(recipe(output, second)).model_digest != plan.model_digest
+
+
+def test_the_reason_says_that_engines_are_cut_otherwise(tmp_path: Path) -> None:
+    commit(make_plan(recipe(tmp_path, "reference.engine=vllm")))
+    plan = make_plan(recipe(tmp_path, "reference.engine=vllm", "reference.tensor_parallel=2"))
+    assert plan.stages["reference"].reason == "reference.tensor_parallel: 1 -> 2"
+    assert {s for s in STAGES if plan.stages[s].state == "stale"} == FROM_REFERENCE
 
 
 def test_without_artifacts_every_stage_is_missing_and_nothing_is_written(tmp_path: Path) -> None:

@@ -85,6 +85,18 @@ def test_a_terminal_shows_figures_that_are_not_cut_and_ends_with_one_line(width:
     assert "prepare + reference: 10,000 groups in" in closing
 
 
+def test_a_stage_beside_another_leaves_it_the_live_bar_and_says_lines() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100, color_system=None)
+    with Reporter(console).stage("reference", "groups", 10, beside=True) as bar:
+        bar.advance(4, "scored")
+        bar.advance(6, "all")
+    first, last = text.getvalue().splitlines()
+    assert first == "reference: started"
+    assert last.startswith("reference: 10 groups in ")
+    assert last.endswith("; all")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.04, "0.0 s"), (9.94, "9.9 s"), (75, "75 s"), (750, "12 min 30 s"), (7199.9, "2 h 00 min"), (11_100, "3 h 05 min")],

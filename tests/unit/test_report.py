@@ -13,15 +13,16 @@ import matplotlib
 import numpy as np
 import pytest
 from jinja2 import UndefinedError
-from made_pages import Page, data_page
+from made_pages import Page, data_page, reference_page
 
 from dpo_ray.observe.data_page import EXAMPLE_CHARACTERS, DataPage, Example, LeftOut, RowCounts
 from dpo_ray.observe.histograms import heldout_plots
 from dpo_ray.observe.page import excerpt, format_number, format_seconds, format_share, format_time
 from dpo_ray.observe.plots import running_mean, smoothing_window, training_plots, typographic
+from dpo_ray.observe.reference_page import Check, ReferencePage
 from dpo_ray.observe.report import MAX_SAMPLES, SAMPLE_CHARACTERS, ReportData, Tile, render_report
 
-SECTIONS = ("summary", "training", "held-out", "samples", "data", "audit", "stages", "recipe", "versions")
+SECTIONS = ("summary", "training", "held-out", "samples", "data", "reference", "stages", "recipe", "versions")
 PLOTS = (
     "loss",
     "margins",
@@ -34,6 +35,8 @@ PLOTS = (
     "kl",
     "lengths",
     "length-difference",
+    "token-drift",
+    "pair-error",
 )
 SOURCE_PLOTS = ("lengths-1", "lengths-2")
 HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x onerror='alert(1)'></p></section>"
@@ -78,8 +81,7 @@ def full_data(steps: int = 40) -> ReportData:
         },
         kl_per_sample=[noise.gauss(2, 1) for _ in range(64)],
         data=data_page(),
-        audit={"passed": True, "token_mult_prob_error": 1.0021},
-        audit_note="Within tolerance.",
+        reference=reference_page(),
         samples=[
             {
                 "prompt": "Hello?",
@@ -125,9 +127,13 @@ def test_figures_of_the_data_are_shown(html: str) -> None:
         "judged plain",
         "the line is not JSON",
         "every row accounted for",
-        "token_mult_prob_error",
-        "1.002",
-        "passed Within tolerance.",
+        "vllm 0.32.0",
+        "2 engines, bfloat16, cuda",
+        "43.2 % from the prompt cache",
+        "kills_engine",
+        "passed 64 groups, 60 pairs, 12,480 completion tokens compared.",
+        "margin_error",
+        "0.0312",
         "Good day.",
         "score 0.75",
         "2 h 14 min",
@@ -143,8 +149,8 @@ def test_empty_data_says_not_measured_and_draws_nothing() -> None:
     html = render_report(EMPTY)
     assert html.count(">Not measured<") == len(PLOTS)
     assert 'role="img"' not in html
-    noted = dataclasses.replace(EMPTY, audit_note="Skipped: the reference was scored by the trainer.")
-    assert "Skipped: the reference was scored by the trainer." in Page(render_report(noted)).words()
+    noted = dataclasses.replace(EMPTY, reference=ReferencePage(audit_note="Not audited: the recipe turns it off."))
+    assert "Not audited: the recipe turns it off." in Page(render_report(noted)).words()
 
 
 def test_nothing_is_fetched_or_executed(html: str) -> None:
@@ -169,7 +175,7 @@ def test_policy_admits_exactly_the_style_sheet_of_the_page(html: str) -> None:
 
 def test_every_plot_is_described_and_coloured_by_the_page(html: str) -> None:
     page = Page(html)
-    drawn_keys = [*PLOTS[:-1], *SOURCE_PLOTS, PLOTS[-1]]
+    drawn_keys = [*PLOTS[:-3], *SOURCE_PLOTS, *PLOTS[-3:]]
     drawn = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
     assert [a["aria-labelledby"] for a in drawn] == [f"{key}-title {key}-desc" for key in drawn_keys]
     assert "training: " in page.words()
@@ -188,8 +194,7 @@ def test_foreign_text_is_escaped_everywhere() -> None:
         headline=[Tile(HOSTILE, HOSTILE, HOSTILE)],
         comparison=[(HOSTILE, HOSTILE, HOSTILE)],
         data=data_page(HOSTILE),
-        audit={"passed": False, HOSTILE: HOSTILE},
-        audit_note=HOSTILE,
+        reference=reference_page(HOSTILE),
         samples=[{"prompt": HOSTILE, "reference": HOSTILE, "policy": HOSTILE}],
         stages=[{"stage": HOSTILE, "key": HOSTILE, "state": HOSTILE, "note": HOSTILE}],
         recipe_yaml=HOSTILE,
@@ -331,3 +336,32 @@ def test_times_excerpts_and_exponents_are_written_for_readers() -> None:
     assert excerpt("abc", 3) == "abc"
     assert excerpt("abcd", 3) == "abc … (1 more characters)"
     assert typographic("5e-07") == "5e\N{MINUS SIGN}7"
+
+
+def test_what_drifts_is_drawn_counted_and_called_by_its_verdict() -> None:
+    page = reference_page()
+    words = Page(render_report(dataclasses.replace(EMPTY, reference=page))).words()
+    tokens = sum(page.measured["drift_histogram"]["counts"]) + 9
+    assert f"n = {tokens:,}. Beyond the axis: 9." in words
+    assert "60 pairs; lengths differ by " in words
+    assert "signed_bias0.00210.002 too few to tell" in words
+    assert "length_correlation0.04– not judged" in words
+    failed = dataclasses.replace(page, passed=False, checks=[Check("max_token_drift", 3, 0.5, "over", "Far off.")])
+    words = Page(render_report(dataclasses.replace(EMPTY, reference=failed))).words()
+    assert "over its limits 64 groups" in words
+    assert "max_token_drift30.5 over Far off." in words
+
+
+def test_no_difference_is_not_called_not_measured() -> None:
+    same = {
+        "groups": 1,
+        "pairs": 1,
+        "tokens": 2,
+        "worst_groups": [],
+        "drift_histogram": {"range_nats": 0.0, "counts": [], "beyond": 0},
+        "pair_errors": {"length_difference": [0], "error_nats": [0.0]},
+    }
+    page = ReferencePage(passed=True, measured=same)
+    words = Page(render_report(dataclasses.replace(EMPTY, reference=page))).words()
+    assert words.count("No difference at all") == 2
+    assert "Groups that drift most" not in words

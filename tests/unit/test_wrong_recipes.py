@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from dpo_ray.cli import main
 from dpo_ray.models.builtin import builtin_model
@@ -67,6 +69,35 @@ def model_copy(here: Path, *, without: str = "", auto_map: bool = False) -> Path
         config = json.loads((copied / "config.json").read_text())
         (copied / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Config"}}))
     return copied
+
+
+def adapted(
+    *, module: str = "model.layers.0.self_attn.q_proj", rank: int = 2, **changes: object
+) -> Callable[[Path], Arguments]:
+    """Name a LoRA adapter of one module of the built-in model, whose configuration is changed."""
+
+    def make(here: Path) -> Arguments:
+        place = here / "lora"
+        place.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **changes}
+        (place / "adapter_config.json").write_text(json.dumps(config))
+        shapes = {"A": (rank, 128), "B": (128, rank)}
+        weights = {f"base_model.model.{module}.lora_{m}.weight": np.ones(s, np.float32) for m, s in shapes.items()}
+        save_file(weights, place / "adapter_model.safetensors")
+        return [str(here / "good.yaml"), f"model.adapter={place}"]
+
+    return make
+
+
+def adapter_without_weights(here: Path) -> Arguments:
+    arguments = adapted()(here)
+    (here / "lora" / "adapter_model.safetensors").rename(here / "lora" / "adapter_model.bin")
+    return arguments
+
+
+def adapter_as_model(here: Path) -> Arguments:
+    adapted()(here)
+    return [str(here / "good.yaml"), f"model.path={here / 'lora'}"]
 
 
 def bad_template(here: Path) -> Arguments:
@@ -164,6 +195,22 @@ KINDS = [
         lambda here: [str(here / "good.yaml"), f"model.path={model_copy(here, auto_map=True)}"],
         ("model.path=", "auto_map"),
     ),
+    override("no such adapter", "model.adapter=./absent", says=("model.adapter=./absent: no such directory",)),
+    override(
+        "an adapter of the hub", "model.adapter=some/lora", says=("model.adapter=some/lora:", "hf download some/lora")
+    ),
+    Kind("an adapter without weights", adapter_without_weights, ("model.adapter=", "pickled weights are not read")),
+    Kind("an adapter that is not LoRA", adapted(peft_type="IA3"), ("model.adapter=", "of type IA3")),
+    Kind("more than LoRA", adapted(modules_to_save=["lm_head"]), ("model.adapter=", "modules_to_save=['lm_head']")),
+    Kind("an adapter of another rank", adapted(r=8), ("model.adapter=", "rank 2 (A) and 2 (B)", "says 8")),
+    Kind("an adapter of the head", adapted(module="lm_head"), ("model.adapter=", "head or the embeddings")),
+    Kind(
+        "an adapter of another model",
+        adapted(module="model.layers.2.self_attn.q_proj"),
+        ("model.adapter=", "no module `model.layers.2.self_attn.q_proj`"),
+    ),
+    Kind("a rank that is too large", adapted(rank=513, r=513), ("model.adapter=", "513", "reference.engine=trainer")),
+    Kind("an adapter as the model", adapter_as_model, ("model.path=", "there is an adapter in it", "model.adapter")),
     Kind("a template with an error", bad_template, ("data.chat_template=", "not a valid template")),
     Kind("a template that is not UTF-8", latin_template, ("data.chat_template=", "UTF-8")),
     Kind("an unknown suffix", unknown_suffix, ("rows.xlsx", "not a kind of file")),

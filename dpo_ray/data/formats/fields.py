@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_ray.config.sources import Columns, RowFormat
 from dpo_ray.data.admission import DETAIL_CHARACTERS, Rejected
@@ -76,8 +75,7 @@ NAMES: Mapping[RowFormat, Mapping[str, tuple[str, ...]]] = {
 """What each format calls its columns, by their names in the recipe's `columns`; the first that is not null counts."""
 
 
-@dataclass(frozen=True)
-class Fields:
+class Fields(NamedTuple):
     """One row, by the recipe's names of columns."""
 
     row: Mapping[str, Any]

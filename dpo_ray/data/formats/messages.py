@@ -100,15 +100,19 @@ def answer(value: Any, name: str) -> str | Message:
 def only_turn(turns: Conversation, name: str) -> str | Message:
     """Take the completion that is a conversation of one message."""
     completion = last_turn(turns, name)
-    require(len(turns) == 1, "PROMPT_MISMATCH", f"`{name}` holds {len(turns)} turns beside an explicit prompt")
+    if len(turns) != 1:
+        raise Rejected("PROMPT_MISMATCH", f"`{name}` holds {len(turns)} turns beside an explicit prompt")
     return completion
 
 
 def last_turn(turns: Conversation, name: str) -> str | Message:
     """Take the completion that a conversation ends with: its text, or the message where that holds more than text."""
-    require(bool(turns), f"EMPTY_{name.upper()}", f"`{name}` has no messages")
-    require(turns[-1]["role"] == "assistant", "LAST_TURN_NOT_ASSISTANT", f"`{name}` ends with {turns[-1]['role']}")
-    return turns[-1]["content"] if turns[-1].keys() == {"role", "content"} else turns[-1]
+    if not turns:
+        raise Rejected(f"EMPTY_{name.upper()}", f"`{name}` has no messages")
+    last = turns[-1]
+    if last["role"] != "assistant":
+        raise Rejected("LAST_TURN_NOT_ASSISTANT", f"`{name}` ends with {last['role']}")
+    return last["content"] if last.keys() == {"role", "content"} else last
 
 
 def prompt_of(fields: Fields) -> str | Conversation:
@@ -142,4 +146,5 @@ def check_alternation(turns: Conversation) -> None:
     """
     spoken = [turn["role"] for turn in turns if turn["role"] not in ("system", "developer")]
     for before, after in zip(spoken, [*spoken[1:], "assistant"], strict=False):
-        require(before != after or before == "tool", "NON_ALTERNATING_ROLES", f"two turns of the {before} in a row")
+        if before == after != "tool":
+            raise Rejected("NON_ALTERNATING_ROLES", f"two turns of the {before} in a row")

@@ -8,7 +8,7 @@ from typing import Any
 from dpo_ray.config.sources import Columns, RowFormat
 from dpo_ray.data.admission import DETAIL_CHARACTERS, Rejected
 
-from .fields import NAMES, fields_of
+from .fields import NAMES, Fields, fields_of
 from .hh import ASSISTANT
 
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
@@ -35,8 +35,9 @@ def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) 
         spread = fields.spread(role) if role == "completions" else ()
         return all(name in given for name in spread or (fields.column(role),))
 
-    if has("axolotl", "chosen") or has("axolotl", "rejected"):
-        return _pair(given, row, columns)
+    fields = fields_of(given, "axolotl", columns)
+    if fields.column("chosen") in given or fields.column("rejected") in given:
+        return _pair(fields, row)
     if has("sharegpt", "label"):
         if "conversations" in given:
             return "sharegpt"
@@ -53,9 +54,9 @@ def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) 
     return None
 
 
-def _pair(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) -> RowFormat:
+def _pair(fields: Fields, row: Mapping[str, Any]) -> RowFormat:
     """Tell the layouts with chosen and rejected apart by where the prompt is, and by what is a list."""
-    fields = fields_of(given, "axolotl", columns)
+    given, columns = fields.row, fields.columns
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
     prompt = columns.prompt or next((name for name in PROMPTS if name in given), None)
     if prompt not in (columns.prompt, "prompt") and (_is_conversation(chosen) or _is_dialogue(chosen)):

@@ -87,7 +87,7 @@ def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
         ("data.train={path: x, columns: {promt: p}}", "data.train.0.columns.promt: unknown key; did you mean `prompt`"),
         ("optimizer.learning_rate=1", "optimizer: unknown key; did you mean `train.optimizer`?"),
         ("train.beta=1", "train.beta: unknown key; did you mean `train.objective.beta`?"),
-        ("reference.audit.frobnicate=1", "reference.audit has: groups, max_mean_drift, max_token_drift, on_drift"),
+        ("reference.audit.frobnicate=1", "reference.audit has: groups, max_bias, max_margin_error, max_mean_drift"),
         ("train.objective.type=ppo", "train.objective.type: 'ppo' is not known; allowed: 'sigmoid', 'ipo'"),
         ("data.train={pairs: 3}", "data.train.0.type: required, and not given"),
         ("data.train=3", "data.train: a list is expected; got 3"),

@@ -51,6 +51,12 @@ BOMBS = {
     "doubling": "{% set n = namespace(x=a) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "doubling by ~": "{% set n = namespace(x=a) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "doubling a list": "{% set n = namespace(x=[a]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling what is written out": "{% set n = namespace(x=a) %}{% macro f(x) %}{{ x + x }}{% endmacro %}"
+    "{% for i in range(99) %}{% set n.x = f(n.x) %}{% endfor %}",
+    "doubling what is captured": "{% set n = namespace(x=a) %}"
+    "{% for i in range(99) %}{% set n.x %}{{ n.x + n.x }}{% endset %}{% endfor %}",
+    "doubling inside a sum": "{% set n = namespace(x=[a]) %}"
+    "{% for i in range(99) %}{{ (n.x + n.x) | length + 1 }}{% set n.x = n.x + n.x %}{% endfor %}",
     "output": "{% for i in range(99999) %}{{ a * 10000 }}{% endfor %}",
     "captured": "{% set x %}{% for i in range(99999) %}{{ a * 10000 }}{% endfor %}{% endset %}",
     "macro": "{% macro f() %}{% for i in range(99999) %}{{ a * 10000 }}{% endfor %}{% endmacro %}{{ f() | length }}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GptOssConfig,
     GraniteConfig,
     LlamaConfig,
@@ -19,74 +23,125 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
 )
 
 from dpo_ray.schedule.micro_batch import Group
 
-VOCABULARY = 61
-_SIZE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    # Large weights: scores and logits that differ much, so that a wrong mask, window or softcap shows.
-    "initializer_range": 0.25,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+
+@dataclass(frozen=True)
+class Size:
+    """How large to make a model. Windows are shorter than the sequences that go with it, so they are felt."""
+
+    vocabulary: int
+    hidden: int
+    head_dim: int
+    context: int
+    window: int
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": 3 * self.hidden // 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": self.context,
+            # Large weights: scores and logits that differ much, so that a wrong mask, window or softcap shows.
+            "initializer_range": (2 / self.hidden) ** 0.5,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
 
 
-def family_config(name: str) -> PreTrainedConfig:
-    """Configure the tiny model of a family; windows are shorter than the sequences, so they are felt."""
+TINY = Size(vocabulary=61, hidden=32, head_dim=8, context=64, window=5)
+# vLLM wants heads of 32 and more on CPU; its cache blocks of 32 tokens want longer prompts and windows off their bounds.
+SERVED = Size(vocabulary=509, hidden=128, head_dim=32, context=192, window=41)
+VOCABULARY = TINY.vocabulary
+
+
+def family_config(name: str, size: Size = TINY) -> PreTrainedConfig:
+    """Configure the small model of a family: grouped queries, heads tied and not, windows, soft caps, norms, biases."""
+    common, head_dim, window = size.common, size.head_dim, size.window
+    mixed_layers = ["sliding_attention", "full_attention"]
     match name:
         case "llama":
-            return LlamaConfig(**_SIZE, num_key_value_heads=2, tie_word_embeddings=False)
-        case "qwen3":
-            return Qwen3Config(**_SIZE, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False)
+            return LlamaConfig(**common, num_key_value_heads=2, tie_word_embeddings=False)
+        case "llama3":  # rotations slowed down for a longer context, as from 3.1 on
+            rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0}
+            rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": size.context // 4}
+            return LlamaConfig(**common, num_key_value_heads=1, rope_parameters=rope, tie_word_embeddings=True)
+        case "qwen2":  # queries, keys and values have biases
+            return Qwen2Config(**common, num_key_value_heads=2, tie_word_embeddings=True)
+        case "qwen3":  # heads wider than hidden / heads, normed queries and keys
+            return Qwen3Config(**common, num_key_value_heads=2, head_dim=2 * head_dim, tie_word_embeddings=False)
         case "mistral":
-            return MistralConfig(**_SIZE, num_key_value_heads=2, sliding_window=5, tie_word_embeddings=False)
+            return MistralConfig(**common, num_key_value_heads=2, sliding_window=window, tie_word_embeddings=False)
+        case "gemma":
+            return GemmaConfig(**common, num_key_value_heads=1, head_dim=head_dim, tie_word_embeddings=True)
         case "gemma2":
             return Gemma2Config(
-                **_SIZE,
+                **common,
                 num_key_value_heads=2,
-                head_dim=8,
-                query_pre_attn_scalar=8,
-                sliding_window=5,
-                layer_types=["sliding_attention", "full_attention"],
+                head_dim=head_dim,
+                query_pre_attn_scalar=head_dim,
+                sliding_window=window,
+                layer_types=mixed_layers,
                 attn_logit_softcapping=2.0,
                 final_logit_softcapping=3.0,
                 tie_word_embeddings=True,
             )
+        case "gemma3":  # another rotary base in each kind of layer
+            return Gemma3TextConfig(
+                **common,
+                num_key_value_heads=1,
+                head_dim=head_dim,
+                query_pre_attn_scalar=head_dim,
+                sliding_window=window,
+                layer_types=mixed_layers,
+                tie_word_embeddings=True,
+            )
         case "phi3":
-            return Phi3Config(**_SIZE, num_key_value_heads=4, sliding_window=None, tie_word_embeddings=False)
+            return Phi3Config(**common, num_key_value_heads=4, sliding_window=window, tie_word_embeddings=False)
+        case "phi4":  # a part of each head rotates, by factors of its own up to the original context
+            rotated = 3 * head_dim // 8  # pairs of the 3/4 of a head
+            rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+            rope |= {"short_factor": [1.0 + 0.1 * i for i in range(rotated)], "long_factor": [8.0] * rotated}
+            longer = {**common, "max_position_embeddings": 8 * size.context}
+            return Phi3Config(
+                **longer,
+                original_max_position_embeddings=2 * size.context,
+                num_key_value_heads=2,
+                rope_parameters=rope,
+                tie_word_embeddings=True,
+            )
         case "phi":  # its head has a bias
-            return PhiConfig(**_SIZE, num_key_value_heads=4, tie_word_embeddings=False)
+            return PhiConfig(**common, num_key_value_heads=4, tie_word_embeddings=False)
         case "granite":  # divides its logits
-            return GraniteConfig(**_SIZE, num_key_value_heads=2, logits_scaling=3.0, tie_word_embeddings=True)
+            return GraniteConfig(**common, num_key_value_heads=2, logits_scaling=3.0, tie_word_embeddings=True)
         case "cohere":  # multiplies its logits
-            return CohereConfig(**_SIZE, num_key_value_heads=2, logit_scale=0.25, tie_word_embeddings=True)
+            return CohereConfig(**common, num_key_value_heads=2, logit_scale=0.25, tie_word_embeddings=True)
         case "gpt_oss":  # attention with sinks
             return GptOssConfig(
-                **_SIZE,
+                **common,
                 num_key_value_heads=2,
-                head_dim=8,
+                head_dim=head_dim,
                 num_local_experts=2,
                 num_experts_per_tok=1,
-                sliding_window=5,
-                layer_types=["sliding_attention", "full_attention"],
+                sliding_window=window,
+                layer_types=mixed_layers,
                 tie_word_embeddings=False,
             )
     raise ValueError(name)
 
 
-def write_family(name: str, directory: Path) -> Path:
-    """Write the tiny model of a family in Hugging Face format; biases and norms are random too."""
+def write_family(name: str, directory: Path, size: Size = TINY) -> Path:
+    """Write the small model of a family in Hugging Face format; biases and norms are random too."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(family_config(name), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(family_config(name, size), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:

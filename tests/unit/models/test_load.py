@@ -85,3 +85,22 @@ def test_dropout_is_off_even_in_training(tmp_path: Path, family: Callable[[str],
 
 def test_the_context_is_read_from_the_configuration(family: Callable[[str], Path]) -> None:
     assert context_tokens(family("llama")) == 64
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}},
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}},
+    ],
+)
+def test_the_context_of_longrope_ends_where_positions_begin_to_turn_otherwise(stated: dict, tmp_path: Path) -> None:
+    """vLLM's own context is one token longer, and must not reach beyond the original one either."""
+    published = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", **published, **stated}))
+    assert context_tokens(tmp_path) == 4095
+
+
+def test_the_tiny_longrope_model_says_the_same(family: Callable[[str], Path]) -> None:
+    assert context_tokens(family("phi4")) == 2 * 64 - 1

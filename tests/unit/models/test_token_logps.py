@@ -19,7 +19,21 @@ from dpo_ray.schedule.micro_batch import Group, pack
 
 from .families import VOCABULARY, make_group, plain_model, plain_token_logps, trying_groups
 
-FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "phi3", "phi", "granite", "cohere"]
+FAMILIES = [
+    "llama",
+    "llama3",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "phi4",
+    "granite",
+    "cohere",
+]
 Family = Callable[[str], Path]
 
 

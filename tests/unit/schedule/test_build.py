@@ -13,7 +13,7 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.schedule import build
+from dpo_ray.schedule import records
 from dpo_ray.schedule.build import Packing, build_split, pack_step
 from dpo_ray.schedule.micro_batch import Group, MicroBatch
 from dpo_ray.schedule.pack import step_groups
@@ -37,12 +37,13 @@ def order() -> list[list[int]]:
 @pytest.fixture
 def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     """Commit a schedule of many buckets, from parts of uneven size, one of them empty."""
-    monkeypatch.setattr(build, "STEPS_PER_BUCKET", 3)
+    monkeypatch.setattr(records, "FIRST_BUCKET_STEPS", 1)
+    monkeypatch.setattr(records, "MOST_BUCKET_STEPS", 4)
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
     bounds = [(0, 10), (10, 11), (11, 11), (11, GROUPS)]
     parts = [lambda a=a, b=b: pa.table({"number": pa.array(range(a, b), pa.int64())}) for a, b in bounds]
     entries = build_split("train", parts, to_groups, order(), PACKING, staging)
-    return Provenance(1, {}, {}, {}).commit(staging, entries, rows={}, figures={})
+    return Provenance(1, {}, {}, {}).commit(staging, entries, rows={"train/steps": len(order())}, figures={})
 
 
 def same_batch(a: MicroBatch, b: MicroBatch) -> bool:
@@ -70,7 +71,7 @@ def expected_steps(rank: int) -> list[RankStep]:
 def test_what_is_read_is_what_was_packed_from_every_start(schedule: Artifact, rank: int) -> None:
     expected = expected_steps(rank)
     assert len(expected) == 23
-    assert len(schedule.names(f"train/rank-{rank:05d}/")) == 8
+    assert len(schedule.names(f"train/rank-{rank:05d}/")) == 7  # of 1, 2, 4, 4, 4, 4 and 4 steps
     for start in range(len(expected) + 2):
         steps = list(read_steps(schedule, "train", rank, start))
         assert [s.step for s in steps] == list(range(start, len(expected)))

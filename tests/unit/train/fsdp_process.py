@@ -10,11 +10,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.models.sharding import shard
 from dpo_ray.train.checkpoint import Checkpoints
 from dpo_ray.train.export import gather_policy
 from dpo_ray.train.loop import Plan, train
 from dpo_ray.train.optimizer import build_optimizer
-from dpo_ray.train.sharding import shard
 
 from .making import GROUPS_PER_STEP, STEPS, heldout_sets, make_config, make_policy, rank_steps
 

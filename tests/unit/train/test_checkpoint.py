@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.train.checkpoint import Checkpoints, Progress
+from dpo_ray.train.checkpoint import Checkpoints, Progress, oldest_step
 
 
 class Policy(nn.Module):
@@ -110,6 +110,14 @@ def test_the_newest_is_taken_and_only_the_newest_are_kept(disk: Storage) -> None
     policy, optimizer = make(9)
     assert Checkpoints(disk, "a-2", 2).load_newest(policy, optimizer).step == 12
     assert same(state_of(policy, optimizer), states[12])
+
+
+def test_the_oldest_that_is_kept_is_where_training_may_begin_again(disk: Storage) -> None:
+    assert oldest_step(disk) == 0
+    run(Checkpoints(disk, "a-1", 2), 0, [2, 4, 10, 12], *make())
+    assert oldest_step(disk) == 10
+    disk.write("damaged/step-000000004.json", b"{}")
+    assert oldest_step(disk) == 10
 
 
 def test_three_are_kept_where_three_are_asked_for(disk: Storage) -> None:

@@ -1,0 +1,126 @@
+"""One engine of the pool: scores granules, and commits each to the store while the next is being scored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from .granule import Scored, Unscored
+from .missing import find_missing
+from .scorer import Scorer, ScoreRequest, ScorerSettings
+from .store import ReferenceStore
+
+StartScorer = Callable[[ScorerSettings], Scorer]
+
+
+def start_vllm(settings: ScorerSettings) -> Scorer:
+    """Start a vLLM engine in this process."""
+    from .vllm_scorer import VllmScorer  # vLLM is imported where an engine runs, and nowhere else
+
+    return VllmScorer(settings)
+
+
+@dataclass(frozen=True)
+class _Computed:
+    token_logps: list[np.ndarray | None]  # float32 [completion tokens] of each request
+    cached_tokens: int
+    rescored: int
+    seconds: float
+
+
+class Engine:
+    """A scorer and a store. Two calls of `score` may run at once: one computes while the other writes.
+
+    All that the scorer does, it does in one thread, as the number of its compute threads and torch's modes are a thread's.
+    """
+
+    def __init__(self, name: str, settings: ScorerSettings, store: ReferenceStore, start: StartScorer) -> None:
+        self._name, self._settings, self._store, self._start = name, settings, store, start
+        self._computing = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+
+    def start(self) -> None:
+        """Start the scorer.
+
+        Raises:
+            EngineError: it does not start.
+        """
+        self._scorer = self._computing.submit(self._start, self._settings).result()
+
+    def alive(self) -> bool:
+        """Answer."""
+        return True
+
+    def score(self, granule: pa.Table, first: int, last: int | None, known: Sequence[str] | None) -> Scored:
+        """Score the groups `first` to `last` of a granule and commit their log-probs as one segment.
+
+        Args:
+            last: None, to the end.
+            known: segments whose keys are not in the granule; given for a granule that an engine has died with, to
+                leave out what that engine committed before. None: nothing of it can have been committed.
+
+        Raises:
+            EngineError: the engine breaks its contract.
+            ArtifactError: the store cannot be written.
+        """
+        table = granule.slice(first, None if last is None else last - first)
+        groups, committed = len(table), 0
+        if known is not None:
+            new = sorted(set(self._store.segments()) - set(known))
+            table, committed = find_missing(table, self._store, self._store.index(new))
+        requests, owners, keys = self._requests(table)
+        if not requests:
+            return Scored(groups, committed, 0, 0, 0, 0.0, self._name)
+        computed = self._computing.submit(self._compute, requests).result()
+        valid = [i for i, logps in enumerate(computed.token_logps) if logps is not None]
+        if valid:
+            self._store.append(keys[valid], [computed.token_logps[i] for i in valid])
+        without = sorted({g for i in set(range(len(requests))) - set(valid) for g in owners[i]})
+        ids = table["group_id"].take(pa.array(without, pa.int64())).to_pylist()
+        return Scored(
+            groups=groups,
+            sequences=len(valid) + committed,
+            tokens=sum(len(r.prompt_ids) + len(r.completion_ids) for r in requests),
+            cached_tokens=computed.cached_tokens,
+            rescored=computed.rescored,
+            seconds=computed.seconds,
+            engine=self._name,
+            unscored=tuple(Unscored(i, "no_log_probs", f"said by {self._name}") for i in ids),
+        )
+
+    def close(self) -> None:
+        """Free the scorer's memory."""
+        self._computing.submit(self._scorer.close).result()
+
+    def _compute(self, requests: Sequence[ScoreRequest]) -> _Computed:
+        scorer, began = self._scorer, time.monotonic()
+        cached, rescored = scorer.cached_tokens, scorer.rescored
+        token_logps = scorer.score(requests)
+        return _Computed(
+            token_logps, scorer.cached_tokens - cached, scorer.rescored - rescored, time.monotonic() - began
+        )
+
+    def _requests(self, table: pa.Table) -> tuple[list[ScoreRequest], list[list[int]], np.ndarray]:
+        """Make a request for each different sequence; with it, the rows of the groups that ask for it, and its key."""
+        keys = self._store.keys(table)
+        firsts: dict[bytes, int] = {}  # by key, the number of its request
+        requests: list[ScoreRequest] = []
+        owners: list[list[int]] = []
+        chosen: list[int] = []  # of each request, the first completion that it stands for
+        completion = 0
+        prompts, lists = table["prompt_ids"], table["completion_ids"]
+        for row in range(len(table)):
+            prompt = prompts[row].values.to_numpy()
+            for ids in lists[row].values:
+                number = firsts.setdefault(keys[completion].tobytes(), len(requests))
+                if number == len(requests):
+                    requests.append(ScoreRequest(row, prompt, ids.values.to_numpy()))
+                    owners.append([])
+                    chosen.append(completion)
+                owners[number].append(row)
+                completion += 1
+        return requests, owners, keys[chosen]

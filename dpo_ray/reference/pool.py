@@ -1,0 +1,338 @@
+"""The pool of engines: hands out granules in order, replaces engines that die, and finds the groups that kill them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+
+from dpo_ray.config.reference import ReferenceConfig
+from dpo_ray.errors import DpoRayError, InfrastructureError
+
+from .engine import Engine, StartScorer, start_vllm
+from .granule import Scored, Unscored
+from .release import Place, place_of_this_process, wait_until_dead, wait_until_memory_is_free
+from .scorer import ScorerSettings
+from .store import ReferenceStore
+
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+"""What Ray raises of an actor that is gone: its process, or its node."""
+MAX_FAILED_STARTS = 3  # in a row
+MAX_FRUITLESS_DEATHS = 12  # in a row, with nothing scored in between; and two more for each engine of the pool
+DEATHS_OF_A_GRANULE = 2
+PIECES = 8  # of a granule that has cost so many engines
+CALLS_OF_AN_ENGINE = 2  # one computes while the other writes, or waits for its turn
+SAY_WAITING_SECONDS = 60.0
+CLOSING_SECONDS = 30.0
+
+
+@dataclass(frozen=True, order=True)
+class _Work:
+    """A run of a granule's groups. Works are done in the order of their granules."""
+
+    number: int  # of the granule
+    first: int
+    last: int | None = field(compare=False)  # None: to its end
+    table: ray.ObjectRef = field(compare=False)
+    deaths: int = field(default=0, compare=False)  # of engines that had it
+    alone: bool = field(default=False, compare=False)  # an engine died with it: no other is given beside it
+
+
+@dataclass
+class _Engine:
+    """An actor as the driver sees it."""
+
+    name: str
+    actor: Any
+    awaited: ray.ObjectRef  # while it starts, or leaves: the answer to that
+    state: Literal["starting", "idle", "busy", "leaving", "dead"] = "starting"
+    place: Place | None = None
+    work: dict[ray.ObjectRef, _Work] = field(default_factory=dict)  # by the answer that is awaited, oldest first
+
+
+class EnginePool:
+    """Engines on the cluster. They start with the first granule, and are gone when a `run` has ended.
+
+    Args:
+        gpus_per_engine: what each asks Ray for; tensor parallelism is inside of an engine.
+        on_event: is told, in a sentence, what a person should know: an engine lost, a group left out.
+        start: starts the scorer in an engine's process; pickles.
+    """
+
+    def __init__(
+        self,
+        settings: ScorerSettings,
+        store: ReferenceStore,
+        config: ReferenceConfig,
+        gpus_per_engine: float,
+        on_event: Callable[[str], None],
+        start: StartScorer = start_vllm,
+    ) -> None:
+        self._settings, self._store, self._start, self._on_event = settings, store, start, on_event
+        self._least, self._most = config.replicas, config.max_replicas or config.replicas
+        self._options: dict[str, Any] = {
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": gpus_per_engine,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": CALLS_OF_AN_ENGINE,
+            "label_selector": config.node_labels or None,
+        }
+        self._engines: list[_Engine] = []  # those that are not dead
+        self._places: list[Place] = []  # where engines were, for their memory
+        self._waiting: list[_Work] = []  # a heap
+        self._source: Iterator[ray.ObjectRef] | None = None
+        self._known: tuple[str, ...] = ()  # segments that the granules' look-up has seen
+        self._named = self._granules = self._failed_starts = self._fruitless_deaths = self._lost_engines = 0
+
+    @property
+    def ready(self) -> int:
+        """Count the engines that are ready to score."""
+        return len(self._in("idle", "busy"))
+
+    @property
+    def size(self) -> int:
+        """Count the engines, with those that are starting or wait for a place."""
+        return len(self._in("starting", "idle", "busy"))
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Give the process of each engine that is ready, by the engine's name."""
+        return {e.name: e.place.pid for e in self._in("idle", "busy") if e.place is not None}
+
+    @property
+    def nodes(self) -> dict[str, str]:
+        """Give the node (Ray's id) of each engine that is ready, by the engine's name."""
+        return {e.name: e.place.node for e in self._in("idle", "busy") if e.place is not None}
+
+    def run(self, granules: Iterable[ray.ObjectRef]) -> Generator[Scored, None, None]:
+        """Score granules (references to tables of GRANULE), taken as there is room and handed out in order.
+
+        Yields what each came to, in the order in which they end; one that was split comes in several parts. What is
+        yielded is in the store.
+
+        Raises:
+            EngineError: an engine does not start, or breaks its contract.
+            InfrastructureError: engines die again and again, or do not let go of their memory.
+            ArtifactError: the store cannot be written.
+        """
+        self._known, self._source = tuple(self._store.segments()), iter(granules)
+        try:
+            self._place_work()
+            while self._waiting or self._in("busy"):
+                yield from self._answers()
+                self._place_work()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let all engines go, and see that their processes are gone and their GPUs' memory is free.
+
+        Raises:
+            InfrastructureError: they are not in time.
+        """
+        engines, self._engines, self._waiting, self._source = self._engines, [], [], None
+        closing = [e.awaited for e in engines if e.state == "leaving"]
+        closing += [e.actor.close.remote() for e in engines if e.state == "idle"]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSING_SECONDS)
+        for engine in engines:
+            ray.kill(engine.actor)
+        wait_until_dead([e.actor for e in engines])
+        places, self._places = self._places, []
+        wait_until_memory_is_free(places, self._settings.gpu_memory_fraction)
+
+    def _in(self, *states: str) -> list[_Engine]:
+        return [e for e in self._engines if e.state in states]
+
+    # ---- work to engines
+
+    def _place_work(self) -> None:
+        """Take granules as far as there is room, start engines for them, hand them out, let surplus engines go."""
+        self._grow()
+        self._hand_out()
+        while self._source is not None and len(self._waiting) <= self._most:
+            table = next(self._source, None)
+            if table is None:
+                self._source = None
+                break
+            heapq.heappush(self._waiting, _Work(self._granules, 0, None, table))
+            self._granules += 1
+            self._grow()
+            self._hand_out()
+        if self._source is None:
+            self._shrink()
+
+    def _grow(self) -> None:
+        """Start engines: up to `replicas` for granules that none is free for, up to the most for more than there are.
+
+        An actor that no node has room for stays pending, which is what makes Ray's autoscaler add a node.
+        """
+        while len(self._waiting) > len(self._in("starting", "idle")) and (
+            self.size < self._least or self.size < min(self._most, len(self._waiting))
+        ):
+            self._named += 1
+            name = f"engine {self._named}"
+            actor: Any = (
+                ray.remote(Engine).options(**self._options).remote(name, self._settings, self._store, self._start)
+            )
+            self._engines.append(_Engine(name, actor, actor.__ray_call__.remote(_start)))
+
+    def _hand_out(self) -> None:
+        """Give each idle engine a granule; while there are plenty, a busy one gets its next, so that it never waits."""
+        for engine in self._in("idle"):
+            if self._waiting:
+                self._give(engine)
+        for engine in self._in("busy"):
+            alone = any(work.alone for work in (*engine.work.values(), *self._waiting[:1]))
+            if len(self._waiting) >= self.size and len(engine.work) < CALLS_OF_AN_ENGINE and not alone:
+                self._give(engine)
+
+    def _give(self, engine: _Engine) -> None:
+        work = heapq.heappop(self._waiting)
+        known = self._known if work.alone else None
+        answer = engine.actor.score.remote(work.table, work.first, work.last, known)
+        engine.work[answer] = work
+        engine.state = "busy"
+
+    def _shrink(self) -> None:
+        """Let engines go that no granule is left for, those first that have not started."""
+        free = [*reversed(self._in("starting")), *self._in("idle")]
+        for engine in free[: max(0, len(free) - len(self._waiting))]:
+            if engine.state == "starting":
+                self._drop(engine)
+            else:
+                engine.state, engine.awaited = "leaving", engine.actor.close.remote()
+
+    # ---- answers of engines
+
+    def _answers(self) -> Iterator[Scored]:
+        """Wait for an engine to say something, and act on it."""
+        awaited: dict[ray.ObjectRef, _Engine] = {}
+        for engine in self._in("starting", "busy", "leaving"):
+            awaited |= dict.fromkeys(engine.work or [engine.awaited], engine)
+        ready, _ = ray.wait(list(awaited), num_returns=1, timeout=SAY_WAITING_SECONDS)
+        if not ready and not self.ready:
+            wants = {k: v for k, v in self._options.items() if v and k in ("num_cpus", "num_gpus", "label_selector")}
+            self._on_event(f"{self.size} engines are starting, or wait for a node with room; each asks for {wants}")
+        for answer in ready:
+            yield from self._heard(awaited[answer], answer)
+
+    def _heard(self, engine: _Engine, answer: ray.ObjectRef) -> Iterator[Scored]:
+        try:
+            said = ray.get(answer)
+        except RayTaskError as error:
+            if isinstance(error.cause, DpoRayError):
+                raise error.cause from error
+            cause = error.cause or error
+            yield from self._lost(engine, f"{type(cause).__name__}: {cause}")
+        except DEATHS as error:
+            yield from self._lost(engine, _why(error))
+        else:
+            if engine.state == "starting":
+                self._started(engine, said)
+            elif engine.state == "leaving":
+                self._drop(engine)
+            else:
+                yield self._done(engine, answer, said)
+
+    def _started(self, engine: _Engine, place: Place) -> None:
+        if self._lost_engines:
+            self._lost_engines -= 1
+            self._on_event(f"{engine.name} is ready in the place of one that was lost")
+        engine.state, engine.place, self._failed_starts = "idle", place, 0
+        self._places.append(place)
+
+    def _done(self, engine: _Engine, answer: ray.ObjectRef, scored: Scored) -> Scored:
+        work = engine.work.pop(answer)
+        engine.state = "busy" if engine.work else "idle"
+        self._fruitless_deaths = 0
+        return replace(scored, granule=work.number)
+
+    # ---- deaths
+
+    def _lost(self, engine: _Engine, why: str) -> Iterator[Scored]:
+        """Give what a lost engine had to others, looked up again; what it has answered before counts."""
+        was, place = engine.state, engine.place
+        for answer in ray.wait(list(engine.work), num_returns=len(engine.work), timeout=0)[0] if engine.work else ():
+            try:
+                yield self._done(engine, answer, ray.get(answer))
+            except (RayTaskError, *DEATHS):
+                continue
+        self._drop(engine)
+        if was == "leaving":
+            return
+        on = f" (process {place.pid} on node {place.node[:8]})" if place else ""
+        self._lost_engines += 1
+        self._on_event(f"{engine.name}{on} was lost: {why}")
+        if was == "starting":
+            self._count_failed_start(why)
+        else:
+            self._count_fruitless_death(why)
+        for work in engine.work.values():
+            again = replace(work, deaths=work.deaths + 1, alone=True)
+            if again.deaths < DEATHS_OF_A_GRANULE:
+                heapq.heappush(self._waiting, again)
+            else:
+                yield from self._split(again, engine, why)
+
+    def _split(self, work: _Work, engine: _Engine, why: str) -> Iterator[Scored]:
+        """Try a granule that has cost two engines in pieces; a single group is left out."""
+        table = ray.get(work.table)
+        last = len(table) if work.last is None else work.last
+        if last - work.first == 1:
+            group = table["group_id"][work.first].as_py()
+            self._on_event(f"the group {group.hex()} has cost {DEATHS_OF_A_GRANULE} engines by itself: it is left out")
+            yield Scored(1, 0, 0, 0, 0, 0.0, engine.name, (Unscored(group, "kills_engine", why),), work.number)
+            return
+        step = ceil((last - work.first) / PIECES)
+        firsts = range(work.first, last, step)
+        for first in firsts:
+            heapq.heappush(self._waiting, replace(work, first=first, last=min(first + step, last), deaths=0))
+        self._on_event(
+            f"a granule of {last - work.first:,} groups has cost {DEATHS_OF_A_GRANULE} engines: "
+            f"it is tried again in {len(firsts)} pieces"
+        )
+
+    def _drop(self, engine: _Engine) -> None:
+        ray.kill(engine.actor)
+        engine.state = "dead"
+        self._engines.remove(engine)
+
+    def _count_failed_start(self, why: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise InfrastructureError(
+                f"{self._failed_starts} engines in a row died while they started; the last: {why}",
+                where="reference",
+                fix="see the engines' logs (--verbose): memory is the usual cause, which reference.gpu_memory_fraction, "
+                "reference.cpus_per_replica and reference.tensor_parallel change; then run again",
+            )
+
+    def _count_fruitless_death(self, why: str) -> None:
+        self._fruitless_deaths += 1
+        if self._fruitless_deaths > MAX_FRUITLESS_DEATHS + 2 * self._most:
+            raise InfrastructureError(
+                f"{self._fruitless_deaths} engines in a row died, and nothing was scored between; the last: {why}",
+                where="reference",
+                fix="see the engines' logs (--verbose); what was scored before is in the store, so run again once it is mended; "
+                "or set reference.engine=trainer",
+            )
+
+
+def _start(engine: Engine) -> Place:
+    """Start the scorer of an engine, in its process, and say where that is."""
+    engine.start()
+    return place_of_this_process()
+
+
+def _why(error: Exception) -> str:
+    """Take the cause out of Ray's report of a death, which goes on with guesses."""
+    text = " ".join(str(error).split())
+    cause = text.rsplit("because ", 1)[-1].split(" Some common causes", 1)[0]
+    return cause.replace("Worker exit type: SYSTEM_ERROR Worker exit detail: ", "")[:240] or type(error).__name__

@@ -1,0 +1,104 @@
+"""Letting go of devices: engines' processes gone, and their memory seen free, before others take them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dpo_ray.errors import InfrastructureError
+
+DEADLINE_SECONDS = 120.0
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an engine runs."""
+
+    pid: int
+    node: str  # Ray's id
+    gpus: tuple[str, ...]  # that Ray gave it, by index on its node
+
+
+def place_of_this_process() -> Place:
+    """Say where an actor runs; called in it."""
+    context = ray.get_runtime_context()
+    return Place(os.getpid(), context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ())))
+
+
+def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SECONDS) -> None:
+    """Wait until Ray has marked killed actors as dead; from then on their resources are for others.
+
+    Args:
+        actors: each has a method `alive`.
+
+    Raises:
+        InfrastructureError: one is not dead in time.
+    """
+    end = time.monotonic() + deadline_seconds
+    for actor in actors:
+        while True:
+            try:
+                ray.get(actor.alive.remote(), timeout=max(0.0, end - time.monotonic()))
+            except GetTimeoutError:
+                pass
+            except RayError:
+                break
+            if time.monotonic() > end:
+                raise InfrastructureError(
+                    f"an engine that was told to end lives on after {deadline_seconds:.0f} s",
+                    where="reference",
+                    fix="run the same command again: what was scored is in the store",
+                )
+            time.sleep(POLL_SECONDS / 10)
+
+
+def wait_until_memory_is_free(
+    places: Sequence[Place], share: float, deadline_seconds: float = DEADLINE_SECONDS
+) -> None:
+    """Wait until the GPUs that engines had show `share` of their memory as free: what an engine needs to start.
+
+    A GPU's memory comes back some time after its process has gone; a training run that starts before then dies.
+
+    Raises:
+        InfrastructureError: it is not free in time.
+    """
+    by_node: dict[str, set[str]] = {}
+    for place in places:
+        by_node.setdefault(place.node, set()).update(place.gpus)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if any(by_node.values()) else set()
+    looks = [
+        # No GPUs are asked for: Ray has given them back, and a task without any sees all that its node has.
+        ray.remote(num_cpus=0, max_calls=1)(_least_free_share)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(sorted(gpus), share, deadline_seconds)
+        for node, gpus in by_node.items()
+        if gpus and node in alive
+    ]
+    for free in ray.get(looks):
+        if free < share:
+            raise InfrastructureError(
+                f"the engines have ended, and {free:.0%} of a GPU's memory is free after {deadline_seconds:.0f} s, not {share:.0%}",
+                where="reference",
+                fix="look for other processes on the GPU (nvidia-smi) and run again: what was scored is in the store",
+            )
+
+
+def _least_free_share(gpus: Sequence[str], share: float, deadline_seconds: float) -> float:
+    """Poll this node's GPUs until each has `share` of its memory free; return the least share seen last."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    import torch
+
+    end = time.monotonic() + deadline_seconds
+    while True:
+        free = min(available / total for available, total in map(torch.cuda.mem_get_info, range(len(gpus))))
+        if free >= share or time.monotonic() > end:
+            return free
+        time.sleep(POLL_SECONDS)

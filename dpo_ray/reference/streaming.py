@@ -1,0 +1,215 @@
+"""Scoring in the order of the steps (`reference.mode: streaming`): a bucket of steps is written as soon as it is scored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from math import ceil
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from dpo_ray.artifacts.manifest import FileEntry
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.errors import ArtifactError
+from dpo_ray.schedule.build import Bucket, Packing, read_rows, write_bucket
+from dpo_ray.schedule.stage import to_groups
+from dpo_ray.schedule.turns import Turn
+
+from .granule import Scored, Unscored
+from .missing import cut, find_missing
+from .store import ReferenceStore, StoreIndex
+
+Item = TypeVar("Item")
+RunPool = Callable[[Iterable[ray.ObjectRef]], Iterator[Scored]]
+
+
+class Stopped(Exception):
+    """Nobody waits for the log-probs any more: training has ended with an error."""
+
+
+class UnscorableError(Exception):
+    """Groups cannot be scored. Without them the steps hold other groups, so what training has done by then is void."""
+
+    def __init__(self, unscored: Sequence[Unscored]) -> None:
+        super().__init__(f"{len(unscored)} groups cannot be scored ({unscored[0].reason}: {unscored[0].detail})")
+        self.unscored = tuple(unscored)
+
+
+class InOrder:
+    """Scores what turns need, in their order, and writes each turn's files when it and those before it are scored.
+
+    Looking up, fetching and packing are Ray tasks that ask for no CPU: training waits for them, so they must never wait
+    for a CPU that training holds.
+
+    Args:
+        granule_groups: groups of a granule; fewer where a bucket holds too few for all `engines`.
+        announce: is told the files of a turn when they are written, in another thread.
+        looked: is told of each turn how many completions the store had, and how many groups' completions all.
+    """
+
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        store: ReferenceStore,
+        granule_groups: int,
+        engines: int,
+        packing: Packing,
+        staging: Staging,
+        announce: Callable[[Sequence[FileEntry]], None],
+        looked: Callable[[int, int], None],
+    ) -> None:
+        self._turns, self._store, self._granule_groups, self._engines = turns, store, granule_groups, engines
+        self._packing, self._staging, self._announce, self._looked = packing, staging, announce, looked
+        self._index = ray.remote(num_cpus=0)(_index).remote(store)  # of what was scored before this began
+        self._turn_of: list[int] = []  # of each granule, in the order in which they were handed out
+        self._groups_left = [0] * len(turns)  # handed to the pool and not scored yet
+        self._handed_out = 0  # turns that the pool has all groups of
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="schedule-writer")
+        self._writes: list[Future[list[FileEntry]]] = []  # of the first turns
+
+    def run(self, run_pool: RunPool, stop: threading.Event) -> Iterator[Scored]:
+        """Do all turns; yields what each granule came to.
+
+        Args:
+            run_pool: `EnginePool.run`.
+            stop: ends it at the next granule.
+
+        Raises:
+            UnscorableError: the pool has given up a group.
+            Stopped: `stop` was set.
+            EngineError, InfrastructureError, ArtifactError: as the pool and the store raise them.
+        """
+        try:
+            answers = run_pool(self._granules(stop))
+            with closing(answers):  # pyright: ignore[reportArgumentType] - it is a generator
+                for scored in answers:
+                    if scored.unscored:
+                        raise UnscorableError(scored.unscored)
+                    self._groups_left[self._turn_of[scored.granule]] -= scored.groups
+                    self._write_scored()
+                    yield scored
+                    self._raise_failed(stop)
+            wait(self._writes)
+            self._raise_failed(stop)
+        finally:
+            self._writer.shutdown(cancel_futures=True)
+
+    def entries(self) -> list[FileEntry]:
+        """Return the files of all turns, once `run` has ended."""
+        return [entry for write in self._writes for entry in write.result()]
+
+    def _granules(self, stop: threading.Event) -> Iterator[ray.ObjectRef]:
+        """Yield the granules of the turns in order; the next turn is looked up while this one's are scored."""
+        for number, answers in enumerate(_one_ahead(self._look_ups())):
+            if answers is not None:
+                found, known_groups, sizes = ray.get(next(answers))
+                self._looked(found, known_groups)
+                for groups in sizes:
+                    if stop.is_set():
+                        return
+                    self._turn_of.append(number)
+                    self._groups_left[number] += groups
+                    yield next(answers)
+            self._handed_out = number + 1
+            self._write_scored()
+
+    def _write_scored(self) -> None:
+        """Have the turns written that are scored, in order: a later one may need groups that are an earlier one's to score."""
+        while (number := len(self._writes)) < self._handed_out and not self._groups_left[number]:
+            self._writes.append(self._writer.submit(self._write, self._turns[number]))
+
+    def _raise_failed(self, stop: threading.Event) -> None:
+        for write in self._writes:
+            if write.done() and (error := write.exception()) is not None:
+                raise error
+        if stop.is_set():
+            raise Stopped
+
+    def _look_ups(self) -> Iterator[Any]:
+        """Have it looked up what the store lacks of each turn, of groups that no turn before has: None without any."""
+        look_up = ray.remote(num_cpus=0, num_returns="streaming")(_look_up)
+        seen: dict[str, np.ndarray] = {}  # by split: bool [rows]
+        for turn in self._turns:
+            split, rows = turn.bucket.split, turn.bucket.rows
+            known = seen.get(split, np.zeros(0, bool))
+            known = np.pad(known, (0, max(0, int(rows[-1]) + 1 - len(known))))
+            new, known[rows], seen[split] = ~known[rows], True, known
+            if not new.any():
+                yield None
+                continue
+            table = read_rows(turn.file).select(["group_id", "prompt_ids", "completion_ids"]).filter(pa.array(new))
+            yield look_up.remote(table, self._store, self._index, self._granule_groups, self._engines)
+
+    def _write(self, turn: Turn) -> list[FileEntry]:
+        if not turn.is_scheduled:
+            return []
+        write = ray.remote(num_cpus=0)(_join_and_write)
+        table = read_rows(turn.file)
+        entries = ray.get(write.remote(turn.bucket, table, self._store, self._index, self._packing, self._staging))
+        turn.file.unlink()
+        self._announce(entries)
+        return entries
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Pass items on, each when the one behind it has been taken from `items` already."""
+    held: list[Item] = []
+    for item in items:
+        held.append(item)
+        if len(held) == 2:
+            yield held.pop(0)
+    yield from held
+
+
+# ---- in Ray's workers
+
+
+def _index(store: ReferenceStore) -> StoreIndex:
+    return store.index()
+
+
+def _look_up(
+    table: pa.Table, store: ReferenceStore, index: StoreIndex, granule_groups: int, engines: int
+) -> Iterator[tuple[int, int, list[int]] | pa.Table]:
+    """Yield the completions that the store has, the groups that lack none, and the granules' sizes; then the granules."""
+    missing, found = find_missing(table, store, index)
+    size = min(granule_groups, max(1, ceil(len(missing) / engines)))
+    granules = list(cut([missing], size))
+    yield found, len(table) - len(missing), [len(granule) for granule in granules]
+    for granule in granules:  # noqa: UP028 - Ray drives this generator with `send`, which a list's iterator has not
+        yield granule
+
+
+def _join_and_write(
+    bucket: Bucket, table: pa.Table, store: ReferenceStore, index: StoreIndex, packing: Packing, staging: Staging
+) -> list[FileEntry]:
+    """Join a bucket's rows to the store by key, pack them, and write the files."""
+    logps = token_logps_of(table, store, store.index(known=index))
+    return write_bucket(bucket, table.append_column("token_logps", logps), to_groups, packing, staging)
+
+
+def token_logps_of(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> pa.ListArray:
+    """Fetch the log-probs of a table's completions by key: [groups] lists of [completions] lists of float32.
+
+    Raises:
+        ArtifactError: a completion has none, or not as many as it has tokens.
+    """
+    flat = store.fetch(index, store.keys(table))
+    completions = table["completion_ids"].combine_chunks()
+    offsets = completions.offsets.to_numpy() - completions.offsets[0].as_py()
+    if not np.array_equal(_lengths(flat), _lengths(completions.flatten())):
+        raise ArtifactError(
+            "a completion has more or fewer log-probs than tokens",
+            where=store.partition.uri,
+            fix="delete this directory of the store; it is made again",
+        )
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)
+
+
+def _lengths(lists: pa.ListArray) -> np.ndarray:
+    return np.diff(lists.offsets.to_numpy())

@@ -1,0 +1,128 @@
+"""Score on the training workers: a Ray Train run in which every rank holds its shard of the model, without gradients.
+
+Light to import, as Ray's controller loads it: torch and what needs it are imported in the workers.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from dpo_ray.cluster.workers import run_workers, start_inbox
+from dpo_ray.config.train import TrainConfig
+from dpo_ray.errors import ConfigError
+
+from .granule import Scored
+from .scorer import ScorerSettings
+from .store import ReferenceStore
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """Everything that a worker needs. Pickles."""
+
+    settings: ScorerSettings
+    store: ReferenceStore
+    train: TrainConfig
+    granules: tuple[ray.ObjectRef, ...]
+    known: tuple[str, ...]  # segments of the store that can hold nothing of the granules
+    inbox: Any  # handle of the driver's inbox, which takes a Scored of each granule
+
+
+def score_with_trainer(
+    settings: ScorerSettings,
+    store: ReferenceStore,
+    train: TrainConfig,
+    granules: Sequence[ray.ObjectRef],
+    gpus_per_worker: float,
+) -> Generator[Scored, None, None]:
+    """Score granules (tables of GRANULE) on `train.workers` training workers; yields each granule once, as it ends.
+
+    The log-probs are in the store by then. A worker that dies costs its group of workers the granule that they are at:
+    Ray Train starts them again, and they go on with what the store lacks. Starts nothing where there are no granules. An
+    iterator that is closed early makes the workers end after the granule that they are at.
+
+    Args:
+        granules: with completions that the store lacked when they were cut.
+
+    Raises:
+        TrainError: the workers died more often than train.max_failures allows.
+        ConfigError, ArtifactError: as the workers found.
+    """
+    if not granules:
+        return
+    inbox = start_inbox()
+    task = ScoringTask(settings, store, train, tuple(granules), tuple(store.segments()), inbox)
+    run = _in_background(task, gpus_per_worker)
+    yielded: set[int] = set()
+    try:
+        ended = False
+        while not ended:
+            ended = bool(wait([run], POLL_SECONDS).done)
+            for scored in ray.get(inbox.take.remote()):
+                if scored.granule not in yielded:  # else workers that were started again have passed over it
+                    yielded.add(scored.granule)
+                    yield scored
+        if (error := run.result()) is not None:
+            raise error
+        assert len(yielded) == len(granules)  # noqa: S101
+    finally:
+        ray.kill(inbox)  # so that workers that still score know that nobody listens
+
+
+def _in_background(task: ScoringTask, gpus_per_worker: float) -> Future[ConfigError | None]:
+    """Run the workers in a thread, as the driver follows them in its own; gives what `score_worker` returns."""
+    future: Future[ConfigError | None] = Future()
+
+    def run() -> None:
+        try:
+            result = run_workers(
+                score_worker,
+                task,
+                task.train,
+                gpus_per_worker,
+                name=f"reference-{uuid.uuid4().hex[:12]}",
+                where="reference",
+                goes_on="with what the store lacks",
+            )
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name="score-with-trainer", daemon=True).start()
+    return future
+
+
+def score_worker(settings: dict[str, ScoringTask]) -> ConfigError | None:
+    """Run one scoring process; returns an error that all ranks see alike, and that no restart would mend."""
+    import torch
+    from ray.train.torch import get_device
+
+    from .trainer_scorer import TrainerScorer, score_granules
+
+    task = settings["task"]
+    torch.set_num_threads(max(1, int(task.train.cpus_per_worker)))
+    try:
+        scorer = TrainerScorer(task.settings, task.train, get_device())
+    except ConfigError as error:
+        return error
+
+    def report(scored: Scored) -> bool:
+        try:
+            ray.get(task.inbox.put.remote(scored))
+        except ray.exceptions.RayActorError:
+            return False
+        return True
+
+    score_granules(scorer, task.store, task.known, (ray.get(ref) for ref in task.granules), report)
+    return None

@@ -1,0 +1,71 @@
+"""In which order buckets are scored and written while training reads them already. Pure, but for the dealing of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from .build import Bucket, Steps, buckets_of, deal_rows
+
+SPARE_ROWS = 8192  # rows of one turn that no step holds
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The rows of a bucket, which are scored together; `file` holds them, with the column `row`."""
+
+    bucket: Bucket
+    file: Path
+    is_scheduled: bool  # False: no step holds these rows; their log-probs are for the artifact `reference` alone
+
+
+def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every_steps: int | None) -> list[Bucket]:
+    """Order the buckets of all splits as training from `start_step` on reads them.
+
+    Held-out splits come before the steps that follow the first evaluation. What lies before `start_step` comes last: a
+    training that goes on from a checkpoint does not read it, and the artifact needs it all the same.
+    """
+    evaluation = None if eval_every_steps is None else (start_step // eval_every_steps + 1) * eval_every_steps
+    behind = [b for b in buckets["train"] if b.stop_step <= start_step]
+    ahead = buckets["train"][len(behind) :]
+    before = [b for b in ahead if evaluation is None or b.first_step < evaluation]
+    heldout = [b for split, of_split in buckets.items() if split != "train" for b in of_split]
+    return [*before, *heldout, *ahead[len(before) :], *behind]
+
+
+def spare_rows(split: str, steps: Steps, groups: int) -> list[Bucket]:
+    """Gather the rows that no step holds, as where `train.steps` ends before the first epoch does."""
+    held = np.zeros(groups, bool)
+    for step in steps:
+        held[np.asarray(step, np.int64)] = True
+    spare = np.flatnonzero(~held)
+    return [Bucket(split, len(steps), [spare[i : i + SPARE_ROWS].tolist()]) for i in range(0, len(spare), SPARE_ROWS)]
+
+
+def deal_turns(
+    splits: Iterable[tuple[str, Sequence[Callable[[], pa.Table]], Steps, int]],
+    start_step: int,
+    eval_every_steps: int | None,
+    scratch: Path,
+) -> list[Turn]:
+    """Deal the rows of all splits to files below `scratch`, and return the turns in their order.
+
+    Args:
+        splits: of each its name, the loaders of its parts, its steps, and how many groups it has.
+    """
+    buckets: dict[str, list[Bucket]] = {}
+    spare: list[Bucket] = []
+    files: dict[int, Path] = {}
+    for split, parts, steps, groups in splits:
+        buckets[split], spare_of_split = buckets_of(split, steps), spare_rows(split, steps, groups)
+        place = scratch / split
+        place.mkdir()
+        everything = [*buckets[split], *spare_of_split]
+        files |= {id(b): f for b, f in zip(everything, deal_rows(parts, everything, place), strict=True)}
+        spare += spare_of_split
+    scheduled = in_turn(buckets, start_step, eval_every_steps)
+    return [Turn(b, files[id(b)], True) for b in scheduled] + [Turn(b, files[id(b)], False) for b in spare]

@@ -1,0 +1,98 @@
+"""Streaming: training on what is scored already ends with the bits of `ahead`, and leaves the same artifacts."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+from rich.console import Console
+
+from dpo_ray import overlap, pipeline, planning
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.observe.progress import Reporter
+from dpo_ray.reference.pool import EnginePool
+
+from . import held_back
+from .conftest import small_recipe
+from .held_back import HoldBack
+
+pytestmark = [pytest.mark.timeout(2400), pytest.mark.usefixtures("ray_cluster")]
+ray.cloudpickle.register_pickle_by_value(held_back)  # engines' processes do not find the tests' modules
+
+# 96 pairs in 12 steps: a bucket of 4 steps, then the held-out data (evaluation after step 3), then a bucket of 8 steps.
+SHAPE = ("train.groups_per_step=8", "train.workers=2", "reference.groups_per_granule=8")
+FIRST_BUCKET_SEQUENCES = 2 * 4 * 8
+
+
+def recipe_of(root: Path, mode: str) -> Recipe:
+    return small_recipe(root, *SHAPE, f"reference.mode={mode}")
+
+
+def run(recipe: Recipe) -> tuple[pipeline.Finished, str]:
+    """Run a recipe; returns its artifacts and what it said."""
+    said = io.StringIO()
+    finished, ran = pipeline.offline(recipe, Reporter(Console(file=said, width=200)))
+    assert ran
+    return finished, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ahead(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Finished:
+    return run(recipe_of(tmp_path_factory.mktemp("ahead"), "ahead"))[0]
+
+
+def sha256_of(artifact: Artifact) -> dict[str, str]:
+    return {entry.name: entry.sha256 for entry in artifact.manifest.files}
+
+
+def metrics(artifact: Artifact) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in artifact.read_bytes("metrics.jsonl").splitlines()]
+    timings = ("seconds_per_step", "tokens_per_second")
+    return [{name: value for name, value in row.items() if name not in timings} for row in rows]
+
+
+def check_same(streaming: pipeline.Finished, ahead: pipeline.Finished) -> None:
+    """See that two runs ended with the same bits, in the same artifacts."""
+    weights = "policy/model.safetensors"
+    assert streaming.train.entry(weights).sha256 == ahead.train.entry(weights).sha256
+    assert metrics(streaming.train) == metrics(ahead.train)
+    assert [row["step"] for row in metrics(ahead.train)] == list(range(1, 13))
+    assert sum("eval_loss" in row for row in metrics(ahead.train)) == 4
+    for stage in ("reference", "schedule"):
+        one, other = getattr(streaming, stage), getattr(ahead, stage)
+        assert one.key == other.key
+        assert one.rows == other.rows
+        assert sha256_of(one) == sha256_of(other)
+        assert one.manifest.figures.keys() == other.manifest.figures.keys()
+
+
+def test_training_runs_while_the_pool_scores_and_ends_as_ahead_does(
+    ahead: pipeline.Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = HoldBack(tmp_path / "small" / "metrics.jsonl", FIRST_BUCKET_SEQUENCES)
+    monkeypatch.setattr(overlap, "EnginePool", partial(EnginePool, start=start))
+    streaming, said = run(recipe_of(tmp_path, "streaming"))
+    check_same(streaming, ahead)
+    assert streaming.reference.manifest.figures["sequences"] == 240
+    assert "is not scored yet: training waits for it" in said
+    made = [getattr(streaming, s).manifest.created_unix_seconds for s in ("reference", "schedule", "train")]
+    assert made == sorted(made)
+    assert planning.make_plan(recipe_of(tmp_path, "ahead")).done  # either mode finds the other's work
+
+
+def test_a_group_that_cannot_be_scored_sends_it_back_to_ahead(
+    ahead: pipeline.Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine that scores beside training gives a group up when training has begun; another scores it afterwards."""
+    start = HoldBack(tmp_path / "small" / "metrics.jsonl", FIRST_BUCKET_SEQUENCES, then_gives_up=True)
+    monkeypatch.setattr(overlap, "EnginePool", partial(EnginePool, start=start))
+    streaming, said = run(recipe_of(tmp_path, "streaming"))
+    assert "1 groups cannot be scored" in said
+    assert "training begins again" in said
+    check_same(streaming, ahead)
+    assert list((tmp_path / "small" / "checkpoints").rglob("step-*.json")) == []
