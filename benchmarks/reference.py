@@ -143,7 +143,9 @@ def _measure(
         for number, file in enumerate(turns):
             for name in SIDES:
                 process = sides[ENGINE if name == ENGINE_UNSHARED else name]
-                answer = process.ask({"pairs": str(file), "share_prompt": name != ENGINE_UNSHARED})
+                answer = process.ask(
+                    {"pairs": str(file), "warm_up": str(turns[0]), "share_prompt": name != ENGINE_UNSHARED}
+                )
                 if number:
                     measured[name].append(answer)
                     _say(

@@ -25,12 +25,14 @@ pytestmark = [pytest.mark.timeout(2400), pytest.mark.usefixtures("ray_cluster")]
 ray.cloudpickle.register_pickle_by_value(held_back)  # engines' processes do not find the tests' modules
 
 # 96 pairs in 12 steps: a bucket of 4 steps, then the held-out data (evaluation after step 3), then a bucket of 8 steps.
-SHAPE = ("train.groups_per_step=8", "train.workers=2", "reference.groups_per_granule=8")
+SHAPE = ("train.groups_per_step=8", "train.workers=2")
+GRANULE_GROUPS = {"ahead": 1024, "streaming": 8}
 FIRST_BUCKET_SEQUENCES = 2 * 4 * 8
 
 
 def recipe_of(root: Path, mode: str) -> Recipe:
-    return small_recipe(root, *SHAPE, f"reference.mode={mode}")
+    granule = f"reference.groups_per_granule={GRANULE_GROUPS[mode]}"  # other batches in the engine, and the same bits
+    return small_recipe(root, *SHAPE, granule, f"reference.mode={mode}")
 
 
 def run(recipe: Recipe) -> tuple[pipeline.Finished, str]:
@@ -76,10 +78,9 @@ def test_training_runs_while_the_pool_scores_and_ends_as_ahead_does(
 ) -> None:
     start = HoldBack(tmp_path / "small" / "metrics.jsonl", FIRST_BUCKET_SEQUENCES)
     monkeypatch.setattr(overlap, "EnginePool", partial(EnginePool, start=start))
-    streaming, said = run(recipe_of(tmp_path, "streaming"))
+    streaming, _ = run(recipe_of(tmp_path, "streaming"))
     check_same(streaming, ahead)
     assert streaming.reference.manifest.figures["sequences"] == 240
-    assert "is not scored yet: training waits for it" in said
     made = [getattr(streaming, s).manifest.created_unix_seconds for s in ("reference", "schedule", "train")]
     assert made == sorted(made)
     assert planning.make_plan(recipe_of(tmp_path, "ahead")).done  # either mode finds the other's work

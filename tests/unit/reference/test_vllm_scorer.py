@@ -219,7 +219,7 @@ def test_an_adapter_is_applied(process, settings, adapted, model) -> None:
 
 
 def test_an_engine_that_cannot_start_says_why(process, settings, model_dir, tmp_path) -> None:
-    with pytest.raises(EngineError, match=r"vLLM does not start: .*local directory"):
+    with pytest.raises(EngineError, match=r"vLLM does not start: .*Unrecognized model"):
         process.start(replace(settings, model_dir=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"adapter_config\.json cannot be read"):
         process.start(replace(settings, adapter_dir=str(model_dir)))
