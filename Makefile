@@ -40,7 +40,7 @@ quickstart: $(STAMP) ## align a tiny model with synthetic preferences, end to en
 	@echo "==> running pipelines/quickstart.yaml (prepare, reference, schedule, train, evaluate)"
 	@$(BIN)/dpo-ray run pipelines/quickstart.yaml
 
-test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FSDP2 (under 12 minutes on 2 cores)
+test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FSDP2
 	@echo "==> running the tests"
 	@$(BIN)/pytest
 
@@ -58,7 +58,7 @@ lint: $(STAMP) ## ruff, pyright, import-linter, file sizes
 bench-prepare: $(STAMP) ## rows/s of prepare against TRL's own preparation, and its peak memory (about half an hour)
 	@$(BIN)/python benchmarks/prepare.py
 
-bench-reference: $(STAMP) ## pairs/s of the engine pool against the bare engine and TRL's precompute (about a quarter of an hour)
+bench-reference: $(STAMP) ## pairs/s of the engine pool against the bare engine and TRL's precompute
 	@$(BIN)/python benchmarks/reference.py
 
 clean: ## remove .venv and what runs wrote

@@ -1,6 +1,6 @@
 """Measure dpo_ray's scoring of the reference: the engine pool against the bare engine and against TRL's precompute.
 
-    python benchmarks/reference.py                              # about 15 minutes on two cores; first TRL's environment is made
+    python benchmarks/reference.py                              # first TRL's environment is made
     python benchmarks/reference.py --hh 'hh/train-*.jsonl.gz' --model models/my-llama --json result.json
     python benchmarks/reference.py --pairs-per-turn 64 --turns 2                    # a quick look
 
