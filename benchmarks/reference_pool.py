@@ -1,8 +1,8 @@
 """dpo_ray's side of the benchmark `reference.py`: the engine pool of one engine, with look-up and store.
 
 What is timed is, for the pairs of a turn: looking them up in the store, cutting them to granules, scoring them in the pool's
-engine (another process) and committing their log-probs to the store. Each turn has a pool of its own, which first scores
-a granule of other pairs: the clock begins when that is done, so Ray's and the engine's start are outside of it.
+engine (another process) and committing their log-probs to the store. Each turn has a pool and a store of its own; its engine
+scores other pairs first, and the clock begins when it has, so Ray's and the engine's start are outside of it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from turns import Answer, answer_tasks
@@ -21,11 +23,35 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cluster.session import session
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.reference import ReferenceConfig
+from dpo_ray.reference.engine import start_vllm
 from dpo_ray.reference.granule import GRANULE
 from dpo_ray.reference.missing import find_missing
 from dpo_ray.reference.pool import EnginePool
-from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.reference.scorer import Scorer, ScoreRequest, ScorerSettings
 from dpo_ray.reference.store import Numerics, ReferenceStore
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Starts vLLM and scores other pairs with it, so that the pool's first granule meets a warm engine; notes when it is ready."""
+
+    warm_up: pa.Table
+    ready: Path
+
+    def __call__(self, settings: ScorerSettings) -> Scorer:
+        scorer = start_vllm(settings)
+        rows = enumerate(self.warm_up.to_pylist())
+        requests = [
+            ScoreRequest(i, np.array(row["prompt_ids"], np.int32), np.array(ids, np.int32))
+            for i, row in rows
+            for ids in row["completion_ids"]
+        ]
+        scorer.score(requests)
+        self.ready.write_text(repr(time.time()))
+        return scorer
+
+    def ready_unix_seconds(self) -> float:
+        return float(self.ready.read_text())
 
 
 def main() -> None:
@@ -40,7 +66,6 @@ def main() -> None:
             "model": {"path": str(args.model)},
             "data": {"train": {"type": "synthetic", "pairs": 1}},
             "evaluate": {"sample_prompts": 0},
-            "ray": {"cpus": args.cores + 1},
             "reference": config.model_dump(),
         }
     )
@@ -54,12 +79,13 @@ def main() -> None:
             missing, _ = find_missing(table, store, store.index())
             look_up_seconds = time.perf_counter() - began
             size = config.groups_per_granule
-            granules = [warm_up, *(missing.slice(i, size) for i in range(0, len(missing), size))]
-            answers = EnginePool(settings, store, config, 0.0, print).run(ray.put(g.combine_chunks()) for g in granules)
-            next(answers)  # the warm-up
-            began = time.perf_counter()
-            scored = [next(answers) for _ in granules[1:]]
-            seconds = time.perf_counter() - began + look_up_seconds
+            start = WarmStart(warm_up, args.scratch / f"ready-{Path(task['pairs']).stem}")
+            granules = [missing.slice(i, size) for i in range(0, len(missing), size)]
+            answers = EnginePool(settings, store, config, 0.0, print, start).run(
+                ray.put(granule.combine_chunks()) for granule in granules
+            )
+            scored = [next(answers) for _ in granules]
+            seconds = time.time() - start.ready_unix_seconds() + look_up_seconds
             answers.close()
             return {
                 "seconds": seconds,

@@ -20,54 +20,21 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.models.load import model_directory
-from dpo_ray.reference.engine import start_vllm
-from dpo_ray.reference.granule import GRANULE
 from dpo_ray.reference.pool import EnginePool
-from dpo_ray.reference.scorer import Scorer, ScoreRequest, ScorerSettings
+from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store import Numerics, ReferenceStore
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+import made_scorers
+
+ray.cloudpickle.register_pickle_by_value(made_scorers)  # engines' processes do not find the tests' modules
 GRANULES, GROUPS = 10, 24
 ENGINE_LABEL = {"dpo/role": "reference"}
 
 
-class CountingScorer:
-    """vLLM, and a file to which each scored sequence adds a byte, whatever becomes of the process."""
-
-    def __init__(self, scorer: Scorer, log: Path) -> None:
-        self._scorer, self._log = scorer, log
-
-    @property
-    def cached_tokens(self) -> int:
-        return self._scorer.cached_tokens
-
-    @property
-    def rescored(self) -> int:
-        return self._scorer.rescored
-
-    def score(self, requests: list[ScoreRequest]) -> list[np.ndarray | None]:
-        scores = self._scorer.score(requests)
-        with self._log.open("ab") as log:
-            log.write(b"x" * len(requests))
-        return scores
-
-    def close(self) -> None:
-        self._scorer.close()
-
-
 def granules() -> list[pa.Table]:
     rng = np.random.default_rng(0)
-    tables = []
-    for g in range(GRANULES):
-        rows = [
-            {
-                "group_id": (g * GROUPS + i).to_bytes(16, "big"),
-                "prompt_ids": rng.integers(5, 80, rng.integers(4, 40)).tolist(),
-                "completion_ids": [rng.integers(5, 80, rng.integers(1, 20)).tolist() for _ in range(2)],
-            }
-            for i in range(GROUPS)
-        ]
-        tables.append(pa.Table.from_pylist(rows, schema=GRANULE))
-    return tables
+    return [made_scorers.granule(g * GROUPS, GROUPS, rng) for g in range(GRANULES)]
 
 
 def main(directory: Path, *, lose: bool) -> None:
@@ -79,9 +46,9 @@ def main(directory: Path, *, lose: bool) -> None:
     model = str(model_directory(ModelConfig(path="builtin:sentiment_llama")))
     settings = ScorerSettings("vllm", model, "float32", "cpu", 128, 2048, 0.5, share_prompt=True)
     store = ReferenceStore(Storage(directory), "a" * 64, Numerics("vllm", "0.32.0", "cpu", "float32", "float32"))
-    log = directory / "scored"
+    start = made_scorers.Start(directory, vllm=True)
     config, events = ReferenceConfig(replicas=2, node_labels=ENGINE_LABEL), []
-    pool = EnginePool(settings, store, config, 0.0, events.append, lambda s: CountingScorer(start_vllm(s), log))
+    pool = EnginePool(settings, store, config, 0.0, events.append, start)
     tables, results = granules(), []
     lost: Any = None
     for scored in pool.run(ray.put(table) for table in tables):
@@ -96,7 +63,7 @@ def main(directory: Path, *, lose: bool) -> None:
             {
                 "groups": sum(s.groups for s in results),
                 "sequences": sum(s.sequences for s in results),
-                "scored": log.stat().st_size,
+                "scored": start.scored,
                 "keys": len(index),
                 "values": values,
                 "lost": lost is not None,
