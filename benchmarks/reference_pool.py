@@ -56,6 +56,7 @@ class WarmStart:
 
 def main() -> None:
     args = _arguments()
+    args.scratch.mkdir(parents=True, exist_ok=True)
     settings = ScorerSettings(
         "vllm", str(args.model), "float32", "cpu", args.max_length_tokens, None, 0.5, share_prompt=args.sharing
     )
