@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpo_ray.reference.vllm_engine import start_engine
 from turns import Answer, answer_tasks
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.reference.vllm_engine import start_engine
 
 
 def main() -> None:
