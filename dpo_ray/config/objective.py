@@ -1,37 +1,429 @@
-"""The preference objectives; one class each, told apart by `type`."""
+"""The preference objectives; one class each, told apart by `type`. Their functions stand in `dpo_ray.objectives`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from .base import StrictModel
+
+Beta = Annotated[float, Field(gt=0)]
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+
+# What a class may say of its loss; these are the defaults of `fact`.
+FACTS = {
+    "uses_reference": True,  # False: the reference stage is skipped
+    "per_token": False,  # rewards and margins are averages over a completion's tokens
+    "learns_from": "pairs",  # or "completions" (labels, no pairs), or "lists" (rankings of K >= 2)
+    "step_wide": False,  # one completion's loss depends on others of the step
+    "diverges": False,  # other f-divergences than the reverse KL change it
+    "weighable": True,  # WPO's weights of pairs apply
+}
 
 
 class SigmoidObjective(StrictModel):
     """DPO: -log sigmoid(beta * margin). Rafailov et al. 2023 (2305.18290), eq. 7."""
 
     type: Literal["sigmoid"] = "sigmoid"
-    beta: float = Field(default=0.1, gt=0)
+    beta: Beta = 0.1
     """Strength of the pull towards the reference, in 1/nat."""
 
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    label_smoothing: Smoothing = 0.0
     """Share of labels assumed to be flipped (conservative DPO)."""
+
+    diverges: ClassVar[bool] = True
+
+
+class SigmoidNormObjective(StrictModel):
+    """DPO on log-ratios per token (Tulu 3's dpo_norm). Lambert et al. 2024 (2411.15124), eq. 6."""
+
+    type: Literal["sigmoid_norm"] = "sigmoid_norm"
+    beta: Beta = 5.0
+    label_smoothing: Smoothing = 0.0
+    per_token: ClassVar[bool] = True
+    diverges: ClassVar[bool] = True
+
+
+class HingeObjective(StrictModel):
+    """max(0, 1 - beta * margin). Liu et al. 2023 (RSO, 2309.06657), eq. 8."""
+
+    type: Literal["hinge"] = "hinge"
+    beta: Beta = 0.1
+    diverges: ClassVar[bool] = True
 
 
 class IpoObjective(StrictModel):
     """IPO: (margin per token - 1 / (2 beta))^2. Azar et al. 2023 (2310.12036), eq. 17, length-normalised as in TRL."""
 
     type: Literal["ipo"] = "ipo"
-    beta: float = Field(default=0.1, gt=0)
+    beta: Beta = 0.1
     """The paper's tau."""
 
+    per_token: ClassVar[bool] = True
+    diverges: ClassVar[bool] = True
 
-def _sigmoid_by_default(value: Any) -> Any:
+
+class ExoPairObjective(StrictModel):
+    """EXO: reverse KL between the policy's and the smoothed preference. Ji et al. 2024 (2402.00856), eq. 16."""
+
+    type: Literal["exo_pair"] = "exo_pair"
+    beta: Beta = 0.1
+    label_smoothing: float = Field(default=1e-3, gt=0, lt=0.5)
+    diverges: ClassVar[bool] = True
+
+
+class NcaPairObjective(StrictModel):
+    """NCA: contrasts each completion with noise, so that likelihoods do not fall. Chen et al. 2024 (2402.05369), eq. 11."""
+
+    type: Literal["nca_pair"] = "nca_pair"
+    beta: Beta = 0.1
+    diverges: ClassVar[bool] = True
+
+
+class RobustObjective(StrictModel):
+    """Robust DPO: unbiased under flipped labels. Chowdhury et al. 2024 (2403.00409), eq. 12."""
+
+    type: Literal["robust"] = "robust"
+    beta: Beta = 0.1
+    label_smoothing: Smoothing = 0.1
+    diverges: ClassVar[bool] = True
+
+
+class BcoPairObjective(StrictModel):
+    """BCO: a binary classifier of chosen and rejected by reward. Jung et al. 2024 (2404.04656), eq. 8, without its shift."""
+
+    type: Literal["bco_pair"] = "bco_pair"
+    beta: Beta = 0.1
+    diverges: ClassVar[bool] = True
+
+
+class SppoHardObjective(StrictModel):
+    """SPPO with hard labels: (s+ - 1/(2 beta))^2 + (s- + 1/(2 beta))^2. Wu et al. 2024 (2405.00675), eq. 4.8."""
+
+    type: Literal["sppo_hard"] = "sppo_hard"
+    beta: Beta = 0.1
+    diverges: ClassVar[bool] = True
+
+
+class AotObjective(StrictModel):
+    """AOT: aligns sorted margins of policy and reference over the step. Melnyk et al. 2024 (2406.05882), eq. 9."""
+
+    type: Literal["aot"] = "aot"
+    beta: Beta = 0.1
+    label_smoothing: Smoothing = 0.0
+    step_wide: ClassVar[bool] = True
+    weighable: ClassVar[bool] = False
+
+
+class AotUnpairedObjective(StrictModel):
+    """AOT of sorted rewards of chosen against those of rejected. Melnyk et al. 2024 (2406.05882), eq. 6."""
+
+    type: Literal["aot_unpaired"] = "aot_unpaired"
+    beta: Beta = 0.1
+    label_smoothing: Smoothing = 0.0
+    step_wide: ClassVar[bool] = True
+    weighable: ClassVar[bool] = False
+
+
+class ApoZeroObjective(StrictModel):
+    """APO-zero: chosen up, rejected down. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
+
+    type: Literal["apo_zero"] = "apo_zero"
+    beta: Beta = 0.1
+
+
+class ApoDownObjective(StrictModel):
+    """APO-down: both down, rejected more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
+
+    type: Literal["apo_down"] = "apo_down"
+    beta: Beta = 0.1
+
+
+class DiscopopObjective(StrictModel):
+    """DiscoPOP: logistic and exponential loss, blended by the margin. Lu et al. 2024 (2406.08414), eq. 5."""
+
+    type: Literal["discopop"] = "discopop"
+    beta: Beta = 0.1
+    tau: float = Field(default=0.05, gt=0)
+    """Temperature of the blend."""
+
+    diverges: ClassVar[bool] = True
+
+
+class SftObjective(StrictModel):
+    """Likelihood of chosen: the mean over all chosen tokens of the step."""
+
+    type: Literal["sft"] = "sft"
+    beta: Beta = 0.1
+    """Scales the rewards that are reported, and nothing else."""
+
+    uses_reference: ClassVar[bool] = False
+
+
+class RpoObjective(StrictModel):
+    """DPO plus the likelihood of chosen per token. Pang et al. 2024 (iterative RPO, 2404.19733), eq. 1."""
+
+    type: Literal["rpo"] = "rpo"
+    beta: Beta = 0.1
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the likelihood."""
+
+    diverges: ClassVar[bool] = True
+
+
+class DpopObjective(StrictModel):
+    """DPO-Positive: a penalty where chosen falls below the reference. Pal et al. 2024 (Smaug, 2402.13228), eq. 3."""
+
+    type: Literal["dpop"] = "dpop"
+    beta: Beta = 0.1
+    penalty: float = Field(default=50.0, ge=0)
+    """The paper's lambda."""
+
+
+class RDpoObjective(StrictModel):
+    """R-DPO: a margin that is corrected for length. Park et al. 2024 (2403.19159), eq. 9."""
+
+    type: Literal["r_dpo"] = "r_dpo"
+    beta: Beta = 0.1
+    alpha: float = Field(default=0.01, ge=0)
+    """Nats a token of difference in length."""
+
+    diverges: ClassVar[bool] = True
+
+
+class KtoObjective(StrictModel):
+    """KTO: learns from single completions with labels. Ethayarajh et al. 2024 (2402.01306), eq. 8.
+
+    Of a pair, chosen is desirable and rejected is not. z0 is estimated over the step, from prompts with others' completions.
+    """
+
+    type: Literal["kto"] = "kto"
+    beta: Beta = 0.1
+    desirable_weight: float = Field(default=1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    learns_from: ClassVar[str] = "completions"
+    step_wide: ClassVar[bool] = True
+    weighable: ClassVar[bool] = False
+
+
+class OrpoObjective(StrictModel):
+    """ORPO: likelihood of chosen, plus beta times the log odds ratio. Hong et al. 2024 (2403.07691), eq. 6 and 7.
+
+    The likelihood is the mean over all chosen tokens of the step; of completions, as in the paper (TRL's holds prompts too).
+    """
+
+    type: Literal["orpo"] = "orpo"
+    beta: Beta = 0.1
+    """The paper's lambda."""
+
+    uses_reference: ClassVar[bool] = False
+    per_token: ClassVar[bool] = True
+    weighable: ClassVar[bool] = False
+
+
+class SimpoObjective(StrictModel):
+    """SimPO: log-probs per token, a target margin, no reference. Meng et al. 2024 (2405.14734), eq. 6."""
+
+    type: Literal["simpo"] = "simpo"
+    beta: Beta = 2.0
+    gamma: float = Field(default=0.5, ge=0)
+    """Target margin of rewards: the loss is -log sigmoid(beta * difference - gamma). TRL's simpo_gamma is this."""
+
+    label_smoothing: Smoothing = 0.0
+    uses_reference: ClassVar[bool] = False
+    per_token: ClassVar[bool] = True
+    weighable: ClassVar[bool] = False
+
+
+class CpoObjective(StrictModel):
+    """CPO: DPO with a uniform reference, plus the likelihood of chosen. Xu et al. 2024 (2401.08417), eq. 5 to 8."""
+
+    type: Literal["cpo"] = "cpo"
+    beta: Beta = 0.1
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the likelihood, the mean over all chosen tokens of the step."""
+
+    label_smoothing: Smoothing = 0.0
+    uses_reference: ClassVar[bool] = False
+    weighable: ClassVar[bool] = False
+
+
+class SlicObjective(StrictModel):
+    """SLiC-HF: max(0, delta - difference of log-probs), plus the likelihood of chosen. Zhao et al. 2023 (2305.10425), eq. 2."""
+
+    type: Literal["slic"] = "slic"
+    beta: Beta = 0.1
+    """Scales the rewards that are reported, and nothing else."""
+
+    delta: float = Field(default=1.0, gt=0)
+    """Margin, in nats."""
+
+    alpha: float = Field(default=1.0, ge=0)
+    """Weight of the likelihood, the mean over all chosen tokens of the step."""
+
+    uses_reference: ClassVar[bool] = False
+    weighable: ClassVar[bool] = False
+
+
+class ListwiseObjective(StrictModel):
+    """DPO under the Plackett-Luce model: the likelihood of a whole ranking. Rafailov et al. 2023 (2305.18290), eq. 18.
+
+    Completions of equal score share a place: their order among each other is not learned.
+    """
+
+    type: Literal["listwise"] = "listwise"
+    beta: Beta = 0.1
+    learns_from: ClassVar[str] = "lists"
+    weighable: ClassVar[bool] = False
+
+
+def _type_first(value: Any) -> Any:
     return {"type": "sigmoid", **value} if isinstance(value, dict) else value
 
 
-Objective = Annotated[
-    SigmoidObjective | IpoObjective, Field(discriminator="type"), BeforeValidator(_sigmoid_by_default)
+Single = Annotated[
+    SigmoidObjective
+    | SigmoidNormObjective
+    | HingeObjective
+    | IpoObjective
+    | ExoPairObjective
+    | NcaPairObjective
+    | RobustObjective
+    | BcoPairObjective
+    | SppoHardObjective
+    | AotObjective
+    | AotUnpairedObjective
+    | ApoZeroObjective
+    | ApoDownObjective
+    | DiscopopObjective
+    | SftObjective
+    | RpoObjective
+    | DpopObjective
+    | RDpoObjective
+    | KtoObjective
+    | OrpoObjective
+    | SimpoObjective
+    | CpoObjective
+    | SlicObjective
+    | ListwiseObjective,
+    Field(discriminator="type"),
+    BeforeValidator(_type_first),
 ]
+
+
+class Term(StrictModel):
+    """One summand of a sum of objectives."""
+
+    weight: float = Field(default=1.0, gt=0)
+    objective: Single
+
+
+class SumObjective(StrictModel):
+    """A weighted sum of objectives, such as MPO's: sigmoid, bco_pair and sft. Rewards are reported by the first one's beta."""
+
+    type: Literal["sum"] = "sum"
+    terms: tuple[Term, ...] = Field(min_length=1)
+
+
+Objective = Annotated[Single | SumObjective, Field(discriminator="type"), BeforeValidator(_type_first)]
+
+
+def summands(objective: Objective) -> tuple[tuple[float, Single], ...]:
+    """List the weights and objectives of a sum; any other objective is its own sum."""
+    if isinstance(objective, SumObjective):
+        return tuple((term.weight, term.objective) for term in objective.terms)
+    return ((1.0, objective),)
+
+
+def fact(objective: Single, name: str) -> Any:
+    """Say what an objective's class states of its loss (`FACTS`), or the default."""
+    return getattr(objective, name, FACTS[name])
+
+
+def reward_beta(objective: Objective) -> float:
+    """Return the factor between log-ratios and the rewards that are reported."""
+    return summands(objective)[0][1].beta
+
+
+def uses_reference(objective: Objective) -> bool:
+    """Say whether any summand needs the reference's log-probs."""
+    return any(fact(o, "uses_reference") for _, o in summands(objective))
+
+
+def is_per_token(objective: Objective) -> bool:
+    """Say whether the rewards that are reported, those of the first summand, are averages over tokens."""
+    return fact(summands(objective)[0][1], "per_token")
+
+
+def is_step_wide(objective: Objective) -> bool:
+    """Say whether the loss of one pair or completion depends on others of the step."""
+    return any(fact(o, "step_wide") for _, o in summands(objective))
+
+
+def kinds_of_groups(objective: Objective) -> set[str]:
+    """Name what the objective learns from: "pairs", "completions", "lists"; a sum may learn from several."""
+    return {fact(o, "learns_from") for _, o in summands(objective)}
+
+
+class ReverseKl(StrictModel):
+    """The Kullback-Leibler divergence of DPO: scores are log-ratios."""
+
+    type: Literal["reverse_kl"] = "reverse_kl"
+
+
+class ForwardKl(StrictModel):
+    """Scores are -1 / ratio."""
+
+    type: Literal["forward_kl"] = "forward_kl"
+
+
+class JsDivergence(StrictModel):
+    """Jensen-Shannon: scores are log sigmoid(log-ratio), up to a constant."""
+
+    type: Literal["js"] = "js"
+
+
+class AlphaDivergence(StrictModel):
+    """Scores are ratio^(alpha - 1) / (alpha - 1)."""
+
+    type: Literal["alpha"] = "alpha"
+    alpha: float = Field(default=0.5, gt=0, lt=1)
+
+
+def _reverse_kl_by_default(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+Divergence = Annotated[
+    ReverseKl | ForwardKl | JsDivergence | AlphaDivergence,
+    Field(discriminator="type"),
+    BeforeValidator(_reverse_kl_by_default),
+]
+
+
+class ShapingConfig(StrictModel):
+    """What is made of log-probs before the objective sees them."""
+
+    divergence: Divergence = ReverseKl()
+    """The divergence from the reference that is held down: reverse_kl, forward_kl, js or {type: alpha, alpha: 0.5}.
+    Wang et al. 2023 (2309.16240), table 1."""
+
+    ld_alpha: float = Field(default=1.0, ge=0, le=1)
+    """Weight of the tokens of a completion beyond the length of the shorter one of its pair, for policy and reference.
+    Liu et al. 2024 (LD-DPO, 2409.06411), eq. 10."""
+
+    wpo: bool = False
+    """Weigh pairs by how likely the policy itself would write them. Zhou et al. 2024 (WPO, 2406.11827), eq. 3 and 4."""
+
+    def problems(self, objective: Objective) -> Iterator[tuple[str, str]]:
+        """Yield each field that the objective cannot honour, with the reason."""
+        for _, single in summands(objective):
+            name = single.type
+            if self.divergence.type != "reverse_kl" and not fact(single, "diverges"):
+                yield "divergence", f"`{name}` knows reverse_kl alone, not {self.divergence.type}"
+            if self.ld_alpha != 1.0 and fact(single, "learns_from") != "pairs":
+                yield "ld_alpha", f"`{name}` does not learn from pairs, whose lengths ld_alpha compares"
+            if self.wpo and not fact(single, "weighable"):
+                yield "wpo", f"`{name}` has no loss of a pair that could be weighed"

@@ -4,29 +4,91 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from .base import StrictModel
-from .objective import Objective, SigmoidObjective
+from .base import StrictModel, field_error
+from .objective import Objective, ShapingConfig, SigmoidObjective
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW with a warm-up and a decay."""
+    """The optimizer, and the learning rate over time: a warm-up and a decay."""
+
+    type: Literal["adamw", "adamw_8bit", "adamw_paged", "rmsprop", "adafactor"] = "adamw"
+    """adamw_8bit, adamw_paged: states in 8 bit, or paged out to the CPU (GPU only, `pip install dpo-ray[lowbit]`).
+    rmsprop: the DPO paper's."""
 
     learning_rate: float = Field(default=5e-7, gt=0)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """AdamW's; the second is RMSprop's smoothing as well."""
+
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm; null: never."""
 
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up; cosine and linear end at 0."""
+    decay: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
+    """How the learning rate falls after the warm-up; cosine, linear and wsd (warm-up, stable, decay) end at 0."""
+
+    decay_fraction: float = Field(default=0.1, gt=0, le=1)
+    """wsd only: share of the steps, at the end, in which the rate falls linearly to 0."""
 
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
+
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of the warm-up, in place of warmup_fraction."""
+
+
+class ShardingConfig(StrictModel):
+    """How FSDP2 spreads weights, gradients and optimizer state over the workers."""
+
+    mode: Literal["full", "hybrid"] = "full"
+    """full: over all workers. hybrid (HSDP): over `shard_workers`, replicated between such sets; use it across nodes."""
+
+    shard_workers: int | None = Field(default=None, gt=0)
+    """hybrid only: workers that share one copy, as many as a node has GPUs."""
+
+    cpu_offload: bool = False
+    """Keep shards and optimizer state in CPU memory; slow, and the last resort where nothing else fits."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ShardingConfig:
+        if (self.mode == "hybrid") != (self.shard_workers is not None):
+            raise field_error("shard_workers", "is needed for mode=hybrid, and for nothing else")
+        return self
+
+
+class LoraConfig(StrictModel):
+    """Train a low-rank adapter of the model, and leave the model itself as it is (PEFT). Hu et al. 2021 (2106.09685)."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=16, gt=0)
+    """The adapter's product is scaled by alpha / rank."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the adapter's input, in training alone. Above 0, loss and log-probs of a step are those of a thinned network."""
+
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get one, such as q_proj; all-linear: all but the head."""
+
+    quantize: Literal["nf4"] | None = None
+    """nf4: keep the frozen weights in 4 bit (QLoRA; GPU only, `pip install dpo-ray[lowbit]`)."""
+
+    merge: bool = False
+    """Export the model with the adapter added to its weights, instead of the adapter alone."""
+
+
+class BestConfig(StrictModel):
+    """Keep the weights of the evaluation that was best, and stop when none gets better."""
+
+    metric: str = "eval_rewards/accuracies"
+    """A name of the evaluation's figures: eval_loss, eval_rewards/margins, eval_NAME_loss of a named set, ..."""
+
+    mode: Literal["max", "min"] = "max"
+    patience: int | None = Field(default=None, gt=0)
+    """End training after so many evaluations in a row without a better one; null: never."""
 
 
 class TrainConfig(StrictModel):
@@ -40,6 +102,7 @@ class TrainConfig(StrictModel):
     """Default: 1 where the machine that runs the command has CUDA, 0 otherwise."""
 
     objective: Objective = SigmoidObjective()
+    shaping: ShapingConfig = ShapingConfig()
 
     epochs: int = Field(default=1, gt=0)
     """Passes over the training groups; not used where `steps` is given."""
@@ -54,15 +117,35 @@ class TrainConfig(StrictModel):
     """Most tokens in one forward pass of one worker: bounds memory, never changes the result."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    lora: LoraConfig | None = None
+    """Train an adapter instead of all weights; null: all weights."""
 
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: recompute each block in the backward pass; a third more compute, far less memory."""
+    layout: Literal["shared", "packed", "padded"] = "shared"
+    """shared: a prompt is computed once for all its completions. packed: once for each, without padding. padded: rows of one
+    length. The same result; a model that shared cannot serve falls back by itself, with a line that says so."""
+
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full: recompute each block in the backward pass, a third more compute for far less memory. selective: recompute all but
+    the matrix products and attention of each block."""
+
+    compile: bool = False
+    """torch.compile each block: faster on GPUs, after a minute of compiling."""
+
+    router_aux_loss: float = Field(default=0.001, ge=0)
+    """Mixture-of-experts models only: weight of the loss that keeps their experts evenly used."""
 
     logprob_chunk_tokens: int = Field(default=1024, gt=0)
     """Completion tokens whose logits exist at one time."""
 
+    entropy_every_steps: int | None = Field(default=10, gt=0)
+    """Measure the policy's entropy every N steps, as it costs a pass over the logits; null: at evaluations only."""
+
     eval_every_steps: int | None = Field(default=None, gt=0)
     """Held-out evaluation every N steps; null: only at the end."""
+
+    best: BestConfig | None = None
+    """Export the weights of the best evaluation; null: those of the last step."""
 
     checkpoint_every_steps: int | None = Field(default=100, gt=0)
     """null: only at the end."""
@@ -72,3 +155,17 @@ class TrainConfig(StrictModel):
 
     max_failures: int = Field(default=3, ge=0)
     """Times the workers are started again from the newest checkpoint after one of them died."""
+
+    hang_seconds: float = Field(default=1800, gt=0)
+    """A collective operation that takes longer counts as hung: the workers are started again."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> TrainConfig:
+        if self.best is not None and self.eval_every_steps is None:
+            raise field_error("best", "needs evaluations to compare: set train.eval_every_steps")
+        shard = self.sharding.shard_workers
+        if shard is not None and self.workers % shard:
+            raise field_error("sharding.shard_workers", f"{shard} does not divide train.workers={self.workers}")
+        for field, problem in self.shaping.problems(self.objective):
+            raise field_error(f"shaping.{field}", problem)
+        return self
