@@ -19,8 +19,8 @@ from typing import Any
 from dpo_ray.artifacts.digest import artifact_key
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.config.objective import is_per_token, reward_beta
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.objectives.select import compares_per_token
 from dpo_ray.reference.verdict import Judgement, goes_on, judge
 
 STAGE = "audit"
@@ -31,13 +31,13 @@ NOT_COMMITTED = ""  # in place of an attempt
 def judged(measured: Mapping[str, Any], recipe: Recipe, dtype: str) -> Judgement:
     """Judge a measurement by a recipe's limits and objective."""
     objective = recipe.train.objective
-    return judge(measured, recipe.reference.audit, dtype, objective.beta, compares_per_token(objective))
+    return judge(measured, recipe.reference.audit, dtype, reward_beta(objective), is_per_token(objective))
 
 
 def rule(recipe: Recipe, dtype: str) -> Callable[[Mapping[str, Any]], bool]:
     """Give the rule that says whether to train after a measurement. Pickles, and is light to unpickle."""
     objective = recipe.train.objective
-    return partial(goes_on, recipe.reference.audit, dtype, objective.beta, compares_per_token(objective))
+    return partial(goes_on, recipe.reference.audit, dtype, reward_beta(objective), is_per_token(objective))
 
 
 def remember(

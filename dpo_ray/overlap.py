@@ -39,6 +39,8 @@ T = TypeVar("T")
 def is_wanted(plan: Plan) -> bool:
     """Say whether to score and train side by side: where the recipe says so, and both are still to do."""
     reference = plan.recipe.reference
+    if "reference" not in plan.stages:
+        return False
     still_to_do = all(planning.found(plan, stage) is None for stage in ("reference", "train"))
     return reference.mode == "streaming" and reference.engine == "vllm" and still_to_do
 

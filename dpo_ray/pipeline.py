@@ -58,7 +58,7 @@ class Finished:
 
     plan: Plan
     prepare: Artifact
-    reference: Artifact
+    reference: Artifact | None  # of an objective without one
     schedule: Artifact
     train: Artifact
     evaluate: Artifact
@@ -73,7 +73,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     plan = planning.make_plan(recipe)
     if plan.done:
         return opened(plan), False
-    if plan.recipe.reference.engine == "vllm" or recipe.evaluate.sample_prompts:
+    if ("reference" in plan.stages and plan.recipe.reference.engine == "vllm") or recipe.evaluate.sample_prompts:
         _need_vllm(recipe)
     run_dir = run_storage(recipe)
     run_dir.check_writable()
@@ -131,7 +131,7 @@ def opened(plan: Plan) -> Finished:
         ArtifactError: a stage is not done.
     """
     artifacts: dict[str, Artifact] = {}
-    for stage in planning.STAGES:
+    for stage in plan.stages:
         artifact = planning.found(plan, stage)
         if artifact is None:
             raise ArtifactError(
@@ -140,7 +140,7 @@ def opened(plan: Plan) -> Finished:
                 fix="`dpo-ray run` it first",
             )
         artifacts[stage] = artifact
-    return Finished(plan, **artifacts)
+    return Finished(plan, **{"reference": None, **artifacts})
 
 
 def _need_vllm(recipe: Recipe) -> None:
@@ -197,9 +197,9 @@ class _Run:
             self._reporter.say(f"[bold yellow]prepare[/bold yellow]: {escape(broken)}")
         return tokens
 
-    def one_by_one(self, prepared: Artifact) -> tuple[Artifact, Artifact, Artifact]:
-        """Run `reference`, `schedule` and `train`, each when the one before has ended."""
-        referenced = self.reference(prepared)
+    def one_by_one(self, prepared: Artifact) -> tuple[Artifact | None, Artifact, Artifact]:
+        """Run `reference` (where the objective has one), `schedule` and `train`, each when the one before has ended."""
+        referenced = self.reference(prepared) if "reference" in self.plan.stages else None
         scheduled = self.schedule(prepared, referenced)
         return referenced, scheduled, self.train(scheduled, prepared)
 
@@ -274,7 +274,7 @@ class _Run:
             share_prompt=r.share_prompt,
         )
 
-    def schedule(self, prepared: Artifact, referenced: Artifact) -> Artifact:
+    def schedule(self, prepared: Artifact, referenced: Artifact | None) -> Artifact:
         """Order and pack the groups."""
         if (done := planning.found(self.plan, "schedule")) is not None:
             return done
@@ -339,8 +339,8 @@ class _Run:
         return run_storage(self.recipe).child("checkpoints", f"{key}-without-{left_out}" if left_out else key)
 
     def audit_task(self) -> AuditTask | None:
-        """Say how the workers audit the reference before step 1; None where the recipe turns it off."""
-        groups = self.recipe.reference.audit.groups
+        """Say how the workers audit the reference before step 1; None where the recipe turns it off, or has no reference."""
+        groups = self.recipe.reference.audit.groups if "reference" in self.plan.stages else 0
         return AuditTask(groups, measure, drift.rule(self.recipe, self.plan.hardware.dtype)) if groups else None
 
     def check_drift(self, measured: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dpo_ray import drift
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.digest import artifact_key, digest
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.keys import prepare_config, shard_configs, shard_key
 from dpo_ray.models.adapter import adapter_directory, read_adapter
@@ -26,9 +27,14 @@ INPUTS = {
     "train": ("schedule",),
     "evaluate": ("prepare", "train"),
 }
-VERSIONS = {"prepare": 2, "reference": 2, "schedule": 3, "train": 1, "evaluate": 1}
+VERSIONS = {"prepare": 2, "reference": 2, "schedule": 4, "train": 2, "evaluate": 2}
 """Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """List the stages of a recipe in their order; an objective without a reference has none to score."""
+    return tuple(s for s in STAGES if s != "reference" or uses_reference(recipe.train.objective))
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,12 @@ def make_plan(recipe: Recipe) -> Plan:
     checked = preflight(recipe)
     plan = _planned(recipe, checked)
     audit = recipe.reference.audit
-    if not audit.groups or audit.on_drift != "use_trainer" or recipe.reference.engine == "trainer":
+    if (
+        "reference" not in plan.stages
+        or not audit.groups
+        or audit.on_drift != "use_trainer"
+        or recipe.reference.engine == "trainer"
+    ):
         return plan
     store, reference = artifact_store(recipe), plan.stages["reference"].key
     judgement = drift.remembered(store, reference, engine_version("trainer"), recipe, plan.hardware.dtype)
@@ -108,8 +119,8 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
     configs = _stage_configs(recipe, prepare_config(checked.shards, shards, recipe.data), model, numerics, where)
     store = artifact_store(recipe)
     stages: dict[str, StagePlan] = {}
-    for stage in STAGES:
-        inputs = {name: stages[name].key for name in INPUTS[stage]}
+    for stage in stages_of(recipe):
+        inputs = {name: stages[name].key for name in INPUTS[stage] if name in stages}
         key = artifact_key(stage, VERSIONS[stage], configs[stage], inputs)
         state, reason = _state(store, recipe, where.dtype, stage, key, configs[stage], inputs)
         if stage == "prepare" and state != "done":
@@ -119,7 +130,8 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
             reason = f"{said}; {reason}" if reason else said
         stages[stage] = StagePlan(stage, key, configs[stage], inputs, state, reason)
     ordering = {k: v for k, v in configs["schedule"].items() if k not in ("workers", "tokens_per_micro_batch")}
-    resume = digest([configs["train"], ordering, stages["prepare"].key, stages["reference"].key])[:20]
+    data = [stages[name].key for name in ("prepare", "reference") if name in stages]
+    resume = digest([configs["train"], ordering, *data])[:20]
     return Plan(recipe, where, checked, tuple(shards), model, numerics, stages, resume, because_of_drift)
 
 
@@ -139,15 +151,23 @@ def _stage_configs(
             "model": model,
             "dtype": where.dtype,
             "device": where.device,
-            "audit": "made" if recipe.reference.audit.groups else "off",  # what came of it is judged when it is found
+            # What came of the audit is judged when it is found.
+            "audit": "made" if recipe.reference.audit.groups and uses_reference(t.objective) else "off",
             **t.model_dump(
                 mode="json",
                 include={
                     "objective",
+                    "shaping",
                     "optimizer",
+                    "lora",
+                    "layout",
                     "activation_checkpointing",
+                    "compile",
+                    "router_aux_loss",
                     "logprob_chunk_tokens",
+                    "entropy_every_steps",
                     "eval_every_steps",
+                    "best",
                 },
             ),
         },

@@ -54,9 +54,13 @@ def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: 
         heldout_rewards={"chosen": heldout.get("reward_chosen", []), "rejected": heldout.get("reward_rejected", [])},
         kl_per_sample=[s["kl"] for s in samples],
         data=data_page(run.plan, run.prepare, DECODED_SAMPLES),
-        reference=reference_page(run.plan, run.reference, trained["audit"] or {}),
+        reference=reference_page(run.plan, run.reference, trained["audit"] or {})
+        if run.reference
+        else ReferencePage(
+            note=f"The objective `{recipe.train.objective.type}` needs no reference: nothing was scored."
+        ),
         samples=[{k: v for k, v in s.items() if k != "kl"} for s in samples[: recipe.evaluate.shown_samples]],
-        stages=[_stage(a) for a in (run.prepare, run.reference, run.schedule, run.train, run.evaluate)],
+        stages=[_stage(a) for a in (run.prepare, run.reference, run.schedule, run.train, run.evaluate) if a],
         recipe_yaml=recipe_yaml(recipe),
         versions=run.train.manifest.versions,
         paths=paths,

@@ -20,9 +20,9 @@ REPORT = "report.html"
 def figures(run: Finished) -> dict[str, Any]:
     """Collect the figures of the last line that `dpo-ray run` prints."""
     rows, trained, evaluated = run.prepare.manifest.rows, run.train.manifest.figures, run.evaluate.manifest.figures
-    scoring, left_out = run.reference.manifest.figures, run.reference.manifest.rows
+    scoring, left_out = (run.reference.manifest.figures, run.reference.manifest.rows) if run.reference else ({}, {})
     heldout = evaluated.get("heldout", {})
-    unscored = run.reference.manifest.rows.get("train/unscored", 0)  # admitted, and then left out by the reference
+    unscored = left_out.get("train/unscored", 0)  # admitted, and then left out by the reference
     return {
         "rows_in": rows["train/rows_in"],
         "admitted": rows["train/admitted"] - unscored,
@@ -31,8 +31,8 @@ def figures(run: Finished) -> dict[str, Any]:
         "steps": trained["steps"],
         "final_loss": trained["final"].get("loss"),
         "heldout_accuracy": heldout.get("rewards/accuracies"),
-        "scored": scoring["sequences"],
-        "known": scoring["found"],
+        "scored": scoring.get("sequences", 0),
+        "known": scoring.get("found", 0),
         "unscored": sum(count for name, count in left_out.items() if name.endswith("/unscored")),
         "audit": audit_in_a_word(run),
         "report": run_storage(run.plan.recipe).full_path(REPORT),

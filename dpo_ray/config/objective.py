@@ -20,6 +20,7 @@ FACTS = {
     "step_wide": False,  # one completion's loss depends on others of the step
     "diverges": False,  # other f-divergences than the reverse KL change it
     "weighable": True,  # WPO's weights of pairs apply
+    "compares_lengths": True,  # LD-DPO's weights of tokens apply
 }
 
 
@@ -160,6 +161,7 @@ class SftObjective(StrictModel):
     """Scales the rewards that are reported, and nothing else."""
 
     uses_reference: ClassVar[bool] = False
+    compares_lengths: ClassVar[bool] = False
 
 
 class RpoObjective(StrictModel):
@@ -171,6 +173,7 @@ class RpoObjective(StrictModel):
     """Weight of the likelihood."""
 
     diverges: ClassVar[bool] = True
+    compares_lengths: ClassVar[bool] = False
 
 
 class DpopObjective(StrictModel):
@@ -206,6 +209,7 @@ class KtoObjective(StrictModel):
     learns_from: ClassVar[str] = "completions"
     step_wide: ClassVar[bool] = True
     weighable: ClassVar[bool] = False
+    compares_lengths: ClassVar[bool] = False
 
 
 class OrpoObjective(StrictModel):
@@ -221,6 +225,7 @@ class OrpoObjective(StrictModel):
     uses_reference: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
     weighable: ClassVar[bool] = False
+    compares_lengths: ClassVar[bool] = False
 
 
 class SimpoObjective(StrictModel):
@@ -235,6 +240,7 @@ class SimpoObjective(StrictModel):
     uses_reference: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
     weighable: ClassVar[bool] = False
+    compares_lengths: ClassVar[bool] = False
 
 
 class CpoObjective(StrictModel):
@@ -248,6 +254,7 @@ class CpoObjective(StrictModel):
     label_smoothing: Smoothing = 0.0
     uses_reference: ClassVar[bool] = False
     weighable: ClassVar[bool] = False
+    compares_lengths: ClassVar[bool] = False
 
 
 class SlicObjective(StrictModel):
@@ -265,6 +272,7 @@ class SlicObjective(StrictModel):
 
     uses_reference: ClassVar[bool] = False
     weighable: ClassVar[bool] = False
+    compares_lengths: ClassVar[bool] = False
 
 
 class ListwiseObjective(StrictModel):
@@ -277,6 +285,7 @@ class ListwiseObjective(StrictModel):
     beta: Beta = 0.1
     learns_from: ClassVar[str] = "lists"
     weighable: ClassVar[bool] = False
+    compares_lengths: ClassVar[bool] = False
 
 
 def _type_first(value: Any) -> Any:
@@ -423,7 +432,10 @@ class ShapingConfig(StrictModel):
             name = single.type
             if self.divergence.type != "reverse_kl" and not fact(single, "diverges"):
                 yield "divergence", f"`{name}` knows reverse_kl alone, not {self.divergence.type}"
-            if self.ld_alpha != 1.0 and fact(single, "learns_from") != "pairs":
-                yield "ld_alpha", f"`{name}` does not learn from pairs, whose lengths ld_alpha compares"
+            if self.ld_alpha != 1.0 and not fact(single, "compares_lengths"):
+                yield (
+                    "ld_alpha",
+                    f"`{name}` is no comparison of a pair's log-ratios alone, whose lengths could be compared",
+                )
             if self.wpo and not fact(single, "weighable"):
                 yield "wpo", f"`{name}` has no loss of a pair that could be weighed"

@@ -18,6 +18,7 @@ from dpo_ray.errors import ConfigError, InfrastructureError
 from . import adapter as lora
 from . import shared_prefix
 from .builtin import builtin_model
+from .packed_rows import Layout
 from .probe import check_segments
 from .token_logps import TokenLogps
 
@@ -160,7 +161,9 @@ def context_tokens(directory: Path) -> int | None:
     return text.get("max_position_embeddings")
 
 
-def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter: Path | None = None) -> TokenLogps:
+def load_policy(
+    directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter: Path | None = None, layout: Layout = "shared"
+) -> TokenLogps:
     """Load a causal language model ready to give token log-probs: shared-prefix attention, no dropout.
 
     A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
@@ -193,6 +196,6 @@ def load_policy(directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # preference losses compare two forward passes: both must see the same network
-    policy = TokenLogps(model, chunk_tokens)
+    policy = TokenLogps(model, chunk_tokens, layout)
     check_segments(policy, f"model.path={directory}")
     return policy

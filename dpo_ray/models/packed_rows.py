@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_ray.schedule.micro_batch import MicroBatch
+
+
+Layout = Literal["shared", "packed", "padded"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,14 @@ class PackedRows:
     target: Tensor  # int64 [rows]
     completion_of_row: Tensor  # int64 [rows]
     lengths: Tensor  # int64 [completions]
+    scores: Tensor  # float32 [completions]; NaN = a completion of another prompt
+    completion_weight: Tensor  # float32 [completions]: the group's; 0 = filler
+    group_of_completion: Tensor  # int64 [completions]
     chosen: Tensor  # int64 [pairs]: index of the preferred completion
     rejected: Tensor  # int64 [pairs]
     pair_weight: Tensor  # float32 [pairs]
     preference_probability: Tensor  # float32 [pairs]
+    pair_source: Tensor  # int64 [pairs]: number of the data's source
     reference_token_logps: Tensor  # float32 [rows]
 
     @property
@@ -44,7 +52,7 @@ class PackedRows:
         return self.input_ids.shape[1]
 
 
-def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu") -> PackedRows:
+def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu", layout: Layout = "shared") -> PackedRows:
     """Work out the index tensors of a micro-batch and put them on `device`.
 
     The first token of every completion is predicted by the prompt's last token, every other by its predecessor.
@@ -56,7 +64,8 @@ def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed
     lengths = np.array([s.stop - s.start for s in completions])
     predictor = rows - 1
     predictor[np.cumsum(lengths) - lengths] = [s.prompt_stop - 1 for s in completions]
-    pair_group = batch.group_index[[s.start for s in completions]][batch.chosen]
+    group = batch.group_index[[s.start for s in completions]]  # [completions]
+    pair_group = group[batch.chosen]
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(array)).to(device=device, dtype=dtype, non_blocking=True)
@@ -69,10 +78,14 @@ def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed
         target=put(batch.input_ids[rows]),
         completion_of_row=put(np.repeat(np.arange(len(completions)), lengths)),
         lengths=put(lengths),
+        scores=put(batch.scores, torch.float32),
+        completion_weight=put(batch.weight[group], torch.float32),
+        group_of_completion=put(group),
         chosen=put(batch.chosen),
         rejected=put(batch.rejected),
         pair_weight=put(batch.weight[pair_group], torch.float32),
         preference_probability=put(batch.preference_probability[pair_group], torch.float32),
+        pair_source=put(np.zeros(len(pair_group))),
         reference_token_logps=put(batch.reference_token_logps, torch.float32),
     )
 

@@ -56,7 +56,7 @@ def check_segments(policy: TokenLogps, where: str) -> None:
     policy.eval()
     try:
         with _short_windows(policy.model):
-            packed = policy(packed_rows(pack(groups))).float()
+            packed = policy(packed_rows(pack(groups))).logps
             own = _alone(policy, groups)
         difference = float((packed - own).abs().max())
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:

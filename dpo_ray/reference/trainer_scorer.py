@@ -66,7 +66,7 @@ class TrainerScorer:
         for members in deal(tokens, work, self.ranks, self._tokens_per_micro_batch)[self.rank]:
             batch = pack([groups[i] for i in members]) if members else filler()
             rows = packed_rows(batch, self._device)
-            logps = self._policy(rows).float().cpu().numpy()
+            logps = self._policy(rows).logps.cpu().numpy()
             ends = np.cumsum([len(c) for i in members for c in groups[i].completion_ids], dtype=np.int64)
             parts = iter(np.split(logps, ends[:-1]) if members else [])
             scores |= {i: [next(parts) for _ in groups[i].completion_ids] for i in members}

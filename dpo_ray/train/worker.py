@@ -30,8 +30,9 @@ from dpo_ray.schedule.compared import ComparedGroup, compared_groups
 from dpo_ray.schedule.records import heldout_splits, prefetched, read_steps
 
 from .checkpoint import Checkpoints, Progress
+from .evaluation import HELDOUT, heldout_figures, heldout_sums
 from .export import gather_policy, write_policy
-from .loop import HELDOUT, Plan, evaluation, heldout_table, train, weighted_sums
+from .loop import Plan, train
 from .optimizer import build_optimizer
 from .task import AuditTask, TrainTask
 
@@ -88,9 +89,9 @@ def _run(task: TrainTask) -> dict[str, Any]:
         progress,
         report,
     )
-    tables = {n: _gathered(heldout_table(policy, read(), task.config, device)) for n, read in heldout.items()}
-    sums = {name: weighted_sums(torch.from_numpy(table)) for name, table in tables.items()}
-    final = evaluation(sums) if sums else {}
+    measured = {name: heldout_sums(policy, read(), task.config, device) for name, read in heldout.items()}
+    tables = {name: _gathered(rows) for name, (_, rows) in measured.items()}
+    final = heldout_figures({name: sums for name, (sums, _) in measured.items()})
     weights = gather_policy(policy, getattr(torch, task.dtype))
     if rank:
         return {}
@@ -105,7 +106,7 @@ def _audited(policy: TokenLogps, audit: AuditTask, task: TrainTask, rank: int, d
     for share in islice(read_steps(task.schedule, "train", rank), steps):
         for micro_batch in share.micro_batches:
             with torch.no_grad():
-                logps = policy(packed_rows(micro_batch, device)).float().cpu().numpy()
+                logps = policy(packed_rows(micro_batch, device, policy.layout)).logps.cpu().numpy()
             compared += compared_groups(micro_batch, logps)
     policy.train()
     gathered: list[Any] = [None] * dist.get_world_size()

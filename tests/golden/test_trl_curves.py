@@ -6,6 +6,7 @@ The directory with rows, curves and model is GOLDEN_DIR (default ../shared/golde
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,6 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig
-from dpo_ray.config.objective import IpoObjective, SigmoidObjective
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import OptimizerConfig, TrainConfig
 from dpo_ray.data.tokens import TOKENS, groups_of, parquet_bytes, read_table
@@ -34,10 +34,12 @@ from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.train import stage as train_stage
 from dpo_ray.train.task import TrainTask
 
+from . import golden_process
+
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 pytestmark = pytest.mark.skipif(not (GOLDEN / "rows.json").exists(), reason=f"no golden curves in {GOLDEN}")
 
-GROUPS_PER_STEP = 4
+GROUPS_PER_STEP = golden_process.GROUPS_PER_STEP
 RELATIVE = 1e-4
 # A reward that is exactly 0 in the curves (step 1, where policy and reference were one forward pass) is here the float32
 # rounding of a difference of two sums of hundreds of nats; so is what that leaves in a mean of such rewards.
@@ -73,16 +75,8 @@ def tokens(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
 
 
 def from_file(rows: list[dict[str, Any]], tokens: Artifact) -> list[tuple[np.ndarray, ...]]:
-    """The file has sums only: the first token carries the sum, so that no rounding comes in by spreading it."""
-
-    def first(total: float, length: int) -> np.ndarray:
-        values = np.zeros(length, np.float32)
-        values[0] = total
-        return values
-
-    return [
-        (first(r["ref_chosen"], len(r["chosen_ids"])), first(r["ref_rejected"], len(r["rejected_ids"]))) for r in rows
-    ]
+    """Take the sums of the file."""
+    return [golden_process.golden_group(i, row).reference_token_logps or () for i, row in enumerate(rows)]
 
 
 def from_vllm(rows: list[dict[str, Any]], tokens: Artifact) -> list[tuple[np.ndarray, ...]]:
@@ -137,16 +131,47 @@ def schedule_of(tokens: Artifact, reference: list[tuple[np.ndarray, ...]], worke
     return Provenance(1, {}, {}, {}).commit(staging, entries, rows=rows, figures={})
 
 
-@pytest.mark.parametrize(
-    ("reference", "workers"),
-    [("file", 1), ("file", 2), pytest.param("vllm", 1, marks=pytest.mark.slow), ("vllm", 2)],
-)
-@pytest.mark.parametrize("objective", [SigmoidObjective(beta=0.1), IpoObjective(beta=0.1)], ids=lambda o: o.type)
-def test_curves(objective, reference: str, workers: int, references, tokens: Artifact, tmp_path: Path) -> None:
+NOT_OF_LOSS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+
+# What README.md of the golden directory says of each case; every other is the loss of its name at beta 0.1.
+CASES: dict[str, dict[str, Any]] = {
+    "exo_pair": {"objective": {"type": "exo_pair", "label_smoothing": 1e-3}},
+    "robust": {"objective": {"type": "robust", "label_smoothing": 0.1}},
+    "sigmoid_norm": {"objective": {"type": "sigmoid_norm", "beta": 0.1}},
+    "mpo": {
+        "objective": {
+            "type": "sum",
+            "terms": [
+                {"weight": 0.8, "objective": {"type": "sigmoid"}},
+                {"weight": 0.2, "objective": {"type": "bco_pair"}},
+                {"weight": 1.0, "objective": {"type": "sft"}},
+            ],
+        }
+    },
+    "forward_kl": {"shaping": {"divergence": "forward_kl"}},
+    "js": {"shaping": {"divergence": "js"}},
+    "ld": {"shaping": {"ld_alpha": 0.5}},
+    "wpo": {"shaping": {"wpo": True}},
+}
+
+
+def settings_of(case: str) -> dict[str, Any]:
+    return {"objective": {"type": case} if case not in CASES else {"type": "sigmoid"}} | CASES.get(case, {})
+
+
+def curves() -> dict[str, list[dict[str, float]]]:
+    path = GOLDEN / "trl-1.16-curves.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def assert_matches(measured: list[dict[str, float]], curve: list[dict[str, float]]) -> None:
     """Every metric of every step equals TRL's to a relative 1e-4."""
-    curve = json.loads((GOLDEN / "trl-1.16-curves.json").read_text())[objective.type]
-    measured = train(objective, workers, schedule_of(tokens, references[reference], workers, tmp_path), tmp_path)
     assert len(measured) == len(curve)
+    # `forward_kl` overflows in TRL in its second step: the loss is reported as 0 and the gradient as NaN, all after is NaN.
+    # Here exponents are bounded, and training goes on; what TRL measured before that is compared.
+    finite = next((i for i, row in enumerate(curve) if math.isnan(row["grad_norm"])), len(curve))
+    curve = [row if i < finite else {n: row[n] for n in NOT_OF_LOSS} for i, row in enumerate(curve[: finite + 1])]
+    measured = measured[: len(curve)]
     wrong = [
         f"step {i + 1} {name}: {row[name]:.8g}, TRL {value:.8g}"
         for i, (row, expected) in enumerate(zip(measured, curve, strict=True))
@@ -156,11 +181,38 @@ def test_curves(objective, reference: str, workers: int, references, tokens: Art
     assert not wrong, "\n".join(wrong)
 
 
-def train(objective, workers: int, schedule: Artifact, root: Path) -> list[dict[str, float]]:
+@pytest.mark.parametrize(
+    ("reference", "workers"),
+    [("file", 1), ("file", 2), pytest.param("vllm", 1, marks=pytest.mark.slow), ("vllm", 2)],
+)
+@pytest.mark.parametrize("case", ["sigmoid", "ipo"])
+def test_curves(case: str, reference: str, workers: int, references, tokens: Artifact, tmp_path: Path) -> None:
+    """Through Ray Train and FSDP2, with the reference from the file and from the pool of engines."""
+    schedule = schedule_of(tokens, references[reference], workers, tmp_path)
+    assert_matches(train(settings_of(case), workers, schedule, tmp_path), curves()[case])
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_curves(world: int, layout: str, tmp_path: Path) -> None:
+    """Every case of the file, by the same step under FSDP2, in one process and in two, prompts shared and not."""
+    settings = {case: settings_of(case) | {"layout": layout} for case in curves()}
+    measured = golden_process.run(GOLDEN, settings, world, tmp_path)
+    assert measured.keys() == curves().keys()
+    failures = []
+    for case, curve in curves().items():
+        try:
+            assert_matches(measured[case], curve)
+        except AssertionError as error:
+            failures.append(f"{case}: {error}")
+    assert not failures, "\n".join(failures)
+
+
+def train(settings: dict[str, Any], workers: int, schedule: Artifact, root: Path) -> list[dict[str, float]]:
     """Train by the stage itself and return the metrics of the steps."""
     config = TrainConfig(
         workers=workers,
-        objective=objective,
+        **settings,
         steps=schedule.manifest.rows["train/steps"],
         groups_per_step=GROUPS_PER_STEP,
         optimizer=OptimizerConfig(learning_rate=1e-3, decay="constant", warmup_fraction=0, max_grad_norm=1.0),

@@ -59,7 +59,7 @@ def with_reference(groups: Sequence[Group]) -> list[Group]:
     policy, known = make_policy().eval(), []
     rng = np.random.default_rng(1)
     for group in groups:
-        logps = policy(packed_rows(pack([group]))).numpy()
+        logps = policy(packed_rows(pack([group]))).logps.numpy()
         noisy = (logps - 0.2 * rng.random(len(logps))).astype(np.float32)
         known.append(replace(group, reference_token_logps=tuple(np.split(noisy, [len(group.completion_ids[0])]))))
     return known

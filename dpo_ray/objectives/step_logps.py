@@ -1,0 +1,161 @@
+"""What losses see of a micro-batch, or of a whole step: flat tensors of completions and pairs, joined at will."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from dpo_ray.config.objective import ShapingConfig
+from dpo_ray.models.packed_rows import PackedRows
+from dpo_ray.models.token_logps import TokenScores, sum_by_completion
+
+from .preference import PairLogps
+from .shaping import desensitised, policy_weight
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums of weights over a global step, over all ranks and micro-batches: what losses are divided by."""
+
+    pairs: float
+    labelled: float  # completions with a label
+    lists: float  # groups with completions of different scores
+    chosen_tokens: float  # of pairs, by their weight
+    tokens: float  # of the packed rows
+
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> Totals:
+        """Make them of the sums in this order; none is 0, as what is divided by it then is."""
+        return cls(*(value or 1.0 for value in sums))
+
+    @property
+    def mean_chosen_tokens(self) -> float:
+        return self.chosen_tokens / self.pairs
+
+
+@dataclass(frozen=True)
+class StepLogps:
+    """Log-probs by completion and by pair, with their weights. Policy tensors carry gradients."""
+
+    policy: Tensor  # float32 [completions]
+    reference: Tensor  # float32 [completions]
+    lengths: Tensor  # float32 [completions]
+    weight: Tensor  # float32 [completions]; 0 = filler
+    scores: Tensor  # float32 [completions]; NaN = a completion of another prompt
+    label: Tensor  # float32 [completions]: 1 desirable, -1 undesirable, 0 neither
+    group: Tensor  # int64 [completions]
+    pairs: PairLogps
+    pair_weight: Tensor  # float32 [pairs]
+    policy_weight: Tensor  # float32 [pairs]: WPO's, else 1
+
+    @property
+    def logratio(self) -> Tensor:
+        """log pi(y|x) - log pi_ref(y|x)"""
+        return self.policy - self.reference
+
+    @property
+    def is_mismatched(self) -> Tensor:
+        return self.scores.isnan()
+
+    def detached(self, device: torch.device | str) -> StepLogps:
+        """Copy it without gradients to a device."""
+        return _mapped(self, lambda t: t.detach().to(device))
+
+
+def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, totals: Totals) -> StepLogps:
+    """Sum token log-probs over completions, and pick each pair's chosen and rejected one."""
+    policy = sum_by_completion(scores.logps, rows)  # [completions]
+    reference = sum_by_completion(rows.reference_token_logps, rows)
+    lengths = rows.lengths.float()
+    c, r = rows.chosen, rows.rejected
+    sides = policy[c], policy[r], reference[c], reference[r]
+    if shaping.ld_alpha != 1.0:
+        known = rows.reference_token_logps
+        sides = tuple(
+            desensitised(logps, rows.lengths, own, other, shaping.ld_alpha)
+            for logps in (scores.logps, known)
+            for own, other in ((c, r), (r, c))
+        )
+    pairs = PairLogps(
+        *sides,
+        chosen_tokens=lengths[c],
+        rejected_tokens=lengths[r],
+        preference_probability=rows.preference_probability,
+        mean_chosen_tokens=totals.mean_chosen_tokens,
+        divergence=shaping.divergence,
+    )
+    weights = torch.ones_like(rows.pair_weight)
+    if shaping.wpo:
+        assert scores.log_collision is not None  # noqa: S101 - asked for with the forward pass
+        likely = policy_weight(scores.logps, scores.log_collision, rows.completion_of_row, rows.lengths)
+        weights = likely[c] * likely[r]
+    return StepLogps(
+        policy=policy,
+        reference=reference,
+        lengths=lengths,
+        weight=rows.completion_weight,
+        scores=rows.scores,
+        label=labels(rows),
+        group=rows.group_of_completion,
+        pairs=pairs,
+        pair_weight=rows.pair_weight,
+        policy_weight=weights,
+    )
+
+
+def labels(rows: PackedRows) -> Tensor:
+    """Label completions: 1 desirable, -1 undesirable, 0 neither: float32 [completions].
+
+    Of pairs, chosen is desirable and rejected is not; who is both, or a tie, is neither. A single completion goes by its score.
+    """
+    label = torch.zeros_like(rows.scores)
+    judged = ~rows.scores.isnan()
+    in_group = torch.zeros_like(rows.group_of_completion).index_add(0, rows.group_of_completion, judged.long())
+    single = judged & (in_group[rows.group_of_completion] == 1)
+    label = torch.where(single, torch.where(rows.scores > 0.5, 1.0, -1.0), label)
+    wins, loses = torch.zeros_like(label), torch.zeros_like(label)
+    wins[rows.chosen], loses[rows.rejected] = 1.0, 1.0
+    return torch.where(single, label, wins - loses)
+
+
+def weight_sums(rows: PackedRows) -> Tensor:
+    """Sum a micro-batch's weights in the order of `Totals`: float64 [5]."""
+    weight, pair_weight = rows.completion_weight.double(), rows.pair_weight.double()
+    same = rows.group_of_completion[:, None] == rows.group_of_completion[None, :]  # [completions, completions]
+    above = same & (rows.scores[:, None] > rows.scores[None, :])
+    is_first, is_ranked = ~same.tril(-1).any(dim=1), above.any(dim=0) | above.any(dim=1)
+    return torch.stack(
+        [
+            pair_weight.sum(),
+            (weight * labels(rows).abs()).sum(),
+            (weight * is_first * is_ranked).sum(),
+            (pair_weight * rows.lengths[rows.chosen]).sum(),
+            weight.new_tensor(float(rows.tokens)),
+        ]
+    )
+
+
+def joined(parts: Sequence[StepLogps]) -> StepLogps:
+    """Lay the log-probs of several micro-batches end to end; their groups stay apart."""
+    apart, offset = [], 0
+    for part in parts:
+        apart.append(replace(part, group=part.group + offset))
+        offset += len(part.group)  # more than its groups
+    first = apart[0]
+    pairs = replace(
+        first.pairs, **{name: torch.cat([getattr(p.pairs, name) for p in apart]) for name in _tensors(first.pairs)}
+    )
+    columns = {name: torch.cat([getattr(p, name) for p in apart]) for name in _tensors(first)}
+    return replace(first, pairs=pairs, **columns)
+
+
+def _tensors(item: StepLogps | PairLogps) -> list[str]:
+    return [f.name for f in fields(item) if isinstance(getattr(item, f.name), Tensor)]
+
+
+def _mapped(item: StepLogps, change) -> StepLogps:
+    pairs = replace(item.pairs, **{name: change(getattr(item.pairs, name)) for name in _tensors(item.pairs)})
+    return replace(item, pairs=pairs, **{name: change(getattr(item, name)) for name in _tensors(item)})

@@ -1,0 +1,118 @@
+"""Held-out evaluation inside training: every set by its name, the same measures as a step's, and a row per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dpo_ray.config.data import EVAL
+from dpo_ray.config.train import TrainConfig
+from dpo_ray.models.packed_rows import packed_rows
+from dpo_ray.objectives.step_logps import StepLogps
+from dpo_ray.schedule.records import RankStep
+
+from .measures import MEASURES, accurate, empty, figures, pair_rewards, rewards
+from .step import losses, over_ranks
+
+# Columns of the held-out table: one row per pair; of unpaired data one per completion, NaN on the side it is not of.
+HELDOUT = (
+    "loss",  # of the pair's step: its mean by weight is that of the set
+    "reward_chosen",
+    "reward_rejected",
+    "accurate",
+    "logp_chosen",
+    "logp_rejected",
+    "reference_chosen",
+    "reference_rejected",
+    "tokens_chosen",
+    "tokens_rejected",
+    "weight",
+)
+
+PAIRS, SIDES = MEASURES.index("rewards/margins"), [MEASURES.index(f"rewards/{side}") for side in ("chosen", "rejected")]
+
+# Readers of the held-out splits by name, `eval` or `eval_NAME` of each set; all ranks have them in the same order.
+Heldout = Mapping[str, Callable[[], Iterable[RankStep]]]
+
+
+def evaluate(policy: nn.Module, heldout: Heldout, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Measure the held-out sets: figures over all of them with `eval_` before, those of a named set `eval_NAME_`.
+
+    The loss of a set is the mean of its steps' losses by their weight. Collective.
+    """
+    return heldout_figures({name: heldout_sums(policy, read(), config, device)[0] for name, read in heldout.items()})
+
+
+def heldout_figures(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Name the figures of each set's sums, and those of all together."""
+    if not sums:
+        return {}
+    means = _named(EVAL, torch.stack(list(sums.values())).sum(dim=0))
+    for split in sorted(sums.keys() - {EVAL}):
+        means |= _named(split, sums[split])
+    return means
+
+
+def _named(prefix: str, sums: Tensor) -> dict[str, float]:
+    loss, steps = sums[0].tolist()
+    return {f"{prefix}_{name}": value for name, value in (figures(sums, ()) | {"loss": loss / steps}).items()}
+
+
+def heldout_sums(
+    policy: nn.Module, steps: Iterable[RankStep], config: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Measure a held-out set.
+
+    Returns:
+        Sums over all ranks as `measures.measure` gives them, with the loss weighted by the steps' weights; and this rank's
+        rows, float64 [pairs, HELDOUT] on the CPU, without fillers.
+    """
+    policy.eval()
+    total, tables = empty(0), [torch.zeros(0, len(HELDOUT), dtype=torch.float64)]
+    with torch.no_grad():
+        for share in steps:
+            micro_batches = [packed_rows(m, device, policy.layout) for m in share.micro_batches]
+            sums, of_step = empty(0), []
+            for _, measured, logps in losses(policy, micro_batches, config, 0, with_statistics=True):
+                sums += measured
+                of_step.append(table(config, logps))
+            sums = over_ranks(sums)
+            weight = sums[PAIRS, 1] if sums[PAIRS, 1] else sums[SIDES, 1].sum()
+            pairs = torch.cat(of_step)
+            tables.append(torch.cat([sums[0, 0].expand(len(pairs), 1), pairs], dim=1))
+            sums[0] = torch.stack([sums[0, 0] * weight, weight])
+            total += sums
+    policy.train()
+    return total, torch.cat(tables)
+
+
+def table(config: TrainConfig, logps: StepLogps) -> Tensor:
+    """Lay out a micro-batch's pairs, or labelled completions where it has none: float64
+    [pairs, HELDOUT without loss] on the CPU."""
+    p = logps.pairs
+    if len(logps.pair_weight):
+        chosen, rejected = pair_rewards(config.objective, logps)
+        columns = (
+            chosen,
+            rejected,
+            accurate(config.objective, logps),
+            p.policy_chosen,
+            p.policy_rejected,
+            p.reference_chosen,
+            p.reference_rejected,
+            p.chosen_tokens,
+            p.rejected_tokens,
+            logps.pair_weight,
+        )
+    else:
+        missing = torch.full_like(logps.policy, float("nan"))
+        sides = [
+            torch.where(logps.label == sign, values, missing)
+            for values in (rewards(config.objective, logps), logps.policy, logps.reference, logps.lengths)
+            for sign in (1, -1)
+        ]
+        columns = (*sides[:2], missing, *sides[2:], logps.weight * logps.label.abs())
+    rows_of_table = torch.stack([c.double() for c in columns], dim=1).cpu()
+    return rows_of_table[rows_of_table[:, -1] > 0]

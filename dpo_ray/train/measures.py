@@ -1,0 +1,155 @@
+"""What a step is measured by: each figure a sum and the weight it is divided by, so that ranks and micro-batches add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_ray.config.objective import Objective, is_per_token, reward_beta, uses_reference
+from dpo_ray.models.packed_rows import PackedRows
+from dpo_ray.models.token_logps import TokenScores
+from dpo_ray.objectives.step_logps import StepLogps, Totals
+
+ROUNDING = 1e-6  # relative error of a float32 sum of log-probs, with room for another engine's order of operations
+
+# Under TRL's names; what has no weight in a step (accuracies of unpaired data, say) is left out of its figures.
+MEASURES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logratio",  # policy against reference, nats a completion
+    "reference_drift",  # its size, nats a token
+    "kl",  # KTO's estimate, before it is cut off at 0
+    "entropy",  # nats a token
+)
+_MOMENTS = 6  # weight, and weighted sums of x, y, xx, yy, xy
+
+
+def rewards(objective: Objective, logps: StepLogps) -> Tensor:
+    """Compute the implicit reward of every completion: float32 [completions].
+
+    beta * (policy - reference log-prob); without a reference beta * policy; averaged over tokens where the loss does so
+    and has no reference.
+    """
+    beta = reward_beta(objective)
+    if uses_reference(objective):
+        return beta * logps.logratio
+    return beta * (logps.policy / logps.lengths if is_per_token(objective) else logps.policy)
+
+
+def pair_rewards(objective: Objective, logps: StepLogps) -> tuple[Tensor, Tensor]:
+    """Compute the implicit rewards of the pairs' chosen and rejected: float32 [pairs] each."""
+    beta, p = reward_beta(objective), logps.pairs
+    if uses_reference(objective):
+        return beta * p.chosen_logratio, beta * p.rejected_logratio
+    if is_per_token(objective):
+        return beta * p.policy_chosen / p.chosen_tokens, beta * p.policy_rejected / p.rejected_tokens
+    return beta * p.policy_chosen, beta * p.policy_rejected
+
+
+def accurate(objective: Objective, logps: StepLogps) -> Tensor:
+    """Say for which pairs the implicit reward prefers chosen: bool [pairs]. A tie within float32 rounding is no success.
+
+    Without that allowance the accuracy of an untrained policy would be rounding noise instead of 0.
+    """
+    p = logps.pairs
+    sides = [p.policy_chosen, p.policy_rejected]
+    if uses_reference(objective):
+        sides += [p.reference_chosen, p.reference_rejected]
+    chosen, rejected = pair_rewards(objective, logps)
+    size = torch.stack([side.abs() for side in sides]).sum(dim=0)
+    if not uses_reference(objective) and is_per_token(objective):
+        size = p.policy_chosen.abs() / p.chosen_tokens + p.policy_rejected.abs() / p.rejected_tokens
+    return chosen - rejected > ROUNDING * reward_beta(objective) * size
+
+
+@torch.no_grad()
+def measure(
+    objective: Objective, loss: Tensor, logps: StepLogps, scores: TokenScores, rows: PackedRows, sources: int
+) -> Tensor:
+    """Sum what a micro-batch contributes to the step's figures: float64 [measures + sources + 3, 2] on the CPU.
+
+    Rows of (sum, weight): MEASURES, each source's accuracy, and in the last three the moments of reward margin and length.
+
+    Args:
+        loss: this micro-batch's contribution to the step's loss.
+    """
+    pair_weight, weight = rows.pair_weight.double(), rows.completion_weight.double()
+    chosen, rejected = pair_rewards(objective, logps)
+    hits = accurate(objective, logps).double()
+    paired = bool(len(pair_weight))
+    one = loss.new_ones((), dtype=torch.float64)
+
+    def mean(values: Tensor, by: Tensor) -> Tensor:
+        counted = by > 0  # fillers may hold anything
+        return torch.stack([(values[counted].double() * by[counted]).sum(), by[counted].sum()])
+
+    def by_label(values: Tensor, sign: int) -> Tensor:
+        return mean(values, weight * (logps.label == sign))
+
+    if paired:
+        sides = [mean(chosen, pair_weight), mean(rejected, pair_weight)]
+        logp_sides = [mean(logps.pairs.policy_chosen, pair_weight), mean(logps.pairs.policy_rejected, pair_weight)]
+    else:
+        reward = rewards(objective, logps)
+        sides = [by_label(reward, 1), by_label(reward, -1)]
+        logp_sides = [by_label(logps.policy, 1), by_label(logps.policy, -1)]
+    own = weight * ~logps.is_mismatched
+    token_weight = own[rows.completion_of_row]
+    has_reference = float(uses_reference(objective))
+    drift = (scores.logps - rows.reference_token_logps).abs()
+    nothing = one.new_zeros(2)
+    figures = [
+        torch.stack([loss.double(), 0 * one]),
+        *sides,
+        mean(chosen - rejected, pair_weight),
+        mean(hits, pair_weight),
+        *logp_sides,
+        mean(logps.logratio, own * has_reference),
+        mean(drift, token_weight * has_reference),
+        mean(logps.logratio, weight * logps.is_mismatched * has_reference),
+        mean(scores.entropy, token_weight) if scores.entropy is not None else nothing,
+        *(mean(hits, pair_weight * (rows.pair_source == source)) for source in range(sources)),
+    ]
+    x, y = (chosen - rejected).double(), logps.pairs.chosen_tokens.double() - logps.pairs.rejected_tokens.double()
+    moments = [(pair_weight * v)[pair_weight > 0].sum() for v in (torch.ones_like(x), x, y, x * x, y * y, x * y)]
+    return torch.cat([torch.stack(figures), torch.stack(moments).reshape(3, 2)]).cpu()
+
+
+def figures(sums: Tensor, sources: Sequence[str]) -> dict[str, float]:
+    """Turn a step's sums [measures + sources + 3, 2] into means by name; what has no weight is left out.
+
+    `length_bias` is the correlation of a pair's reward margin with the difference of its lengths.
+    """
+    names = [*MEASURES, *(f"rewards/accuracies/{source}" for source in sources)]
+    values, moments = sums[: len(names)].tolist(), sums[len(names) :].flatten().tolist()
+    means = {name: total / weight for name, (total, weight) in zip(names, values, strict=True) if weight > 0}
+    means = {"loss": values[0][0]} | means
+    if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = (
+            means["rewards/chosen"] - means["rewards/rejected"]
+        )  # of unpaired data, as TRL has it
+    w, sx, sy, sxx, syy, sxy = moments
+    if w > 0:
+        spread = (w * sxx - sx * sx) * (w * syy - sy * sy)
+        means["length_bias"] = (
+            (w * sxy - sx * sy) / math.sqrt(spread) if spread > 1e-12 * (1 + sxx * syy) * w * w else 0.0
+        )
+    return means
+
+
+def empty(sources: int) -> Tensor:
+    """Make sums of nothing: float64 [measures + sources + 3, 2]."""
+    return torch.zeros(len(MEASURES) + sources + 3, 2, dtype=torch.float64)
+
+
+def totals_of(sums: Tensor) -> Totals:
+    """Make the totals of a step from its weights, summed over ranks and micro-batches: float64 [5]."""
+    return Totals.of(sums.tolist())
