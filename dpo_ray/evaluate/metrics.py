@@ -46,21 +46,34 @@ def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
 def heldout_figures(table: pa.Table) -> dict[str, float]:
     """Average held-out pairs by weight: loss, rewards, margin, accuracy with its standard error, and "longer wins".
 
-    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains.
+    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains. Of unpaired data, a row of
+    which is one completion with NaN on the side it is not of, there is neither; the margin is the difference of the sides.
     """
     column = {name: table[name].to_numpy() for name in table.column_names if name != "split"}
-    weight = column["weight"] / column["weight"].sum()
-    mean = {name: float((values * weight).sum()) for name, values in column.items()}
-    longer = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5
+    column["longer"] = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5
+    known = {name: ~np.isnan(values) for name, values in column.items()}
+    weight = column["weight"]
+    mean = {
+        name: float((values * weight)[known[name]].sum() / weight[known[name]].sum())
+        for name, values in column.items()
+        if known[name].any()
+    }
+    sides = [mean.get("reward_chosen", math.nan), mean.get("reward_rejected", math.nan)]
+    figures = {
+        "loss": mean["loss"],
+        "rewards/chosen": sides[0],
+        "rewards/rejected": sides[1],
+        "rewards/margins": sides[0] - sides[1],
+    }
+    figures = {name: value for name, value in figures.items() if not math.isnan(value)}
+    if "accurate" not in mean:
+        return {"completions": float(len(table)), **figures}
     return {
         "pairs": float(len(table)),
-        "loss": mean["loss"],
-        "rewards/chosen": mean["reward_chosen"],
-        "rewards/rejected": mean["reward_rejected"],
-        "rewards/margins": mean["reward_chosen"] - mean["reward_rejected"],
+        **figures,
         "rewards/accuracies": mean["accurate"],
         "accuracy_standard_error": math.sqrt(mean["accurate"] * (1 - mean["accurate"]) / len(table)),
-        "longer_wins": float((longer * weight).sum()),
+        "longer_wins": mean["longer"],
     }
 
 

@@ -177,7 +177,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype if adapter is None else torch.float32,
-            attn_implementation=shared_prefix.IMPLEMENTATION,
+            attn_implementation="sdpa" if layout == "padded" else shared_prefix.IMPLEMENTATION,
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -197,5 +197,6 @@ def load_policy(
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # preference losses compare two forward passes: both must see the same network
     policy = TokenLogps(model, chunk_tokens, layout)
-    check_segments(policy, f"model.path={directory}")
+    if layout != "padded":
+        check_segments(policy, f"model.path={directory}")
     return policy

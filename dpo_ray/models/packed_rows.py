@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dpo_ray.schedule.micro_batch import MicroBatch
 
-
 Layout = Literal["shared", "packed", "padded"]
 
 
@@ -30,10 +29,11 @@ class Segment:
 class PackedRows:
     """The tensors of one forward pass; `rows` are completion tokens in the order of the packed row."""
 
-    input_ids: Tensor  # int64 [1, tokens]
-    position_ids: Tensor  # int64 [1, tokens]
-    segments: tuple[Segment, ...]
-    predictor: Tensor  # int64 [rows]: the token whose hidden state predicts this row
+    input_ids: Tensor  # int64 [1, tokens]; padded: [completions, longest]
+    position_ids: Tensor  # the same shape
+    segments: tuple[Segment, ...] | None  # padded: None
+    mask: Tensor | None  # padded alone: int64, 1 for tokens and 0 for padding
+    predictor: Tensor  # int64 [rows]: the token, of all, whose hidden state predicts this row
     target: Tensor  # int64 [rows]
     completion_of_row: Tensor  # int64 [rows]
     lengths: Tensor  # int64 [completions]
@@ -49,32 +49,34 @@ class PackedRows:
 
     @property
     def tokens(self) -> int:
-        return self.input_ids.shape[1]
+        """Count the tokens that are computed, padding too."""
+        return self.input_ids.numel()
 
 
 def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu", layout: Layout = "shared") -> PackedRows:
     """Work out the index tensors of a micro-batch and put them on `device`.
 
-    The first token of every completion is predicted by the prompt's last token, every other by its predecessor.
-    Each pair carries the weight and the preference probability of its group.
+    The first token of every completion is predicted by the prompt's last token, every other by its predecessor. The rows and
+    all that counts completions and pairs are the same in every layout. Each pair carries the weight and the preference
+    probability of its group.
     """
     segments = _segments(batch.group_index, batch.completion_index)
     completions = [s for s in segments if s.prompt_stop > s.prompt_start]
     rows = np.flatnonzero(batch.completion_index)
     lengths = np.array([s.stop - s.start for s in completions])
-    predictor = rows - 1
-    predictor[np.cumsum(lengths) - lengths] = [s.prompt_stop - 1 for s in completions]
     group = batch.group_index[[s.start for s in completions]]  # [completions]
     pair_group = group[batch.chosen]
+    tokens = _laid_out(batch, segments, completions, rows, lengths, layout)
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(np.ascontiguousarray(array)).to(device=device, dtype=dtype, non_blocking=True)
 
     return PackedRows(
-        input_ids=put(batch.input_ids)[None],
-        position_ids=put(batch.position_ids)[None],
-        segments=segments,
-        predictor=put(predictor),
+        input_ids=put(tokens.input_ids),
+        position_ids=put(tokens.position_ids),
+        segments=tokens.segments,
+        mask=None if tokens.mask is None else put(tokens.mask),
+        predictor=put(tokens.predictor),
         target=put(batch.input_ids[rows]),
         completion_of_row=put(np.repeat(np.arange(len(completions)), lengths)),
         lengths=put(lengths),
@@ -88,6 +90,47 @@ def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu", layout: L
         pair_source=put(np.zeros(len(pair_group))),
         reference_token_logps=put(batch.reference_token_logps, torch.float32),
     )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a forward pass, and which of them predicts each row; int arrays, as in PackedRows."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    predictor: np.ndarray
+    segments: tuple[Segment, ...] | None = None
+    mask: np.ndarray | None = None
+
+
+def _laid_out(
+    batch: MicroBatch,
+    segments: tuple[Segment, ...],
+    completions: list[Segment],
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    layout: Layout,
+) -> _Tokens:
+    firsts = np.cumsum(lengths) - lengths  # [completions]: the first row of each
+    if layout == "shared":
+        predictor = rows - 1
+        predictor[firsts] = [s.prompt_stop - 1 for s in completions]
+        return _Tokens(batch.input_ids[None], batch.position_ids[None], predictor, segments)
+    sequences = [np.r_[s.prompt_start : s.prompt_stop, s.start : s.stop] for s in completions]
+    width = max(map(len, sequences)) if layout == "padded" else 0
+    starts = np.cumsum([0, *(width or len(s) for s in sequences[:-1])])  # of each sequence among the tokens
+    before = [start + len(s) - n - 1 for start, s, n in zip(starts, sequences, lengths, strict=True)]
+    predictor = np.repeat(np.array(before) - firsts, lengths) + np.arange(len(rows))
+    if layout == "packed":
+        tokens = np.concatenate(sequences)
+        bounds = [*starts.tolist(), len(tokens)]
+        whole = tuple(Segment(a, b, a, a) for a, b in itertools.pairwise(bounds))
+        return _Tokens(batch.input_ids[tokens][None], batch.position_ids[tokens][None], predictor, whole)
+    at = np.arange(width)[None, :]
+    mask = at < np.array([len(s) for s in sequences])[:, None]  # [completions, width]
+    ids = np.zeros(mask.shape, np.int64)
+    ids[mask] = batch.input_ids[np.concatenate(sequences)]
+    return _Tokens(ids, np.broadcast_to(at, mask.shape), predictor, mask=mask)
 
 
 def _segments(group_index: np.ndarray, completion_index: np.ndarray) -> tuple[Segment, ...]:

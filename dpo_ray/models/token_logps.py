@@ -46,10 +46,12 @@ class TokenLogps(nn.Module):
     def forward(self, rows: PackedRows, with_statistics: bool = False) -> TokenScores:
         """Score every completion token; with the entropy and the collision probability where they are asked for."""
         backbone = self.model.get_decoder()
-        hidden = backbone(
-            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, segments=rows.segments
-        ).last_hidden_state[0]  # [tokens, hidden]
-        hidden = hidden.index_select(0, rows.predictor)  # [rows, hidden]
+        tokens = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "use_cache": False}
+        if rows.mask is None:
+            hidden = backbone(**tokens, segments=rows.segments).last_hidden_state
+        else:
+            hidden = backbone(**tokens, attention_mask=rows.mask).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, rows.predictor)  # [rows, hidden]
         head = self.model.get_output_embeddings()
         assert head is not None  # noqa: S101 - a causal language model has a head
         bias = getattr(head, "bias", None)  # few models have one (Phi)

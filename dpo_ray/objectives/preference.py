@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +73,11 @@ class PairLogps:
     def margin_per_token(self) -> Tensor:
         """Difference of the scores, each over its completion's length."""
         return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
+
+    def of(self, chosen: Tensor) -> PairLogps:
+        """Pick some of the pairs, by a mask (bool [pairs])."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t[chosen] for name, t in tensors.items() if isinstance(t, Tensor)})
 
     def swapped(self) -> PairLogps:
         """Prefer the other completion of each pair."""

@@ -35,6 +35,8 @@ def _single(objective: Single, logps: StepLogps, totals: Totals) -> Tensor:
             assert isinstance(objective, o.ListwiseObjective)  # noqa: S101
             losses = whole_step.listwise(logps.logratio, logps.scores, logps.group, objective)
             return (logps.weight * losses).sum() / totals.lists
+        case _ if fact(objective, "step_wide"):  # sorts over pairs, which then have no weights of their own
+            return pair_losses(objective, logps.pairs.of(logps.pair_weight > 0)).mean()
         case _:
             weight = logps.pair_weight * logps.policy_weight if fact(objective, "weighable") else logps.pair_weight
             return (weight * pair_losses(objective, logps.pairs)).sum() / totals.pairs

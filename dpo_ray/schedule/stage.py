@@ -12,11 +12,10 @@ import pyarrow as pa
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
-from dpo_ray.config.objective import Objective
+from dpo_ray.config.objective import Objective, kinds_of_groups
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.tokens import groups_of, read_table, splits
 from dpo_ray.errors import ArtifactError, DataError
-from dpo_ray.objectives.select import needs_pairs
 
 from .build import Packing, build_split
 from .micro_batch import Group
@@ -36,7 +35,7 @@ def run(
     """Order, deal and pack the groups of training and of every held-out set, and commit the artifact `schedule`.
 
     Raises:
-        DataError: groups without pairs, and an objective that needs pairs; or no groups for the steps asked for.
+        DataError: groups that the objective cannot learn from; or no groups for the steps asked for.
         ArtifactError: the reference's groups are not those of the tokens.
     """
     packing = Packing(train.workers, train.tokens_per_micro_batch)
@@ -63,7 +62,7 @@ def order_splits(
     """Order the groups of every split that has any, training first; those that `reference` has not scored are left out.
 
     Raises:
-        DataError: groups without pairs, and an objective that needs pairs; or no groups for the steps asked for.
+        DataError: groups that the objective cannot learn from; or no groups for the steps asked for.
     """
     orders = []
     for split in splits(tokens):
@@ -93,7 +92,7 @@ def check_usable(tokens: Artifact, objective: Objective) -> None:
     """See, before anything expensive, that the objective can use every group.
 
     Raises:
-        DataError: groups without pairs, and an objective that needs pairs.
+        DataError: groups that the objective cannot learn from.
     """
     for split in splits(tokens):
         _group_ids(tokens, split, tokens.names(f"{split}/"), objective)
@@ -103,39 +102,63 @@ def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Ob
     """Read the ids of a split's groups, and see that the objective can use every group.
 
     Raises:
-        DataError: groups without pairs, and an objective that needs pairs.
+        DataError: groups that the objective cannot learn from.
     """
     ids: list[bytes] = []
-    without_pairs: list[bytes] = []
-    sizes: set[int] = set()  # completions of the groups without pairs
+    unusable: list[bytes] = []
+    sizes: set[int] = set()  # completions of the groups that the objective cannot use
     for name in names:
         table = read_table(tokens, name, ["group_id", "scores", "chosen"])
         ids += table["group_id"].to_pylist()
-        if needs_pairs(objective):
-            idle = np.flatnonzero(_lengths(table["chosen"]) == 0)
-            without_pairs += table["group_id"].take(pa.array(idle)).to_pylist()
-            sizes.update(_lengths(table["scores"])[idle].tolist())
-    if without_pairs:
-        raise _unusable(split, without_pairs, len(ids), objective, sizes)
+        idle = np.flatnonzero(~_usable(table, kinds_of_groups(objective)))
+        unusable += table["group_id"].take(pa.array(idle)).to_pylist()
+        sizes.update(_lengths(table["scores"])[idle].tolist())
+    if unusable:
+        raise _unusable(split, unusable, len(ids), objective, sizes)
     return ids
+
+
+def _usable(table: pa.Table, kinds: set[str]) -> np.ndarray:
+    """Say which groups an objective that learns from `kinds` can use, all kinds of a sum: bool [groups]."""
+    pairs = _lengths(table["chosen"]) > 0
+    usable = np.ones(len(table), bool)
+    if "pairs" in kinds:
+        usable &= pairs
+    if "completions" in kinds:  # with a label: of a pair both have one, a single completion goes by its score
+        usable &= pairs | (_lengths(table["scores"]) == 1)
+    if "lists" in kinds:
+        scores = table["scores"].combine_chunks()
+        lowest, highest = (
+            np.array([fold(s) for s in scores.to_pylist()], np.float64).reshape(-1) for fold in (np.nanmin, np.nanmax)
+        )
+        usable &= highest > lowest
+    return usable
 
 
 def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
     return np.diff(lists.combine_chunks().offsets)
 
 
-def _unusable(
-    split: str, without_pairs: Sequence[bytes], groups: int, objective: Objective, sizes: set[int]
-) -> DataError:
-    named = ", ".join(group.hex() for group in without_pairs[:NAMED_GROUPS])
-    more = ", ..." if len(without_pairs) > NAMED_GROUPS else ""
+LEARNS_FROM = {
+    "pairs": ("no pair of a better and a worse completion", "pairs"),
+    "completions": ("no completion with a label", "labelled completions"),
+    "lists": ("no two completions of different scores", "rankings"),
+}
+
+
+def _unusable(split: str, idle: Sequence[bytes], groups: int, objective: Objective, sizes: set[int]) -> DataError:
+    named = ", ".join(group.hex() for group in idle[:NAMED_GROUPS])
+    more = ", ..." if len(idle) > NAMED_GROUPS else ""
+    lacking, needed = (
+        " or ".join(words) for words in zip(*(LEARNS_FROM[k] for k in sorted(kinds_of_groups(objective))), strict=True)
+    )
     fixes = {
         "of ranked lists, set data.pairing.pairs=best_worst, all or adjacent": max(sizes) > 1,
         "of single completions, choose an objective for unpaired data or leave their sources out": 1 in sizes,
     }
     return DataError(
-        f"{len(without_pairs):,} of {groups:,} groups hold no pair of a better and a worse completion, and the objective "
-        f"`{objective.type}` learns from pairs alone: {named}{more}",
+        f"{len(idle):,} of {groups:,} groups hold {lacking}, and the objective "
+        f"`{objective.type}` learns from {needed} alone: {named}{more}",
         where=f"schedule, {split} data",
         fix="; ".join(fix for fix, applies in fixes.items() if applies),
     )

@@ -82,7 +82,7 @@ def measure(
         loss: this micro-batch's contribution to the step's loss.
     """
     pair_weight, weight = rows.pair_weight.double(), rows.completion_weight.double()
-    chosen, rejected = pair_rewards(objective, logps)
+    chosen, rejected = (side.double() for side in pair_rewards(objective, logps))
     hits = accurate(objective, logps).double()
     paired = bool(len(pair_weight))
     one = loss.new_ones((), dtype=torch.float64)
@@ -118,7 +118,7 @@ def measure(
         mean(scores.entropy, token_weight) if scores.entropy is not None else nothing,
         *(mean(hits, pair_weight * (rows.pair_source == source)) for source in range(sources)),
     ]
-    x, y = (chosen - rejected).double(), logps.pairs.chosen_tokens.double() - logps.pairs.rejected_tokens.double()
+    x, y = chosen - rejected, logps.pairs.chosen_tokens.double() - logps.pairs.rejected_tokens.double()
     moments = [(pair_weight * v)[pair_weight > 0].sum() for v in (torch.ones_like(x), x, y, x * x, y * y, x * y)]
     return torch.cat([torch.stack(figures), torch.stack(moments).reshape(3, 2)]).cpu()
 

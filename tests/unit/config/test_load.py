@@ -88,7 +88,10 @@ def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
         ("optimizer.learning_rate=1", "optimizer: unknown key; did you mean `train.optimizer`?"),
         ("train.beta=1", "train.beta: unknown key; did you mean `train.objective.beta`?"),
         ("reference.audit.frobnicate=1", "reference.audit has: groups, max_bias, max_margin_error, max_mean_drift"),
-        ("train.objective.type=ppo", "train.objective.type: 'ppo' is not known; allowed: 'sigmoid', 'ipo'"),
+        (
+            "train.objective.type=ppo",
+            "train.objective.type: 'ppo' is not known; allowed: 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo'",
+        ),
         ("data.train={pairs: 3}", "data.train.0.type: required, and not given"),
         ("data.train=3", "data.train: a list is expected; got 3"),
         ("data.train={path: 3}", "data.train.0.path: text is expected (quote it); got 3\n  ->"),

@@ -18,7 +18,7 @@ from dpo_ray.evaluate import stage
 from dpo_ray.evaluate.metrics import heldout_by_set, heldout_figures
 from dpo_ray.evaluate.stage import heldout_prompts
 from dpo_ray.models.builtin import builtin_model
-from dpo_ray.train.loop import HELDOUT
+from dpo_ray.train.evaluation import HELDOUT
 
 ACCURATE = {"eval_a": [1, 1, 0, 1], "eval_b": [0, 0], "eval_c": [1]}
 WEIGHT = {"eval_a": 1.0, "eval_b": 2.0, "eval_c": 0.5}

@@ -102,7 +102,7 @@ def test_its_log_probs_are_those_of_the_unmerged_adapter(
     place = write_adapter(model, tmp_path / "adapter", **FORMS["rslora"])
     with torch.no_grad():
         expected = plain_token_logps(PeftModel.from_pretrained(plain_model(model), place).eval(), groups)
-        logps = load_policy(model, torch.float32, 16, place)(packed_rows(pack(groups)))
+        logps = load_policy(model, torch.float32, 16, place)(packed_rows(pack(groups))).logps
     torch.testing.assert_close(logps, expected, rtol=0, atol=2e-5)
     check_targets(read_adapter(place), model)
 

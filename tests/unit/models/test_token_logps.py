@@ -60,7 +60,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def test_packed_groups_equal_every_sequence_alone(name: str, family: Family) -> None:
     plain, policy, groups = plain_model(family(name)), policy_of(family(name)), trying_groups()
     expected = plain_token_logps(plain, groups)
-    actual = policy(packed_rows(pack(groups)))
+    actual = policy(packed_rows(pack(groups))).logps
     assert actual.dtype == torch.float32
     assert float(expected.detach().std()) > 0.1  # the model is no uniform one, whose log-probs any mask would give
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
@@ -83,7 +83,7 @@ def test_the_sliding_window_is_felt(name: str, family: Family) -> None:
     wide = plain_model(family(name))
     expected = plain_token_logps(wide, [group]) - plain_token_logps(wide, [other])
     policy = policy_of(family(name))
-    actual = policy(packed_rows(pack([group]))) - policy(packed_rows(pack([other])))
+    actual = policy(packed_rows(pack([group]))).logps - policy(packed_rows(pack([other]))).logps
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     assert bool((expected[-1:].abs() < 1e-6).all()) == (name == "mistral")  # gemma2's second layer sees all
 
@@ -93,14 +93,14 @@ def test_the_sliding_window_is_felt(name: str, family: Family) -> None:
 def test_chunks_of_the_head_change_nothing(name: str, chunk_tokens: int, family: Family) -> None:
     rows = packed_rows(pack(trying_groups()))
     whole, chunked = policy_of(family(name)), policy_of(family(name), chunk_tokens)
-    expected, actual = whole(rows), chunked(rows)
+    expected, actual = whole(rows).logps, chunked(rows).logps
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
     expected_gradients = gradients(whole, expected)
     for parameter, gradient in gradients(chunked, actual).items():
         if float(expected_gradients[parameter].norm()) > 1e-4:
             assert relative_error(gradient, expected_gradients[parameter]) < 1e-5, parameter
     with torch.no_grad():
-        torch.testing.assert_close(chunked(rows), expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(chunked(rows).logps, expected, rtol=0, atol=2e-6)
 
 
 def test_a_chunked_head_never_makes_the_whole_matrix(family: Family) -> None:
@@ -129,7 +129,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, family: Family) -> No
     recomputed.model.gradient_checkpointing_enable({"use_reentrant": False})
     calls = []
     recomputed.model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    expected, actual = kept(rows), recomputed(rows)
+    expected, actual = kept(rows).logps, recomputed(rows).logps
     assert torch.equal(actual, expected)
     expected_gradients, actual_gradients = gradients(kept, expected), gradients(recomputed, actual)
     assert len(calls) == 2  # forward, and again in the backward pass
@@ -141,8 +141,8 @@ def test_a_group_does_not_see_its_neighbours(name: str, family: Family) -> None:
     policy = policy_of(family(name))
     left, right, other = make_group(1, 8, [4, 6]), make_group(2, 5, [3, 7, 2]), make_group(9, 5, [3, 7, 2])
     for changed, kept in (([left, other], slice(0, 10)), ([other, right], slice(12, 24))):
-        before = policy(packed_rows(pack([left, right] if changed[0] is left else [right, right])))
-        after = policy(packed_rows(pack(changed)))
+        before = policy(packed_rows(pack([left, right] if changed[0] is left else [right, right]))).logps
+        after = policy(packed_rows(pack(changed))).logps
         assert torch.equal(before[kept], after[kept])
         assert not torch.equal(before, after)
 
@@ -152,7 +152,7 @@ def test_a_completion_does_not_see_its_siblings(name: str, family: Family) -> No
     policy, group = policy_of(family(name)), make_group(1, 8, [4, 6, 5])
     other = make_group(7, 8, [4, 6, 5])
     changed = replace(group, completion_ids=(group.completion_ids[0], other.completion_ids[1], group.completion_ids[2]))
-    before, after = policy(packed_rows(pack([group]))), policy(packed_rows(pack([changed])))
+    before, after = policy(packed_rows(pack([group]))).logps, policy(packed_rows(pack([changed]))).logps
     assert torch.equal(before[:4], after[:4])
     assert torch.equal(before[10:], after[10:])
     assert not torch.allclose(before[4:10], after[4:10])
@@ -160,7 +160,7 @@ def test_a_completion_does_not_see_its_siblings(name: str, family: Family) -> No
 
 def test_the_order_of_groups_is_the_order_of_rows(family: Family) -> None:
     policy, groups = policy_of(family("llama")), trying_groups()
-    forwards, backwards = policy(packed_rows(pack(groups))), policy(packed_rows(pack(groups[::-1])))
+    forwards, backwards = policy(packed_rows(pack(groups))).logps, policy(packed_rows(pack(groups[::-1]))).logps
     sizes = [sum(len(c) for c in g.completion_ids) for g in groups]
     mirrored = torch.cat(list(backwards.split(sizes[::-1]))[::-1])
     torch.testing.assert_close(mirrored, forwards, rtol=0, atol=1e-5)
