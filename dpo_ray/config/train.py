@@ -15,9 +15,8 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(StrictModel):
     """The optimizer, and the learning rate over time: a warm-up and a decay."""
 
-    type: Literal["adamw", "adamw_8bit", "adamw_paged", "rmsprop", "adafactor"] = "adamw"
-    """adamw_8bit, adamw_paged: states in 8 bit, or paged out to the CPU (GPU only, `pip install dpo-ray[lowbit]`).
-    rmsprop: the DPO paper's."""
+    type: Literal["adamw", "rmsprop"] = "adamw"
+    """rmsprop: the DPO paper's, with a fraction of AdamW's state."""
 
     learning_rate: float = Field(default=5e-7, gt=0)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)

@@ -1,12 +1,53 @@
-"""Gradient norms and clipping over all shards."""
+"""Gradient norms over all shards, and clipping."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 
 
 def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, dict[str, float]]:
-    """Scale gradients down to `max_norm` over all shards; return the norm before, and by group of parameters."""
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm if max_norm is not None else float("inf"))
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
-    return float(whole), {}
+    """Scale gradients down to `max_norm` over all shards; collective.
+
+    Returns:
+        The norm before, and that of each group of parameters as `grad_norm/GROUP`; groups without gradients are left out.
+    """
+    squares = torch.zeros(len(GROUPS), dtype=torch.float64)
+    sharded = False
+    with_gradients = [(name, p.grad) for name, p in policy.named_parameters() if p.grad is not None]
+    for name, gradient in with_gradients:
+        shard = _shard(gradient)
+        sharded = sharded or shard is not gradient
+        squares[GROUPS.index(group_of(name))] += float(torch.linalg.vector_norm(shard, dtype=torch.float32)) ** 2
+    if sharded and dist.get_world_size() > 1:
+        placed = squares.to("cuda" if "nccl" in dist.get_backend() else "cpu")
+        dist.all_reduce(placed)
+        squares = placed.cpu()
+    norm = float(squares.sum().sqrt())
+    if max_norm is not None:
+        scale = max_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+        if scale < 1.0:
+            torch._foreach_mul_([_shard(gradient) for _, gradient in with_gradients], scale)
+    return norm, {f"grad_norm/{g}": s**0.5 for g, s in zip(GROUPS, squares.tolist(), strict=True) if s > 0}
+
+
+def _shard(gradient: Tensor) -> Tensor:
+    """Return the part of a gradient that this rank holds."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient  # type: ignore[attr-defined]
+
+
+def group_of(name: str) -> str:
+    """Name the part of the model that a parameter is of, by the names that transformers' decoders give."""
+    parts = name.lower().split(".")
+    if any("embed" in part or part == "wte" for part in parts):
+        return "embed"
+    if any("norm" in part for part in parts):
+        return "norm"
+    if any("attn" in part or "attention" in part for part in parts):
+        return "attention"
+    if any("mlp" in part or "expert" in part or "feed_forward" in part for part in parts):
+        return "mlp"
+    return "head" if any("lm_head" in part or "output" in part for part in parts) else "other"

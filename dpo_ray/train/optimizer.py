@@ -1,8 +1,9 @@
-"""AdamW and its learning-rate schedule."""
+"""The optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,32 +12,49 @@ from dpo_ray.config.train import OptimizerConfig
 
 
 def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Make AdamW over all parameters; matrices decay, vectors (norms, biases) do not."""
-    named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    """Make the optimizer over all parameters that are trained; matrices decay, vectors (norms, biases) do not.
+
+    RMSprop is the DPO paper's (2305.18290, appendix B).
+    """
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    match config.type:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, lr=config.learning_rate, alpha=config.betas[1], eps=config.eps)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Compute the factor on the learning rate for 0-based `step`: linear warm-up, then the decay to 0 at `total_steps`.
+    """Compute the factor on the learning rate for 0-based `step`: linear warm-up, then the decay.
 
-    As in transformers' schedules, the first step of a warm-up has rate 0 and the last step a rate just above 0.
+    As in transformers' schedules (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules), the first step
+    of a warm-up has rate 0; cosine, linear and wsd end just above 0, and inverse_sqrt falls with the square root of the step
+    over the warm-up's length (10,000 steps without a warm-up).
     """
-    warmup_steps = math.ceil(config.warmup_fraction * total_steps)
+    warmup_steps = (
+        config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_fraction * total_steps)
+    )
     if step < warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     match config.decay:
         case "constant":
             return 1.0
         case "linear":
-            return max(0.0, 1.0 - progress)
+            return 1.0 - progress
         case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "inverse_sqrt":
+            timescale = warmup_steps or 10_000
+            return 1.0 / math.sqrt((step - warmup_steps + timescale) / timescale)
+        case "wsd":
+            decay_steps = math.ceil(config.decay_fraction * total_steps)
+            return max(0.0, min(1.0, (total_steps - step) / decay_steps))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -14,7 +14,7 @@ from dpo_ray.train.optimizer import build_optimizer, learning_rate_factor, set_l
 
 from .making import make_policy
 
-Decay = Literal["cosine", "linear", "constant"]
+Decay = Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"]
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,22 @@ Decay = Literal["cosine", "linear", "constant"]
             "cosine",
             [0, 0.5, 1, 0.9619398, 0.8535534, 0.6913417, 0.5, 0.3086583, 0.1464466, 0.0380602],
         ),
+        # sqrt(2 / (2 + steps since the warm-up))
+        ("inverse_sqrt", [0, 0.5, 1, 0.8164966, 0.7071068, 0.6324555, 0.5773503, 0.5345225, 0.5, 0.4714045]),
+        ("wsd", [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),  # the last 4 steps decay
     ],
 )
 def test_factors(decay: Decay, expected: list[float]) -> None:
-    config = OptimizerConfig(decay=decay, warmup_fraction=0.2)
+    config = OptimizerConfig(decay=decay, warmup_fraction=0.2, decay_fraction=0.4)
     assert [learning_rate_factor(s, 10, config) for s in range(10)] == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_warm_up_by_steps() -> None:
+    config = OptimizerConfig(decay="constant", warmup_fraction=0.9, warmup_steps=2)
+    assert [learning_rate_factor(s, 10, config) for s in range(4)] == [0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"])
 def test_without_warm_up_the_first_step_has_the_whole_rate(decay: Decay) -> None:
     config = OptimizerConfig(decay=decay, warmup_fraction=0.0)
     assert learning_rate_factor(0, 7, config) == 1.0
@@ -46,7 +54,7 @@ def test_a_part_of_a_warm_up_step_is_a_whole_one() -> None:
     assert [learning_rate_factor(s, 15, config) for s in range(3)] == [0.0, 0.5, 1.0]  # 1.5 steps
 
 
-@pytest.mark.parametrize(("decay", "last"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0)])
+@pytest.mark.parametrize(("decay", "last"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0), ("wsd", 0.0)])
 def test_beyond_the_end_the_rate_stays_at_its_end(decay: Decay, last: float) -> None:
     config = OptimizerConfig(decay=decay, warmup_fraction=0.2)
     assert learning_rate_factor(10, 10, config) == pytest.approx(last)
@@ -54,11 +62,13 @@ def test_beyond_the_end_the_rate_stays_at_its_end(decay: Decay, last: float) -> 
 
 
 def test_the_factors_are_those_of_transformers() -> None:
-    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+    from transformers import get_scheduler
 
-    for decay, make in (("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)):
+    decays: list[Decay] = ["linear", "cosine", "inverse_sqrt", "constant"]
+    for decay in decays:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = make(optimizer, num_warmup_steps=3, num_training_steps=30)
+        name = "constant_with_warmup" if decay == "constant" else decay
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=30)
         config = OptimizerConfig(decay=decay, warmup_fraction=0.1)
         for step in range(30):
             assert scheduler.get_last_lr()[0] == pytest.approx(learning_rate_factor(step, 30, config), abs=1e-12)
