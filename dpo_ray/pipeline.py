@@ -321,7 +321,7 @@ class _Run:
         card = model_card(
             recipe.name,
             recipe.model,
-            recipe.train.objective.type,
+            recipe.train,
             prepared.manifest.rows,
             account["steps"],
             account["final"],

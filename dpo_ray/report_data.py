@@ -10,6 +10,7 @@ from typing import Any
 from dpo_ray import drift
 from dpo_ray.account import data_page
 from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.config.train import BestConfig, LoraConfig
 from dpo_ray.data.tokens import read_table
 from dpo_ray.observe.reference_page import Check, ReferencePage, Scoring, Unscored
 from dpo_ray.observe.report import ReportData, Tile
@@ -44,13 +45,14 @@ def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: 
     return ReportData(
         name=recipe.name,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.evaluate.manifest.created_unix_seconds)),
-        what=f"{recipe.train.objective.type} preference optimisation of {recipe.model.path} "
+        what=f"{recipe.train.objective.type} preference optimisation of {recipe.model.path}{_adapted(recipe.train.lora)} "
         f"on {rows['train/admitted']:,} preference groups, {trained['steps']:,} steps "
         f"with {recipe.train.workers} worker{'s' if recipe.train.workers > 1 else ''}",
         headline=_headline(rows, trained, evaluated),
         comparison=compared,
         train_metrics=[{k: v for k, v in m.items() if not k.startswith("eval_")} for m in metrics],
         eval_metrics=evaluations,
+        best_step=best_step(recipe.train.best, evaluations),
         heldout_rewards={"chosen": heldout.get("reward_chosen", []), "rejected": heldout.get("reward_rejected", [])},
         kl_per_sample=[s["kl"] for s in samples],
         data=data_page(run.plan, run.prepare, DECODED_SAMPLES),
@@ -65,6 +67,19 @@ def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: 
         versions=run.train.manifest.versions,
         paths=paths,
     )
+
+
+def best_step(best: BestConfig | None, evaluations: Sequence[Mapping[str, float]]) -> int | None:
+    """Find the evaluation whose weights were kept, the first of equals; None where the last step's were."""
+    known = [e for e in evaluations if best is not None and best.metric in e]
+    if best is None or not known:
+        return None
+    sign = 1 if best.mode == "max" else -1
+    return int(max(known, key=lambda e: sign * e[best.metric])["step"])
+
+
+def _adapted(lora: LoraConfig | None) -> str:
+    return "" if lora is None else f" by a LoRA adapter of rank {lora.rank}{', merged' if lora.merge else ''},"
 
 
 def reference_page(plan: Plan, reference: Artifact, measured: Mapping[str, Any]) -> ReferencePage:
@@ -103,7 +118,7 @@ def _unscored(reference: Artifact) -> list[Unscored]:
 def _headline(rows: dict[str, int], trained: dict[str, Any], evaluated: dict[str, Any]) -> list[Tile]:
     heldout, sampled = evaluated.get("heldout", {}), evaluated.get("samples", {})
     tiles = [Tile("final loss", trained["final"].get("loss", float("nan")), f"step {trained['steps']:,}")]
-    if heldout:
+    if "rewards/accuracies" in heldout:
         tiles.append(
             Tile(
                 "held-out accuracy",
@@ -111,7 +126,9 @@ def _headline(rows: dict[str, int], trained: dict[str, Any], evaluated: dict[str
                 f"± {heldout['accuracy_standard_error']:.1%}, {heldout['pairs']:.0f} pairs",
             )
         )
-        tiles.append(Tile("held-out margin", f"{heldout['rewards/margins']:+.3f}", "reward of chosen minus rejected"))
+    if "rewards/margins" in heldout:
+        of = "chosen minus rejected" if "pairs" in heldout else "desirable minus undesirable"
+        tiles.append(Tile("held-out margin", f"{heldout['rewards/margins']:+.3f}", f"reward of {of}"))
     if "policy_true_reward" in sampled:
         tiles.append(
             Tile(

@@ -98,7 +98,7 @@ def comparison(run: Finished) -> list[tuple[str, str, str]]:
                 f"{gain:+.2f} ± {error:.2f} ({sampled['true_reward_gain_in_sd']:+.1f} sd)",
             )
         )
-    if heldout:
+    if "rewards/accuracies" in heldout:  # of unpaired data there are none
         rows.append(
             (
                 "held-out pairs whose better completion is preferred",
@@ -107,6 +107,7 @@ def comparison(run: Finished) -> list[tuple[str, str, str]]:
             )
         )
         rows.append(("  what preferring the longer one would get", f"{heldout['longer_wins']:.1%}", ""))
+    if "rewards/margins" in heldout:
         rows.append(("held-out reward margin", "0", f"{heldout['rewards/margins']:+.3f}"))
     if sampled:
         rows.append(

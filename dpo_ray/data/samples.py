@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -120,7 +121,9 @@ def _completion(row: dict[str, Any], k: int, tokenizer: PreTrainedTokenizerBase)
 
 
 def _label(row: dict[str, Any], k: int) -> str:
-    score, several = row["scores"][k], len(row["completion_ids"])
+    score, several = row["scores"][k], sum(not math.isnan(s) for s in row["scores"])
+    if math.isnan(score):
+        return "of another prompt, for the KL estimate"
     if several == 1:
         return "desirable" if score > 0.5 else "undesirable"
     if several == 2 and row["chosen"]:

@@ -11,8 +11,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dpo_ray.observe.curves import REWARD
 from dpo_ray.observe.plots import (
-    REWARD,
     SIZE_INCHES,
     STYLE,
     TICK_STEPS,

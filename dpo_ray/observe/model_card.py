@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.objective import uses_reference
+from dpo_ray.config.train import LoraConfig, TrainConfig
 
 
 def model_card(
     name: str,
     model: ModelConfig,
-    objective: str,
+    train: TrainConfig,
     rows: Mapping[str, int],
     steps: int,
     final: Mapping[str, float],
@@ -32,16 +34,20 @@ def model_card(
     )
     tools = ", ".join(f"{k} {v}" for k, v in versions.items())
     base = f"`{model.path}`" + (f" with the LoRA adapter `{model.adapter}` merged into it" if model.adapter else "")
+    objective, is_adapter = train.objective.type, train.lora is not None and not train.lora.merge
+    reference = f"The reference model is the base model{' with that adapter' if model.adapter else ''}."
+    if not uses_reference(train.objective):
+        reference = "The objective needs no reference model."
     return f"""---
 base_model: {model.path}
-library_name: transformers
-tags: [dpo-ray, preference-optimization, {objective}]
+library_name: {"peft" if is_adapter else "transformers"}
+tags: [dpo-ray, preference-optimization, {objective}{", lora" if train.lora else ""}]
 ---
 
 # {name}
 
 {base}, aligned with preference data by the `{objective}` objective in {steps:,} optimizer steps, with
-[dpo-ray](https://pypi.org/project/dpo-ray/). The reference model is the base model{" with that adapter" if model.adapter else ""}.
+[dpo-ray](https://pypi.org/project/dpo-ray/). {reference}{_adapter_words(train.lora)}
 
 ## Data
 Training: {counts}.
@@ -60,3 +66,12 @@ The last training step, and (`eval_`) the held-out data at the end.
 
 Made with {tools}.
 """
+
+
+def _adapter_words(lora: LoraConfig | None) -> str:
+    if lora is None:
+        return ""
+    what = f"a LoRA adapter of rank {lora.rank} (alpha {lora.alpha:g}) was trained"
+    if lora.merge:
+        return f"\nOf the model {what}, and then added to its weights."
+    return f"\nOf the model {what}: this directory holds it alone. Load it with PEFT on top of the base model."

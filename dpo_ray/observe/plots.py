@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from matplotlib import style
@@ -14,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dpo_ray.observe.curves import Curve, Line, curves
 from dpo_ray.observe.svg import STAND_INS, embed
-
-Colour = Literal["train", "eval", "chosen", "rejected", "prompt"]
 
 STYLE = {
     "svg.fonttype": "none",
@@ -62,33 +60,6 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class _Line:
-    label: str
-    metric: str
-    colour: Colour
-    set_by_recipe: bool = False  # not a noisy measurement, so never averaged
-
-    @property
-    def held_out(self) -> bool:
-        return self.metric.startswith("eval_")
-
-
-@dataclass(frozen=True)
-class _Panel:
-    y_label: str
-    lines: tuple[_Line, ...]
-    bounds: tuple[float | None, float | None] = (None, None)
-
-
-@dataclass(frozen=True)
-class _Curve:
-    key: str
-    title: str
-    caption: str
-    panels: tuple[_Panel, ...]
-
-
-@dataclass(frozen=True)
 class _Values:
     """Hold the finite values of one metric by step, and how many were not finite."""
 
@@ -97,100 +68,24 @@ class _Values:
     not_finite: int
 
 
-REWARD = "reward = beta × (policy logp − reference logp)"
-_CURVES = (
-    _Curve(
-        "loss",
-        "Loss",
-        "Mean objective over the step's groups. Sigmoid DPO starts at ln 2 = 0.693.",
-        (_Panel("loss", (_Line("training", "loss", "train"), _Line("held out", "eval_loss", "eval"))),),
-    ),
-    _Curve(
-        "margins",
-        "Reward margin",
-        f"margin = chosen reward − rejected reward; {REWARD}.",
-        (
-            _Panel(
-                "margin",
-                (_Line("training", "rewards/margins", "train"), _Line("held out", "eval_rewards/margins", "eval")),
-            ),
-        ),
-    ),
-    _Curve(
-        "accuracy",
-        "Preference accuracy",
-        "Share of pairs whose chosen reward is the higher one.",
-        (
-            _Panel(
-                "accuracy",
-                (
-                    _Line("training", "rewards/accuracies", "train"),
-                    _Line("held out", "eval_rewards/accuracies", "eval"),
-                ),
-                (0.0, 1.0),
-            ),
-        ),
-    ),
-    _Curve(
-        "rewards",
-        "Chosen and rejected rewards",
-        f"{REWARD}, mean over the step's completions.",
-        (
-            _Panel(
-                "reward",
-                (
-                    _Line("chosen", "rewards/chosen", "chosen"),
-                    _Line("rejected", "rewards/rejected", "rejected"),
-                    _Line("chosen, held out", "eval_rewards/chosen", "chosen"),
-                    _Line("rejected, held out", "eval_rewards/rejected", "rejected"),
-                ),
-            ),
-        ),
-    ),
-    _Curve(
-        "logps",
-        "Policy log-probs",
-        "logp = sum over a completion's tokens of log p(token), in nats.",
-        (
-            _Panel(
-                "logp (nats)",
-                (_Line("chosen", "logps/chosen", "chosen"), _Line("rejected", "logps/rejected", "rejected")),
-            ),
-        ),
-    ),
-    _Curve(
-        "gradient",
-        "Gradient norm and learning rate",
-        "Global L2 norm of the gradient before clipping.",
-        (
-            _Panel("grad norm", (_Line("gradient norm", "grad_norm", "train"),), (0.0, None)),
-            _Panel("learning rate", (_Line("learning rate", "learning_rate", "eval", True),), (0.0, None)),
-        ),
-    ),
-    _Curve(
-        "throughput",
-        "Throughput",
-        "Tokens of all workers together per second of wall time.",
-        (
-            _Panel("tokens / s", (_Line("tokens per second", "tokens_per_second", "train"),), (0.0, None)),
-            _Panel("s / step", (_Line("seconds per step", "seconds_per_step", "eval"),), (0.0, None)),
-        ),
-    ),
-)
-
-
 def training_plots(
     train: Sequence[Mapping[str, float]],
     held_out: Sequence[Mapping[str, float]],
+    best_step: int | None = None,
 ) -> list[Plot]:
-    """Draw the curves of training over steps; a metric that no row has is left out of its plot."""
-    return [_curve_plot(curve, train, held_out) for curve in _CURVES]
+    """Draw the curves of training over steps; a metric that no row has is left out of its plot.
+
+    Args:
+        best_step: whose weights were kept; it is marked where held-out data is drawn.
+    """
+    return [_curve_plot(curve, train, held_out, best_step) for curve in curves(train, held_out)]
 
 
 def _curve_plot(
-    curve: _Curve,
+    curve: Curve,
     train: Sequence[Mapping[str, float]],
     held_out: Sequence[Mapping[str, float]],
+    best_step: int | None,
 ) -> Plot:
     measured = [
         (
@@ -206,13 +101,16 @@ def _curve_plot(
     measured = [(panel, lines) for panel, lines in measured if lines]
     not_finite = sum(found.not_finite for _, lines in measured for _, found in lines)
     if not measured:
-        return Plot(curve.key, curve.title, curve.caption)
+        return Plot(curve.key, curve.title, curve.caption, instead=curve.instead)
+    marked = best_step if any(line.held_out for _, lines in measured for line, _ in lines) else None
     with style.context(["default", STYLE]):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axes = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (panel, lines) in zip(axes, measured, strict=True):
             for line, found in lines:
                 _draw_line(axis, line, found)
+            if marked is not None:
+                axis.axvline(marked, color=STAND_INS["ink"], linewidth=0.8, linestyle=":")
             dress(axis, panel.y_label, panel.bounds, ticks=6 if len(measured) == 1 else 4)
         _dress_steps(axes[-1], [found for _, lines in measured for _, found in lines])
         figure.align_ylabels()
@@ -221,6 +119,8 @@ def _curve_plot(
     drawn = [line for _, lines in measured for line, _ in lines]
     legend = tuple((line.label, f"{'dot' if line.held_out else 'bar'} fill-{line.colour}") for line in drawn)
     caption = with_losses(curve.caption, not_finite)
+    if marked is not None:
+        caption += f" Dotted: step {marked:,}, the best, whose weights were kept."
     return Plot(curve.key, curve.title, caption, svg, legend if len(drawn) > len(measured) else ())
 
 
@@ -234,7 +134,7 @@ def _by_step(rows: Sequence[Mapping[str, float]], metric: str) -> _Values:
     return _Values(table[:, 0], table[:, 1], len(by_step) - len(finite))
 
 
-def _draw_line(axis: Axes, line: _Line, found: _Values) -> None:
+def _draw_line(axis: Axes, line: Line, found: _Values) -> None:
     colour = STAND_INS[line.colour]
     steps, values, count = found.steps, found.values, found.steps.size
     if count < SMOOTHED_FROM_POINTS or line.set_by_recipe or line.held_out:

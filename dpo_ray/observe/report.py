@@ -34,6 +34,7 @@ class ReportData:
     name, created, what: the run, its time (ISO 8601) and one sentence on it.
     headline, comparison: tiles, and rows of (measure, reference, policy).
     train_metrics, eval_metrics: a row per measured step under TRL's names and `step`; some may be missing.
+    best_step: the step whose weights were kept, where that was asked for.
     heldout_rewards: `chosen` and `rejected` rewards; kl_per_sample: nats per completion.
     data: the account of the data.
     reference: the account of the reference and of its audit.
@@ -48,6 +49,7 @@ class ReportData:
     comparison: Sequence[tuple[str, str, str]] = ()
     train_metrics: Sequence[Mapping[str, float]] = ()
     eval_metrics: Sequence[Mapping[str, float]] = ()
+    best_step: int | None = None
     heldout_rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
     kl_per_sample: Sequence[float] = ()
     data: DataPage = field(default_factory=DataPage)
@@ -73,7 +75,7 @@ def render_report(data: ReportData) -> str:
         what=data.what,
         data=data,
         headline=[(tile.label, tile.value, tile.note) for tile in data.headline],
-        training=training_plots(data.train_metrics, data.eval_metrics),
+        training=training_plots(data.train_metrics, data.eval_metrics, data.best_step),
         heldout=heldout_plots(data.heldout_rewards, data.kl_per_sample),
         window=smoothing_window(steps) if steps >= SMOOTHED_FROM_POINTS else 0,
         samples=data.samples[:MAX_SAMPLES],

@@ -112,7 +112,7 @@ def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Ob
         ids += table["group_id"].to_pylist()
         idle = np.flatnonzero(~_usable(table, kinds_of_groups(objective)))
         unusable += table["group_id"].take(pa.array(idle)).to_pylist()
-        sizes.update(_lengths(table["scores"])[idle].tolist())
+        sizes.update(_judged(table["scores"])[idle].tolist())
     if unusable:
         raise _unusable(split, unusable, len(ids), objective, sizes)
     return ids
@@ -125,7 +125,7 @@ def _usable(table: pa.Table, kinds: set[str]) -> np.ndarray:
     if "pairs" in kinds:
         usable &= pairs
     if "completions" in kinds:  # with a label: of a pair both have one, a single completion goes by its score
-        usable &= pairs | (_lengths(table["scores"]) == 1)
+        usable &= pairs | (_judged(table["scores"]) == 1)
     if "lists" in kinds:
         scores = table["scores"].combine_chunks()
         lowest, highest = (
@@ -137,6 +137,13 @@ def _usable(table: pa.Table, kinds: set[str]) -> np.ndarray:
 
 def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
     return np.diff(lists.combine_chunks().offsets)
+
+
+def _judged(scores: pa.ChunkedArray) -> np.ndarray:
+    """Count the completions of each group that are its own: those of other prompts have NaN. int64 [groups]."""
+    lists = scores.combine_chunks()
+    known = np.cumsum([0, *~np.isnan(lists.values.to_numpy())])
+    return np.diff(known[np.asarray(lists.offsets)])
 
 
 LEARNS_FROM = {

@@ -15,12 +15,17 @@ import pytest
 from jinja2 import UndefinedError
 from made_pages import Page, data_page, reference_page
 
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.objective import OrpoObjective
+from dpo_ray.config.train import BestConfig, LoraConfig, TrainConfig
 from dpo_ray.observe.data_page import EXAMPLE_CHARACTERS, DataPage, Example, LeftOut, RowCounts
 from dpo_ray.observe.histograms import heldout_plots
+from dpo_ray.observe.model_card import model_card
 from dpo_ray.observe.page import excerpt, format_number, format_seconds, format_share, format_time
 from dpo_ray.observe.plots import running_mean, smoothing_window, training_plots, typographic
 from dpo_ray.observe.reference_page import Check, ReferencePage
 from dpo_ray.observe.report import MAX_SAMPLES, SAMPLE_CHARACTERS, ReportData, Tile, render_report
+from dpo_ray.report_data import best_step
 
 SECTIONS = ("summary", "training", "held-out", "samples", "data", "reference", "stages", "recipe", "versions")
 PLOTS = (
@@ -365,3 +370,56 @@ def test_no_difference_is_not_called_not_measured() -> None:
     words = Page(render_report(dataclasses.replace(EMPTY, reference=page))).words()
     assert words.count("No difference at all") == 2
     assert "Groups that drift most" not in words
+
+
+def test_curves_of_what_only_some_runs_measure_are_drawn_where_it_was_measured() -> None:
+    keys = [plot.key for plot in training_plots(train_rows(4), [])]
+    assert keys == list(PLOTS[:7])
+    more = {"kl": 0.1, "mfu": 0.4, "entropy": 1.5, "grad_norm/head": 0.2, "rewards/accuracies/hh": 0.75}
+    rows = [row | more for row in train_rows(4)]
+    plots = {p.key: p for p in training_plots(rows, [{"step": 4, "eval_loss": 0.5, "eval_hard_loss": 0.625}])}
+    new = {"kl-estimate", "use", "entropy", "gradient-by-part", "accuracy-by-source", "loss-by-set"}
+    assert plots.keys() - set(keys) == new
+    assert "hh: 0.75 at step 1, 0.75 at step 4" in plots["accuracy-by-source"].svg
+    assert "hard: 0.625 at step 4." in plots["loss-by-set"].svg
+    assert "share saved" not in plots["use"].svg  # a panel of nothing is left out
+
+
+def test_more_sources_than_there_are_colours_are_named_instead() -> None:
+    row = {"step": 1, **{f"rewards/accuracies/s{i}": 0.5 for i in range(7)}}
+    (plot,) = [p for p in training_plots([row], []) if p.key == "accuracy-by-source"]
+    assert "s4: 0.5" in plot.svg
+    assert "s5: " not in plot.svg
+    assert "Not drawn: s5, s6." in plot.caption
+
+
+def test_unpaired_data_has_no_accuracy_and_the_page_says_why() -> None:
+    rows = [{k: v for k, v in row.items() if k != "rewards/accuracies"} for row in train_rows(3)]
+    plots = {p.key: p for p in training_plots(rows, [])}
+    assert (plots["accuracy"].svg, plots["accuracy"].instead) == ("", "The data has no pairs to compare")
+    assert plots["rewards"].svg
+
+
+def test_the_best_step_is_marked_where_held_out_data_is_drawn() -> None:
+    evaluations = [{"step": s, "eval_loss": v} for s, v in ((2, 0.6), (4, 0.5), (6, 0.5), (8, 0.7))]
+    assert best_step(BestConfig(metric="eval_loss", mode="min"), evaluations) == 4
+    assert best_step(BestConfig(metric="eval_loss", mode="max"), evaluations) == 8
+    assert best_step(BestConfig(metric="eval_rewards/accuracies"), evaluations) is None
+    assert best_step(None, evaluations) is None
+    marked = {p.key for p in training_plots(train_rows(8), evaluations, 4) if "Dotted: step 4, the best" in p.caption}
+    assert marked == {"loss"}
+
+
+@pytest.mark.parametrize(
+    ("train", "said", "not_said"),
+    [
+        (TrainConfig(), ["library_name: transformers", "The reference model is the base model."], ["LoRA"]),
+        (TrainConfig(objective=OrpoObjective()), ["needs no reference"], ["The reference model is"]),
+        (TrainConfig(lora=LoraConfig(rank=8)), ["library_name: peft", "rank 8", "with PEFT"], ["added to its weights"]),
+        (TrainConfig(lora=LoraConfig(merge=True)), ["library_name: transformers", "added to its weights"], ["PEFT"]),
+    ],
+)
+def test_the_card_says_what_the_directory_holds(train: TrainConfig, said: list[str], not_said: list[str]) -> None:
+    card = model_card("r", ModelConfig(path="a/b"), train, {}, 3, {"loss": 0.5}, {}, "x: 1", {"torch": "2"})
+    assert [words for words in said if words not in card] == []
+    assert [words for words in not_said if words in card] == []

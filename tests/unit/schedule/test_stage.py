@@ -13,7 +13,7 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.config.objective import IpoObjective
+from dpo_ray.config.objective import IpoObjective, KtoObjective, ListwiseObjective
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.tokens import TOKENS, parquet_bytes
 from dpo_ray.errors import DataError
@@ -129,3 +129,18 @@ def test_both_kinds_of_groups_without_pairs_get_both_pieces_of_advice(tmp_path: 
         schedule_of(tokens, tmp_path)
     assert "best_worst" in refused.value.fix
     assert "unpaired data" in refused.value.fix
+
+
+def with_another(own: dict[str, Any]) -> dict[str, Any]:
+    """Append a completion of another prompt, as `prepare` does for KTO."""
+    return own | {"completion_ids": [*own["completion_ids"], [9, 2]], "scores": [*own["scores"], float("nan")]}
+
+
+def test_a_completion_of_another_prompt_does_not_count_towards_what_an_objective_learns_from(tmp_path: Path) -> None:
+    single, pair, unjudged = row(1, 1, ()), row(2), row(3, 2, ())
+    kto, ranked = KtoObjective(), ListwiseObjective()
+    stage.check_usable(tokens_of(tmp_path / "kto", train=[[with_another(single), with_another(pair), single]]), kto)
+    with pytest.raises(DataError, match="1 of 2 groups hold no completion with a label"):
+        stage.check_usable(tokens_of(tmp_path / "no", train=[[with_another(unjudged), with_another(pair)]]), kto)
+    with pytest.raises(DataError, match="no two completions of different scores"):
+        stage.check_usable(tokens_of(tmp_path / "list", train=[[with_another(single)]]), ranked)

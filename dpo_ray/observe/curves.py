@@ -1,0 +1,228 @@
+"""Which curves a report draws: of which metrics, in which panel, under which words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_ray.config.data import EVAL
+
+Colour = Literal["train", "eval", "chosen", "rejected", "prompt"]
+COLOURS: tuple[Colour, ...] = ("train", "eval", "chosen", "rejected", "prompt")  # of lines that only have names
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric over steps."""
+
+    label: str
+    metric: str
+    colour: Colour
+    set_by_recipe: bool = False  # not a noisy measurement, so never averaged
+
+    @property
+    def held_out(self) -> bool:
+        return self.metric.startswith(f"{EVAL}_")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines that share an axis."""
+
+    y_label: str
+    lines: tuple[Line, ...]
+    bounds: tuple[float | None, float | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure: its panels stand above each other."""
+
+    key: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+    instead: str = "Not measured"
+
+
+def _both(label: str, metric: str, bounds: tuple[float | None, float | None] = (None, None)) -> Panel:
+    """Draw a metric of training, and the same one of held-out data."""
+    return Panel(label, (Line("training", metric, "train"), Line("held out", f"{EVAL}_{metric}", "eval")), bounds)
+
+
+REWARD = "reward = beta × (policy logp − reference logp), or beta × policy logp where the objective has no reference"
+_ALWAYS = (
+    Curve(
+        "loss",
+        "Loss",
+        "Mean objective over the step's groups. Sigmoid DPO starts at ln 2 = 0.693.",
+        (_both("loss", "loss"),),
+    ),
+    Curve(
+        "margins",
+        "Reward margin",
+        f"margin = chosen reward − rejected reward; {REWARD}.",
+        (_both("margin", "rewards/margins"),),
+    ),
+    Curve(
+        "accuracy",
+        "Preference accuracy",
+        "Share of pairs whose chosen reward is the higher one.",
+        (_both("accuracy", "rewards/accuracies", (0.0, 1.0)),),
+    ),
+    Curve(
+        "rewards",
+        "Chosen and rejected rewards",
+        f"{REWARD}, mean over the step's completions. Of data without pairs, desirable counts as chosen.",
+        (
+            Panel(
+                "reward",
+                (
+                    Line("chosen", "rewards/chosen", "chosen"),
+                    Line("rejected", "rewards/rejected", "rejected"),
+                    Line("chosen, held out", f"{EVAL}_rewards/chosen", "chosen"),
+                    Line("rejected, held out", f"{EVAL}_rewards/rejected", "rejected"),
+                ),
+            ),
+        ),
+    ),
+    Curve(
+        "logps",
+        "Policy log-probs",
+        "logp = sum over a completion's tokens of log p(token), in nats.",
+        (
+            Panel(
+                "logp (nats)",
+                (Line("chosen", "logps/chosen", "chosen"), Line("rejected", "logps/rejected", "rejected")),
+            ),
+        ),
+    ),
+    Curve(
+        "gradient",
+        "Gradient norm and learning rate",
+        "Global L2 norm of the gradient before clipping.",
+        (
+            Panel("grad norm", (Line("gradient norm", "grad_norm", "train"),), (0.0, None)),
+            Panel("learning rate", (Line("learning rate", "learning_rate", "eval", True),), (0.0, None)),
+        ),
+    ),
+    Curve(
+        "throughput",
+        "Throughput",
+        "Tokens of all workers together per second of wall time.",
+        (
+            Panel("tokens / s", (Line("tokens per second", "tokens_per_second", "train"),), (0.0, None)),
+            Panel("s / step", (Line("seconds per step", "seconds_per_step", "eval"),), (0.0, None)),
+        ),
+    ),
+)
+_WHERE_MEASURED = (
+    Curve(
+        "divergence",
+        "Distance from the reference",
+        "Log-ratio of policy and reference on the data's completions, in nats a completion; and its size, in nats a token.",
+        (
+            _both("log-ratio", "logratio"),
+            Panel("per token", (Line("size per token", "reference_drift", "prompt"),), (0.0, None)),
+        ),
+    ),
+    Curve(
+        "kl-estimate",
+        "KL estimate of the objective",
+        "Mean log-ratio of other prompts' completions, before it is cut off at 0: KTO's reference point, in nats.",
+        (_both("KL (nats)", "kl"),),
+    ),
+    Curve(
+        "entropy",
+        "Entropy of the policy",
+        "Mean over completion tokens of the entropy of the next token, in nats.",
+        (_both("entropy (nats)", "entropy", (0.0, None)),),
+    ),
+    Curve(
+        "length-bias",
+        "Length bias of the margin",
+        "Correlation of a pair's reward margin with how much longer its chosen completion is, within a step.",
+        (_both("correlation", "length_bias"),),
+    ),
+    Curve(
+        "use",
+        "Use of the hardware",
+        "Model FLOPs utilisation, and tokens that were not computed: by sharing prompts, and by not padding.",
+        (
+            Panel("MFU", (Line("model FLOPs utilisation", "mfu", "train"),), (0.0, None)),
+            Panel(
+                "share saved",
+                (
+                    Line("by sharing prompts", "sharing_saved", "chosen"),
+                    Line("by not padding", "padding_saved", "prompt"),
+                ),
+                (0.0, 1.0),
+            ),
+        ),
+    ),
+    Curve(
+        "waiting",
+        "Waiting for data, and memory",
+        "Seconds of a step that the trainer waits for its data; most memory that a worker held.",
+        (
+            Panel("wait (s)", (Line("waiting for data", "data_wait_seconds", "rejected"),), (0.0, None)),
+            Panel("GiB", (Line("memory", "memory_gib", "train"),), (0.0, None)),
+        ),
+    ),
+)
+
+
+def curves(train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]]) -> list[Curve]:
+    """List the curves of a run: those that every run has, then those for which there is any measurement."""
+    names = {name for row in (*train, *held_out) for name, value in row.items() if value is not None}
+    trained = bool(names & {"loss"})
+    always = [
+        Curve(c.key, c.title, c.caption, c.panels, "The data has no pairs to compare")
+        if c.key == "accuracy" and trained
+        else c
+        for c in _ALWAYS
+    ]
+    return [*always, *(c for c in (*_WHERE_MEASURED, *_named(names)) if _metrics(c) & names)]
+
+
+def _metrics(curve: Curve) -> set[str]:
+    return {line.metric for panel in curve.panels for line in panel.lines}
+
+
+def _named(names: Iterable[str]) -> list[Curve]:
+    """Make the curves of which only the data or the model know the names: sources, sets, parts of the model."""
+    after = {
+        p: sorted(n.removeprefix(p) for n in names if n.startswith(p)) for p in ("rewards/accuracies/", "grad_norm/")
+    }
+    sources, parts = after.values()
+    sets = sorted(
+        n.removeprefix(f"{EVAL}_").removesuffix("_loss")
+        for n in names
+        if n.startswith(f"{EVAL}_") and n.endswith("_loss")
+    )
+    return [
+        _curve("accuracy-by-source", "Preference accuracy by source", "As above, of each source of the data.", "accuracy",
+               sources, "rewards/accuracies/{}", (0.0, 1.0)),
+        _curve("gradient-by-part", "Gradient norm by part", "L2 norm before clipping, of each part of the model.", "grad norm",
+               parts, "grad_norm/{}", (0.0, None)),
+        _curve("loss-by-set", "Loss by held-out set", "Mean objective over each set.", "loss", sets, "eval_{}_loss"),
+        _curve("accuracy-by-set", "Preference accuracy by held-out set", "Share of pairs whose chosen reward is the higher one.",
+               "accuracy", sets, "eval_{}_rewards/accuracies", (0.0, 1.0)),
+    ]  # fmt: skip
+
+
+def _curve(
+    key: str,
+    title: str,
+    caption: str,
+    y_label: str,
+    labels: Sequence[str],
+    metric: str,
+    bounds: tuple[float | None, float | None] = (None, None),
+) -> Curve:
+    """Draw a line for each label, as many as there are colours to tell them apart; `metric` has its place."""
+    lines = tuple(Line(n, metric.format(n), colour) for n, colour in zip(labels, COLOURS, strict=False))
+    left = labels[len(lines) :]
+    more = f" Not drawn: {', '.join(left[:10])}{' …' if len(left) > 10 else ''}." if left else ""
+    return Curve(key, title, caption + more, (Panel(y_label, lines, bounds),))
