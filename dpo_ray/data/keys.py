@@ -58,7 +58,9 @@ def shard_key(config: dict[str, Any]) -> str:
     return artifact_key("shard", SHARD_VERSION, config, {})
 
 
-def prepare_config(shards: Sequence[Shard], configs: Sequence[dict[str, Any]], data: DataConfig) -> dict[str, Any]:
+def prepare_config(
+    shards: Sequence[Shard], configs: Sequence[dict[str, Any]], data: DataConfig, *, with_mismatched: bool = False
+) -> dict[str, Any]:
     """Say what the tokens artifact depends on: its shards in their order, and the rules over all rows."""
     own = ("digest", "format", "columns", "criteria")
     sources = [
@@ -70,4 +72,6 @@ def prepare_config(shards: Sequence[Shard], configs: Sequence[dict[str, Any]], d
         for split, split_sources in {"train": data.train, **data.eval_sets}.items()
     }
     rules = data.rules.model_dump(mode="json", include={"conflicts", "leakage", "near_duplicates"})
-    return {"sources": sources, **common, "mixture": mixture, "rules": rules, "shard_version": SHARD_VERSION}
+    config = {"sources": sources, **common, "mixture": mixture, "rules": rules, "shard_version": SHARD_VERSION}
+    # Absent where it is not needed, so that the keys of other objectives stay as they were.
+    return {**config, "mismatched": True} if with_mismatched else config

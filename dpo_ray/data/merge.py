@@ -21,6 +21,7 @@ from dpo_ray.config.data import DataConfig
 from dpo_ray.errors import DataError
 
 from .admission import REASONS
+from .mismatched import with_mismatched
 from .select import Candidates, Outcome, candidates, select
 from .sources import Shard
 from .statistics import measure, merged
@@ -129,8 +130,12 @@ def _candidates(parts: Sequence[ShardPart], *, with_minhashes: bool) -> Candidat
         return candidates((p.shard.source, t) for p, t in zip(parts, tables, strict=True) if t is not None)
 
 
-def merge_part(choice: PartChoice, staging: Staging) -> MergedPart:
-    """Write what a part of a shard gives to the tokens artifact: its admitted groups and its quarantine."""
+def merge_part(choice: PartChoice, staging: Staging, mismatched_tokens: int | None = None) -> MergedPart:
+    """Write what a part of a shard gives to the tokens artifact: its admitted groups and its quarantine.
+
+    Args:
+        mismatched_tokens: give each group a completion of another prompt, up to so many tokens in all; None: do not.
+    """
     part, shard = choice.part, choice.part.shard
     outcomes = np.frombuffer(choice.outcomes, np.uint8)
     name = f"{shard.split}/{shard.index:05d}-{part.name}.parquet"
@@ -141,7 +146,8 @@ def merge_part(choice: PartChoice, staging: Staging) -> MergedPart:
         kept = groups.filter(pa.array(outcomes == Outcome.ADMITTED))
         admitted = kept.append_column("source", pa.repeat(shard.name, len(kept))).select(TOKENS.names)
     if len(admitted):
-        entries.append(staging.write(name, parquet_bytes(admitted), rows=len(admitted)))
+        written = admitted if mismatched_tokens is None else with_mismatched(admitted, mismatched_tokens)
+        entries.append(staging.write(name, parquet_bytes(written), rows=len(admitted)))
     quarantine = _quarantine(part, groups, outcomes)
     if len(quarantine):
         entries.append(staging.write(f"quarantine/{name}", parquet_bytes(quarantine), rows=len(quarantine)))

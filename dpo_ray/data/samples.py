@@ -92,7 +92,7 @@ def _rendered(row: dict[str, Any], split: str, source: str, tokenizer: PreTraine
     probability = row["preference_probability"]
     notes = [f"chosen better with probability {probability:.2f}"] if row["chosen"] and probability != 1.0 else []
     notes += [f"weight {row['weight']:g}"] if row["weight"] != 1.0 else []
-    if (hidden := len(row["completion_ids"]) - MAX_COMPLETIONS) > 0:
+    if (hidden := _own_completions(row) - MAX_COMPLETIONS) > 0:
         notes.append(f"{hidden} more completions")
     return RenderedSample(
         split=split,
@@ -101,8 +101,13 @@ def _rendered(row: dict[str, Any], split: str, source: str, tokenizer: PreTraine
         prompt_tokens=len(prompt),
         hidden_tokens=max(0, len(prompt) - PROMPT_TOKENS),
         prompt=pieces(prompt[-PROMPT_TOKENS:], tokenizer),
-        completions=[_completion(row, k, tokenizer) for k in range(min(MAX_COMPLETIONS, len(row["completion_ids"])))],
+        completions=[_completion(row, k, tokenizer) for k in range(min(MAX_COMPLETIONS, _own_completions(row)))],
     )
+
+
+def _own_completions(row: dict[str, Any]) -> int:
+    """Count the completions without that of another prompt, which comes last and has no score."""
+    return sum(not math.isnan(score) for score in row["scores"])
 
 
 def _completion(row: dict[str, Any], k: int, tokenizer: PreTrainedTokenizerBase) -> RenderedCompletion:
@@ -121,9 +126,7 @@ def _completion(row: dict[str, Any], k: int, tokenizer: PreTrainedTokenizerBase)
 
 
 def _label(row: dict[str, Any], k: int) -> str:
-    score, several = row["scores"][k], sum(not math.isnan(s) for s in row["scores"])
-    if math.isnan(score):
-        return "of another prompt, for the KL estimate"
+    score, several = row["scores"][k], _own_completions(row)
     if several == 1:
         return "desirable" if score > 0.5 else "undesirable"
     if several == 2 and row["chosen"]:

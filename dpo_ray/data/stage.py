@@ -93,23 +93,29 @@ def _part_account(said: dict[str, Any]) -> PartAccount:
     return PartAccount(**{**said, "entries": tuple(FileEntry.model_validate(e) for e in said["entries"])})
 
 
-def merge(shards: Sequence[PreparedShard], data: DataConfig, staging: Staging, provenance: Provenance) -> Artifact:
-    """Choose among the groups of all shards, and commit the tokens artifact.
+def merge(
+    shards: Sequence[PreparedShard],
+    data: DataConfig,
+    staging: Staging,
+    provenance: Provenance,
+    *,
+    with_mismatched: bool = False,
+) -> Artifact:
+    """Choose among the groups of all shards, and commit the tokens artifact; `with_mismatched` as in `mismatched.py`.
 
     Raises:
         DataError: no row of a split was admitted.
     """
     choices = choose(shards, data)
     sent = [{"parts": dumps(choices[i : i + PARTS_PER_TASK])} for i in range(0, len(choices), PARTS_PER_TASK)]
-    merged = [
-        _merged_part(json.loads(row["merged"])) for row in _in_tasks(sent, partial(_merge_parts, staging=staging))
-    ]
+    work = partial(_merge_parts, staging=staging, mismatched_tokens=data.max_length_tokens if with_mismatched else None)
+    merged = [_merged_part(json.loads(row["merged"])) for row in _in_tasks(sent, work)]
     return commit_tokens(shards, merged, staging, provenance)
 
 
-def _merge_parts(batch: pa.Table, staging: Staging) -> Iterator[dict[str, Any]]:
+def _merge_parts(batch: pa.Table, staging: Staging, mismatched_tokens: int | None) -> Iterator[dict[str, Any]]:
     for choice in (choice for sent in batch["parts"].to_pylist() for choice in loads(sent)):
-        part = merge_part(choice, staging)
+        part = merge_part(choice, staging, mismatched_tokens)
         yield {"merged": [json.dumps({**vars(part), "entries": [e.model_dump() for e in part.entries]})]}
 
 

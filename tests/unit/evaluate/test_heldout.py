@@ -47,6 +47,29 @@ def test_without_names_there_are_no_sets() -> None:
     assert heldout_by_set(pairs(dict.fromkeys(ACCURATE, "eval"))) == {}
 
 
+def test_unpaired_data_is_measured_by_label_and_has_no_accuracy() -> None:
+    nan = float("nan")
+    blank = dict.fromkeys(HELDOUT, nan) | {"split": "eval", "loss": 0.5}
+    rows = [
+        blank | {"reward_chosen": 1.0, "weight": 1.0},
+        blank | {"reward_chosen": 2.0, "weight": 3.0},
+        blank | {"reward_rejected": -0.5, "weight": 2.0},
+    ]
+    expected = {
+        "completions": 3,
+        "loss": 0.5,
+        "rewards/chosen": 1.75,
+        "rewards/rejected": -0.5,
+        "rewards/margins": 2.25,
+    }
+    assert heldout_figures(pa.Table.from_pylist(rows)) == expected
+    assert heldout_figures(pa.Table.from_pylist(rows[:2])) == {
+        "completions": 2,
+        "loss": 0.5,
+        "rewards/chosen": 1.75,  # without an undesirable completion there is no margin
+    }
+
+
 def artifact_of(root: Path, files: dict[str, pa.Table], rows: dict[str, int]) -> Artifact:
     staging = ArtifactStore(Storage(root)).begin("made", "k", "run")
     entries = [staging.write(name, parquet_bytes(table), rows=len(table)) for name, table in files.items()]

@@ -1,0 +1,41 @@
+"""Completions of other prompts, for KTO's estimate of the KL divergence: each group gets the first one of another group.
+
+They are part of the data, so that the reference engine scores them like any completion, once for all runs, and the prompt's
+computation is shared. Their score is NaN, which keeps them out of every pair and label.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+MOST_TRIED = 16  # neighbours, before a group goes without
+
+
+def with_mismatched(groups: pa.Table, max_length_tokens: int) -> pa.Table:
+    """Append to each group, of schema TOKENS, the first completion of the next group in the order of group ids.
+
+    The order does not depend on how files lay the groups out. A neighbour with the same prompt, or whose completion does not
+    fit behind this prompt, is passed over; where none of MOST_TRIED fits, the group stays as it is.
+    """
+    ids = groups["group_id"].to_pylist()
+    prompts = [ids.values.to_numpy() for ids in groups["prompt_ids"]]
+    completions = [[c.values.to_numpy() for c in cs.values] for cs in groups["completion_ids"]]
+    firsts = [own[0] for own in completions]
+    scores = groups["scores"].to_pylist()
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    for place, row in enumerate(order):
+        for step in range(1, min(MOST_TRIED, len(order) - 1) + 1):
+            other = order[(place + step) % len(order)]
+            fits = len(prompts[row]) + len(firsts[other]) <= max_length_tokens
+            if fits and not np.array_equal(prompts[row], prompts[other]):
+                scores[row] = [*scores[row], float("nan")]
+                completions[row] = [*completions[row], firsts[other]]
+                break
+    columns = {
+        "completion_ids": pa.array(completions, groups.schema.field("completion_ids").type),
+        "scores": pa.array(scores, groups.schema.field("scores").type),
+    }
+    for name, values in columns.items():
+        groups = groups.set_column(groups.schema.get_field_index(name), groups.schema.field(name), values)
+    return groups
