@@ -17,6 +17,7 @@ from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError
 
 if TYPE_CHECKING:
     from dpo_ray.artifacts.storage import Storage
+    from dpo_ray.config.recipe import Recipe
 
 _MEANINGS = EXIT_CODES | {1: "A fault of dpo-ray itself: the traceback says where"}
 _CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
@@ -36,12 +37,19 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the recipe's.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Tiny = Annotated[
+    bool,
+    typer.Option(
+        "--tiny", help="The recipe in miniature: a tiny random model, made-up data, 3 steps, this machine, no network."
+    ),
+]
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    tiny: Tiny = False,
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
 ) -> None:
@@ -50,11 +58,10 @@ def run(
     Stop it at any moment, by any means: the same command goes on from what was committed.
     """
     from dpo_ray import pipeline, summary
-    from dpo_ray.config.load import load_recipe
     from dpo_ray.observe.progress import Reporter
 
     reporter = Reporter()
-    finished, ran = pipeline.offline(load_recipe(recipe, overrides or []), reporter, verbose=verbose)
+    finished, ran = pipeline.offline(_loaded(recipe, overrides, tiny=tiny), reporter, verbose=verbose)
     if not ran:
         reporter.say("every stage is done: nothing to run")
     summary.write_report(finished)
@@ -67,12 +74,11 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
     """Say which stages are done, which would run, and why. Starts nothing, writes nothing."""
-    from dpo_ray.config.load import load_recipe
     from dpo_ray.planning import make_plan
 
-    made = make_plan(load_recipe(recipe, overrides or []))
+    made = make_plan(_loaded(recipe, overrides, tiny=tiny))
     rows = [{"stage": s.stage, "key": s.key, "state": s.state, "reason": s.reason} for s in made.stages.values()]
     if as_json:
         typer.echo(
@@ -91,12 +97,11 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
-def validate(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
     """Check a recipe and all that it names and that can be looked at from here. Starts nothing."""
-    from dpo_ray.config.load import load_recipe
     from dpo_ray.preflight import preflight
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _loaded(recipe, overrides, tiny=tiny)
     checked = preflight(loaded)
     if as_json:
         typer.echo(loaded.model_dump_json())
@@ -285,6 +290,18 @@ def doctor(
             table.add_row(mark, f.what, f.found, f.fix)
         _console().print(table)
     raise typer.Exit(9 if broken else 0)
+
+
+def _loaded(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
+    """Load a recipe, in miniature if asked for; what makes it small goes before overrides."""
+    from dpo_ray.config.load import load_recipe
+
+    recipe = load_recipe(file, overrides or [])
+    if not tiny:
+        return recipe
+    from dpo_ray.tiny import tiny_recipe
+
+    return tiny_recipe(recipe)
 
 
 def _console() -> Console:

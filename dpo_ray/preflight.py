@@ -70,14 +70,7 @@ def preflight(recipe: Recipe) -> Checked:
     directory = None if is_hub_name(recipe.model.path) else model_directory(recipe.model)
     _check_adapter(recipe, directory)
     if directory is None:
-        template = recipe.data.chat_template
-        if template not in ("auto", "plain"):
-            raise ConfigError(
-                "a template file needs a local model to check it with",
-                where="data.chat_template",
-                fix="use auto, or give model.path as a directory",
-            )
-        return Checked(shards, template, filters)
+        return Checked(shards, resolve_template(recipe.data.chat_template, None), filters)
     tokenizer = load_tokenizer(str(directory))
     context = context_tokens(directory)
     if context is not None and recipe.data.max_length_tokens > context:

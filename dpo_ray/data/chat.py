@@ -20,6 +20,7 @@ from .sandbox import TextTooLong, compile_template
 from .watchdog import Watchdog
 
 PLAIN = "plain"
+AUTO = "auto"
 RENDER_SECONDS = 1.0  # of CPU, for one text: a thousand times what long conversations take
 
 
@@ -46,15 +47,17 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
+
+    Without a tokenizer, that of a hub model which is not here yet, `auto` stays as it is.
 
     Raises:
         ConfigError: `auto` and the tokenizer has none; no such file, or not UTF-8; not valid Jinja.
     """
-    if choice == PLAIN:
-        return PLAIN
-    text = _own_template(tokenizer) if choice == "auto" else _template_file(choice)
+    if choice == PLAIN or (choice == AUTO and tokenizer is None):
+        return choice
+    text = _own_template(tokenizer) if choice == AUTO and tokenizer is not None else _template_file(choice)
     try:
         compile_template(text, datetime.date.min)
     except jinja2.TemplateSyntaxError as error:
