@@ -186,7 +186,13 @@ class _Run:
                 bar.advance,
             )
             shards = [PreparedShard(s, artifacts[key]) for s, key in zip(plan.checked.shards, keys, strict=True)]
-            tokens = prepare_stage.merge(shards, self.recipe.data, self._begin("prepare"), provenance)
+            tokens = prepare_stage.merge(
+                shards,
+                self.recipe.data,
+                self._begin("prepare"),
+                provenance,
+                with_mismatched=planning.needs_mismatched(self.recipe),
+            )
         for split in splits(tokens):
             counts = [
                 f"{tokens.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}"
@@ -313,6 +319,9 @@ class _Run:
             staging=self._begin("train"),
             inbox=scheduled.inbox if isinstance(scheduled, LiveSchedule) else start_inbox(),
             audit=self.audit_task(),
+            sources=tuple(
+                sorted({a["source"] for a in prepared.manifest.figures["accounts"] if a["split"] == "train"})
+            ),
         )
         with self._reporter.stage("train", "steps", steps) as bar, MetricsSinks(run_dir, recipe.trackers) as sinks:
             account = train_stage.run(task, plan.hardware.train_gpus, partial(_follow, sinks, bar))
@@ -425,11 +434,10 @@ def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
         return
     sinks.write(row)
     heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""
-    bar.advance(
-        1,
-        f"loss {row['loss']:.4f}, margin {row['rewards/margins']:+.3f}, accuracy {row['rewards/accuracies']:.2f}{heldout}, "
-        f"{row['tokens_per_second']:,.0f} tokens/s",
-    )
+    shown = {"loss": ".4f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}  # of unpaired data there are fewer
+    names = {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+    words = ", ".join(f"{names.get(n, n)} {row[n]:{form}}" for n, form in shown.items() if n in row)
+    bar.advance(1, f"{words}{heldout}, {row['tokens_per_second']:,.0f} tokens/s")
 
 
 def _cache_dir(artifact: Artifact) -> Any:

@@ -10,7 +10,7 @@ from dpo_ray import drift
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.digest import artifact_key, digest
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.config.objective import uses_reference
+from dpo_ray.config.objective import kinds_of_groups, uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.keys import prepare_config, shard_configs, shard_key
 from dpo_ray.models.adapter import adapter_directory, read_adapter
@@ -27,7 +27,7 @@ INPUTS = {
     "train": ("schedule",),
     "evaluate": ("prepare", "train"),
 }
-VERSIONS = {"prepare": 2, "reference": 2, "schedule": 4, "train": 2, "evaluate": 2}
+VERSIONS = {"prepare": 2, "reference": 2, "schedule": 5, "train": 2, "evaluate": 2}
 """Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 
@@ -35,6 +35,11 @@ LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """List the stages of a recipe in their order; an objective without a reference has none to score."""
     return tuple(s for s in STAGES if s != "reference" or uses_reference(recipe.train.objective))
+
+
+def needs_mismatched(recipe: Recipe) -> bool:
+    """Say whether the objective's KL estimate needs completions of other prompts."""
+    return "completions" in kinds_of_groups(recipe.train.objective)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
     r = recipe.reference
     numerics = Numerics(r.engine, engine_version(r.engine), where.device, where.dtype, where.dtype, r.tensor_parallel)
     model = model_identity(recipe.model)
-    configs = _stage_configs(recipe, prepare_config(checked.shards, shards, recipe.data), model, numerics, where)
+    prepare = prepare_config(checked.shards, shards, recipe.data, with_mismatched=needs_mismatched(recipe))
+    configs = _stage_configs(recipe, prepare, model, numerics, where)
     store = artifact_store(recipe)
     stages: dict[str, StagePlan] = {}
     for stage in stages_of(recipe):

@@ -130,5 +130,6 @@ def groups_of(table: pa.Table, reference_token_logps: pa.ChunkedArray | None = N
             rejected=np.array(row["rejected"], np.int32),
             preference_probability=row["preference_probability"],
             weight=row["weight"],
+            source=row["source"],
             reference_token_logps=None if known is None else tuple(np.array(k, np.float32) for k in known),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +45,7 @@ class PackedRows:
     rejected: Tensor  # int64 [pairs]
     pair_weight: Tensor  # float32 [pairs]
     preference_probability: Tensor  # float32 [pairs]
-    pair_source: Tensor  # int64 [pairs]: number of the data's source
+    pair_source: Tensor  # int64 [pairs]: number of the data's source, -1 where none was asked for
     reference_token_logps: Tensor  # float32 [rows]
 
     @property
@@ -53,12 +54,14 @@ class PackedRows:
         return self.input_ids.numel()
 
 
-def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu", layout: Layout = "shared") -> PackedRows:
+def packed_rows(
+    batch: MicroBatch, device: torch.device | str = "cpu", layout: Layout = "shared", sources: Sequence[str] = ()
+) -> PackedRows:
     """Work out the index tensors of a micro-batch and put them on `device`.
 
     The first token of every completion is predicted by the prompt's last token, every other by its predecessor. The rows and
     all that counts completions and pairs are the same in every layout. Each pair carries the weight and the preference
-    probability of its group.
+    probability of its group, and the number of its source among `sources`.
     """
     segments = _segments(batch.group_index, batch.completion_index)
     completions = [s for s in segments if s.prompt_stop > s.prompt_start]
@@ -66,6 +69,7 @@ def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu", layout: L
     lengths = np.array([s.stop - s.start for s in completions])
     group = batch.group_index[[s.start for s in completions]]  # [completions]
     pair_group = group[batch.chosen]
+    source = np.array([sources.index(s) if s in sources else -1 for s in batch.sources])  # [groups]
     tokens = _laid_out(batch, segments, completions, rows, lengths, layout)
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -87,7 +91,7 @@ def packed_rows(batch: MicroBatch, device: torch.device | str = "cpu", layout: L
         rejected=put(batch.rejected),
         pair_weight=put(batch.weight[pair_group], torch.float32),
         preference_probability=put(batch.preference_probability[pair_group], torch.float32),
-        pair_source=put(np.zeros(len(pair_group))),
+        pair_source=put(source[pair_group]),
         reference_token_logps=put(batch.reference_token_logps, torch.float32),
     )
 

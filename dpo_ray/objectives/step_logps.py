@@ -109,7 +109,8 @@ def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, to
 def labels(rows: PackedRows) -> Tensor:
     """Label completions: 1 desirable, -1 undesirable, 0 neither: float32 [completions].
 
-    Of pairs, chosen is desirable and rejected is not; who is both, or a tie, is neither. A single completion goes by its score.
+    Of pairs, chosen is desirable and rejected is not; who is both, or a tie, is neither. A single completion goes by its score,
+    and of a ranking without pairs the best is desirable and the worst is not.
     """
     label = torch.zeros_like(rows.scores)
     judged = ~rows.scores.isnan()
@@ -118,14 +119,23 @@ def labels(rows: PackedRows) -> Tensor:
     label = torch.where(single, torch.where(rows.scores > 0.5, 1.0, -1.0), label)
     wins, loses = torch.zeros_like(label), torch.zeros_like(label)
     wins[rows.chosen], loses[rows.rejected] = 1.0, 1.0
-    return torch.where(single, label, wins - loses)
+    above = _above(rows)
+    ranked = above.any(dim=1).float() * ~above.any(dim=0) - above.any(dim=0).float() * ~above.any(dim=1)
+    paired = torch.zeros_like(label).index_add(0, rows.group_of_completion, wins + loses)[rows.group_of_completion] > 0
+    return torch.where(single, label, torch.where(paired, wins - loses, ranked))
+
+
+def _above(rows: PackedRows) -> Tensor:
+    """Say which completion is ranked above which of its group: bool [completions, completions]."""
+    same = rows.group_of_completion[:, None] == rows.group_of_completion[None, :]
+    return same & (rows.scores[:, None] > rows.scores[None, :])
 
 
 def weight_sums(rows: PackedRows) -> Tensor:
     """Sum a micro-batch's weights in the order of `Totals`: float64 [5]."""
     weight, pair_weight = rows.completion_weight.double(), rows.pair_weight.double()
     same = rows.group_of_completion[:, None] == rows.group_of_completion[None, :]  # [completions, completions]
-    above = same & (rows.scores[:, None] > rows.scores[None, :])
+    above = _above(rows)
     is_first, is_ranked = ~same.tril(-1).any(dim=1), above.any(dim=0) | above.any(dim=1)
     return torch.stack(
         [

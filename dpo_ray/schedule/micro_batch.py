@@ -23,12 +23,13 @@ class Group:
     group_id: bytes
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     completion_ids: tuple[np.ndarray, ...]  # K x int32 [completion tokens]
-    scores: np.ndarray  # float32 [K]
+    scores: np.ndarray  # float32 [K]; NaN = a completion of another prompt
     chosen: np.ndarray = field(default_factory=_no_pairs)  # int [pairs], from 0 to K - 1
     rejected: np.ndarray = field(default_factory=_no_pairs)
     preference_probability: float = 1.0
     weight: float = 1.0
     reference_token_logps: tuple[np.ndarray, ...] | None = None  # K x float32 [completion tokens]
+    source: str = ""
 
     @property
     def tokens(self) -> int:
@@ -56,6 +57,7 @@ class MicroBatch:
     preference_probability: np.ndarray  # float32 [groups]
     weight: np.ndarray  # float32 [groups]; 0 = filler that keeps the ranks in step
     group_ids: tuple[bytes, ...]
+    sources: tuple[str, ...]
 
 
 def pack(groups: Sequence[Group]) -> MicroBatch:
@@ -89,4 +91,5 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
         preference_probability=np.array([g.preference_probability for g in groups], np.float32),
         weight=np.array([g.weight for g in groups], np.float32),
         group_ids=tuple(g.group_id for g in groups),
+        sources=tuple(g.source for g in groups),
     )

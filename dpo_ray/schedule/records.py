@@ -31,6 +31,7 @@ MICRO_BATCHES = pa.schema(
         ("preference_probability", _FLOATS),
         ("weight", _FLOATS),
         ("group_ids", pa.list_(pa.binary(16))),
+        ("sources", pa.list_(pa.string())),
     ]
 )
 _ARRAYS = (
@@ -100,13 +101,14 @@ def step_table(share: RankStep) -> pa.Table:
     whole = {"step": share.step, "step_weight": share.step_weight, "step_tokens": share.step_tokens}
     columns: dict[str, list] = {name: [value] * len(share.micro_batches) for name, value in whole.items()}
     columns |= {name: [getattr(m, name) for m in share.micro_batches] for name in _ARRAYS}
-    columns["group_ids"] = [list(m.group_ids) for m in share.micro_batches]
+    columns |= {name: [list(getattr(m, name)) for m in share.micro_batches] for name in ("group_ids", "sources")}
     return pa.table(columns, schema=MICRO_BATCHES)
 
 
 def _micro_batch(table: pa.Table, row: int) -> MicroBatch:
     arrays = {name: table[name][row].values.to_numpy(zero_copy_only=False) for name in _ARRAYS}
-    return MicroBatch(**arrays, group_ids=tuple(table["group_ids"][row].as_py()))
+    group_ids, sources = (tuple(table[name][row].as_py()) for name in ("group_ids", "sources"))
+    return MicroBatch(**arrays, group_ids=group_ids, sources=sources)
 
 
 def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -> Iterator[RankStep]:
@@ -183,4 +185,5 @@ def filler() -> MicroBatch:
         preference_probability=np.ones(1, np.float32),
         weight=one.astype(np.float32),
         group_ids=(bytes(16),),
+        sources=("",),
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_ray.config.data import EVAL
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.models.packed_rows import packed_rows
-from dpo_ray.objectives.step_logps import StepLogps
+from dpo_ray.models.token_logps import TokenLogps
+from dpo_ray.objectives.step_logps import StepLogps, weight_sums
 from dpo_ray.schedule.records import RankStep
 
-from .measures import MEASURES, accurate, empty, figures, pair_rewards, rewards
+from .measures import accurate, empty, figures, pair_rewards, rewards
 from .step import losses, over_ranks
 
 # Columns of the held-out table: one row per pair; of unpaired data one per completion, NaN on the side it is not of.
@@ -31,13 +32,11 @@ HELDOUT = (
     "weight",
 )
 
-PAIRS, SIDES = MEASURES.index("rewards/margins"), [MEASURES.index(f"rewards/{side}") for side in ("chosen", "rejected")]
-
 # Readers of the held-out splits by name, `eval` or `eval_NAME` of each set; all ranks have them in the same order.
 Heldout = Mapping[str, Callable[[], Iterable[RankStep]]]
 
 
-def evaluate(policy: nn.Module, heldout: Heldout, config: TrainConfig, device: torch.device) -> dict[str, float]:
+def evaluate(policy: TokenLogps, heldout: Heldout, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Measure the held-out sets: figures over all of them with `eval_` before, those of a named set `eval_NAME_`.
 
     The loss of a set is the mean of its steps' losses by their weight. Collective.
@@ -61,7 +60,7 @@ def _named(prefix: str, sums: Tensor) -> dict[str, float]:
 
 
 def heldout_sums(
-    policy: nn.Module, steps: Iterable[RankStep], config: TrainConfig, device: torch.device
+    policy: TokenLogps, steps: Iterable[RankStep], config: TrainConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Measure a held-out set.
 
@@ -79,7 +78,7 @@ def heldout_sums(
                 sums += measured
                 of_step.append(table(config, logps))
             sums = over_ranks(sums)
-            weight = sums[PAIRS, 1] if sums[PAIRS, 1] else sums[SIDES, 1].sum()
+            weight = over_ranks(torch.stack([weight_sums(rows).cpu() for rows in micro_batches]).sum(dim=0))[:3].max()
             pairs = torch.cat(of_step)
             tables.append(torch.cat([sums[0, 0].expand(len(pairs), 1), pairs], dim=1))
             sums[0] = torch.stack([sums[0, 0] * weight, weight])

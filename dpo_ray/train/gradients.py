@@ -30,7 +30,8 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
     if max_norm is not None:
         scale = max_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
         if scale < 1.0:
-            torch._foreach_mul_([_shard(gradient) for _, gradient in with_gradients], scale)
+            for _, gradient in with_gradients:
+                _shard(gradient).mul_(scale)
     return norm, {f"grad_norm/{g}": s**0.5 for g, s in zip(GROUPS, squares.tolist(), strict=True) if s > 0}
 
 

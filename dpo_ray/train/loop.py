@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import TrainError
 from dpo_ray.models.packed_rows import packed_rows
+from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.records import RankStep
 
 from .checkpoint import Checkpoints, Progress
@@ -31,7 +31,7 @@ class Plan:
 
 
 def train(
-    policy: nn.Module,
+    policy: TokenLogps,
     optimizer: torch.optim.Optimizer,
     steps: Iterable[RankStep],
     heldout: Heldout,
@@ -50,7 +50,7 @@ def train(
     began = time.monotonic()
     for share in steps:
         learning_rate = set_learning_rate(optimizer, share.step, plan.total_steps, config.optimizer)
-        micro_batches = [packed_rows(m, plan.device, policy.layout) for m in share.micro_batches]
+        micro_batches = [packed_rows(m, plan.device, policy.layout, plan.sources) for m in share.micro_batches]
         try:
             measured = train_step(
                 policy,

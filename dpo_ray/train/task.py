@@ -36,6 +36,7 @@ class TrainTask:
     staging: Staging
     inbox: Any  # handle of the driver's inbox
     audit: AuditTask | None
+    sources: tuple[str, ...] = ()  # of the training data
 
 
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:

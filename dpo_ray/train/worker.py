@@ -63,7 +63,8 @@ def _run(task: TrainTask) -> dict[str, Any]:
     checkpoints = Checkpoints(task.checkpoints, task.staging.attempt, task.config.keep_checkpoints)
     progress = checkpoints.load_newest(policy, optimizer)
     counts = task.schedule.rows
-    plan = Plan(counts["train/steps"], counts["train/groups"], device)
+    sources = task.sources if len(task.sources) > 1 else ()  # of a single one it is the accuracy of all
+    plan = Plan(counts["train/steps"], counts["train/groups"], device, sources)
 
     def report(row: dict[str, Any]) -> None:
         if rank == 0:

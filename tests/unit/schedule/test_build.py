@@ -47,8 +47,8 @@ def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
 
 
 def same_batch(a: MicroBatch, b: MicroBatch) -> bool:
-    arrays = [name for name in MicroBatch.__dataclass_fields__ if name != "group_ids"]
-    return a.group_ids == b.group_ids and all(
+    arrays = [name for name in MicroBatch.__dataclass_fields__ if name not in ("group_ids", "sources")]
+    return (a.group_ids, a.sources) == (b.group_ids, b.sources) and all(
         np.array_equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype for n in arrays
     )
 
