@@ -133,7 +133,7 @@ def _reference(recipe: Recipe) -> dict[str, Any]:
 def _train(recipe: Recipe) -> dict[str, Any]:
     t = recipe.train
     workers, shard_workers = _workers(recipe)
-    changed: dict[str, Any] = {
+    return {
         "workers": workers,
         "cpus_per_worker": 1,
         "gpus_per_worker": None,  # as this machine has it
@@ -144,9 +144,6 @@ def _train(recipe: Recipe) -> dict[str, Any]:
         "checkpoint_every_steps": t.checkpoint_every_steps and min(t.checkpoint_every_steps, STEPS - 1),
         "sharding": t.sharding.model_dump(mode="json") | {"shard_workers": shard_workers},
     }
-    if t.lora is not None and not torch.cuda.is_available():
-        changed["lora"] = t.lora.model_dump(mode="json") | {"quantize": None}  # 4-bit products are made on GPUs alone
-    return changed
 
 
 def _workers(recipe: Recipe) -> tuple[int, int | None]:
