@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from dpo_ray import tiny
 from dpo_ray.cli import main
 from dpo_ray.config.load import load_recipe, validate_recipe
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
+from dpo_ray.models.builtin import builtin_model
 from dpo_ray.models.load import is_hub_name
 from dpo_ray.planning import make_plan
 from dpo_ray.preflight import hardware, preflight
@@ -108,6 +109,30 @@ def test_the_recipe_is_valid_and_can_be_planned_without_a_network(name: str, tmp
     assert {stage.state for stage in plan.stages.values()} == {"missing"}
     assert ("reference" in plan.stages) == (recipe.train.objective.type not in ("orpo", "simpo"))
     assert list(tmp_path.iterdir()) == []
+
+
+ORPO_TEMPLATE = (  # main.py of xfactlab/orpo
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_the_template_file_writes_what_the_published_one_writes(add_generation_prompt: bool) -> None:
+    """A template file goes with a model of the hub as well, which `auto` leaves to the model."""
+    assert preflight(load("zephyr_7b_dpo")).template == "auto"
+    ours = preflight(load("mistral_7b_orpo")).template
+    messages = [{"role": role, "content": f" {role} says\n"} for role in ("system", "user", "assistant", "user")]
+    tokenizer = AutoTokenizer.from_pretrained(builtin_model("sentiment_llama"))
+    written = [
+        tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        for template in (ours, tiny.TEMPLATE, ORPO_TEMPLATE)
+    ]
+    assert written[0] == written[1] == written[2]
 
 
 @pytest.mark.parametrize("name", RECIPES)
