@@ -11,7 +11,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 TORCH := 2.13.0
 
-.PHONY: help install quickstart test test-slow lint bench-prepare bench-reference clean
+.PHONY: help install quickstart test test-slow lint bench-prepare bench-reference bench-train clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,9 @@ bench-prepare: $(STAMP) ## rows/s of prepare against TRL's own preparation, and 
 
 bench-reference: $(STAMP) ## pairs/s of the engine pool against the bare engine and TRL's precompute
 	@$(BIN)/python benchmarks/reference.py
+
+bench-train: $(STAMP) ## groups/s of training steps against TRL's DPOTrainer, and what sharing prompts gains
+	@$(BIN)/python benchmarks/train.py
 
 clean: ## remove .venv and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

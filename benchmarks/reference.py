@@ -15,7 +15,6 @@ import contextlib
 import datetime
 import glob
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -28,15 +27,10 @@ from pathlib import Path
 import numpy as np
 from dialogues import MAKER_VERSION, write_files
 from machine import machine
-from rich.console import Console
+from prepared_pairs import Pair, prepared_pairs
 from tiny_model import Size, make_model
 from trl_environment import cache_directory, trl_python
 from turns import Answer, Side
-
-from dpo_ray.config.load import validate_recipe
-from dpo_ray.data.tokens import read_table
-from dpo_ray.observe.progress import Reporter
-from dpo_ray.pipeline import prepared
 
 HERE = Path(__file__).resolve().parent
 POOL, POOL_UNSHARED, ENGINE, ENGINE_UNSHARED, TRL = SIDES = (
@@ -53,8 +47,6 @@ WANTED = {  # the first is to be at least so many times as fast as the second
     (POOL, TRL): 3.0,
 }
 SMALL_LLAMA = Size(vocabulary=4096, hidden=256, layers=6, heads=8)
-
-Pair = dict[str, list[int]]
 
 
 def main() -> None:
@@ -83,29 +75,7 @@ def _short_digest(text: str) -> str:
 
 def _pairs(rows: Sequence[Path], model: Path, args: argparse.Namespace, scratch: Path) -> list[Pair]:
     """Prepare the rows with dpo_ray; returns as many pairs as the turns take, as token ids."""
-    recipe = validate_recipe(
-        {
-            "name": "benchmark",
-            "output": str(scratch / "prepared"),
-            "model": {"path": str(model)},
-            "data": {
-                "train": [str(path.resolve()) for path in rows],
-                "chat_template": "plain",
-                "max_length_tokens": args.max_length_tokens,
-                "max_quarantined_fraction": 1,
-            },
-            "reference": {"engine": "trainer"},
-            "evaluate": {"sample_prompts": 0},
-            "trackers": [],
-            "ray": {"cpus": args.cores},
-        }
-    )
-    _, tokens = prepared(recipe, Reporter(Console(file=io.StringIO())))
-    pairs: list[Pair] = []
-    for name in tokens.names("train/"):
-        for row in read_table(tokens, name, ["prompt_ids", "completion_ids"]).to_pylist():
-            chosen, rejected = row["completion_ids"]
-            pairs.append({"prompt_ids": row["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected})
+    pairs = prepared_pairs(rows, model, args.max_length_tokens, args.cores, scratch)
     wanted = WARM_UP_PAIRS + args.turns * args.pairs_per_turn
     if len(pairs) < wanted:
         sys.exit(f"{wanted} pairs are wanted, and the rows give {len(pairs)}: lower --turns or --pairs-per-turn")
