@@ -30,6 +30,7 @@ from dpo_ray.data.tokens import splits
 from dpo_ray.errors import ArtifactError, AuditError, DataError, InfrastructureError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
+from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import BUILTIN, context_tokens, is_hub_name, model_directory
 from dpo_ray.observe.model_card import model_card
@@ -319,6 +320,7 @@ class _Run:
             staging=self._begin("train"),
             inbox=scheduled.inbox if isinstance(scheduled, LiveSchedule) else start_inbox(),
             audit=self.audit_task(),
+            seed=recipe.seed,
             sources=tuple(
                 sorted({a["source"] for a in prepared.manifest.figures["accounts"] if a["split"] == "train"})
             ),
@@ -406,6 +408,9 @@ class _Run:
         stops = evaluate_stage.end_tokens(prepared, tokenizer)
         sampling = Sampling(e.temperature, e.max_new_tokens, stops, self.recipe.seed)
         policy = self.scorer_settings(str(policy_dir), e.max_new_tokens)
+        if f"policy/{ADAPTER_CONFIG}" in trained.names():  # an adapter alone, of the model that is the reference
+            base = self.scorer_settings(str(self._model_dir), e.max_new_tokens)
+            policy = replace(base, adapter_dir=str(policy_dir))
         reference = self.reference_settings(e.max_new_tokens)
         return compare(policy, reference, prompts, sampling, r.cpus_per_replica, self.plan.hardware.engine_gpus)
 

@@ -59,7 +59,7 @@ def _plain(value: Any) -> str:
 
 
 def _policy_prefix(trained: Artifact) -> str:
-    return trained.entry("policy/config.json").path.rsplit("/", 1)[0]
+    return trained.entry("policy/README.md").path.rsplit("/", 1)[0]
 
 
 def print_comparison(run: Finished, console: Console) -> None:

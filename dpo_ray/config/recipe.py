@@ -55,6 +55,11 @@ class Recipe(StrictModel):
             raise field_error(
                 "train.eval_every_steps", "there is nothing to evaluate on; set data.eval or leave it out"
             )
+        if self.model.adapter is not None and self.train.lora is not None and not self.train.lora.merge:
+            raise field_error(
+                "train.lora.merge",
+                "an adapter of a model that has one itself (model.adapter) cannot stand alone: say true",
+            )
         if self.ray.cpus is not None and self.ray.address == "local" and self.ray.cpus < self.cpus_needed():
             raise field_error(
                 "ray.cpus",

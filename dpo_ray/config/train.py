@@ -72,9 +72,6 @@ class LoraConfig(StrictModel):
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get one, such as q_proj; all-linear: all but the head."""
 
-    quantize: Literal["nf4"] | None = None
-    """nf4: keep the frozen weights in 4 bit (QLoRA; GPU only, `pip install dpo-ray[lowbit]`)."""
-
     merge: bool = False
     """Export the model with the adapter added to its weights, instead of the adapter alone."""
 

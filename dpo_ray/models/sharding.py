@@ -1,25 +1,70 @@
-"""FSDP2: shard the policy over the ranks, block by block."""
+"""FSDP2: shard the policy over the ranks, block by block; what is done to each block before."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, Literal
+
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from dpo_ray.config.train import ShardingConfig
 from dpo_ray.models.token_logps import TokenLogps
 
+# Results that `selective` keeps: they cost most to make again. The rest of a block is cheap.
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
 
-def shard(policy: TokenLogps, device_type: str, world_size: int, compute_dtype: torch.dtype) -> TokenLogps:
-    """Shard each block and the root over all ranks; float32 master weights and reductions, `compute_dtype` in forward.
 
+def prepare_blocks(policy: TokenLogps, checkpointing: Literal["none", "selective", "full"], *, compiled: bool) -> None:
+    """Have each block recompute its activations in the backward pass, and compile it, before it is sharded."""
+    layers = blocks(policy)
+    for i, block in enumerate(layers):
+        if checkpointing == "full":
+            block = checkpoint_wrapper(block)
+        elif checkpointing == "selective":
+            block = checkpoint_wrapper(block, context_fn=partial(create_selective_checkpoint_contexts, _keep))
+        if compiled:
+            block.compile()
+        layers[i] = block
+
+
+def _keep(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def shard(
+    policy: TokenLogps,
+    device_type: str,
+    world_size: int,
+    compute_dtype: torch.dtype,
+    config: ShardingConfig | None = None,
+) -> TokenLogps:
+    """Shard each block and the root; float32 master weights and reductions, `compute_dtype` in forward.
+
+    `hybrid` shards over `shard_workers` neighbouring ranks and replicates between such sets.
     Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html
     """
-    mesh = init_device_mesh(device_type, (world_size,))
+    config = config or ShardingConfig()
+    if config.shard_workers is not None:
+        shape = (world_size // config.shard_workers, config.shard_workers)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device_type, (world_size,))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=device_type == "cuda") if config.cpu_offload else OffloadPolicy()
     for block in blocks(policy):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    root = fully_shard(policy, mesh=mesh, mp_policy=precision)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
     assert isinstance(root, FSDPModule)  # noqa: S101 - fully_shard's type does not say so
     # The loss is already divided by the whole step's weight: gradients are summed over ranks, not averaged.
     for module in policy.modules():

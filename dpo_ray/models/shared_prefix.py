@@ -10,16 +10,17 @@ the restart of `position_ids` as the start of a new sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from .packed_rows import Segment
 
 IMPLEMENTATION = "dpo_ray_shared_prefix"
+KEPT_BIAS = 1 << 16  # largest bias that is kept, in elements
 
 
 def shared_prefix_attention(
@@ -66,13 +67,19 @@ def _attend(
     queries, keys = q.shape[2], k.shape[2]
     if softcap is not None:
         return _softcapped(q, k, v, scaling, window, softcap)
-    if window is not None and window < keys:
-        mask = _visible(queries, keys, window, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    if queries == keys:
+    window = None if window is None or window >= keys else window
+    if window is None and queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=causal_lower_right(queries, keys), scale=scaling, enable_gqa=grouped
+    make = _bias if queries * keys <= KEPT_BIAS else _bias.__wrapped__
+    bias = make(queries, keys, window, q.dtype, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, enable_gqa=grouped)
+
+
+@lru_cache(maxsize=512)  # every layer, and its recomputation, wants the same
+def _bias(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make what is added to scores: 0 where a query sees a key, else -inf."""
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(
+        ~_visible(queries, keys, window, device), float("-inf")
     )
 
 

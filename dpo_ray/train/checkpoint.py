@@ -21,13 +21,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # of an adapter, its parameters alone
 _PREFIX, _CHUNK_BYTES = "step-", 1 << 22
 
 
@@ -62,7 +63,7 @@ class Checkpoints:
         """
         name = f"{_PREFIX}{progress.step:09d}"
         directory = self._place.child(name, self._attempt)
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
         state_dict_saver.save({"policy": model_state, "optimizer": optimizer_state}, storage_writer=_writer(directory))
         _barrier()
         if self._rank == 0:
@@ -95,10 +96,12 @@ class Checkpoints:
             self._forget_metrics_after(manifest["step"] if manifest else 0)
         if manifest is None:
             return Progress()
-        model_state, optimizer_state = get_state_dict(policy, optimizer)
+        model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
         state = {"policy": model_state, "optimizer": optimizer_state}
         state_dict_loader.load(state, storage_reader=_reader(self._place.child(manifest["directory"])))
-        set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"], options=TRAINED
+        )
         return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"])
 
     def metrics(self, until_step: int) -> list[dict[str, float]]:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForCausalLM
 
+from dpo_ray.config.train import LoraConfig
 from dpo_ray.models.load import TOKENIZER_FILES
+from dpo_ray.models.lora import merged, write_adapter
 from dpo_ray.models.token_logps import TokenLogps
 
 
@@ -20,13 +23,37 @@ def gather_policy(policy: TokenLogps, dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def write_policy(
-    policy: TokenLogps, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: Path, template: str, target: Path
+    policy: TokenLogps,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    source: Path,
+    template: str,
+    target: Path,
+    lora: LoraConfig | None = None,
+    base: str = "",
 ) -> None:
-    """Write the model directory. `template` is the chat template's text that training used, or `plain`."""
+    """Write the model directory, or the adapter's where one was trained and is not to be merged.
+
+    Args:
+        template: the chat template's text that training used, `plain`, or `auto`.
+        base: what an adapter names as its model.
+    """
     model = policy.model
+    if lora is not None and not lora.merge:
+        write_adapter(weights, lora, base, target)
+        _write_tokenizer(source, template, target)
+        return
+    if lora is not None:
+        weights = merged(weights, lora)
+        with torch.device("meta"):  # a model without the adapter's modules, for its names alone
+            model = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     model.save_pretrained(target, state_dict=weights, max_shard_size="5GB")
     model.config.dtype = dtype  # save_pretrained writes the type of the module's parameters, not that of `weights`
     model.config.save_pretrained(target)
+    _write_tokenizer(source, template, target)
+
+
+def _write_tokenizer(source: Path, template: str, target: Path) -> None:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

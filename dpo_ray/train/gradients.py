@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 
@@ -21,7 +24,8 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
     for name, gradient in with_gradients:
         shard = _shard(gradient)
         sharded = sharded or shard is not gradient
-        squares[GROUPS.index(group_of(name))] += float(torch.linalg.vector_norm(shard, dtype=torch.float32)) ** 2
+        square = float(torch.linalg.vector_norm(shard, dtype=torch.float32)) ** 2
+        squares[GROUPS.index(group_of(name))] += square / _copies(gradient)
     if sharded and dist.get_world_size() > 1:
         placed = squares.to("cuda" if "nccl" in dist.get_backend() else "cpu")
         dist.all_reduce(placed)
@@ -37,7 +41,15 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
 
 def _shard(gradient: Tensor) -> Tensor:
     """Return the part of a gradient that this rank holds."""
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient  # type: ignore[attr-defined]
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _copies(gradient: Tensor) -> int:
+    """Count the ranks that hold the same part of a gradient (replicas of HSDP)."""
+    if not isinstance(gradient, DTensor):
+        return 1
+    mesh = gradient.device_mesh
+    return math.prod(mesh.size(i) for i, placed in enumerate(gradient.placements) if placed.is_replicate())
 
 
 def group_of(name: str) -> str:

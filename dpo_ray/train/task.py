@@ -37,6 +37,7 @@ class TrainTask:
     inbox: Any  # handle of the driver's inbox
     audit: AuditTask | None
     sources: tuple[str, ...] = ()  # of the training data
+    seed: int = 0
 
 
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:

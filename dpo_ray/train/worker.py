@@ -23,8 +23,9 @@ from dpo_ray.data.tokens import parquet_bytes
 from dpo_ray.errors import AuditError, TrainError
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import load_policy, model_directory
+from dpo_ray.models.lora import add_lora
 from dpo_ray.models.packed_rows import packed_rows
-from dpo_ray.models.sharding import shard
+from dpo_ray.models.sharding import prepare_blocks, shard
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.compared import ComparedGroup, compared_groups
 from dpo_ray.schedule.records import heldout_splits, prefetched, read_steps
@@ -55,10 +56,14 @@ def _run(task: TrainTask) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(task.config.cpus_per_worker)))
     source = model_directory(task.model)
-    policy = load_policy(source, torch.float32, task.config.logprob_chunk_tokens, adapter_directory(task.model))
-    if task.config.activation_checkpointing == "full":
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(policy.to(device), device.type, world, getattr(torch, task.dtype)).train()
+    config = task.config
+    policy = load_policy(
+        source, torch.float32, config.logprob_chunk_tokens, adapter_directory(task.model), config.layout
+    )
+    if config.lora is not None:
+        add_lora(policy.model, config.lora, task.seed)
+    prepare_blocks(policy, config.activation_checkpointing, compiled=config.compile)
+    shard(policy.to(device), device.type, world, getattr(torch, task.dtype), config.sharding).train()
     optimizer = build_optimizer(policy, task.config.optimizer)
     checkpoints = Checkpoints(task.checkpoints, task.staging.attempt, task.config.keep_checkpoints)
     progress = checkpoints.load_newest(policy, optimizer)
@@ -133,7 +138,8 @@ def _written(
     """Write the artifact's files into the staging place (rank 0) and return their entries with the account."""
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-policy-") as scratch:
-        write_policy(policy, weights, getattr(torch, task.dtype), source, task.template, Path(scratch))
+        dtype, lora = getattr(torch, task.dtype), task.config.lora
+        write_policy(policy, weights, dtype, source, task.template, Path(scratch), lora, task.model.path)
         files = [file for file in sorted(Path(scratch).rglob("*")) if file.is_file()]
         entries += [task.staging.upload(f"policy/{f.relative_to(scratch).as_posix()}", f) for f in files]
     metrics = checkpoints.metrics(progress.step)

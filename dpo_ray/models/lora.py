@@ -1,0 +1,100 @@
+"""Training of LoRA adapters by PEFT: added to a loaded model, exported alone or merged.
+
+The adapter's parameters alone are trained; at step 0 its product is zero, so that policy and reference are one model.
+Source: https://huggingface.co/docs/peft/developer_guides/low_level_api (inject_adapter_in_model).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_ray.config.train import LoraConfig
+from dpo_ray.errors import ConfigError
+
+from .adapter import WEIGHTS
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and most runs train no adapter
+    import peft
+
+NAME = "default"
+ADAPTER_FORMAT_PREFIX = "base_model.model."
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Add a trainable adapter, in float32, to the linear layers that `config` names, and freeze all else.
+
+    Its first matrices are drawn from `seed`, so that all ranks, and a run that goes on, have the same.
+
+    Raises:
+        ConfigError: no layer has such a name.
+    """
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(_peft_config(config), model, adapter_name=NAME)
+        except ValueError as error:
+            raise ConfigError(
+                f"no adapter can be added: {str(error).splitlines()[0]}",
+                where=f"train.lora.target_modules={config.target_modules}",
+                fix="name linear layers of the model, such as q_proj, or say all-linear",
+            ) from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_lora(name))
+
+
+def _peft_config(config: LoraConfig) -> peft.LoraConfig:
+    from peft import LoraConfig as PeftConfig
+
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    return PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float is as good, and PEFT's own files hold some
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _is_lora(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def merged(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Add an adapter's product to the weights below it, in float32, and give them their names without adapter."""
+    scale = config.alpha / config.rank
+    whole: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if _is_lora(name):
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        if layer != name and f"{layer}.lora_A.{NAME}.weight" in weights:
+            a, b = (weights[f"{layer}.lora_{side}.{NAME}.weight"].float() for side in "AB")
+            weight = (weight.float() + scale * (b @ a)).to(weight.dtype)
+        whole[name.replace(".base_layer.", ".")] = weight
+    return whole
+
+
+def write_adapter(weights: dict[str, Tensor], config: LoraConfig, base: str, target: Path) -> None:
+    """Write the adapter alone in PEFT's format, in float32; `base` is the model that it belongs to."""
+    from safetensors.torch import save_file
+
+    own = {
+        ADAPTER_FORMAT_PREFIX + name.replace(f".{NAME}.weight", ".weight"): weight.float().contiguous()
+        for name, weight in weights.items()
+        if _is_lora(name)
+    }
+    save_file(own, target / WEIGHTS, metadata={"format": "pt"})
+    described = _peft_config(config)
+    described.base_model_name_or_path = base
+    described.inference_mode = True
+    if described.target_modules == "all-linear":  # as it was resolved: readers need names
+        resolved = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in own}
+        described.target_modules = resolved  # pyright: ignore[reportAttributeAccessIssue] - PEFT makes sets of lists itself
+    described.save_pretrained(str(target))
