@@ -192,8 +192,15 @@ def test_curves(case: str, reference: str, workers: int, references, tokens: Art
     assert_matches(train(settings_of(case), workers, schedule, tmp_path), curves()[case])
 
 
-@pytest.mark.parametrize("layout", ["shared", "packed"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, "packed"),
+        (2, "shared"),
+        pytest.param(1, "shared", marks=pytest.mark.slow),
+        pytest.param(2, "packed", marks=pytest.mark.slow),
+    ],
+)
 def test_all_curves(world: int, layout: str, tmp_path: Path) -> None:
     """Every case of the file, by the same step under FSDP2, in one process and in two, prompts shared and not."""
     settings = {case: settings_of(case) | {"layout": layout} for case in curves()}

@@ -94,6 +94,7 @@ def test_kto_on_labelled_completions(tmp_path: Path) -> None:
     assert "held-out" in Path(summary.write_report(finished)).read_text()
 
 
+@pytest.mark.slow
 def test_kto_on_pairs_and_dpo_on_the_same_data_share_tokens_and_scores(tmp_path: Path) -> None:
     run(tmp_path)
     finished = run(tmp_path, *KTO)
@@ -104,7 +105,7 @@ def test_kto_on_pairs_and_dpo_on_the_same_data_share_tokens_and_scores(tmp_path:
     assert "rewards/accuracies" in metrics(finished)[0]
 
 
-@pytest.mark.parametrize("kind", ["orpo", "simpo"])
+@pytest.mark.parametrize("kind", ["orpo", pytest.param("simpo", marks=pytest.mark.slow)])
 def test_without_a_reference_nothing_is_scored(tmp_path: Path, kind: str) -> None:
     recipe = small_recipe(tmp_path, f"train.objective={{type: {kind}}}")
     assert "reference" not in make_plan(recipe).stages
@@ -119,6 +120,7 @@ def test_without_a_reference_nothing_is_scored(tmp_path: Path, kind: str) -> Non
     assert "needs no reference" in Path(summary.write_report(finished)).read_text()
 
 
+@pytest.mark.slow
 def test_listwise_on_rankings(tmp_path: Path) -> None:
     """At step 0 all orders of three are equally likely: the loss is ln 6."""
     train, held = (write(tmp_path / f"{n}.jsonl", ranked_rows(*how)) for n, how in (("a", (48, 0)), ("b", (12, 1))))
