@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError
+from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError, StoppedError
 
 if TYPE_CHECKING:
     from dpo_ray.artifacts.storage import Storage
@@ -319,6 +320,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
+    except SystemExit as stopped:
+        if stopped.code != signal.SIGTERM:  # what Ray exits with then; while training runs, SIGTERM is a StoppedError
+            raise
+        Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
+        sys.exit(StoppedError.exit_code)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
         sys.exit(130)

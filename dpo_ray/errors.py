@@ -75,6 +75,12 @@ class InfrastructureError(DpoRayError):
     exit_code = 9
 
 
+class StoppedError(DpoRayError):
+    """Stopped by SIGTERM; the same command goes on from what was committed."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 EXIT_CODES = {
     0: "Success.",
     **{
@@ -88,6 +94,7 @@ EXIT_CODES = {
             TrainError,
             EngineError,
             InfrastructureError,
+            StoppedError,
         )
     },
     130: "Stopped by Ctrl-C; the same command goes on from what was committed.",

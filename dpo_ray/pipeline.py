@@ -321,6 +321,7 @@ class _Run:
             inbox=scheduled.inbox if isinstance(scheduled, LiveSchedule) else start_inbox(),
             audit=self.audit_task(),
             seed=recipe.seed,
+            identity=plan.resume_key,
             sources=tuple(
                 sorted({a["source"] for a in prepared.manifest.figures["accounts"] if a["split"] == "train"})
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,10 @@ def run_workers(
             from where the same command goes on.
         DpoRayError: what a worker raised.
     """
-    from ray.train.torch import TorchTrainer  # it loads torch, and not everybody who imports this module trains
+    from ray.train.torch import (
+        TorchConfig,
+        TorchTrainer,
+    )  # they load torch, and not everybody who imports this module trains
 
     resources = {"CPU": config.cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
     with tempfile.TemporaryDirectory(prefix="dpo-ray-workers-", ignore_cleanup_errors=True) as scratch:
@@ -52,6 +56,10 @@ def run_workers(
             train_loop_config={"task": task},
             scaling_config=ScalingConfig(
                 num_workers=config.workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            # What a rank waits for another; both backends, as sharded CPU tensors and objects are exchanged beside GPU work.
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", timeout_s=math.ceil(config.hang_seconds)
             ),
             run_config=RunConfig(
                 name=name,

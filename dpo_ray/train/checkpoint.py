@@ -1,6 +1,6 @@
-"""Training checkpoints: sharded files by PyTorch DCP, committed by a manifest with their digests.
+"""Training checkpoints: sharded files by PyTorch DCP, written while training goes on, committed by a manifest.
 
-    <place>/step-000000010/<attempt>/__0_0.distcp, ..., .metadata
+    <place>/step-000000010/<attempt>/__0_0.distcp, ..., .metadata, rng.json
     <place>/step-000000010.json                      the commit
     <place>/metrics/000000000-000000010.jsonl        what the steps since the last checkpoint measured
 
@@ -10,10 +10,10 @@ DCP's `.metadata` is a pickle, which runs code when it is read: only files whose
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,88 +21,201 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 
-logger = logging.getLogger(__name__)
+from .commits import commit, committed_steps, newest_sound, prune, read_sound, step_name
+from .rng import rng_state, seed_rank, set_rng_state
+
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # of an adapter, its parameters alone
-_PREFIX, _CHUNK_BYTES = "step-", 1 << 22
+_RNG = "rng.json"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation that was best so far, whose checkpoint is kept."""
+
+    step: int
+    value: float
+    since: int = 0  # evaluations after it, none of them better
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint says besides weights and optimizer state: the data cursor and running totals."""
+    """What a checkpoint says besides weights, optimizer state and random generators: the data cursor and running totals."""
 
     step: int = 0  # steps done == index of the next step
     num_tokens: int = 0
     figures: dict[str, Any] | None = None  # of the audit before step 1
+    best: Best | None = None
 
 
 def oldest_step(place: Storage) -> int:
     """Return the step of the oldest checkpoint that is kept, which training may have to go on from; 0 without any."""
-    steps = [name.removeprefix(_PREFIX).removesuffix(".json") for name in place.list_files() if _is_commit(name)]
-    return min(map(int, steps), default=0)
+    return min(committed_steps(place), default=0)
 
 
 class Checkpoints:
-    """The checkpoints of one training run. Every rank makes one; save and load are collective."""
+    """The checkpoints of one training run. Every rank makes one, at the same time; save, finish and load are collective."""
 
-    def __init__(self, place: Storage, attempt: str, keep: int) -> None:
+    def __init__(
+        self,
+        place: Storage,
+        attempt: str,
+        keep: int,
+        identity: str = "",
+        seed: int = 0,
+        hang_seconds: float = 1800,
+    ) -> None:
+        """Write to `place` as `attempt`, and keep the newest `keep`.
+
+        Args:
+            identity: of what determines the weights; a checkpoint of another identity is not loaded.
+            seed: of the random generators where a checkpoint is of another number of ranks.
+            hang_seconds: most that one rank waits for another.
+        """
         self._place, self._attempt, self._keep = place, attempt, keep
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._identity, self._seed = identity, seed
+        self._rank, self._world = 0, 1
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self._rank, self._world = dist.get_rank(), dist.get_world_size()
+            # A group of its own: writing talks to the other ranks in a thread, while training does so in another.
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=hang_seconds))
+            self._group = group if isinstance(group, dist.ProcessGroup) else None  # an int for ranks outside it: none
+        cuda = torch.cuda.is_available()
+        options = StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        )
+        self._stager = DefaultStager(options)
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-commit")
+        self._in_flight: Future[Any] | None = None
 
     def save(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]
     ) -> None:
-        """Commit a checkpoint of all ranks, then delete those that are no longer needed.
+        """Copy the state of all ranks; write and commit it while training goes on, once the one before is committed.
 
         `metrics` are the rows of the steps since the last checkpoint, or since the one that was loaded.
-        """
-        name = f"{_PREFIX}{progress.step:09d}"
-        directory = self._place.child(name, self._attempt)
-        model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
-        state_dict_saver.save({"policy": model_state, "optimizer": optimizer_state}, storage_writer=_writer(directory))
-        _barrier()
-        if self._rank == 0:
-            self._commit(name, directory, progress, metrics)
-            self._prune()
-        _barrier()
 
-    def _commit(self, name: str, directory: Storage, progress: Progress, metrics: list[dict[str, float]]) -> None:
+        Raises:
+            ArtifactError: the one before could not be written.
+        """
+        self._wait()
+        model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
+        generators: list[Any] = [None] * self._world
+        if self._group is None:
+            generators = [rng_state()]
+        else:
+            dist.all_gather_object(generators, rng_state(), group=self._group)
+        directory = f"{step_name(progress.step)}/{self._attempt}"
+        written = state_dict_saver.async_save(
+            {"policy": model_state, "optimizer": optimizer_state},
+            storage_writer=_writer(self._place.child(directory)),
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        if not isinstance(written, Future):
+            raise TypeError(f"a stager that copies at once gives a future, not {type(written).__name__}")
+        if self._rank:
+            self._in_flight = written
+        else:  # rank 0's write ends when all ranks' have: DCP's coordinator gathers their results
+            self._in_flight = self._committer.submit(self._commit, written, directory, generators, progress, metrics)
+
+    def _commit(
+        self,
+        written: Future[Any],
+        directory: str,
+        generators: list[Any],
+        progress: Progress,
+        metrics: list[dict[str, float]],
+    ) -> None:
+        written.result()
+        self._place.child(directory).write(_RNG, json.dumps(generators).encode())
         if metrics:
             first = int(metrics[0]["step"]) - 1
             lines = "".join(json.dumps(row) + "\n" for row in metrics)
             self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
-        manifest = {
-            "step": progress.step,
-            "num_tokens": progress.num_tokens,
-            "figures": progress.figures,
-            "directory": f"{name}/{self._attempt}",
-            "files": {n: _digest(directory, n) for n in directory.list_files()},
-        }
-        manifest["digest"] = _manifest_digest(manifest)
-        self._place.write(f"{name}.json", json.dumps(manifest, indent=1).encode())
+        commit(self._place, directory, asdict(progress) | {"identity": self._identity})
+        prune(self._place, self._keep)
+
+    def check(self) -> None:
+        """Raise what went wrong with a checkpoint in flight, if that is known by now. Costs nothing; not collective."""
+        if self._in_flight is not None and self._in_flight.done():
+            self._wait()
+
+    def finish(self) -> None:
+        """Wait until no checkpoint is in flight and all are committed; collective."""
+        self._wait()
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def _wait(self) -> None:
+        written, self._in_flight = self._in_flight, None
+        if written is None:
+            return
+        try:
+            written.result()
+        except (RuntimeError, OSError) as error:  # DCP wraps what it meets in a RuntimeError of its own
+            place, fix = self._place.uri, "mend the storage; training goes on from the checkpoint before"
+            raise ArtifactError(f"a checkpoint could not be written: {error}", where=place, fix=fix) from error
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Restore the newest checkpoint that verifies; without one, say so by step 0."""
-        chosen: list[dict[str, Any] | None] = [self._newest_sound() if self._rank == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(chosen, src=0)
-        manifest = chosen[0]
+        """Restore the newest checkpoint that verifies; without one, say so by step 0.
+
+        The random generators go on where they were; where the number of ranks is another, they are seeded by seed, rank
+        and step.
+        """
+        manifest = self._of_rank_0(newest_sound(self._place, self._identity) if self._rank == 0 else None)
         if self._rank == 0:
             self._forget_metrics_after(manifest["step"] if manifest else 0)
         if manifest is None:
             return Progress()
+        self._restore(policy, optimizer, manifest)
+        generators = json.loads(self._place.child(manifest["directory"]).read_bytes(_RNG))
+        if len(generators) == self._world:
+            set_rng_state(generators[self._rank])
+        else:
+            seed_rank(self._seed, self._rank, manifest["step"])
+        best = Best(**manifest["best"]) if manifest["best"] else None
+        return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"], best)
+
+    def load(self, policy: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Restore weights and optimizer state of the checkpoint of a step; collective.
+
+        Raises:
+            ArtifactError: on every rank, if it does not verify. `load_newest` then goes back to before it.
+        """
+        found: Any = None
+        if self._rank == 0:
+            try:
+                found = read_sound(self._place, step, self._identity)
+            except ArtifactError as error:
+                found = error
+        found = self._of_rank_0(found)
+        if isinstance(found, ArtifactError):
+            raise found
+        self._restore(policy, optimizer, found)
+
+    def _of_rank_0(self, value: Any) -> Any:
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer, manifest: dict[str, Any]) -> None:
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
         state = {"policy": model_state, "optimizer": optimizer_state}
-        state_dict_loader.load(state, storage_reader=_reader(self._place.child(manifest["directory"])))
+        reader = _reader(self._place.child(manifest["directory"]))
+        state_dict_loader.load(state, storage_reader=reader, process_group=self._group)
         set_state_dict(
             policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"], options=TRAINED
         )
-        return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"])
 
     def metrics(self, until_step: int) -> list[dict[str, float]]:
         """Return what the steps up to a committed checkpoint measured, in order, each step once."""
@@ -124,61 +237,6 @@ class Checkpoints:
         names = [n.removeprefix("metrics/").removesuffix(".jsonl") for n in self._place.list_files("metrics")]
         return sorted((int(a), int(b)) for a, b in (n.split("-") for n in names))
 
-    def _committed(self) -> list[str]:
-        return [name for name in self._place.list_files() if _is_commit(name)]
-
-    def _newest_sound(self) -> dict[str, Any] | None:
-        for name in reversed(self._committed()):
-            try:
-                manifest = json.loads(self._place.read_bytes(name))
-                if manifest.pop("digest") != _manifest_digest(manifest):
-                    raise ValueError("its digest does not match its content")
-                directory = self._place.child(manifest["directory"])
-                wrong = [
-                    n
-                    for n, known in manifest["files"].items()
-                    if not directory.exists(n) or _digest(directory, n) != known
-                ]
-                if not wrong:
-                    return manifest
-                reason = f"{wrong[0]} is not what was written"
-            except (ValueError, KeyError, TypeError, AttributeError, ArtifactError) as error:
-                reason = f"its manifest is not what was written: {error!r}"
-            logger.warning(
-                "checkpoint %s is damaged (%s): set aside; the one before it is used",
-                self._place.full_path(name),
-                reason,
-            )
-            self._place.write(f"damaged/{name}", self._place.read_bytes(name))
-            self._place.delete(name)
-        return None
-
-    def _prune(self) -> None:
-        """Delete what is older than the kept checkpoints; never what is newer, which another attempt may be writing."""
-        committed = self._committed()
-        for name in committed[: -self._keep]:
-            self._place.delete(name)
-        oldest = committed[-self._keep :][0].removesuffix(".json")
-        for directory in self._place.list_dirs():
-            if directory.startswith(_PREFIX) and directory < oldest:  # step numbers are padded: names sort as they do
-                self._place.delete_tree(directory)
-
-
-def _is_commit(name: str) -> bool:
-    return name.startswith(_PREFIX) and name.endswith(".json") and "/" not in name
-
-
-def _manifest_digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(directory: Storage, name: str) -> str:
-    h = hashlib.sha256()
-    with directory.open_input(name) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            h.update(chunk)
-    return h.hexdigest()
-
 
 def _writer(directory: Storage) -> StorageWriter:
     if directory.is_local:
@@ -194,8 +252,3 @@ def _reader(directory: Storage) -> StorageReader:
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
     return FsspecReader(directory.uri)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

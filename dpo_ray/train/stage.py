@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -13,7 +15,7 @@ import ray.exceptions
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.cluster.workers import run_workers
-from dpo_ray.errors import DpoRayError
+from dpo_ray.errors import DpoRayError, StoppedError
 
 from .task import TrainTask, train_worker
 
@@ -27,17 +29,26 @@ def run(task: TrainTask, gpus_per_worker: float, on_row: Callable[[dict[str, Any
     Raises:
         TrainError: the workers failed more often than train.max_failures allows.
         AuditError, TrainError: as the workers found.
+        StoppedError: SIGTERM came. The workers have made a checkpoint after the step that they were at, if they still could.
     """
-    with _following(task.inbox, on_row):
-        account = run_workers(
-            train_worker,
-            task,
-            task.config,
-            gpus_per_worker,
-            name=task.staging.attempt,
-            where="train",
-            goes_on="from the newest checkpoint",
-        )
+    stopping = threading.Event()
+    with _sigterm(stopping), _following(task.inbox, on_row, stopping):
+        try:
+            account = run_workers(
+                train_worker,
+                task,
+                task.config,
+                gpus_per_worker,
+                name=task.staging.attempt,
+                where="train",
+                goes_on="from the newest checkpoint",
+            )
+        except (DpoRayError, ray.exceptions.RayError) as error:
+            if stopping.is_set():  # the signal came to the workers or to Ray itself as well
+                raise _stopped(f"before the workers had made a checkpoint ({type(error).__name__})") from error
+            raise
+    if stopping.is_set() and "error" not in account:
+        raise _stopped("as training ended")
     assert isinstance(account, dict)  # noqa: S101 - what train_worker returns
     if "error" in account:
         raise account["error"]
@@ -53,11 +64,34 @@ def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Prov
     return artifact
 
 
-class _following:
-    """Poll the inbox in a thread while training runs, and once more at the end."""
+@contextmanager
+def _sigterm(stopping: threading.Event) -> Iterator[None]:
+    """Set the event at the first SIGTERM, in place of what Ray does, which is to exit; the second ends the process."""
+    if threading.current_thread() is not threading.main_thread():  # of a program that handles its signals itself
+        yield
+        return
 
-    def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None]) -> None:
-        self._inbox, self._on_row = inbox, on_row
+    def note(*_: object) -> None:
+        stopping.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(when: str) -> StoppedError:
+    fix = "the same command goes on from the newest checkpoint"
+    return StoppedError(f"stopped by SIGTERM {when}", where="train", fix=fix)
+
+
+class _following:
+    """Poll the inbox in a thread while training runs, and once more at the end; pass on the word to stop."""
+
+    def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None], stopping: threading.Event) -> None:
+        self._inbox, self._on_row, self._stopping = inbox, on_row, stopping
         self._stop = threading.Event()
         self._lost = False
         self._thread = threading.Thread(target=self._poll, name="metrics-inbox", daemon=True)
@@ -72,7 +106,11 @@ class _following:
             self._drain()
 
     def _poll(self) -> None:
+        told = False
         while not self._stop.wait(POLL_SECONDS) and not self._lost:
+            if self._stopping.is_set() and not told:
+                self._inbox.stop.remote()
+                told = True
             self._drain()
 
     def _drain(self) -> None:

@@ -38,6 +38,7 @@ class TrainTask:
     audit: AuditTask | None
     sources: tuple[str, ...] = ()  # of the training data
     seed: int = 0
+    identity: str = ""  # of what determines the weights; checkpoints of another are not used
 
 
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:

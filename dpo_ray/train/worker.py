@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 
 from dpo_ray.data.tokens import parquet_bytes
-from dpo_ray.errors import AuditError, TrainError
+from dpo_ray.errors import AuditError, StoppedError, TrainError
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import load_policy, model_directory
 from dpo_ray.models.lora import add_lora
@@ -33,22 +34,36 @@ from dpo_ray.schedule.records import heldout_splits, prefetched, read_steps
 from .checkpoint import Checkpoints, Progress
 from .evaluation import HELDOUT, heldout_figures, heldout_sums
 from .export import gather_policy, write_policy
-from .loop import Plan, train
+from .loop import Plan, Wish, train
 from .optimizer import build_optimizer
+from .rng import seed_rank
+from .step import over_ranks
 from .task import AuditTask, TrainTask
 
 logger = logging.getLogger(__name__)
 
 # Errors that every rank sees alike, because what they follow from was gathered: all ranks return, none waits for another.
-COLLECTIVE = (AuditError, TrainError)
+COLLECTIVE = (AuditError, StoppedError, TrainError)
 
 
 def train_and_export(task: TrainTask) -> dict[str, Any]:
-    """Train, export, and return rank 0's account; an error that all ranks see alike comes back as `error`."""
+    """Train, export, and return rank 0's account; an error that all ranks see alike comes back as `error`.
+
+    Raises:
+        TrainError: another rank was waited for in vain. Ray Train then ends all of them and starts them again.
+    """
     try:
         return _run(task)
     except COLLECTIVE as error:
         return {"error": error}
+    except RuntimeError as error:  # as gloo raises it; NCCL's watchdog ends the process by itself
+        if "timed out" not in str(error).lower():
+            raise
+        raise TrainError(
+            f"rank {dist.get_rank()} waited {task.config.hang_seconds:g} s for another rank: {error}",
+            where="train",
+            fix="look for what holds up a worker; train.hang_seconds says how long may be waited",
+        ) from error
 
 
 def _run(task: TrainTask) -> dict[str, Any]:
@@ -65,7 +80,10 @@ def _run(task: TrainTask) -> dict[str, Any]:
     prepare_blocks(policy, config.activation_checkpointing, compiled=config.compile)
     shard(policy.to(device), device.type, world, getattr(torch, task.dtype), config.sharding).train()
     optimizer = build_optimizer(policy, task.config.optimizer)
-    checkpoints = Checkpoints(task.checkpoints, task.staging.attempt, task.config.keep_checkpoints)
+    seed_rank(task.seed, rank)
+    checkpoints = Checkpoints(
+        task.checkpoints, task.staging.attempt, config.keep_checkpoints, task.identity, task.seed, config.hang_seconds
+    )
     progress = checkpoints.load_newest(policy, optimizer)
     counts = task.schedule.rows
     sources = task.sources if len(task.sources) > 1 else ()  # of a single one it is the accuracy of all
@@ -94,7 +112,10 @@ def _run(task: TrainTask) -> dict[str, Any]:
         checkpoints,
         progress,
         report,
+        _Wishes(task.inbox, rank),
     )
+    if progress.best is not None and progress.best.step != progress.step:
+        checkpoints.load(policy, optimizer, progress.best.step)
     measured = {name: heldout_sums(policy, read(), task.config, device) for name, read in heldout.items()}
     tables = {name: _gathered(rows) for name, (_, rows) in measured.items()}
     final = heldout_figures({name: sums for name, (sums, _) in measured.items()})
@@ -102,6 +123,25 @@ def _run(task: TrainTask) -> dict[str, Any]:
     if rank:
         return {}
     return _written(policy, weights, source, tables, checkpoints, progress, task) | {"final_evaluation": final}
+
+
+class _Wishes:
+    """What the driver and Ray ask of training, joined over the ranks: all see it after the same step."""
+
+    def __init__(self, inbox: Any, rank: int) -> None:
+        self._stopped = inbox.stopped.remote() if rank == 0 else None
+        self._preemption: Any = None  # the last that was heeded
+
+    def __call__(self) -> Wish:
+        """Look, without a message to anybody, and tell the other ranks; collective."""
+        stop = False
+        if self._stopped is not None and ray.wait([self._stopped], timeout=0)[0]:
+            ray.get(self._stopped)  # raises where the actor is gone instead
+            stop = True
+        preemption = ray.train.get_preemption_info()  # a machine of this group drains, as on SIGTERM to `ray start`
+        leaves, self._preemption = preemption not in (None, self._preemption), preemption
+        wishes = over_ranks(torch.tensor([leaves, stop], dtype=torch.int64))
+        return Wish(checkpoint=bool(wishes[0]), stop=bool(wishes[1]))
 
 
 def _audited(policy: TokenLogps, audit: AuditTask, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
@@ -153,7 +193,7 @@ def _written(
         "audit": progress.figures,
         "steps": progress.step,
         "num_tokens": progress.num_tokens,
-        "final": metrics[-1] if metrics else {},
+        "final": (metrics[-1] if metrics else {}) | ({"best_step": progress.best.step} if progress.best else {}),
     }
 
 

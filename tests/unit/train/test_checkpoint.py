@@ -13,6 +13,7 @@ from torch import nn
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.train.checkpoint import Checkpoints, Progress, oldest_step
+from dpo_ray.train.commits import committed_steps
 
 
 class Policy(nn.Module):
@@ -61,6 +62,7 @@ def run(checkpoints: Checkpoints, start: int, stops: list[int], policy: Policy, 
         if step + 1 in stops:
             checkpoints.save(policy, optimizer, Progress(step + 1, 10 * (step + 1), {"passed": True}), rows)
             states[step + 1], rows = state_of(policy, optimizer), []
+    checkpoints.finish()
     return states
 
 
@@ -104,8 +106,7 @@ def test_without_a_checkpoint_nothing_is_touched(place: Storage) -> None:
 
 def test_the_newest_is_taken_and_only_the_newest_are_kept(disk: Storage) -> None:
     states = run(Checkpoints(disk, "a-1", 2), 0, [2, 4, 10, 12], *make())
-    kept = [n for n in disk.list_files() if n.startswith("step-") and n.endswith(".json")]
-    assert kept == ["step-000000010.json", "step-000000012.json"]
+    assert committed_steps(disk) == [10, 12]
     assert [d for d in disk.list_dirs() if d.startswith("step-")] == ["step-000000010", "step-000000012"]
     policy, optimizer = make(9)
     assert Checkpoints(disk, "a-2", 2).load_newest(policy, optimizer).step == 12
@@ -235,6 +236,7 @@ def test_metrics_join_after_a_resume_from_an_older_checkpoint(disk: Storage) -> 
         for step in range(start, stop):
             advance(policy, optimizer, step)
         first.save(policy, optimizer, Progress(stop), rows[start:stop])
+    first.finish()
     for name in ("step-000000004.json", "step-000000006.json"):
         disk.write(name, b"{")
     second, policy, optimizer = Checkpoints(disk, "a-2", 2), *make()
@@ -243,6 +245,7 @@ def test_metrics_join_after_a_resume_from_an_older_checkpoint(disk: Storage) -> 
         for step in range(start, stop):
             advance(policy, optimizer, step)
         second.save(policy, optimizer, Progress(stop), [{"step": s + 1, "attempt": 2} for s in range(start, stop)])
+        second.finish()
         assert second.metrics(stop) == [{"step": s, "attempt": 2} for s in range(1, stop + 1)]
 
 
@@ -252,6 +255,7 @@ def test_metrics_before_the_restored_step_are_kept(disk: Storage) -> None:
         for step in range(start, stop):
             advance(policy, optimizer, step)
         first.save(policy, optimizer, Progress(stop), [{"step": s + 1, "attempt": 1} for s in range(start, stop)])
+    first.finish()
     flip_a_bit(disk.local_path())
     second, policy, optimizer = Checkpoints(disk, "a-2", 2), *make()
     assert second.load_newest(policy, optimizer).step == 2
@@ -259,5 +263,6 @@ def test_metrics_before_the_restored_step_are_kept(disk: Storage) -> None:
         for step in range(start, stop):
             advance(policy, optimizer, step)
         second.save(policy, optimizer, Progress(stop), [{"step": s + 1, "attempt": 2} for s in range(start, stop)])
+    second.finish()
     assert [(r["step"], r["attempt"]) for r in second.metrics(5)] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
     assert [r["step"] for r in second.metrics(3)] == [1, 2, 3]
