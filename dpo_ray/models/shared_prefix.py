@@ -9,27 +9,31 @@ the restart of `position_ids` as the start of a new sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface
 
 from .packed_rows import Segment
+from .segment_index import SegmentIndex
 
 IMPLEMENTATION = "dpo_ray_shared_prefix"
 KEPT_BIAS = 1 << 16  # largest bias that is kept, in elements
 
 
+@torch.compiler.disable  # or every micro-batch, with segments of its own, would have the blocks compiled again
 def shared_prefix_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, heads, tokens, head_dim]
     key: Tensor,  # [1, kv_heads, tokens, head_dim]
     value: Tensor,
     attention_mask: Tensor | None,
-    segments: Sequence[Segment],
+    segments: SegmentIndex,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -45,9 +49,11 @@ def shared_prefix_attention(
         raise ValueError(f"{type(module).__name__} has attention sinks, which packed groups do not honour yet")
     if attention_mask is not None:
         raise ValueError(f"{type(module).__name__} passes an attention mask; packed groups cannot honour it")
-    if softcap is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query, key, value, segments, scaling, sliding_window), None
-    parts = [_attend(query, key, value, s, scaling, sliding_window, softcap) for s in segments]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):  # as the kernels want it
+        if softcap is None:
+            return varlen(query, key, value, segments, scaling, sliding_window), None
+        return flex(query, key, value, segments, scaling, sliding_window, softcap), None
+    parts = [_attend(query, key, value, s, scaling, sliding_window, softcap) for s in segments.segments]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -60,9 +66,10 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    q = query[:, :, s.start : s.stop]
-    k = torch.cat([key[:, :, s.prompt_start : s.prompt_stop], key[:, :, s.start : s.stop]], dim=2)
-    v = torch.cat([value[:, :, s.prompt_start : s.prompt_stop], value[:, :, s.start : s.stop]], dim=2)
+    q, k, v = (x[:, :, s.start : s.stop] for x in (query, key, value))
+    if s.prompt_stop > s.prompt_start:
+        k = torch.cat([key[:, :, s.prompt_start : s.prompt_stop], k], dim=2)
+        v = torch.cat([value[:, :, s.prompt_start : s.prompt_stop], v], dim=2)
     grouped = q.shape[1] != k.shape[1]
     queries, keys = q.shape[2], k.shape[2]
     if softcap is not None:
@@ -101,35 +108,74 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: 
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scaling: float | None, window: int | None
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentIndex, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attend in one kernel call on CUDA; FlashAttention aligns causal masks to the bottom right when q is shorter than k."""
+    """Attend in one kernel call on CUDA; FlashAttention aligns causal masks to the bottom right when q is shorter than k.
+
+    Source: https://docs.pytorch.org/docs/2.13/nn.attention.varlen.html
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    device = query.device
-    q_lengths = torch.tensor([s.stop - s.start for s in segments])
-    k_lengths = q_lengths + torch.tensor([s.prompt_stop - s.prompt_start for s in segments])
-    gather = torch.cat(
-        [torch.cat([torch.arange(s.prompt_start, s.prompt_stop), torch.arange(s.start, s.stop)]) for s in segments]
-    ).to(device)
-    zero = torch.zeros(1, dtype=torch.int32)
-    cu_q = torch.cat([zero, q_lengths.cumsum(0, dtype=torch.int32)]).to(device)
-    cu_k = torch.cat([zero, k_lengths.cumsum(0, dtype=torch.int32)]).to(device)
+    index = segments.varlen
+    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [tokens, kv_heads, head_dim]
+    if index.keys is not None:
+        k, v = k.index_select(0, index.keys), v.index_select(0, index.keys)
     out = varlen_attn(
         query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1).index_select(0, gather),
-        value[0].transpose(0, 1).index_select(0, gather),
-        cu_q,
-        cu_k,
-        int(q_lengths.max()),
-        int(k_lengths.max()),
+        k,
+        v,
+        index.cu_queries,
+        index.cu_keys,
+        index.longest_queries,
+        index.longest_keys,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)  # noqa: S101 - no auxiliary outputs were asked for
     return out[None]
+
+
+def flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: SegmentIndex,
+    scaling: float | None,
+    window: int | None,
+    softcap: float,
+) -> Tensor:
+    """Attend with squashed scores in one kernel on CUDA; on the CPU it is slow, and has no gradient.
+
+    Source: https://docs.pytorch.org/docs/2.13/nn.attention.flex_attention.html
+    """
+    out = _flex_attention(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=_squashed(softcap),
+        block_mask=segments.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+@lru_cache
+def _flex_attention(device_type: str) -> Callable[..., Any]:
+    """Return the fused kernel, which only the compiler makes; the CPU's plain form is for comparison alone."""
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+@lru_cache
+def _squashed(softcap: float) -> Callable[..., Tensor]:
+    """Make the change of scores; the same function each time, so that it is compiled once."""
+
+    def squashed(score: Tensor, _batch: Tensor, _head: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return squashed
 
 
 AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)

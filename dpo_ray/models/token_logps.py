@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from . import shared_prefix
+from .head import head_scores
 from .packed_rows import Layout, PackedRows
+from .segment_index import SegmentIndex
 
 
 class TokenScores(NamedTuple):
@@ -22,7 +24,7 @@ class TokenScores(NamedTuple):
     logps: Tensor
     entropy: Tensor | None = None  # of the next-token distribution, in nats; without gradient
     log_collision: Tensor | None = None  # log of the sum over the vocabulary of p^2; without gradient
-    router_loss: Tensor | None = None  # scalar: how unevenly a mixture of experts uses them
+    router_loss: Tensor | None = None  # scalar: how unevenly a mixture of experts uses them; in training mode alone
 
 
 class TokenLogps(nn.Module):
@@ -34,7 +36,7 @@ class TokenLogps(nn.Module):
     def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024, layout: Layout = "shared") -> None:
         super().__init__()
         self.model = model
-        self.layout: Layout = layout
+        self.layout: Layout = layout  # in which the model takes its micro-batches
         self.chunk_tokens = chunk_tokens
         config = model.config.get_text_config()
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -42,52 +44,49 @@ class TokenLogps(nn.Module):
         self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
+        # Models of experts that are trained with a loss of their own bring it in their module.
+        self._router_loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
 
     def forward(self, rows: PackedRows, with_statistics: bool = False) -> TokenScores:
         """Score every completion token; with the entropy and the collision probability where they are asked for."""
-        backbone = self.model.get_decoder()
-        tokens = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "use_cache": False}
-        if rows.mask is None:
-            hidden = backbone(**tokens, segments=rows.segments).last_hidden_state
-        else:
-            hidden = backbone(**tokens, attention_mask=rows.mask).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, rows.predictor)  # [rows, hidden]
+        with_router = self._router_loss is not None and self.training and torch.is_grad_enabled()
+        output = self._backbone(rows, with_router)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, rows.predictor)  # [rows, hidden]
         head = self.model.get_output_embeddings()
         assert head is not None  # noqa: S101 - a causal language model has a head
-        bias = getattr(head, "bias", None)  # few models have one (Phi)
-        statistics = self._statistics(hidden, rows.target, head.weight, bias) if with_statistics else (None, None)
-        if len(hidden) <= self.chunk_tokens or not torch.is_grad_enabled():
-            logps = [self._logps(h, t, head.weight, bias) for h, t in self._chunks(hidden, rows.target)]
-        else:  # the chunks' logits are recomputed in backward; kept, they would be the matrix again
-            logps = [
-                checkpoint(self._logps, h, t, head.weight, bias, use_reentrant=False)
-                for h, t in self._chunks(hidden, rows.target)
-            ]
-        return TokenScores(torch.cat(logps), *statistics)
+        scores = head_scores(
+            hidden,
+            head.weight,
+            getattr(head, "bias", None),  # few models have one (Phi)
+            rows.target,
+            self.chunk_tokens,
+            self.logit_scale,
+            self.logit_softcap,
+            with_statistics=with_statistics,
+        )
+        return TokenScores(*scores, self._balance(output.router_logits, rows.mask) if with_router else None)
 
-    @torch.no_grad()
-    def _statistics(self, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        entropy, collision = [], []
-        for h, _ in self._chunks(hidden, target):
-            logp = self._logits(h, weight, bias).log_softmax(dim=1)  # [chunk, vocabulary]
-            entropy.append(-(logp.exp() * logp).sum(dim=1))
-            collision.append((2 * logp).logsumexp(dim=1))
-        return torch.cat(entropy), torch.cat(collision)
+    def _backbone(self, rows: PackedRows, with_router: bool) -> Any:
+        inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": False}
+        if rows.mask is not None:  # positions begin at 0 in each row, as models have them by themselves
+            inputs["attention_mask"] = rows.mask
+        else:
+            inputs["position_ids"] = rows.position_ids
+            # A model's own attention sees by them, without a mask, that a row holds several sequences.
+            if rows.segments is not None and self.model.config._attn_implementation == shared_prefix.IMPLEMENTATION:
+                inputs["segments"] = SegmentIndex(rows.segments, rows.input_ids.device)
+        if with_router:
+            inputs["output_router_logits"] = True
+        return self.model.get_decoder()(**inputs)
 
-    def _chunks(self, hidden: Tensor, target: Tensor):
-        return zip(hidden.split(self.chunk_tokens), target.split(self.chunk_tokens), strict=True)
+    def _balance(self, router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+        """Apply the model's own auxiliary loss to the logits of its routers, each [tokens, experts]; padding left out.
 
-    def _logps(self, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = self._logits(hidden, weight, bias)
-        return logits.gather(1, target[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
-
-    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = F.linear(hidden, weight, bias).float()  # [chunk, vocabulary]
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.logit_softcap is not None:
-            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-        return logits
+        A prompt that is shared counts once. Source: equations 4 to 6 of Fedus et al. 2021 (2101.03961).
+        """
+        model: Any = self.model
+        assert self._router_loss is not None  # noqa: S101
+        return self._router_loss(router_logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
 def sum_by_completion(token_logps: Tensor, rows: PackedRows) -> Tensor:

@@ -1,0 +1,162 @@
+"""The language model's head: log-probs of target tokens without the [rows, vocabulary] matrix, forward or backward.
+
+Logits exist for one chunk of rows at a time. The backward pass makes them again from the hidden states and the log of the
+normaliser, as in cut cross-entropy (Wijmans et al. 2024, 2411.09009), and adds each chunk's part to one weight gradient.
+
+`torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used: it rounds log-probs to the
+weights' type (in bfloat16 to two or three digits, too few for differences of sums), knows neither soft caps nor scales nor
+entropies, and is no faster (`benchmarks/head.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+VOCABULARY_BLOCK = 16_384  # rows of the weight whose gradient is rounded up to float32 at one time
+
+
+class HeadScores(NamedTuple):
+    """Of each row, [rows], float32 (float64 for a float64 model). The last two have no gradient."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    log_collision: Tensor | None  # log of the sum over the vocabulary of p^2
+
+
+def head_scores(
+    hidden: Tensor,  # [rows, hidden]
+    weight: Tensor,  # [vocabulary, hidden], of the type of `hidden`
+    bias: Tensor | None,  # [vocabulary]
+    target: Tensor,  # int64 [rows]
+    chunk_tokens: int,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    *,
+    with_statistics: bool = False,
+) -> HeadScores:
+    """Score the target of each row under softmax(logits), logits = softcap * tanh(scale * (W h + b) / softcap).
+
+    The softmax is float32 whatever the weights are. Rows may be none: the weight's gradient is zero then, not missing, so
+    that all ranks of a sharded model reduce the same gradients.
+    """
+    return HeadScores(*_Head.apply(hidden, weight, bias, target, chunk_tokens, scale, softcap, with_statistics))
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        chunk_tokens: int,
+        scale: float,
+        softcap: float | None,
+        with_statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        buffer = _buffer(hidden, weight, chunk_tokens)
+        logps, normaliser = buffer.new_empty(len(target)), buffer.new_empty(len(target))
+        entropy, collision = (buffer.new_empty(len(target)) if with_statistics else None for _ in range(2))
+        logits = buffer
+        for start in range(0, len(target), chunk_tokens):
+            at = slice(start, start + chunk_tokens)
+            logits = _logits(buffer, hidden[at], weight, bias, scale, softcap)  # [chunk, vocabulary]
+            own = logits.gather(1, target[at, None])[:, 0]
+            largest = logits.amax(dim=1)
+            logits.sub_(largest[:, None]).exp_()
+            total = logits.sum(dim=1)
+            normaliser[at] = total.log() + largest
+            logps[at] = own - normaliser[at]
+            if entropy is not None and collision is not None:
+                entropy[at] = torch.special.entr(logits).sum(dim=1) / total + total.log()
+                collision[at] = 2 * (torch.linalg.vector_norm(logits, dim=1).log() - total.log())
+        ctx.save_for_backward(hidden, weight, bias, target, normaliser)
+        ctx.chunk_tokens, ctx.scale, ctx.softcap = chunk_tokens, scale, softcap
+        # The last chunk's exponentials stay until the backward pass, which begins with that chunk and then needs the room.
+        ctx.last = (buffer, total) if len(target) and softcap is None and any(ctx.needs_input_grad) else None
+        ctx.mark_non_differentiable(*(t for t in (entropy, collision) if t is not None))
+        return logps, entropy, collision
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, normaliser = ctx.saved_tensors
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        # A graph that is kept for a second backward pass finds nothing here, and all chunks are made again.
+        (buffer, total), ctx.last = ctx.last or (_buffer(hidden, weight, ctx.chunk_tokens), None), None
+        grad_hidden = torch.empty_like(hidden) if for_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if for_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=buffer.dtype) if for_bias else None
+        for start in reversed(range(0, len(target), ctx.chunk_tokens)):
+            at = slice(start, start + ctx.chunk_tokens)
+            slope = None
+            if total is None:
+                g = _logits(buffer, hidden[at], weight, bias, ctx.scale, ctx.softcap)
+                if ctx.softcap is not None:
+                    slope = (g / ctx.softcap).square_().neg_().add_(1)
+                g.sub_(normaliser[at, None]).exp_().mul_(-grad[at, None])
+            else:
+                g = buffer[: len(target) - start].mul_((-grad[at] / total)[:, None])
+                total = None
+            g.scatter_add_(1, target[at, None], grad[at, None].to(g.dtype))  # [chunk, vocabulary]: w.r.t. the logits
+            if slope is not None:
+                g.mul_(slope)
+            if ctx.scale != 1.0:
+                g.mul_(ctx.scale)
+            if grad_bias is not None:
+                grad_bias += g.sum(dim=0)
+            g = g.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[at] = g @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, g.t(), hidden[at])
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 5,
+        )
+
+
+def _buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
+    """Make room for one chunk's logits: to give it back and ask for it again costs CPUs a fault for every page."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=dtype)
+
+
+def _logits(
+    buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Compute a chunk's logits in the buffer's type; the weight is never copied to it."""
+    logits = buffer[: len(hidden)]
+    if hidden.dtype == buffer.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    elif hidden.is_cuda:  # sums that are float32 in the kernel are written as such
+        torch.mm(hidden, weight.t(), out_dtype=buffer.dtype, out=logits)
+    else:
+        logits.copy_(torch.mm(hidden, weight.t()))
+    if bias is not None:
+        logits.add_(bias)
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total` [vocabulary, hidden], which is float32 where they are narrower."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+        return
+    for start in range(0, len(total), VOCABULARY_BLOCK):
+        at = slice(start, start + VOCABULARY_BLOCK)
+        if right.is_cuda:
+            total[at] += torch.mm(left[at], right, out_dtype=total.dtype)
+        else:
+            total[at] += torch.mm(left[at], right)
