@@ -132,7 +132,7 @@ def check_targets(adapter: Adapter, model_directory: Path) -> None:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError):
         return  # loading the model says what is wrong with it
-    _targets(model, adapter)
+    targets(model, adapter)
 
 
 @torch.no_grad()
@@ -143,13 +143,22 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> None:
         ConfigError: a layer that it adapts is not in the model, or has another shape.
     """
     with safe_open(adapter.directory / WEIGHTS, framework="pt") as file:
-        for name, linear in _targets(model, adapter).items():
-            a, b = (file.get_tensor(f"base_model.model.{name}.lora_{m}.weight").to(torch.float32) for m in "AB")
-            linear.weight.add_((b @ a) * adapter.layers[name].scaling)  # [out, rank] @ [rank, in]
+        for name, linear in targets(model, adapter).items():
+            linear.weight.add_(product(file, adapter, name))
 
 
-def _targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
-    """Find each adapted layer in the model."""
+def product(file: Any, adapter: Adapter, name: str) -> torch.Tensor:
+    """Compute what is added to one layer's weight, from the adapter's opened file: float32 [out, in]."""
+    a, b = (file.get_tensor(f"base_model.model.{name}.lora_{m}.weight").to(torch.float32) for m in "AB")
+    return (b @ a) * adapter.layers[name].scaling  # [out, rank] @ [rank, in]
+
+
+def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
+    """Find each adapted layer in the model.
+
+    Raises:
+        ConfigError: one is not in the model, has another shape, or is of a kind that is not supported.
+    """
     modules = dict(model.named_modules())
     base, merged = "name the model it was trained on in model.path", "train it without it, or " + MERGE_IT
     found: dict[str, nn.Linear] = {}

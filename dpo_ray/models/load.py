@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -169,34 +170,69 @@ def load_policy(
     A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
 
     Raises:
-        ConfigError: transformers does not know the architecture, it cannot attend by segments, or the adapter is none
-            of this model's.
+        ConfigError: transformers does not know the architecture, the files do not hold exactly its weights, it cannot attend
+            by segments, or the adapter is none of this model's.
     """
-    transformers_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype if adapter is None else torch.float32,
-            attn_implementation="sdpa" if layout == "padded" else shared_prefix.IMPLEMENTATION,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(
-            f"transformers cannot load it: {str(error).splitlines()[0]}",
-            where=f"model.path={directory}",
-            fix="use a causal language model that this version of transformers knows",
-        ) from None
-    assert isinstance(model, PreTrainedModel)  # noqa: S101
+    model = _load(directory, dtype if adapter is None else torch.float32, layout)
     if adapter is not None:
         lora.merge(model, lora.read_adapter(adapter))
         for parameter in model.parameters():  # and no buffer: rotary frequencies stay as they are loaded
             parameter.data = parameter.data.to(dtype)
+    return as_policy(model, chunk_tokens, layout, f"model.path={directory}")
+
+
+def as_policy(model: PreTrainedModel, chunk_tokens: int, layout: Layout, where: str) -> TokenLogps:
+    """Have a model give token log-probs, without dropout.
+
+    Raises:
+        ConfigError: it cannot attend by segments.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # preference losses compare two forward passes: both must see the same network
     policy = TokenLogps(model, chunk_tokens, layout)
     if layout != "padded":
-        check_segments(policy, f"model.path={directory}")
+        check_segments(policy, where)
     return policy
+
+
+def attention_of(layout: Layout) -> str:
+    """Name the attention implementation, as transformers knows it, that a layout needs."""
+    return "sdpa" if layout == "padded" else shared_prefix.IMPLEMENTATION
+
+
+def _load(directory: Path, dtype: torch.dtype, layout: Layout) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()
+    where = f"model.path={directory}"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=attention_of(layout),
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"transformers cannot load it: {str(error).splitlines()[0]}",
+            where=where,
+            fix="use a causal language model that this version of transformers knows",
+        ) from None
+    model, found = loaded
+    # Weights that are missing would be drawn at random, by every process anew.
+    for kind, problem in (
+        ("missing_keys", "the files lack"),
+        ("unexpected_keys", "the model has no place for"),
+        ("mismatched_keys", "config.json gives another shape to"),
+    ):
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in found[kind]):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(
+                f"{problem} `{names[0]}`{more}",
+                where=where,
+                fix="name a causal language model whose config.json and *.safetensors belong together",
+            )
+    return model

@@ -6,6 +6,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/low_level_api (inject_
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,25 +29,40 @@ ADAPTER_FORMAT_PREFIX = "base_model.model."
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Add a trainable adapter, in float32, to the linear layers that `config` names, and freeze all else.
 
-    Its first matrices are drawn from `seed`, so that all ranks, and a run that goes on, have the same.
+    On a model without memory (meta) the adapter has none either: `first_value` says what goes into it.
 
     Raises:
         ConfigError: no layer has such a name.
     """
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(_peft_config(config), model, adapter_name=NAME)
-        except ValueError as error:
-            raise ConfigError(
-                f"no adapter can be added: {str(error).splitlines()[0]}",
-                where=f"train.lora.target_modules={config.target_modules}",
-                fix="name linear layers of the model, such as q_proj, or say all-linear",
-            ) from None
+    try:
+        inject_adapter_in_model(
+            _peft_config(config), model, adapter_name=NAME, low_cpu_mem_usage=model.device.type == "meta"
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"no adapter can be added: {str(error).splitlines()[0]}",
+            where=f"train.lora.target_modules={config.target_modules}",
+            fix="name linear layers of the model, such as q_proj, or say all-linear",
+        ) from None
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_lora(name))
+        parameter.requires_grad_(is_lora(name))
+        if is_lora(name) and parameter.device.type != "meta":
+            with torch.no_grad():
+                parameter.copy_(first_value(name, tuple(parameter.shape), seed))
+
+
+def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Make an adapter's matrix as training begins: B zero, A drawn by seed and name, so that every rank draws the same.
+
+    A [rank, in] is uniform within +-1/sqrt(in), as PEFT's (Kaiming with a = sqrt(5)).
+    """
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    own = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+    bound = shape[1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(own))
 
 
 def _peft_config(config: LoraConfig) -> peft.LoraConfig:
@@ -62,7 +78,8 @@ def _peft_config(config: LoraConfig) -> peft.LoraConfig:
     )
 
 
-def _is_lora(name: str) -> bool:
+def is_lora(name: str) -> bool:
+    """Say whether a parameter is an adapter's."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -71,7 +88,7 @@ def merged(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     scale = config.alpha / config.rank
     whole: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if _is_lora(name):
+        if is_lora(name):
             continue
         layer = name.removesuffix(".base_layer.weight")
         if layer != name and f"{layer}.lora_A.{NAME}.weight" in weights:
@@ -88,7 +105,7 @@ def write_adapter(weights: dict[str, Tensor], config: LoraConfig, base: str, tar
     own = {
         ADAPTER_FORMAT_PREFIX + name.replace(f".{NAME}.weight", ".weight"): weight.float().contiguous()
         for name, weight in weights.items()
-        if _is_lora(name)
+        if is_lora(name)
     }
     save_file(own, target / WEIGHTS, metadata={"format": "pt"})
     described = _peft_config(config)

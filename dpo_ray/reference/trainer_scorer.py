@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.config.train import TrainConfig
+from dpo_ray.models.build import build_policy
 from dpo_ray.models.load import load_policy
 from dpo_ray.models.packed_rows import packed_rows
-from dpo_ray.models.sharding import shard
 from dpo_ray.schedule.micro_batch import Group, pack
 from dpo_ray.schedule.pack import deal, estimate_work
 from dpo_ray.schedule.records import filler
@@ -48,10 +48,13 @@ class TrainerScorer:
         self._tokens_per_micro_batch = settings.max_batched_tokens or train.tokens_per_micro_batch
         adapter = None if settings.adapter_dir is None else Path(settings.adapter_dir)
         dtype = getattr(torch, settings.dtype)
-        # In a group, as for training: float32 weights, of which FSDP2 makes `dtype` for the forward pass.
-        loaded = torch.float32 if grouped else dtype
-        policy = load_policy(Path(settings.model_dir), loaded, train.logprob_chunk_tokens, adapter).to(self._device)
-        self._policy = (shard(policy, self._device.type, self.ranks, dtype) if grouped else policy).eval()
+        directory = Path(settings.model_dir)
+        if grouped:  # as for training: float32 weights, of which FSDP2 makes `dtype` for the forward pass
+            plain = {"lora": None, "layout": "shared", "activation_checkpointing": "none", "compile": False}
+            policy = build_policy(directory, adapter, train.model_copy(update=plain), dtype, self._device)
+        else:
+            policy = load_policy(directory, dtype, train.logprob_chunk_tokens, adapter).to(self._device)
+        self._policy = policy.eval()
 
     @torch.no_grad()
     def score_share(self, groups: Sequence[Group]) -> dict[int, list[np.ndarray]]:

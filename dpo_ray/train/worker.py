@@ -23,10 +23,9 @@ import torch.distributed as dist
 from dpo_ray.data.tokens import parquet_bytes
 from dpo_ray.errors import AuditError, StoppedError, TrainError
 from dpo_ray.models.adapter import adapter_directory
-from dpo_ray.models.load import load_policy, model_directory
-from dpo_ray.models.lora import add_lora
+from dpo_ray.models.build import build_policy
+from dpo_ray.models.load import model_directory
 from dpo_ray.models.packed_rows import packed_rows
-from dpo_ray.models.sharding import prepare_blocks, shard
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.compared import ComparedGroup, compared_groups
 from dpo_ray.schedule.records import heldout_splits, prefetched, read_steps
@@ -67,18 +66,14 @@ def train_and_export(task: TrainTask) -> dict[str, Any]:
 
 
 def _run(task: TrainTask) -> dict[str, Any]:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(task.config.cpus_per_worker)))
     source = model_directory(task.model)
     config = task.config
-    policy = load_policy(
-        source, torch.float32, config.logprob_chunk_tokens, adapter_directory(task.model), config.layout
-    )
-    if config.lora is not None:
-        add_lora(policy.model, config.lora, task.seed)
-    prepare_blocks(policy, config.activation_checkpointing, compiled=config.compile)
-    shard(policy.to(device), device.type, world, getattr(torch, task.dtype), config.sharding).train()
+    policy = build_policy(
+        source, adapter_directory(task.model), config, getattr(torch, task.dtype), device, task.seed
+    ).train()
     optimizer = build_optimizer(policy, task.config.optimizer)
     seed_rank(task.seed, rank)
     checkpoints = Checkpoints(

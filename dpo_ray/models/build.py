@@ -1,0 +1,59 @@
+"""The policy of one rank: loaded, adapted, sharded, ready to train."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dpo_ray.config.train import TrainConfig
+
+from .load import as_policy, attention_of, load_policy
+from .lora import add_lora
+from .sharding import prepare_blocks, shard
+from .sliced_weights import WholeModelNeededError, fill_shards, find_slices
+from .token_logps import TokenLogps
+
+logger = logging.getLogger(__name__)
+
+
+def build_policy(
+    directory: Path,
+    adapter: Path | None,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> TokenLogps:
+    """Load the model, in a process group, sharded over its ranks; collective.
+
+    Each rank reads its own rows from the files. Where they hold the weights otherwise than the model does, each rank loads
+    the whole model into CPU memory first, and a line says so.
+
+    Args:
+        adapter: directory of a LoRA adapter that is merged into the model; `config.lora` is trained on top of it.
+        dtype: of the forward pass; master weights are float32.
+        seed: of the adapter that is trained.
+
+    Raises:
+        ConfigError: as `load_policy` and `add_lora`; on all ranks alike.
+    """
+    weights = None
+    try:
+        weights = find_slices(directory, attention_of(config.layout), config.layout, adapter)
+        policy = as_policy(weights.model, config.logprob_chunk_tokens, config.layout, f"model.path={directory}")
+    except WholeModelNeededError as reason:
+        logger.info("each rank loads the whole model before it is sharded: %s", reason)
+        policy = load_policy(directory, torch.float32, config.logprob_chunk_tokens, adapter, config.layout)
+    if config.lora is not None:
+        add_lora(policy.model, config.lora, seed)
+    prepare_blocks(policy, config.activation_checkpointing, compiled=config.compile)
+    # Never moved to the device as a whole: sharding takes it there block by block.
+    shard(policy, device.type, dist.get_world_size(), dtype, config.sharding)
+    if weights is not None:
+        place = torch.device("cpu") if config.sharding.cpu_offload else device
+        read = fill_shards(policy, weights, place, seed)
+        logger.info("read %.3f GiB of weights", read / 2**30)
+    return policy

@@ -1,0 +1,148 @@
+"""Weights read slice by slice: a rank takes from the safetensors files the rows that it keeps, and never holds the model.
+
+The model is made on the meta device, without memory; only its buffers (rotary frequencies) are real, made as `from_pretrained`
+makes them. It is sharded so, and then each rank's shards are filled. What it trains is bit for bit what `load_policy` loads.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from . import adapter as lora_files
+from .lora import first_value, is_lora
+from .packed_rows import Layout
+from .probe import KNOWN_EXACT
+from .token_logps import TokenLogps
+
+INDEX = "model.safetensors.index.json"
+
+
+class WholeModelNeededError(Exception):
+    """The files do not hold the weights as the model has them; says why."""
+
+
+@dataclass(frozen=True)
+class SlicedWeights:
+    """A model without memory, and the file of each of its weights."""
+
+    model: PreTrainedModel
+    files: dict[str, Path]  # by the weight's name in model and file alike
+    adapter: lora_files.Adapter | None  # whose product is added
+
+
+def find_slices(directory: Path, attention: str, layout: Layout, adapter_directory: Path | None) -> SlicedWeights:
+    """Make the model without memory and find each of its weights in the files.
+
+    Raises:
+        WholeModelNeededError: `load_policy` has to load it; it also says what is wrong where something is.
+        ConfigError: the adapter is none of this model's.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            raise WholeModelNeededError("its weights are quantized")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, KeyError, OSError) as error:
+        raise WholeModelNeededError(str(error).splitlines()[0]) from None
+    if layout != "padded" and model.config.model_type not in KNOWN_EXACT:
+        raise WholeModelNeededError(f"whether `{model.config.model_type}` can be packed is tried on its weights")
+    if get_model_conversion_mapping(model, add_legacy=False):
+        raise WholeModelNeededError(f"transformers converts the weights of `{model.config.model_type}`")
+    files = _files(model, directory)
+    _make_buffers(model)
+    adapter = None if adapter_directory is None else lora_files.read_adapter(adapter_directory)
+    if adapter is not None:
+        lora_files.targets(model, adapter)
+    return SlicedWeights(model, files, adapter)
+
+
+def _files(model: PreTrainedModel, directory: Path) -> dict[str, Path]:
+    """Find the file of each weight, which must have the model's name and shape for it."""
+    index, names = directory / INDEX, {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied weights the first
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()
+    if missing := sorted(model.state_dict().keys() - own.keys() - tied):
+        raise WholeModelNeededError(f"`{missing[0]}` is no parameter")
+    files: dict[str, Path] = {}
+    for path in (directory / name for name in sorted(names)):
+        if not path.is_file():
+            raise WholeModelNeededError(f"there is no {path.name}")
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                if key in own and own[key] == tuple(file.get_slice(key).get_shape()):
+                    files[key] = path
+                else:
+                    raise WholeModelNeededError(f"`{key}` in the files is not as in the model")
+    if missing := sorted(own.keys() - files.keys()):
+        raise WholeModelNeededError(f"`{missing[0]}` is not in the files under this name")
+    return files
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Make the buffers that no file holds, as `from_pretrained` does: the model's own initialisation writes them."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - transformers' mark: leave it
+    for name, buffer in model.named_non_persistent_buffers():
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()
+
+
+@torch.no_grad()
+def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device, seed: int) -> int:
+    """Give a sharded policy its memory on `device`, and each parameter the rows that this rank holds.
+
+    Returns:
+        Bytes of weights that were read.
+    """
+    policy._apply(
+        lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t
+    )  # as to_empty, for these
+    read = 0
+    with ExitStack() as stack:
+        opened = {p: stack.enter_context(safe_open(p, framework="pt")) for p in set(weights.files.values())}
+        if weights.adapter is not None:
+            adapter = stack.enter_context(safe_open(weights.adapter.directory / lora_files.WEIGHTS, framework="pt"))
+        else:
+            adapter = None
+        for name, parameter in policy.model.named_parameters():
+            name = name.replace(_CHECKPOINT_PREFIX, "")
+            rows, local = _held(parameter)
+            if rows.start == rows.stop:  # fewer rows than ranks
+                continue
+            if is_lora(name):
+                local.copy_(first_value(name, tuple(parameter.shape), seed)[rows])
+                continue
+            key = name.replace(".base_layer.", ".")
+            part = opened[weights.files[key]].get_slice(key)[rows]
+            read += part.numel() * part.element_size()
+            if weights.adapter is not None and (layer := key.removesuffix(".weight")) in weights.adapter.layers:
+                # The whole product, then its rows: the product of some rows may be rounded otherwise.
+                part = part.to(torch.float32).add_(lora_files.product(adapter, weights.adapter, layer)[rows])
+            local.copy_(part)
+    return read
+
+
+def _held(parameter: nn.Parameter) -> tuple[slice, Tensor]:
+    """Return which rows of a parameter this rank holds, and the memory for them."""
+    if not isinstance(parameter, DTensor):
+        return slice(0, len(parameter)), parameter
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return slice(offset[0], offset[0] + shape[0]), parameter.to_local()
