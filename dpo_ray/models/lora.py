@@ -7,6 +7,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/low_level_api (inject_
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,29 +84,25 @@ def is_lora(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def merged(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Add an adapter's product to the weights below it, in float32, and give them their names without adapter."""
-    scale = config.alpha / config.rank
-    whole: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if is_lora(name):
-            continue
-        layer = name.removesuffix(".base_layer.weight")
-        if layer != name and f"{layer}.lora_A.{NAME}.weight" in weights:
-            a, b = (weights[f"{layer}.lora_{side}.{NAME}.weight"].float() for side in "AB")
-            weight = (weight.float() + scale * (b @ a)).to(weight.dtype)
-        whole[name.replace(".base_layer.", ".")] = weight
-    return whole
+def matrices_of(name: str, names: Container[str]) -> tuple[str, str] | None:
+    """Name the matrices A and B that adapt a weight, None where there are none."""
+    layer = name.removesuffix(".base_layer.weight")
+    a, b = (f"{layer}.lora_{side}.{NAME}.weight" for side in "AB")
+    return (a, b) if layer != name and a in names else None
+
+
+def add_product(weight: Tensor, a: Tensor, b: Tensor, config: LoraConfig) -> Tensor:
+    """Add an adapter's product to a weight [out, in], all float32; a [rank, in], b [out, rank]."""
+    return weight + config.alpha / config.rank * (b @ a)
 
 
 def write_adapter(weights: dict[str, Tensor], config: LoraConfig, base: str, target: Path) -> None:
-    """Write the adapter alone in PEFT's format, in float32; `base` is the model that it belongs to."""
+    """Write the adapter alone in PEFT's format; `base` is the model that it belongs to."""
     from safetensors.torch import save_file
 
     own = {
-        ADAPTER_FORMAT_PREFIX + name.replace(f".{NAME}.weight", ".weight"): weight.float().contiguous()
+        ADAPTER_FORMAT_PREFIX + name.replace(f".{NAME}.weight", ".weight"): weight.contiguous()
         for name, weight in weights.items()
-        if is_lora(name)
     }
     save_file(own, target / WEIGHTS, metadata={"format": "pt"})
     described = _peft_config(config)

@@ -68,7 +68,7 @@ class TrainerScorer:
         scores: dict[int, list[np.ndarray]] = {}
         for members in deal(tokens, work, self.ranks, self._tokens_per_micro_batch)[self.rank]:
             batch = pack([groups[i] for i in members]) if members else filler()
-            rows = packed_rows(batch, self._device)
+            rows = packed_rows(batch, self._device, self._policy.layout)
             logps = self._policy(rows).logps.cpu().numpy()
             ends = np.cumsum([len(c) for i in members for c in groups[i].completion_ids], dtype=np.int64)
             parts = iter(np.split(logps, ends[:-1]) if members else [])

@@ -6,25 +6,56 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config.train import LoraConfig
 from dpo_ray.models.load import TOKENIZER_FILES
-from dpo_ray.models.lora import merged, write_adapter
+from dpo_ray.models.lora import add_product, is_lora, matrices_of, write_adapter
 from dpo_ray.models.token_logps import TokenLogps
 
 
-def gather_policy(policy: TokenLogps, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gather all weights on rank 0's CPU (collective; other ranks get an empty dict), in the type they are served in."""
-    whole = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    tensors = {name.removeprefix("model."): w for name, w in whole.items() if isinstance(w, torch.Tensor)}
-    return {name: w.to(dtype) if w.is_floating_point() else w for name, w in tensors.items()}
+def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | None = None) -> dict[str, Tensor]:
+    """Gather what is exported on rank 0's CPU, one weight at a time; collective. Other ranks get an empty dict.
+
+    Of an adapter that is not to be merged its matrices alone, in float32. All else in `dtype`, in which it is served: float32
+    masters are rounded once, an adapter that is merged is added before.
+    """
+    held = {  # this rank's shards
+        name.removeprefix("model."): w for name, w in get_model_state_dict(policy).items() if isinstance(w, Tensor)
+    }
+    alone = lora is not None and not lora.merge
+    tied = policy.model.all_tied_weights_keys or {}
+    keeps = not dist.is_initialized() or dist.get_rank() == 0
+    whole: dict[str, Tensor] = {}
+    for name, weight in held.items():
+        if is_lora(name) != alone or name in tied:
+            continue
+        if (pair := matrices_of(name, held.keys())) is not None and lora is not None:
+            a, b = (_whole(held[matrix]) for matrix in pair)
+            gathered = add_product(_whole(weight), a, b, lora).to(dtype)
+        else:
+            gathered = _whole(weight.to(dtype) if weight.is_floating_point() and not alone else weight)
+        if keeps:
+            whole[name.replace(".base_layer.", ".")] = gathered.cpu()
+    return whole
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Gather a weight on every rank; collective."""
+    if not isinstance(weight, DTensor):
+        return weight
+    on_device = weight.to(weight.device_mesh.device_type)  # an offloaded shard is on the CPU
+    assert isinstance(on_device, DTensor)  # noqa: S101 - `to` keeps it one
+    return on_device.full_tensor()
 
 
 def write_policy(
     policy: TokenLogps,
-    weights: dict[str, torch.Tensor],
+    weights: dict[str, Tensor],
     dtype: torch.dtype,
     source: Path,
     template: str,
@@ -35,6 +66,7 @@ def write_policy(
     """Write the model directory, or the adapter's where one was trained and is not to be merged.
 
     Args:
+        weights: as `gather_policy` gathers them on rank 0.
         template: the chat template's text that training used, `plain`, or `auto`.
         base: what an adapter names as its model.
     """
@@ -44,7 +76,6 @@ def write_policy(
         _write_tokenizer(source, template, target)
         return
     if lora is not None:
-        weights = merged(weights, lora)
         with torch.device("meta"):  # a model without the adapter's modules, for its names alone
             model = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     model.save_pretrained(target, state_dict=weights, max_shard_size="5GB")

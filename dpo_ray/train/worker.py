@@ -114,7 +114,7 @@ def _run(task: TrainTask) -> dict[str, Any]:
     measured = {name: heldout_sums(policy, read(), task.config, device) for name, read in heldout.items()}
     tables = {name: _gathered(rows) for name, (_, rows) in measured.items()}
     final = heldout_figures({name: sums for name, (sums, _) in measured.items()})
-    weights = gather_policy(policy, getattr(torch, task.dtype))
+    weights = gather_policy(policy, getattr(torch, task.dtype), config.lora)
     if rank:
         return {}
     return _written(policy, weights, source, tables, checkpoints, progress, task) | {"final_evaluation": final}

@@ -54,7 +54,7 @@ def test_an_adapter_is_nothing_at_first_and_alone_has_gradients(name: str, famil
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_peft_reads_the_adapter_alone(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     policy = moved(adapted(family(name)))
-    weights = gather_policy(policy, torch.float32)
+    weights = gather_policy(policy, torch.float32, CONFIG)
     write_policy(policy, weights, torch.float32, family(name), "plain", tmp_path, CONFIG, "some/base")
     assert not (tmp_path / "config.json").exists()
     read = PeftModel.from_pretrained(plain_model(family(name)), str(tmp_path)).eval()
@@ -72,7 +72,7 @@ def test_peft_reads_the_adapter_alone(name: str, family: Callable[[str], Path], 
 def test_merged_it_is_the_same_policy(family: Callable[[str], Path], tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"merge": True})
     policy = moved(adapted(family("llama"), config))
-    weights = gather_policy(policy, torch.float32)
+    weights = gather_policy(policy, torch.float32, config)
     write_policy(policy, weights, torch.float32, family("llama"), "plain", tmp_path, config)
     rows = packed_rows(pack(trying_groups()))
     with torch.no_grad():
