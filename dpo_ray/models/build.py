@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dpo_ray.config.train import TrainConfig
 
-from .load import as_policy, attention_of, load_policy
+from .load import as_policy, load_policy
 from .lora import add_lora
 from .sharding import prepare_blocks, shard
 from .sliced_weights import WholeModelNeededError, fill_shards, find_slices
@@ -42,7 +42,7 @@ def build_policy(
     """
     weights = None
     try:
-        weights = find_slices(directory, attention_of(config.layout), config.layout, adapter)
+        weights = find_slices(directory, adapter)
         policy = as_policy(weights.model, config.logprob_chunk_tokens, config.layout, f"model.path={directory}")
     except WholeModelNeededError as reason:
         logger.info("each rank loads the whole model before it is sharded: %s", reason)

@@ -17,7 +17,6 @@ from dpo_ray.config.model import ModelConfig
 from dpo_ray.errors import ConfigError, InfrastructureError
 
 from . import adapter as lora
-from . import shared_prefix
 from .builtin import builtin_model
 from .packed_rows import Layout
 from .probe import check_segments
@@ -165,15 +164,15 @@ def context_tokens(directory: Path) -> int | None:
 def load_policy(
     directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter: Path | None = None, layout: Layout = "shared"
 ) -> TokenLogps:
-    """Load a causal language model ready to give token log-probs: shared-prefix attention, no dropout.
+    """Load a causal language model ready to give token log-probs, in `layout` or the next that it computes exactly; no dropout.
 
     A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
 
     Raises:
-        ConfigError: transformers does not know the architecture, the files do not hold exactly its weights, it cannot attend
-            by segments, or the adapter is none of this model's.
+        ConfigError: transformers does not know the architecture, the files do not hold exactly its weights, no layout serves
+            it, or the adapter is none of this model's.
     """
-    model = _load(directory, dtype if adapter is None else torch.float32, layout)
+    model = _load(directory, dtype if adapter is None else torch.float32)
     if adapter is not None:
         lora.merge(model, lora.read_adapter(adapter))
         for parameter in model.parameters():  # and no buffer: rotary frequencies stay as they are loaded
@@ -185,30 +184,24 @@ def as_policy(model: PreTrainedModel, chunk_tokens: int, layout: Layout, where: 
     """Have a model give token log-probs, without dropout.
 
     Raises:
-        ConfigError: it cannot attend by segments.
+        ConfigError: no layout serves its architecture.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # preference losses compare two forward passes: both must see the same network
     policy = TokenLogps(model, chunk_tokens, layout)
-    if layout != "padded":
-        check_segments(policy, where)
+    check_segments(policy, where)
     return policy
 
 
-def attention_of(layout: Layout) -> str:
-    """Name the attention implementation, as transformers knows it, that a layout needs."""
-    return "sdpa" if layout == "padded" else shared_prefix.IMPLEMENTATION
-
-
-def _load(directory: Path, dtype: torch.dtype, layout: Layout) -> PreTrainedModel:
+def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     where = f"model.path={directory}"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            attn_implementation=attention_of(layout),
+            attn_implementation="eager",  # every model has it; `check_segments` sets that of the layout
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,

@@ -1,11 +1,13 @@
-"""See that an architecture can be computed over packed groups, before any training depends on it.
+"""See in which layout an architecture is computed exactly, before any training depends on it.
 
 Attention by segments is exact where tokens meet in attention alone and positions come from `position_ids`. A model that
-mixes neighbours otherwise (state-space layers, convolutions, ALiBi by row) would give wrong log-probs without any error.
+mixes neighbours otherwise (state-space layers, convolutions, ALiBi by row) would give wrong log-probs without any error, and
+gets a plainer layout.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +21,10 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.schedule.micro_batch import Group, pack
 
 from . import shared_prefix
-from .packed_rows import packed_rows
+from .packed_rows import Layout, packed_rows
 from .token_logps import TokenLogps
+
+logger = logging.getLogger(__name__)
 
 # Families whose exactness the tests show; the probe would only cost them a forward pass.
 KNOWN_EXACT = frozenset(
@@ -29,6 +33,8 @@ KNOWN_EXACT = frozenset(
         *("granite", "cohere"),
     }
 )
+# What models raise that do not take their input so; each is told with its words.
+FAILURES = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)
 WINDOWS = ("sliding_window", "attention_chunk_size")
 PROBE_WINDOW = 3  # tokens; shorter than the probe's sequences
 TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # of a token; wrong models are off by tenths and more
@@ -36,50 +42,105 @@ TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # of a token; wrong
 
 @torch.no_grad()
 def check_segments(policy: TokenLogps, where: str) -> None:
-    """Compare packed log-probs of a few random tokens with the model's own forward pass of each sequence alone.
+    """Have the policy compute its layout exactly, or set `policy.layout` to the next plainer one that it can compute.
+
+    Log-probs of a few random tokens are compared with the model's own forward pass of each sequence alone. Where attention by
+    segments differs, the model's own attention finds the sequences of a packed row by their positions; where that differs too
+    (state-space layers, ALiBi by row), each sequence gets a padded row of its own.
 
     Raises:
-        ConfigError: they differ, or the model does not take packed rows at all.
+        ConfigError: log-probs differ in padded rows too, or tokens see those that follow them.
     """
     model_type = policy.model.config.model_type
     if getattr(policy.model.config, "use_bidirectional_attention", None) is True:
         raise _refused(model_type, "its tokens see those that follow them (use_bidirectional_attention)", where)
     if model_type in KNOWN_EXACT:
+        _set_attention(policy.model, by_segments=policy.layout != "padded")
         return
+    wanted, problems = policy.layout, []
+    groups = _random_groups(policy)
+    policy.eval()
+    try:
+        with _short_windows(policy.model):
+            alone = _alone(policy, groups, where)
+            for layout, by_segments in _ways(wanted):
+                policy.layout = layout
+                problem = _problem(policy, by_segments, groups, alone)
+                if problem is None:
+                    break
+                problems.append(f"{layout} {'by segments' if by_segments else 'by its own attention'}: {problem}")
+            else:
+                raise _refused(model_type, "; ".join(problems), where)
+    finally:
+        policy.train()
+    if problems:
+        kept = (
+            f"the layout is {policy.layout} in place of {wanted}" if policy.layout != wanted else "attention is its own"
+        )
+        logger.warning("%s: for the architecture `%s` %s (%s)", where, model_type, kept, "; ".join(problems))
+
+
+def _ways(wanted: Layout) -> list[tuple[Layout, bool]]:
+    """List layouts from the one wanted to the plainest, each with whether attention is by segments."""
+    if wanted == "padded":
+        return [("padded", False)]
+    return [(wanted, True), ("packed", False), ("padded", False)]
+
+
+def _problem(policy: TokenLogps, by_segments: bool, groups: list[Group], expected: Tensor) -> str | None:
+    """Say what is wrong with log-probs in the policy's layout: None where they are `expected`, float32 [rows]."""
+    try:
+        _set_attention(policy.model, by_segments)
+        rows = packed_rows(pack(groups), policy.model.device, policy.layout)
+        difference = float((policy(rows).logps - expected).abs().max())
+    except FAILURES as error:
+        return str(error).splitlines()[0]
+    if difference <= TOLERANCE_NATS[policy.model.dtype]:
+        return None
+    return f"log-probs are off by {difference:.2g} nats a token"
+
+
+def _set_attention(model: PreTrainedModel, by_segments: bool) -> None:
+    """Have the model attend by segments, or by its own attention: PyTorch's kernels, or the plain one where it needs that."""
+    if by_segments:
+        model.set_attn_implementation(shared_prefix.IMPLEMENTATION)
+        return
+    # Transformers' `sdpa` leaves out the soft cap of scores (Gemma 2) without a word.
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    try:
+        model.set_attn_implementation("eager" if softcap else "sdpa")
+    except ValueError:  # the architecture does not have it
+        model.set_attn_implementation("eager")
+
+
+def _random_groups(policy: TokenLogps) -> list[Group]:
     random = np.random.default_rng(0)
     vocabulary = policy.model.config.get_text_config().vocab_size
     prompts = [random.integers(0, vocabulary, n, dtype=np.int32) for n in (5, 3)]
     completions = [
         tuple(random.integers(0, vocabulary, n, dtype=np.int32) for n in lengths) for lengths in ((4, 3), (2, 4))
     ]
-    groups = [Group(bytes(16), p, c, np.array([1, 0], np.float32)) for p, c in zip(prompts, completions, strict=True)]
-    policy.eval()
-    try:
-        with _short_windows(policy.model):
-            packed = policy(packed_rows(pack(groups))).logps
-            own = _alone(policy, groups)
-        difference = float((packed - own).abs().max())
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise _refused(model_type, str(error).splitlines()[0], where) from error
-    finally:
-        policy.train()
-    if not difference <= TOLERANCE_NATS[policy.model.dtype]:
-        raise _refused(model_type, f"packed log-probs are off by {difference:.2g} nats a token", where)
+    return [Group(bytes(16), p, c, np.array([1, 0], np.float32)) for p, c in zip(prompts, completions, strict=True)]
 
 
-def _alone(policy: TokenLogps, groups: list[Group]) -> Tensor:
-    """Score every completion by itself with the model's own attention: float32 [rows], in the packed order."""
+def _alone(policy: TokenLogps, groups: list[Group], where: str) -> Tensor:
+    """Score every completion by itself with the model's own attention: float32 [rows], in the packed order.
+
+    Raises:
+        ConfigError: the model cannot be run at all.
+    """
     rows = []
     policy.model.set_attn_implementation("eager")
-    try:
-        for group in groups:
-            for completion in group.completion_ids:
-                ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion]).astype(np.int64))
-                logps = policy.model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
-                at = torch.arange(len(group.prompt_ids) - 1, len(ids) - 1)
-                rows.append(logps[at, ids[len(group.prompt_ids) :]])
-    finally:
-        policy.model.set_attn_implementation(shared_prefix.IMPLEMENTATION)
+    for group in groups:
+        for completion in group.completion_ids:
+            ids = torch.from_numpy(np.concatenate([group.prompt_ids, completion]).astype(np.int64))
+            ids = ids.to(policy.model.device)
+            try:
+                logits = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()
+            except FAILURES as error:
+                raise _refused(policy.model.config.model_type, str(error).splitlines()[0], where) from error
+            at = torch.arange(len(group.prompt_ids) - 1, len(ids) - 1)
+            rows.append(logits.log_softmax(-1)[at, ids[len(group.prompt_ids) :]])
     return torch.cat(rows)
 
 
@@ -99,7 +160,7 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
 
 def _refused(model_type: str, reason: str, where: str) -> ConfigError:
     return ConfigError(
-        f"the architecture `{model_type}` cannot be trained in packed groups: {reason}",
+        f"the architecture `{model_type}` cannot be trained: {reason}",
         where=where,
         fix="use a decoder whose tokens meet in attention alone, such as Llama, Mistral, Qwen, Gemma, Phi",
     )

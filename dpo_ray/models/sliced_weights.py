@@ -22,7 +22,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from . import adapter as lora_files
 from .lora import first_value, is_lora
-from .packed_rows import Layout
 from .probe import KNOWN_EXACT
 from .token_logps import TokenLogps
 
@@ -42,7 +41,7 @@ class SlicedWeights:
     adapter: lora_files.Adapter | None  # whose product is added
 
 
-def find_slices(directory: Path, attention: str, layout: Layout, adapter_directory: Path | None) -> SlicedWeights:
+def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeights:
     """Make the model without memory and find each of its weights in the files.
 
     Raises:
@@ -55,12 +54,12 @@ def find_slices(directory: Path, attention: str, layout: Layout, adapter_directo
             raise WholeModelNeededError("its weights are quantized")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
     except (ValueError, KeyError, OSError) as error:
         raise WholeModelNeededError(str(error).splitlines()[0]) from None
-    if layout != "padded" and model.config.model_type not in KNOWN_EXACT:
-        raise WholeModelNeededError(f"whether `{model.config.model_type}` can be packed is tried on its weights")
+    if model.config.model_type not in KNOWN_EXACT:
+        raise WholeModelNeededError(f"in which layout `{model.config.model_type}` is exact is tried on its weights")
     if get_model_conversion_mapping(model, add_legacy=False):
         raise WholeModelNeededError(f"transformers converts the weights of `{model.config.model_type}`")
     files = _files(model, directory)

@@ -44,8 +44,9 @@ class TokenLogps(nn.Module):
         self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
-        # Models of experts that are trained with a loss of their own bring it in their module.
-        self._router_loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        # Mixtures of experts that are trained with a loss of their own bring it in their module.
+        own = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+        self._router_loss = own if getattr(model, "num_experts", None) else None
 
     def forward(self, rows: PackedRows, with_statistics: bool = False) -> TokenScores:
         """Score every completion token; with the entropy and the collision probability where they are asked for."""
@@ -64,7 +65,8 @@ class TokenLogps(nn.Module):
             self.logit_softcap,
             with_statistics=with_statistics,
         )
-        return TokenScores(*scores, self._balance(output.router_logits, rows.mask) if with_router else None)
+        routed = with_router and output.router_logits  # a mixture may have dense blocks alone
+        return TokenScores(*scores, self._balance(output.router_logits, rows.mask) if routed else None)
 
     def _backbone(self, rows: PackedRows, with_router: bool) -> Any:
         inputs: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": False}

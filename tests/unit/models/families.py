@@ -178,7 +178,7 @@ def make_group(seed: int, prompt: int, completions: list[int], scores: list[floa
 
 
 def trying_groups() -> list[Group]:
-    """Give groups of K = 1 to 4 with ragged lengths, one-token prompts and completions, and common beginnings."""
+    """Give groups of K = 1 to 5 with ragged lengths, one-token prompts and completions, and common beginnings."""
     common = make_group(3, 7, [9, 6, 6])
     first, second, third = (c.copy() for c in common.completion_ids)
     second[:4] = first[:4]
@@ -189,4 +189,5 @@ def trying_groups() -> list[Group]:
         Group(common.group_id, common.prompt_ids, (first, second, third), common.scores),
         make_group(4, 1, [1, 12, 2, 1]),
         make_group(5, 12, [1, 3]),
+        make_group(6, 4, [3, 1, 7, 2, 5]),
     ]

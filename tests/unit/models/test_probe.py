@@ -1,7 +1,8 @@
-"""An architecture that packed groups would compute wrongly is refused before anything depends on it."""
+"""An architecture gets the layout that it computes exactly, or is refused, before anything depends on it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     GPT2Config,
+    GPTJConfig,
     Llama4TextConfig,
     Mamba2Config,
     MixtralConfig,
@@ -22,9 +24,12 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from dpo_ray.errors import ConfigError
 from dpo_ray.models import probe
 from dpo_ray.models.load import load_policy
+from dpo_ray.models.packed_rows import Layout, packed_rows
 from dpo_ray.models.probe import KNOWN_EXACT
+from dpo_ray.models.token_logps import TokenLogps
+from dpo_ray.schedule.micro_batch import pack
 
-from .families import family_config
+from .families import family_config, plain_model, plain_token_logps, trying_groups
 from .test_token_logps import FAMILIES
 
 SMALL = {
@@ -50,24 +55,60 @@ def test_an_exact_architecture_that_is_not_on_the_list_passes_the_probe(tmp_path
     load_policy(saved(config, tmp_path), torch.float32, 64)
 
 
+GPTJ = GPTJConfig(  # attention of its own, which takes no other
+    n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, rotary_dim=4, initializer_range=0.25
+)
+BLOOM = BloomConfig(
+    hidden_size=32, n_layer=2, n_head=4, vocab_size=64, initializer_range=0.5
+)  # ALiBi: positions by row
+MAMBA = Mamba2Config(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=1, vocab_size=64)
+# A window longer than the probe's sequences, which shortens it; attention learns of it besides the mask.
+QWEN2_MOE = Qwen2MoeConfig(
+    **SMALL,
+    num_experts=2,
+    num_experts_per_tok=1,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    use_sliding_window=True,
+    sliding_window=12,
+    max_window_layers=0,
+)
+
+
+@pytest.mark.parametrize("wanted", ["shared", "packed", "padded"])
+@pytest.mark.parametrize(
+    ("config", "plainest"),
+    [
+        (GPTJ, "packed"),
+        (QWEN2_MOE, "shared"),
+        (BLOOM, "padded"),
+        (MAMBA, "padded"),
+        (family_config("gpt_oss"), "padded"),
+    ],
+    ids=lambda c: getattr(c, "model_type", c),
+)
+def test_an_architecture_falls_back_to_a_layout_that_it_computes_exactly(
+    config: PreTrainedConfig, plainest: Layout, wanted: Layout, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="dpo_ray.models.probe")
+    policy = TokenLogps(plain_model(saved(config, tmp_path)), 16, wanted)
+    probe.check_segments(policy, "here")
+    layouts = ["shared", "packed", "padded"]
+    assert policy.layout == max(wanted, plainest, key=layouts.index)
+    groups = trying_groups()
+    expected = plain_token_logps(plain_model(tmp_path), groups)
+    actual = policy.eval()(packed_rows(pack(groups), "cpu", policy.layout)).logps
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    lines = [r.getMessage() for r in caplog.records if r.name == "dpo_ray.models.probe"]
+    assert len(lines) <= 1
+    if policy.layout != wanted:
+        assert f"`{config.model_type}` the layout is {policy.layout} in place of {wanted}" in lines[0]
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        BloomConfig(
-            hidden_size=32, n_layer=2, n_head=4, vocab_size=64, initializer_range=0.5
-        ),  # ALiBi: positions by row
-        Mamba2Config(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=1, vocab_size=64),
-        # Windows and chunks longer than the probe's sequences, known to the masks that packed rows do without.
-        Qwen2MoeConfig(
-            **SMALL,
-            num_experts=2,
-            moe_intermediate_size=32,
-            shared_expert_intermediate_size=32,
-            use_sliding_window=True,
-            sliding_window=40,
-            max_window_layers=0,
-        ),
-        Llama4TextConfig(
+        Llama4TextConfig(  # its decoder is no module of its own
             **SMALL,
             head_dim=8,
             num_local_experts=2,
@@ -78,12 +119,17 @@ def test_an_exact_architecture_that_is_not_on_the_list_passes_the_probe(tmp_path
             eos_token_id=2,
         ),
         Gemma2Config(**SMALL, head_dim=8, use_bidirectional_attention=True),  # an embedding model's
+        Qwen2MoeConfig(**SMALL, num_experts=2, num_experts_per_tok=4),  # cannot be run at all
     ],
     ids=lambda c: c.model_type,
 )
-def test_an_architecture_that_mixes_tokens_otherwise_is_refused(config: PreTrainedConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_an_architecture_that_no_layout_serves_is_refused(
+    config: PreTrainedConfig, layout: Layout, tmp_path: Path
+) -> None:
+    policy = TokenLogps(plain_model(saved(config, tmp_path)), 16, layout)
     with pytest.raises(ConfigError, match=config.model_type):
-        load_policy(saved(config, tmp_path), torch.float32, 64)
+        probe.check_segments(policy, "here")
 
 
 def test_the_probe_leaves_windows_as_they_are(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.config.train import LoraConfig
 from dpo_ray.models.load import load_policy
-from dpo_ray.models.packed_rows import packed_rows
+from dpo_ray.models.lora import add_lora
+from dpo_ray.models.packed_rows import Layout, packed_rows
 from dpo_ray.models.token_logps import TokenLogps, sum_by_completion
 from dpo_ray.schedule.micro_batch import Group, pack
 
@@ -37,8 +39,8 @@ FAMILIES = [
 Family = Callable[[str], Path]
 
 
-def policy_of(directory: Path, chunk_tokens: int = 1024) -> TokenLogps:
-    return load_policy(directory, torch.float32, chunk_tokens).train()
+def policy_of(directory: Path, chunk_tokens: int = 1024, layout: Layout = "shared") -> TokenLogps:
+    return load_policy(directory, torch.float32, chunk_tokens, layout=layout).train()
 
 
 def row_weights(rows: int) -> Tensor:
@@ -52,15 +54,31 @@ def gradients(model: nn.Module, token_logps: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def add_random_lora(model: PreTrainedModel) -> None:
+    """Add an adapter whose product is not zero, as it is after some steps; the same on every call."""
+    add_lora(model, LoraConfig(rank=2, alpha=4), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.2, generator=generator)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_groups_equal_every_sequence_alone(name: str, family: Family) -> None:
-    plain, policy, groups = plain_model(family(name)), policy_of(family(name)), trying_groups()
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "lora"])
+def test_every_layout_equals_every_sequence_alone(name: str, layout: Layout, adapted: bool, family: Family) -> None:
+    plain, policy, groups = plain_model(family(name)), policy_of(family(name), layout=layout), trying_groups()
+    assert policy.layout == layout
+    if adapted:
+        for model in (plain, policy.model):
+            add_random_lora(model)
     expected = plain_token_logps(plain, groups)
-    actual = policy(packed_rows(pack(groups))).logps
+    actual = policy(packed_rows(pack(groups), "cpu", layout)).logps
     assert actual.dtype == torch.float32
     assert float(expected.detach().std()) > 0.1  # the model is no uniform one, whose log-probs any mask would give
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
@@ -155,8 +173,3 @@ def test_sums_by_completion_are_kept_in_double() -> None:
     values = torch.from_numpy(-np.random.default_rng(0).uniform(0, 3, 4003).astype(np.float32))
     expected = [values[:4000].double().sum(), values[4000:].double().sum()]
     assert sum_by_completion(values, rows).tolist() == [float(v.float()) for v in expected]
-
-
-def test_attention_sinks_are_refused_rather_than_left_out(family: Family) -> None:
-    with pytest.raises(ConfigError, match="sinks"):
-        policy_of(family("gpt_oss"))
