@@ -159,9 +159,17 @@ def _report(kind: str, rows: Sequence[PairRow], measured: Measured, args: argpar
         f"Sharing prompts gains {np.median(to_packed):.3f}x over packing them twice ({_extent(to_packed)}): "
         f"**{np.median(to_packed) / ideal:.2f}** of the ratio of tokens (wanted: {WANTED_OF_IDEAL:g}), "
         f"and {np.median(to_padded):.2f}x over padding ({_extent(to_padded)}).",
+        f"By CPU time, which other work on the machine disturbs less: {_cpu_ratio(measured, best):.2f}x TRL, "
+        f"{_cpu_ratio(measured, PACKED):.3f}x packing ({_cpu_ratio(measured, PACKED) / ideal:.2f} of the ratio of tokens), "
+        f"{_cpu_ratio(measured, PADDED):.2f}x padding.",
         _agreement(measured),
     ]
     return "\n".join(lines)
+
+
+def _cpu_ratio(measured: Measured, side: str) -> float:
+    each, ours = ([answer["cpu_seconds"] for answer in measured[name]] for name in (side, SHARED))
+    return float(np.median(each) / np.median(ours))
 
 
 def _extent(ratios: np.ndarray) -> str:
