@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import CheckpointException, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -160,7 +160,7 @@ class Checkpoints:
             return
         try:
             written.result()
-        except (RuntimeError, OSError) as error:  # DCP wraps what it meets in a RuntimeError of its own
+        except (CheckpointException, RuntimeError, OSError) as error:
             place, fix = self._place.uri, "mend the storage; training goes on from the checkpoint before"
             raise ArtifactError(f"a checkpoint could not be written: {error}", where=place, fix=fix) from error
 
@@ -211,8 +211,12 @@ class Checkpoints:
     def _restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer, manifest: dict[str, Any]) -> None:
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
         state = {"policy": model_state, "optimizer": optimizer_state}
-        reader = _reader(self._place.child(manifest["directory"]))
-        state_dict_loader.load(state, storage_reader=reader, process_group=self._group)
+        directory = self._place.child(manifest["directory"])
+        try:
+            state_dict_loader.load(state, storage_reader=_reader(directory), process_group=self._group)
+        except CheckpointException as error:  # a BaseException, which not everybody catches
+            fix = "mend the storage; the files were what was written when they were verified"
+            raise ArtifactError(f"a checkpoint could not be read: {error}", where=directory.uri, fix=fix) from error
         set_state_dict(
             policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"], options=TRAINED
         )

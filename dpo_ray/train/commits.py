@@ -85,9 +85,9 @@ def _set_aside(place: Storage, name: str, reason: str) -> None:
     place.write(f"damaged/{name}.reason", reason.encode())
     try:
         place.write(f"damaged/{name}.json", place.read_bytes(f"{name}.json"))
+        place.delete(f"{name}.json")
     except ArtifactError as error:
-        logger.warning("its manifest cannot be kept: %s", error)
-    place.delete(f"{name}.json")
+        logger.warning("its manifest cannot be moved there: %s", error)
 
 
 def prune(place: Storage, keep: int) -> None:

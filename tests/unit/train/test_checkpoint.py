@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.train.checkpoint import Checkpoints, Progress, oldest_step
+from dpo_ray.errors import ArtifactError
+from dpo_ray.train.checkpoint import Best, Checkpoints, Progress, oldest_step
 from dpo_ray.train.commits import committed_steps
+from dpo_ray.train.rng import seed_rank
 
 
 class Policy(nn.Module):
@@ -135,6 +140,44 @@ def truncate(root: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def empty(root: Path) -> None:
+    weights_file(root).write_bytes(b"")
+
+
+def halve(root: Path) -> None:
+    file = weights_file(root)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def make_unreadable(root: Path) -> None:
+    file = weights_file(root)
+    file.unlink()
+    file.mkdir()  # reading it fails, for root as well
+
+
+def make_the_manifest_unreadable(root: Path) -> None:
+    manifest = root / "step-000000004.json"
+    manifest.unlink()
+    manifest.symlink_to(manifest.name)  # a loop
+
+
+def resign(root: Path, **changes: object) -> None:
+    """Change the manifest, and its own digest with it."""
+    manifest = root / "step-000000004.json"
+    content = json.loads(manifest.read_text()) | changes
+    del content["digest"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(content | {"digest": digest}))
+
+
+def say_another_step(root: Path) -> None:
+    resign(root, step=6)
+
+
+def say_another_configuration(root: Path) -> None:
+    resign(root, identity="another")
+
+
 def flip_a_bit(root: Path) -> None:
     data = bytearray(weights_file(root).read_bytes())
     data[len(data) // 2] ^= 0x10
@@ -178,6 +221,11 @@ def lead_elsewhere(root: Path) -> None:
     "damage",
     [
         truncate,
+        empty,
+        halve,
+        make_unreadable,
+        say_another_step,
+        say_another_configuration,
         flip_a_bit,
         flip_a_bit_of_the_pickle,
         remove_a_file,
@@ -197,6 +245,7 @@ def test_a_damaged_newest_is_set_aside(damage: Callable[[Path], None], disk: Sto
     assert same(state_of(policy, optimizer), states[2])
     assert "step-000000004.json is damaged" in caplog.text
     assert disk.read_bytes("damaged/step-000000004.json") == broken
+    assert disk.read_bytes("damaged/step-000000004.reason")
     assert not disk.exists("step-000000004.json")
     # The steps are done again, under the same names.
     again = run(checkpoints, 2, [4], policy, optimizer)
@@ -266,3 +315,112 @@ def test_metrics_before_the_restored_step_are_kept(disk: Storage) -> None:
     second.finish()
     assert [(r["step"], r["attempt"]) for r in second.metrics(5)] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
     assert [r["step"] for r in second.metrics(3)] == [1, 2, 3]
+
+
+def test_a_manifest_that_cannot_be_read_is_passed_over(disk: Storage, caplog) -> None:
+    states = run(Checkpoints(disk, "a-1", 2), 0, [2, 4], *make())
+    make_the_manifest_unreadable(disk.local_path())
+    policy, optimizer = make(9)
+    assert Checkpoints(disk, "a-2", 2).load_newest(policy, optimizer).step == 2
+    assert same(state_of(policy, optimizer), states[2])
+
+
+def test_what_is_saved_is_the_state_at_the_call(place: Storage) -> None:
+    """Weights change right after, while the files are being written: what is read back is what was there before."""
+    policy, optimizer = make()
+    checkpoints = Checkpoints(place, "a-1", 2)
+    for step in range(6):
+        advance(policy, optimizer, step)
+        before = state_of(policy, optimizer)
+        checkpoints.save(policy, optimizer, Progress(step + 1), [])
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.fill_(float("nan"))
+            for state in optimizer.state.values():
+                state["exp_avg"].fill_(float("nan"))
+        checkpoints.finish()
+        assert Checkpoints(place, "a-2", 2).load_newest(policy, optimizer).step == step + 1
+        assert same(state_of(policy, optimizer), before)
+
+
+def draws() -> list[float]:
+    return [random.random(), float(np.random.random()), float(torch.rand(()))]
+
+
+def test_the_random_generators_go_on_where_they_were(place: Storage) -> None:
+    seed_rank(7, 0)
+    policy, optimizer = make()
+    draws()
+    np.random.standard_normal()  # numpy keeps the second of a pair
+    checkpoints = Checkpoints(place, "a-1", 2)
+    checkpoints.save(policy, optimizer, Progress(1), [])
+    expected = [draws(), float(np.random.standard_normal())]
+    checkpoints.finish()
+    seed_rank(8, 0)
+    Checkpoints(place, "a-2", 2).load_newest(policy, optimizer)
+    assert [draws(), float(np.random.standard_normal())] == expected
+
+
+def test_another_number_of_ranks_seeds_the_random_generators_by_seed_rank_and_step(disk: Storage) -> None:
+    policy, optimizer = make()
+    run(Checkpoints(disk, "a-1", 2), 0, [4], policy, optimizer)
+    generators = disk.child("step-000000004", "a-1")
+    generators.write("rng.json", json.dumps(2 * json.loads(generators.read_bytes("rng.json"))).encode())
+    resign(disk.local_path(), files=digests(disk.local_path() / "step-000000004" / "a-1"))
+    Checkpoints(disk, "a-2", 2, seed=5).load_newest(policy, optimizer)
+    found = draws()
+    seed_rank(5, 0, 4)
+    assert draws() == found
+    seed_rank(5, 1, 4)
+    assert draws() != found
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in directory.iterdir()}
+
+
+def saved_with_best(disk: Storage, bests: list[tuple[int, int]]) -> dict[int, list[torch.Tensor]]:
+    """Save at each (step, best step so far)."""
+    checkpoints, (policy, optimizer), states = Checkpoints(disk, "a-1", 2), make(), {}
+    for step, best in bests:
+        advance(policy, optimizer, step)
+        states[step] = state_of(policy, optimizer)
+        checkpoints.save(policy, optimizer, Progress(step, best=Best(best, 0.5, step - best)), [])
+    checkpoints.finish()
+    return states
+
+
+def test_the_best_checkpoint_of_all_that_are_kept_is_kept(disk: Storage) -> None:
+    states = saved_with_best(disk, [(1, 1), (2, 1), (3, 1), (4, 1), (5, 5)])
+    assert committed_steps(disk) == [1, 4, 5]
+    assert [d for d in disk.list_dirs() if d.startswith("step-")] == [f"step-{s:09d}" for s in (1, 4, 5)]
+    policy, optimizer = make(9)
+    checkpoints = Checkpoints(disk, "a-2", 2)
+    assert checkpoints.load_newest(policy, optimizer) == Progress(5, best=Best(5, 0.5, 0))
+    checkpoints.load(policy, optimizer, 1)
+    assert same(state_of(policy, optimizer), states[1])
+    saved_with_best(disk, [(6, 5)])
+    assert committed_steps(disk) == [5, 6]
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(disk: Storage) -> None:
+    """The best weights could not be exported at the end: training goes back to before them, and makes them again."""
+    saved_with_best(disk, [(1, 1), (3, 3), (4, 3), (5, 3)])
+    assert committed_steps(disk) == [3, 4, 5]
+    (file,) = (disk.local_path() / "step-000000003").rglob("rng.json")
+    file.write_bytes(b"")
+    policy, optimizer = make(9)
+    checkpoints = Checkpoints(disk, "a-2", 2)
+    with pytest.raises(ArtifactError, match=r"rng\.json is not what was written"):
+        checkpoints.load(policy, optimizer, 3)
+    assert checkpoints.load_newest(policy, optimizer) == Progress()
+    assert committed_steps(disk) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_boundary(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file, where a directory is needed")
+    checkpoints, (policy, optimizer) = Checkpoints(Storage(tmp_path / "checkpoints"), "a-1", 2), make()
+    advance(policy, optimizer, 0)
+    checkpoints.save(policy, optimizer, Progress(1), [])
+    with pytest.raises(ArtifactError, match="could not be written"):
+        checkpoints.finish()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 import torch
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.errors import TrainError
+from dpo_ray.config.train import BestConfig, TrainConfig
+from dpo_ray.errors import StoppedError, TrainError
 from dpo_ray.train.checkpoint import Checkpoints, Progress
+from dpo_ray.train.commits import committed_steps
 from dpo_ray.train.evaluation import HELDOUT, evaluate, heldout_sums
-from dpo_ray.train.loop import Plan, train
+from dpo_ray.train.loop import Plan, Wish, has_ended, judged, no_wish, train
 from dpo_ray.train.optimizer import build_optimizer, learning_rate_factor
 
 from .making import (
@@ -43,7 +47,9 @@ class Run:
         self.progress = self.checkpoints.load_newest(self.policy, self.optimizer)
         self.reported: list[dict[str, float]] = []
 
-    def train(self, most_steps: int = STEPS) -> Progress:
+    def train(
+        self, most_steps: int = STEPS, config: TrainConfig = CONFIG, wish: Callable[[], Wish] = no_wish
+    ) -> Progress:
         steps = islice(rank_steps(1, 0), self.progress.step, self.progress.step + most_steps)
         return train(
             self.policy,
@@ -51,10 +57,11 @@ class Run:
             steps,
             {"eval": lambda: rank_steps(1, 0)[:2]},
             PLAN,
-            CONFIG,
+            config,
             self.checkpoints,
             self.progress,
             self.reported.append,
+            wish,
         )
 
 
@@ -167,3 +174,74 @@ def test_without_held_out_groups_nothing_is_evaluated(tmp_path: Path) -> None:
     train(run.policy, run.optimizer, steps, {}, PLAN, CONFIG, run.checkpoints, run.progress, run.reported.append)
     assert len(run.reported) == 2
     assert not any(name.startswith("eval_") for row in run.reported for name in row)
+
+
+def best_of(*values: float, mode: str = "max", patience: int | None = None) -> tuple[int | None, int]:
+    """Judge evaluations of steps 1, 2, ...; returns the best step, and the step at which training ends."""
+    config, progress = BestConfig(metric="m", mode=mode, patience=patience), Progress()
+    for step, value in enumerate(values, 1):
+        progress = judged(replace(progress, step=step), {"m": value}, config)
+        if has_ended(progress, config):
+            break
+    return progress.best.step if progress.best else None, progress.step
+
+
+def test_the_first_of_the_best_evaluations_is_best() -> None:
+    assert best_of() == (None, 0)
+    assert best_of(0.5, 0.7, 0.7, 0.6) == (2, 4)
+    assert best_of(0.5, 0.7, 0.4, 0.4, mode="min") == (3, 4)
+    assert best_of(float("nan"), 0.1, float("nan"), 0.05) == (2, 4)
+    assert best_of(0.3, float("nan"), 0.2, 0.1, patience=2) == (1, 3)
+    assert best_of(0.3, 0.2, 0.4, 0.1, 0.4, patience=2) == (3, 5)
+
+
+def test_a_metric_that_is_not_measured_is_named_with_those_that_are() -> None:
+    with pytest.raises(TrainError, match="eval_los'") as refused:
+        judged(Progress(1), {"eval_loss": 1.0, "eval_kl": 0.1}, BestConfig(metric="eval_los"))
+    assert refused.value.fix == "name one of eval_kl, eval_loss"
+
+
+def test_training_ends_early_at_the_same_step_however_often_it_is_interrupted(tmp_path: Path) -> None:
+    best = BestConfig(metric="eval_loss", mode="max", patience=2)  # the loss falls: the first evaluation stays the best
+    config = make_config(checkpoint_every_steps=None, eval_every_steps=1, best=best)
+    whole = Run(tmp_path / "whole", "a-1")
+    progress = whole.train(config=config)
+    assert (progress.step, progress.best and progress.best.step) == (3, 1)
+    assert committed_steps(Storage(tmp_path / "whole")) == [1, 3]
+    for attempt in range(4):  # one step each
+        part = Run(tmp_path / "parts", f"a-{attempt}")
+        end = part.train(1, config=replace_field(config, checkpoint_every_steps=1))
+    assert end == progress
+    assert part.reported == []  # the fourth found that training had ended
+    part.checkpoints.load(part.policy, part.optimizer, 1)
+    whole.checkpoints.load(whole.policy, whole.optimizer, 1)
+    expected = weights_of(whole.policy)
+    assert all(torch.equal(w, expected[n]) for n, w in weights_of(part.policy).items())
+
+
+def replace_field(config: TrainConfig, **changes: object) -> TrainConfig:
+    return config.model_copy(update=changes)
+
+
+def test_a_wish_to_stop_ends_training_after_a_checkpoint(tmp_path: Path) -> None:
+    whole, wishes = Run(tmp_path / "whole", "a-1"), iter([Wish(), Wish(checkpoint=True), Wish(), Wish(stop=True)])
+    whole.train()
+    run, config = Run(tmp_path / "parts", "a-1"), make_config(checkpoint_every_steps=None, eval_every_steps=2)
+    with pytest.raises(StoppedError, match="after step 4 of 6"):
+        run.train(config=config, wish=lambda: next(wishes))
+    assert committed_steps(Storage(tmp_path / "parts")) == [2, 4]
+    again = Run(tmp_path / "parts", "a-2")
+    assert again.progress.step == 4
+    again.train()
+    expected = weights_of(whole.policy)
+    assert all(torch.equal(w, expected[n]) for n, w in weights_of(again.policy).items())
+    assert timeless(again.checkpoints.metrics(STEPS)) == timeless(whole.reported)
+
+
+def test_the_wait_for_data_and_the_memory_are_measured(tmp_path: Path) -> None:
+    run = Run(tmp_path, "a-1")
+    slow = (time.sleep(0.05 * (share.step == 1)) or share for share in rank_steps(1, 0))
+    train(run.policy, run.optimizer, slow, {}, PLAN, CONFIG, run.checkpoints, run.progress, run.reported.append)
+    waits = [row["data_wait_seconds"] for row in run.reported]
+    assert waits[1] >= 0.05 > waits[3]
+    assert all(0.05 < row["memory_gib"] < 64 for row in run.reported)
