@@ -1,0 +1,267 @@
+"""Train with two real workers under Ray Train while they are killed, hung or changed in number. Prints what came of it.
+
+A program of its own, as a process has one Ray, and as the driver is killed too: `training.py DIRECTORY WHAT`. Prints a line
+of JSON per run: how it ended, the digest of the weights, the steps that every attempt did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.workers import run_workers, start_inbox
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.errors import DpoRayError
+from dpo_ray.schedule.records import bucket_ranges, file_name, step_table
+from dpo_ray.train.task import TrainTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from unit.train import making
+
+STEPS, EVERY, MOMENTS = 160, 4, 20
+GROUPS_PER_STEP = making.GROUPS_PER_STEP  # workers do not find the tests' modules
+# Where a worker is killed, once each: the rank, and whether on the way in or out of a function of production code.
+POINTS = {
+    "before a step": (1, "in", "dpo_ray.train.loop", "train_step"),
+    "after the backward pass": (0, "in", "dpo_ray.train.step", "clip_gradients"),
+    "after the update": (1, "out", "dpo_ray.train.loop", "train_step"),
+    "before the snapshot": (0, "in", "dpo_ray.train.checkpoint", "get_state_dict"),
+    "after the snapshot": (1, "in", "torch.distributed.checkpoint.state_dict_saver", "async_save"),
+    "as writing begins": (0, "out", "torch.distributed.checkpoint.state_dict_saver", "async_save"),
+    "before files are written": (1, "in", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data"),
+    "after files are written": (0, "out", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data"),
+    "after DCP has finished": (0, "out", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "finish"),
+    "before the commit": (0, "in", "dpo_ray.train.checkpoint", "commit"),
+    "after the commit": (0, "out", "dpo_ray.train.checkpoint", "commit"),
+    "after pruning": (0, "out", "dpo_ray.train.checkpoint", "prune"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """A schedule in a directory."""
+
+    root: str
+    steps: int
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {"train/steps": self.steps, "train/groups": self.steps * GROUPS_PER_STEP}
+
+    def open(self, name: str) -> Any:
+        return open(f"{self.root}/{name}", "rb")
+
+
+def write_schedule(root: Path, worlds: tuple[int, ...], steps: int) -> None:
+    """Write the same groups, step by step, packed for each number of workers."""
+    groups, n = making.make_groups(steps * GROUPS_PER_STEP), GROUPS_PER_STEP
+    for world in worlds:
+        for rank in range(world):
+            for bucket in bucket_ranges(steps):
+                shares = [making.rank_step(s, groups[s * n : (s + 1) * n], world, rank, 80) for s in bucket]
+                path = root / f"world-{world}" / file_name("train", rank, bucket.start)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with pq.ParquetWriter(path, step_table(shares[0]).schema) as writer:
+                    for share in shares:
+                        writer.write_table(step_table(share))
+
+
+def worker(settings: dict[str, Any]) -> Any:
+    """Train as production does, with a trap of the test's set, and a step that takes a while."""
+    import importlib
+
+    import torch.distributed as dist
+
+    from dpo_ray.train import loop, worker
+
+    task, rank, root = settings["task"], dist.get_rank(), Path(settings["task"].template)
+    task.inbox.put.remote({"pid": os.getpid()})
+
+    def around(place: Any, name: str, before: Any, after: Any) -> None:
+        real = getattr(place, name)
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            before()
+            result = real(*given, **named)
+            after()
+            return result
+
+        setattr(place, name, wrapped)
+
+    def nothing() -> None:
+        pass
+
+    slow = float((root / "slow").read_text()) if (root / "slow").exists() else 0.0
+    around(loop, "train_step", lambda: time.sleep(slow), nothing)
+    armed = sorted((root / "points").glob("*")) if (root / "points").exists() else []
+    if armed:
+        trap = json.loads(armed[0].read_text())
+
+        def strike() -> None:
+            armed[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def hang() -> None:
+            armed[0].unlink(missing_ok=True)
+            time.sleep(3600)
+
+        act = {"kill": strike, "hang": hang}[trap["act"]]
+        if rank == trap["rank"]:
+            try:
+                place = importlib.import_module(trap["place"])
+            except ModuleNotFoundError:
+                module, _, kind = trap["place"].rpartition(".")
+                place = getattr(importlib.import_module(module), kind)
+            on_way = (act, nothing) if trap["on"] == "in" else (nothing, act)
+            around(place, trap["name"], *on_way)
+    task = dataclasses.replace(task, template="plain")
+    return worker.train_and_export(task)
+
+
+class Killer:
+    """Follow a run, and kill its workers at random moments of their training: one of them, or both."""
+
+    def __init__(self, inbox: Any, kills: int) -> None:
+        self.attempts: list[list[int]] = []  # of each: the step it began with, and those it did
+        self._inbox, self._left, self._random = inbox, kills, random.Random(0)
+        self._pids: list[int] = []
+        self._strike_at: float | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Killer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._look()
+
+    def _follow(self) -> None:
+        while not self._end.wait(0.02):
+            self._look()
+            if self._strike_at is not None and time.monotonic() >= self._strike_at:
+                victims = self._pids[-2:]
+                for pid in victims if self._left % 3 == 0 else [self._random.choice(victims)]:
+                    os.kill(pid, signal.SIGKILL)
+                self._left, self._strike_at = self._left - 1, None
+
+    def _look(self) -> None:
+        for row in ray.get(self._inbox.take.remote()):
+            if "pid" in row:
+                self._pids.append(row["pid"])
+            elif "restored_step" in row:
+                self.attempts.append([row["restored_step"]])
+                if self._left:
+                    self._strike_at = time.monotonic() + self._random.uniform(0, 0.8)
+            else:
+                self.attempts[-1].append(row["step"])
+
+
+def run(root: Path, schedule: Path, name: str, *, workers: int = 2, kills: int = 0, **changes: Any) -> dict[str, Any]:
+    """Train to the end, or to the error; the same root goes on from its checkpoints."""
+    root.mkdir(parents=True, exist_ok=True)
+    steps = changes.pop("steps", STEPS)
+    config = making.make_config(**{"workers": workers, "checkpoint_every_steps": EVERY, "max_failures": 100, **changes})
+    inbox = start_inbox()
+    task = TrainTask(
+        model=ModelConfig(path="builtin:sentiment_llama"),
+        config=config,
+        dtype="float32",
+        template=str(root),  # where the traps lie; the worker puts the template in its place
+        schedule=Files(str(schedule / f"world-{workers}"), steps),
+        checkpoints=Storage(root / "checkpoints"),
+        staging=Staging(Storage(root), Storage(root / "out"), name, "train", "key", "chaos"),
+        inbox=inbox,
+        audit=None,
+    )
+    began, error = time.monotonic(), ""
+    with Killer(inbox, kills) as followed:
+        try:
+            account = run_workers(worker, task, config, 0.0, name=name, where="train", goes_on="from the checkpoint")
+            error = str(account.get("error", ""))
+        except DpoRayError as raised:
+            error = str(raised)
+    weights, metrics = root / "out/policy/model.safetensors", root / "out/metrics.jsonl"
+    return {
+        "run": f"{root.name} {name}",
+        "error": error,
+        "weights": "" if error else hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "losses": [] if error else [json.loads(line)["loss"] for line in metrics.read_text().splitlines()],
+        "attempts": followed.attempts,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def arm(root: Path, name: str, act: str, rank: int, on: str, place: str, function: str) -> None:
+    (root / "points").mkdir(parents=True, exist_ok=True)
+    trap = {"act": act, "rank": rank, "on": on, "place": place, "name": function}
+    (root / "points" / name).write_text(json.dumps(trap))
+
+
+def slow(root: Path, seconds: float) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "slow").write_text(str(seconds))
+
+
+def scenes(directory: Path, schedule: Path, what: str) -> Any:
+    """Yield the accounts of a scene's runs."""
+    if what == "quiet":
+        yield run(directory / "quiet", schedule, "a-1")
+    elif what == "points":
+        root = directory / "points"
+        for number, point in enumerate(POINTS.values()):
+            arm(root, f"{number:02d}", "kill", *point)
+        yield run(root, schedule, "a-1")
+    elif what == "moments":
+        slow(directory / "moments", 0.05)
+        yield run(directory / "moments", schedule, "a-1", kills=MOMENTS)
+    elif what == "hang":
+        root = directory / "hang"
+        arm(root, "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
+        yield run(root, schedule, "a-1", hang_seconds=5)
+        arm(directory / "hung for good", "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
+        yield run(directory / "hung for good", schedule, "a-1", hang_seconds=5, max_failures=0)
+    elif what == "sizes":
+        root = directory / "sizes"
+        for number, workers in enumerate((2, 1, 4)):
+            if workers != 4:
+                arm(root, "0", "kill", *POINTS["after pruning"])
+            yield run(root, schedule, f"a-{number}", workers=workers, max_failures=0)
+    elif what == "driver":
+        slow(directory / "driver", 0.05)
+        yield run(directory / "driver", schedule, f"a-{time.time_ns()}")
+
+
+def main(directory: Path, whats: list[str]) -> None:
+    schedule = directory / "schedule"
+    if not schedule.exists():
+        write_schedule(schedule, (1, 2, 4), STEPS)
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(
+        num_cpus=6, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR"
+    )
+    ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
+    for what in whats:
+        for account in scenes(directory, schedule, what):
+            print(json.dumps(account), flush=True)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
