@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface
 
-from .packed_rows import Segment
 from .segment_index import SegmentIndex
 
 IMPLEMENTATION = "dpo_ray_shared_prefix"
@@ -53,23 +52,27 @@ def shared_prefix_attention(
         if softcap is None:
             return varlen(query, key, value, segments, scaling, sliding_window), None
         return flex(query, key, value, segments, scaling, sliding_window, softcap), None
-    parts = [_attend(query, key, value, s, scaling, sliding_window, softcap) for s in segments.segments]
+    # Cut once, in whole: the backward pass is then one concatenation. That of a slice fills a tensor as long as the row.
+    lengths = [s.stop - s.start for s in segments.segments]
+    cut = zip(segments.segments, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    parts, prompt_key, prompt_value = [], key[:, :, :0], value[:, :, :0]
+    for s, q, k, v in cut:
+        if s.prompt_stop > s.prompt_start:  # a completion; its prompt is the last segment that is none
+            k, v = torch.cat([prompt_key, k], dim=2), torch.cat([prompt_value, v], dim=2)
+        else:
+            prompt_key, prompt_value = k, v
+        parts.append(_attend(q, k, v, scaling, sliding_window, softcap))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    s: Segment,
+    q: Tensor,  # [1, heads, queries, head_dim]
+    k: Tensor,  # [1, kv_heads, keys, head_dim]: a prompt's before a completion's own
+    v: Tensor,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    q, k, v = (x[:, :, s.start : s.stop] for x in (query, key, value))
-    if s.prompt_stop > s.prompt_start:
-        k = torch.cat([key[:, :, s.prompt_start : s.prompt_stop], k], dim=2)
-        v = torch.cat([value[:, :, s.prompt_start : s.prompt_stop], v], dim=2)
     grouped = q.shape[1] != k.shape[1]
     queries, keys = q.shape[2], k.shape[2]
     if softcap is not None:
