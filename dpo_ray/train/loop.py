@@ -72,31 +72,16 @@ def train(
     rows: list[dict[str, float]] = []
     began = time.monotonic()
     for share, waited in _timed(() if has_ended(progress, config.best) else steps):
-        learning_rate = set_learning_rate(optimizer, share.step, plan.total_steps, config.optimizer)
-        micro_batches = [packed_rows(m, plan.device, policy.layout, plan.sources) for m in share.micro_batches]
         try:
-            measured = train_step(
-                policy,
-                micro_batches,
-                config,
-                optimizer,
-                plan.sources,
-                with_statistics=config.entropy_every_steps is not None and share.step % config.entropy_every_steps == 0,
-            )
-        except TrainError as error:
+            measured = _step(policy, optimizer, share, plan, config)
+        except TrainError:
             checkpoints.finish()  # all ranks see this error
-            groups = ", ".join(g.hex() for m in share.micro_batches if m.weight.any() for g in m.group_ids)
-            raise TrainError(
-                error.what,
-                where=f"step {share.step + 1}, groups {groups[:400]}",
-                fix="lower train.optimizer.learning_rate, or look at these groups; the last checkpoint is sound",
-            ) from None
+            raise
         progress = replace(progress, step=share.step + 1, num_tokens=progress.num_tokens + share.step_tokens)
         seconds, began = time.monotonic() - began, time.monotonic()
         row = {
             "step": progress.step,
             **measured,
-            "learning_rate": learning_rate,
             "num_tokens": progress.num_tokens,
             "epoch": progress.step * config.groups_per_step / plan.groups,
             "seconds_per_step": seconds,
@@ -130,6 +115,26 @@ def train(
             break
     checkpoints.finish()
     return progress
+
+
+def _step(
+    policy: TokenLogps, optimizer: torch.optim.Optimizer, share: RankStep, plan: Plan, config: TrainConfig
+) -> dict[str, float]:
+    """Update the policy, and return what was measured; an error names the groups that it was about."""
+    learning_rate = set_learning_rate(optimizer, share.step, plan.total_steps, config.optimizer)
+    micro_batches = [packed_rows(m, plan.device, policy.layout, plan.sources) for m in share.micro_batches]
+    every = config.entropy_every_steps
+    with_statistics = every is not None and share.step % every == 0
+    try:
+        measured = train_step(policy, micro_batches, config, optimizer, plan.sources, with_statistics=with_statistics)
+    except TrainError as error:
+        groups = ", ".join(g.hex() for m in share.micro_batches if m.weight.any() for g in m.group_ids)
+        raise TrainError(
+            error.what,
+            where=f"step {share.step + 1}, groups {groups[:400]}",
+            fix="lower train.optimizer.learning_rate, or look at these groups; the last checkpoint is sound",
+        ) from None
+    return measured | {"learning_rate": learning_rate}
 
 
 def _timed(steps: Iterable[RankStep]) -> Iterator[tuple[RankStep, float]]:

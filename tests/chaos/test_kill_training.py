@@ -89,7 +89,7 @@ def test_a_hung_worker_is_found_and_the_group_starts_again(directory: Path, quie
     again, for_good = played(directory, "hang")
     assert again["weights"] == quiet["weights"]
     assert len(again["attempts"]) == 2
-    assert "rank 0 waited 5 s for another rank" in for_good["error"]
+    assert "rank 0 waited 15 s for another rank" in for_good["error"]
     assert "hang_seconds" in for_good["error"]
 
 

@@ -234,9 +234,9 @@ def scenes(directory: Path, schedule: Path, what: str) -> Any:
     elif what == "hang":
         root = directory / "hang"
         arm(root, "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
-        yield run(root, schedule, "a-1", hang_seconds=5)
+        yield run(root, schedule, "a-1", hang_seconds=15)
         arm(directory / "hung for good", "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
-        yield run(directory / "hung for good", schedule, "a-1", hang_seconds=5, max_failures=0)
+        yield run(directory / "hung for good", schedule, "a-1", hang_seconds=15, max_failures=0)
     elif what == "sizes":
         root = directory / "sizes"
         for number, workers in enumerate((2, 1, 4)):
