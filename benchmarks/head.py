@@ -79,7 +79,11 @@ def measure(way: str, chunk: int, args: argparse.Namespace, answer: multiprocess
         seconds.append(time.perf_counter() - start)
     assert hidden.grad is not None
     assert weight.grad is not None
-    sums = [float(losses.double().sum()), float(hidden.grad.double().norm()), float(weight.grad.double().norm())]
+    sums = [
+        float(losses.detach().double().sum()),
+        float(hidden.grad.double().norm()),
+        float(weight.grad.double().norm()),
+    ]
     answer.put((statistics.median(seconds), (_peak(args.device) - before) / MIB, sums))
 
 

@@ -134,7 +134,7 @@ def _laid_out(
     mask = at < np.array([len(s) for s in sequences])[:, None]  # [completions, width]
     ids = np.zeros(mask.shape, np.int64)
     ids[mask] = batch.input_ids[np.concatenate(sequences)]
-    return _Tokens(ids, np.broadcast_to(at, mask.shape), predictor, mask=mask)
+    return _Tokens(ids, np.repeat(at, len(mask), axis=0), predictor, mask=mask)
 
 
 def _segments(group_index: np.ndarray, completion_index: np.ndarray) -> tuple[Segment, ...]:
