@@ -76,6 +76,7 @@ def test_the_mask_of_flex_attention_is_the_one_drawn_by_hand(window: int | None,
     assert index.block_mask(window) is mask  # the next layer's is the same
 
 
+@pytest.mark.slow
 def test_flex_attention_is_that_of_the_segments() -> None:
     q, k, v = drawn(1, 4, 9, 8), drawn(1, 2, 9, 8), drawn(1, 2, 9, 8)
     index = SegmentIndex(SHARED, "cpu")
