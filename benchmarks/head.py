@@ -1,6 +1,7 @@
 """Time and memory of the head, forward and backward: dpo_ray's, torch's own fused one, checkpointed chunks, full logits.
 
-Each way runs in a fresh process, so that its peak is its own; ratios are to the full logits of the same run.
+Each way runs in a fresh process, so that its peak is its own; ratios are to the full logits of the same run. CPU seconds
+(of all threads) say more than seconds where other processes take turns on the cores.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ WAYS: dict[str, Head] = {
 
 
 def measure(way: str, chunk: int, args: argparse.Namespace, answer: multiprocessing.SimpleQueue) -> None:
-    """Run one way in this process; put its seconds, its peak over the inputs in MiB, and its sums of results."""
+    """Run one way in this process; put its seconds, CPU seconds, its peak over the inputs in MiB, and its sums of results."""
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -68,15 +69,16 @@ def measure(way: str, chunk: int, args: argparse.Namespace, answer: multiprocess
     weight.requires_grad_()
     target = torch.randint(args.vocabulary, (args.rows,), device=args.device)
     by_row = torch.randn(args.rows, device=args.device)
-    before, seconds = _forget_peak(args.device), []
+    before, seconds, cpu_seconds = _forget_peak(args.device), [], []
     for _ in range(args.repeats):
         hidden.grad = weight.grad = None
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         losses = WAYS[way](hidden, weight, target, chunk)
         (losses.float() * by_row).sum().backward()
         if args.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     assert hidden.grad is not None
     assert weight.grad is not None
     sums = [
@@ -84,7 +86,8 @@ def measure(way: str, chunk: int, args: argparse.Namespace, answer: multiprocess
         float(hidden.grad.double().norm()),
         float(weight.grad.double().norm()),
     ]
-    answer.put((statistics.median(seconds), (_peak(args.device) - before) / MIB, sums))
+    peak = (_peak(args.device) - before) / MIB
+    answer.put((statistics.median(seconds), statistics.median(cpu_seconds), peak, sums))
 
 
 def _forget_peak(device: str) -> int:
@@ -114,10 +117,11 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="besides full logits")
     parser.add_argument("--json", help="write the figures there too")
     args = parser.parse_args()
     spawn, rows = multiprocessing.get_context("spawn"), []
-    for way in WAYS:
+    for way in [way for way in WAYS if way in args.ways or WAYS[way] is full_logits]:
         for chunk in [args.rows] if WAYS[way] is full_logits else args.chunks:
             queue = spawn.SimpleQueue()
             process = spawn.Process(target=measure, args=(way, chunk, args, queue))
@@ -128,12 +132,13 @@ def main() -> None:
             rows.append((way, chunk, *queue.get()))
     of = torch.cuda.get_device_name() if args.device == "cuda" else machine(args.threads)
     print(f"head, {args.rows} rows x {args.hidden} x {args.vocabulary}, {args.dtype} ({datetime.date.today()}; {of})\n")
-    print("| way | chunk | s | x full | peak MiB | of full | loss, gradient norms |")
-    print("|---|---|---|---|---|---|---|")
-    _, _, seconds, mib, _ = rows[0]
-    for way, chunk, own, peak, sums in rows:
+    print("| way | chunk | s | x full | CPU s | x full | peak MiB | of full | loss, gradient norms |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    _, _, seconds, cpu_seconds, mib, _ = rows[0]
+    for way, chunk, own, cpu, peak, sums in rows:
         values = ", ".join(f"{s:.6g}" for s in sums)
-        print(f"| {way} | {chunk} | {own:.2f} | {own / seconds:.2f} | {peak:.0f} | {peak / mib:.1%} | {values} |")
+        times = f"{own:.2f} | {own / seconds:.2f} | {cpu:.2f} | {cpu / cpu_seconds:.2f}"
+        print(f"| {way} | {chunk} | {times} | {peak:.0f} | {peak / mib:.1%} | {values} |")
     if args.json:
         with open(args.json, "w") as f:
             json.dump(rows, f, indent=1)
