@@ -51,6 +51,21 @@ def test_an_adapter_is_nothing_at_first_and_alone_has_gradients(name: str, famil
     assert not any("lm_head" in n or "embed" in n for n in trained)
 
 
+def test_it_learns_and_the_weights_below_it_stay(family: Callable[[str], Path]) -> None:
+    rows, policy = packed_rows(pack(trying_groups())), adapted(family("llama"))
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    optimizer, losses = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = -policy(rows).logps.mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(p, before[n]) != (".lora_" in n) for n, p in policy.named_parameters())
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_peft_reads_the_adapter_alone(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     policy = moved(adapted(family(name)))
@@ -78,6 +93,21 @@ def test_merged_it_is_the_same_policy(family: Callable[[str], Path], tmp_path: P
     with torch.no_grad():
         actual = load_policy(tmp_path, torch.float32, 16)(rows).logps
         torch.testing.assert_close(actual, policy(rows).logps, rtol=0, atol=2e-5)
+
+
+def test_rounding_comes_last(family: Callable[[str], Path]) -> None:
+    """What bfloat16 cannot say is kept in an adapter, and in a merged model's sum until it is complete."""
+    policy = moved(adapted(family("llama")))
+    layer = policy.model.get_submodule("model.layers.0.self_attn.q_proj")
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    alone = gather_policy(policy, torch.bfloat16, CONFIG)
+    assert torch.equal(alone["model.layers.0.self_attn.q_proj.lora_A.default.weight"], a)
+    whole = gather_policy(policy, torch.bfloat16, CONFIG.model_copy(update={"merge": True}))
+    exact = layer.base_layer.weight.double() + 2 * (b.double() @ a.double())  # alpha / rank = 2
+    merged = whole["model.layers.0.self_attn.q_proj.weight"]
+    assert merged.dtype == torch.bfloat16
+    assert float((merged == exact.bfloat16()).double().mean()) > 0.999  # but for ties that float32 sees otherwise
+    assert not any(".lora_" in name or ".base_layer" in name for name in whole)
 
 
 def test_the_same_seed_draws_the_same_adapter(family: Callable[[str], Path]) -> None:

@@ -1,6 +1,6 @@
 """Train a few steps in one process or several, in every way that must not change the result.
 
-Run as a module: `python -m tests.unit.train.variants_process RANK WORLD DIRECTORY`.
+Run as a module: `python -m tests.unit.train.variants_process RANK WORLD DIRECTORY all|compiled`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
-from dpo_ray.models.lora import add_lora
+from dpo_ray.config.train import LoraConfig
+from dpo_ray.models.build import build_policy
+from dpo_ray.models.builtin import builtin_model
 from dpo_ray.models.packed_rows import packed_rows
-from dpo_ray.models.sharding import prepare_blocks, shard
+from dpo_ray.train.export import gather_policy
 from dpo_ray.train.optimizer import build_optimizer
 from dpo_ray.train.step import train_step
 
-from .making import make_config, make_policy, rank_steps
+from .making import make_config, rank_steps
 
 LORA = {"rank": 4, "alpha": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -29,32 +32,49 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offload": {"sharding": {"cpu_offload": True}},
     "adapter": {"lora": LORA},
     "adapter, recomputed": {"lora": LORA, "activation_checkpointing": "full"},
+    "adapter, recomputed selectively": {"lora": LORA, "activation_checkpointing": "selective"},
+    "adapter, offloaded": {"lora": LORA, "sharding": {"cpu_offload": True}},
+}
+COMPILED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compiled": {"compile": True},
+    "compiled, recomputed": {"compile": True, "activation_checkpointing": "selective"},
 }
 HYBRID = {"sharding": {"mode": "hybrid", "shard_workers": 2}}
 
 
-def main(rank: int, world: int, directory: Path) -> None:
-    """Train every variant; rank 0 writes loss and gradient norm of each step."""
+def main(rank: int, world: int, directory: Path, asked: str) -> None:
+    """Train every variant; rank 0 writes loss and gradient norm of each step, and what exports of adapters hold."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
     variants = VARIANTS if world < 4 else {"plain": HYBRID, "adapter": HYBRID | {"lora": LORA}}
     measured: dict[str, list[list[float]]] = {}
-    for name, facts in variants.items():
+    for name, facts in (COMPILED if asked == "compiled" else variants).items():
         config = make_config(workers=world, **facts)
-        policy = make_policy(chunk_tokens=16)
-        if config.lora is not None:
-            add_lora(policy.model, config.lora, seed=3)
-        prepare_blocks(policy, config.activation_checkpointing, compiled=config.compile)
-        shard(policy, "cpu", world, torch.float32, config.sharding).train()
+        source, cpu = builtin_model("sentiment_llama"), torch.device("cpu")
+        policy = build_policy(source, None, config, torch.float32, cpu, seed=3).train()
         optimizer = build_optimizer(policy, config.optimizer)
         measured[name] = []
         for share in rank_steps(world, rank)[:4]:
             row = train_step(policy, [packed_rows(m) for m in share.micro_batches], config, optimizer)
             measured[name].append([row["loss"], row["grad_norm"]])
+        if config.lora is not None:
+            save(gather_policy(policy, torch.float32, config.lora), directory / f"{name}.safetensors", rank)
+            # With an adapter of which nothing is left, the model is what it was.
+            for parameter in (p for n, p in policy.named_parameters() if ".lora_B." in n):
+                parameter.detach().zero_()
+            whole = LoraConfig.model_validate(LORA | {"merge": True})
+            save(gather_policy(policy, torch.float32, whole), directory / f"base of {name}.safetensors", rank)
     if rank == 0:
         (directory / "measured.json").write_text(json.dumps(measured))
     dist.destroy_process_group()
 
 
+def save(weights: dict[str, torch.Tensor], path: Path, rank: int) -> None:
+    """Write what rank 0 gathered."""
+    if rank == 0:
+        save_file({name: w.clone() for name, w in weights.items()}, path)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
