@@ -11,7 +11,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 TORCH := 2.13.0
 
-.PHONY: help install quickstart test test-slow lint bench-prepare bench-reference bench-train clean
+.PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,10 @@ test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FS
 test-slow: $(STAMP) ## what takes minutes or kills processes
 	@echo "==> running the slow and chaos tests"
 	@$(BIN)/pytest -m 'slow or chaos'
+
+test-long: $(STAMP) ## more cases of what the others test: every recipe in miniature, every model family, training killed at 32 moments
+	@echo "==> running the long tests"
+	@$(BIN)/pytest -m long
 
 lint: $(STAMP) ## ruff, pyright, import-linter, file sizes
 	@$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from training import EVERY, MOMENTS, POINTS, STEPS
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("training.py")
 
 

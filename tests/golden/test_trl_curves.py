@@ -183,7 +183,7 @@ def assert_matches(measured: list[dict[str, float]], curve: list[dict[str, float
 
 @pytest.mark.parametrize(
     ("reference", "workers"),
-    [("file", 1), ("file", 2), pytest.param("vllm", 1, marks=pytest.mark.slow), ("vllm", 2)],
+    [("file", 1), ("file", 2), pytest.param("vllm", 1, marks=pytest.mark.long), ("vllm", 2)],
 )
 @pytest.mark.parametrize("case", ["sigmoid", "ipo"])
 def test_curves(case: str, reference: str, workers: int, references, tokens: Artifact, tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_curves(case: str, reference: str, workers: int, references, tokens: Art
     [
         (1, "packed"),
         (2, "shared"),
-        pytest.param(1, "shared", marks=pytest.mark.slow),
-        pytest.param(2, "packed", marks=pytest.mark.slow),
+        pytest.param(1, "shared", marks=pytest.mark.long),
+        pytest.param(2, "packed", marks=pytest.mark.long),
     ],
 )
 def test_all_curves(world: int, layout: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("HH_DATA", REPOSITORY.parent / "shared" / "data" / "hh-harmless"))
 MODEL = Path(os.environ.get("HH_MODEL", REPOSITORY.parent / "shared" / "models" / "llama-6m"))
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not (DATA.is_dir() and MODEL.is_dir()), reason=f"no HH-RLHF data in {DATA}, or no model in {MODEL}"

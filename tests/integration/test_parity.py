@@ -27,8 +27,8 @@ from dpo_ray.schedule.micro_batch import Group, pack
 TOLERANCE_NATS = 1e-4  # of a token, in float32
 FAMILIES = [
     *("llama", "qwen3", "mistral", "gemma2", "phi"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "qwen2", "gemma", "gemma3", "phi3", "phi4")),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("granite", "cohere")),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("llama3", "qwen2", "gemma", "gemma3", "phi3", "phi4")),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("granite", "cohere")),
 ]
 BLOCK_TOKENS = 32  # of the engine's cache on CPU: what it shares are whole blocks
 Scores = list[np.ndarray]
@@ -191,7 +191,7 @@ def test_engine_trainer_and_plain_forward_agree(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3", "mistral", "gemma2", "phi", "phi3"))]
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.long) for n in ("qwen3", "mistral", "gemma2", "phi", "phi3"))]
 )
 def test_with_an_adapter_they_agree_too(
     name: str, family: Callable[[str], Path], tmp_path: Path, engine_process: ProcessPoolExecutor

@@ -16,7 +16,7 @@ from dpo_ray.observe.progress import Reporter
 from dpo_ray.pipeline import offline
 from dpo_ray.tiny import tiny_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (REPOSITORY / "pipelines").glob("*.yaml"))
 
@@ -43,7 +43,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# One with an adapter and one without a reference stand for the others where time is short.
+OFTEN = ("hermes_7b_dpo_lora", "mistral_7b_orpo")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in OFTEN else pytest.mark.long) for n in RECIPES]
+)
 def test_three_steps_from_end_to_end(name: str, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("XDG_CACHE_HOME", str(output / "cache"))

@@ -42,7 +42,7 @@ def models(family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     return place
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_slices_make_the_whole_bit_for_bit(world: int, models: Path) -> None:
     mp.start_processes(build_rank, args=(world, str(models)), nprocs=world, start_method="spawn")
     ranks = [json.loads((models / f"{world}-{rank}.json").read_text()) for rank in range(world)]

@@ -76,7 +76,7 @@ def test_the_mask_of_flex_attention_is_the_one_drawn_by_hand(window: int | None,
     assert index.block_mask(window) is mask  # the next layer's is the same
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flex_attention_is_that_of_the_segments() -> None:
     q, k, v = drawn(1, 4, 9, 8), drawn(1, 2, 9, 8), drawn(1, 2, 9, 8)
     index = SegmentIndex(SHARED, "cpu")
@@ -86,7 +86,7 @@ def test_flex_attention_is_that_of_the_segments() -> None:
     torch.testing.assert_close(flex(q, k, v, index, 0.5, 2, 2.0), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_segments_do_not_compile_a_block_again(tmp_path: Path, family: Callable[[str], Path]) -> None:
     policy, plain = (load_policy(family("llama"), torch.float32, 1024).eval() for _ in range(2))
     counter = torch._dynamo.testing.CompileCounter()

@@ -225,7 +225,7 @@ def test_an_engine_that_cannot_start_says_why(process, settings, model_dir, tmp_
         process.start(replace(settings, adapter_dir=str(model_dir)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_that_share_the_model_give_the_same_and_end_with_the_engine(process, settings, model) -> None:
     """Also where the engine's own process is killed."""
     process.start(replace(settings, tensor_parallel=2))

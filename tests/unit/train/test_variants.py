@@ -71,7 +71,7 @@ def test_an_adapter_leaves_the_model_as_it_is(place: Path) -> None:
     assert not any(weight.any() for name, weight in trained.items() if ".lora_" not in name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
 def test_compiled_blocks_compute_the_same(world: int, tmp_path: Path) -> None:
     """Compiled sums are rounded in another order, which an optimizer step enlarges."""
