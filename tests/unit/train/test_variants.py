@@ -23,7 +23,7 @@ def run(world: int, directory: Path, asked: str = "all") -> dict[str, list[list[
     command = [sys.executable, "-m", "tests.unit.train.variants_process"]
     ranks = [subprocess.Popen([*command, str(r), str(world), str(directory), asked], cwd=ROOT) for r in range(world)]
     try:
-        assert [rank.wait(280) for rank in ranks] == [0] * world
+        assert [rank.wait(800) for rank in ranks] == [0] * world
     finally:
         for rank in ranks:
             rank.kill()
