@@ -76,6 +76,19 @@ def test_the_factors_are_those_of_transformers() -> None:
             scheduler.step()
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_wsd_is_transformers_with_a_linear_decay(warmup_steps: int) -> None:
+    from transformers import get_wsd_schedule
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_wsd_schedule(optimizer, warmup_steps, 6, num_training_steps=30, decay_type="linear")
+    config = OptimizerConfig(decay="wsd", warmup_steps=warmup_steps, decay_fraction=0.2)
+    for step in range(32):
+        assert scheduler.get_last_lr()[0] == pytest.approx(learning_rate_factor(step, 30, config), abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
 def test_the_rate_is_set_on_every_group() -> None:
     config = OptimizerConfig(learning_rate=4e-4, decay="cosine", warmup_fraction=0.2)
     optimizer = build_optimizer(make_policy(), config)
