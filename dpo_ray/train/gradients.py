@@ -19,13 +19,12 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
         The norm before, and that of each group of parameters as `grad_norm/GROUP`; groups without gradients are left out.
     """
     squares = torch.zeros(len(GROUPS), dtype=torch.float64)
-    sharded = False
     with_gradients = [(name, p.grad) for name, p in policy.named_parameters() if p.grad is not None]
-    for name, gradient in with_gradients:
-        shard = _shard(gradient)
-        sharded = sharded or shard is not gradient
-        square = float(torch.linalg.vector_norm(shard, dtype=torch.float32)) ** 2
-        squares[GROUPS.index(group_of(name))] += square / _copies(gradient)
+    norms = [torch.linalg.vector_norm(_shard(gradient), dtype=torch.float32) for _, gradient in with_gradients]
+    own = torch.stack(norms).tolist() if norms else []  # all at once: every read of a GPU's number waits for the GPU
+    for (name, gradient), norm in zip(with_gradients, own, strict=True):
+        squares[GROUPS.index(group_of(name))] += norm**2 / _copies(gradient)
+    sharded = any(isinstance(gradient, DTensor) for _, gradient in with_gradients)
     if sharded and dist.get_world_size() > 1:
         placed = squares.to("cuda" if "nccl" in dist.get_backend() else "cpu")
         dist.all_reduce(placed)
