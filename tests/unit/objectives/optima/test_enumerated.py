@@ -170,7 +170,7 @@ def share_of_optimum(seed: int) -> float:
     return world.objective(policy) / world.optimum()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("seed", range(3))
 def test_most_of_the_optimum_is_reached_and_nothing_beyond_the_frontier(seed: int) -> None:
@@ -182,7 +182,7 @@ def test_most_of_the_optimum_is_reached_and_nothing_beyond_the_frontier(seed: in
     assert 0.70 <= share_of_optimum(seed) <= 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_median_share_of_the_optimum() -> None:
     assert statistics.median(share_of_optimum(seed) for seed in range(3)) >= 0.80
