@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,7 +27,7 @@ from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.data.keys import SHARD_VERSION, shard_key
 from dpo_ray.data.merge import PreparedShard, broken_shards, check_quarantined
 from dpo_ray.data.prepare import PrepareTask
-from dpo_ray.data.tokens import splits
+from dpo_ray.data.tokens import sources_of, splits
 from dpo_ray.errors import ArtifactError, AuditError, DataError, InfrastructureError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
@@ -322,9 +323,7 @@ class _Run:
             audit=self.audit_task(),
             seed=recipe.seed,
             identity=plan.resume_key,
-            sources=tuple(
-                sorted({a["source"] for a in prepared.manifest.figures["accounts"] if a["split"] == "train"})
-            ),
+            sources=sources_of(prepared, "train"),
         )
         with self._reporter.stage("train", "steps", steps) as bar, MetricsSinks(run_dir, recipe.trackers) as sinks:
             account = train_stage.run(task, plan.hardware.train_gpus, partial(_follow, sinks, bar))
@@ -446,8 +445,6 @@ def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
     bar.advance(1, f"{words}{heldout}, {row['tokens_per_second']:,.0f} tokens/s")
 
 
-def _cache_dir(artifact: Artifact) -> Any:
+def _cache_dir(artifact: Artifact) -> Path:
     """Name a local place for the files of an artifact that lies on an object store."""
-    from pathlib import Path
-
     return Path.home() / ".cache" / "dpo_ray" / "artifacts" / f"{artifact.stage}-{artifact.key}"

@@ -97,6 +97,11 @@ def splits(tokens: Artifact) -> list[str]:
     return sorted(names, key=lambda name: (name != "train", name))
 
 
+def sources_of(tokens: Artifact, split: str) -> tuple[str, ...]:
+    """List the names of a split's sources, sorted."""
+    return tuple(sorted({a["source"] for a in tokens.manifest.figures["accounts"] if a["split"] == split}))
+
+
 def eval_splits(tokens: Artifact) -> list[str]:
     """List the held-out splits of a tokens artifact that hold any group."""
     return [s for s in splits(tokens) if s != "train" and tokens.manifest.rows[f"{s}/admitted"]]
