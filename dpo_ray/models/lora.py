@@ -33,7 +33,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     On a model without memory (meta) the adapter has none either: `first_value` says what goes into it.
 
     Raises:
-        ConfigError: no layer has such a name.
+        ConfigError: no layer has such a name, or it is the head's, which computes with its own weight alone.
     """
     from peft import inject_adapter_in_model
 
@@ -47,6 +47,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
             where=f"train.lora.target_modules={config.target_modules}",
             fix="name linear layers of the model, such as q_proj, or say all-linear",
         ) from None
+    head = model.get_output_embeddings()
+    if head is not None and any(is_lora(f".{name}") for name, _ in head.named_parameters()):
+        raise ConfigError(
+            "the head (the output embedding) cannot have an adapter",
+            where=f"train.lora.target_modules={config.target_modules}",
+            fix="leave its name out; all-linear does",
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora(name))
         if is_lora(name) and parameter.device.type != "meta":

@@ -118,3 +118,8 @@ def test_the_same_seed_draws_the_same_adapter(family: Callable[[str], Path]) -> 
 def test_layers_that_are_not_there_are_refused(family: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match="no adapter can be added"):
         adapted(family("llama"), LoraConfig(target_modules=("query_projection",)))
+
+
+def test_an_adapter_of_the_head_is_refused(family: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="head"):
+        adapted(family("llama"), LoraConfig(target_modules=("q_proj", "lm_head")))
