@@ -29,7 +29,6 @@ MEASURES = (
     "kl",  # KTO's estimate, before it is cut off at 0
     "entropy",  # nats a token
 )
-_MOMENTS = 6  # weight, and weighted sums of x, y, xx, yy, xy
 
 
 def rewards(objective: Objective, logps: StepLogps) -> Tensor:
