@@ -77,8 +77,6 @@ class _Head(torch.autograd.Function):
                 collision[at] = 2 * (torch.linalg.vector_norm(logits, dim=1).log() - total.log())
         ctx.save_for_backward(hidden, weight, bias, target, normaliser)
         ctx.chunk_tokens, ctx.scale, ctx.softcap = chunk_tokens, scale, softcap
-        # The last chunk's exponentials stay until the backward pass, which begins with that chunk and then needs the room.
-        ctx.last = (buffer, total) if len(target) and softcap is None and any(ctx.needs_input_grad) else None
         ctx.mark_non_differentiable(*(t for t in (entropy, collision) if t is not None))
         return logps, entropy, collision
 
@@ -87,22 +85,18 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, normaliser = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        # A graph that is kept for a second backward pass finds nothing here, and all chunks are made again.
-        (buffer, total), ctx.last = ctx.last or (_buffer(hidden, weight, ctx.chunk_tokens), None), None
+        buffer = _buffer(hidden, weight, ctx.chunk_tokens)
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=buffer.dtype) if for_bias else None
         for start in reversed(range(0, len(target), ctx.chunk_tokens)):
             at = slice(start, start + ctx.chunk_tokens)
             slope = None
-            if total is None:
-                g = _logits(buffer, hidden[at], weight, bias, ctx.scale, ctx.softcap)
-                if ctx.softcap is not None:
-                    slope = (g / ctx.softcap).square_().neg_().add_(1)
-                g.sub_(normaliser[at, None]).exp_().mul_(-grad[at, None])
-            else:
-                g = buffer[: len(target) - start].mul_((-grad[at] / total)[:, None])
-                total = None
+            # Every chunk alike: a row's gradient must not depend on the chunk, and so the rank, that it is in.
+            g = _logits(buffer, hidden[at], weight, bias, ctx.scale, ctx.softcap)
+            if ctx.softcap is not None:
+                slope = (g / ctx.softcap).square_().neg_().add_(1)
+            g.sub_(normaliser[at, None]).exp_().mul_(-grad[at, None])
             g.scatter_add_(1, target[at, None], grad[at, None].to(g.dtype))  # [chunk, vocabulary]: w.r.t. the logits
             if slope is not None:
                 g.mul_(slope)
