@@ -1,7 +1,8 @@
 """The language model's head: log-probs of target tokens without the [rows, vocabulary] matrix, forward or backward.
 
-Logits exist for one chunk of rows at a time. The backward pass makes them again from the hidden states and the log of the
-normaliser, as in cut cross-entropy (Wijmans et al. 2024, 2411.09009), and adds each chunk's part to one weight gradient.
+Logits exist for one chunk of rows at a time. The backward pass makes them again from the hidden states, but for those of
+the last chunk, which are still there, as in cut cross-entropy (Wijmans et al. 2024, 2411.09009), and adds each chunk's part
+to one weight gradient.
 
 `torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used: it rounds log-probs to the
 weights' type (in bfloat16 to two or three digits, too few for differences of sums), knows neither soft caps nor scales nor
@@ -60,43 +61,46 @@ class _Head(torch.autograd.Function):
         with_statistics: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         buffer = _buffer(hidden, weight, chunk_tokens)
-        logps, normaliser = buffer.new_empty(len(target)), buffer.new_empty(len(target))
+        logps, largest, total = (buffer.new_empty(len(target)) for _ in range(3))
         entropy, collision = (buffer.new_empty(len(target)) if with_statistics else None for _ in range(2))
-        logits = buffer
         for start in range(0, len(target), chunk_tokens):
             at = slice(start, start + chunk_tokens)
             logits = _logits(buffer, hidden[at], weight, bias, scale, softcap)  # [chunk, vocabulary]
             own = logits.gather(1, target[at, None])[:, 0]
-            largest = logits.amax(dim=1)
-            logits.sub_(largest[:, None]).exp_()
-            total = logits.sum(dim=1)
-            normaliser[at] = total.log() + largest
-            logps[at] = own - normaliser[at]
+            largest[at] = logits.amax(dim=1)
+            logits.sub_(largest[at, None]).exp_()
+            total[at] = logits.sum(dim=1)
+            logps[at] = own - (total[at].log() + largest[at])
             if entropy is not None and collision is not None:
-                entropy[at] = torch.special.entr(logits).sum(dim=1) / total + total.log()
-                collision[at] = 2 * (torch.linalg.vector_norm(logits, dim=1).log() - total.log())
-        ctx.save_for_backward(hidden, weight, bias, target, normaliser)
+                entropy[at] = torch.special.entr(logits).sum(dim=1) / total[at] + total[at].log()
+                collision[at] = 2 * (torch.linalg.vector_norm(logits, dim=1).log() - total[at].log())
+        ctx.save_for_backward(hidden, weight, bias, target, largest, total)
         ctx.chunk_tokens, ctx.scale, ctx.softcap = chunk_tokens, scale, softcap
+        ctx.last = buffer if any(ctx.needs_input_grad) and softcap is None else None
         ctx.mark_non_differentiable(*(t for t in (entropy, collision) if t is not None))
         return logps, entropy, collision
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, normaliser = ctx.saved_tensors
+        hidden, weight, bias, target, largest, total = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        buffer = _buffer(hidden, weight, ctx.chunk_tokens)
+        last, ctx.last = ctx.last, None  # it is written over: a second backward pass makes it again
+        buffer = _buffer(hidden, weight, ctx.chunk_tokens) if last is None else last
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if for_weight else None
         grad_bias = torch.zeros_like(bias, dtype=buffer.dtype) if for_bias else None
         for start in reversed(range(0, len(target), ctx.chunk_tokens)):
             at = slice(start, start + ctx.chunk_tokens)
             slope = None
-            # Every chunk alike: a row's gradient must not depend on the chunk, and so the rank, that it is in.
-            g = _logits(buffer, hidden[at], weight, bias, ctx.scale, ctx.softcap)
-            if ctx.softcap is not None:
-                slope = (g / ctx.softcap).square_().neg_().add_(1)
-            g.sub_(normaliser[at, None]).exp_().mul_(-grad[at, None])
+            if last is not None:
+                g, last = last[: len(target) - start], None
+            else:
+                g = _logits(buffer, hidden[at], weight, bias, ctx.scale, ctx.softcap)
+                if ctx.softcap is not None:
+                    slope = (g / ctx.softcap).square_().neg_().add_(1)
+                g.sub_(largest[at, None]).exp_()  # as forward does: a row's gradient does not depend on its chunk
+            g.mul_((-grad[at] / total[at])[:, None])
             g.scatter_add_(1, target[at, None], grad[at, None].to(g.dtype))  # [chunk, vocabulary]: w.r.t. the logits
             if slope is not None:
                 g.mul_(slope)

@@ -148,9 +148,9 @@ _WHERE_MEASURED = (
     Curve(
         "use",
         "Use of the hardware",
-        "Model FLOPs utilisation, and tokens that were not computed: by sharing prompts, and by not padding.",
+        "Useful operations (10¹²) per second of a worker; tokens not computed, by sharing prompts and by not padding.",
         (
-            Panel("MFU", (Line("model FLOPs utilisation", "mfu", "train"),), (0.0, None)),
+            Panel("TFLOP / s", (Line("operations per second", "tflops", "train"),), (0.0, None)),
             Panel(
                 "share saved",
                 (
@@ -160,6 +160,12 @@ _WHERE_MEASURED = (
                 (0.0, 1.0),
             ),
         ),
+    ),
+    Curve(
+        "mfu",
+        "Model FLOPs utilisation",
+        "Share of what the device can do in bf16 that goes into useful operations.",
+        (Panel("MFU", (Line("utilisation", "mfu", "train"),), (0.0, 1.0)),),
     ),
     Curve(
         "waiting",

@@ -15,12 +15,14 @@ from dpo_ray.config.train import BestConfig, TrainConfig
 from dpo_ray.errors import StoppedError, TrainError
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
+from dpo_ray.models.work import ModelShape, peak_flops
 from dpo_ray.schedule.records import RankStep
 
 from .checkpoint import Best, Checkpoints, Progress
 from .evaluation import Heldout, evaluate
 from .optimizer import set_learning_rate
 from .step import train_step
+from .throughput import throughput, work_of_step
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def train(
         ArtifactError: a checkpoint could not be written.
     """
     rows: list[dict[str, float]] = []
+    shape, peak = ModelShape.of(policy.model), peak_flops(plan.device)
     began = time.monotonic()
     for share, waited in _timed(() if has_ended(progress, config.best) else steps):
         try:
@@ -86,6 +89,7 @@ def train(
             "epoch": progress.step * config.groups_per_step / plan.groups,
             "seconds_per_step": seconds,
             "tokens_per_second": share.step_tokens / seconds,
+            **throughput(work_of_step(share.micro_batches, shape), policy.layout, seconds, peak),
             "data_wait_seconds": waited,
             "memory_gib": peak_memory_gib(plan.device),
         }

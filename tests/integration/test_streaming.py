@@ -54,7 +54,7 @@ def sha256_of(artifact: Artifact) -> dict[str, str]:
 
 def metrics(artifact: Artifact) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in artifact.read_bytes("metrics.jsonl").splitlines()]
-    timings = ("seconds_per_step", "tokens_per_second", "data_wait_seconds", "memory_gib")
+    timings = ("seconds_per_step", "tokens_per_second", "data_wait_seconds", "memory_gib", "tflops")
     return [{name: value for name, value in row.items() if name not in timings} for row in rows]
 
 

@@ -33,7 +33,7 @@ from .making import (
 )
 
 PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
-CLOCK = ("seconds_per_step", "tokens_per_second", "data_wait_seconds", "memory_gib")
+CLOCK = ("seconds_per_step", "tokens_per_second", "data_wait_seconds", "memory_gib", "tflops")
 CONFIG = make_config(checkpoint_every_steps=3, eval_every_steps=2)
 
 

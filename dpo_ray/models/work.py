@@ -1,0 +1,127 @@
+"""What a micro-batch asks of a model: tokens in each layout and floating-point operations, by which throughput is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dpo_ray.schedule.micro_batch import MicroBatch
+
+from .lora import is_lora
+
+# Dense bf16 operations per second, by the vendors' data sheets; the first name that a card's holds counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that floating-point operations are counted by."""
+
+    frozen_weights: int  # in the matrices of all blocks, as far as a token meets them: of experts those that are chosen
+    trained_weights: int  # the same of what is trained
+    head_weights: int  # vocabulary * hidden
+    head_is_trained: bool
+    attention_width: int  # heads * head dimension, summed over the blocks
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelShape:
+        """Measure a model, sharded or not, on any device."""
+        config = model.config.get_text_config()
+        layers, head = model.get_decoder().layers, model.get_output_embeddings()
+        assert isinstance(layers, nn.ModuleList) and head is not None  # noqa: S101, PT018 - every decoder has both
+        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        chosen = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+        frozen = trained = 0.0
+        for name, weight in layers.named_parameters():
+            if weight.ndim < 2:
+                continue
+            met = weight.numel() * (chosen if ".experts." in name and not is_lora(name) else 1.0)
+            frozen, trained = (frozen, trained + met) if weight.requires_grad else (frozen + met, trained)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.num_attention_heads * head_dim * len(layers)
+        return cls(round(frozen), round(trained), head.weight.numel(), head.weight.requires_grad, width)
+
+    def flops(self, prompt_tokens: int, completion_tokens: Sequence[int]) -> float:
+        """Count what a group needs at least, forward and backward.
+
+        Each token goes once through the blocks, two operations a weight; completion tokens through the head; attention
+        over what each token sees. Backward is twice the forward, once where weights are frozen. Recomputation, padding and
+        prompts that are computed again do not count, so that a layout that needs more has a lower utilisation.
+        Source: PaLM, 2204.02311, appendix B (model FLOPs utilisation).
+        """
+        rows = sum(completion_tokens)
+        seen = prompt_tokens * (prompt_tokens + 1) / 2 + sum(
+            n * prompt_tokens + n * (n + 1) / 2 for n in completion_tokens
+        )
+        blocks = (prompt_tokens + rows) * (4 * self.frozen_weights + 6 * self.trained_weights)
+        head = rows * (6 if self.head_is_trained else 4) * self.head_weights
+        return blocks + head + 12 * self.attention_width * seen
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the groups of a micro-batch that count (no filler) ask for."""
+
+    shared_tokens: int = 0  # every prompt once
+    packed_tokens: int = 0  # a prompt with every completion
+    longest_tokens: int = 0  # of a prompt with a completion
+    sequences: int = 0  # completions
+    flops: float = 0.0
+
+    @classmethod
+    def of(cls, batch: MicroBatch, shape: ModelShape) -> Work:
+        """Count a micro-batch."""
+        width = int(batch.completion_index.max()) + 1
+        cell = batch.group_index.astype(np.int64) * width + batch.completion_index
+        tokens = np.bincount(cell, minlength=len(batch.weight) * width).reshape(
+            -1, width
+        )  # [groups, 1 + most completions]
+        work = cls()
+        for prompt, *rest in tokens[batch.weight > 0].tolist():
+            completions = [n for n in rest if n]
+            lengths = [prompt + n for n in completions]
+            work += cls(
+                prompt + sum(completions),
+                sum(lengths),
+                max(lengths, default=0),
+                len(lengths),
+                shape.flops(prompt, completions),
+            )
+        return work
+
+    def __add__(self, other: Work) -> Work:
+        """Add up groups of one micro-batch."""
+        return Work(
+            self.shared_tokens + other.shared_tokens,
+            self.packed_tokens + other.packed_tokens,
+            max(self.longest_tokens, other.longest_tokens),
+            self.sequences + other.sequences,
+            self.flops + other.flops,
+        )
+
+    @property
+    def padded_tokens(self) -> int:
+        """Count the tokens of its sequences in rows of one length."""
+        return self.longest_tokens * self.sequences
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Look up what a card can do at most in bf16; None for a CPU and for cards that are not listed."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)

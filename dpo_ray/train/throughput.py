@@ -1,0 +1,38 @@
+"""How well a step used the hardware: operations per second, and tokens that were not computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_ray.models.packed_rows import Layout
+from dpo_ray.models.work import ModelShape, Work
+from dpo_ray.schedule.micro_batch import MicroBatch
+
+from .step import over_ranks
+
+
+def work_of_step(micro_batches: Sequence[MicroBatch], shape: ModelShape) -> Tensor:
+    """Add up what a step asks for over all ranks: float64 [4] of shared, packed and padded tokens, and operations; collective."""
+    works = [Work.of(batch, shape) for batch in micro_batches]
+    own = [[w.shared_tokens, w.packed_tokens, w.padded_tokens, w.flops] for w in works]
+    return over_ranks(torch.tensor(own, dtype=torch.float64).sum(dim=0))
+
+
+def throughput(work: Tensor, layout: Layout, seconds: float, peak_flops: float | None) -> dict[str, float]:
+    """Turn a step's work [4] into figures.
+
+    `tflops` is a worker's 10^12 useful operations per second, `mfu` their share of what its device can do; `sharing_saved`
+    the share of tokens that prompts would have added without sharing, `padding_saved` that of a padded batch.
+    """
+    shared, packed, padded, flops = work.tolist()
+    per_second = flops / seconds / (dist.get_world_size() if dist.is_initialized() else 1)
+    figures = {
+        "tflops": per_second / 1e12,
+        "sharing_saved": 1 - shared / packed if layout == "shared" else 0.0,
+        "padding_saved": 1 - packed / padded if layout != "padded" else 0.0,
+    }
+    return figures if peak_flops is None else figures | {"mfu": per_second / peak_flops}
