@@ -375,10 +375,10 @@ def test_no_difference_is_not_called_not_measured() -> None:
 def test_curves_of_what_only_some_runs_measure_are_drawn_where_it_was_measured() -> None:
     keys = [plot.key for plot in training_plots(train_rows(4), [])]
     assert keys == list(PLOTS[:7])
-    more = {"kl": 0.1, "mfu": 0.4, "entropy": 1.5, "grad_norm/head": 0.2, "rewards/accuracies/hh": 0.75}
+    more = {"kl": 0.1, "mfu": 0.4, "tflops": 9.0, "entropy": 1.5, "grad_norm/head": 0.2, "rewards/accuracies/hh": 0.75}
     rows = [row | more for row in train_rows(4)]
     plots = {p.key: p for p in training_plots(rows, [{"step": 4, "eval_loss": 0.5, "eval_hard_loss": 0.625}])}
-    new = {"kl-estimate", "use", "entropy", "gradient-by-part", "accuracy-by-source", "loss-by-set"}
+    new = {"kl-estimate", "use", "mfu", "entropy", "gradient-by-part", "accuracy-by-source", "loss-by-set"}
     assert plots.keys() - set(keys) == new
     assert "hh: 0.75 at step 1, 0.75 at step 4" in plots["accuracy-by-source"].svg
     assert "hard: 0.625 at step 4." in plots["loss-by-set"].svg
