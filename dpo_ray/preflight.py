@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.chat import load_tokenizer, resolve_template
 from dpo_ray.data.filters import Filter, load_filters
 from dpo_ray.data.sources import Shard, list_shards
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, InfrastructureError
 from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
 from dpo_ray.models.load import context_tokens, is_hub_name, model_directory
 from dpo_ray.places import reference_root, run_storage
 from dpo_ray.reference.vllm_engine import lora_options
+
+BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")  # optimizers by its kernels
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,28 @@ def preflight(recipe: Recipe) -> Checked:
             fix=f"set at most {context}",
         )
     return Checked(shards, resolve_template(recipe.data.chat_template, tokenizer), filters)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """See that the packages are installed which only some recipes need.
+
+    Raises:
+        InfrastructureError: names the one that is not.
+    """
+    scores = uses_reference(recipe.train.objective) and recipe.reference.engine == "vllm"
+    if (scores or recipe.evaluate.sample_prompts) and find_spec("vllm") is None:
+        raise InfrastructureError(
+            "vLLM is not installed",
+            where="reference.engine, evaluate.sample_prompts",
+            fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0",
+        )
+    by_bitsandbytes = recipe.train.quantization or recipe.train.optimizer.type in BITSANDBYTES
+    if by_bitsandbytes and find_spec("bitsandbytes") is None:
+        raise InfrastructureError(
+            "bitsandbytes is not installed",
+            where=f"train.optimizer.type={recipe.train.optimizer.type}, train.quantization={recipe.train.quantization}",
+            fix="pip install 'dpo-ray[quantized]'; or take another optimizer, and no quantization",
+        )
 
 
 def _check_places(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ from .base import StrictModel, field_error
 from .data import DataConfig
 from .evaluate import EvaluateConfig
 from .model import ModelConfig
+from .objective import uses_reference
 from .reference import ReferenceConfig
 from .train import TrainConfig
 
@@ -59,6 +60,11 @@ class Recipe(StrictModel):
             raise field_error(
                 "train.lora.merge",
                 "an adapter of a model that has one itself (model.adapter) cannot stand alone: say true",
+            )
+        if self.train.quantization and uses_reference(self.train.objective) and self.reference.engine != "trainer":
+            raise field_error(
+                "reference.engine",
+                "say trainer: with train.quantization the reference is the quantized model, and an engine would score another",
             )
         if self.ray.cpus is not None and self.ray.address == "local" and self.ray.cpus < self.cpus_needed():
             raise field_error(

@@ -15,12 +15,14 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(StrictModel):
     """The optimizer, and the learning rate over time: a warm-up and a decay."""
 
-    type: Literal["adamw", "rmsprop"] = "adamw"
-    """rmsprop: the DPO paper's, with a fraction of AdamW's state."""
+    type: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "rmsprop", "adafactor"] = "adamw"
+    """8bit: a quarter of AdamW's state; paged: its state moves between GPU and CPU memory as there is room (both by
+    bitsandbytes). rmsprop: the DPO paper's, with half of AdamW's state. adafactor: next to no state; its learning rate is
+    relative to the size of a weight, so take a larger one, such as 1e-4."""
 
     learning_rate: float = Field(default=5e-7, gt=0)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """AdamW's; the second is RMSprop's smoothing as well."""
+    """AdamW's; the second is RMSprop's smoothing as well. Adafactor has its own, as torch sets them, and its own eps."""
 
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -117,6 +119,10 @@ class TrainConfig(StrictModel):
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights; null: all weights."""
 
+    quantization: Literal["nf4"] | None = None
+    """nf4: the frozen weights under train.lora take 4 bits each (QLoRA, by bitsandbytes), on every worker alike. Policy and
+    reference are then both of these weights, so the trainer scores the reference, and the adapter is exported alone."""
+
     layout: Literal["shared", "packed", "padded"] = "shared"
     """shared: a prompt is computed once for all its completions. packed: once for each, without padding. padded: rows of one
     length. The same result; a model that shared cannot serve falls back by itself, with a line that says so."""
@@ -159,6 +165,11 @@ class TrainConfig(StrictModel):
     def _fields_agree(self) -> TrainConfig:
         if self.best is not None and self.eval_every_steps is None:
             raise field_error("best", "needs evaluations to compare: set train.eval_every_steps")
+        if self.quantization is not None and (self.lora is None or self.lora.merge or self.sharding.cpu_offload):
+            raise field_error(
+                "quantization",
+                "needs an adapter to train: set train.lora, without merge; not with sharding.cpu_offload",
+            )
         shard = self.sharding.shard_workers
         if shard is not None and self.workers % shard:
             raise field_error("sharding.shard_workers", f"{shard} does not divide train.workers={self.workers}")

@@ -12,7 +12,8 @@ from dpo_ray.config.train import TrainConfig
 
 from .load import as_policy, load_policy
 from .lora import add_lora
-from .sharding import prepare_blocks, shard
+from .nf4 import quantize_blocks
+from .sharding import blocks, prepare_blocks, shard
 from .sliced_weights import WholeModelNeededError, fill_shards, find_slices
 from .token_logps import TokenLogps
 
@@ -30,7 +31,7 @@ def build_policy(
     """Load the model, in a process group, sharded over its ranks; collective.
 
     Each rank reads its own rows from the files. Where they hold the weights otherwise than the model does, each rank loads
-    the whole model into CPU memory first, and a line says so.
+    the whole model into CPU memory first, and a line says so. Weights that are quantized are whole on every rank.
 
     Args:
         adapter: directory of a LoRA adapter that is merged into the model; `config.lora` is trained on top of it.
@@ -47,6 +48,8 @@ def build_policy(
     except WholeModelNeededError as reason:
         logger.info("each rank loads the whole model before it is sharded: %s", reason)
         policy = load_policy(directory, torch.float32, config.logprob_chunk_tokens, adapter, config.layout)
+    if config.quantization is not None:
+        quantize_blocks(blocks(policy), dtype, device)
     if config.lora is not None:
         add_lora(policy.model, config.lora, seed)
     prepare_blocks(policy, config.activation_checkpointing, compiled=config.compile)
@@ -54,6 +57,6 @@ def build_policy(
     shard(policy, device.type, dist.get_world_size(), dtype, config.sharding)
     if weights is not None:
         place = torch.device("cpu") if config.sharding.cpu_offload else device
-        read = fill_shards(policy, weights, place, seed)
+        read = fill_shards(policy, weights, place, dtype, seed)
         logger.info("read %.3f GiB of weights", read / 2**30)
     return policy

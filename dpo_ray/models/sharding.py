@@ -16,6 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from dpo_ray.config.train import ShardingConfig
 from dpo_ray.models.token_logps import TokenLogps
 
+from .nf4 import nf4_weights
+
 # Results that `selective` keeps: they cost most to make again. The rest of a block is cheap.
 KEPT = {
     torch.ops.aten.mm.default,
@@ -66,9 +68,10 @@ def shard(
         mesh = init_device_mesh(device_type, (world_size,))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=device_type == "cuda") if config.cpu_offload else OffloadPolicy()
+    whole = nf4_weights(policy)
     for block in blocks(policy):
-        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole)
+    root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole)
     assert isinstance(root, FSDPModule)  # noqa: S101 - fully_shard's type does not say so
     # The loss is already divided by the whole step's weight: gradients are summed over ranks, not averaged.
     for module in policy.modules():

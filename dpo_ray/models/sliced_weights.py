@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from . import adapter as lora_files
 from .lora import first_value, is_lora
+from .nf4 import Nf4Linear
 from .probe import KNOWN_EXACT
 from .token_logps import TokenLogps
 
@@ -105,8 +106,12 @@ def _make_buffers(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device, seed: int) -> int:
+def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device, dtype: torch.dtype, seed: int) -> int:
     """Give a sharded policy its memory on `device`, and each parameter the rows that this rank holds.
+
+    Args:
+        dtype: of the forward pass, to which quantized weights are multiplied out.
+        seed: of the adapter that is trained.
 
     Returns:
         Bytes of weights that were read.
@@ -121,7 +126,8 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
             adapter = stack.enter_context(safe_open(weights.adapter.directory / lora_files.WEIGHTS, framework="pt"))
         else:
             adapter = None
-        for name, parameter in policy.model.named_parameters():
+        for name, parameter in list(policy.model.named_parameters()):
+            module = policy.model.get_submodule(name.rpartition(".")[0])
             name = name.replace(_CHECKPOINT_PREFIX, "")
             rows, local = _held(parameter)
             if rows.start == rows.stop:  # fewer rows than ranks
@@ -130,12 +136,17 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
                 local.copy_(first_value(name, tuple(parameter.shape), seed)[rows])
                 continue
             key = name.replace(".base_layer.", ".")
+            quantized = module if isinstance(module, Nf4Linear) and parameter is module.weight else None
+            rows = rows if quantized is None else slice(0, quantized.out_features)
             part = opened[weights.files[key]].get_slice(key)[rows]
             read += part.numel() * part.element_size()
             if weights.adapter is not None and (layer := key.removesuffix(".weight")) in weights.adapter.layers:
                 # The whole product, then its rows: the product of some rows may be rounded otherwise.
                 part = part.to(torch.float32).add_(lora_files.product(adapter, weights.adapter, layer)[rows])
-            local.copy_(part)
+            if quantized is None:
+                local.copy_(part)
+            else:
+                quantized.hold(part.to(device), dtype)
     return read
 
 

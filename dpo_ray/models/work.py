@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dpo_ray.schedule.micro_batch import MicroBatch
 
 from .lora import is_lora
+from .nf4 import WEIGHTS_A_BYTE
 
 # Dense bf16 operations per second, by the vendors' data sheets; the first name that a card's holds counts.
 PEAK_FLOPS = {
@@ -49,7 +50,8 @@ class ModelShape:
         for name, weight in layers.named_parameters():
             if weight.ndim < 2:
                 continue
-            met = weight.numel() * (chosen if ".experts." in name and not is_lora(name) else 1.0)
+            numel = weight.numel() * (WEIGHTS_A_BYTE if weight.dtype == torch.uint8 else 1)
+            met = numel * (chosen if ".experts." in name and not is_lora(name) else 1.0)
             frozen, trained = (frozen, trained + met) if weight.requires_grad else (frozen + met, trained)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = config.num_attention_heads * head_dim * len(layers)

@@ -10,6 +10,9 @@ from torch import nn
 
 from dpo_ray.config.train import OptimizerConfig
 
+from .blockwise_adamw import BlockwiseAdamW
+from .gathered_adafactor import GatheredAdafactor
+
 
 def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Make the optimizer over all parameters that are trained; matrices decay, vectors (norms, biases) do not.
@@ -25,8 +28,13 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.O
     match config.type:
         case "adamw":
             return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+        case "adamw_8bit" | "paged_adamw" | "paged_adamw_8bit":
+            bits = 8 if config.type.endswith("8bit") else 32
+            return BlockwiseAdamW(groups, config, bits=bits, paged=config.type.startswith("paged"))
         case "rmsprop":
             return torch.optim.RMSprop(groups, lr=config.learning_rate, alpha=config.betas[1], eps=config.eps)
+        case "adafactor":
+            return GatheredAdafactor(groups, config)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:

@@ -134,6 +134,22 @@ def test_a_killed_worker_costs_its_granule_and_nothing_else(tmp_path: Path) -> N
     )
 
 
+def test_policy_and_reference_are_the_model_in_four_bits(tmp_path: Path) -> None:
+    """Step 1's loss is ln 2 only if both are: a model that is rounded so is another one."""
+    pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
+    lora = ("train.quantization=nf4", "train.lora.rank=4", "train.optimizer.type=adamw_8bit")
+    lora += ("train.optimizer.warmup_fraction=0",)  # or the first step has rate 0
+    run, _ = offline(
+        small_recipe(tmp_path, "reference.engine=trainer", "train.workers=2", "train.steps=2", *lora), Reporter()
+    )
+    first, second = (json.loads(line)["loss"] for line in run.train.read_bytes("metrics.jsonl").splitlines()[:2])
+    assert first == pytest.approx(math.log(2), abs=1e-6)
+    assert second != first
+    assert run.train.manifest.figures["audit"]["max_token_drift"] < 1e-5
+    assert {"policy/adapter_config.json", "policy/adapter_model.safetensors"} <= set(run.train.names("policy/"))
+    assert run.plan.numerics.dtype == "float32, nf4"  # no other run takes these for the model's
+
+
 def test_policy_and_reference_are_the_model_with_its_adapter(tmp_path: Path) -> None:
     """Step 1's loss is ln 2 only if the adapter is in both; the policy that comes out is a whole model with it."""
     adapter = write_adapter(tmp_path / "adapter")

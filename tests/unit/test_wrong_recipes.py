@@ -195,6 +195,15 @@ KINDS = [
         lambda here: [str(here / "good.yaml"), f"model.path={model_copy(here, auto_map=True)}"],
         ("model.path=", "auto_map"),
     ),
+    override(
+        "4 bits without an adapter", "train.quantization=nf4", says=("train.quantization", "needs an adapter to train")
+    ),
+    override(
+        "4 bits and another engine",
+        "train.quantization=nf4",
+        "train.lora.rank=8",
+        says=("reference.engine", "the reference is the quantized model"),
+    ),
     override("no such adapter", "model.adapter=./absent", says=("model.adapter=./absent: no such directory",)),
     override(
         "an adapter of the hub", "model.adapter=some/lora", says=("model.adapter=some/lora:", "hf download some/lora")

@@ -1,6 +1,6 @@
 """Train a few steps in one process or several, in every way that must not change the result.
 
-Run as a module: `python -m tests.unit.train.variants_process RANK WORLD DIRECTORY all|compiled`.
+Run as a module: `python -m tests.unit.train.variants_process RANK WORLD DIRECTORY all|compiled|quantized`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ COMPILED: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "compiled, recomputed": {"compile": True, "activation_checkpointing": "selective"},
 }
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "quantized": {"lora": LORA, "quantization": "nf4"},
+    "quantized, recomputed": {"lora": LORA, "quantization": "nf4", "activation_checkpointing": "full"},
+}
 HYBRID = {"sharding": {"mode": "hybrid", "shard_workers": 2}}
 
 
@@ -49,7 +53,7 @@ def main(rank: int, world: int, directory: Path, asked: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
     variants = VARIANTS if world < 4 else {"plain": HYBRID, "adapter": HYBRID | {"lora": LORA}}
     measured: dict[str, list[list[float]]] = {}
-    for name, facts in (COMPILED if asked == "compiled" else variants).items():
+    for name, facts in {"compiled": COMPILED, "quantized": QUANTIZED}.get(asked, variants).items():
         config = make_config(workers=world, **facts)
         source, cpu = builtin_model("sentiment_llama"), torch.device("cpu")
         policy = build_policy(source, None, config, torch.float32, cpu, seed=3).train()
@@ -60,6 +64,8 @@ def main(rank: int, world: int, directory: Path, asked: str) -> None:
             measured[name].append([row["loss"], row["grad_norm"]])
         if config.lora is not None:
             save(gather_policy(policy, torch.float32, config.lora), directory / f"{name}.safetensors", rank)
+            if config.quantization is not None:
+                continue
             # With an adapter of which nothing is left, the model is what it was.
             for parameter in (p for n, p in policy.named_parameters() if ".lora_B." in n):
                 parameter.detach().zero_()
