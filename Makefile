@@ -48,7 +48,7 @@ test-slow: $(STAMP) ## what takes minutes or kills processes
 	@echo "==> running the slow and chaos tests"
 	@$(BIN)/pytest -m 'slow or chaos'
 
-test-long: $(STAMP) ## more cases of what the others test: every recipe in miniature, every model family, training killed at 32 moments
+test-long: $(STAMP) ## more cases of what the others test: every recipe in miniature, every model family
 	@echo "==> running the long tests"
 	@$(BIN)/pytest -m long
 

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_ray.models.packed_rows import Layout
 from dpo_ray.models.token_logps import TokenLogps
+from dpo_ray.models.work import ModelShape, peak_flops
 
 # Llama 3.2 1B and Llama 3.1 8B: https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json and its like
 SHAPES = {
@@ -62,7 +63,6 @@ SHAPES = {
 # Medians in tokens of Llama's tokenizers, and a deviation of the logarithm with which few reach the longest.
 LENGTHS = {"hh": Lengths(110, 50, 60, 0.7), "ultrafeedback": Lengths(110, 320, 260, 0.7)}
 LONGEST = {"hh": 1024, "ultrafeedback": 2048}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor's data sheets (SXM)
 TOKENS_PER_MICRO_BATCH = 16_384
 RECOMPUTED_FROM = 4e9  # parameters: activations of larger models would not fit, so both sides recompute them
 
@@ -171,32 +171,16 @@ def _with_memory(device: torch.device, work: Callable[[], dict[str, Any]]) -> di
     return answer
 
 
-def useful_flops(row: PairRow, config: LlamaConfig) -> float:
-    """Count the floating-point operations that a pair needs at least, forward and backward (three times the forward).
-
-    Each token once through the linear layers (2 a weight), the head on completion tokens alone, attention on what is seen.
-    Recomputation, padding and prompts computed twice are not counted, so the same count serves all sides.
-    """
-    prompt, *completions = row.lengths
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    attended = config.num_attention_heads * head_dim
-    kv = (config.num_key_value_heads or config.num_attention_heads) * head_dim
-    block = config.hidden_size * (2 * attended + 2 * kv + 3 * config.intermediate_size)
-    seen = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in completions)
-    forward = 2 * block * config.num_hidden_layers * (prompt + sum(completions))
-    forward += 2 * config.hidden_size * config.vocab_size * sum(completions)
-    forward += 4 * attended * config.num_hidden_layers * seen
-    return 3 * forward
-
-
 def _report(
     kind: str, rows: Sequence[PairRow], measured: dict[str, dict], device: torch.device, args: argparse.Namespace
 ) -> str:
     counted = rows[args.warm_up_steps * args.pairs_per_step :]
     tokens = sum(2 * p + c + r for p, c, r in (row.lengths for row in counted))
-    flops = sum(useful_flops(row, SHAPES[args.shape]) for row in counted)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((flops_per_s for name, flops_per_s in PEAK_FLOPS.items() if name in card), None)
+    with torch.device("meta"):
+        shape = ModelShape.of(LlamaForCausalLM(SHAPES[args.shape]))
+    # Prompts computed twice, padding and recomputation do not count, so the same count serves all sides.
+    flops = sum(shape.flops(prompt, completions) for prompt, *completions in (row.lengths for row in counted))
+    peak = peak_flops(device)
     lines = [
         f"### lengths of {kind}",
         "",
