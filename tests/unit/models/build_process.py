@@ -64,4 +64,4 @@ def _state(policy: TokenLogps) -> dict[str, tuple[str, bool, bytes]]:
 def _read(directory: Path, world: int) -> int:
     weights = find_slices(directory, None)
     policy = as_policy(weights.model, 16, "shared", "")
-    return fill_shards(shard(policy, "cpu", world, torch.float32), weights, CPU, 0)
+    return fill_shards(shard(policy, "cpu", world, torch.float32), weights, CPU, torch.float32, 0)

@@ -73,6 +73,7 @@ def main(rank: int, world: int, directory: Path, asked: str) -> None:
             save(gather_policy(policy, torch.float32, whole), directory / f"base of {name}.safetensors", rank)
     if rank == 0:
         (directory / "measured.json").write_text(json.dumps(measured))
+    dist.barrier()  # gloo may abort a rank that ends while another still works
     dist.destroy_process_group()
 
 
