@@ -18,6 +18,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from dpo_ray.config.train import OptimizerConfig
 
+from .shards import own_part
+
 BLOCK = 256  # values that share a scale, in bitsandbytes' kernels
 FEWEST_VALUES = 4096  # of a parameter with 8-bit state: small ones are worth more than the memory
 FEWEST_PAGED_VALUES = 100_000  # of a shard whose state is paged
@@ -43,7 +45,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
     def _new_state(self, p: Tensor, bits: int) -> dict[str, Tensor]:
         row = math.prod(p.shape[1:])
         eight = bits == 8 and p.ndim > 1 and row % BLOCK == 0 and p.numel() >= FEWEST_VALUES
-        shard = _local(p)
+        shard = own_part(p)
         state = {"step": torch.zeros(())}
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment] = _sharded_as(p, self._zeros(shard, torch.uint8 if eight else torch.float32), p.shape)
@@ -68,9 +70,9 @@ class BlockwiseAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 self.state[p]["step"] += 1
-                shard, gradient = _local(p), _local(p.grad).contiguous()
+                shard, gradient = own_part(p), own_part(p.grad).contiguous()
                 if shard.numel():
-                    state = {name: _local(value) for name, value in self.state[p].items()}
+                    state = {name: own_part(value) for name, value in self.state[p].items()}
                     self._update(shard, gradient, state, group)
                     device = shard.device
         if self._paged and device is not None and device.type == "cuda":
@@ -109,13 +111,8 @@ class BlockwiseAdamW(torch.optim.Optimizer):
             for p, name in zip(group["params"], saved["params"], strict=True):  # an index, or a name in checkpoints
                 for what, value in state_dict["state"].get(name, {}).items():
                     if (own := self.state[p][what]) is not value:
-                        _local(own).copy_(_local(value))
+                        own_part(own).copy_(own_part(value))
             group.update({name: value for name, value in saved.items() if name != "params"})
-
-
-def _local(value: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank holds."""
-    return value._local_tensor if isinstance(value, DTensor) else value.detach()  # the memory itself, pages too
 
 
 def _sharded_as(p: Tensor, local: Tensor, shape: torch.Size) -> Tensor:

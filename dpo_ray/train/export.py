@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config.train import LoraConfig
 from dpo_ray.models.load import TOKENIZER_FILES
 from dpo_ray.models.lora import add_product, is_lora, matrices_of, write_adapter
 from dpo_ray.models.token_logps import TokenLogps
+
+from .shards import gathered
 
 
 def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | None = None) -> dict[str, Tensor]:
@@ -35,22 +36,13 @@ def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | Non
         if is_lora(name) != alone or name in tied:
             continue
         if (pair := matrices_of(name, held.keys())) is not None and lora is not None:
-            a, b = (_whole(held[matrix]) for matrix in pair)
-            gathered = add_product(_whole(weight), a, b, lora).to(dtype)
+            a, b = (gathered(held[matrix]) for matrix in pair)
+            one = add_product(gathered(weight), a, b, lora).to(dtype)
         else:
-            gathered = _whole(weight.to(dtype) if weight.is_floating_point() and not alone else weight)
+            one = gathered(weight.to(dtype) if weight.is_floating_point() and not alone else weight)
         if keeps:
-            whole[name.replace(".base_layer.", ".")] = gathered.cpu()
+            whole[name.replace(".base_layer.", ".")] = one.cpu()
     return whole
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """Gather a weight on every rank; collective."""
-    if not isinstance(weight, DTensor):
-        return weight
-    on_device = weight.to(weight.device_mesh.device_type)  # an offloaded shard is on the CPU
-    assert isinstance(on_device, DTensor)  # noqa: S101 - `to` keeps it one
-    return on_device.full_tensor()
 
 
 def write_policy(

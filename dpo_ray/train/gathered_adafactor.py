@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo_ray.config.train import OptimizerConfig
 
+from .shards import gathered
+
 
 class GatheredAdafactor(torch.optim.Optimizer):
     """Adafactor with relative steps: a parameter moves by the learning rate times its own size."""
@@ -29,19 +31,14 @@ class GatheredAdafactor(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                whole = _whole(p).clone()
-                whole.grad = _whole(p.grad)
+                whole = gathered(p).detach().clone()
+                whole.grad = gathered(p.grad)
                 library = torch.optim.Adafactor(
                     [whole], lr=group["lr"], weight_decay=group["weight_decay"], foreach=False
                 )
                 library.state[whole] = self.state[p]  # which it fills at the first step
                 library.step()
                 _take(p, whole)
-
-
-def _whole(value: Tensor) -> Tensor:
-    """Gather a tensor on every rank; collective."""
-    return value.full_tensor() if isinstance(value, DTensor) else value.detach()
 
 
 def _take(p: Tensor, whole: Tensor) -> None:

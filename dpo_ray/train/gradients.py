@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .shards import own_part
+
 GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 
 
@@ -20,7 +22,7 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
     """
     squares = torch.zeros(len(GROUPS), dtype=torch.float64)
     with_gradients = [(name, p.grad) for name, p in policy.named_parameters() if p.grad is not None]
-    norms = [torch.linalg.vector_norm(_shard(gradient), dtype=torch.float32) for _, gradient in with_gradients]
+    norms = [torch.linalg.vector_norm(own_part(gradient), dtype=torch.float32) for _, gradient in with_gradients]
     own = torch.stack(norms).tolist() if norms else []  # all at once: every read of a GPU's number waits for the GPU
     for (name, gradient), norm in zip(with_gradients, own, strict=True):
         squares[GROUPS.index(group_of(name))] += norm**2 / _copies(gradient)
@@ -34,13 +36,8 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
         scale = max_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
         if scale < 1.0:
             for _, gradient in with_gradients:
-                _shard(gradient).mul_(scale)
+                own_part(gradient).mul_(scale)
     return norm, {f"grad_norm/{g}": s**0.5 for g, s in zip(GROUPS, squares.tolist(), strict=True) if s > 0}
-
-
-def _shard(gradient: Tensor) -> Tensor:
-    """Return the part of a gradient that this rank holds."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _copies(gradient: Tensor) -> int:
