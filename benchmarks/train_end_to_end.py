@@ -25,10 +25,11 @@ from typing import Any
 
 from machine import machine
 from tiny_model import make_model
-from train_steps import SMALL_LLAMA, made_files, say
+from train_steps import SMALL_LLAMA, made_files, say, trl_side
 from trl_environment import cache_directory, trl_python
 
 HERE = Path(__file__).resolve().parent
+OURS = "dpo_ray"
 WANTED = 3.0
 
 
@@ -41,12 +42,13 @@ def run(args: argparse.Namespace) -> None:
     pairs = sum(_count_lines(file) for file in files)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="whole-", dir=args.cache) as scratch:
-        commands = {
-            "dpo_ray": _dpo_ray(files, model, args, Path(scratch)),
-            "trl": _trl(trl, files, model, args, Path(scratch)),
-        }
-        for side in args.sides:
-            seconds[side] = _timed(side, commands[side], args.cache / f"train-end-to-end-{side}.log", Path(scratch))
+        commands: dict[str, list[Any]] = {}
+        if "dpo_ray" in args.sides:
+            commands[OURS] = _dpo_ray(files, model, args, Path(scratch))
+        if "trl" in args.sides:
+            commands |= {trl_side(n): _trl(trl, n, files, model, args, Path(scratch)) for n in args.trl_micro_batch}
+        for number, (side, command) in enumerate(commands.items()):
+            seconds[side] = _timed(side, command, args.cache / f"train-end-to-end-{number}.log", Path(scratch))
             say(f"{side}: {seconds[side]:.0f} s")
     text = _report(seconds, pairs, args)
     print(text)
@@ -87,10 +89,12 @@ def _dpo_ray(files: Sequence[Path], model: Path, args: argparse.Namespace, scrat
     return [Path(sys.executable).parent / "dpo-ray", "run", path]
 
 
-def _trl(python: Path, files: Sequence[Path], model: Path, args: argparse.Namespace, scratch: Path) -> list[Any]:
+def _trl(
+    python: Path, micro_batch: int, files: Sequence[Path], model: Path, args: argparse.Namespace, scratch: Path
+) -> list[Any]:
     return [
-        *(python, HERE / "train_trl_end_to_end.py", "--model", model, "--scratch", scratch / "trl"),
-        *("--pairs-per-step", args.pairs_per_step, "--micro-batch", min(args.trl_micro_batch)),
+        *(python, HERE / "train_trl_end_to_end.py", "--model", model, "--scratch", scratch / f"trl-{micro_batch}"),
+        *("--pairs-per-step", args.pairs_per_step, "--micro-batch", micro_batch),
         *("--learning-rate", args.learning_rate, "--max-length-tokens", args.max_length_tokens),
         *("--threads", args.cores, "--files", *files),
     ]
@@ -122,9 +126,13 @@ def _report(seconds: dict[str, float], pairs: int, args: argparse.Namespace) -> 
         "|---|---|---|",
         *(f"| {side} | {each:.0f} s | {pairs / each:.2f} |" for side, each in seconds.items()),
     ]
-    if len(seconds) > 1:
+    if OURS in seconds:
         lines += [
             "",
-            f"dpo_ray is **{seconds['trl'] / seconds['dpo_ray']:.2f}x** as fast as TRL (wanted: {WANTED:g}x).",
+            *(
+                f"dpo_ray is **{each / seconds[OURS]:.2f}x** as fast as {side} (wanted: {WANTED:g}x)."
+                for side, each in seconds.items()
+                if side != OURS
+            ),
         ]
     return "\n".join(lines)

@@ -46,7 +46,7 @@ def main(directory: Path, *, lose: bool) -> None:
     model = str(model_directory(ModelConfig(path="builtin:sentiment_llama")))
     settings = ScorerSettings("vllm", model, "float32", "cpu", 128, 2048, 0.5, share_prompt=True)
     store = ReferenceStore(Storage(directory), "a" * 64, Numerics("vllm", "0.32.0", "cpu", "float32", "float32"))
-    start = made_scorers.Start(directory, vllm=True)
+    start = made_scorers.Start(directory, vllm=True, together=2)  # else one may be done before the other is ready
     config, events = ReferenceConfig(replicas=2, node_labels=ENGINE_LABEL), []
     pool = EnginePool(settings, store, config, 0.0, events.append, start)
     tables, results = granules(), []

@@ -47,10 +47,16 @@ def formula(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> np.ndar
 
 
 class CountingScorer:
-    """A scorer around another that writes down how many sequences it has scored: one byte each, also if it is killed later."""
+    """A scorer around another that writes down how many sequences it has scored: one byte each, also if it is killed later.
 
-    def __init__(self, scorer: Scorer, log: Path) -> None:
-        self._scorer, self._log = scorer, log
+    It scores nothing before so many scorers as `together` are ready.
+    """
+
+    def __init__(self, scorer: Scorer, directory: Path, together: int) -> None:
+        self._scorer, self._log, self._together = scorer, directory / "scored", together
+        self._ready = directory / "ready"
+        with self._ready.open("ab") as ready:
+            ready.write(b"x")
 
     @property
     def cached_tokens(self) -> int:
@@ -61,6 +67,8 @@ class CountingScorer:
         return self._scorer.rescored
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
+        while self._ready.stat().st_size < self._together:
+            time.sleep(0.1)
         scores = self._scorer.score(requests)
         with self._log.open("ab") as log:
             log.write(b"x" * len(requests))
@@ -73,8 +81,11 @@ class CountingScorer:
 class Start:
     """Starts a scorer, and counts that in a directory."""
 
-    def __init__(self, directory: Path, *, seconds: float = 0.0, vllm: bool = False, fault: str = "") -> None:
+    def __init__(
+        self, directory: Path, *, seconds: float = 0.0, vllm: bool = False, fault: str = "", together: int = 1
+    ) -> None:
         self._directory, self._seconds, self._vllm, self._fault = directory, seconds, vllm, fault
+        self._together = together
 
     def __call__(self, settings: ScorerSettings) -> Scorer:
         (self._directory / f"started-{os.getpid()}").touch()
@@ -83,7 +94,7 @@ class Start:
         if self._fault == "error":
             raise EngineError("the engine does not start", fix="look at the log")
         scorer = start_vllm(settings) if self._vllm else ArithmeticScorer(self._seconds)
-        return CountingScorer(scorer, self._directory / "scored")
+        return CountingScorer(scorer, self._directory, self._together)
 
     @property
     def starts(self) -> int:
