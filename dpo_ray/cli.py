@@ -19,6 +19,7 @@ from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError, StoppedError
 if TYPE_CHECKING:
     from dpo_ray.artifacts.storage import Storage
     from dpo_ray.config.recipe import Recipe
+    from dpo_ray.observe.progress import Reporter
 
 _MEANINGS = EXIT_CODES | {1: "A fault of dpo-ray itself: the traceback says where"}
 _CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
@@ -61,8 +62,11 @@ def run(
     from dpo_ray import pipeline, summary
     from dpo_ray.observe.progress import Reporter
 
-    reporter = Reporter()
-    finished, ran = pipeline.offline(_loaded(recipe, overrides, tiny=tiny), reporter, verbose=verbose)
+    reporter, loaded = Reporter(), _loaded(recipe, overrides, tiny=tiny)
+    if loaded.online is not None:
+        _run_rounds(loaded, reporter, as_json=as_json, verbose=verbose)
+        return
+    finished, ran = pipeline.offline(loaded, reporter, verbose=verbose)
     if not ran:
         reporter.say("every stage is done: nothing to run")
     summary.write_report(finished)
@@ -72,6 +76,46 @@ def run(
         return
     summary.print_comparison(finished, _console())
     typer.echo(summary.line(values))
+
+
+def _run_rounds(recipe: Recipe, reporter: Reporter, *, as_json: bool, verbose: bool) -> None:
+    from dpo_ray import rounds_view, summary
+    from dpo_ray.online import results
+    from dpo_ray.online.rounds import online
+
+    rounds, ran = online(recipe, reporter, verbose=verbose)
+    if not ran:
+        reporter.say("every round is done: nothing to run")
+    results.write_page(rounds)
+    values = results.figures(rounds)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    rounds_view.print_rounds(results.rounds_page(rounds), _console())
+    typer.echo(summary.line(values))
+
+
+@app.command()
+def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
+    """Show every round of an online run: its state, its figures, what became of its policy. Starts nothing.
+
+    A finished run goes on when `online.rounds` is raised.
+    """
+    from dpo_ray import rounds_view
+    from dpo_ray.online import results
+    from dpo_ray.online.round_plan import derive
+    from dpo_ray.planning import make_plan
+
+    loaded = _loaded(recipe, overrides, tiny=tiny)
+    if loaded.online is None:
+        raise ConfigError(
+            "it has no section `online`, so it has no rounds", where=str(recipe), fix="dpo-ray plan shows its stages"
+        )
+    page = results.rounds_page(derive(make_plan(loaded)))
+    if as_json:
+        typer.echo(json.dumps(rounds_view.figures(page)))
+    else:
+        rounds_view.print_rounds(page, _console())
 
 
 @app.command()

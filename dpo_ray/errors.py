@@ -75,6 +75,12 @@ class InfrastructureError(DpoRayError):
     exit_code = 9
 
 
+class JudgeError(DpoRayError):
+    """A judge of online rounds cannot work, or has spent what it may."""
+
+    exit_code = 10
+
+
 class StoppedError(DpoRayError):
     """Stopped by SIGTERM; the same command goes on from what was committed."""
 
@@ -94,6 +100,7 @@ EXIT_CODES = {
             TrainError,
             EngineError,
             InfrastructureError,
+            JudgeError,
             StoppedError,
         )
     },

@@ -35,14 +35,15 @@ from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import BUILTIN, context_tokens, is_hub_name, model_directory
 from dpo_ray.observe.model_card import model_card
-from dpo_ray.observe.progress import Bar, Reporter
-from dpo_ray.observe.sinks import MetricsSinks
-from dpo_ray.online.sampler import Sampling, compare
+from dpo_ray.observe.progress import Reporter
+from dpo_ray.observe.sinks import MetricsSinks, follow
+from dpo_ray.online.sampler import compare
 from dpo_ray.places import artifact_store, reference_root, run_storage
 from dpo_ray.planning import Plan
 from dpo_ray.preflight import check_packages
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.audit import measure
+from dpo_ray.reference.sampling import Sampling
 from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.reference.streaming import UnscorableError
@@ -83,7 +84,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
         artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
         try:
-            return _finished(_Run(plan, reporter, lease)), True  # its keys hold; what is done by now, the store says
+            return _finished(Stages(plan, reporter, lease)), True  # its keys hold; what is done by now, the store says
         except AuditError as error:
             with_trainer = planning.make_plan(recipe)
             if with_trainer.numerics == plan.numerics:
@@ -92,10 +93,10 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
             reporter.say(
                 "reference.audit.on_drift is use_trainer: the trainer scores all again, and trains with that alone"
             )
-            return _finished(_Run(with_trainer, reporter, lease)), True
+            return _finished(Stages(with_trainer, reporter, lease)), True
 
 
-def _finished(run: _Run) -> Finished:
+def _finished(run: Stages) -> Finished:
     """Run the stages that are not done, in their order."""
     prepared = run.prepare()
     schedule_stage.check_usable(prepared, run.recipe.train.objective)
@@ -117,7 +118,7 @@ def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tu
     run_dir.check_writable()
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
-        run = _Run(plan, reporter, lease)  # its keys hold; what is done by now, the store says
+        run = Stages(plan, reporter, lease)  # its keys hold; what is done by now, the store says
         try:
             return run.plan, run.prepare()
         except DataError:
@@ -150,13 +151,13 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _Run:
+class Stages:
     """The stages of one run under its lease, with a Ray to run on."""
 
     def __init__(self, plan: Plan, reporter: Reporter, lease: Lease) -> None:
         self.plan, self.recipe, self._reporter, self._lease = plan, plan.recipe, reporter, lease
-        self._model_dir = model_directory(self.recipe.model)
-        self._adapter_dir = adapter_directory(self.recipe.model)
+        self.model_directory = model_directory(self.recipe.model)
+        self._adapter_directory = adapter_directory(self.recipe.model)
 
     def prepare(self) -> Artifact:
         """Tokenize what is new, choose among all groups, and stop where too many rows are unsound."""
@@ -168,7 +169,7 @@ class _Run:
         plan, store, provenance = self.plan, artifact_store(self.recipe), self._provenance("prepare")
         configs = {shard_key(config): config for config in plan.shard_configs}
         keys = [shard_key(config) for config in plan.shard_configs]
-        task = PrepareTask(str(self._model_dir), plan.checked.template, self.recipe.data, plan.checked.filters)
+        task = PrepareTask(str(self.model_directory), plan.checked.template, self.recipe.data, plan.checked.filters)
         with self._reporter.stage("prepare", "rows") as bar:
             artifacts = prepare_stage.prepare_shards(
                 dict(zip(keys, plan.checked.shards, strict=True)),
@@ -253,8 +254,8 @@ class _Run:
 
     def reference_settings(self, extra_tokens: int = 0) -> ScorerSettings:
         """Set up an engine with the reference model."""
-        adapter = str(self._adapter_dir) if self._adapter_dir else None
-        return replace(self.scorer_settings(str(self._model_dir), extra_tokens), adapter_dir=adapter)
+        adapter = str(self._adapter_directory) if self._adapter_directory else None
+        return replace(self.scorer_settings(str(self.model_directory), extra_tokens), adapter_dir=adapter)
 
     def _store(self) -> ReferenceStore:
         return ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
@@ -290,9 +291,20 @@ class _Run:
         return artifact
 
     def train(
-        self, scheduled: Schedule, prepared: Artifact, before_commit: Callable[[], object] = lambda: None
+        self,
+        scheduled: Schedule,
+        prepared: Artifact,
+        before_commit: Callable[[], object] = lambda: None,
+        *,
+        moments: Artifact | None = None,
+        keep_moments: bool = False,
     ) -> Artifact:
-        """Train the policy, from the newest checkpoint where there is one."""
+        """Train the policy, from the newest checkpoint where there is one.
+
+        Args:
+            moments: the training whose optimizer this one goes on with.
+            keep_moments: in the artifact, for the next one.
+        """
         recipe, plan = self.recipe, self.plan
         run_dir, steps = run_storage(recipe), scheduled.rows["train/steps"]
         checkpoints = self._checkpoints(prepared.rows["train/admitted"] - scheduled.rows["train/groups"])
@@ -315,9 +327,11 @@ class _Run:
             seed=recipe.seed,
             identity=plan.resume_key,
             sources=sources_of(prepared, "train"),
+            moments=moments,
+            keep_moments=keep_moments,
         )
         with self._reporter.stage("train", "steps", steps) as bar, MetricsSinks(run_dir, recipe.trackers) as sinks:
-            account = train_stage.run(task, plan.hardware.train_gpus, partial(_follow, sinks, bar))
+            account = train_stage.run(task, plan.hardware.train_gpus, partial(follow, sinks, bar))
         if account["audit"]:
             account["audit"] = self.check_drift(account["audit"])
         card = model_card(
@@ -367,8 +381,8 @@ class _Run:
         given = self.recipe.model
         found_anywhere = is_hub_name(given.path) or given.path.startswith(BUILTIN)
         places = {
-            "path": given.path if found_anywhere else str(self._model_dir),
-            "adapter": str(self._adapter_dir) if self._adapter_dir else None,
+            "path": given.path if found_anywhere else str(self.model_directory),
+            "adapter": str(self._adapter_directory) if self._adapter_directory else None,
         }
         return given.model_copy(update=places)
 
@@ -376,8 +390,8 @@ class _Run:
         """Sample from policy and reference, and work out the figures."""
         if (done := planning.found(self.plan, "evaluate")) is not None:
             return done
-        provenance, tokenizer = self._provenance("evaluate"), load_tokenizer(str(self._model_dir))
-        context = context_tokens(self._model_dir)
+        provenance, tokenizer = self._provenance("evaluate"), load_tokenizer(str(self.model_directory))
+        context = context_tokens(self.model_directory)
         longest = context - self.recipe.evaluate.max_new_tokens if context is not None else None
         prompts = evaluate_stage.heldout_prompts(prepared, self.recipe.evaluate.sample_prompts, longest)
         with self._reporter.stage("evaluate", "prompts") as bar:
@@ -395,15 +409,21 @@ class _Run:
 
     def _compared(self, prepared: Artifact, trained: Artifact, prompts: list[list[int]], tokenizer: Any) -> Comparison:
         e, r = self.recipe.evaluate, self.recipe.reference
-        policy_dir = trained.local_dir("policy", _cache_dir(trained))
+        policy_dir = self.policy_directory(trained)
         stops = evaluate_stage.end_tokens(prepared, tokenizer)
-        sampling = Sampling(e.temperature, e.max_new_tokens, stops, self.recipe.seed)
+        sampling = Sampling(e.temperature, e.max_new_tokens, stops)
         policy = self.scorer_settings(str(policy_dir), e.max_new_tokens)
         if f"policy/{ADAPTER_CONFIG}" in trained.names():  # an adapter alone, of the model that is the reference
-            base = self.scorer_settings(str(self._model_dir), e.max_new_tokens)
+            base = self.scorer_settings(str(self.model_directory), e.max_new_tokens)
             policy = replace(base, adapter_dir=str(policy_dir))
         reference = self.reference_settings(e.max_new_tokens)
-        return compare(policy, reference, prompts, sampling, r.cpus_per_replica, self.plan.hardware.engine_gpus)
+        gpus = self.plan.hardware.engine_gpus
+        return compare(policy, reference, prompts, sampling, self.recipe.seed, r.cpus_per_replica, gpus)
+
+    def policy_directory(self, artifact: Artifact) -> Path:
+        """Return a local directory with the policy that an artifact holds; from an object store it is copied first."""
+        cache = Path.home() / ".cache" / "dpo_ray" / "artifacts" / f"{artifact.stage}-{artifact.key}"
+        return artifact.local_dir("policy", cache)
 
     def _begin(self, stage: str) -> Staging:
         self._lease.check()
@@ -412,30 +432,3 @@ class _Run:
     def _provenance(self, stage: str) -> Provenance:
         planned = self.plan.stages[stage]
         return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
-
-
-def _follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
-    """Show and keep one row of training metrics; a worker's first row says where it begins."""
-    if "restored_step" in row:
-        sinks.begin(row["known"])
-        bar.begin_at(row["restored_step"])
-        if row["restored_step"]:
-            bar.say(f"going on from the checkpoint of step {row['restored_step']:.0f}")
-        return
-    if "waiting_for" in row:
-        what = (
-            f"step {row['step']:.0f}" if row["waiting_for"] == "train" else f"the held-out data `{row['waiting_for']}`"
-        )
-        bar.say(f"{what} is not scored yet: training waits for it")
-        return
-    sinks.write(row)
-    heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""
-    shown = {"loss": ".4f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}  # of unpaired data there are fewer
-    names = {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    words = ", ".join(f"{names.get(n, n)} {row[n]:{form}}" for n, form in shown.items() if n in row)
-    bar.advance(1, f"{words}{heldout}, {row['tokens_per_second']:,.0f} tokens/s")
-
-
-def _cache_dir(artifact: Artifact) -> Path:
-    """Name a local place for the files of an artifact that lies on an object store."""
-    return Path.home() / ".cache" / "dpo_ray" / "artifacts" / f"{artifact.stage}-{artifact.key}"

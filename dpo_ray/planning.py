@@ -27,7 +27,7 @@ INPUTS = {
     "train": ("schedule",),
     "evaluate": ("prepare", "train"),
 }
-VERSIONS = {"prepare": 2, "reference": 2, "schedule": 5, "train": 2, "evaluate": 2}
+VERSIONS = {"prepare": 2, "reference": 2, "schedule": 5, "train": 2, "evaluate": 3}
 """Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 
@@ -123,7 +123,7 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
     numerics = Numerics(r.engine, engine_version(r.engine), where.device, weights, where.dtype, r.tensor_parallel)
     model = model_identity(recipe.model)
     prepare = prepare_config(checked.shards, shards, recipe.data, with_mismatched=needs_mismatched(recipe))
-    configs = _stage_configs(recipe, prepare, model, numerics, where)
+    configs = stage_configs(recipe, prepare, model, numerics, where)
     store = artifact_store(recipe)
     stages: dict[str, StagePlan] = {}
     for stage in stages_of(recipe):
@@ -142,7 +142,7 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
     return Plan(recipe, where, checked, tuple(shards), model, numerics, stages, resume, because_of_drift)
 
 
-def _stage_configs(
+def stage_configs(
     recipe: Recipe, prepare: dict[str, Any], model: str, numerics: Numerics, where: Hardware
 ) -> dict[str, dict[str, Any]]:
     """Say for each stage what of the recipe its result depends on: this, with its inputs, is what its key hashes."""

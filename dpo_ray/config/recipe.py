@@ -12,10 +12,11 @@ from .data import DataConfig
 from .evaluate import EvaluateConfig
 from .model import ModelConfig
 from .objective import uses_reference
+from .online import OnlineConfig
 from .reference import ReferenceConfig
 from .train import TrainConfig
 
-RESERVED_NAMES = ("artifacts", "reference-store")
+RESERVED_NAMES = ("artifacts", "reference-store", "judgements")
 
 
 class RayConfig(StrictModel):
@@ -43,6 +44,9 @@ class Recipe(StrictModel):
     reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    online: OnlineConfig | None = None
+    """Rounds of sampling, judging, pairing and training, in place of one training on data.train."""
+
     trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
     """Besides metrics.jsonl, which is always written."""
 
@@ -66,12 +70,28 @@ class Recipe(StrictModel):
                 "reference.engine",
                 "say trainer: with train.quantization the reference is the quantized model, and an engine would score another",
             )
+        if self.online is not None:
+            self._check_online(self.online)
         if self.ray.cpus is not None and self.ray.address == "local" and self.ray.cpus < self.cpus_needed():
             raise field_error(
                 "ray.cpus",
                 f"{self.ray.cpus} cannot hold what the recipe asks for at once: set at least {self.cpus_needed()}",
             )
         return self
+
+    def _check_online(self, online: OnlineConfig) -> None:
+        if not self.data.eval:
+            raise field_error("data.eval", "rounds are measured on held-out prompts, and there are none; name some")
+        if self.reference.engine != "vllm":
+            raise field_error("reference.engine", "the engines that sample score as well: rounds need vllm")
+        if self.reference.mode != "ahead":
+            raise field_error("reference.mode", "a round's pairs are there before training begins: say ahead")
+        if self.reference.audit.on_drift == "use_trainer":
+            raise field_error("reference.audit.on_drift", "rounds need the engines' scores: say stop or warn")
+        if self.train.quantization is not None:
+            raise field_error("train.quantization", "engines do not sample from the quantized model; leave it out")
+        if self.train.lora is not None and not self.train.lora.merge:
+            raise field_error("train.lora.merge", "a round's policy is a whole model: say true")
 
     def cpus_needed(self) -> int:
         """Count the CPUs that the recipe's widest moment asks Ray for; with fewer it would wait for ever."""
@@ -83,5 +103,7 @@ class Recipe(StrictModel):
             scoring = max(scoring, by_trainer)
         if self.reference.mode == "streaming":
             training += scoring  # side by side
+        if self.online is not None:  # the engines live on while the policy trains
+            return ceil(training + by_engines + max(j.cpus_per_replica * j.replicas for j in self.online.judges()))
         sampling = 2 * self.reference.cpus_per_replica  # policy and reference side by side
         return ceil(max(scoring, training, sampling, 2))

@@ -13,7 +13,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 VALENCES: dict[str, float] = {
@@ -183,6 +183,11 @@ def true_reward(prompt: str, completion: str) -> float:
     The prompt is neutral and does not count; it is a parameter because a reward is a function of both.
     """
     return sum((VALENCES.get(word, 0.0) for word in _WORD.findall(completion.lower())), 0.0)
+
+
+def true_rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Give the true reward of each completion: the judge of online rounds in this world."""
+    return [true_reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def preference_probability(prompt: str, first: str, second: str) -> float:

@@ -11,6 +11,8 @@ from typing import Any
 
 from dpo_ray.artifacts.storage import Storage
 
+from .progress import Bar
+
 
 class MetricsSinks:
     """The live metrics of one run, written by its driver.
@@ -75,3 +77,25 @@ class MetricsSinks:
         self._run_dir.write(
             "metrics.jsonl", "".join(json.dumps(self._rows[s]) + "\n" for s in sorted(self._rows)).encode()
         )
+
+
+def follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
+    """Show and keep one row of training metrics; a worker's first row says where it begins."""
+    if "restored_step" in row:
+        sinks.begin(row["known"])
+        bar.begin_at(row["restored_step"])
+        if row["restored_step"]:
+            bar.say(f"going on from the checkpoint of step {row['restored_step']:.0f}")
+        return
+    if "waiting_for" in row:
+        what = (
+            f"step {row['step']:.0f}" if row["waiting_for"] == "train" else f"the held-out data `{row['waiting_for']}`"
+        )
+        bar.say(f"{what} is not scored yet: training waits for it")
+        return
+    sinks.write(row)
+    heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""
+    shown = {"loss": ".4f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}  # of unpaired data there are fewer
+    names = {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+    words = ", ".join(f"{names.get(n, n)} {row[n]:{form}}" for n, form in shown.items() if n in row)
+    bar.advance(1, f"{words}{heldout}, {row['tokens_per_second']:,.0f} tokens/s")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,18 +11,11 @@ import ray
 
 from dpo_ray.errors import EngineError
 from dpo_ray.evaluate.metrics import Comparison, Sample
+from dpo_ray.reference.sampling import Sampling, sample_seed
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
 from dpo_ray.reference.vllm_scorer import VllmScorer
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample."""
-
-    temperature: float
-    max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
-    seed: int
+from .prompts import prompt_key
 
 
 class SamplerActor:
@@ -38,27 +29,13 @@ class SamplerActor:
         """Start the engine with the first request: what a method raises reaches the driver, a constructor's error does not."""
         return VllmScorer(self._settings, enable_sampling=True)
 
-    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[tuple[list[int], bool]]:
+    def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[tuple[list[int], bool]]:
         """Return, for each prompt, the sampled token ids and whether they end with a stop token.
 
-        The seed of a sample is a hash of (run seed, prompt), so it depends neither on order nor on batching.
+        The seed of a sample is a hash of (run's seed, prompt), so it depends neither on order nor on batching.
         """
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
-
-        parameters = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_new_tokens,
-                detokenize=False,
-                stop_token_ids=list(sampling.stop_token_ids),
-                seed=sample_seed(sampling.seed, prompt),
-            )
-            for prompt in prompts
-        ]
-        inputs = [TokensPrompt(prompt_token_ids=list(p)) for p in prompts]
-        outputs = self._scorer.engine.generate(inputs, parameters, use_tqdm=False, lora_request=self._scorer.adapter)
-        return [(list(o.outputs[0].token_ids), o.outputs[0].finish_reason == "stop") for o in outputs]
+        seeds = [[sample_seed(seed, 0, prompt_key(prompt), 0)] for prompt in prompts]
+        return [own[0] for own in self._scorer.sample(prompts, seeds, sampling)]
 
     def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         """Return the log-prob of each completion, summed over its tokens, in nats; 0 for an empty one.
@@ -80,17 +57,12 @@ class SamplerActor:
         return sums
 
 
-def sample_seed(seed: int, prompt: Sequence[int]) -> int:
-    """Hash a run's seed and a prompt to a sampling seed (63 bits)."""
-    content = f"{seed}/".encode() + np.asarray(prompt, np.int32).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
-
-
 def compare(
     policy: ScorerSettings,
     reference: ScorerSettings,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
+    seed: int,
     cpus: float,
     gpus: float,
 ) -> Comparison:
@@ -104,14 +76,14 @@ def compare(
     logps: dict[tuple[str, str], list[float]] = {}
     first: Any = actor.remote(reference)
     second: Any = None if gpus else actor.remote(policy)
-    pending: Any = None if gpus else second.sample.remote(prompts, sampling)
-    samples["reference"] = ray.get(first.sample.remote(prompts, sampling))
+    pending: Any = None if gpus else second.sample.remote(prompts, sampling, seed)
+    samples["reference"] = ray.get(first.sample.remote(prompts, sampling, seed))
     completions = {"reference": [ids for ids, _ in samples["reference"]]}
     logps["reference", "reference"] = ray.get(first.score.remote(prompts, completions["reference"]))
     if gpus:
         ray.kill(first)
         second = actor.remote(policy)
-        pending = second.sample.remote(prompts, sampling)
+        pending = second.sample.remote(prompts, sampling, seed)
     samples["policy"] = ray.get(pending)
     completions["policy"] = [ids for ids, _ in samples["policy"]]
     for name in ("policy", "reference"):

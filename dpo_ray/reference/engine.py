@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from .granule import Scored, Unscored
 from .missing import find_missing
+from .sampling import SAMPLES, Sampled, Sampling
 from .scorer import Scorer, ScoreRequest, ScorerSettings
 from .store import ReferenceStore
 
@@ -23,6 +24,13 @@ def start_vllm(settings: ScorerSettings) -> Scorer:
     from .vllm_scorer import VllmScorer  # vLLM is imported where an engine runs, and nowhere else
 
     return VllmScorer(settings)
+
+
+def start_sampling_vllm(settings: ScorerSettings) -> Scorer:
+    """Start a vLLM engine in this process that is to sample as well."""
+    from .vllm_scorer import VllmScorer
+
+    return VllmScorer(settings, enable_sampling=True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,35 @@ class Engine:
             EngineError: it does not start.
         """
         self._scorer = self._computing.submit(self._start, self._settings).result()
+
+    def load(self, settings: ScorerSettings, store: ReferenceStore) -> None:
+        """Score and sample with another model from now on, in the scorer that there is where it can take its weights.
+
+        Raises:
+            EngineError: the scorer cannot be started with it.
+        """
+        self._store = store
+        if settings != self._settings:
+            self._settings = settings
+            self._computing.submit(self._reload).result()
+
+    def _reload(self) -> None:
+        if not self._scorer.load(self._settings):
+            self._scorer.close()
+            self._scorer = self._start(self._settings)
+
+    def sample(self, granule: pa.Table, first: int, last: int | None, sampling: Sampling) -> Sampled:
+        """Sample completions for the prompts `first` to `last` of a granule of schema PROMPTS."""
+        table = granule.slice(first, None if last is None else last - first)
+        began = time.monotonic()
+        prompts, seeds = table["prompt_ids"].to_pylist(), table["seeds"].to_pylist()
+        answers = self._computing.submit(lambda: self._scorer.sample(prompts, seeds, sampling)).result()
+        completions = [[ids for ids, _ in own] for own in answers]
+        ended = [[done for _, done in own] for own in answers]
+        columns = {"group_id": table["group_id"], "prompt_ids": table["prompt_ids"]}
+        sampled = pa.table({**columns, "completion_ids": completions, "ended": ended}, schema=SAMPLES)
+        tokens = sum(len(ids) for own in completions for ids in own)
+        return Sampled(sampled, tokens, time.monotonic() - began, self._name)
 
     def alive(self) -> bool:
         """Answer."""

@@ -1,4 +1,8 @@
-"""The pool of engines: hands out granules in order, replaces engines that die, and finds the groups that kill them."""
+"""The pool of engines: hands out granules in order, replaces engines that die, and finds the groups that kill them.
+
+A pool scores granules of groups, or samples for granules of prompts. One that is to live on keeps its engines when a run
+has ended, and has them load the next model.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from dpo_ray.errors import DpoRayError, InfrastructureError
 from .engine import Engine, StartScorer, start_vllm
 from .granule import Scored, Unscored
 from .release import Place, place_of_this_process, wait_until_dead, wait_until_memory_is_free
+from .sampling import Sampled, Sampling
 from .scorer import ScorerSettings
 from .store import ReferenceStore
 
@@ -56,12 +61,13 @@ class _Engine:
 
 
 class EnginePool:
-    """Engines on the cluster. They start with the first granule, and are gone when a `run` has ended.
+    """Engines on the cluster. They start with the first granule, and are gone when a `run` has ended, or at `close`.
 
     Args:
         gpus_per_engine: what each asks Ray for; tensor parallelism is inside of an engine.
         on_event: is told, in a sentence, what a person should know: an engine lost, a group left out.
         start: starts the scorer in an engine's process; pickles.
+        living: keep the engines until `close`, also after a run that failed.
     """
 
     def __init__(
@@ -72,8 +78,12 @@ class EnginePool:
         gpus_per_engine: float,
         on_event: Callable[[str], None],
         start: StartScorer = start_vllm,
+        *,
+        living: bool = False,
     ) -> None:
         self._settings, self._store, self._start, self._on_event = settings, store, start, on_event
+        self._living = living
+        self._sampling: Sampling | None = None  # of the run: None where it scores
         self._least, self._most = config.replicas, config.max_replicas or config.replicas
         self._options: dict[str, Any] = {
             "num_cpus": config.cpus_per_replica,
@@ -121,14 +131,53 @@ class EnginePool:
             InfrastructureError: engines die again and again, or do not let go of their memory.
             ArtifactError: the store cannot be written.
         """
-        self._known, self._source = tuple(self._store.segments()), iter(granules)
+        yield from self._run(granules, None)  # pyright: ignore[reportReturnType] - who scores gets no samples
+
+    def sample(self, granules: Iterable[ray.ObjectRef], sampling: Sampling) -> Generator[Sampled | Scored, None, None]:
+        """Sample for granules of schema PROMPTS; yields what each gave, as each ends.
+
+        A prompt that costs engines by itself comes as a `Scored` with the prompt in `unscored`.
+
+        Raises:
+            EngineError, InfrastructureError: as `run` does.
+        """
+        yield from self._run(granules, sampling)
+
+    def load(self, settings: ScorerSettings, store: ReferenceStore) -> None:
+        """Have all engines, those that live and those to come, work with another model; its log-probs go into `store`.
+
+        Raises:
+            EngineError: an engine cannot be started with it.
+        """
+        self._settings, self._store = settings, store
+        loading = {engine.actor.load.remote(settings, store): engine for engine in self._in("idle")}
+        for answer, engine in loading.items():
+            try:
+                ray.get(answer)
+            except DEATHS as error:
+                for _ in self._lost(engine, _why(error)):  # it had no work
+                    pass
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, DpoRayError) else error) from error
+
+    def _run(
+        self, granules: Iterable[ray.ObjectRef], sampling: Sampling | None
+    ) -> Generator[Sampled | Scored, None, None]:
+        self._sampling, self._granules = sampling, 0
+        self._known = () if sampling else tuple(self._store.segments())
+        self._source = iter(granules)
         try:
             self._place_work()
             while self._waiting or self._in("busy"):
                 yield from self._answers()
                 self._place_work()
         finally:
-            self.close()
+            if self._living and not self._in("busy"):
+                self._waiting, self._source = [], None
+                for engine in self._in("starting"):  # there was nothing left for it
+                    self._drop(engine)
+            else:
+                self.close()
 
     def close(self) -> None:
         """Let all engines go, and see that their processes are gone and their GPUs' memory is free.
@@ -165,7 +214,7 @@ class EnginePool:
             self._granules += 1
             self._grow()
             self._hand_out()
-        if self._source is None:
+        if self._source is None and not self._living:
             self._shrink()
 
     def _grow(self) -> None:
@@ -195,8 +244,11 @@ class EnginePool:
 
     def _give(self, engine: _Engine) -> None:
         work = heapq.heappop(self._waiting)
-        known = self._known if work.alone else None
-        answer = engine.actor.score.remote(work.table, work.first, work.last, known)
+        if self._sampling is not None:
+            answer = engine.actor.sample.remote(work.table, work.first, work.last, self._sampling)
+        else:
+            known = self._known if work.alone else None
+            answer = engine.actor.score.remote(work.table, work.first, work.last, known)
         engine.work[answer] = work
         engine.state = "busy"
 
@@ -211,7 +263,7 @@ class EnginePool:
 
     # ---- answers of engines
 
-    def _answers(self) -> Iterator[Scored]:
+    def _answers(self) -> Iterator[Sampled | Scored]:
         """Wait for an engine to say something, and act on it."""
         awaited: dict[ray.ObjectRef, _Engine] = {}
         for engine in self._in("starting", "busy", "leaving"):
@@ -223,7 +275,7 @@ class EnginePool:
         for answer in ready:
             yield from self._heard(awaited[answer], answer)
 
-    def _heard(self, engine: _Engine, answer: ray.ObjectRef) -> Iterator[Scored]:
+    def _heard(self, engine: _Engine, answer: ray.ObjectRef) -> Iterator[Sampled | Scored]:
         try:
             said = ray.get(answer)
         except RayTaskError as error:
@@ -248,7 +300,7 @@ class EnginePool:
         engine.state, engine.place, self._failed_starts = "idle", place, 0
         self._places.append(place)
 
-    def _done(self, engine: _Engine, answer: ray.ObjectRef, scored: Scored) -> Scored:
+    def _done(self, engine: _Engine, answer: ray.ObjectRef, scored: Sampled | Scored) -> Sampled | Scored:
         work = engine.work.pop(answer)
         engine.state = "busy" if engine.work else "idle"
         self._fruitless_deaths = 0
@@ -256,7 +308,7 @@ class EnginePool:
 
     # ---- deaths
 
-    def _lost(self, engine: _Engine, why: str) -> Iterator[Scored]:
+    def _lost(self, engine: _Engine, why: str) -> Iterator[Sampled | Scored]:
         """Give what a lost engine had to others, looked up again; what it has answered before counts."""
         was, place = engine.state, engine.place
         for answer in ray.wait(list(engine.work), num_returns=len(engine.work), timeout=0)[0] if engine.work else ():

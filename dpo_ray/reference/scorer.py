@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from .sampling import Sampling
+
 
 @dataclass(frozen=True)
 class ScoreRequest:
@@ -53,6 +55,16 @@ class Scorer(Protocol):
         Raises:
             EngineError: a sequence is empty or longer than `max_length_tokens`, or the answer is not about its tokens.
         """
+        ...
+
+    def load(self, settings: ScorerSettings) -> bool:
+        """Score with the model that `settings` name from now on; False where only a new scorer can."""
+        ...
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[tuple[list[int], bool]]]:
+        """Return for each prompt, of each seed, the sampled token ids and whether they end with a stop token."""
         ...
 
     def close(self) -> None: ...

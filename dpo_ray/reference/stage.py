@@ -92,6 +92,7 @@ def score(
     max_unscored_fraction: float,
     advance: Callable[[int, str], None],
     say: Callable[[str], None],
+    pool: EnginePool | None = None,
 ) -> Account:
     """Score all completions that the store lacks. Engines start only where there are any, and are gone afterwards.
 
@@ -99,6 +100,7 @@ def score(
         gpus: of each engine, or of each training worker where the trainer scores.
         advance: is told how many more groups are done, and the figures in words.
         say: is told what happened to the engines, and which groups are left out.
+        pool: engines that live, and are to load the model; None: a pool of this call's own.
 
     Raises:
         DataError: more groups than `max_unscored_fraction` of all cannot be scored.
@@ -114,8 +116,11 @@ def score(
     granules = look_up_all(tokens, store, config, looked)
     if config.engine == "trainer":
         pool, answers = None, score_with_trainer(settings, store, train, list(granules), gpus)
-    else:
+    elif pool is None:
         pool = EnginePool(settings, store, config, gpus, say)
+        answers = pool.run(granules)
+    else:
+        pool.load(settings, store)
         answers = pool.run(granules)
     with closing(answers):
         for scored in answers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,36 @@ def start_errors(settings: ScorerSettings) -> Iterator[None]:
         ) from error
 
 
-def adapter_request(settings: ScorerSettings) -> Any | None:
-    """Name the settings' LoRA adapter to vLLM, as `generate` wants it; None where the model has none."""
+def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
+    """Name the settings' LoRA adapter to vLLM, as `generate` wants it; None where the model has none.
+
+    Args:
+        number: of the adapter in the engine's life; vLLM's caches tell adapters by it and by the name.
+    """
     if settings.adapter_dir is None:
         return None
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("reference", 1, settings.adapter_dir)
+    return LoRARequest(f"adapter-{number}", number, settings.adapter_dir)
+
+
+def can_load(now: ScorerSettings, wanted: ScorerSettings) -> bool:
+    """Say whether an engine that was started, or has loaded, as `now` can take what `wanted` names without a new start.
+
+    A model without an adapter can follow one with it, not the other way round: that needs room that is made at the start.
+    Where an engine holds adapters, its base stays.
+    """
+    if replace(now, model_dir="", adapter_dir=None) != replace(wanted, model_dir="", adapter_dir=None):
+        return False
+    if now.adapter_dir is None:
+        return wanted.adapter_dir is None
+    if wanted.model_dir != now.model_dir:
+        return False
+    return wanted.adapter_dir is None or _room(now.adapter_dir) == _room(wanted.adapter_dir)
+
+
+def _room(adapter_dir: str) -> dict[str, Any]:
+    return lora_options(read_adapter(Path(adapter_dir)))
 
 
 def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
@@ -114,6 +137,9 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
     }
     if settings.device == "cpu":
         options["block_size"] = CPU_BLOCK_TOKENS
+        # Where a prompt is computed in two steps, vLLM takes back what it drew after the first from the request's own
+        # random generator, and torch's generators on CPUs cannot go back: the engine would die.
+        options["enable_chunked_prefill"] = not enable_sampling
     else:
         options["gpu_memory_utilization"] = settings.gpu_memory_fraction
     if settings.adapter_dir is not None:
@@ -150,6 +176,8 @@ def _sizes(settings: ScorerSettings, vllm_config: Any) -> dict[str, Any]:
     """Choose how much goes into one step and, on CPU, into the KV cache (on a GPU it gets what the rest leaves)."""
     facts = _facts(settings, vllm_config)
     tokens = settings.max_batched_tokens or step_tokens(facts, settings)
+    if not vllm_config.scheduler_config.enable_chunked_prefill:
+        tokens = max(tokens, settings.max_length_tokens + 1)  # a prompt goes into one step
     sizes: dict[str, Any] = {"max_num_batched_tokens": tokens, "max_num_seqs": min(MAX_SEQUENCES, tokens)}
     if settings.device == "cpu":
         sizes["kv_cache_memory_bytes"] = kv_cache_bytes(facts, settings.max_length_tokens, tokens)

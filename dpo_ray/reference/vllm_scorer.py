@@ -11,8 +11,9 @@ import numpy as np
 
 from dpo_ray.errors import EngineError
 
+from .sampling import Sampling
 from .scorer import ScoreRequest, ScorerSettings
-from .vllm_engine import adapter_request, start_engine, start_errors
+from .vllm_engine import adapter_request, can_load, start_engine, start_errors
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class VllmScorer:
     adapter: Any | None  # what `engine.generate` takes as lora_request
 
     def __init__(self, settings: ScorerSettings, *, enable_sampling: bool = False) -> None:
-        self._longest = settings.max_length_tokens
+        self._longest, self._settings, self._loads = settings.max_length_tokens, settings, 1
         self._llm = start_engine(settings, enable_sampling=enable_sampling)
         self._by_token_ids = bool(self._llm.llm_engine.vllm_config.use_v2_model_runner)
         self.adapter = adapter_request(settings)
@@ -71,10 +72,59 @@ class VllmScorer:
             self.rescored += len(pending) if read_cache else 0
         return scores
 
-    @property
-    def engine(self) -> Any:
-        """The vLLM engine, for who also samples from it."""
-        return self._llm
+    def load(self, settings: ScorerSettings) -> bool:
+        """Take other weights, or another adapter, into the living engine; False where only a new engine can.
+
+        Nothing of the prompts that were computed with the old ones is kept.
+
+        Raises:
+            EngineError: the weights are not of the model that the engine was started with.
+        """
+        if not can_load(self._settings, settings):
+            return False
+        if settings.model_dir != self._settings.model_dir:
+            with start_errors(settings):
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_path": settings.model_dir})
+                if settings.device == "cpu":
+                    self._llm.collective_rpc(pack_head)
+        self._loads += (
+            1  # vLLM knows adapters by number and name: one that came back under an old one would be the old one
+        )
+        self.adapter = adapter_request(settings, self._loads)
+        if self.adapter is not None:
+            self._llm.llm_engine.add_lora(self.adapter)
+        self._llm.reset_prefix_cache()
+        self._settings = settings
+        return True
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[tuple[list[int], bool]]]:
+        """Return for each prompt, of each seed, the sampled token ids and whether they end with a stop token.
+
+        It begins with an empty cache, so that what comes out is a function of what goes in.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        self._llm.reset_prefix_cache()
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                max_tokens=sampling.max_new_tokens,
+                detokenize=False,
+                stop_token_ids=list(sampling.stop_token_ids),
+                seed=seed,
+            )
+            for own in seeds
+            for seed in own
+        ]
+        inputs = [TokensPrompt(prompt_token_ids=list(p)) for p, own in zip(prompts, seeds, strict=True) for _ in own]
+        outputs = iter(self._llm.generate(inputs, parameters, use_tqdm=False, lora_request=self.adapter))
+        answers = ((next(outputs).outputs[0] for _ in own) for own in seeds)
+        return [[(list(a.token_ids), a.finish_reason == "stop") for a in each] for each in answers]
 
     def close(self) -> None:
         """Stop the engine and its processes, and free its memory."""
@@ -124,6 +174,18 @@ class VllmScorer:
         with_cache = self._run(requests, ids, read_cache=True)
         hits = self.cached_tokens
         return sharing_fault(with_cache, self._run(requests, ids, read_cache=False), hits, tolerance)
+
+
+def pack_head(worker: Any) -> None:
+    """Pack the head's weight anew for the CPU's kernels, in vLLM's worker.
+
+    vLLM does that when the head's weight is read. One that is the embedding's is never read itself, and would stay the old one.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:

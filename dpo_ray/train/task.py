@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.model import ModelConfig
@@ -38,6 +39,8 @@ class TrainTask:
     audit: AuditTask | None
     sources: tuple[str, ...] = ()  # of the training data
     seed: int = 0
+    moments: Artifact | None = None  # of the training before, whose optimizer this one goes on with
+    keep_moments: bool = False  # in the artifact, for the training after
     identity: str = ""  # of what determines the weights; checkpoints of another are not used
 
 

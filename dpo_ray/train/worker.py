@@ -19,6 +19,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 
 from dpo_ray.data.tokens import parquet_bytes
 from dpo_ray.errors import AuditError, StoppedError, TrainError
@@ -34,12 +35,14 @@ from .checkpoint import Checkpoints, Progress
 from .evaluation import HELDOUT, heldout_figures, heldout_sums
 from .export import gather_policy, write_policy
 from .loop import Plan, Wish, train
+from .moments import gather_moments, scatter_moments
 from .optimizer import build_optimizer
 from .rng import seed_rank
 from .step import over_ranks
 from .task import AuditTask, TrainTask
 
 logger = logging.getLogger(__name__)
+MOMENTS = "moments.safetensors"
 
 # Errors that every rank sees alike, because what they follow from was gathered: all ranks return, none waits for another.
 COLLECTIVE = (AuditError, StoppedError, TrainError)
@@ -80,6 +83,8 @@ def _run(task: TrainTask) -> dict[str, Any]:
         task.checkpoints, task.staging.attempt, config.keep_checkpoints, task.identity, task.seed, config.hang_seconds
     )
     progress = checkpoints.load_newest(policy, optimizer)
+    if task.moments is not None and not progress.step:
+        scatter_moments(policy, optimizer, load(task.moments.read_bytes(MOMENTS)) if rank == 0 else {})
     counts = task.schedule.rows
     sources = task.sources if len(task.sources) > 1 else ()  # of a single one it is the accuracy of all
     plan = Plan(counts["train/steps"], counts["train/groups"], device, sources)
@@ -115,9 +120,13 @@ def _run(task: TrainTask) -> dict[str, Any]:
     tables = {name: _gathered(rows) for name, (_, rows) in measured.items()}
     final = heldout_figures({name: sums for name, (sums, _) in measured.items()})
     weights = gather_policy(policy, getattr(torch, task.dtype), config.lora)
+    moments = gather_moments(policy, optimizer) if task.keep_moments else {}
     if rank:
         return {}
-    return _written(policy, weights, source, tables, checkpoints, progress, task) | {"final_evaluation": final}
+    account = _written(policy, weights, source, tables, checkpoints, progress, task)
+    if task.keep_moments:
+        account["entries"].append(task.staging.write(MOMENTS, save(moments)))
+    return account | {"final_evaluation": final}
 
 
 class _Wishes:

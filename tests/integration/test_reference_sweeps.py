@@ -64,7 +64,7 @@ def referenced(recipe: Recipe) -> tuple[Artifact, Artifact]:
     place = run_storage(recipe)
     place.check_writable()
     with Lease(place) as lease, session(recipe):
-        run = pipeline._Run(plan, Reporter(), lease)
+        run = pipeline.Stages(plan, Reporter(), lease)
         tokens = run.prepare()
         return tokens, run.reference(tokens)
 

@@ -1,0 +1,54 @@
+"""A file that one writer adds lines to; each line is safe on disk when `append` returns, or not there at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_ray.artifacts.disk import make_dirs, sync_dir
+from dpo_ray.errors import ArtifactError
+
+
+class Journal:
+    """The writer's side. A line ends with a newline: what follows the last one is what a crash left, and is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it. Raises ArtifactError where that cannot be done."""
+        self._path = path
+        try:
+            make_dirs(path.parent)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            sync_dir(path.parent)
+            self._bytes = path.read_bytes().rfind(b"\n") + 1
+            os.ftruncate(self._descriptor, self._bytes)
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Add lines, which hold no newlines themselves, durably. Raises ArtifactError; then none of them is there."""
+        data = b"".join(line + b"\n" for line in lines)
+        try:
+            os.ftruncate(self._descriptor, self._bytes)  # what an append that failed may have left
+            written = 0
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._explained(error) from error
+        self._bytes += len(data)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _explained(self, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"cannot append: {error.strerror or error}",
+            where=str(self._path),
+            fix="free space there, or mend the disk, then run the same command again: all earlier lines are kept",
+        )
+
+
+def whole_lines(data: bytes) -> list[bytes]:
+    """Split what a journal holds, without a last line that was not finished."""
+    return data.split(b"\n")[:-1]

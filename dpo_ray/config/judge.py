@@ -1,0 +1,138 @@
+"""Judges: what says which of several completions of a prompt is better."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .base import StrictModel, field_error
+
+DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
+
+
+class FunctionJudge(StrictModel):
+    """A Python function that scores completions; the verifiable reward of a world that has one, or anything else."""
+
+    type: Literal["function"] = "function"
+    function: str = Field(pattern=DOTTED)
+    """Dotted path, `package.module.function`. It is called with (prompts, completions): two lists of strings of one length, and
+    returns as many scores, higher is better; None where it abstains."""
+
+    replicas: int = Field(default=1, gt=0)
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+    questions_per_batch: int = Field(default=64, gt=0)
+    """Prompts, each with its completions, that a call gets."""
+
+
+class RewardModelJudge(StrictModel):
+    """A Hugging Face sequence classifier with one output, such as reward models are."""
+
+    type: Literal["reward_model"] = "reward_model"
+    path: str = Field(min_length=1)
+    """A directory or a hub name."""
+
+    revision: str | None = None
+    max_length_tokens: int = Field(default=2048, gt=0)
+    """Longer conversations are not judged: their score is missing, with the reason."""
+
+    completions_per_batch: int = Field(default=16, gt=0)
+    replicas: int = Field(default=1, gt=0)
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    questions_per_batch: int = Field(default=64, gt=0)
+
+
+class LlmJudge(StrictModel):
+    """A language model behind an OpenAI-compatible endpoint, asked for a preference or for a score."""
+
+    type: Literal["llm"] = "llm"
+    base_url: str = Field(pattern=r"^https?://")
+    """Up to and with the version: `http://127.0.0.1:8000/v1`."""
+
+    model: str = Field(min_length=1)
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
+    """Name of the environment variable that holds the key; the key itself never stands in a recipe."""
+
+    mode: Literal["pairwise", "score"] = "pairwise"
+    """pairwise: every two completions in both orders, and a contradiction abstains. score: each completion by the rubric, 1 to 10."""
+
+    rubric: str = "helpful, correct, clear and harmless"
+    """What the judge is told to look for."""
+
+    max_tokens: int = Field(default=256, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    structured_output: Literal["json_schema", "none"] = "json_schema"
+    """json_schema: ask the endpoint to hold the answer to the schema (`response_format`). none: for endpoints that cannot."""
+
+    concurrency: int = Field(default=8, gt=0)
+    """Calls that are open at once, of each replica."""
+
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Of all replicas together; None: no limit but the endpoint's."""
+
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    max_retries: int = Field(default=6, ge=0)
+    """Of a call, with back-off, after a refusal for load (429), an error of the server (5xx), a timeout, a broken connection or an
+    answer that is not what was asked for."""
+
+    usd_per_million_input_tokens: float = Field(default=0.0, ge=0)
+    usd_per_million_output_tokens: float = Field(default=0.0, ge=0)
+    max_usd: float | None = Field(default=None, gt=0)
+    """Of a round; when it is spent the run stops, and keeps every answer. An ensemble's members spend from one purse."""
+
+    replicas: int = Field(default=1, gt=0)
+    cpus_per_replica: float = Field(default=0.5, gt=0)
+    questions_per_batch: int = Field(default=16, gt=0)
+
+    @model_validator(mode="after")
+    def _money_has_prices(self) -> LlmJudge:
+        if self.max_usd is not None and not (self.usd_per_million_input_tokens or self.usd_per_million_output_tokens):
+            raise field_error("max_usd", "it cannot be held without usd_per_million_input_tokens or ..._output_tokens")
+        return self
+
+
+class VerifierJudge(StrictModel):
+    """A check of each completion against the prompt's reference answer: 1 where it holds, else 0."""
+
+    type: Literal["verifier"] = "verifier"
+    check: Literal["exact", "numeric", "regex", "unit_test"]
+    """exact: the same text but for white space and case. numeric: the last number of the completion, within `tolerance`. regex: the
+    answer is a pattern that the completion holds. unit_test: the completion's Python code passes the answer's, in a process of its own."""
+
+    extract: str | None = None
+    """A regular expression with one group, which takes the answer out of the completion; the last match counts. None: all of it."""
+
+    tolerance: float = Field(default=1e-6, ge=0)
+    timeout_seconds: float = Field(default=5.0, gt=0)
+    memory_mib: int = Field(default=512, gt=0)
+    """unit_test: the limit of its process."""
+
+    replicas: int = Field(default=1, gt=0)
+    cpus_per_replica: float = Field(default=1.0, gt=0)
+    questions_per_batch: int = Field(default=64, gt=0)
+
+
+class Member(StrictModel):
+    """One judge of an ensemble."""
+
+    judge: FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge = Field(discriminator="type")
+    weight: float = Field(default=1.0, gt=0)
+
+
+class EnsembleJudge(StrictModel):
+    """Several judges; each one's scores are put in ranks within a prompt, and these averaged by weight."""
+
+    type: Literal["ensemble"] = "ensemble"
+    members: tuple[Member, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _members_differ(self) -> EnsembleJudge:
+        if len({m.judge.model_dump_json() for m in self.members}) < len(self.members):
+            raise field_error("members", "two members are the same judge: give one of them more weight instead")
+        return self
+
+
+Judge = Annotated[
+    FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge | EnsembleJudge, Field(discriminator="type")
+]

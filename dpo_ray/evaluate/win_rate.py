@@ -1,0 +1,86 @@
+"""Compare two policies' completions of the same prompts: how often one wins, and by how much, with bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+VALUES_PER_BLOCK = 4_000_000  # that are drawn at once: 32 MB
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often our completion has the higher score. Without a judged prompt there is no rate."""
+
+    wins: int
+    ties: int
+    losses: int
+    abstained: int  # prompts on which either score is missing
+    rate: float | None  # a tie counts one half
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class MeanDifference:
+    """By how much our scores are higher on average. Without a prompt that has both scores there is no mean."""
+
+    prompts: int
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+def win_rate(
+    ours: Sequence[float | None],
+    theirs: Sequence[float | None],
+    bootstrap_samples: int,
+    confidence: float,
+    seed: int,
+) -> WinRate:
+    """Count wins prompt by prompt. Where all outcomes are the same the interval has no width: read it with the counts.
+
+    Args:
+        ours: scores of the policy in question, a prompt each; None, or what is no finite number: not judged.
+        theirs: scores of the other policy, of the same prompts.
+        confidence: of the interval, such as 0.95.
+    """
+    gaps = _differences(ours, theirs)
+    wins, ties, losses = (int((np.sign(gaps) == sign).sum()) for sign in (1, 0, -1))
+    interval = _mean_interval(np.sign(gaps) / 2 + 0.5, bootstrap_samples, confidence, seed)
+    return WinRate(wins, ties, losses, len(ours) - len(gaps), *interval)
+
+
+def mean_difference(
+    ours: Sequence[float | None],
+    theirs: Sequence[float | None],
+    bootstrap_samples: int,
+    confidence: float,
+    seed: int,
+) -> MeanDifference:
+    """Average ours - theirs prompt by prompt, such as of true rewards. The arguments are those of `win_rate`."""
+    gaps = _differences(ours, theirs)
+    return MeanDifference(len(gaps), *_mean_interval(gaps, bootstrap_samples, confidence, seed))
+
+
+def _differences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> np.ndarray:
+    """Subtract the scores of prompts that have both."""
+    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    return np.array([a - b for a, b in both if math.isfinite(a) and math.isfinite(b)], float)
+
+
+def _mean_interval(
+    values: np.ndarray, bootstrap_samples: int, confidence: float, seed: int
+) -> tuple[float | None, float | None, float | None]:
+    """Give the mean and the percentile bootstrap interval of it, drawing prompts with replacement."""
+    if not len(values):
+        return None, None, None
+    rng = np.random.default_rng(seed)
+    rows = max(1, VALUES_PER_BLOCK // len(values))
+    sizes = [min(rows, bootstrap_samples - start) for start in range(0, bootstrap_samples, rows)]
+    means = np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in sizes])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(values.mean()), float(low), float(high)

@@ -1,0 +1,114 @@
+"""A user's Python function as judge: how it is found, called and checked."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from dpo_ray.artifacts.digest import file_sha256
+from dpo_ray.config.judge import FunctionJudge
+from dpo_ray.errors import ConfigError, JudgeError
+
+from .memory import remembered
+from .protocol import Memory, Question, Usage, Verdict
+
+Function = Callable[[list[str], list[str]], Sequence[float | None]]
+
+
+class FunctionScorer:
+    """Calls the function on batches; what it said of a question is remembered."""
+
+    def __init__(self, config: FunctionJudge, memory: Memory) -> None:
+        """Raises ConfigError where the function cannot be imported."""
+        self._config, self._memory = config, memory
+        self._function = import_function(config.function)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage()
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        """Yield verdicts as batches are done. Raises JudgeError where the function fails."""
+        return remembered(questions, self._memory, self._config.questions_per_batch, self._ask)
+
+    def close(self) -> None: ...
+
+    def _ask(self, questions: Sequence[Question]) -> list[Verdict]:
+        prompts = [q.prompt for q in questions for _ in q.completions]
+        completions = [c for q in questions for c in q.completions]
+        try:
+            answer = self._function(prompts, completions)
+        except Exception as error:
+            raise self._failed(f"raised {type(error).__name__}: {error}") from error
+        scores = iter(self._checked(answer, completions))
+        return [_verdict([next(scores) for _ in q.completions]) for q in questions]
+
+    def _checked(self, answer: Any, completions: Sequence[str]) -> list[float | None]:
+        try:
+            scores = list(answer)
+        except TypeError:
+            raise self._failed(f"returned no list of scores but {type(answer).__name__}") from None
+        if len(scores) != len(completions):
+            raise self._failed(f"returned {len(scores)} scores for {len(completions)} completions")
+        return [self._score(score, completion) for score, completion in zip(scores, completions, strict=True)]
+
+    def _score(self, score: Any, completion: str) -> float | None:
+        if score is None:
+            return None
+        if hasattr(score, "__float__"):  # also NumPy's and torch's
+            value = float(score)
+            if math.isfinite(value):
+                return value
+        raise self._failed(f"gave the score {score!r} to the completion {completion[:80]!r}")
+
+    def _failed(self, what: str) -> JudgeError:
+        return JudgeError(
+            f"the function {what}",
+            where=f"online.judge.function={self._config.function}",
+            fix="it gets (prompts, completions) and must return a finite number, or None, for each completion",
+        )
+
+
+def _verdict(scores: Sequence[float | None]) -> Verdict:
+    return Verdict(tuple(scores), reason="the function abstains" if None in scores else "")
+
+
+def import_function(path: str) -> Function:
+    """Import `package.module.function`. Raises ConfigError where there is no such function."""
+    module_name, _, name = path.rpartition(".")
+    where = f"online.judge.function={path}"
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code
+        fix = "give it as package.module.function, and let Python find it: install its package, or set PYTHONPATH"
+        if not isinstance(error, ModuleNotFoundError) or error.name not in _parents(module_name):
+            fix = f"mend the module, so that `python -c 'import {module_name}'` works"
+        what = f"cannot import {module_name}: {type(error).__name__}: {error}"
+        raise ConfigError(what, where=where, fix=fix) from error
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        known = ", ".join(own) or "nothing"
+        what = f"{module_name} has no function `{name}`"
+        raise ConfigError(what, where=where, fix=f"what can be called there: {known[:300]}")
+    return cast(Function, function)
+
+
+def _parents(module_name: str) -> set[str]:
+    parts = module_name.split(".")
+    return {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+
+
+def source_digest(path: str) -> str:
+    """Hash the source file of a function's module, without running it; empty where it has none or is not found."""
+    try:
+        spec = importlib.util.find_spec(path.rpartition(".")[0])
+    except (ImportError, ValueError):
+        return ""  # `import_function` says what is wrong
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return ""
+    return file_sha256(Path(spec.origin))

@@ -1,0 +1,198 @@
+"""A language model as judge: preferences asked in both orders, or scores, over an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from dpo_ray.artifacts.digest import digest
+from dpo_ray.config.judge import LlmJudge
+from dpo_ray.errors import JudgeError
+
+from .llm_answers import Answer, PairAnswer, ScoreAnswer, pair_request, score_request
+from .llm_endpoint import Endpoint, Trouble, Unanswered
+from .llm_limits import Account, Pace
+from .protocol import Memory, Question, Spending, Usage, Verdict
+
+FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 0.5, 30.0
+LONGEST_WAIT_SECONDS = 600.0  # an endpoint that wants more is not waited for
+
+Outcome = Answer | Unanswered
+SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
+POINTS = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}
+
+
+class LlmAsker:
+    """Asks the endpoint; each single answer is remembered before it counts, and no remembered one is asked for again."""
+
+    def __init__(self, config: LlmJudge, memory: Memory, spending: Spending) -> None:
+        """Raises ConfigError where the environment lacks the key. Nothing is sent yet."""
+        self._config, self._memory = config, memory
+        where = f"online.judge ({config.base_url}, model {config.model})"
+        self._account = Account(config, spending, where)
+        self._endpoint = Endpoint(config, self._account, where)
+        rate = config.requests_per_minute
+        self._pace = Pace(rate / config.replicas if rate else None)
+
+    @property
+    def usage(self) -> Usage:
+        return self._account.usage
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        """Yield verdicts as their calls are answered.
+
+        Raises:
+            JudgeError: the endpoint refuses the request or stays away, or `max_usd` is spent. Calls that are open then are
+                waited for and kept.
+        """
+        with asyncio.Runner() as runner:
+            asking = _Asking(self._config, self._endpoint, self._pace, self._account, self._memory)
+            try:
+                runner.run(asking.start(questions))
+                while done := runner.run(asking.next()):
+                    yield from done
+            finally:
+                runner.run(asking.stop())
+
+    def close(self) -> None: ...
+
+
+class _Asking:
+    """The calls of one round of questions, in one event loop."""
+
+    def __init__(self, config: LlmJudge, endpoint: Endpoint, pace: Pace, account: Account, memory: Memory) -> None:
+        self._config, self._endpoint, self._pace, self._account, self._memory = config, endpoint, pace, account, memory
+        self._client = endpoint.client()
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._calls: dict[str, asyncio.Task[Outcome]] = {}  # by what is asked: nothing is open twice
+        self._open: set[asyncio.Task[Any]] = set()  # requests that are on their way
+        self._waiting: set[asyncio.Task[tuple[int, Verdict]]] = set()
+        self._failure: JudgeError | None = None
+
+    async def start(self, questions: Sequence[Question]) -> None:
+        self._waiting = {asyncio.create_task(self._judged(n, q)) for n, q in enumerate(questions)}
+
+    async def next(self) -> list[tuple[int, Verdict]]:
+        """Wait until questions are done; [] when none is left. Raises what stopped one."""
+        if not self._waiting:
+            return []
+        done, self._waiting = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
+        return [task.result() for task in done]
+
+    async def stop(self) -> None:
+        """Begin no other call; let those that are on their way, and paid for, be kept."""
+        tasks = [*self._waiting, *self._calls.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._open, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _judged(self, number: int, question: Question) -> tuple[int, Verdict]:
+        distinct = list(dict.fromkeys(question.completions))  # equal texts are equally good, and cost one
+        if self._config.mode == "pairwise":
+            pairs = list(combinations(range(len(distinct)), 2))
+            asked = [
+                pair_request(self._config, question.prompt, distinct[one], distinct[other])
+                for i, j in pairs
+                for one, other in ((i, j), (j, i))
+            ]
+            outcomes = await asyncio.gather(*map(self._outcome, asked))
+            verdict = by_pairs(
+                len(distinct), dict(zip(pairs, zip(outcomes[::2], outcomes[1::2], strict=True), strict=True))
+            )
+        else:
+            asked = [score_request(self._config, question.prompt, completion) for completion in distinct]
+            verdict = by_scores(await asyncio.gather(*map(self._outcome, asked)))
+        of_text = dict(zip(distinct, verdict.scores, strict=True))
+        return number, Verdict(tuple(map(of_text.get, question.completions)), verdict.agreement, verdict.reason)
+
+    async def _outcome(self, request: dict[str, Any]) -> Outcome:
+        key = digest(request)
+        if (known := self._memory.get(key)) is not None:
+            return (PairAnswer if self._config.mode == "pairwise" else ScoreAnswer).model_validate(known)
+        if key not in self._calls:
+            self._calls[key] = asyncio.create_task(self._asked(key, request))
+        return await self._calls[key]
+
+    async def _asked(self, key: str, request: dict[str, Any]) -> Outcome:
+        """Ask until there is an answer or the retries are used up."""
+        async with self._slots:  # held while waiting, too: an endpoint in trouble gets fewer calls
+            try:
+                return await self._tried(key, request)
+            except JudgeError as error:
+                self._failure = error
+                raise
+
+    async def _tried(self, key: str, request: dict[str, Any]) -> Outcome:
+        for attempt in range(self._config.max_retries + 1):
+            await asyncio.sleep(self._pace.reserve())
+            if self._failure is not None:  # the others wait for nothing any more
+                raise self._failure
+            self._account.check()
+            if attempt:
+                self._account.retried()
+            sent = asyncio.create_task(self._sent(key, request))
+            self._open.add(sent)
+            sent.add_done_callback(self._open.discard)
+            outcome = await asyncio.shield(sent)
+            if not isinstance(outcome, Trouble):
+                return outcome
+            last = attempt == self._config.max_retries
+            if outcome.wait_seconds > LONGEST_WAIT_SECONDS or (last and not outcome.with_answer):
+                raise self._endpoint.given_up(outcome, attempt)
+            if last:
+                return Unanswered(outcome.what)
+            self._pace.hold(outcome.wait_seconds)
+            await asyncio.sleep(0 if outcome.with_answer else outcome.wait_seconds + _back_off(attempt))
+        raise AssertionError("the last attempt returned or raised")
+
+    async def _sent(self, key: str, request: dict[str, Any]) -> Outcome | Trouble:
+        outcome = await self._endpoint.call(self._client, request)
+        if isinstance(outcome, PairAnswer | ScoreAnswer):
+            await asyncio.to_thread(self._memory.put, key, outcome.model_dump())
+        return outcome
+
+
+def _back_off(attempt: int) -> float:
+    """Return seconds that double with each attempt, from a half of them to all at random, so that calls spread."""
+    return min(FIRST_BACK_OFF_SECONDS * 2**attempt, LONGEST_BACK_OFF_SECONDS) * random.uniform(0.5, 1.0)
+
+
+def by_pairs(completions: int, outcomes: Mapping[tuple[int, int], tuple[Outcome, Outcome]]) -> Verdict:
+    """Score each completion by the share of its comparisons that it wins; a tie is half a win.
+
+    A pair whose two orders contradict each other, or of which one has no answer, counts for neither. `agreement` is the share of
+    pairs whose orders agree.
+
+    Args:
+        outcomes: by pair (i, j): with i first, and with j first.
+    """
+    if completions < 2:  # all are the same text: nothing was asked
+        return Verdict((0.5,) * completions)
+    points: list[list[float]] = [[] for _ in range(completions)]
+    contradictions, unanswered = 0, []
+    for (i, j), (forward, backward) in outcomes.items():
+        if not isinstance(forward, PairAnswer) or not isinstance(backward, PairAnswer):
+            unanswered.append(next(o.why for o in (forward, backward) if isinstance(o, Unanswered)))
+        elif forward.better != SWAPPED[backward.better]:
+            contradictions += 1
+        else:
+            for completion, point in zip((i, j), POINTS[forward.better], strict=True):
+                points[completion].append(point)
+    scores = tuple(sum(p) / len(p) if p else None for p in points)
+    reasons = (
+        [f"{contradictions} of {len(outcomes)} pairs contradict themselves in swapped order"] if contradictions else []
+    )
+    reasons += [f"{len(unanswered)} of {len(outcomes)} pairs have no answer ({unanswered[0]})"] if unanswered else []
+    agreement = 1 - (contradictions + len(unanswered)) / len(outcomes)
+    return Verdict(scores, agreement, "; ".join(reasons) if None in scores else "")
+
+
+def by_scores(outcomes: Sequence[Outcome]) -> Verdict:
+    """Take each completion's score as it was given."""
+    scores = tuple(float(o.score) if isinstance(o, ScoreAnswer) else None for o in outcomes)
+    return Verdict(scores, reason="; ".join(dict.fromkeys(o.why for o in outcomes if isinstance(o, Unanswered))))

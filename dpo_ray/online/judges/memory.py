@@ -1,0 +1,146 @@
+"""What judges have answered, kept so that nothing is asked twice: by several writers, through crashes."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from dpo_ray.artifacts.digest import canonical_json, digest
+from dpo_ray.artifacts.journal import Journal, whole_lines
+from dpo_ray.artifacts.storage import Storage
+
+from .protocol import Memory, Question, Verdict
+
+READERS = 16  # objects that are fetched at once; what a bucket answers takes tens of milliseconds
+
+
+class JournalMemory:
+    """Answers of one judge in a directory or bucket, one JSON line each. Safe for threads.
+
+    Each writer has files of its own and reads those of all when it opens; what others write later it does not see. Threads that
+    put at the same time share one write.
+    """
+
+    def __init__(self, storage: Storage, digest: str, writer: str) -> None:
+        """Read all that is known of a judge.
+
+        Args:
+            digest: of the judge (`make.judge_digest`): another one's answers are not this one's.
+            writer: a name that no other process uses at the same time.
+
+        Raises:
+            ArtifactError, InfrastructureError: the place cannot be read.
+        """
+        self._place, self._writer = storage.child(digest), writer
+        self._answers = _read(self._place)
+        self._pending: dict[str, Any] = {}
+        self._state, self._writing = threading.Lock(), threading.Lock()
+        self._journal: Journal | None = None
+        self._objects, self._token = 0, secrets.token_hex(4)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def get(self, key: str) -> Any | None:
+        """Return the answer, or None where there is none that is safe."""
+        return self._answers.get(key)
+
+    def put(self, key: str, answer: Any) -> None:
+        """Keep one answer; the first that is kept for a key counts."""
+        self.put_all({key: answer})
+
+    def put_all(self, answers: Mapping[str, Any]) -> None:
+        """Keep answers with one write.
+
+        Raises:
+            ArtifactError, InfrastructureError: they are not safe, so they must not count.
+        """
+        with self._state:
+            self._pending |= {key: answer for key, answer in answers.items() if key not in self._answers}
+        with self._writing:
+            with self._state:
+                batch, self._pending = self._pending, {}
+            if not batch:  # another thread has written them along with its own
+                return
+            try:
+                self._write([canonical_json({"key": key, "answer": answer}) for key, answer in batch.items()])
+            except BaseException:
+                with self._state:  # the threads whose answers these are find them here and fail, or not, themselves
+                    self._pending = batch | self._pending
+                raise
+            self._answers |= batch
+
+    def _write(self, lines: Sequence[bytes]) -> None:
+        if self._place.is_local:
+            if self._journal is None:
+                self._journal = Journal(self._place.local_path(f"{self._writer}.jsonl"))
+            self._journal.append(lines)
+        else:
+            name = f"{self._writer}-{self._token}-{self._objects:06d}.jsonl"
+            self._place.write(name, b"".join(line + b"\n" for line in lines))
+            self._objects += 1
+
+
+def _read(place: Storage) -> dict[str, Any]:
+    with ThreadPoolExecutor(READERS) as pool:
+        files = list(pool.map(place.read_bytes, place.list_files()))
+    answers: dict[str, Any] = {}
+    for line in (line for data in files for line in whole_lines(data)):
+        try:
+            entry = json.loads(line)
+            answers.setdefault(entry["key"], entry["answer"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a disk that lost power may fill a block with zeros: that answer is asked for again
+    return answers
+
+
+class Section:
+    """A part of a memory, whose keys cannot meet those of other parts: of one member of an ensemble."""
+
+    def __init__(self, memory: Memory, name: str) -> None:
+        self._memory, self._name = memory, name
+
+    def get(self, key: str) -> Any | None:
+        return self._memory.get(f"{self._name}/{key}")
+
+    def put(self, key: str, answer: Any) -> None:
+        self._memory.put(f"{self._name}/{key}", answer)
+
+    def put_all(self, answers: Mapping[str, Any]) -> None:
+        self._memory.put_all({f"{self._name}/{key}": answer for key, answer in answers.items()})
+
+
+def remembered(
+    questions: Sequence[Question],
+    memory: Memory,
+    questions_per_batch: int,
+    ask: Callable[[Sequence[Question]], Sequence[Verdict]],
+) -> Iterator[tuple[int, Verdict]]:
+    """Yield the verdicts that are known, then ask for the others in batches and keep each batch before it is yielded.
+
+    Args:
+        ask: from a list of distinct questions to a list of their verdicts, without members.
+    """
+    places: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        key = digest([question.prompt, list(question.completions), question.answer])
+        places.setdefault(key, []).append(number)
+    unknown = []
+    for key, numbers in places.items():
+        known = memory.get(key)
+        if known is None:
+            unknown.append(key)
+        else:
+            verdict = Verdict(tuple(known["scores"]), reason=known["reason"])
+            yield from ((number, verdict) for number in numbers)
+    for start in range(0, len(unknown), questions_per_batch):
+        batch = unknown[start : start + questions_per_batch]
+        verdicts = ask([questions[places[key][0]] for key in batch])
+        memory.put_all(
+            {k: {"scores": list(v.scores), "reason": v.reason} for k, v in zip(batch, verdicts, strict=True)}
+        )
+        yield from ((number, v) for key, v in zip(batch, verdicts, strict=True) for number in places[key])

@@ -1,0 +1,145 @@
+"""A Hugging Face reward model as judge: one forward pass over each conversation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dpo_ray.artifacts.digest import digest
+from dpo_ray.config.judge import RewardModelJudge
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.data.chat import load_tokenizer
+from dpo_ray.errors import ConfigError, JudgeError
+from dpo_ray.models.load import model_directory, model_identity, tokenizer_identity
+
+from .memory import remembered
+from .protocol import Memory, Question, Usage, Verdict
+
+
+class RewardModelScorer:
+    """Holds the model. A score depends on its own conversation alone, whatever else is in the batch."""
+
+    def __init__(self, config: RewardModelJudge, memory: Memory, device: str) -> None:
+        """Load the model: float32 on CPU, bfloat16 on CUDA. Raises ConfigError where it is no reward model."""
+        self._config, self._memory, self._device = config, memory, device
+        with _named(config):
+            directory = model_directory(ModelConfig(path=config.path, revision=config.revision))
+            self._tokenizer = load_tokenizer(str(directory))
+        self._tokenizer.padding_side = "right"
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self._model = _load(directory, dtype, _where(config)).to(device).eval()  # type: ignore[arg-type]
+
+    @property
+    def usage(self) -> Usage:
+        return Usage()
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        """Yield verdicts as batches are done. Raises JudgeError where a score is not finite."""
+        return remembered(questions, self._memory, self._config.questions_per_batch, self._ask)
+
+    def close(self) -> None:
+        del self._model
+
+    def _ask(self, questions: Sequence[Question]) -> list[Verdict]:
+        limit = self._config.max_length_tokens
+        rows = [_token_ids(self._tokenizer, q.prompt, c) for q in questions for c in q.completions]
+        fitting = sorted((i for i, row in enumerate(rows) if len(row) <= limit), key=lambda i: len(rows[i]))
+        scores: dict[int, float] = {}
+        for start in range(0, len(fitting), self._config.completions_per_batch):
+            batch = fitting[start : start + self._config.completions_per_batch]
+            scores |= zip(batch, self._scores([rows[i] for i in batch]), strict=True)
+        verdicts, first = [], 0
+        for question in questions:
+            last = first + len(question.completions)
+            own = tuple(scores.get(i) for i in range(first, last))
+            longest, first = max(map(len, rows[first:last]), default=0), last
+            reason = f"longer than max_length_tokens={limit}: {longest} tokens" if None in own else ""
+            verdicts.append(Verdict(own, reason=reason))
+        return verdicts
+
+    @torch.inference_mode()
+    def _scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        config = self._model.config.get_text_config()
+        own_padding = config.pad_token_id
+        padding = _absent(rows) if own_padding is None else own_padding
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
+        try:
+            config.pad_token_id = padding  # transformers finds a row's last token by it
+            logits = self._model(input_ids=ids, attention_mask=mask).logits
+        finally:
+            config.pad_token_id = own_padding
+        scores = logits[:, 0].float().tolist()
+        if not all(map(math.isfinite, scores)):
+            fix = "look whether its weights are whole, and whether it computes in this type"
+            raise JudgeError("the reward model gave a score that is not finite", where=_where(self._config), fix=fix)
+        return scores
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
+    """Tokenize a conversation by the model's chat template, else as one text; encoders (BERT's kind) take it as two."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+    if tokenizer.sep_token_id is not None:
+        return tokenizer(prompt, completion)["input_ids"]  # type: ignore[return-value]
+    return tokenizer(prompt + completion)["input_ids"]  # type: ignore[return-value]
+
+
+def _absent(rows: Sequence[Sequence[int]]) -> int:
+    """Return a token that no row holds: to a model without padding of its own, any other could look like a row's end."""
+    held = {token for row in rows for token in row}
+    return next(token for token in range(len(held) + 1) if token not in held)
+
+
+def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        fix = "use a sequence classifier that this version of transformers knows"
+        raise ConfigError(f"transformers cannot load it: {str(error).splitlines()[0]}", where=where, fix=fix) from None
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # they would be drawn at random
+        fix = "name a reward model: a language model has no head that scores"
+        raise ConfigError(f"the files lack `{missing[0]}`", where=where, fix=fix)
+    if model.config.num_labels != 1:
+        fix = "name a reward model: a classifier with one output (num_labels 1)"
+        raise ConfigError(f"the classifier has {model.config.num_labels} outputs, not 1", where=where, fix=fix)
+    return model
+
+
+def reward_model_identity(config: RewardModelJudge) -> str:
+    """Identify the model and its tokenizer by their bytes; one on the hub, that is not here, by name and revision."""
+    model = ModelConfig(path=config.path, revision=config.revision)
+    with _named(config):
+        return digest([model_identity(model), tokenizer_identity(model)])
+
+
+@contextmanager
+def _named(config: RewardModelJudge) -> Iterator[None]:
+    """Say of a model that cannot be used that it is the judge's, not the policy."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.what, where=_where(config), fix=error.fix) from None
+
+
+def _where(config: RewardModelJudge) -> str:
+    return f"online.judge.path={config.path}"

@@ -1,0 +1,118 @@
+"""Checks against a prompt's reference answer: the same text, the same number, a pattern, or tests that pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import regex
+
+from dpo_ray.config.judge import VerifierJudge
+from dpo_ray.errors import ConfigError
+
+from .memory import remembered
+from .protocol import Memory, Question, Usage, Verdict
+from .unit_test import passes
+
+# A sign after a word or a number is a minus or a hyphen; commas group thousands; `1.5.2` is no number behind its first dot.
+NUMBER = re.compile(
+    r"(?<!\w)(?<!\d\.)[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII
+)
+
+
+class Verifier:
+    """Gives 1 to a completion that holds, else 0. Only the tests, which cost time, are remembered."""
+
+    def __init__(self, config: VerifierJudge, memory: Memory) -> None:
+        """Raises ConfigError where `extract` is no pattern with one group."""
+        self._config, self._memory = config, memory
+        self._extract = None if config.extract is None else _extracting(config.extract)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage()
+
+    def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        if self._config.check == "unit_test":
+            return remembered(questions, self._memory, 1, lambda batch: [self._verdict(q) for q in batch])
+        return ((number, self._verdict(question)) for number, question in enumerate(questions))
+
+    def close(self) -> None: ...
+
+    def _verdict(self, question: Question) -> Verdict:
+        if question.answer is None:
+            return Verdict((None,) * len(question.completions), reason="no reference answer")
+        scores, reasons = [], []
+        for completion in question.completions:
+            try:
+                scores.append(float(self._holds(completion, question.answer)))
+            except _Unknown as unknown:
+                scores.append(None)
+                reasons.append(str(unknown))
+        return Verdict(tuple(scores), reason="; ".join(dict.fromkeys(reasons)))
+
+    def _holds(self, completion: str, answer: str) -> bool:
+        text = completion if self._extract is None else self._extracted(completion)
+        if text is None:
+            return False
+        match self._config.check:
+            case "exact":
+                return _plain(text) == _plain(answer)
+            case "numeric":
+                return _same_number(text, answer, self._config.tolerance)
+            case "regex":
+                return self._matches(answer, text)
+            case "unit_test":
+                return passes(text, answer, self._config.timeout_seconds, self._config.memory_mib)
+
+    def _extracted(self, completion: str) -> str | None:
+        """Return what the last match took out, or None where there is no match: the answer is not in the form asked for."""
+        assert self._extract is not None  # noqa: S101 - the caller has looked
+        found = None
+        try:
+            for match in self._extract.finditer(completion, timeout=self._config.timeout_seconds):
+                found = match[1]
+        except TimeoutError:
+            raise _Unknown(f"`extract` took over {self._config.timeout_seconds:g} s on a completion") from None
+        return found
+
+    def _matches(self, pattern: str, text: str) -> bool:
+        try:
+            return regex.search(pattern, text, timeout=self._config.timeout_seconds) is not None
+        except regex.error as error:
+            raise _Unknown(f"the reference answer is no pattern: {error}") from None
+        except TimeoutError:
+            raise _Unknown(f"the pattern took over {self._config.timeout_seconds:g} s on a completion") from None
+
+
+class _Unknown(Exception):
+    """It cannot be said whether a completion holds."""
+
+
+def _extracting(pattern: str) -> regex.Pattern[str]:
+    where = "online.judge.extract"
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise ConfigError(f"no regular expression: {error}", where=where, fix="correct it") from None
+    if compiled.groups != 1:
+        fix = "put the answer's part, and it alone, in plain brackets: (?:...) groups without taking out"
+        raise ConfigError(f"the pattern has {compiled.groups} groups, not 1", where=where, fix=fix)
+    return compiled
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _same_number(text: str, answer: str, tolerance: float) -> bool:
+    wanted, found = _last_number(answer), _last_number(text)
+    if wanted is None:
+        raise _Unknown("the reference answer holds no number")
+    return found is not None and abs(found - wanted) <= tolerance
+
+
+def _last_number(text: str) -> float | None:
+    """Return the last number in a text: `1,234.5`, `-3`, `2e-4`, `.5`; of a fraction the part below."""
+    numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return float(numbers[-1].replace(",", "")) if numbers else None

@@ -1,0 +1,155 @@
+"""The stage `judge`: an actor pool of judges, each of which remembers what it was asked before it answers."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.config.judge import EnsembleJudge, Judge, RewardModelJudge
+from dpo_ray.data.tokens import parquet_bytes, read_table
+from dpo_ray.errors import DpoRayError, JudgeError
+from dpo_ray.reference.pool import DEATHS
+
+from .judges.make import judge_digest, make_judge
+from .judges.memory import JournalMemory
+from .judges.protocol import Question, Usage, Verdict
+
+MAX_DEATHS = 5  # of judges' processes in a row, with nothing judged between
+VERDICTS = pa.schema(
+    [
+        ("group_id", pa.binary(16)),
+        ("scores", pa.list_(pa.float64())),
+        ("agreement", pa.float64()),
+        ("reason", pa.string()),
+        ("members", pa.string()),  # JSON: of an ensemble's members, each one's scores
+    ]
+)
+
+
+class JudgeActor:
+    """One judge in a process of its own."""
+
+    def __init__(self, config: Judge, memory: Storage, name: str, device: str) -> None:
+        self._config, self._memory, self._name, self._device = config, memory, name, device
+        self._judge: Any = None
+
+    def judge(self, questions: Sequence[Question]) -> tuple[list[Verdict], Usage]:
+        """Answer all questions; with what that has cost.
+
+        Raises:
+            JudgeError, ConfigError: the judge cannot work. What it has answered is remembered.
+        """
+        if self._judge is None:  # what a method raises reaches the driver, a constructor's error does not
+            journal = JournalMemory(self._memory, judge_digest(self._config), self._name)
+            self._judge = make_judge(self._config, journal, self._device)
+        before: Usage = self._judge.usage
+        verdicts = dict(self._judge.judge(questions))
+        spent = Usage(*(getattr(self._judge.usage, n) - getattr(before, n) for n in Usage.__dataclass_fields__))
+        return [verdicts[i] for i in range(len(questions))], spent
+
+
+class Judges:
+    """The actors of one judge. They start with the first question, and live until `close`."""
+
+    def __init__(self, config: Judge, memory: Storage, run: str, device: str, on_event: Callable[[str], None]) -> None:
+        """Make a pool that remembers in `memory`, which runs share; `run` makes the writers' names its own."""
+        self._config, self._memory, self._run, self._device, self._on_event = config, memory, run, device, on_event
+        members = [m.judge for m in config.members] if isinstance(config, EnsembleJudge) else [config]
+        self._replicas = max(member.replicas for member in members)
+        self._batch = min(member.questions_per_batch for member in members)
+        gpus = sum(m.gpus_per_replica for m in members if isinstance(m, RewardModelJudge))
+        cpus = max(member.cpus_per_replica for member in members)
+        self._options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus or None, "max_restarts": 0}
+        self._idle: list[Any] = []
+        self._made = 0
+
+    def ask(self, questions: Sequence[Question], advance: Callable[[int], None]) -> tuple[list[Verdict], Usage]:
+        """Judge all questions; a judge that dies is replaced, and asks only what was not remembered.
+
+        Raises:
+            JudgeError: the judge cannot work, or its processes die again and again.
+        """
+        chunks = [(i, questions[i : i + self._batch]) for i in range(0, len(questions), self._batch)]
+        waiting, running, verdicts = deque(chunks), {}, dict[int, Verdict]()
+        usage, deaths = Usage(), 0
+        while waiting or running:
+            while waiting and len(running) < self._replicas:
+                actor = self._idle.pop() if self._idle else self._start()
+                work = waiting.popleft()
+                running[actor.judge.remote(work[1])] = actor, work
+            (answer,), _ = ray.wait(list(running), num_returns=1)
+            actor, (first, chunk) = running.pop(answer)
+            try:
+                said, spent = ray.get(answer)
+            except RayTaskError as error:
+                cause = error.cause
+                raise (cause if isinstance(cause, DpoRayError) else error) from error
+            except DEATHS as error:
+                deaths += 1
+                if deaths > MAX_DEATHS:
+                    raise JudgeError(
+                        f"its processes died {deaths} times in a row; the last: {str(error).splitlines()[0]}",
+                        where=f"online.judge (type {self._config.type})",
+                        fix="see its log (--verbose); what was judged before is kept, so run again once it is mended",
+                    ) from error
+                self._on_event("a judge was lost; another takes over what it had not answered")
+                waiting.appendleft((first, chunk))
+                continue
+            self._idle.append(actor)
+            deaths, usage = 0, usage + spent
+            verdicts |= {first + i: verdict for i, verdict in enumerate(said)}
+            advance(len(chunk))
+        return [verdicts[i] for i in range(len(questions))], usage
+
+    def close(self) -> None:
+        """Let all actors go."""
+        for actor in self._idle:
+            ray.kill(actor)
+        self._idle = []
+
+    def _start(self) -> Any:
+        self._made += 1
+        name = f"{self._run}-{self._made}"
+        actor = ray.remote(JudgeActor).options(**self._options)
+        return actor.remote(self._config, self._memory, name, self._device)
+
+
+def commit(
+    keys: Sequence[bytes], verdicts: Sequence[Verdict], usage: Usage, staging: Staging, provenance: Provenance
+) -> Artifact:
+    """Commit the artifact `judge`: a verdict of every sampled prompt."""
+    columns = {
+        "group_id": keys,
+        "scores": [list(v.scores) for v in verdicts],
+        "agreement": [v.agreement for v in verdicts],
+        "reason": [v.reason for v in verdicts],
+        "members": [json.dumps({name: list(s) for name, s in v.members.items()}) for v in verdicts],
+    }
+    table = pa.table(columns, schema=VERDICTS)
+    entry = staging.write("verdicts.parquet", parquet_bytes(table), rows=len(table))
+    abstained = sum(all(s is None for s in v.scores) for v in verdicts)
+    rows = {"prompts": len(verdicts), "abstained": abstained}
+    return provenance.commit(staging, [entry], rows=rows, figures={"usage": vars(usage)})
+
+
+def read_verdicts(judged: Artifact) -> dict[bytes, Verdict]:
+    """Read the verdicts of an artifact `judge`, by prompt."""
+    return {
+        row["group_id"]: Verdict(
+            tuple(row["scores"]),
+            row["agreement"],
+            row["reason"],
+            {name: tuple(scores) for name, scores in json.loads(row["members"]).items()},
+        )
+        for row in read_table(judged, "verdicts.parquet").to_pylist()
+    }

@@ -1,0 +1,179 @@
+"""The stage `evaluate` of a round: what its policy says to held-out prompts, against the previous and the initial policy's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.config.online import RoundEvaluationConfig
+from dpo_ray.data.tokens import read_table
+from dpo_ray.errors import EngineError
+from dpo_ray.evaluate.diversity import distinct_n, mean_tokens, unigram_entropy
+from dpo_ray.evaluate.metrics import heldout_figures
+from dpo_ray.evaluate.stage import TrueReward
+from dpo_ray.evaluate.win_rate import WinRate, mean_difference, win_rate
+from dpo_ray.reference.granule import GRANULE
+from dpo_ray.reference.missing import cut, find_missing
+from dpo_ray.reference.pool import EnginePool
+from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.reference.store import ReferenceStore
+
+from .judges.protocol import Question, Usage, Verdict
+from .promotion import RoundFigures
+from .sample import read_samples
+
+Ask = Callable[[Sequence[Question]], tuple[list[Verdict], Usage]]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What a policy says to each held-out prompt, in the order of the prompts."""
+
+    prompt_ids: list[tuple[int, ...]]
+    completion_ids: list[tuple[int, ...]]
+    ended: list[bool]
+    texts: list[str]
+    rewards: list[float] | None  # true ones, where they are known
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A win rate and its interval."""
+
+    rate: WinRate
+    usage: Usage
+
+
+def spoken(
+    sampled: Artifact, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, reward: TrueReward | None
+) -> Spoken:
+    """Read one completion a prompt.
+
+    Raises:
+        EngineError: a prompt has none, because no engine survived it.
+    """
+    by_prompt = {p.prompt_ids: p for p in read_samples(sampled)}
+    if len(by_prompt) < len(prompts):
+        raise EngineError(
+            f"{len(prompts) - len(by_prompt)} held-out prompts cost every engine that sampled for them",
+            where="online.evaluate",
+            fix="leave their rows out of data.eval, or give the engines more memory; `--verbose` shows their logs",
+        )
+    ids = list(by_prompt)
+    completions = [p.completion_ids[0] for p in by_prompt.values()]
+    texts = [str(tokenizer.decode(list(c), skip_special_tokens=True)) for c in completions]
+    rewards = None if reward is None else [reward(p, t) for p, t in zip(prompts, texts, strict=True)]
+    return Spoken(ids, completions, [p.ended[0] for p in by_prompt.values()], texts, rewards)
+
+
+def completion_logps(
+    pool: EnginePool, settings: ScorerSettings, store: ReferenceStore, said: Spoken, groups_per_granule: int
+) -> np.ndarray:
+    """Score completions under a model, through the store; float64 [completions], nats summed over each.
+
+    Raises:
+        EngineError: the model has no finite log-probs for one of them.
+    """
+    keys = [i.to_bytes(16, "big") for i in range(len(said.prompt_ids))]
+    columns = {"group_id": keys, "prompt_ids": [list(p) for p in said.prompt_ids]}
+    table = pa.table({**columns, "completion_ids": [[list(c)] for c in said.completion_ids]}, schema=GRANULE)
+    missing, _ = find_missing(table, store, store.index())
+    if len(missing):
+        pool.load(settings, store)
+        for scored in pool.run(ray.put(granule) for granule in cut([missing], groups_per_granule)):
+            if scored.unscored:
+                raise EngineError(
+                    f"a sampled completion has no log-probs ({scored.unscored[0].detail})",
+                    where=settings.model_dir,
+                    fix="look at the model: training may have broken it",
+                )
+    logps = store.fetch(store.index(), store.keys(table)).to_pylist()
+    return np.array([np.sum(np.array(one, np.float64)) for one in logps])
+
+
+def compare(
+    prompts: Sequence[str], ours: Spoken, theirs: Spoken, ask: Ask, config: RoundEvaluationConfig, seed: int
+) -> Compared:
+    """Have the judge compare two policies' completions of every prompt."""
+    pairs = zip(prompts, ours.texts, theirs.texts, strict=True)
+    verdicts, usage = ask([Question(prompt, (a, b)) for prompt, a, b in pairs])
+    a, b = ([v.scores[side] for v in verdicts] for side in (0, 1))
+    return Compared(win_rate(a, b, config.bootstrap_samples, config.confidence, seed), usage)
+
+
+def figures_of(
+    said: Spoken, initial: Spoken, previous: Spoken, kl: np.ndarray, config: RoundEvaluationConfig, seed: int
+) -> dict[str, Any]:
+    """Work out all that needs no judge. `kl` is each completion's log-prob under the policy minus that under the initial one."""
+    figures: dict[str, Any] = {
+        "prompts": len(said.texts),
+        "kl": float(kl.mean()),
+        "kl_standard_error": float(kl.std(ddof=1) / len(kl) ** 0.5) if len(kl) > 1 else 0.0,
+        "initial_mean_tokens": mean_tokens(initial.completion_ids),
+        **words_of(said),
+    }
+    if said.rewards is not None and previous.rewards is not None:
+        gain = mean_difference(said.rewards, previous.rewards, config.bootstrap_samples, config.confidence, seed)
+        figures |= {"true_reward_gain": gain.mean, "true_reward_gain_interval": [gain.low, gain.high]}
+    return figures
+
+
+def words_of(said: Spoken) -> dict[str, float | None]:
+    """Measure length and variety, and the mean true reward where it is known."""
+    return {
+        "mean_tokens": mean_tokens(said.completion_ids),
+        "distinct_2": distinct_n(said.completion_ids, 2),
+        "entropy": unigram_entropy(said.completion_ids),
+        "truncated_fraction": 1 - sum(said.ended) / len(said.ended),
+        "true_reward": None if said.rewards is None else float(np.mean(said.rewards)),
+    }
+
+
+def round_figures(figures: dict[str, Any]) -> RoundFigures:
+    """Take out what the rules of promotion and of stopping look at."""
+    heldout = figures.get("heldout") or {}
+    return RoundFigures(
+        win_rate_against_previous=figures["against_previous"]["rate"],
+        win_rate_against_initial=figures["against_initial"]["rate"],
+        true_reward=figures["true_reward"],
+        true_reward_gain=figures.get("true_reward_gain"),
+        kl=figures["kl"],
+        heldout_accuracy=heldout.get("rewards/accuracies"),
+        mean_tokens=figures["mean_tokens"],
+        initial_mean_tokens=figures["initial_mean_tokens"],
+        distinct_2=figures["distinct_2"],
+        entropy=figures["entropy"],
+    )
+
+
+def commit(
+    trained: Artifact,
+    prompts: Sequence[str],
+    said: Spoken,
+    against: dict[str, Compared],
+    figures: dict[str, Any],
+    staging: Staging,
+    provenance: Provenance,
+) -> Artifact:
+    """Commit the artifact `measure`: all figures, and the samples with their rewards."""
+    usage = sum((c.usage for c in against.values()), Usage())
+    whole = figures | {name: asdict(c.rate) for name, c in against.items()} | {"usage": vars(usage)}
+    if "heldout.parquet" in trained.names():
+        whole["heldout"] = heldout_figures(read_table(trained, "heldout.parquet"))
+    rewards = said.rewards or [None] * len(prompts)
+    lines = [
+        json.dumps({"prompt": p, "completion": t, "true_reward": r}) + "\n"
+        for p, t, r in zip(prompts, said.texts, rewards, strict=True)
+    ]
+    entry = staging.write("samples.jsonl", "".join(lines).encode(), rows=len(lines))
+    return provenance.commit(staging, [entry], rows={"samples": len(lines)}, figures=whole)

@@ -1,0 +1,122 @@
+"""From a prompt's judged completions to its pairs, or to the one reason why it has none."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from dpo_ray.config.online import PairingConfig
+
+REASONS = {
+    "too_few_completions": "fewer than two completions were sampled",
+    "abstained": "the judge scored fewer than two completions",
+    "low_agreement": "the judges agree less than pairing.min_agreement",
+    "truncated": "the limit cut so many completions off that fewer than two are left",
+    "identical": "the completions are the same",
+    "tie": "all completions have the same score",
+    "below_margin": "no scores are further apart than pairing.min_margin",
+    "length_ratio": "one completion of each pair is more than pairing.max_length_ratio times as long as the other",
+}
+"""Why a prompt has no pairs, by reason code. Where several hold, the first is given."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What a prompt's completions, named by their indices, came to: pairs, or a list, or a reason."""
+
+    pairs: tuple[tuple[int, int], ...] = ()  # (better, worse)
+    listed: tuple[int, ...] = ()  # best first; of pairs=list
+    dropped: str | None = None  # a key of REASONS
+
+
+def adjusted_scores(
+    scores: Sequence[float | None], lengths: Sequence[int], config: PairingConfig
+) -> list[float | None]:
+    """Take the length penalty from the scores: what completions are ranked by. None: the judge abstains."""
+    return [
+        None if score is None or not math.isfinite(score) else score - config.length_penalty * length
+        for score, length in zip(scores, lengths, strict=True)
+    ]
+
+
+def pairs_of(
+    scores: Sequence[float | None],
+    lengths: Sequence[int],
+    truncated: Sequence[bool],
+    completion_keys: Sequence[Hashable],
+    agreement: float,
+    config: PairingConfig,
+    pair_truncated: bool,
+    seed: int,
+) -> Paired:
+    """Pair a prompt's completions as the recipe's `online.pairing` has it. A list has no pairs, so no length ratio either.
+
+    Args:
+        scores: higher is better; None, or what is no finite number: the judge abstains.
+        lengths: in tokens.
+        truncated: whether the limit cut a completion off.
+        completion_keys: equal for equal completions, of which the first that was judged stays.
+        agreement: of the judges on this prompt.
+        pair_truncated: truncated completions may stand in pairs.
+        seed: of the random choice; a function of the run's seed, the round and the prompt.
+    """
+    if len(scores) < 2:
+        return Paired(dropped="too_few_completions")
+    adjusted = adjusted_scores(scores, lengths, config)
+    values = {i: score for i, score in enumerate(adjusted) if score is not None}
+    if len(values) < 2:
+        return Paired(dropped="abstained")
+    if agreement < config.min_agreement:
+        return Paired(dropped="low_agreement")
+    kept = [i for i in values if pair_truncated or not truncated[i]]
+    if len(kept) < 2:
+        return Paired(dropped="truncated")
+    kept = list({completion_keys[i]: i for i in reversed(kept)}.values())
+    if len(kept) < 2:
+        return Paired(dropped="identical")
+    return _paired(sorted(kept, key=lambda i: (-values[i], i)), values, lengths, config, seed)
+
+
+def _paired(
+    ranked: Sequence[int], values: dict[int, float], lengths: Sequence[int], config: PairingConfig, seed: int
+) -> Paired:
+    """Pair at least two completions.
+
+    Args:
+        ranked: their indices, best first.
+        values: the scores that ranked them.
+    """
+    best, worst = ranked[0], ranked[-1]
+    if values[best] == values[worst]:
+        return Paired(dropped="tie")
+    if values[best] - values[worst] <= config.min_margin:
+        return Paired(dropped="below_margin")
+    if config.pairs == "list":
+        return Paired(listed=tuple(ranked))
+    apart = [(i, j) for i, j in _candidates(ranked, config) if values[i] - values[j] > config.min_margin]
+    fitting = [(i, j) for i, j in apart if _like_long(lengths[i], lengths[j], config.max_length_ratio)]
+    if not fitting:
+        return Paired(dropped="length_ratio")  # the best and the worst are apart, and in every mode a candidate
+    if config.pairs == "best_random":
+        fitting = [fitting[int(random.Random(seed).random() * len(fitting))]]
+    return Paired(pairs=tuple(fitting))
+
+
+def _candidates(ranked: Sequence[int], config: PairingConfig) -> list[tuple[int, int]]:
+    """List the pairs that a mode knows, the better completion first. Of best_random, one of them is chosen."""
+    match config.pairs:
+        case "best_worst":
+            return [(ranked[0], ranked[-1])]
+        case "best_random":
+            return [(ranked[0], j) for j in ranked[1:]]
+        case "top_bottom":
+            k = min(config.k, len(ranked) // 2)  # so that no completion is on both sides
+            return [(i, j) for i in ranked[:k] for j in ranked[-k:]]
+        case _:
+            return [(i, j) for place, i in enumerate(ranked) for j in ranked[place + 1 :]]
+
+
+def _like_long(one: int, other: int, max_ratio: float | None) -> bool:
+    return max_ratio is None or max(one, other) <= max_ratio * min(one, other)

@@ -1,0 +1,236 @@
+"""What the rounds of a recipe are: of each the policies, and the keys of its artifacts. Starts nothing, reads no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_ray import planning
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.digest import artifact_key, digest
+from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.objective import uses_reference
+from dpo_ray.config.online import OnlineConfig
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.places import artifact_store
+from dpo_ray.planning import Plan, StagePlan
+
+from .judges.make import judge_digest
+from .measure import round_figures
+from .promotion import DecidedRound, stop_reason
+from .round_state import Action, Committed, Done, Stage, next_action, stages_of_round, starting_policy
+
+VERSIONS = {"sample": 1, "judge": 1, "pair": 1, "evaluate": 1, "promote": 1, "ema": 1}
+ARTIFACT_STAGE: dict[Stage, str] = {"evaluate": "measure"}
+"""Names of artifacts where they are not the stage's: a round's evaluation is not the one of an offline run."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that rounds start from, end with, or are held against."""
+
+    key: str  # of the artifact that holds it; of the recipe's own model its digest
+    artifact: Artifact | None  # None: the recipe's own model, or one that is not made yet
+    mean_of: tuple[Policy, Policy] | None = None  # of a running mean: the mean before, and the policy that came to it
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: what it starts from, and its stages with the artifacts that are there."""
+
+    number: int
+    start: Policy
+    reference: Policy | None  # None: of an objective without one
+    stages: dict[Stage, StagePlan]
+    artifacts: dict[Stage, Artifact]
+
+    @property
+    def committed(self) -> Committed:
+        promoted = self.artifacts["promote"].manifest.figures["promoted"] if "promote" in self.artifacts else None
+        return Committed(self.number, frozenset(self.artifacts), promoted)
+
+    @property
+    def trained(self) -> Policy:
+        """The policy that the round made, or will make."""
+        return Policy(self.stages["train"].key, self.artifacts.get("train"))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """All rounds that have begun, the next one where there is one, and what comes next."""
+
+    plan: Plan  # of the recipe: its data, its hardware
+    initial: Policy
+    rounds: tuple[Round, ...]
+    action: Action
+    stopped: str | None  # the stop rule that ends the rounds
+
+    @property
+    def promoted(self) -> Policy:
+        """The policy of the last promoted round; without one, the recipe's own model."""
+        last = starting_policy([r.committed for r in self.rounds], len(self.rounds) + 1)
+        return self.initial if last is None else self.rounds[last - 1].trained
+
+
+def online_of(recipe: Recipe) -> OnlineConfig:
+    """Give the section of a recipe that is known to have it."""
+    assert recipe.online is not None  # noqa: S101
+    return recipe.online
+
+
+def derive(plan: Plan) -> Rounds:
+    """Derive where the rounds stand from what is committed.
+
+    Raises:
+        ArtifactError: what is committed contradicts the order of a round's stages.
+    """
+    recipe, store = plan.recipe, artifact_store(plan.recipe)
+    online, with_reference = online_of(recipe), uses_reference(recipe.train.objective)
+    initial = Policy(plan.model_digest, None)
+    rounds: list[Round] = []
+    mean = initial
+    while True:
+        committed = [r.committed for r in rounds]
+        last = starting_policy(committed, len(rounds) + 1)
+        start = initial if last is None else rounds[last - 1].trained
+        if online.reference == "ema" and rounds and committed[-1].promoted:
+            mean = next_mean(store, mean, start, online.ema_decay)
+        stopped = _stop_reason(rounds, online)
+        action = next_action(committed, online.rounds, stopped, with_reference)
+        decided = not rounds or committed[-1].promoted is not None
+        if not decided or isinstance(action, Done):
+            return Rounds(plan, initial, tuple(rounds), action, stopped)
+        reference = {"initial": initial, "previous": start, "ema": mean}[online.reference] if with_reference else None
+        rounds.append(_planned(plan, store, len(rounds) + 1, initial, start, reference, rounds))
+
+
+def next_mean(store: ArtifactStore, mean: Policy, promoted: Policy, decay: float) -> Policy:
+    """Name the running mean after a promotion."""
+    key = artifact_key("ema", VERSIONS["ema"], {"decay": decay}, {"mean": mean.key, "policy": promoted.key})
+    return Policy(key, store.find("ema", key), (mean, promoted))
+
+
+def _stop_reason(rounds: Sequence[Round], online: OnlineConfig) -> str | None:
+    history = [
+        DecidedRound(round_figures(r.artifacts["evaluate"].manifest.figures), bool(r.committed.promoted))
+        for r in rounds
+        if r.committed.promoted is not None
+    ]
+    return stop_reason(history, online.stop_if)
+
+
+def _planned(
+    plan: Plan,
+    store: ArtifactStore,
+    number: int,
+    initial: Policy,
+    start: Policy,
+    reference: Policy | None,
+    earlier: Sequence[Round],
+) -> Round:
+    """Name the artifacts of a round, and look up those that are there."""
+    configs = _configs(plan, number, start, reference, earlier)
+    keys = {"prepare": plan.stages["prepare"].key, "policy": start.key, "initial": initial.key}
+    keys["earlier"] = digest([r.stages["pair"].key for r in earlier])
+    reads: dict[Stage, tuple[str, ...]] = {
+        "sample": ("policy", "prepare"),
+        "judge": ("sample",),
+        "pair": ("sample", "judge", "prepare", "earlier"),
+        "reference": ("pair",),
+        "schedule": ("pair", "reference"),
+        "train": ("schedule",),
+        "evaluate": ("train", "policy", "initial", "prepare"),
+        "promote": ("evaluate",),
+    }
+    stages: dict[Stage, StagePlan] = {}
+    artifacts: dict[Stage, Artifact] = {}
+    for stage in stages_of_round(reference is not None):
+        inputs = {name: keys[name] for name in reads[stage] if name in keys}
+        name = ARTIFACT_STAGE.get(stage, stage)
+        key = artifact_key(name, version(stage), configs[stage], inputs)
+        keys[stage] = key
+        artifact = store.find(name, key)
+        stages[stage] = StagePlan(stage, key, configs[stage], inputs, "done" if artifact else "missing", "")
+        if artifact is not None:
+            artifacts[stage] = artifact
+    return Round(number, start, reference, stages, artifacts)
+
+
+def version(stage: Stage) -> int:
+    """Give the version of a stage's code."""
+    return VERSIONS[stage] if stage in VERSIONS else planning.VERSIONS[stage]
+
+
+def _configs(
+    plan: Plan, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
+) -> dict[Stage, dict[str, Any]]:
+    """Say for each stage of a round what of the recipe its result depends on."""
+    recipe, online = plan.recipe, online_of(plan.recipe)
+    own = {"seed": recipe.seed, "round": number}
+    scored = planning.stage_configs(recipe, {}, reference.key if reference else "", plan.numerics, plan.hardware)
+    trained = planning.stage_configs(recipe, {}, start.key, plan.numerics, plan.hardware)
+    judged_by = online.evaluate.judge or online.judge
+    moments = {"moments": carried.trained.key} if (carried := carries(online, earlier)) else {}
+    return {
+        "sample": {
+            **own,
+            "prompts": online.prompts_per_round,
+            **online.sampling.model_dump(mode="json", exclude={"pair_truncated"}),
+            **sampler_config(plan),
+        },
+        "judge": {"judge": judge_digest(online.judge)},
+        "pair": {
+            **own,
+            **online.pairing.model_dump(mode="json"),
+            "pair_truncated": online.sampling.pair_truncated,
+            "mix": online.mix.model_dump(mode="json"),
+        },
+        "reference": scored["reference"],
+        "schedule": scored["schedule"],
+        "train": {**trained["train"], **moments},
+        "evaluate": {
+            "seed": recipe.seed,
+            "judge": judge_digest(judged_by),
+            **online.evaluate.model_dump(mode="json", exclude={"judge"}),
+            **speech_config(plan),
+        },
+        "promote": online.promote_if.model_dump(mode="json"),
+    }
+
+
+def carries(online: OnlineConfig, earlier: Sequence[Round]) -> Round | None:
+    """Name the round whose optimizer the next one goes on with: the last promoted one, where the recipe says so."""
+    last = starting_policy([r.committed for r in earlier], len(earlier) + 1)
+    return earlier[last - 1] if online.optimizer == "carry" and last is not None else None
+
+
+def sampler_config(plan: Plan) -> dict[str, Any]:
+    """Say what of the engines samples depend on."""
+    return {"engine": planning.engine_version("vllm"), "device": plan.hardware.device, "dtype": plan.hardware.dtype}
+
+
+def speech_config(plan: Plan) -> dict[str, Any]:
+    """Say what a policy's samples of the held-out prompts depend on, besides the policy and the data."""
+    online = online_of(plan.recipe)
+    sampling = online.sampling.model_dump(mode="json", exclude={"samples_per_prompt", "pair_truncated"})
+    return {"seed": plan.recipe.seed, "heldout_prompts": online.evaluate.prompts, **sampling, **sampler_config(plan)}
+
+
+def round_recipe_plan(rounds: Rounds, one: Round, start: ModelConfig, *, audited: bool) -> Plan:
+    """Make the plan of a round's stages `schedule` and `train`: that of an offline run from the policy that it starts with.
+
+    Args:
+        start: where that policy is.
+        audited: whether training begins as the reference, so that the reference can be audited by it.
+    """
+    recipe = rounds.plan.recipe
+    audit = recipe.reference.audit if audited else recipe.reference.audit.model_copy(update={"groups": 0})
+    sections = {"model": start, "reference": recipe.reference.model_copy(update={"audit": audit})}
+    config = one.stages["schedule"].config
+    ordering = {k: v for k, v in config.items() if k not in ("workers", "tokens_per_micro_batch")}
+    data = [one.stages[s].key for s in ("pair", "reference") if s in one.stages]
+    resume = digest([one.stages["train"].config, ordering, *data])[:20]
+    stages = {str(name): stage for name, stage in one.stages.items()}
+    return replace(rounds.plan, recipe=recipe.model_copy(update=sections), stages=stages, resume_key=resume)

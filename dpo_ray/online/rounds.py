@@ -1,0 +1,384 @@
+"""An online run: rounds of sample -> judge -> pair -> reference -> schedule -> train -> evaluate -> promote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import ray
+
+from dpo_ray import pipeline, planning
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.digest import artifact_key
+from dpo_ray.artifacts.lease import Lease
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.session import session
+from dpo_ray.config.judge import Judge
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.data import synthetic
+from dpo_ray.data.chat import load_tokenizer
+from dpo_ray.data.tokens import splits
+from dpo_ray.errors import ConfigError
+from dpo_ray.evaluate.stage import end_tokens, heldout_prompts
+from dpo_ray.models.load import context_tokens, model_identity
+from dpo_ray.observe.progress import Reporter
+from dpo_ray.pipeline import Stages
+from dpo_ray.places import artifact_store, reference_root, run_storage
+from dpo_ray.planning import Plan
+from dpo_ray.preflight import check_packages
+from dpo_ray.reference import stage as reference_stage
+from dpo_ray.reference.engine import start_sampling_vllm
+from dpo_ray.reference.pool import EnginePool
+from dpo_ray.reference.sampling import Sampling
+from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.schedule import stage as schedule_stage
+
+from . import ema, judging, measure, pair
+from .judges.protocol import Question, Usage, Verdict
+from .measure import Spoken
+from .promotion import decide
+from .prompt_choice import prompts_of_round
+from .prompts import Prompt, heldout_keys, prompt_table, training_prompts
+from .round_plan import (
+    ARTIFACT_STAGE,
+    VERSIONS,
+    Policy,
+    Round,
+    Rounds,
+    carries,
+    derive,
+    online_of,
+    round_recipe_plan,
+    speech_config,
+    version,
+)
+from .round_state import Done, Stage
+from .sample import read_samples, sample
+
+JUDGEMENTS = "judgements"  # below the output: runs share them
+
+
+def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Rounds, bool]:
+    """Run the rounds that are not done; returns where they stand then, and whether anything had to run.
+
+    Raises:
+        DpoRayError: one of its kinds, each with what, where and what to do. What was committed stays.
+    """
+    plan = planning.make_plan(recipe)
+    rounds = derive(plan)
+    if isinstance(rounds.action, Done):
+        return rounds, False
+    check_packages(plan.recipe)
+    run_dir = run_storage(recipe)
+    run_dir.check_writable()
+    with Lease(run_dir) as lease, session(recipe, verbose=verbose):
+        artifact_store(recipe).sweep(recipe.name)
+        run_dir.write("recipe.yaml", pipeline.recipe_yaml(recipe).encode())
+        driver = _Driver(plan, reporter, lease)
+        try:
+            return driver.run(), True
+        finally:
+            driver.close()
+
+
+class _Driver:
+    """The rounds of one run under its lease, with the engines and judges that live through them."""
+
+    def __init__(self, plan: Plan, reporter: Reporter, lease: Lease) -> None:
+        self._plan, self._recipe, self._reporter, self._lease = plan, plan.recipe, reporter, lease
+        self._online, self._store = online_of(plan.recipe), artifact_store(plan.recipe)
+        self._offline = Stages(plan, reporter, lease)
+        self._judges: dict[str, judging.Judges] = {}
+        self._speeches: dict[str, Spoken] = {}
+        self._rounds = derive(plan)
+
+    def run(self) -> Rounds:
+        """Run stage after stage until there is none left; each looks at what is committed, and nothing else."""
+        self._prepared = self._offline.prepare()
+        steps: dict[Stage, Callable[[Round], Artifact]] = {
+            "sample": self._sample,
+            "judge": self._judge,
+            "pair": self._pair,
+            "reference": self._reference,
+            "schedule": self._schedule,
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "promote": self._promote,
+        }
+        while not isinstance(action := self._rounds.action, Done):
+            steps[action.stage](self._rounds.rounds[-1])
+            self._rounds = derive(self._plan)
+        self._reporter.say(f"the rounds end: {action.reason}")
+        return self._rounds
+
+    def close(self) -> None:
+        """Let engines and judges go."""
+        if "_pool" in vars(self):
+            self._pool.close()
+        for judges in self._judges.values():
+            judges.close()
+
+    # ---- the stages of a round
+
+    def _sample(self, one: Round) -> Artifact:
+        prompts = [self._prompts[i].ids for i in self._chosen(one)]
+        table = prompt_table(prompts, self._recipe.seed, one.number, self._online.sampling.samples_per_prompt)
+        return self._sampled(
+            f"round {one.number}: sample", one.start, table, self._begin(one, "sample"), self._provenance(one, "sample")
+        )
+
+    def _judge(self, one: Round) -> Artifact:
+        provenance, sampled = self._provenance(one, "judge"), list(read_samples(one.artifacts["sample"]))
+        answers = {p.ids: p.answer for p in self._prompts}
+        questions = [
+            Question(self._text(p.prompt_ids), tuple(map(self._text, p.completion_ids)), answers.get(p.prompt_ids))
+            for p in sampled
+        ]
+        verdicts, usage = self._ask(self._online.judge, f"round {one.number}: judge", questions)
+        return judging.commit([p.key for p in sampled], verdicts, usage, self._begin(one, "judge"), provenance)
+
+    def _pair(self, one: Round) -> Artifact:
+        provenance = self._provenance(one, "pair")
+        paired = pair.run(
+            one.number,
+            one.artifacts["sample"],
+            judging.read_verdicts(one.artifacts["judge"]),
+            self._prepared,
+            [earlier.artifacts["pair"] for earlier in self._rounds.rounds[: one.number - 1]],
+            self._online,
+            self._recipe.seed,
+            self._begin(one, "pair"),
+            provenance,
+        )
+        figures = paired.manifest.figures
+        dropped = ", ".join(f"{count:,} prompts {code.replace('_', ' ')}" for code, count in figures["dropped"].items())
+        self._reporter.say(
+            f"round {one.number}: {figures['pairs']:,} pairs{f'; without: {dropped}' if dropped else ''}"
+        )
+        schedule_stage.check_usable(paired, self._recipe.train.objective)
+        return paired
+
+    def _reference(self, one: Round) -> Artifact:
+        assert one.reference is not None  # noqa: S101 - the stage is one of objectives with a reference
+        recipe, tokens = self._recipe, one.artifacts["pair"]
+        provenance = self._provenance(one, "reference")
+        settings, store = self._engine_of(self._made(one.reference))
+        groups = sum(tokens.rows[f"{split}/admitted"] for split in splits(tokens))
+        with self._reporter.stage(f"round {one.number}: reference", "groups", groups) as bar:
+            account = reference_stage.score(
+                tokens,
+                store,
+                settings,
+                recipe.reference,
+                recipe.train,
+                self._plan.hardware.engine_gpus,
+                recipe.data.max_quarantined_fraction,
+                bar.advance,
+                bar.say,
+                self._pool,
+            )
+        return reference_stage.join(tokens, store, account, self._begin(one, "reference"), provenance)
+
+    def _schedule(self, one: Round) -> Artifact:
+        return self._stages(one).schedule(one.artifacts["pair"], one.artifacts.get("reference"))
+
+    def _train(self, one: Round) -> Artifact:
+        self._make_room()
+        carried = carries(self._online, self._rounds.rounds[: one.number - 1])
+        return self._stages(one).train(
+            one.artifacts["schedule"],
+            one.artifacts["pair"],
+            moments=carried.artifacts["train"] if carried else None,
+            keep_moments=self._online.optimizer == "carry",
+        )
+
+    def _evaluate(self, one: Round) -> Artifact:
+        config, seed, number = self._online.evaluate, self._recipe.seed, one.number
+        provenance, trained = self._provenance(one, "evaluate"), one.artifacts["train"]
+        policies = {"policy": one.trained, "previous": one.start, "initial": self._rounds.initial}
+        said = {name: self._spoken(name, policy) for name, policy in policies.items()}
+        ours = said["policy"]
+        logps = {name: self._logps(policies[name], ours) for name in ("policy", "initial")}
+        judge = config.judge or self._online.judge
+        against = {
+            f"against_{name}": measure.compare(
+                self._heldout_texts,
+                ours,
+                said[name],
+                lambda asked, name=name: self._ask(judge, f"round {number}: judge against the {name} policy", asked),
+                config,
+                seed,
+            )
+            for name in ("previous", "initial")
+        }
+        kl = logps["policy"] - logps["initial"]
+        figures = measure.figures_of(ours, said["initial"], said["previous"], kl, config, seed)
+        figures["initial"] = measure.words_of(said["initial"])
+        return measure.commit(
+            trained, self._heldout_texts, ours, against, figures, self._begin(one, "evaluate"), provenance
+        )
+
+    def _promote(self, one: Round) -> Artifact:
+        figures = measure.round_figures(one.artifacts["evaluate"].manifest.figures)
+        decision = decide(figures, self._online.promote_if)
+        word = "promoted" if decision.promoted else "rejected"
+        self._reporter.say(f"round {one.number}: {word} ({'; '.join(decision.reasons)})")
+        return self._provenance(one, "promote").commit(
+            self._begin(one, "promote"),
+            [],
+            rows={},
+            figures={"promoted": decision.promoted, "reasons": list(decision.reasons)},
+        )
+
+    # ---- engines
+
+    @cached_property
+    def _pool(self) -> EnginePool:
+        settings, store = self._engine_of(self._rounds.initial)
+        r = self._recipe.reference
+        say, gpus = self._reporter.say, self._plan.hardware.engine_gpus
+        return EnginePool(settings, store, r, gpus, say, start_sampling_vllm, living=True)
+
+    def _engine_of(self, policy: Policy) -> tuple[ScorerSettings, ReferenceStore]:
+        """Set an engine up with a policy, and name the store of its log-probs."""
+        settings = self._offline.reference_settings(self._online.sampling.max_new_tokens)
+        digest = self._plan.model_digest
+        if policy.artifact is not None:
+            directory = self._offline.policy_directory(policy.artifact)
+            settings = replace(settings, model_dir=str(directory), adapter_dir=None)
+            digest = model_identity(ModelConfig(path=str(directory)))
+        return settings, ReferenceStore(reference_root(self._recipe), digest, self._plan.numerics)
+
+    def _make_room(self) -> None:
+        """Stop the engines where the cluster has not GPUs enough for them and for training."""
+        where, r, t = self._plan.hardware, self._recipe.reference, self._recipe.train
+        wanted = where.train_gpus * t.workers + where.engine_gpus * (r.max_replicas or r.replicas)
+        if where.device == "cuda" and ray.cluster_resources().get("GPU", 0) < wanted:
+            self._pool.close()
+
+    def _sampled(self, title: str, policy: Policy, table, staging: Staging, provenance: Provenance) -> Artifact:
+        config = self._online.sampling
+        self._pool.load(*self._engine_of(policy))
+        sampling = Sampling(config.temperature, config.max_new_tokens, self._stops, config.top_p, config.min_p)
+        kept = run_storage(self._recipe).child("samples", staging.key)
+        with self._reporter.stage(title, "prompts", len(table)) as bar:
+            return sample(self._pool, table, sampling, config.prompts_per_granule, kept, staging, provenance, bar)
+
+    def _spoken(self, name: str, policy: Policy) -> Spoken:
+        """Have a policy complete every held-out prompt, with seeds that are the same for all policies."""
+        if policy.key not in self._speeches:
+            config = speech_config(self._plan)
+            inputs = {"policy": policy.key, "prepare": self._plan.stages["prepare"].key}
+            key = artifact_key("sample", VERSIONS["sample"], config, inputs)
+            sampled = self._store.find("sample", key)
+            if sampled is None:
+                provenance = Provenance(VERSIONS["sample"], inputs, config, planning.versions())
+                table = prompt_table(self._heldout, self._recipe.seed, 0, 1)
+                staging = self._begin_key("sample", key)
+                sampled = self._sampled(f"held-out samples of the {name} policy", policy, table, staging, provenance)
+            texts, tokenizer = self._heldout_texts, self._tokenizer
+            self._speeches[policy.key] = measure.spoken(sampled, texts, tokenizer, self._true_reward)
+        return self._speeches[policy.key]
+
+    def _logps(self, policy: Policy, said: Spoken) -> np.ndarray:
+        settings, store = self._engine_of(policy)
+        return measure.completion_logps(self._pool, settings, store, said, self._recipe.reference.groups_per_granule)
+
+    # ---- prompts, text and judges
+
+    @cached_property
+    def _prompts(self) -> list[Prompt]:
+        return training_prompts(self._prepared)
+
+    def _chosen(self, one: Round) -> list[int]:
+        keys = [p.key for p in self._prompts]
+        heldout = heldout_keys(self._prepared)
+        return prompts_of_round(keys, heldout, self._recipe.seed, one.number, self._online.prompts_per_round)
+
+    @cached_property
+    def _tokenizer(self):
+        return load_tokenizer(str(self._offline.model_directory))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @cached_property
+    def _stops(self) -> tuple[int, ...]:
+        return tuple(sorted({*end_tokens(self._prepared, self._tokenizer), *self._online.sampling.stop_token_ids}))
+
+    @cached_property
+    def _heldout(self) -> list[list[int]]:
+        context = context_tokens(self._offline.model_directory)
+        longest = context - self._online.sampling.max_new_tokens if context is not None else None
+        found = heldout_prompts(self._prepared, self._online.evaluate.prompts, longest)
+        if not found:
+            raise ConfigError(
+                "no held-out prompt leaves room for a completion",
+                where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
+                fix=f"lower it: the model's context is {context} tokens",
+            )
+        return found
+
+    @cached_property
+    def _heldout_texts(self) -> list[str]:
+        return [self._text(ids) for ids in self._heldout]
+
+    @property
+    def _true_reward(self):
+        is_synthetic = all(shard.kind == "synthetic" for shard in self._plan.checked.shards)
+        return synthetic.true_reward if is_synthetic else None
+
+    def _ask(self, judge: Judge, title: str, questions: Sequence[Question]) -> tuple[list[Verdict], Usage]:
+        kind = judge.model_dump_json()
+        if kind not in self._judges:
+            memory = Storage(self._recipe.output).child(JUDGEMENTS)
+            device = self._plan.hardware.device
+            self._judges[kind] = judging.Judges(
+                judge, memory, f"{self._recipe.name}-{self._lease.token}", device, self._reporter.say
+            )
+        with self._reporter.stage(title, "prompts", len(questions)) as bar:
+            return self._judges[kind].ask(questions, bar.advance)
+
+    # ---- artifacts
+
+    def _made(self, policy: Policy) -> Policy:
+        """Make the running mean that a round's reference is, where it is not there yet."""
+        if policy.artifact is not None or policy.mean_of is None:
+            return policy
+        mean, promoted = self._made(policy.mean_of[0]), policy.mean_of[1]
+        config, inputs = {"decay": self._online.ema_decay}, {"mean": mean.key, "policy": promoted.key}
+        provenance = Provenance(VERSIONS["ema"], inputs, config, planning.versions())
+        places = self._directory(mean), self._directory(promoted)
+        return Policy(policy.key, ema.run(*places, config["decay"], self._begin_key("ema", policy.key), provenance))
+
+    def _directory(self, policy: Policy):
+        return (
+            self._offline.model_directory
+            if policy.artifact is None
+            else self._offline.policy_directory(policy.artifact)
+        )
+
+    def _stages(self, one: Round) -> Stages:
+        """Open the stages of an offline run that begins with the round's policy."""
+        start = self._recipe.model
+        if one.start.artifact is not None:
+            start = ModelConfig(path=str(self._directory(one.start)), dtype=self._recipe.model.dtype)
+        audited = one.reference is not None and one.reference.key == one.start.key
+        return Stages(round_recipe_plan(self._rounds, one, start, audited=audited), self._reporter, self._lease)
+
+    def _begin(self, one: Round, stage: Stage) -> Staging:
+        return self._begin_key(ARTIFACT_STAGE.get(stage, stage), one.stages[stage].key)
+
+    def _begin_key(self, name: str, key: str) -> Staging:
+        self._lease.check()
+        return self._store.begin(name, key, self._recipe.name)
+
+    def _provenance(self, one: Round, stage: Stage) -> Provenance:
+        planned = one.stages[stage]
+        return Provenance(version(stage), planned.inputs, planned.config, planning.versions())

@@ -1,0 +1,102 @@
+"""The stage `sample`: granules of prompts go to the living engines; each is kept as it comes, so a restart asks for the rest alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.data.tokens import parquet_bytes, read_table
+from dpo_ray.observe.progress import Bar
+from dpo_ray.reference.pool import EnginePool
+from dpo_ray.reference.sampling import SAMPLES, Sampled, Sampling
+
+PROMPTS_WITHOUT = "without"  # in the manifest's rows: prompts that have no samples, as engines died with them
+
+
+@dataclass(frozen=True)
+class SampledPrompt:
+    """A prompt and its completions."""
+
+    key: bytes
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[tuple[int, ...], ...]
+    ended: tuple[bool, ...]  # with an end-of-turn token, rather than by the limit
+
+
+def sample(
+    pool: EnginePool,
+    prompts: pa.Table,
+    sampling: Sampling,
+    prompts_per_granule: int,
+    kept: Storage,
+    staging: Staging,
+    provenance: Provenance,
+    bar: Bar,
+) -> Artifact:
+    """Sample what is not kept yet, and commit the artifact `sample`.
+
+    Args:
+        prompts: of schema PROMPTS.
+        kept: where each granule is put when it is sampled; deleted once all are committed.
+    """
+    granules = [prompts.slice(i, prompts_per_granule) for i in range(0, len(prompts), prompts_per_granule)]
+    have = set(kept.list_files())
+    todo = [i for i in range(len(granules)) if _name(i) not in have]
+    bar.begin_at(sum(len(g) for i, g in enumerate(granules) if i not in set(todo)))
+    tokens, seconds, without = 0, 0.0, 0
+    pieces: dict[int, list[Sampled]] = {}
+    left = {i: len(granules[i]) for i in todo}
+    for answer in pool.sample((ray.put(granules[i]) for i in todo), sampling):
+        number = todo[answer.granule]
+        if isinstance(answer, Sampled):
+            pieces.setdefault(number, []).append(answer)
+            tokens, seconds, rows = tokens + answer.tokens, seconds + answer.seconds, len(answer.table)
+        else:
+            without, rows = without + answer.groups, answer.groups
+        left[number] -= rows
+        if not left[number]:
+            kept.write(_name(number), parquet_bytes(_whole(granules[number], pieces.pop(number, []))))
+        speed = f"{tokens / seconds:,.0f} tokens/s an engine" if seconds else ""
+        bar.advance(rows, f"{speed}, engines {pool.ready}/{pool.size}")
+    tables = [pq.read_table(io.BytesIO(kept.read_bytes(_name(i)))) for i in range(len(granules))]
+    entries = [staging.write(f"samples/{_name(i)}", parquet_bytes(t), rows=len(t)) for i, t in enumerate(tables)]
+    rows = {"prompts": sum(map(len, tables)), PROMPTS_WITHOUT: len(prompts) - sum(map(len, tables))}
+    artifact = provenance.commit(staging, entries, rows=rows, figures={"tokens": _count_tokens(tables)})
+    kept.delete_tree()
+    return artifact
+
+
+def _name(granule: int) -> str:
+    return f"granule-{granule:06d}.parquet"
+
+
+def _whole(granule: pa.Table, pieces: Sequence[Sampled]) -> pa.Table:
+    """Put the pieces of a granule together in its order; prompts that no engine survived are missing."""
+    table = pa.concat_tables([SAMPLES.empty_table(), *(piece.table for piece in pieces)])
+    row = {key: i for i, key in enumerate(table["group_id"].to_pylist())}
+    return table.take([row[key] for key in granule["group_id"].to_pylist() if key in row])
+
+
+def _count_tokens(tables: Sequence[pa.Table]) -> int:
+    return sum(len(ids) for t in tables for own in t["completion_ids"].to_pylist() for ids in own)
+
+
+def read_samples(sampled: Artifact) -> Iterator[SampledPrompt]:
+    """Yield the prompts of an artifact `sample` with their completions."""
+    for name in sampled.names("samples/"):
+        for row in read_table(sampled, name).to_pylist():
+            yield SampledPrompt(
+                row["group_id"],
+                tuple(row["prompt_ids"]),
+                tuple(map(tuple, row["completion_ids"])),
+                tuple(row["ended"]),
+            )

@@ -1,0 +1,52 @@
+"""Sampling as the engines do it: whole granules of prompts, each with the seeds of its samples."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+PROMPTS = pa.schema(
+    [
+        ("group_id", pa.binary(16)),  # of the prompt
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("seeds", pa.list_(pa.int64())),  # of each sample
+    ]
+)
+SAMPLES = pa.schema(
+    [
+        ("group_id", pa.binary(16)),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.list_(pa.int32()))),
+        ("ended", pa.list_(pa.bool_())),  # with an end-of-turn token, rather than by the limit
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample."""
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What sampling a granule, or a piece of one, gave."""
+
+    table: pa.Table  # of schema SAMPLES
+    tokens: int  # that were sampled
+    seconds: float
+    engine: str
+    granule: int = 0
+
+
+def sample_seed(run_seed: int, round_number: int, prompt_id: bytes, sample: int) -> int:
+    """Hash what makes a sample itself to a seed of 63 bits: a restart gives the same samples, and no two share a stream."""
+    content = f"{run_seed}/{round_number}/{sample}/".encode() + prompt_id
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
