@@ -14,6 +14,9 @@ from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.online import OnlineConfig
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.data.keys import shard_configs
+from dpo_ray.data.sources import Shard, list_shards
+from dpo_ray.models.load import tokenizer_identity
 from dpo_ray.places import artifact_store
 from dpo_ray.planning import Plan, StagePlan
 
@@ -22,9 +25,18 @@ from .measure import round_figures
 from .promotion import DecidedRound, stop_reason
 from .round_state import Action, Committed, Done, Stage, next_action, stages_of_round, starting_policy
 
-VERSIONS = {"sample": 1, "judge": 1, "pair": 1, "evaluate": 1, "promote": 1, "ema": 1}
+VERSIONS = {"prompts": 1, "sample": 1, "judge": 1, "pair": 1, "evaluate": 1, "promote": 1, "ema": 1}
 ARTIFACT_STAGE: dict[Stage, str] = {"evaluate": "measure"}
 """Names of artifacts where they are not the stage's: a round's evaluation is not the one of an offline run."""
+
+
+@dataclass(frozen=True)
+class PromptsPlan:
+    """A source of prompts of its own: its shards, and the key of the artifact that they become."""
+
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+    key: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Rounds:
     """All rounds that have begun, the next one where there is one, and what comes next."""
 
     plan: Plan  # of the recipe: its data, its hardware
+    prompts: PromptsPlan | None  # None: the prompts of the training data
     initial: Policy
     rounds: tuple[Round, ...]
     action: Action
@@ -88,7 +101,7 @@ def derive(plan: Plan) -> Rounds:
     """
     recipe, store = plan.recipe, artifact_store(plan.recipe)
     online, with_reference = online_of(recipe), uses_reference(recipe.train.objective)
-    initial = Policy(plan.model_digest, None)
+    initial, prompts = Policy(plan.model_digest, None), prompts_plan(plan)
     rounds: list[Round] = []
     mean = initial
     while True:
@@ -101,9 +114,24 @@ def derive(plan: Plan) -> Rounds:
         action = next_action(committed, online.rounds, stopped, with_reference)
         decided = not rounds or committed[-1].promoted is not None
         if not decided or isinstance(action, Done):
-            return Rounds(plan, initial, tuple(rounds), action, stopped)
+            return Rounds(plan, prompts, initial, tuple(rounds), action, stopped)
         reference = {"initial": initial, "previous": start, "ema": mean}[online.reference] if with_reference else None
-        rounds.append(_planned(plan, store, len(rounds) + 1, initial, start, reference, rounds))
+        rounds.append(_planned(plan, store, prompts, initial, start, reference, rounds))
+
+
+def prompts_plan(plan: Plan) -> PromptsPlan | None:
+    """Name the prompts that rounds sample for, where the recipe gives them a source of their own.
+
+    Raises:
+        ConfigError: a path that matches nothing.
+    """
+    recipe, sources = plan.recipe, online_of(plan.recipe).prompts
+    if sources is None:
+        return None
+    shards = tuple(list_shards("prompts", sources))
+    tokenizer = tokenizer_identity(recipe.model)
+    config = {"shards": shard_configs(shards, recipe.data, tokenizer, plan.checked.template, ())}
+    return PromptsPlan(shards, config, artifact_key("prompts", VERSIONS["prompts"], config, {}))
 
 
 def next_mean(store: ArtifactStore, mean: Policy, promoted: Policy, decay: float) -> Policy:
@@ -124,18 +152,21 @@ def _stop_reason(rounds: Sequence[Round], online: OnlineConfig) -> str | None:
 def _planned(
     plan: Plan,
     store: ArtifactStore,
-    number: int,
+    prompts: PromptsPlan | None,
     initial: Policy,
     start: Policy,
     reference: Policy | None,
     earlier: Sequence[Round],
 ) -> Round:
-    """Name the artifacts of a round, and look up those that are there."""
+    """Name the artifacts of the next round, and look up those that are there."""
+    number = len(earlier) + 1
     configs = _configs(plan, number, start, reference, earlier)
     keys = {"prepare": plan.stages["prepare"].key, "policy": start.key, "initial": initial.key}
     keys["earlier"] = digest([r.stages["pair"].key for r in earlier])
+    if prompts is not None:
+        keys["prompts"] = prompts.key
     reads: dict[Stage, tuple[str, ...]] = {
-        "sample": ("policy", "prepare"),
+        "sample": ("policy", "prepare", "prompts"),
         "judge": ("sample",),
         "pair": ("sample", "judge", "prepare", "earlier"),
         "reference": ("pair",),

@@ -22,6 +22,7 @@ from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data import synthetic
 from dpo_ray.data.chat import load_tokenizer
+from dpo_ray.data.prepare import PrepareTask
 from dpo_ray.data.tokens import splits
 from dpo_ray.errors import ConfigError
 from dpo_ray.evaluate.stage import end_tokens, heldout_prompts
@@ -39,11 +40,12 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.schedule import stage as schedule_stage
 
-from . import ema, judging, measure, pair
+from . import ema, judging, measure, pair, prompt_source
 from .judges.protocol import Question, Usage, Verdict
 from .measure import Spoken
 from .promotion import decide
 from .prompt_choice import prompts_of_round
+from .prompt_source import read_prompts
 from .prompts import Prompt, heldout_keys, prompt_table, training_prompts
 from .round_plan import (
     ARTIFACT_STAGE,
@@ -294,7 +296,17 @@ class _Driver:
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
-        return training_prompts(self._prepared)
+        planned = self._rounds.prompts
+        if planned is None:
+            return training_prompts(self._prepared)
+        found = self._store.find("prompts", planned.key)
+        if found is None:
+            task = PrepareTask(str(self._offline.model_directory), self._plan.checked.template, self._recipe.data)
+            provenance = Provenance(VERSIONS["prompts"], {}, planned.config, planning.versions())
+            with self._reporter.stage("prompts", "prompts") as bar:
+                found = prompt_source.run(planned.shards, task, self._begin_key("prompts", planned.key), provenance)
+                bar.advance(found.rows["prompts"])
+        return read_prompts(found)
 
     def _chosen(self, one: Round) -> list[int]:
         keys = [p.key for p in self._prompts]

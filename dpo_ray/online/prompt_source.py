@@ -1,0 +1,122 @@
+"""The stage `prompts`: rows of a source of prompts, rendered and tokenized as those of the preference data are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.config.sources import Columns
+from dpo_ray.data.admission import Rejected
+from dpo_ray.data.chat import load_tokenizer, resolve_template
+from dpo_ray.data.formats.fields import fields_of
+from dpo_ray.data.formats.messages import prompt_of
+from dpo_ray.data.formats.read import text_group
+from dpo_ray.data.groups import TextGroup
+from dpo_ray.data.prepare import PrepareTask
+from dpo_ray.data.rows import read_batches
+from dpo_ray.data.sources import Shard, pieces
+from dpo_ray.data.tokenize import TokenGroup, tokenize_groups
+from dpo_ray.data.tokens import parquet_bytes, read_table
+from dpo_ray.errors import DataError
+
+from .prompts import Prompt
+
+ANSWERS = ("answer", "reference_answer", "ground_truth", "solution")
+"""Columns that hold a prompt's reference answer; the first that is there counts."""
+
+SOURCE = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("answer", pa.string())])
+FILE = "prompts.parquet"
+STAND_IN = "."  # in the place of a completion, which rendering wants
+
+
+def run(shards: Sequence[Shard], task: PrepareTask, staging: Staging, provenance: Provenance) -> Artifact:
+    """Read all shards in Ray tasks, and commit the artifact `prompts`: each prompt once, with its answer.
+
+    Raises:
+        DataError: more rows than data.max_quarantined_fraction are unsound, with the reasons; or there are none.
+    """
+    read: Any = ray.remote(_read)
+    found: dict[tuple[int, ...], str | None] = {}
+    reasons: Counter[str] = Counter()
+    rows = 0
+    for table, rejected, count in ray.get([read.remote(shard, task) for shard in shards]):
+        reasons.update(rejected)
+        rows += count
+        for ids, answer in zip(table["prompt_ids"].to_pylist(), table["answer"].to_pylist(), strict=True):
+            found.setdefault(tuple(ids), answer)
+    unsound = sum(reasons.values())
+    if not found or unsound > task.config.max_quarantined_fraction * rows:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        raise DataError(
+            f"{unsound:,} of {rows:,} rows are no sound prompts: {listed or 'there are no rows'}",
+            where="online.prompts",
+            fix="mend the rows or name the column (columns.prompt); or raise data.max_quarantined_fraction",
+        )
+    columns = {"prompt_ids": [list(ids) for ids in found], "answer": list(found.values())}
+    entry = staging.write(FILE, parquet_bytes(pa.table(columns, schema=SOURCE)), rows=len(found))
+    counts = {"rows_in": rows, "prompts": len(found), "quarantined": unsound}
+    counts["duplicates"] = rows - unsound - len(found)
+    return provenance.commit(staging, [entry], rows=counts, figures={"reasons": dict(sorted(reasons.items()))})
+
+
+def read_prompts(artifact: Artifact) -> list[Prompt]:
+    """Read the prompts of an artifact `prompts`."""
+    return [Prompt(tuple(row["prompt_ids"]), row["answer"]) for row in read_table(artifact, FILE).to_pylist()]
+
+
+def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]:
+    """Read one shard: its prompts, why other rows have none, and how many rows it has."""
+    tokenizer = load_tokenizer(task.tokenizer_dir)
+    template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
+    reasons: Counter[str] = Counter()
+    ids: list[list[int]] = []
+    answers: list[str | None] = []
+    count = 0
+    for rows in _batches(shard, task):
+        count += len(rows)
+        texts = [_text(row, shard) for row in rows]
+        for row, result in zip(rows, tokenize_groups(texts, tokenizer, template, task.config), strict=True):
+            if isinstance(result, TokenGroup):
+                ids.append(result.prompt_ids.tolist())
+                answers.append(_answer(row))
+            else:
+                reasons[result.reason] += 1
+    return pa.table({"prompt_ids": ids, "answer": answers}, schema=SOURCE), reasons, count
+
+
+def _batches(shard: Shard, task: PrepareTask) -> Iterator[list[Any]]:
+    for piece in pieces(shard):
+        for batch in read_batches(piece, task.config.rows_per_part):
+            yield [row for _, row in batch]
+
+
+def _text(row: Any, shard: Shard) -> TextGroup | Rejected:
+    """Take a row's prompt: from a column of its own, else from the completions of preference data, which may hold it."""
+    if isinstance(row, Rejected):
+        return row
+    if not isinstance(row, dict):
+        return Rejected("NOT_AN_OBJECT", type(row).__name__)
+    fields = fields_of(row, "unpaired", Columns(prompt=shard.columns.prompt))
+    try:
+        if fields.get("prompt") is None and _holds_pairs(row):
+            group = text_group(row, shard.row_format, shard.columns, shard.criteria)
+            return TextGroup(group.prompt, (STAND_IN,), (1.0,), chosen=(), rejected=(), messages=group.messages)
+        return TextGroup(prompt_of(fields), (STAND_IN,), (1.0,), chosen=(), rejected=())
+    except Rejected as rejected:
+        return rejected
+
+
+def _holds_pairs(row: Iterable[str]) -> bool:
+    return "chosen" in row
+
+
+def _answer(row: Mapping[str, Any]) -> str | None:
+    value = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
+    return None if value is None else str(value)
