@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-from conftest import small_recipe
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.artifacts.artifact import Artifact
@@ -26,7 +25,9 @@ from dpo_ray.reference.engine import Engine, start_sampling_vllm
 from dpo_ray.reference.sampling import Sampling
 from dpo_ray.reference.scorer import ScorerSettings
 
-pytestmark = pytest.mark.timeout(600)
+from .conftest import small_recipe
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
 PROMPTS, NEW_TOKENS = 48, 40
 ONLINE = {
@@ -49,7 +50,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(output: Path) -> Rounds:
+def finished(ray_cluster: None, output: Path) -> Rounds:
     rounds, ran = online(rounds_recipe(output, mix={"offline": 0.25}), Reporter())
     assert ran
     return rounds
@@ -77,7 +78,8 @@ def test_the_page_shows_what_was_measured(finished: Rounds) -> None:
     measured = [r.artifacts["evaluate"].manifest.figures for r in finished.rounds]
     assert [row.kl for row in page.rows] == [m["kl"] for m in measured]
     assert [row.starts_from for row in page.rows] == [None, 1]
-    assert page.rows[0].judge_usage["calls"] > 0
+    rate = measured[1]["against_initial"]
+    assert page.rows[1].win_rate_initial == (rate["rate"], rate["low"], rate["high"])
 
 
 def test_rounds_sample_for_fresh_prompts_that_evaluation_does_not_use(finished: Rounds) -> None:
