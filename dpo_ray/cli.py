@@ -124,7 +124,13 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as
     from dpo_ray.planning import make_plan
 
     made = make_plan(_loaded(recipe, overrides, tiny=tiny))
-    rows = [{"stage": s.stage, "key": s.key, "state": s.state, "reason": s.reason} for s in made.stages.values()]
+    stages = [(s.stage, s) for s in made.stages.values()]
+    if made.recipe.online is not None:
+        from dpo_ray.online.round_plan import derive
+
+        begun = [(f"round {r.number}: {name}", s) for r in derive(made).rounds for name, s in r.stages.items()]
+        stages = [*stages[:1], *begun]  # prepare, and what the rounds are
+    rows = [{"stage": name, "key": s.key, "state": s.state, "reason": s.reason} for name, s in stages]
     if as_json:
         typer.echo(
             json.dumps(
@@ -188,6 +194,12 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from dpo_ray.planning import make_plan
 
     made = make_plan(load_recipe(recipe, overrides or []))
+    if made.recipe.online is not None:
+        from dpo_ray.online import results
+        from dpo_ray.online.round_plan import derive
+
+        typer.echo(results.write_page(derive(made)))
+        return
     typer.echo(summary.write_report(pipeline.opened(made)))
 
 

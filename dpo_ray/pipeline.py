@@ -296,12 +296,14 @@ class Stages:
         prepared: Artifact,
         before_commit: Callable[[], object] = lambda: None,
         *,
+        trained_adapter: Path | None = None,
         moments: Artifact | None = None,
         keep_moments: bool = False,
     ) -> Artifact:
         """Train the policy, from the newest checkpoint where there is one.
 
         Args:
+            trained_adapter: the LoRA adapter that training goes on with.
             moments: the training whose optimizer this one goes on with.
             keep_moments: in the artifact, for the next one.
         """
@@ -327,6 +329,7 @@ class Stages:
             seed=recipe.seed,
             identity=plan.resume_key,
             sources=sources_of(prepared, "train"),
+            trained_adapter=str(trained_adapter) if trained_adapter else None,
             moments=moments,
             keep_moments=keep_moments,
         )

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from dpo_ray.artifacts.digest import digest
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.online import OnlineConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.errors import ConfigError
@@ -43,6 +44,7 @@ VERSION = 1  # raised when the model that is made of a family changes
 STEPS, GROUPS_PER_STEP, EVAL_PAIRS = 3, 8, 16
 MAX_LENGTH_TOKENS, CONTEXT_TOKENS, TOKENS_PER_MICRO_BATCH = 192, 256, 1024
 AUDIT_GROUPS, SAMPLE_PROMPTS, NEW_TOKENS = 8, 4, 16
+ROUNDS, SAMPLES_PER_PROMPT = 2, 4
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 """By `model_type`; all attend alike in vLLM and in the trainer."""
@@ -91,6 +93,8 @@ def tiny_recipe(recipe: Recipe) -> Recipe:
         "sample_prompts": min(recipe.evaluate.sample_prompts, SAMPLE_PROMPTS),
         "max_new_tokens": min(recipe.evaluate.max_new_tokens, NEW_TOKENS),
     }
+    if recipe.online is not None:
+        values["online"] |= _online(recipe.online)
     values["ray"] = {"address": "local"}
     return validate_recipe(values, where=f"{recipe.name}, made tiny")
 
@@ -143,6 +147,23 @@ def _train(recipe: Recipe) -> dict[str, Any]:
         "eval_every_steps": t.eval_every_steps and min(t.eval_every_steps, STEPS - 1),
         "checkpoint_every_steps": t.checkpoint_every_steps and min(t.checkpoint_every_steps, STEPS - 1),
         "sharding": t.sharding.model_dump(mode="json") | {"shard_workers": shard_workers},
+    }
+
+
+def _online(online: OnlineConfig) -> dict[str, Any]:
+    """Judge by the known reward of the made-up data: endpoints, reward models and answers are of the real run."""
+    sampling = online.sampling.model_dump(mode="json")
+    samples = min(online.sampling.samples_per_prompt, SAMPLES_PER_PROMPT)
+    return {
+        "rounds": min(online.rounds, ROUNDS),
+        "prompts": None,
+        "prompts_per_round": min(online.prompts_per_round, GROUPS_PER_STEP),
+        "sampling": sampling | {"samples_per_prompt": samples, "max_new_tokens": NEW_TOKENS, "pair_truncated": True},
+        "judge": {"type": "function", "function": "dpo_ray.data.synthetic.length_rewards"},
+        "pairing": online.pairing.model_dump(mode="json") | {"min_margin": 0.0, "min_agreement": 0.0, "min_pairs": 1},
+        "evaluate": {"prompts": SAMPLE_PROMPTS},
+        "promote_if": {},
+        "stop_if": {},
     }
 
 

@@ -90,8 +90,12 @@ class Recipe(StrictModel):
             raise field_error("reference.audit.on_drift", "rounds need the engines' scores: say stop or warn")
         if self.train.quantization is not None:
             raise field_error("train.quantization", "engines do not sample from the quantized model; leave it out")
-        if self.train.lora is not None and not self.train.lora.merge:
-            raise field_error("train.lora.merge", "a round's policy is a whole model: say true")
+        if online.reference == "ema" and self.train.lora is not None and not self.train.lora.merge:
+            raise field_error(
+                "online.reference", "the mean of adapters is no adapter: set train.lora.merge, or another"
+            )
+        if online.optimizer == "carry" and self.train.optimizer.type not in ("adamw", "rmsprop"):
+            raise field_error("online.optimizer", "only the moments of adamw and rmsprop are carried over: say restart")
 
     def cpus_needed(self) -> int:
         """Count the CPUs that the recipe's widest moment asks Ray for; with fewer it would wait for ever."""

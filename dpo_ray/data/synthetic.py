@@ -190,6 +190,11 @@ def true_rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[flo
     return [true_reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
+def length_rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Count a completion's characters: a judge that tells any two texts apart, for recipes in miniature."""
+    return [float(len(completion)) for _, completion in zip(prompts, completions, strict=True)]
+
+
 def preference_probability(prompt: str, first: str, second: str) -> float:
     """Give the Bradley-Terry probability that `first` is preferred: sigmoid(reward of first - of second)."""
     return 1.0 / (1.0 + math.exp(true_reward(prompt, second) - true_reward(prompt, first)))

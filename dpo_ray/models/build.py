@@ -14,7 +14,7 @@ from .load import as_policy, load_policy
 from .lora import add_lora
 from .nf4 import quantize_blocks
 from .sharding import blocks, prepare_blocks, shard
-from .sliced_weights import WholeModelNeededError, fill_shards, find_slices
+from .sliced_weights import WholeModelNeededError, fill_adapter, fill_shards, find_slices
 from .token_logps import TokenLogps
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def build_policy(
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
+    trained_adapter: Path | None = None,
 ) -> TokenLogps:
     """Load the model, in a process group, sharded over its ranks; collective.
 
@@ -37,6 +38,7 @@ def build_policy(
         adapter: directory of a LoRA adapter that is merged into the model; `config.lora` is trained on top of it.
         dtype: of the forward pass; master weights are float32.
         seed: of the adapter that is trained.
+        trained_adapter: directory of the one that `config.lora` goes on with; None: it begins anew.
 
     Raises:
         ConfigError: as `load_policy` and `add_lora`; on all ranks alike.
@@ -59,4 +61,6 @@ def build_policy(
         place = torch.device("cpu") if config.sharding.cpu_offload else device
         read = fill_shards(policy, weights, place, dtype, seed)
         logger.info("read %.3f GiB of weights", read / 2**30)
+    if trained_adapter is not None:
+        fill_adapter(policy, trained_adapter)
     return policy

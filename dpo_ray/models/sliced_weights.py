@@ -20,8 +20,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from dpo_ray.errors import ConfigError
+
 from . import adapter as lora_files
-from .lora import first_value, is_lora
+from .lora import ADAPTER_FORMAT_PREFIX, NAME, first_value, is_lora
 from .nf4 import Nf4Linear
 from .probe import KNOWN_EXACT
 from .token_logps import TokenLogps
@@ -148,6 +150,30 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
             else:
                 quantized.hold(part.to(device), dtype)
     return read
+
+
+@torch.no_grad()
+def fill_adapter(policy: TokenLogps, directory: Path) -> None:
+    """Give the adapter of a policy, sharded or not, the matrices of one in PEFT's format that was trained before.
+
+    Raises:
+        ConfigError: it adapts other layers, or has another rank.
+    """
+    with safe_open(directory / lora_files.WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+        for name, parameter in policy.model.named_parameters():
+            if not is_lora(name):
+                continue
+            key = ADAPTER_FORMAT_PREFIX + name.replace(_CHECKPOINT_PREFIX, "").replace(f".{NAME}.weight", ".weight")
+            if key not in names or tuple(file.get_slice(key).get_shape()) != tuple(parameter.shape):
+                raise ConfigError(
+                    f"the adapter that training goes on with has no {key} of shape {list(parameter.shape)}",
+                    where=str(directory),
+                    fix="train.lora must be what it was when the adapter was trained",
+                )
+            rows, local = _held(parameter)
+            if rows.start < rows.stop:
+                local.copy_(file.get_slice(key)[rows])
 
 
 def _held(parameter: nn.Parameter) -> tuple[slice, Tensor]:

@@ -22,7 +22,7 @@ from dpo_ray.reference.pool import DEATHS
 
 from .judges.make import judge_digest, make_judge
 from .judges.memory import JournalMemory
-from .judges.protocol import Question, Usage, Verdict
+from .judges.protocol import Question, Spending, Usage, Verdict
 
 MAX_DEATHS = 5  # of judges' processes in a row, with nothing judged between
 VERDICTS = pa.schema(
@@ -42,16 +42,21 @@ class JudgeActor:
     def __init__(self, config: Judge, memory: Storage, name: str, device: str) -> None:
         self._config, self._memory, self._name, self._device = config, memory, name, device
         self._judge: Any = None
+        self._spending = Spending()
 
-    def judge(self, questions: Sequence[Question]) -> tuple[list[Verdict], Usage]:
+    def judge(self, questions: Sequence[Question], spent_usd: float) -> tuple[list[Verdict], Usage]:
         """Answer all questions; with what that has cost.
+
+        Args:
+            spent_usd: what the round has cost before, with all judges.
 
         Raises:
             JudgeError, ConfigError: the judge cannot work. What it has answered is remembered.
         """
         if self._judge is None:  # what a method raises reaches the driver, a constructor's error does not
             journal = JournalMemory(self._memory, judge_digest(self._config), self._name)
-            self._judge = make_judge(self._config, journal, self._device)
+            self._judge = make_judge(self._config, journal, self._device, self._spending)
+        self._spending.set(spent_usd)
         before: Usage = self._judge.usage
         verdicts = dict(self._judge.judge(questions))
         spent = Usage(*(getattr(self._judge.usage, n) - getattr(before, n) for n in Usage.__dataclass_fields__))
@@ -73,8 +78,13 @@ class Judges:
         self._idle: list[Any] = []
         self._made = 0
 
-    def ask(self, questions: Sequence[Question], advance: Callable[[int], None]) -> tuple[list[Verdict], Usage]:
+    def ask(
+        self, questions: Sequence[Question], advance: Callable[[int], None], spent_usd: float = 0.0
+    ) -> tuple[list[Verdict], Usage]:
         """Judge all questions; a judge that dies is replaced, and asks only what was not remembered.
+
+        Args:
+            spent_usd: what the round has cost before.
 
         Raises:
             JudgeError: the judge cannot work, or its processes die again and again.
@@ -86,7 +96,7 @@ class Judges:
             while waiting and len(running) < self._replicas:
                 actor = self._idle.pop() if self._idle else self._start()
                 work = waiting.popleft()
-                running[actor.judge.remote(work[1])] = actor, work
+                running[actor.judge.remote(work[1], spent_usd + usage.usd)] = actor, work
             (answer,), _ = ray.wait(list(running), num_returns=1)
             actor, (first, chunk) = running.pop(answer)
             try:

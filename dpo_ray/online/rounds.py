@@ -17,8 +17,9 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cluster.session import session
-from dpo_ray.config.judge import Judge
+from dpo_ray.config.judge import Judge, RewardModelJudge
 from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.online import OnlineConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data import synthetic
 from dpo_ray.data.chat import load_tokenizer
@@ -26,6 +27,7 @@ from dpo_ray.data.prepare import PrepareTask
 from dpo_ray.data.tokens import splits
 from dpo_ray.errors import ConfigError
 from dpo_ray.evaluate.stage import end_tokens, heldout_prompts
+from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.load import context_tokens, model_identity
 from dpo_ray.observe.progress import Reporter
 from dpo_ray.pipeline import Stages
@@ -41,6 +43,8 @@ from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.schedule import stage as schedule_stage
 
 from . import ema, judging, measure, pair, prompt_source
+from .judges.make import make_judge
+from .judges.memory import NoMemory
 from .judges.protocol import Question, Usage, Verdict
 from .measure import Spoken
 from .promotion import decide
@@ -77,6 +81,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     if isinstance(rounds.action, Done):
         return rounds, False
     check_packages(plan.recipe)
+    check_judges(online_of(recipe))
     run_dir = run_storage(recipe)
     run_dir.check_writable()
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
@@ -89,6 +94,22 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
             driver.close()
 
 
+def check_judges(config: OnlineConfig) -> None:
+    """See, before anything is sampled, that the judges can be made: keys are in the environment, patterns are patterns.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    for judge in config.judges():
+        if not isinstance(judge, RewardModelJudge):  # which is large, and whose files the plan has looked at
+            make_judge(judge, NoMemory()).close()
+
+
+def is_adapter(trained: Artifact) -> bool:
+    """Say whether a training's policy is an adapter alone."""
+    return f"policy/{ADAPTER_CONFIG}" in trained.names()
+
+
 class _Driver:
     """The rounds of one run under its lease, with the engines and judges that live through them."""
 
@@ -98,6 +119,7 @@ class _Driver:
         self._offline = Stages(plan, reporter, lease)
         self._judges: dict[str, judging.Judges] = {}
         self._speeches: dict[str, Spoken] = {}
+        self._spent_usd = 0.0  # on judges, in this round
         self._rounds = derive(plan)
 
     def run(self) -> Rounds:
@@ -114,6 +136,8 @@ class _Driver:
             "promote": self._promote,
         }
         while not isinstance(action := self._rounds.action, Done):
+            if action.stage == "sample":
+                self._spent_usd = 0.0
             steps[action.stage](self._rounds.rounds[-1])
             self._rounds = derive(self._plan)
         self._reporter.say(f"the rounds end: {action.reason}")
@@ -193,9 +217,11 @@ class _Driver:
     def _train(self, one: Round) -> Artifact:
         self._make_room()
         carried = carries(self._online, self._rounds.rounds[: one.number - 1])
+        start = one.start.artifact
         return self._stages(one).train(
             one.artifacts["schedule"],
             one.artifacts["pair"],
+            trained_adapter=self._directory(one.start) if start and is_adapter(start) else None,
             moments=carried.artifacts["train"] if carried else None,
             keep_moments=self._online.optimizer == "carry",
         )
@@ -253,8 +279,13 @@ class _Driver:
         digest = self._plan.model_digest
         if policy.artifact is not None:
             directory = self._offline.policy_directory(policy.artifact)
-            settings = replace(settings, model_dir=str(directory), adapter_dir=None)
-            digest = model_identity(ModelConfig(path=str(directory)))
+            if is_adapter(policy.artifact):  # of the recipe's model, which is the engines' base
+                settings = replace(settings, adapter_dir=str(directory))
+                model = self._recipe.model.model_copy(update={"adapter": str(directory)})
+            else:
+                settings = replace(settings, model_dir=str(directory), adapter_dir=None)
+                model = ModelConfig(path=str(directory))
+            digest = model_identity(model)
         return settings, ReferenceStore(reference_root(self._recipe), digest, self._plan.numerics)
 
     def _make_room(self) -> None:
@@ -355,7 +386,9 @@ class _Driver:
                 judge, memory, f"{self._recipe.name}-{self._lease.token}", device, self._reporter.say
             )
         with self._reporter.stage(title, "prompts", len(questions)) as bar:
-            return self._judges[kind].ask(questions, bar.advance)
+            verdicts, usage = self._judges[kind].ask(questions, bar.advance, self._spent_usd)
+        self._spent_usd += usage.usd
+        return verdicts, usage
 
     # ---- artifacts
 
@@ -379,7 +412,7 @@ class _Driver:
     def _stages(self, one: Round) -> Stages:
         """Open the stages of an offline run that begins with the round's policy."""
         start = self._recipe.model
-        if one.start.artifact is not None:
+        if one.start.artifact is not None and not is_adapter(one.start.artifact):
             start = ModelConfig(path=str(self._directory(one.start)), dtype=self._recipe.model.dtype)
         audited = one.reference is not None and one.reference.key == one.start.key
         return Stages(round_recipe_plan(self._rounds, one, start, audited=audited), self._reporter, self._lease)

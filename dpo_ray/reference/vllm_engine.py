@@ -93,19 +93,22 @@ def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
     return LoRARequest(f"adapter-{number}", number, settings.adapter_dir)
 
 
-def can_load(now: ScorerSettings, wanted: ScorerSettings) -> bool:
-    """Say whether an engine that was started, or has loaded, as `now` can take what `wanted` names without a new start.
+def can_load(started: ScorerSettings, now: ScorerSettings, wanted: ScorerSettings) -> bool:
+    """Say whether an engine can take what `wanted` names without a new start.
 
-    A model without an adapter can follow one with it, not the other way round: that needs room that is made at the start.
-    Where an engine holds adapters, its base stays.
+    An engine that was started without an adapter has no room for one; one that was started with one keeps its base.
+
+    Args:
+        started: what the engine was started with.
+        now: what it has loaded.
     """
-    if replace(now, model_dir="", adapter_dir=None) != replace(wanted, model_dir="", adapter_dir=None):
+    if replace(started, model_dir="", adapter_dir=None) != replace(wanted, model_dir="", adapter_dir=None):
         return False
-    if now.adapter_dir is None:
+    if started.adapter_dir is None:
         return wanted.adapter_dir is None
     if wanted.model_dir != now.model_dir:
         return False
-    return wanted.adapter_dir is None or _room(now.adapter_dir) == _room(wanted.adapter_dir)
+    return wanted.adapter_dir is None or _room(started.adapter_dir) == _room(wanted.adapter_dir)
 
 
 def _room(adapter_dir: str) -> dict[str, Any]:

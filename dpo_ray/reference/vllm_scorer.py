@@ -31,7 +31,8 @@ class VllmScorer:
     adapter: Any | None  # what `engine.generate` takes as lora_request
 
     def __init__(self, settings: ScorerSettings, *, enable_sampling: bool = False) -> None:
-        self._longest, self._settings, self._loads = settings.max_length_tokens, settings, 1
+        self._longest, self._loads = settings.max_length_tokens, 1
+        self._started = self._settings = settings
         self._llm = start_engine(settings, enable_sampling=enable_sampling)
         self._by_token_ids = bool(self._llm.llm_engine.vllm_config.use_v2_model_runner)
         self.adapter = adapter_request(settings)
@@ -80,7 +81,7 @@ class VllmScorer:
         Raises:
             EngineError: the weights are not of the model that the engine was started with.
         """
-        if not can_load(self._settings, settings):
+        if not can_load(self._started, self._settings, settings):
             return False
         if settings.model_dir != self._settings.model_dir:
             with start_errors(settings):

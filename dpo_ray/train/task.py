@@ -39,6 +39,7 @@ class TrainTask:
     audit: AuditTask | None
     sources: tuple[str, ...] = ()  # of the training data
     seed: int = 0
+    trained_adapter: str | None = None  # directory of the LoRA adapter that training goes on with
     moments: Artifact | None = None  # of the training before, whose optimizer this one goes on with
     keep_moments: bool = False  # in the artifact, for the training after
     identity: str = ""  # of what determines the weights; checkpoints of another are not used

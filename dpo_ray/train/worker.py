@@ -75,7 +75,13 @@ def _run(task: TrainTask) -> dict[str, Any]:
     source = model_directory(task.model)
     config = task.config
     policy = build_policy(
-        source, adapter_directory(task.model), config, getattr(torch, task.dtype), device, task.seed
+        source,
+        adapter_directory(task.model),
+        config,
+        getattr(torch, task.dtype),
+        device,
+        task.seed,
+        Path(task.trained_adapter) if task.trained_adapter else None,
     ).train()
     optimizer = build_optimizer(policy, task.config.optimizer)
     seed_rank(task.seed, rank)

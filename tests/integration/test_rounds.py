@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.artifacts.artifact import Artifact
@@ -17,13 +19,14 @@ from dpo_ray.models.builtin import builtin_model
 from dpo_ray.observe.progress import Reporter
 from dpo_ray.online.prompts import heldout_keys, prompt_key, prompt_table
 from dpo_ray.online.results import figures, rounds_page
-from dpo_ray.online.round_plan import Rounds, derive
+from dpo_ray.online.round_plan import Round, Rounds, derive
 from dpo_ray.online.rounds import online
 from dpo_ray.online.sample import SampledPrompt, read_samples
 from dpo_ray.planning import make_plan
 from dpo_ray.reference.engine import Engine, start_sampling_vllm
 from dpo_ray.reference.sampling import Sampling
 from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.schedule.pack import step_groups
 
 from .conftest import small_recipe
 
@@ -227,6 +230,55 @@ def test_other_references_optimizers_and_rejected_rounds(tmp_path: Path, section
             torch.testing.assert_close(mean, 0.5 * initials[name] + 0.5 * policies[name], rtol=0, atol=1e-6)
         # Adam with the moments of 3 steps: its first step (rate 0 apart) is no sign of the gradient any more.
         assert "moments.safetensors" in first.artifacts["train"].names()
+
+
+@pytest.mark.slow
+def test_adapters_go_on_from_round_to_round_on_one_base(tmp_path: Path) -> None:
+    """Base and adapter merged by hand say what the engines and the trainer said of the policy."""
+    recipe = rounds_recipe(tmp_path, "train.lora={rank: 4, alpha: 8, target_modules: [q_proj, v_proj]}")
+    rounds, _ = online(recipe, Reporter())
+    first, second = rounds.rounds
+    places = [r.artifacts["train"].storage.local_path("policy") for r in (first, second)]
+    assert all((place / "adapter_config.json").exists() for place in places)
+    initial = AutoModelForCausalLM.from_pretrained(builtin_model("sentiment_llama"), dtype=torch.float32)
+    merged = []
+    for place in places:
+        model = AutoModelForCausalLM.from_pretrained(builtin_model("sentiment_llama"), dtype=torch.float32)
+        merged.append(PeftModel.from_pretrained(model, str(place)).merge_and_unload())
+    (name,) = second.artifacts["pair"].names("train/")
+    groups = read_table(second.artifacts["pair"], name).to_pylist()
+    scored = read_table(second.artifacts["reference"], name)["token_logps"].to_pylist()
+    margins = []
+    for group, logps in zip(groups, scored, strict=True):
+        both = [plain_logps(initial, group["prompt_ids"], c) for c in group["completion_ids"]]
+        for own, plain in zip(logps, both, strict=True):
+            np.testing.assert_allclose(own, plain, atol=1e-4)
+        start = [plain_logps(merged[0], group["prompt_ids"], c).sum() for c in group["completion_ids"]]
+        margins.append((start[0] - both[0].sum()) - (start[1] - both[1].sum()))
+    (metrics,) = [x for x in second.artifacts["train"].read_bytes("metrics.jsonl").splitlines() if b'"step": 1,' in x]
+    beta, said = recipe.train.objective.beta, json.loads(metrics)["rewards/margins"]
+    assert said != 0  # round 2 begins where round 1 ended, not at the base
+    schedule_first = set(first_step_groups(second))
+    ours = [m for m, g in zip(margins, groups, strict=True) if g["group_id"] in schedule_first]
+    assert said == pytest.approx(beta * float(np.mean(ours)), rel=1e-3, abs=1e-5)
+    found = samples_by_policy(rounds, second.trained.key)
+    differences = [
+        float(
+            (
+                plain_logps(merged[1], list(s.prompt_ids), list(c)) - plain_logps(initial, list(s.prompt_ids), list(c))
+            ).sum()
+        )
+        for s in found
+        for c in s.completion_ids
+    ]
+    assert second.artifacts["evaluate"].manifest.figures["kl"] == pytest.approx(np.mean(differences), abs=1e-3)
+
+
+def first_step_groups(one: Round) -> list[bytes]:
+    (name,) = one.artifacts["pair"].names("train/")
+    ids = read_table(one.artifacts["pair"], name, ["group_id"])["group_id"].to_pylist()
+    steps = step_groups(ids, 0, 16, 1, None)
+    return [ids[i] for i in next(iter(steps))]
 
 
 def test_a_granule_depends_on_nothing_but_itself() -> None:

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from dpo_ray import summary
 from dpo_ray.config.load import load_recipe
 from dpo_ray.observe.progress import Reporter
+from dpo_ray.online.rounds import online
 from dpo_ray.pipeline import offline
 from dpo_ray.tiny import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 REPOSITORY = Path(__file__).parents[2]
-RECIPES = sorted(path.stem for path in (REPOSITORY / "pipelines").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (REPOSITORY / "pipelines").glob("*.yaml") if "online" not in path.stem)
 
 # The first step's loss, by hand: policy and reference are the same then, so every log-ratio is 0. In bfloat16 they are the
 # same but for rounding, which beta multiplies. Without a reference, a random model is nearly indifferent among 704 tokens.
@@ -70,3 +71,13 @@ def test_three_steps_from_end_to_end(name: str, output: Path, monkeypatch: pytes
         assert (policy / "adapter_model.safetensors").is_file()
     else:
         assert AutoModelForCausalLM.from_pretrained(policy).config.num_hidden_layers == 2
+
+
+@pytest.mark.long
+def test_two_rounds_of_the_online_recipe(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(output / "cache"))
+    recipe = tiny_recipe(load_recipe(REPOSITORY / "pipelines" / "quickstart_online.yaml", [f"output={output}"]))
+    rounds, ran = online(recipe, Reporter())
+    assert ran
+    assert [r.committed.promoted for r in rounds.rounds] == [True, True]

@@ -98,6 +98,17 @@ def _read(place: Storage) -> dict[str, Any]:
     return answers
 
 
+class NoMemory:
+    """The memory of a judge that is made to see whether it can be, and is asked nothing."""
+
+    def get(self, key: str) -> Any | None:
+        return None
+
+    def put(self, key: str, answer: Any) -> None: ...
+
+    def put_all(self, answers: Mapping[str, Any]) -> None: ...
+
+
 class Section:
     """A part of a memory, whose keys cannot meet those of other parts: of one member of an ensemble."""
 
