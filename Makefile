@@ -11,7 +11,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 TORCH := 2.13.0
 
-.PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train clean
+.PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train bench-online clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ bench-reference: $(STAMP) ## pairs/s of the engine pool against the bare engine 
 
 bench-train: $(STAMP) ## groups/s of training steps against TRL's DPOTrainer, and what sharing prompts gains
 	@$(BIN)/python benchmarks/train.py
+
+bench-online: $(STAMP) ## online rounds against offline DPO at the same KL, on three seeds (about half an hour)
+	@$(BIN)/python benchmarks/online.py
 
 clean: ## remove .venv and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
