@@ -23,7 +23,6 @@ from training import EVERY, MOMENTS, POINTS, STEPS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("training.py")
-SOON = 48  # steps, the last 40 of them after the last change of the number of workers
 
 
 def started(directory: Path, *scenes: str) -> subprocess.Popen[str]:
@@ -83,9 +82,7 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(directory: Path, 
     assert one["error"]
     assert [account["attempts"][0][0] for account in (two, one, four)] == [0, EVERY, 2 * EVERY]
     assert four["attempts"][-1][-1] == STEPS
-    # Sums over ranks are rounded in another order, and each update enlarges that.
-    assert four["losses"][:SOON] == pytest.approx(quiet["losses"][:SOON], abs=1e-5)
-    assert four["losses"] == pytest.approx(quiet["losses"], abs=5e-3)
+    assert four["losses"] == pytest.approx(quiet["losses"], abs=1e-5)
 
 
 def test_a_hung_worker_is_found_and_the_group_starts_again(directory: Path, quiet: dict[str, Any]) -> None:

@@ -177,7 +177,11 @@ def run(root: Path, schedule: Path, name: str, *, workers: int = 2, kills: int =
     """Train to the end, or to the error; the same root goes on from its checkpoints."""
     root.mkdir(parents=True, exist_ok=True)
     steps = changes.pop("steps", STEPS)
-    config = making.make_config(**{"workers": workers, "checkpoint_every_steps": EVERY, "max_failures": 100, **changes})
+    # A small rate: each update enlarges what another order of sums over ranks has rounded otherwise.
+    optimizer = making.optimizer_config(learning_rate=1e-4)
+    config = making.make_config(
+        **{"optimizer": optimizer, "workers": workers, "checkpoint_every_steps": EVERY, "max_failures": 100, **changes}
+    )
     inbox = start_inbox()
     task = TrainTask(
         model=ModelConfig(path="builtin:sentiment_llama"),
