@@ -12,6 +12,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.vllm_engine import (
     EngineFacts,
+    can_load,
     kv_cache_bytes,
     logits_bytes_per_row,
     logits_room_bytes,
@@ -101,3 +102,15 @@ def test_the_cache_on_cpu_holds_four_steps_and_some_full_sequences() -> None:
     """131,072 bytes a token; 4 * 4096 + 8 * (2048 + 1 + 32) tokens."""
     assert kv_cache_bytes(LLAMA, 2048, 4096) == 33_032 * 131_072
     assert kv_cache_bytes(replace(LLAMA, kv_values_per_token=16), 2048, 4096) == 256 << 20
+
+
+def test_a_living_engine_takes_other_weights_and_nothing_else() -> None:
+    started = settings(128, device="cpu")
+    other = replace(started, model_dir="round-2")
+    assert can_load(started, started, other)
+    assert can_load(started, other, started)
+    assert not can_load(started, started, replace(other, max_length_tokens=129))
+    assert not can_load(started, started, replace(started, adapter_dir="adapter"))  # started without room for one
+    with_room = replace(started, adapter_dir="adapter")
+    assert can_load(with_room, with_room, started)  # the adapter off: the base alone
+    assert not can_load(with_room, with_room, replace(other, adapter_dir=None))  # its base stays
