@@ -46,7 +46,7 @@ test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FS
 
 test-slow: $(STAMP) ## what takes minutes or kills processes
 	@echo "==> running the slow and chaos tests"
-	@$(BIN)/pytest -m 'slow or chaos'
+	@$(BIN)/pytest -m '(slow or chaos) and not long'
 
 test-long: $(STAMP) ## more cases of what the others test: every recipe in miniature, every model family
 	@echo "==> running the long tests"

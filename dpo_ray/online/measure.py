@@ -160,20 +160,24 @@ def commit(
     trained: Artifact,
     prompts: Sequence[str],
     said: Spoken,
+    initial: Spoken,
     against: dict[str, Compared],
     figures: dict[str, Any],
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Commit the artifact `measure`: all figures, and the samples with their rewards."""
+    """Commit the artifact `measure`: all figures, and the samples with their rewards, beside the initial policy's."""
     usage = sum((c.usage for c in against.values()), Usage())
     whole = figures | {name: asdict(c.rate) for name, c in against.items()} | {"usage": vars(usage)}
     if "heldout.parquet" in trained.names():
         whole["heldout"] = heldout_figures(read_table(trained, "heldout.parquet"))
-    rewards = said.rewards or [None] * len(prompts)
-    lines = [
-        json.dumps({"prompt": p, "completion": t, "true_reward": r}) + "\n"
-        for p, t, r in zip(prompts, said.texts, rewards, strict=True)
-    ]
+    columns = {
+        "prompt": prompts,
+        "completion": said.texts,
+        "true_reward": said.rewards or [None] * len(prompts),
+        "initial_completion": initial.texts,
+        "initial_true_reward": initial.rewards or [None] * len(prompts),
+    }
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in zip(*columns.values(), strict=True)]
     entry = staging.write("samples.jsonl", "".join(lines).encode(), rows=len(lines))
     return provenance.commit(staging, [entry], rows={"samples": len(lines)}, figures=whole)

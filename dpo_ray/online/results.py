@@ -113,14 +113,18 @@ def _usage(found: dict[str, Artifact]) -> dict[str, float]:
 
 
 def _samples(measured: Sequence[Round]) -> list[RoundSample]:
-    """Follow some held-out prompts through the rounds."""
+    """Follow some held-out prompts through the rounds, from what the initial policy says."""
     rows = [[json.loads(x) for x in r.artifacts["evaluate"].read_bytes("samples.jsonl").splitlines()] for r in measured]
     return [
         RoundSample(
-            rows[0][i]["prompt"],
-            tuple(
-                (r.number, own[i]["completion"], own[i]["true_reward"]) for r, own in zip(measured, rows, strict=True)
+            first["prompt"],
+            (
+                (0, first["initial_completion"], first["initial_true_reward"]),
+                *(
+                    (r.number, own[i]["completion"], own[i]["true_reward"])
+                    for r, own in zip(measured, rows, strict=True)
+                ),
             ),
         )
-        for i in range(min(SHOWN_SAMPLES, len(rows[0]) if rows else 0))
+        for i, first in enumerate(rows[0][:SHOWN_SAMPLES] if rows else [])
     ]

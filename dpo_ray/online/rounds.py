@@ -248,9 +248,8 @@ class _Driver:
         kl = logps["policy"] - logps["initial"]
         figures = measure.figures_of(ours, said["initial"], said["previous"], kl, config, seed)
         figures["initial"] = measure.words_of(said["initial"])
-        return measure.commit(
-            trained, self._heldout_texts, ours, against, figures, self._begin(one, "evaluate"), provenance
-        )
+        staging, initial = self._begin(one, "evaluate"), said["initial"]
+        return measure.commit(trained, self._heldout_texts, ours, initial, against, figures, staging, provenance)
 
     def _promote(self, one: Round) -> Artifact:
         figures = measure.round_figures(one.artifacts["evaluate"].manifest.figures)

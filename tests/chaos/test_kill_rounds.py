@@ -179,7 +179,14 @@ def processes_of(driver: int, title: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("title", ["ray::Engine.sample", "ray::JudgeActor.judge", "ray::RayTrainWorker"])
+@pytest.mark.parametrize(
+    "title",
+    [
+        "ray::Engine.sample",
+        pytest.param("ray::JudgeActor.judge", marks=pytest.mark.long),
+        pytest.param("ray::RayTrainWorker", marks=pytest.mark.long),
+    ],
+)
 def test_a_lost_sampler_judge_or_trainer_costs_its_work_alone(tmp_path: Path, title: str) -> None:
     with made_endpoint(slowly) as endpoint:
         quiet, struck = Run(tmp_path / "quiet", endpoint), Run(tmp_path / "struck", endpoint)

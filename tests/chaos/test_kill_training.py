@@ -68,6 +68,7 @@ def test_workers_killed_at_every_point_of_a_step_and_of_a_commit(directory: Path
     assert account["losses"] == quiet["losses"]
 
 
+@pytest.mark.long
 def test_workers_killed_at_random_moments(directory: Path, quiet: dict[str, Any]) -> None:
     (account,) = played(directory, "moments")
     assert len(account["attempts"]) == MOMENTS + 1

@@ -81,6 +81,8 @@ def test_the_page_shows_what_was_measured(finished: Rounds) -> None:
     measured = [r.artifacts["evaluate"].manifest.figures for r in finished.rounds]
     assert [row.kl for row in page.rows] == [m["kl"] for m in measured]
     assert [row.starts_from for row in page.rows] == [None, 1]
+    assert [[number for number, _, _ in sample.by_round] for sample in page.samples] == [[0, 1, 2]] * 6
+    assert page.initial["true_reward"] == measured[0]["initial"]["true_reward"]
     rate = measured[1]["against_initial"]
     assert page.rows[1].win_rate_initial == (rate["rate"], rate["low"], rate["high"])
 
