@@ -313,7 +313,8 @@ class _Driver:
                 provenance = Provenance(VERSIONS["sample"], inputs, config, planning.versions())
                 table = prompt_table(self._heldout, self._recipe.seed, 0, 1)
                 staging = self._begin_key("sample", key)
-                sampled = self._sampled(f"held-out samples of the {name} policy", policy, table, staging, provenance)
+                title = f"held-out samples of the {'new' if name == 'policy' else name} policy"
+                sampled = self._sampled(title, policy, table, staging, provenance)
             texts, tokenizer = self._heldout_texts, self._tokenizer
             self._speeches[policy.key] = measure.spoken(sampled, texts, tokenizer, self._true_reward)
         return self._speeches[policy.key]
