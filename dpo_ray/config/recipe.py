@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
+from .cluster import ClusterConfig
 from .data import DataConfig
 from .evaluate import EvaluateConfig
 from .model import ModelConfig
@@ -51,6 +52,7 @@ class Recipe(StrictModel):
     """Besides metrics.jsonl, which is always written."""
 
     ray: RayConfig = RayConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:

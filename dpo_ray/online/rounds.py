@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import ray
+from transformers import PreTrainedTokenizerBase
 
 from dpo_ray import pipeline, planning
 from dpo_ray.artifacts.artifact import Artifact
@@ -26,7 +29,7 @@ from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.data.prepare import PrepareTask
 from dpo_ray.data.tokens import splits
 from dpo_ray.errors import ConfigError
-from dpo_ray.evaluate.stage import end_tokens, heldout_prompts
+from dpo_ray.evaluate.stage import TrueReward, end_tokens, heldout_prompts
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.load import context_tokens, model_identity
 from dpo_ray.observe.progress import Reporter
@@ -294,7 +297,9 @@ class _Driver:
         if where.device == "cuda" and ray.cluster_resources().get("GPU", 0) < wanted:
             self._pool.close()
 
-    def _sampled(self, title: str, policy: Policy, table, staging: Staging, provenance: Provenance) -> Artifact:
+    def _sampled(
+        self, title: str, policy: Policy, table: pa.Table, staging: Staging, provenance: Provenance
+    ) -> Artifact:
         config = self._online.sampling
         self._pool.load(*self._engine_of(policy))
         sampling = Sampling(config.temperature, config.max_new_tokens, self._stops, config.top_p, config.min_p)
@@ -327,6 +332,16 @@ class _Driver:
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
+        """List the prompts that rounds choose from: those that leave room for a completion."""
+        every, longest = self._read_prompts(), self._longest_prompt
+        fitting = [p for p in every if longest is None or len(p.ids) <= longest]
+        if len(fitting) < len(every):
+            self._reporter.say(
+                f"{len(every) - len(fitting):,} of {len(every):,} prompts leave no room for online.sampling.max_new_tokens: left out"
+            )
+        return fitting
+
+    def _read_prompts(self) -> list[Prompt]:
         planned = self._rounds.prompts
         if planned is None:
             return training_prompts(self._prepared)
@@ -345,7 +360,7 @@ class _Driver:
         return prompts_of_round(keys, heldout, self._recipe.seed, one.number, self._online.prompts_per_round)
 
     @cached_property
-    def _tokenizer(self):
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(self._offline.model_directory))
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -355,16 +370,19 @@ class _Driver:
     def _stops(self) -> tuple[int, ...]:
         return tuple(sorted({*end_tokens(self._prepared, self._tokenizer), *self._online.sampling.stop_token_ids}))
 
+    @property
+    def _longest_prompt(self) -> int | None:
+        context = context_tokens(self._offline.model_directory)
+        return context - self._online.sampling.max_new_tokens if context is not None else None
+
     @cached_property
     def _heldout(self) -> list[list[int]]:
-        context = context_tokens(self._offline.model_directory)
-        longest = context - self._online.sampling.max_new_tokens if context is not None else None
-        found = heldout_prompts(self._prepared, self._online.evaluate.prompts, longest)
+        found = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest_prompt)
         if not found:
             raise ConfigError(
                 "no held-out prompt leaves room for a completion",
                 where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
-                fix=f"lower it: the model's context is {context} tokens",
+                fix=f"lower it: with it, a prompt may have {self._longest_prompt} tokens",
             )
         return found
 
@@ -373,7 +391,7 @@ class _Driver:
         return [self._text(ids) for ids in self._heldout]
 
     @property
-    def _true_reward(self):
+    def _true_reward(self) -> TrueReward | None:
         is_synthetic = all(shard.kind == "synthetic" for shard in self._plan.checked.shards)
         return synthetic.true_reward if is_synthetic else None
 
@@ -402,7 +420,7 @@ class _Driver:
         places = self._directory(mean), self._directory(promoted)
         return Policy(policy.key, ema.run(*places, config["decay"], self._begin_key("ema", policy.key), provenance))
 
-    def _directory(self, policy: Policy):
+    def _directory(self, policy: Policy) -> Path:
         return (
             self._offline.model_directory
             if policy.artifact is None
