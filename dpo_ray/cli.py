@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpo_ray.cli_kubernetes import kubernetes
 from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError, StoppedError
 
 if TYPE_CHECKING:
@@ -347,6 +348,9 @@ def doctor(
             table.add_row(mark, f.what, f.found, f.fix)
         _console().print(table)
     raise typer.Exit(9 if broken else 0)
+
+
+app.add_typer(kubernetes, name="kubernetes")
 
 
 def _loaded(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:

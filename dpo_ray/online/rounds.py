@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import ray
-from transformers import PreTrainedTokenizerBase
 
 from dpo_ray import pipeline, planning
 from dpo_ray.artifacts.artifact import Artifact
@@ -24,14 +23,10 @@ from dpo_ray.config.judge import Judge, RewardModelJudge
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.online import OnlineConfig
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data import synthetic
-from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.data.prepare import PrepareTask
 from dpo_ray.data.tokens import splits
-from dpo_ray.errors import ConfigError
-from dpo_ray.evaluate.stage import TrueReward, end_tokens, heldout_prompts
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
-from dpo_ray.models.load import context_tokens, model_identity
+from dpo_ray.models.load import model_identity
 from dpo_ray.observe.progress import Reporter
 from dpo_ray.pipeline import Stages
 from dpo_ray.places import artifact_store, reference_root, run_storage
@@ -51,9 +46,7 @@ from .judges.memory import NoMemory
 from .judges.protocol import Question, Usage, Verdict
 from .measure import Spoken
 from .promotion import decide
-from .prompt_choice import prompts_of_round
-from .prompt_source import read_prompts
-from .prompts import Prompt, heldout_keys, prompt_table, training_prompts
+from .prompts import prompt_table
 from .round_plan import (
     ARTIFACT_STAGE,
     VERSIONS,
@@ -67,6 +60,7 @@ from .round_plan import (
     speech_config,
     version,
 )
+from .round_prompts import RoundPrompts
 from .round_state import Done, Stage
 from .sample import read_samples, sample
 
@@ -156,7 +150,7 @@ class _Driver:
     # ---- the stages of a round
 
     def _sample(self, one: Round) -> Artifact:
-        prompts = [self._prompts[i].ids for i in self._chosen(one)]
+        prompts = self._words.of_round(one.number)
         table = prompt_table(prompts, self._recipe.seed, one.number, self._online.sampling.samples_per_prompt)
         return self._sampled(
             f"round {one.number}: sample", one.start, table, self._begin(one, "sample"), self._provenance(one, "sample")
@@ -164,9 +158,11 @@ class _Driver:
 
     def _judge(self, one: Round) -> Artifact:
         provenance, sampled = self._provenance(one, "judge"), list(read_samples(one.artifacts["sample"]))
-        answers = {p.ids: p.answer for p in self._prompts}
+        words = self._words
         questions = [
-            Question(self._text(p.prompt_ids), tuple(map(self._text, p.completion_ids)), answers.get(p.prompt_ids))
+            Question(
+                words.text(p.prompt_ids), tuple(map(words.text, p.completion_ids)), words.answers.get(p.prompt_ids)
+            )
             for p in sampled
         ]
         verdicts, usage = self._ask(self._online.judge, f"round {one.number}: judge", questions)
@@ -239,7 +235,7 @@ class _Driver:
         judge = config.judge or self._online.judge
         against = {
             f"against_{name}": measure.compare(
-                self._heldout_texts,
+                self._words.heldout_texts,
                 ours,
                 said[name],
                 lambda asked, name=name: self._ask(judge, f"round {number}: judge against the {name} policy", asked),
@@ -252,7 +248,7 @@ class _Driver:
         figures = measure.figures_of(ours, said["initial"], said["previous"], kl, config, seed)
         figures["initial"] = measure.words_of(said["initial"])
         staging, initial = self._begin(one, "evaluate"), said["initial"]
-        return measure.commit(trained, self._heldout_texts, ours, initial, against, figures, staging, provenance)
+        return measure.commit(trained, self._words.heldout_texts, ours, initial, against, figures, staging, provenance)
 
     def _promote(self, one: Round) -> Artifact:
         figures = measure.round_figures(one.artifacts["evaluate"].manifest.figures)
@@ -302,7 +298,7 @@ class _Driver:
     ) -> Artifact:
         config = self._online.sampling
         self._pool.load(*self._engine_of(policy))
-        sampling = Sampling(config.temperature, config.max_new_tokens, self._stops, config.top_p, config.min_p)
+        sampling = Sampling(config.temperature, config.max_new_tokens, self._words.stops, config.top_p, config.min_p)
         kept = run_storage(self._recipe).child("samples", staging.key)
         with self._reporter.stage(title, "prompts", len(table)) as bar:
             return sample(self._pool, table, sampling, config.prompts_per_granule, kept, staging, provenance, bar)
@@ -316,84 +312,39 @@ class _Driver:
             sampled = self._store.find("sample", key)
             if sampled is None:
                 provenance = Provenance(VERSIONS["sample"], inputs, config, planning.versions())
-                table = prompt_table(self._heldout, self._recipe.seed, 0, 1)
+                table = prompt_table(self._words.heldout, self._recipe.seed, 0, 1)
                 staging = self._begin_key("sample", key)
                 title = f"held-out samples of the {'new' if name == 'policy' else name} policy"
                 sampled = self._sampled(title, policy, table, staging, provenance)
-            texts, tokenizer = self._heldout_texts, self._tokenizer
-            self._speeches[policy.key] = measure.spoken(sampled, texts, tokenizer, self._true_reward)
+            words = self._words
+            self._speeches[policy.key] = measure.spoken(
+                sampled, words.heldout_texts, words.tokenizer, words.true_reward
+            )
         return self._speeches[policy.key]
 
     def _logps(self, policy: Policy, said: Spoken) -> np.ndarray:
         settings, store = self._engine_of(policy)
         return measure.completion_logps(self._pool, settings, store, said, self._recipe.reference.groups_per_granule)
 
-    # ---- prompts, text and judges
+    # ---- prompts and judges
 
     @cached_property
-    def _prompts(self) -> list[Prompt]:
-        """List the prompts that rounds choose from: those that leave room for a completion."""
-        every, longest = self._read_prompts(), self._longest_prompt
-        fitting = [p for p in every if longest is None or len(p.ids) <= longest]
-        if len(fitting) < len(every):
-            self._reporter.say(
-                f"{len(every) - len(fitting):,} of {len(every):,} prompts leave no room for online.sampling.max_new_tokens: left out"
-            )
-        return fitting
+    def _words(self) -> RoundPrompts:
+        return RoundPrompts(self._plan, self._prepared, self._prompts_artifact(), self._reporter.say)
 
-    def _read_prompts(self) -> list[Prompt]:
+    def _prompts_artifact(self) -> Artifact | None:
+        """Read the prompts' own source, where the recipe names one and that is not done."""
         planned = self._rounds.prompts
         if planned is None:
-            return training_prompts(self._prepared)
-        found = self._store.find("prompts", planned.key)
-        if found is None:
-            task = PrepareTask(str(self._offline.model_directory), self._plan.checked.template, self._recipe.data)
-            provenance = Provenance(VERSIONS["prompts"], {}, planned.config, planning.versions())
-            with self._reporter.stage("prompts", "prompts") as bar:
-                found = prompt_source.run(planned.shards, task, self._begin_key("prompts", planned.key), provenance)
-                bar.advance(found.rows["prompts"])
-        return read_prompts(found)
-
-    def _chosen(self, one: Round) -> list[int]:
-        keys = [p.key for p in self._prompts]
-        heldout = heldout_keys(self._prepared)
-        return prompts_of_round(keys, heldout, self._recipe.seed, one.number, self._online.prompts_per_round)
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(str(self._offline.model_directory))
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    @cached_property
-    def _stops(self) -> tuple[int, ...]:
-        return tuple(sorted({*end_tokens(self._prepared, self._tokenizer), *self._online.sampling.stop_token_ids}))
-
-    @property
-    def _longest_prompt(self) -> int | None:
-        context = context_tokens(self._offline.model_directory)
-        return context - self._online.sampling.max_new_tokens if context is not None else None
-
-    @cached_property
-    def _heldout(self) -> list[list[int]]:
-        found = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest_prompt)
-        if not found:
-            raise ConfigError(
-                "no held-out prompt leaves room for a completion",
-                where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
-                fix=f"lower it: with it, a prompt may have {self._longest_prompt} tokens",
-            )
-        return found
-
-    @cached_property
-    def _heldout_texts(self) -> list[str]:
-        return [self._text(ids) for ids in self._heldout]
-
-    @property
-    def _true_reward(self) -> TrueReward | None:
-        is_synthetic = all(shard.kind == "synthetic" for shard in self._plan.checked.shards)
-        return synthetic.true_reward if is_synthetic else None
+            return None
+        if (done := self._store.find("prompts", planned.key)) is not None:
+            return done
+        task = PrepareTask(str(self._offline.model_directory), self._plan.checked.template, self._recipe.data)
+        provenance = Provenance(VERSIONS["prompts"], {}, planned.config, planning.versions())
+        with self._reporter.stage("prompts", "prompts") as bar:
+            read = prompt_source.run(planned.shards, task, self._begin_key("prompts", planned.key), provenance)
+            bar.advance(read.rows["prompts"])
+        return read
 
     def _ask(self, judge: Judge, title: str, questions: Sequence[Question]) -> tuple[list[Verdict], Usage]:
         kind = judge.model_dump_json()

@@ -1,0 +1,226 @@
+"""Apply a run's manifests to a Kubernetes cluster and follow the run, through the official client."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dpo_ray.errors import ConfigError, InfrastructureError, LeaseError
+
+if TYPE_CHECKING:
+    from kubernetes.dynamic import DynamicClient  # pyright: ignore[reportMissingImports]
+
+Json = dict[str, Any]
+
+MANAGER = "dpo-ray"
+FINISHED = ("Complete", "Failed", "ValidationFailed")
+RUNNABLE = ("RayJob", "RayCluster")
+POLL_SECONDS = 5.0
+ANSWER_SECONDS = 15
+GONE_SECONDS = 300
+FAILED_CODE = 9  # where the run's own exit code is not known
+
+
+class RunState(NamedTuple):
+    """What the operator says of a RayJob."""
+
+    deployment: str
+    """Initializing, Running, Retrying, Suspended, Complete, Failed, ..."""
+
+    job: str
+    """Of Ray: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; empty before there is one."""
+
+    failures: int
+    message: str
+
+    @property
+    def finished(self) -> bool:
+        """Say whether nothing more will come; a failed attempt that is retried is not the end."""
+        return self.deployment in FINISHED
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code of a finished run: the driver's own, where Ray tells it."""
+        if self.deployment == "Complete" and self.job == "SUCCEEDED":
+            return 0
+        said = re.search(r"exit code (\d+)", self.message)
+        return int(said[1]) if said and int(said[1]) else FAILED_CODE
+
+    def __str__(self) -> str:
+        parts = [self.deployment or "waiting for the operator", self.job]
+        if self.failures:
+            parts.append(f"{self.failures} failed {'attempt' if self.failures == 1 else 'attempts'}")
+        line = ", ".join(part for part in parts if part)
+        return f"{line}: {self.message.splitlines()[0][:300]}" if self.message else line
+
+
+def connect(context: str | None = None) -> DynamicClient:
+    """Connect as kubectl would: by the kubeconfig, or by the pod's service account.
+
+    Raises:
+        InfrastructureError: the client is not installed, there is no such context, or nothing answers.
+    """
+    try:
+        from kubernetes import client, config, dynamic  # pyright: ignore
+    except ImportError:
+        fix = "pip install 'dpo-ray[kubernetes]'; or pipe `dpo-ray kubernetes render` into kubectl apply -f -"
+        raise InfrastructureError("the Kubernetes client is not installed", where="kubernetes", fix=fix) from None
+    try:
+        if context is None and os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
+            config.load_incluster_config()
+        else:
+            config.load_kube_config(config_file=os.environ.get("KUBECONFIG"), context=context)
+    except config.ConfigException as error:
+        fix = "set KUBECONFIG, or name a context of it; `kubectl config get-contexts` lists them"
+        raise InfrastructureError(
+            f"no cluster is configured: {error}", where=context or "kubeconfig", fix=fix
+        ) from None
+    settings = client.Configuration.get_default_copy()
+    settings.retries = 2
+    with _answers("cluster"):
+        return dynamic.DynamicClient(client.ApiClient(settings))
+
+
+def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = False) -> Iterator[str]:
+    """Apply manifests in their order; yields a line for each.
+
+    Args:
+        cluster: Of `connect`.
+        manifests: As `render` makes them.
+        replace: Delete a RayJob or RayCluster of this name first; its run goes on from what was committed.
+
+    Raises:
+        LeaseError: there is a RayJob or RayCluster of this name, and it is not to be replaced.
+        InfrastructureError: the cluster does not answer, does not know a kind, or refuses.
+    """
+    runs = [m for m in manifests if m["kind"] in RUNNABLE]
+    for manifest in runs:  # before anything is changed
+        _make_room(cluster, manifest, replace)
+    for manifest in manifests:
+        kind, name, namespace = manifest["kind"], manifest["metadata"]["name"], manifest["metadata"]["namespace"]
+        with _answers(f"{kind}/{name}"):
+            api = cluster.resources.get(api_version=manifest["apiVersion"], kind=kind)
+            if kind == "PersistentVolumeClaim" and _read(cluster, manifest) is not None:
+                yield f"{kind}/{name}: is there, and is left as it is"
+                continue
+            api.server_side_apply(
+                body=manifest,
+                name=name,
+                namespace=namespace,
+                field_manager=MANAGER,
+                force_conflicts=True,
+                _request_timeout=ANSWER_SECONDS,
+            )
+        yield f"{kind}/{name}: applied"
+
+
+def watch(cluster: DynamicClient, namespace: str, name: str, poll_seconds: float = POLL_SECONDS) -> Iterator[RunState]:
+    """Yield the state of a RayJob whenever it changes, until it is finished.
+
+    It asks again and again rather than keeping one connection open, which proxies cut.
+
+    Raises:
+        ConfigError: there is no such RayJob.
+        InfrastructureError: the cluster does not answer, or refuses.
+    """
+    reference = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name, "namespace": namespace}}
+    last = None
+    while True:
+        found = _read(cluster, reference)
+        if found is None:
+            what = "there is no such RayJob" if last is None else "the RayJob was deleted before it had finished"
+            fix = f"kubectl get rayjobs -n {namespace} lists them"
+            raise ConfigError(what, where=f"{namespace}/{name}", fix=fix)
+        state = state_of(found)
+        if state != last:
+            yield state
+        if state.finished:
+            return
+        last = state
+        time.sleep(poll_seconds)
+
+
+def state_of(ray_job: Json) -> RunState:
+    """Read what matters of a RayJob's status."""
+    status = ray_job.get("status") or {}
+    message = status.get("message") or status.get("reason") or ""
+    return RunState(
+        status.get("jobDeploymentStatus") or "", status.get("jobStatus") or "", status.get("failed") or 0, message
+    )
+
+
+def _make_room(cluster: DynamicClient, manifest: Json, replace: bool) -> None:
+    kind, metadata = manifest["kind"], manifest["metadata"]
+    where = f"{metadata['namespace']}/{metadata['name']}"
+    if _read(cluster, manifest) is None:
+        return
+    if not replace:
+        fix = "watch it; or --replace it: the run goes on from what was committed"
+        raise LeaseError(f"there is a {kind} of this name", where=where, fix=fix)
+    with _answers(where):
+        api = cluster.resources.get(api_version=manifest["apiVersion"], kind=kind)
+        api.delete(
+            name=metadata["name"],
+            namespace=metadata["namespace"],
+            body={"propagationPolicy": "Foreground"},
+            _request_timeout=ANSWER_SECONDS,
+        )
+    deadline = time.monotonic() + GONE_SECONDS
+    while _read(cluster, manifest) is not None:
+        if time.monotonic() > deadline:
+            fix = (
+                f"kubectl describe {kind.lower()} {metadata['name']} -n {metadata['namespace']} says what it waits for"
+            )
+            raise InfrastructureError(f"not gone {GONE_SECONDS} s after its deletion", where=where, fix=fix)
+        time.sleep(1)
+
+
+def _read(cluster: DynamicClient, manifest: Json) -> Json | None:
+    from kubernetes.dynamic.exceptions import NotFoundError  # pyright: ignore[reportMissingImports]
+
+    metadata = manifest["metadata"]
+    with _answers(f"{manifest['kind']}/{metadata['name']}"):
+        api = cluster.resources.get(api_version=manifest["apiVersion"], kind=manifest["kind"])
+        try:
+            found = api.get(name=metadata["name"], namespace=metadata["namespace"], _request_timeout=ANSWER_SECONDS)
+        except NotFoundError:
+            return None
+    return found.to_dict()
+
+
+@contextmanager
+def _answers(where: str) -> Iterator[None]:
+    """Say in one line what went wrong on the way to the API server, or there."""
+    from kubernetes.client import ApiException  # pyright: ignore[reportMissingImports]
+    from kubernetes.dynamic.exceptions import ResourceNotFoundError  # pyright: ignore[reportMissingImports]
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except ResourceNotFoundError:
+        fix = "install the operator that it is of: KubeRay, or Prometheus' for a PodMonitor (cluster/kuberay/README.md)"
+        raise InfrastructureError("the cluster does not know this kind", where=where, fix=fix) from None
+    except ApiException as error:  # of both clients
+        fixes = {
+            401: "log in again: the kubeconfig's credentials are not accepted",
+            403: "ask for the rights of cluster/kuberay/README.md",
+            404: "make the namespace first: kubectl create namespace NAME",
+        }
+        what = f"refused with {error.status}: {_message(error.body) or error.reason}"
+        fix = fixes.get(error.status or 0, "correct what it names")
+        raise InfrastructureError(what, where=where, fix=fix) from None
+    except (HTTPError, OSError) as error:
+        what = f"the API server does not answer: {type(error).__name__}"
+        fix = "check the kubeconfig's server and the network; `kubectl version` asks the same"
+        raise InfrastructureError(what, where=where, fix=fix) from error
+
+
+def _message(body: bytes | str | None) -> str:
+    """Take the message out of the API server's answer, which is a Status in JSON."""
+    text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
+    found = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', text)
+    return (found[1].replace('\\"', '"') if found else text)[:300]

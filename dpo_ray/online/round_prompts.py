@@ -1,0 +1,100 @@
+"""The prompts of a run's rounds: those to sample for, those to measure by, and what they and their completions say as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.data import synthetic
+from dpo_ray.data.chat import load_tokenizer
+from dpo_ray.errors import ConfigError
+from dpo_ray.evaluate.stage import TrueReward, end_tokens, heldout_prompts
+from dpo_ray.models.load import context_tokens, model_directory
+from dpo_ray.planning import Plan
+
+from .prompt_choice import prompts_of_round
+from .prompt_source import read_prompts
+from .prompts import Prompt, heldout_keys, training_prompts
+from .round_plan import online_of
+
+
+class RoundPrompts:
+    """All prompts of a run, read once."""
+
+    def __init__(self, plan: Plan, prepared: Artifact, source: Artifact | None, say: Callable[[str], None]) -> None:
+        """Take the preference data, and the artifact `prompts` where rounds have a source of their own."""
+        self._plan, self._online, self._prepared, self._source = plan, online_of(plan.recipe), prepared, source
+        self._say = say
+        self._model_directory = model_directory(plan.recipe.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(self._model_directory))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Decode token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """List the tokens that end a completion."""
+        return tuple(sorted({*end_tokens(self._prepared, self.tokenizer), *self._online.sampling.stop_token_ids}))
+
+    def of_round(self, number: int) -> list[tuple[int, ...]]:
+        """Choose the prompts of a round; none that a held-out group has.
+
+        Raises:
+            DataError: there are none.
+        """
+        keys, heldout = [p.key for p in self._fitting], heldout_keys(self._prepared)
+        seed, count = self._plan.recipe.seed, self._online.prompts_per_round
+        return [self._fitting[i].ids for i in prompts_of_round(keys, heldout, seed, number, count)]
+
+    @cached_property
+    def answers(self) -> dict[tuple[int, ...], str | None]:
+        """Give the reference answer of each prompt, where its row has one."""
+        return {p.ids: p.answer for p in self._fitting}
+
+    @cached_property
+    def _fitting(self) -> list[Prompt]:
+        """List the prompts that leave room for a completion."""
+        every = training_prompts(self._prepared) if self._source is None else read_prompts(self._source)
+        fitting = [p for p in every if self._longest is None or len(p.ids) <= self._longest]
+        if len(fitting) < len(every):
+            left = len(every) - len(fitting)
+            self._say(f"{left:,} of {len(every):,} prompts leave no room for online.sampling.max_new_tokens: left out")
+        return fitting
+
+    @cached_property
+    def _longest(self) -> int | None:
+        context = context_tokens(self._model_directory)
+        return None if context is None else context - self._online.sampling.max_new_tokens
+
+    @cached_property
+    def heldout(self) -> list[list[int]]:
+        """List the prompts that policies are measured by.
+
+        Raises:
+            ConfigError: none leaves room for a completion.
+        """
+        found = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest)
+        if not found:
+            raise ConfigError(
+                "no held-out prompt leaves room for a completion",
+                where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
+                fix=f"lower it: with it, a prompt may have {self._longest} tokens",
+            )
+        return found
+
+    @cached_property
+    def heldout_texts(self) -> list[str]:
+        return [self.text(ids) for ids in self.heldout]
+
+    @property
+    def true_reward(self) -> TrueReward | None:
+        """Give the reward that made the data's labels, where the data is made by us."""
+        is_synthetic = all(shard.kind == "synthetic" for shard in self._plan.checked.shards)
+        return synthetic.true_reward if is_synthetic else None
