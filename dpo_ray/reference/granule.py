@@ -42,4 +42,4 @@ class Scored:
     seconds: float
     engine: str  # its name in the pool
     unscored: tuple[Unscored, ...] = ()
-    granule: int = 0  # its number in the order in which the granules were handed to the pool
+    granule: int = 0  # its number in the order in which the granules were handed to the run
