@@ -161,7 +161,7 @@ def test_granules_are_handed_out_in_their_order(tmp_path: Path) -> None:
     assert all(
         granule <= i + 1 for i, granule in enumerate(order)
     )  # of the two that an engine has, either may end first
-    assert [s.granule for s in run(pool, granules(2))] == [0]  # another run of the same pool counts, and starts engines, anew
+    assert [s.granule for s in run(pool, granules(2))] == [0]  # another run counts, and starts engines, anew
 
 
 def test_granules_are_taken_as_there_is_room(tmp_path: Path) -> None:
