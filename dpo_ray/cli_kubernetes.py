@@ -22,7 +22,7 @@ Overrides = Annotated[
 ]
 Kind = Annotated[
     Literal["RayJob", "RayCluster"],
-    typer.Option(help="RayJob runs the recipe and goes; RayCluster stays, for `dpo-ray submit`."),
+    typer.Option(help="RayJob runs the recipe and goes; RayCluster stays, for Ray's own job submission."),
 ]
 Context = Annotated[str | None, typer.Option(metavar="NAME", help="Of the kubeconfig. Default: its current one.")]
 

@@ -7,10 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("project", deadline=None)  # a busy machine is no fault of the code
-settings.load_profile("project")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

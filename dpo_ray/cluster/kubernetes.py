@@ -34,7 +34,7 @@ def render(recipe: Recipe, kind: Kind = "RayJob") -> list[Json]:
         *([_claim(recipe)] if profile.storage is not None and profile.storage.create_gib is not None else []),
         *([_network_policy(recipe, name)] if profile.network.policy else []),
         *([_pod_monitor(name)] if profile.pod_monitor else []),
-        _ray_job(recipe, name) if kind == "RayJob" else _ray_cluster(recipe, name),
+        _ray_object(recipe, name, kind),
     ]
     for manifest in made:
         manifest["metadata"]["namespace"] = profile.namespace
@@ -62,7 +62,18 @@ def run_name(recipe: Recipe) -> str:
     return name
 
 
-def _ray_job(recipe: Recipe, name: str) -> Json:
+def _ray_object(recipe: Recipe, name: str, kind: Kind) -> Json:
+    queue = recipe.cluster.kubernetes.queue
+    job = kind == "RayJob"
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": kind,
+        "metadata": {"name": name, "labels": _labels(name) | _queue_labels(name, queue)},
+        "spec": _job_spec(recipe, name) if job else _cluster_spec(recipe, name) | _suspended(queue),
+    }
+
+
+def _job_spec(recipe: Recipe, name: str) -> Json:
     profile = recipe.cluster.kubernetes
     spec: Json = {
         # The operator posts the job to the dashboard: no second pod, whose connection may break, stands between.
@@ -76,30 +87,14 @@ def _ray_job(recipe: Recipe, name: str) -> Json:
         spec["activeDeadlineSeconds"] = profile.deadline_seconds
     if profile.start_deadline_seconds is not None:
         spec["preRunningDeadlineSeconds"] = profile.start_deadline_seconds
-    if profile.queue is not None and profile.queue.type == "kueue":
-        spec["suspend"] = True  # until Kueue admits it
+    spec |= _suspended(profile.queue)
     spec["rayClusterSpec"] = _cluster_spec(recipe, name)
-    labels = _labels(name) | _queue_labels(name, profile.queue)
-    return {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": {"name": name, "labels": labels},
-        "spec": spec,
-    }
+    return spec
 
 
-def _ray_cluster(recipe: Recipe, name: str) -> Json:
-    profile = recipe.cluster.kubernetes
-    spec = _cluster_spec(recipe, name)
-    if profile.queue is not None and profile.queue.type == "kueue":
-        spec["suspend"] = True
-    labels = _labels(name) | _queue_labels(name, profile.queue)
-    return {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayCluster",
-        "metadata": {"name": name, "labels": labels},
-        "spec": spec,
-    }
+def _suspended(queue: QueueConfig | None) -> Json:
+    """Have what Kueue admits wait until it does."""
+    return {"suspend": True} if queue is not None and queue.type == "kueue" else {}
 
 
 def _cluster_spec(recipe: Recipe, name: str) -> Json:

@@ -113,10 +113,13 @@ class VerifierJudge(StrictModel):
     questions_per_batch: int = Field(default=64, gt=0)
 
 
+SingleJudge = FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge
+
+
 class Member(StrictModel):
     """One judge of an ensemble."""
 
-    judge: FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge = Field(discriminator="type")
+    judge: SingleJudge = Field(discriminator="type")
     weight: float = Field(default=1.0, gt=0)
 
 
@@ -133,6 +136,15 @@ class EnsembleJudge(StrictModel):
         return self
 
 
-Judge = Annotated[
-    FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge | EnsembleJudge, Field(discriminator="type")
-]
+Judge = Annotated[SingleJudge | EnsembleJudge, Field(discriminator="type")]
+
+
+def members_of(judge: Judge) -> list[SingleJudge]:
+    """List the judges that one is made of: itself, or an ensemble's members."""
+    return [member.judge for member in judge.members] if isinstance(judge, EnsembleJudge) else [judge]
+
+
+def cpus_of(judge: Judge) -> float:
+    """Count the CPUs that its processes hold: each has all members of an ensemble, one at work at a time."""
+    members = members_of(judge)
+    return max(m.replicas for m in members) * max(m.cpus_per_replica for m in members)

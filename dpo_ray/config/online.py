@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
-from .judge import EnsembleJudge, FunctionJudge, Judge, LlmJudge, RewardModelJudge, VerifierJudge
+from .judge import Judge, SingleJudge, cpus_of, members_of
 from .sources import Sources
 
 
@@ -29,7 +29,7 @@ class SamplingConfig(StrictModel):
     """Whether completions that the limit cut off may be paired."""
 
 
-class PairingConfig(StrictModel):
+class RoundPairingConfig(StrictModel):
     """Which pairs are made of a prompt's judged completions."""
 
     pairs: Literal["best_worst", "best_random", "top_bottom", "margin", "list"] = "best_worst"
@@ -59,7 +59,7 @@ class PairingConfig(StrictModel):
     """Fewer pairs stop the round, with the reasons."""
 
     @model_validator(mode="after")
-    def _labels_are_of_one_pair(self) -> PairingConfig:
+    def _labels_are_of_one_pair(self) -> RoundPairingConfig:
         if self.labels == "bradley_terry" and self.pairs not in ("best_worst", "best_random"):
             raise field_error("labels", f"pairs={self.pairs} makes several of a prompt: say hard, or pairs=best_worst")
         return self
@@ -137,7 +137,7 @@ class OnlineConfig(StrictModel):
 
     sampling: SamplingConfig = SamplingConfig()
     judge: Judge
-    pairing: PairingConfig = PairingConfig()
+    pairing: RoundPairingConfig = RoundPairingConfig()
     mix: MixConfig = MixConfig()
     reference: Literal["initial", "previous", "ema"] = "initial"
     """The reference of a round: the model of the recipe, the policy that the round starts from, or the running mean of these."""
@@ -152,11 +152,14 @@ class OnlineConfig(StrictModel):
     promote_if: PromotionConfig = PromotionConfig()
     stop_if: StopConfig = StopConfig()
 
-    def judges(self) -> list[FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge]:
+    def judges(self) -> list[SingleJudge]:
         """List all single judges, also those of ensembles and of the evaluation."""
-        named = [self.judge, *([self.evaluate.judge] if self.evaluate.judge else [])]
-        return [
-            one
-            for judge in named
-            for one in ([m.judge for m in judge.members] if isinstance(judge, EnsembleJudge) else [judge])
-        ]
+        return [one for judge in self._named() for one in members_of(judge)]
+
+    def judges_cpus(self) -> float:
+        """Count the CPUs that all judges hold while rounds run."""
+        return sum(map(cpus_of, self._named()))
+
+    def _named(self) -> list[Judge]:
+        other = self.evaluate.judge
+        return [self.judge, *([other] if other not in (None, self.judge) else [])]

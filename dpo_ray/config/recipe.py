@@ -12,7 +12,7 @@ from .cluster import ClusterConfig
 from .data import DataConfig
 from .evaluate import EvaluateConfig
 from .model import ModelConfig
-from .objective import uses_reference
+from .objective import kinds_of_groups, uses_reference
 from .online import OnlineConfig
 from .reference import ReferenceConfig
 from .train import TrainConfig
@@ -92,6 +92,12 @@ class Recipe(StrictModel):
             raise field_error("reference.audit.on_drift", "rounds need the engines' scores: say stop or warn")
         if self.train.quantization is not None:
             raise field_error("train.quantization", "engines do not sample from the quantized model; leave it out")
+        kinds = kinds_of_groups(self.train.objective)
+        if online.pairing.pairs == "list" and kinds != {"lists"}:
+            what = (
+                f"the objective {self.train.objective.type} learns from {' and '.join(sorted(kinds))}, not from lists"
+            )
+            raise field_error("online.pairing.pairs", f"{what}: choose another, or the objective listwise")
         if online.reference == "ema" and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
                 "online.reference", "the mean of adapters is no adapter: set train.lora.merge, or another"
@@ -109,7 +115,8 @@ class Recipe(StrictModel):
             scoring = max(scoring, by_trainer)
         if self.reference.mode == "streaming":
             training += scoring  # side by side
-        if self.online is not None:  # the engines live on while the policy trains
-            return ceil(training + by_engines + max(j.cpus_per_replica * j.replicas for j in self.online.judges()))
+        if self.online is not None:  # engines and judges live on while the policy trains, or a task reads
+            living = self.reference.replicas * self.reference.cpus_per_replica + self.online.judges_cpus()
+            return ceil(living + max(training, 1))
         sampling = 2 * self.reference.cpus_per_replica  # policy and reference side by side
         return ceil(max(scoring, training, sampling, 2))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import quote
 
 from dpo_ray.observe.page import format_number, format_seconds, format_signed, render_page
 from dpo_ray.observe.plots import Plot
@@ -75,7 +74,6 @@ class RoundsPage:
     name, created, what: the run, its time (ISO 8601) and one sentence on it.
     initial: `kl`, `true_reward`, `mean_tokens`, `distinct_2`, `entropy`, `truncated_fraction` of the initial policy, if known.
     stopped: why the rounds ended; empty while they have not.
-    links: the path of a round's own report, relative to the page, by the round's number.
     """
 
     name: str
@@ -86,7 +84,6 @@ class RoundsPage:
     samples: Sequence[RoundSample] = ()
     stopped: str = ""
     recipe_yaml: str = ""
-    links: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def policy(self) -> RoundRow | None:
@@ -109,7 +106,6 @@ def rounds_html(page: RoundsPage) -> str:
         has_true_reward=_has_true_reward(page),
         words=_words(page),
         costs=_costs(page),
-        links={number: quote(path, safe="/") for number, path in page.links.items()},
         samples=[_cut_in_three(sample) for sample in page.samples[:MAX_SAMPLES]],
         sample_characters=SAMPLE_CHARACTERS,
         totals=_totals(page.rows),

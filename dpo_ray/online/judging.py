@@ -15,7 +15,7 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.config.judge import EnsembleJudge, Judge, RewardModelJudge
+from dpo_ray.config.judge import Judge, RewardModelJudge, members_of
 from dpo_ray.data.tokens import parquet_bytes, read_table
 from dpo_ray.errors import DpoRayError, JudgeError
 from dpo_ray.reference.pool import DEATHS
@@ -69,14 +69,14 @@ class Judges:
     def __init__(self, config: Judge, memory: Storage, run: str, device: str, on_event: Callable[[str], None]) -> None:
         """Make a pool that remembers in `memory`, which runs share; `run` makes the writers' names its own."""
         self._config, self._memory, self._run, self._device, self._on_event = config, memory, run, device, on_event
-        members = [m.judge for m in config.members] if isinstance(config, EnsembleJudge) else [config]
+        members = members_of(config)
         self._replicas = max(member.replicas for member in members)
         self._batch = min(member.questions_per_batch for member in members)
         gpus = sum(m.gpus_per_replica for m in members if isinstance(m, RewardModelJudge))
         cpus = max(member.cpus_per_replica for member in members)
         self._options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus or None, "max_restarts": 0}
+        self._actors: list[Any] = []  # all that were made
         self._idle: list[Any] = []
-        self._made = 0
 
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None], spent_usd: float = 0.0
@@ -123,15 +123,15 @@ class Judges:
 
     def close(self) -> None:
         """Let all actors go."""
-        for actor in self._idle:
+        for actor in self._actors:
             ray.kill(actor)
-        self._idle = []
+        self._actors, self._idle = [], []
 
     def _start(self) -> Any:
-        self._made += 1
-        name = f"{self._run}-{self._made}"
+        name = f"{self._run}-{len(self._actors) + 1}"
         actor = ray.remote(JudgeActor).options(**self._options)
-        return actor.remote(self._config, self._memory, name, self._device)
+        self._actors.append(actor.remote(self._config, self._memory, name, self._device))
+        return self._actors[-1]
 
 
 def commit(

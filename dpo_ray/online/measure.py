@@ -36,7 +36,7 @@ Ask = Callable[[Sequence[Question]], tuple[list[Verdict], Usage]]
 
 
 @dataclass(frozen=True)
-class Spoken:
+class PolicySamples:
     """What a policy says to each held-out prompt, in the order of the prompts."""
 
     prompt_ids: list[tuple[int, ...]]
@@ -54,9 +54,9 @@ class Compared:
     usage: Usage
 
 
-def spoken(
+def policy_samples(
     sampled: Artifact, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, reward: TrueReward | None
-) -> Spoken:
+) -> PolicySamples:
     """Read one completion a prompt.
 
     Raises:
@@ -73,11 +73,11 @@ def spoken(
     completions = [p.completion_ids[0] for p in by_prompt.values()]
     texts = [str(tokenizer.decode(list(c), skip_special_tokens=True)) for c in completions]
     rewards = None if reward is None else [reward(p, t) for p, t in zip(prompts, texts, strict=True)]
-    return Spoken(ids, completions, [p.ended[0] for p in by_prompt.values()], texts, rewards)
+    return PolicySamples(ids, completions, [p.ended[0] for p in by_prompt.values()], texts, rewards)
 
 
 def completion_logps(
-    pool: EnginePool, settings: ScorerSettings, store: ReferenceStore, said: Spoken, groups_per_granule: int
+    pool: EnginePool, settings: ScorerSettings, store: ReferenceStore, said: PolicySamples, groups_per_granule: int
 ) -> np.ndarray:
     """Score completions under a model, through the store; float64 [completions], nats summed over each.
 
@@ -102,7 +102,12 @@ def completion_logps(
 
 
 def compare(
-    prompts: Sequence[str], ours: Spoken, theirs: Spoken, ask: Ask, config: RoundEvaluationConfig, seed: int
+    prompts: Sequence[str],
+    ours: PolicySamples,
+    theirs: PolicySamples,
+    ask: Ask,
+    config: RoundEvaluationConfig,
+    seed: int,
 ) -> Compared:
     """Have the judge compare two policies' completions of every prompt."""
     pairs = zip(prompts, ours.texts, theirs.texts, strict=True)
@@ -112,7 +117,12 @@ def compare(
 
 
 def figures_of(
-    said: Spoken, initial: Spoken, previous: Spoken, kl: np.ndarray, config: RoundEvaluationConfig, seed: int
+    said: PolicySamples,
+    initial: PolicySamples,
+    previous: PolicySamples,
+    kl: np.ndarray,
+    config: RoundEvaluationConfig,
+    seed: int,
 ) -> dict[str, Any]:
     """Work out all that needs no judge. `kl` is each completion's log-prob under the policy minus that under the initial one."""
     figures: dict[str, Any] = {
@@ -120,7 +130,7 @@ def figures_of(
         "kl": float(kl.mean()),
         "kl_standard_error": float(kl.std(ddof=1) / len(kl) ** 0.5) if len(kl) > 1 else 0.0,
         "initial_mean_tokens": mean_tokens(initial.completion_ids),
-        **words_of(said),
+        **sample_figures(said),
     }
     if said.rewards is not None and previous.rewards is not None:
         gain = mean_difference(said.rewards, previous.rewards, config.bootstrap_samples, config.confidence, seed)
@@ -128,7 +138,7 @@ def figures_of(
     return figures
 
 
-def words_of(said: Spoken) -> dict[str, float | None]:
+def sample_figures(said: PolicySamples) -> dict[str, float | None]:
     """Measure length and variety, and the mean true reward where it is known."""
     return {
         "mean_tokens": mean_tokens(said.completion_ids),
@@ -159,8 +169,8 @@ def round_figures(figures: dict[str, Any]) -> RoundFigures:
 def commit(
     trained: Artifact,
     prompts: Sequence[str],
-    said: Spoken,
-    initial: Spoken,
+    said: PolicySamples,
+    initial: PolicySamples,
     against: dict[str, Compared],
     figures: dict[str, Any],
     staging: Staging,

@@ -18,7 +18,8 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
-from dpo_ray.config.online import OnlineConfig, PairingConfig
+from dpo_ray.config.online import OnlineConfig, RoundPairingConfig
+from dpo_ray.data.mismatched import with_mismatched
 from dpo_ray.data.tokens import TOKENS, parquet_bytes, read_table, splits
 from dpo_ray.errors import DataError
 from dpo_ray.reference.sampling import sample_seed
@@ -39,6 +40,7 @@ def run(
     earlier: Sequence[Artifact],
     config: OnlineConfig,
     seed: int,
+    mismatched_tokens: int | None,
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
@@ -46,6 +48,7 @@ def run(
 
     Args:
         earlier: the pairs of the rounds before.
+        mismatched_tokens: give each group a completion of another prompt, up to so many tokens in all; None: do not.
 
     Raises:
         DataError: fewer pairs than `online.pairing.min_pairs`, with the reasons.
@@ -61,6 +64,8 @@ def run(
         pairs += len(paired.pairs) or 1
     _check_enough(number, pairs, dropped, config)
     own = pa.Table.from_pylist(groups, schema=TOKENS)
+    if mismatched_tokens is not None:  # groups of the data and of earlier rounds have theirs
+        own = with_mismatched(own, mismatched_tokens)
     tables, mixed = [own], {"own": len(own)}
     for name, share, parts in (
         ("offline", config.mix.offline, _parts([prepared])),
@@ -104,7 +109,7 @@ def _paired(prompt: SampledPrompt, verdict: Verdict, config: OnlineConfig, seed:
 
 
 def _group(
-    prompt: SampledPrompt, verdict: Verdict, paired: Paired, config: PairingConfig, source: str
+    prompt: SampledPrompt, verdict: Verdict, paired: Paired, config: RoundPairingConfig, source: str
 ) -> dict[str, Any]:
     """Make the row of schema TOKENS: the completions that stand in a pair or in the list, best first, with what ranked them."""
     adjusted = adjusted_scores(verdict.scores, [len(ids) for ids in prompt.completion_ids], config)
@@ -126,7 +131,7 @@ def _group(
     }
 
 
-def _label(scores: Mapping[int, float], paired: Paired, config: PairingConfig) -> float:
+def _label(scores: Mapping[int, float], paired: Paired, config: RoundPairingConfig) -> float:
     """Give the probability that the better completion of the one pair is preferred (Bradley and Terry, 1952)."""
     if config.labels == "hard":
         return 1.0
@@ -173,12 +178,14 @@ def _chosen(parts: Sequence[tuple[Artifact, str]], count: int, purpose: str, who
         ):
             if whole or (source.startswith("round-") and source != not_of):
                 ranked.append((hashlib.blake2b(group, digest_size=16, key=key).digest(), number, row))
-    taken = sorted(ranked)[:count]
-    tables = [TOKENS.empty_table()]
-    for number, (artifact, name) in enumerate(parts):
-        if rows := sorted(row for _, n, row in taken if n == number):
-            tables.append(read_table(artifact, name).select(TOKENS.names).take(rows).cast(TOKENS))
-    return pa.concat_tables(tables)
+    rows_of: dict[int, list[int]] = {}
+    for _, number, row in sorted(ranked)[:count]:
+        rows_of.setdefault(number, []).append(row)
+    tables = [
+        read_table(*parts[number]).select(TOKENS.names).take(sorted(rows)).cast(TOKENS)
+        for number, rows in sorted(rows_of.items())
+    ]
+    return pa.concat_tables([TOKENS.empty_table(), *tables])
 
 
 def _firsts(ids: Sequence[bytes]) -> list[int]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from dpo_ray.config.online import PairingConfig
+from dpo_ray.config.online import RoundPairingConfig
 
 REASONS = {
     "too_few_completions": "fewer than two completions were sampled",
@@ -32,7 +32,7 @@ class Paired:
 
 
 def adjusted_scores(
-    scores: Sequence[float | None], lengths: Sequence[int], config: PairingConfig
+    scores: Sequence[float | None], lengths: Sequence[int], config: RoundPairingConfig
 ) -> list[float | None]:
     """Take the length penalty from the scores: what completions are ranked by. None: the judge abstains."""
     return [
@@ -47,7 +47,7 @@ def pairs_of(
     truncated: Sequence[bool],
     completion_keys: Sequence[Hashable],
     agreement: float,
-    config: PairingConfig,
+    config: RoundPairingConfig,
     pair_truncated: bool,
     seed: int,
 ) -> Paired:
@@ -80,7 +80,7 @@ def pairs_of(
 
 
 def _paired(
-    ranked: Sequence[int], values: dict[int, float], lengths: Sequence[int], config: PairingConfig, seed: int
+    ranked: Sequence[int], values: dict[int, float], lengths: Sequence[int], config: RoundPairingConfig, seed: int
 ) -> Paired:
     """Pair at least two completions.
 
@@ -104,7 +104,7 @@ def _paired(
     return Paired(pairs=tuple(fitting))
 
 
-def _candidates(ranked: Sequence[int], config: PairingConfig) -> list[tuple[int, int]]:
+def _candidates(ranked: Sequence[int], config: RoundPairingConfig) -> list[tuple[int, int]]:
     """List the pairs that a mode knows, the better completion first. Of best_random, one of them is chosen."""
     match config.pairs:
         case "best_worst":

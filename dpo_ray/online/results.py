@@ -36,7 +36,6 @@ def rounds_page(rounds: Rounds) -> RoundsPage:
         samples=_samples(measured),
         stopped=rounds.action.reason if isinstance(rounds.action, Done) else "",
         recipe_yaml=recipe_yaml(recipe),
-        links={},
     )
 
 

@@ -40,6 +40,15 @@ class PromptsPlan:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What rounds depend on outside of the recipe, looked at once: a file that changes while they run changes no key."""
+
+    prompts: PromptsPlan | None  # None: the prompts of the training data
+    judge: str  # digest
+    evaluation_judge: str
+
+
+@dataclass(frozen=True)
 class Policy:
     """A model that rounds start from, end with, or are held against."""
 
@@ -74,7 +83,7 @@ class Rounds:
     """All rounds that have begun, the next one where there is one, and what comes next."""
 
     plan: Plan  # of the recipe: its data, its hardware
-    prompts: PromptsPlan | None  # None: the prompts of the training data
+    looked: Looked
     initial: Policy
     rounds: tuple[Round, ...]
     action: Action
@@ -94,14 +103,26 @@ def online_of(recipe: Recipe) -> OnlineConfig:
 
 
 def derive(plan: Plan) -> Rounds:
-    """Derive where the rounds stand from what is committed.
+    """Derive where the rounds of a recipe stand.
+
+    Raises:
+        ConfigError: a path of online.prompts matches nothing, or a judge's function or model is not there.
+        ArtifactError: what is committed contradicts the order of a round's stages.
+    """
+    online = online_of(plan.recipe)
+    judges = online.judge, online.evaluate.judge or online.judge
+    return derive_from(plan, Looked(prompts_plan(plan), *map(judge_digest, judges)))
+
+
+def derive_from(plan: Plan, looked: Looked) -> Rounds:
+    """Derive where the rounds stand from what is committed, and from what was looked at before.
 
     Raises:
         ArtifactError: what is committed contradicts the order of a round's stages.
     """
     recipe, store = plan.recipe, artifact_store(plan.recipe)
     online, with_reference = online_of(recipe), uses_reference(recipe.train.objective)
-    initial, prompts = Policy(plan.model_digest, None), prompts_plan(plan)
+    initial = Policy(plan.model_digest, None)
     rounds: list[Round] = []
     mean = initial
     while True:
@@ -114,9 +135,9 @@ def derive(plan: Plan) -> Rounds:
         action = next_action(committed, online.rounds, stopped, with_reference)
         decided = not rounds or committed[-1].promoted is not None
         if not decided or isinstance(action, Done):
-            return Rounds(plan, prompts, initial, tuple(rounds), action, stopped)
+            return Rounds(plan, looked, initial, tuple(rounds), action, stopped)
         reference = {"initial": initial, "previous": start, "ema": mean}[online.reference] if with_reference else None
-        rounds.append(_planned(plan, store, prompts, initial, start, reference, rounds))
+        rounds.append(_planned(plan, store, looked, initial, start, reference, rounds))
 
 
 def prompts_plan(plan: Plan) -> PromptsPlan | None:
@@ -152,7 +173,7 @@ def _stop_reason(rounds: Sequence[Round], online: OnlineConfig) -> str | None:
 def _planned(
     plan: Plan,
     store: ArtifactStore,
-    prompts: PromptsPlan | None,
+    looked: Looked,
     initial: Policy,
     start: Policy,
     reference: Policy | None,
@@ -160,11 +181,11 @@ def _planned(
 ) -> Round:
     """Name the artifacts of the next round, and look up those that are there."""
     number = len(earlier) + 1
-    configs = _configs(plan, number, start, reference, earlier)
+    configs = _configs(plan, looked, number, start, reference, earlier)
     keys = {"prepare": plan.stages["prepare"].key, "policy": start.key, "initial": initial.key}
     keys["earlier"] = digest([r.stages["pair"].key for r in earlier])
-    if prompts is not None:
-        keys["prompts"] = prompts.key
+    if looked.prompts is not None:
+        keys["prompts"] = looked.prompts.key
     reads: dict[Stage, tuple[str, ...]] = {
         "sample": ("policy", "prepare", "prompts"),
         "judge": ("sample",),
@@ -195,14 +216,13 @@ def version(stage: Stage) -> int:
 
 
 def _configs(
-    plan: Plan, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
+    plan: Plan, looked: Looked, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
 ) -> dict[Stage, dict[str, Any]]:
     """Say for each stage of a round what of the recipe its result depends on."""
     recipe, online = plan.recipe, online_of(plan.recipe)
     own = {"seed": recipe.seed, "round": number}
     scored = planning.stage_configs(recipe, {}, reference.key if reference else "", plan.numerics, plan.hardware)
     trained = planning.stage_configs(recipe, {}, start.key, plan.numerics, plan.hardware)
-    judged_by = online.evaluate.judge or online.judge
     moments = {"moments": carried.trained.key} if (carried := carries(online, earlier)) else {}
     return {
         "sample": {
@@ -211,21 +231,22 @@ def _configs(
             **online.sampling.model_dump(mode="json", exclude={"pair_truncated"}),
             **sampler_config(plan),
         },
-        "judge": {"judge": judge_digest(online.judge)},
+        "judge": {"judge": looked.judge},
         "pair": {
             **own,
             **online.pairing.model_dump(mode="json"),
             "pair_truncated": online.sampling.pair_truncated,
             "mix": online.mix.model_dump(mode="json"),
+            **({"mismatched": True} if planning.needs_mismatched(recipe) else {}),
         },
         "reference": scored["reference"],
         "schedule": scored["schedule"],
         "train": {**trained["train"], **moments},
         "evaluate": {
             "seed": recipe.seed,
-            "judge": judge_digest(judged_by),
+            "judge": looked.evaluation_judge,
             **online.evaluate.model_dump(mode="json", exclude={"judge"}),
-            **speech_config(plan),
+            **heldout_sampling_config(plan),
         },
         "promote": online.promote_if.model_dump(mode="json"),
     }
@@ -242,7 +263,7 @@ def sampler_config(plan: Plan) -> dict[str, Any]:
     return {"engine": planning.engine_version("vllm"), "device": plan.hardware.device, "dtype": plan.hardware.dtype}
 
 
-def speech_config(plan: Plan) -> dict[str, Any]:
+def heldout_sampling_config(plan: Plan) -> dict[str, Any]:
     """Say what a policy's samples of the held-out prompts depend on, besides the policy and the data."""
     online = online_of(plan.recipe)
     sampling = online.sampling.model_dump(mode="json", exclude={"samples_per_prompt", "pair_truncated"})

@@ -49,9 +49,17 @@ class RoundPrompts:
         Raises:
             DataError: there are none.
         """
-        keys, heldout = [p.key for p in self._fitting], heldout_keys(self._prepared)
         seed, count = self._plan.recipe.seed, self._online.prompts_per_round
-        return [self._fitting[i].ids for i in prompts_of_round(keys, heldout, seed, number, count)]
+        chosen = prompts_of_round(self._keys, self._heldout_keys, seed, number, count)
+        return [self._fitting[i].ids for i in chosen]
+
+    @cached_property
+    def _keys(self) -> list[bytes]:
+        return [prompt.key for prompt in self._fitting]
+
+    @cached_property
+    def _heldout_keys(self) -> set[bytes]:
+        return heldout_keys(self._prepared)
 
     @cached_property
     def answers(self) -> dict[tuple[int, ...], str | None]:

@@ -44,7 +44,7 @@ from . import ema, judging, measure, pair, prompt_source
 from .judges.make import make_judge
 from .judges.memory import NoMemory
 from .judges.protocol import Question, Usage, Verdict
-from .measure import Spoken
+from .measure import PolicySamples
 from .promotion import decide
 from .prompts import prompt_table
 from .round_plan import (
@@ -55,9 +55,10 @@ from .round_plan import (
     Rounds,
     carries,
     derive,
+    derive_from,
+    heldout_sampling_config,
     online_of,
     round_recipe_plan,
-    speech_config,
     version,
 )
 from .round_prompts import RoundPrompts
@@ -115,7 +116,7 @@ class _Driver:
         self._online, self._store = online_of(plan.recipe), artifact_store(plan.recipe)
         self._offline = Stages(plan, reporter, lease)
         self._judges: dict[str, judging.Judges] = {}
-        self._speeches: dict[str, Spoken] = {}
+        self._heldout_samples: dict[str, PolicySamples] = {}
         self._spent_usd = 0.0  # on judges, in this round
         self._rounds = derive(plan)
 
@@ -136,7 +137,7 @@ class _Driver:
             if action.stage == "sample":
                 self._spent_usd = 0.0
             steps[action.stage](self._rounds.rounds[-1])
-            self._rounds = derive(self._plan)
+            self._rounds = derive_from(self._plan, self._rounds.looked)
         self._reporter.say(f"the rounds end: {action.reason}")
         return self._rounds
 
@@ -150,7 +151,7 @@ class _Driver:
     # ---- the stages of a round
 
     def _sample(self, one: Round) -> Artifact:
-        prompts = self._words.of_round(one.number)
+        prompts = self._prompts.of_round(one.number)
         table = prompt_table(prompts, self._recipe.seed, one.number, self._online.sampling.samples_per_prompt)
         return self._sampled(
             f"round {one.number}: sample", one.start, table, self._begin(one, "sample"), self._provenance(one, "sample")
@@ -158,10 +159,12 @@ class _Driver:
 
     def _judge(self, one: Round) -> Artifact:
         provenance, sampled = self._provenance(one, "judge"), list(read_samples(one.artifacts["sample"]))
-        words = self._words
+        prompts = self._prompts
         questions = [
             Question(
-                words.text(p.prompt_ids), tuple(map(words.text, p.completion_ids)), words.answers.get(p.prompt_ids)
+                prompts.text(p.prompt_ids),
+                tuple(map(prompts.text, p.completion_ids)),
+                prompts.answers.get(p.prompt_ids),
             )
             for p in sampled
         ]
@@ -178,6 +181,7 @@ class _Driver:
             [earlier.artifacts["pair"] for earlier in self._rounds.rounds[: one.number - 1]],
             self._online,
             self._recipe.seed,
+            self._mismatched_tokens,
             self._begin(one, "pair"),
             provenance,
         )
@@ -188,6 +192,12 @@ class _Driver:
         )
         schedule_stage.check_usable(paired, self._recipe.train.objective)
         return paired
+
+    @property
+    def _mismatched_tokens(self) -> int | None:
+        """Give the longest that a group's completion of another prompt may be, where the objective needs those."""
+        longest = self._recipe.data.max_length_tokens + self._online.sampling.max_new_tokens
+        return longest if planning.needs_mismatched(self._recipe) else None
 
     def _reference(self, one: Round) -> Artifact:
         assert one.reference is not None  # noqa: S101 - the stage is one of objectives with a reference
@@ -229,13 +239,13 @@ class _Driver:
         config, seed, number = self._online.evaluate, self._recipe.seed, one.number
         provenance, trained = self._provenance(one, "evaluate"), one.artifacts["train"]
         policies = {"policy": one.trained, "previous": one.start, "initial": self._rounds.initial}
-        said = {name: self._spoken(name, policy) for name, policy in policies.items()}
+        said = {name: self._policy_samples(name, policy) for name, policy in policies.items()}
         ours = said["policy"]
         logps = {name: self._logps(policies[name], ours) for name in ("policy", "initial")}
         judge = config.judge or self._online.judge
         against = {
             f"against_{name}": measure.compare(
-                self._words.heldout_texts,
+                self._prompts.heldout_texts,
                 ours,
                 said[name],
                 lambda asked, name=name: self._ask(judge, f"round {number}: judge against the {name} policy", asked),
@@ -246,9 +256,11 @@ class _Driver:
         }
         kl = logps["policy"] - logps["initial"]
         figures = measure.figures_of(ours, said["initial"], said["previous"], kl, config, seed)
-        figures["initial"] = measure.words_of(said["initial"])
+        figures["initial"] = measure.sample_figures(said["initial"])
         staging, initial = self._begin(one, "evaluate"), said["initial"]
-        return measure.commit(trained, self._words.heldout_texts, ours, initial, against, figures, staging, provenance)
+        return measure.commit(
+            trained, self._prompts.heldout_texts, ours, initial, against, figures, staging, provenance
+        )
 
     def _promote(self, one: Round) -> Artifact:
         figures = measure.round_figures(one.artifacts["evaluate"].manifest.figures)
@@ -298,43 +310,43 @@ class _Driver:
     ) -> Artifact:
         config = self._online.sampling
         self._pool.load(*self._engine_of(policy))
-        sampling = Sampling(config.temperature, config.max_new_tokens, self._words.stops, config.top_p, config.min_p)
+        sampling = Sampling(config.temperature, config.max_new_tokens, self._prompts.stops, config.top_p, config.min_p)
         kept = run_storage(self._recipe).child("samples", staging.key)
         with self._reporter.stage(title, "prompts", len(table)) as bar:
             return sample(self._pool, table, sampling, config.prompts_per_granule, kept, staging, provenance, bar)
 
-    def _spoken(self, name: str, policy: Policy) -> Spoken:
+    def _policy_samples(self, name: str, policy: Policy) -> PolicySamples:
         """Have a policy complete every held-out prompt, with seeds that are the same for all policies."""
-        if policy.key not in self._speeches:
-            config = speech_config(self._plan)
+        if policy.key not in self._heldout_samples:
+            config = heldout_sampling_config(self._plan)
             inputs = {"policy": policy.key, "prepare": self._plan.stages["prepare"].key}
             key = artifact_key("sample", VERSIONS["sample"], config, inputs)
             sampled = self._store.find("sample", key)
             if sampled is None:
                 provenance = Provenance(VERSIONS["sample"], inputs, config, planning.versions())
-                table = prompt_table(self._words.heldout, self._recipe.seed, 0, 1)
+                table = prompt_table(self._prompts.heldout, self._recipe.seed, 0, 1)
                 staging = self._begin_key("sample", key)
                 title = f"held-out samples of the {'new' if name == 'policy' else name} policy"
                 sampled = self._sampled(title, policy, table, staging, provenance)
-            words = self._words
-            self._speeches[policy.key] = measure.spoken(
-                sampled, words.heldout_texts, words.tokenizer, words.true_reward
+            prompts = self._prompts
+            self._heldout_samples[policy.key] = measure.policy_samples(
+                sampled, prompts.heldout_texts, prompts.tokenizer, prompts.true_reward
             )
-        return self._speeches[policy.key]
+        return self._heldout_samples[policy.key]
 
-    def _logps(self, policy: Policy, said: Spoken) -> np.ndarray:
+    def _logps(self, policy: Policy, said: PolicySamples) -> np.ndarray:
         settings, store = self._engine_of(policy)
         return measure.completion_logps(self._pool, settings, store, said, self._recipe.reference.groups_per_granule)
 
     # ---- prompts and judges
 
     @cached_property
-    def _words(self) -> RoundPrompts:
+    def _prompts(self) -> RoundPrompts:
         return RoundPrompts(self._plan, self._prepared, self._prompts_artifact(), self._reporter.say)
 
     def _prompts_artifact(self) -> Artifact | None:
         """Read the prompts' own source, where the recipe names one and that is not done."""
-        planned = self._rounds.prompts
+        planned = self._rounds.looked.prompts
         if planned is None:
             return None
         if (done := self._store.find("prompts", planned.key)) is not None:

@@ -43,7 +43,6 @@ def rounds_page(
         samples=[RoundSample(f"{text}: what is asked {i}?", tuple(said)) for i in range(2)],
         stopped="" if under_way else f"{text}: all of online.rounds={count} are run",
         recipe_yaml=f"online:\n  rounds: {count}\n  note: {text}\n",
-        links={"1": "rounds/1/report.html"},
     )
 
 

@@ -76,9 +76,18 @@ class World:
         said = [Verdict((0.0, 0.0)), Verdict((None, None), reason="no")] + [Verdict((1.0, 2.0))] * 18
         return {prompt_key(ids): verdict for ids, verdict in zip(self.prompts, said, strict=True)}
 
-    def pair(self, config: OnlineConfig, number: int = 2, earlier: tuple[Artifact, ...] = ()) -> Artifact:
-        staging = self.store.begin("pair", f"round{number}", "run")
-        return pair.run(number, self.sampled, self.verdicts(), self.prepared, earlier, config, 0, staging, PROVENANCE)
+    def pair(
+        self,
+        config: OnlineConfig,
+        number: int = 2,
+        earlier: tuple[Artifact, ...] = (),
+        mismatched_tokens: int | None = None,
+    ) -> Artifact:
+        staging, verdicts = self.store.begin("pair", f"round{number}", "run"), self.verdicts()
+        return pair.run(
+            *(number, self.sampled, verdicts, self.prepared, earlier),
+            *(config, 0, mismatched_tokens, staging, PROVENANCE),
+        )
 
 
 def rows(artifact: Artifact, split: str = "train") -> list[dict]:
@@ -144,3 +153,13 @@ def test_too_few_pairs_stop_the_round_with_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"18 pairs, and online.pairing.min_pairs is 19") as error:
         World(tmp_path).pair(online(pairing={"min_pairs": 19}))
     assert "(1 prompts)" in str(error.value)
+
+
+def test_groups_get_a_completion_of_another_prompt_where_the_objective_needs_one(tmp_path: Path) -> None:
+    """KTO estimates the divergence on them; without one its estimate would be of nothing."""
+    for row in rows(World(tmp_path).pair(online(), mismatched_tokens=100)):
+        *own, stranger = row["completion_ids"]
+        number = row["prompt_ids"][2]
+        assert sorted(own) == [[10 + number, 2], [40 + number, 41, 2]]
+        assert stranger not in own
+        assert [math.isnan(score) for score in row["scores"]] == [False, False, True]

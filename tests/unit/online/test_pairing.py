@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from dpo_ray.config.online import PairingConfig
+from dpo_ray.config.online import RoundPairingConfig
 from dpo_ray.online.pairing import REASONS, Paired, adjusted_scores, pairs_of
 
 
-def paired(scores, config: dict | PairingConfig, *, lengths=None, truncated=None, keys=None, **rest) -> Paired:
+def paired(scores, config: dict | RoundPairingConfig, *, lengths=None, truncated=None, keys=None, **rest) -> Paired:
     count = len(scores)
     return pairs_of(
         scores,
@@ -20,7 +20,7 @@ def paired(scores, config: dict | PairingConfig, *, lengths=None, truncated=None
         truncated or [False] * count,
         keys or [bytes([i]) for i in range(count)],
         rest.get("agreement", 1.0),
-        config if isinstance(config, PairingConfig) else PairingConfig(**config),
+        config if isinstance(config, RoundPairingConfig) else RoundPairingConfig(**config),
         rest.get("pair_truncated", False),
         rest.get("seed", 0),
     )
@@ -92,7 +92,7 @@ def test_length_takes_from_the_score_before_the_ranking() -> None:
     assert paired([5, 6], {"length_penalty": 0.02}, lengths=[10, 100]).pairs == ((0, 1),)
     assert paired([5, 5], {"length_penalty": 0.02}, lengths=[100, 10]).pairs == ((1, 0),)
     assert paired([5, 6], {"length_penalty": 0.02, "pairs": "list"}, lengths=[10, 100]).listed == (0, 1)
-    adjusted = adjusted_scores([5, None, math.nan, 6], [10, 1, 1, 100], PairingConfig(length_penalty=0.02))
+    adjusted = adjusted_scores([5, None, math.nan, 6], [10, 1, 1, 100], RoundPairingConfig(length_penalty=0.02))
     assert adjusted == [pytest.approx(4.8), None, None, pytest.approx(4.0)]
 
 
@@ -116,7 +116,7 @@ def test_reasons_are_sentences() -> None:
 
 
 configs = st.builds(
-    PairingConfig,
+    RoundPairingConfig,
     pairs=st.sampled_from(["best_worst", "best_random", "top_bottom", "margin", "list"]),
     k=st.integers(1, 4),
     min_margin=st.sampled_from([0.0, 0.5, 2.0]),
@@ -143,7 +143,7 @@ def prompts(draw, distinct: bool = False):
 
 
 @given(prompts(), configs)
-def test_what_holds_for_every_prompt(prompt: dict, config: PairingConfig) -> None:
+def test_what_holds_for_every_prompt(prompt: dict, config: RoundPairingConfig) -> None:
     result = pairs_of(**prompt, config=config)
     assert sum(map(bool, (result.pairs, result.listed, result.dropped))) == 1
     assert result.dropped is None or result.dropped in REASONS
@@ -164,7 +164,7 @@ def test_what_holds_for_every_prompt(prompt: dict, config: PairingConfig) -> Non
 
 
 @given(prompts(distinct=True), configs, st.randoms(use_true_random=False))
-def test_the_order_of_completions_does_not_matter(prompt: dict, config: PairingConfig, random) -> None:
+def test_the_order_of_completions_does_not_matter(prompt: dict, config: RoundPairingConfig, random) -> None:
     prompt["scores"] = [None if s is None else s + i / 64 for i, s in enumerate(prompt["scores"])]
     values = [
         s - config.length_penalty * n for s, n in zip(prompt["scores"], prompt["lengths"], strict=True) if s is not None
