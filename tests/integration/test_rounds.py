@@ -234,6 +234,20 @@ def test_other_references_optimizers_and_rejected_rounds(tmp_path: Path, section
         assert "moments.safetensors" in first.artifacts["train"].names()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["{type: kto}", "{type: simpo}"], ids=["kto", "simpo"])
+def test_objectives_of_other_kinds(tmp_path: Path, objective: str) -> None:
+    """One that learns from completions, with an estimate of the divergence; and one without a reference."""
+    rounds, _ = online(rounds_recipe(tmp_path, f"train.objective={objective}"), Reporter())
+    assert [r.committed.promoted for r in rounds.rounds] == [True, True]
+    second = rounds.rounds[1]
+    assert ("reference" in second.artifacts) == ("kto" in objective)
+    steps = [json.loads(line) for line in second.artifacts["train"].read_bytes("metrics.jsonl").splitlines()]
+    assert all(np.isfinite(step["loss"]) for step in steps)
+    if "kto" in objective:
+        assert steps[-1]["kl"] != 0  # of completions of other prompts
+
+
 @pytest.mark.slow
 def test_adapters_go_on_from_round_to_round_on_one_base(tmp_path: Path) -> None:
     """Base and adapter merged by hand say what the engines and the trainer said of the policy."""

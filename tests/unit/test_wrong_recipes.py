@@ -125,6 +125,15 @@ def below_a_file(field: str) -> Callable[[Path], Arguments]:
 
 BOMB = "a: &a [x, x]\nb: &b [*a, *a, *a]\nc: &c [*b, *b, *b]\n"
 
+FUNCTION = {"type": "function", "function": "dpo_ray.data.synthetic.true_rewards"}
+LLM = {"type": "llm", "base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "DPO_RAY_TEST_NO_KEY"}
+
+
+def rounds(name: str, online: dict[str, object], *, says: tuple[str, ...]) -> Kind:
+    """Take the good recipe with a section `online` that is wrong."""
+    return text(name, good(online=online), says=says)
+
+
 KINDS = [
     Kind("no such file", lambda here: [str(here / "absent.yaml")], ("absent.yaml: no such recipe", "dpo-ray init")),
     Kind("a directory", lambda here: [str(here)], ("this is a directory",)),
@@ -225,6 +234,23 @@ KINDS = [
     Kind("an unknown suffix", unknown_suffix, ("rows.xlsx", "not a kind of file")),
     Kind("an output below a file", below_a_file("output"), ("output=", "a-file` is not a directory")),
     Kind("a store below a file", below_a_file("reference.store"), ("reference.store=", "a-file` is not a directory")),
+    rounds("a judge that is not there", {"judge": FUNCTION | {"function": "absent.module.f"}}, says=("absent",)),
+    rounds("no judge", {}, says=("online.judge", "required")),
+    rounds(
+        "lists for pairs",
+        {"judge": FUNCTION, "pairing": {"pairs": "list"}},
+        says=("online.pairing.pairs", "not from lists"),
+    ),
+    rounds(
+        "labels of several pairs",
+        {"judge": FUNCTION, "pairing": {"pairs": "margin", "labels": "bradley_terry"}},
+        says=("online.pairing.labels",),
+    ),
+    rounds(
+        "all from elsewhere", {"judge": FUNCTION, "mix": {"offline": 0.6, "earlier_rounds": 0.4}}, says=("online.mix",)
+    ),
+    rounds("a key that is not set", {"judge": LLM}, says=("DPO_RAY_TEST_NO_KEY", "not set")),
+    rounds("no prompts there", {"judge": FUNCTION, "prompts": "absent/*.jsonl"}, says=("absent/*.jsonl",)),
 ]
 
 
