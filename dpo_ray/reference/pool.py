@@ -67,7 +67,7 @@ class EnginePool:
         gpus_per_engine: what each asks Ray for; tensor parallelism is inside of an engine.
         on_event: is told, in a sentence, what a person should know: an engine lost, a group left out.
         start: starts the scorer in an engine's process; pickles.
-        living: keep the engines until `close`, also after a run that failed.
+        living: keep the engines until `close`, or until a run is broken off while they are at work.
     """
 
     def __init__(

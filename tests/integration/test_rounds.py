@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 from peft import PeftModel
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.artifacts.artifact import Artifact
@@ -230,8 +231,25 @@ def test_other_references_optimizers_and_rejected_rounds(tmp_path: Path, section
         )
         for name, mean in means.items():
             torch.testing.assert_close(mean, 0.5 * initials[name] + 0.5 * policies[name], rtol=0, atol=1e-6)
-        # Adam with the moments of 3 steps: its first step (rate 0 apart) is no sign of the gradient any more.
-        assert "moments.safetensors" in first.artifacts["train"].names()
+        steps = [steps_of_moments(r.artifacts["train"]) for r in (first, second)]
+        assert steps == [{3.0}, {6.0}]  # Adam's own count: the second round's optimizer is the first's
+
+
+def steps_of_moments(trained: Artifact) -> set[float]:
+    moments = load(trained.read_bytes("moments.safetensors"))
+    return {float(value) for name, value in moments.items() if name.endswith("//step")}
+
+
+@pytest.mark.long
+def test_ranked_lists(tmp_path: Path) -> None:
+    sampling = ONLINE["sampling"] | {"samples_per_prompt": 3}
+    recipe = rounds_recipe(tmp_path, "train.objective={type: listwise}", sampling=sampling, pairing={"pairs": "list"})
+    rounds, _ = online(recipe, Reporter())
+    for one in rounds.rounds:
+        groups = pairs_of(one.artifacts["pair"])
+        assert {len(g["completion_ids"]) for g in groups} <= {2, 3}
+        assert all(g["scores"] == sorted(g["scores"], reverse=True) for g in groups)
+        assert np.isfinite(one.artifacts["train"].manifest.figures["final"]["loss"])
 
 
 @pytest.mark.long
