@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo_ray.config.cluster import GroupConfig, PlacementConfig
@@ -132,7 +133,7 @@ def _sized(
     labels: dict[str, str],
     group: GroupConfig,
     demands: list[Demand],
-    guests: list[Demand] = [],  # noqa: B006 - read only
+    guests: Sequence[Demand] = (),
     side_by_side: bool = True,
 ) -> Group:
     """Size one group.
