@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpo_ray import cli_jobs
 from dpo_ray.cli_kubernetes import kubernetes
 from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError, StoppedError
 
@@ -351,6 +352,7 @@ def doctor(
 
 
 app.add_typer(kubernetes, name="kubernetes")
+app.registered_commands += cli_jobs.jobs.registered_commands
 
 
 def _loaded(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
