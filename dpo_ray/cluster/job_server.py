@@ -50,8 +50,8 @@ def dashboard_url(address: str) -> str:
     Raises:
         ConfigError: it is the address of something else, such as Ray Client's.
     """
-    place = address.strip().rstrip("/")
-    place = place if "://" in place else f"http://{place}"
+    place = address.strip()
+    place = (place if "://" in place else f"http://{place}").rstrip("/")
     try:
         parts = urlsplit(place)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

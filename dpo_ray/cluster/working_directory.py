@@ -24,7 +24,7 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 NEVER_SENT = (".git", ".venv", "venv", "__pycache__", ".env", ".netrc", ".ray")
 MADE_BY_THE_RUN = ("output", "reference.store")
 OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # the keys in these are the user's
-HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
 def recipe_text(recipe: Recipe) -> str:
