@@ -17,6 +17,7 @@ from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.placement import check_room, placed, sampler_ask
 from dpo_ray.cluster.session import session
 from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig
@@ -74,6 +75,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     Raises:
         DpoRayError: one of its kinds, each with what, where and what to do. What was committed stays.
     """
+    recipe = placed(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
     if plan.done:
         return opened(plan), False
@@ -83,6 +85,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
+        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus)
         try:
             return _finished(Stages(plan, reporter, lease)), True  # its keys hold; what is done by now, the store says
         except AuditError as error:
@@ -111,6 +114,7 @@ def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tu
     Raises:
         DpoRayError: as `offline` does, except that a share of unsound rows over the limit does not stop a look at them.
     """
+    recipe = placed(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
     if (done := planning.found(plan, "prepare")) is not None:
         return plan, done
@@ -178,6 +182,7 @@ class Stages:
                 task,
                 lambda key: Provenance(SHARD_VERSION, {}, configs[key], planning.versions()),
                 bar.advance,
+                self.recipe.cluster.roles.prepare,
             )
             shards = [PreparedShard(s, artifacts[key]) for s, key in zip(plan.checked.shards, keys, strict=True)]
             tokens = prepare_stage.merge(
@@ -185,6 +190,7 @@ class Stages:
                 self.recipe.data,
                 self._begin("prepare"),
                 provenance,
+                self.recipe.cluster.roles.prepare,
                 with_mismatched=planning.needs_mismatched(self.recipe),
             )
         for split in splits(tokens):
@@ -334,7 +340,7 @@ class Stages:
             keep_moments=keep_moments,
         )
         with self._reporter.stage("train", "steps", steps) as bar, MetricsSinks(run_dir, recipe.trackers) as sinks:
-            account = train_stage.run(task, plan.hardware.train_gpus, partial(follow, sinks, bar))
+            account = train_stage.run(task, plan.hardware.train_gpus, partial(follow, sinks, bar), bar.say)
         if account["audit"]:
             account["audit"] = self.check_drift(account["audit"])
         card = model_card(
@@ -411,7 +417,7 @@ class Stages:
             )
 
     def _compared(self, prepared: Artifact, trained: Artifact, prompts: list[list[int]], tokenizer: Any) -> Comparison:
-        e, r = self.recipe.evaluate, self.recipe.reference
+        e = self.recipe.evaluate
         policy_dir = self.policy_directory(trained)
         stops = evaluate_stage.end_tokens(prepared, tokenizer)
         sampling = Sampling(e.temperature, e.max_new_tokens, stops)
@@ -420,8 +426,8 @@ class Stages:
             base = self.scorer_settings(str(self.model_directory), e.max_new_tokens)
             policy = replace(base, adapter_dir=str(policy_dir))
         reference = self.reference_settings(e.max_new_tokens)
-        gpus = self.plan.hardware.engine_gpus
-        return compare(policy, reference, prompts, sampling, self.recipe.seed, r.cpus_per_replica, gpus)
+        ask = sampler_ask(self.recipe, self.plan.hardware.engine_gpus)
+        return compare(policy, reference, prompts, sampling, self.recipe.seed, ask)
 
     def policy_directory(self, artifact: Artifact) -> Path:
         """Return a local directory with the policy that an artifact holds; from an object store it is copied first."""

@@ -69,8 +69,13 @@ class Plan:
     drift: str = ""  # of the engine's reference: why the trainer's own is in use instead, and so in `recipe`
 
     @property
+    def to_run(self) -> tuple[str, ...]:
+        """Name the stages that are not done."""
+        return tuple(name for name, stage in self.stages.items() if stage.state != "done")
+
+    @property
     def done(self) -> bool:
-        return all(s.state == "done" for s in self.stages.values())
+        return not self.to_run
 
 
 def versions() -> dict[str, str]:

@@ -96,6 +96,7 @@ def tiny_recipe(recipe: Recipe) -> Recipe:
     if recipe.online is not None:
         values["online"] |= _online(recipe.online)
     values["ray"] = {"address": "local"}
+    values["cluster"]["roles"] = {}
     return validate_recipe(values, where=f"{recipe.name}, made tiny")
 
 
@@ -127,6 +128,7 @@ def _reference(recipe: Recipe) -> dict[str, Any]:
         "tensor_parallel": 1,
         "cpus_per_replica": 1,
         "gpus_per_replica": None,  # as this machine has it
+        "memory_gib_per_replica": None,
         "node_labels": {},
         "max_batched_tokens": None,
         "store": None,  # what random models score is no use to others
@@ -140,7 +142,10 @@ def _train(recipe: Recipe) -> dict[str, Any]:
     return {
         "workers": workers,
         "cpus_per_worker": 1,
+        "min_workers": None,
         "gpus_per_worker": None,  # as this machine has it
+        "memory_gib_per_worker": None,
+        "node_labels": {},
         "steps": min(t.steps or STEPS, STEPS),
         "groups_per_step": min(t.groups_per_step, GROUPS_PER_STEP),
         "tokens_per_micro_batch": min(t.tokens_per_micro_batch, TOKENS_PER_MICRO_BATCH),

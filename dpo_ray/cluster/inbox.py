@@ -24,6 +24,11 @@ class Inbox:
         """Tell all who wait for it, now and later, that the driver was asked to stop."""
         self._stop.set()
 
+    async def pause(self) -> None:
+        """Tell those who wait for it now, and not those to come, to stop: they are to begin again."""
+        self._stop.set()
+        self._stop.clear()
+
     async def stopped(self) -> None:
         """Return when the driver was asked to stop: a worker sees that without a message, by a reference to this call."""
         await self._stop.wait()

@@ -73,6 +73,11 @@ def engine_labels(recipe: Recipe) -> dict[str, str]:
     return {ROLE: "reference"}
 
 
+def training_labels(recipe: Recipe) -> dict[str, str]:
+    """Return the labels of the Ray nodes that training workers ask for."""
+    return {ROLE: "training"} | recipe.train.node_labels
+
+
 def groups(recipe: Recipe) -> list[Group]:
     """Size every group of pods that the recipe needs.
 
@@ -85,17 +90,19 @@ def groups(recipe: Recipe) -> list[Group]:
     engines = [*_engines(recipe), *on_gpus]
     made = [_sized(recipe, "cpu", {ROLE: "cpu"}, profile.cpu, [_data(profile.cpu), *on_cpus])]
     # Ray has its own labels of this prefix, and takes them from nobody.
-    labels = {k: v for k, v in engine_labels(recipe).items() if not k.startswith("ray.io/")}
+    labels, own = _ours(engine_labels(recipe)), _ours(training_labels(recipe))
     if profile.engines is None:
         side_by_side = recipe.reference.mode == "streaming" or recipe.online is not None
-        made.append(
-            _sized(recipe, "training", {ROLE: "training"} | labels, profile.training, training, engines, side_by_side)
-        )
+        made.append(_sized(recipe, "training", labels | own, profile.training, training, engines, side_by_side))
         return made
     if engines:
         made.append(_sized(recipe, "engines", {ROLE: "reference"} | labels, profile.engines, engines))
-    made.append(_sized(recipe, "training", {ROLE: "training"}, profile.training, training))
+    made.append(_sized(recipe, "training", own, profile.training, training))
     return made
+
+
+def _ours(labels: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in labels.items() if not k.startswith("ray.io/")}
 
 
 def _trainer(recipe: Recipe) -> Demand:

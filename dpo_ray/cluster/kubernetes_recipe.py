@@ -13,9 +13,10 @@ import yaml
 from dpo_ray.config.judge import LlmJudge
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.config.roles import SECTIONS
 from dpo_ray.errors import ConfigError
 
-from .kubernetes_groups import engine_labels, gpus
+from .kubernetes_groups import engine_labels, gpus, training_labels
 
 RECIPE_DIRECTORY = "/etc/dpo-ray"
 RECIPE_FILE = "recipe.yaml"
@@ -77,7 +78,11 @@ def _on_cluster(recipe: Recipe) -> dict[str, Any]:
     if labels:
         reference["node_labels"] = labels
     reference["gpus_per_replica"], train["gpus_per_worker"] = each.engine, each.train
+    train["node_labels"] = training_labels(recipe)
     values["ray"] = {"address": "auto"}
+    of_no_section = recipe.cluster.roles.model_dump(exclude_unset=True, exclude=set(SECTIONS))
+    if of_no_section:
+        values["cluster"] = {"roles": of_no_section}
     return values
 
 

@@ -15,6 +15,8 @@ from dpo_ray import errors
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import DpoRayError, InfrastructureError
 
+from .cpu_work import placed_cpu_work
+
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
@@ -36,7 +38,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         InfrastructureError: the address does not answer, or is of another Ray version.
     """
     if ray.is_initialized():
-        with _causes():
+        with _causes(), placed_cpu_work(recipe.cluster.roles.prepare):
             yield
         return
     os.environ.update(DRIVER_ENVIRONMENT)
@@ -65,7 +67,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:
-        with _causes():
+        with _causes(), placed_cpu_work(recipe.cluster.roles.prepare):
             yield
     finally:
         ray.shutdown()

@@ -1,27 +1,42 @@
-"""Run one function on a group of training workers: Ray Train starts them, and starts them again where one dies."""
+"""Run one function on a group of training workers: Ray Train starts them, and they start again where one is lost."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.errors import DpoRayError, TrainError
+from dpo_ray.errors import DpoRayError, StoppedError, TrainError
 
 from .inbox import Inbox
+from .room import Ask, has_room, wait
+
+logger = logging.getLogger(__name__)
+GROW_SECONDS = 30.0  # between looks for room for workers that are missing
 
 
 def start_inbox() -> Any:
     """Start an inbox on the driver's node; it ends with the driver, and with no other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Inbox).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def worker_ask(config: TrainConfig, gpus_per_worker: float) -> Ask:
+    """Say what a training worker asks the cluster for."""
+    memory, labels = config.memory_gib_per_worker, config.node_labels
+    return Ask("training workers", config.cpus_per_worker, gpus_per_worker, memory, labels)
 
 
 def run_workers(
@@ -33,44 +48,39 @@ def run_workers(
     name: str,
     where: str,
     goes_on: str,
+    say: Callable[[str], None] = logger.warning,
+    pause: Callable[[], None] | None = None,
+    gives_up: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Call `function({"task": task})` on every worker of `config`, in one process group; returns what rank 0 returned.
 
-    Each call is a Ray Train run of its own (`name` is unique), so Ray's own snapshot is never the truth: what our workers
-    commit is.
+    There are `config.workers` of them, or as few as `config.min_workers` while the cluster has room for no more. Where one
+    is lost, with its node or alone, all begin again, with as many as there is room for then. Each attempt is a Ray Train run
+    of its own (`name` is unique), so Ray's own snapshot is never the truth: what our workers commit is.
+
+    Args:
+        say: is told of losses, and what is waited for.
+        pause: asks the workers, while there are fewer than there could be, to keep what they have and return an account
+            whose `error` is a StoppedError; they then go on in greater number. None: they never grow.
+        gives_up: is asked after a loss whether to raise it, rather than to begin again.
 
     Raises:
         TrainError: the workers failed more often than config.max_failures allows. `where` is the stage, `goes_on` says
             from where the same command goes on.
         DpoRayError: what a worker raised.
     """
-    from ray.train.torch import (
-        TorchConfig,
-        TorchTrainer,
-    )  # they load torch, and not everybody who imports this module trains
-
-    resources = {"CPU": config.cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
-    with tempfile.TemporaryDirectory(prefix="dpo-ray-workers-", ignore_cleanup_errors=True) as scratch:
-        trainer = TorchTrainer(
-            function,
-            train_loop_config={"task": task},
-            scaling_config=ScalingConfig(
-                num_workers=config.workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
-            ),
-            # What a rank waits for another; both backends, as sharded CPU tensors and objects are exchanged beside GPU work.
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo", timeout_s=math.ceil(config.hang_seconds)
-            ),
-            run_config=RunConfig(
-                name=name,
-                storage_path=scratch,
-                failure_config=FailureConfig(max_failures=config.max_failures),
-            ),
-        )
+    ask, failures = worker_ask(config, gpus_per_worker), 0
+    for attempt in itertools.count(1):
+        workers = wait(ask, config.min_workers or config.workers, config.workers, say)
         try:
-            return trainer.fit().return_value
+            with _growing(ask, pause if workers < config.workers else None) as paused:
+                result = _attempt(function, task, config, ask, workers, f"{name}-{attempt}")
         except ray.train.TrainingFailedError as error:
+            failures += not _is_of_the_cluster(error)
             cause = first_cause(error)
+            if failures <= config.max_failures and not gives_up():
+                say(f"training workers were lost ({_line(cause)}): all begin again {goes_on}")
+                continue
             if isinstance(cause, DpoRayError):
                 raise cause from error
             raise TrainError(
@@ -78,6 +88,63 @@ def run_workers(
                 where=where,
                 fix=f"mend the cause and run the same command: it goes on {goes_on}; --verbose shows the workers' logs",
             ) from error
+        if not (paused.is_set() and isinstance(result, dict) and isinstance(result.get("error"), StoppedError)):
+            return result
+        say("there is room for more training workers: all begin again")
+    raise AssertionError  # the count has no end
+
+
+def _attempt(
+    function: Callable[[dict[str, Any]], Any], task: Any, config: TrainConfig, ask: Ask, workers: int, name: str
+) -> Any:
+    """Run the workers once, to the end or to the first loss."""
+    # They load torch, and not everybody who imports this module trains.
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-workers-", ignore_cleanup_errors=True) as scratch:
+        trainer = TorchTrainer(
+            function,
+            train_loop_config={"task": task},
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=ask.gpus > 0,
+                resources_per_worker=ask.resources,
+                label_selector=dict(ask.labels) or None,
+            ),
+            # What a rank waits for another; both backends, as sharded CPU tensors and objects are exchanged beside GPU work.
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if ask.gpus else "gloo", timeout_s=math.ceil(config.hang_seconds)
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            ),
+        )
+        return trainer.fit().return_value
+
+
+@contextmanager
+def _growing(ask: Ask, pause: Callable[[], None] | None) -> Iterator[threading.Event]:
+    """While workers run that are fewer than wanted, look for room for another; then ask them to pause, and set the event."""
+    paused, end = threading.Event(), threading.Event()
+
+    def look() -> None:
+        while pause is not None and not end.wait(GROW_SECONDS):
+            try:
+                if has_room(ask, 1):
+                    paused.set()
+                    pause()
+            except ray.exceptions.RayError:  # the run is ending, and Ray with it
+                return
+
+    thread = threading.Thread(target=look, name="room-for-more", daemon=True)
+    thread.start()
+    try:
+        yield paused
+    finally:
+        end.set()
+        thread.join()
 
 
 def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
@@ -85,3 +152,17 @@ def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
     failures = getattr(error, "worker_failures", {})
     cause = next(iter(failures.values()), error)
     return getattr(cause, "_base_exc", cause)
+
+
+def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:
+    """Say whether a machine that was to go away, or had no room after all, is the cause, and nothing that workers did."""
+    if isinstance(error, ray.train.PreemptionError):
+        return True
+    if isinstance(error, ray.train.ControllerError):
+        return type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError"
+    return any(getattr(lost, "preempted", False) for lost in getattr(error, "worker_failures", {}).values())
+
+
+def _line(cause: BaseException) -> str:
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {text[:160]}"

@@ -1,4 +1,4 @@
-"""Where a recipe runs when it is not this machine: the profile of a Kubernetes cluster. It never changes the result."""
+"""Where a recipe runs when it is not this machine: its roles, and the profile of a Kubernetes cluster."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
+from .roles import RolesConfig
 
 MAX_RAYJOB_NAME = 47  # KubeRay adds a suffix, and 63 characters are all that a label holds
 
@@ -234,6 +235,7 @@ class KubernetesConfig(StrictModel):
 
 
 class ClusterConfig(StrictModel):
-    """Profiles of where the recipe runs; nothing else in the recipe depends on them."""
+    """Profiles of where the recipe runs; its result does not depend on them."""
 
+    roles: RolesConfig = RolesConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
+from .roles import RoleConfig
 
 DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
@@ -144,7 +145,16 @@ def members_of(judge: Judge) -> list[SingleJudge]:
     return [member.judge for member in judge.members] if isinstance(judge, EnsembleJudge) else [judge]
 
 
-def cpus_of(judge: Judge) -> float:
-    """Count the CPUs that its processes hold: each has all members of an ensemble, one at work at a time."""
-    members = members_of(judge)
-    return max(m.replicas for m in members) * max(m.cpus_per_replica for m in members)
+def replicas_of(judge: Judge, role: RoleConfig) -> int:
+    """Count its processes: each has all members of an ensemble, one at work at a time."""
+    return role.count or max(m.replicas for m in members_of(judge))
+
+
+def cpus_per_replica(judge: Judge, role: RoleConfig) -> float:
+    """Say what CPUs each of its processes holds."""
+    return role.cpus or max(m.cpus_per_replica for m in members_of(judge))
+
+
+def cpus_of(judge: Judge, role: RoleConfig) -> float:
+    """Count the CPUs that all its processes hold."""
+    return replicas_of(judge, role) * cpus_per_replica(judge, role)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
 from .judge import Judge, SingleJudge, cpus_of, members_of
+from .roles import RoleConfig
 from .sources import Sources
 
 
@@ -156,9 +157,9 @@ class OnlineConfig(StrictModel):
         """List all single judges, also those of ensembles and of the evaluation."""
         return [one for judge in self._named() for one in members_of(judge)]
 
-    def judges_cpus(self) -> float:
+    def judges_cpus(self, role: RoleConfig) -> float:
         """Count the CPUs that all judges hold while rounds run."""
-        return sum(map(cpus_of, self._named()))
+        return sum(cpus_of(judge, role) for judge in self._named())
 
     def _named(self) -> list[Judge]:
         other = self.evaluate.judge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ from .model import ModelConfig
 from .objective import kinds_of_groups, uses_reference
 from .online import OnlineConfig
 from .reference import ReferenceConfig
+from .roles import placed
 from .train import TrainConfig
 
 RESERVED_NAMES = ("artifacts", "reference-store", "judgements")
@@ -53,6 +54,11 @@ class Recipe(StrictModel):
 
     ray: RayConfig = RayConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _roles_are_placed(cls, values: Any) -> Any:
+        return placed(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
@@ -116,7 +122,11 @@ class Recipe(StrictModel):
         if self.reference.mode == "streaming":
             training += scoring  # side by side
         if self.online is not None:  # engines and judges live on while the policy trains, or a task reads
-            living = self.reference.replicas * self.reference.cpus_per_replica + self.online.judges_cpus()
+            living = self.reference.replicas * self.reference.cpus_per_replica + self.online.judges_cpus(
+                self.cluster.roles.judge
+            )
             return ceil(living + max(training, 1))
-        sampling = 2 * self.reference.cpus_per_replica  # policy and reference side by side
+        sampling = 2 * (
+            self.cluster.roles.sample.cpus or self.reference.cpus_per_replica
+        )  # policy and reference side by side
         return ceil(max(scoring, training, sampling, 2))

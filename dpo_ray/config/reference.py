@@ -54,6 +54,9 @@ class ReferenceConfig(StrictModel):
     gpus_per_replica: float | None = Field(default=None, ge=0)
     """Default: tensor_parallel where the machine that runs the command has CUDA, 0 otherwise."""
 
+    memory_gib_per_replica: float | None = Field(default=None, gt=0)
+    """Memory that Ray sets aside for each engine."""
+
     node_labels: dict[str, str] = Field(default_factory=dict)
     """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}."""
 

@@ -95,9 +95,19 @@ class TrainConfig(StrictModel):
     workers: int = Field(default=1, gt=0)
     """Training processes (one per GPU). The result does not depend on it."""
 
+    min_workers: int | None = Field(default=None, gt=0)
+    """Where nodes are lost, or the cluster has not room for all: train with as few as this, and with more again once there
+    is room. The steps are the same. Default: workers, and training waits until all have a place."""
+
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """Default: 1 where the machine that runs the command has CUDA, 0 otherwise."""
+    """Default: 1 where the machine that runs the command, or the cluster that `ray.address` names, has GPUs; 0 otherwise."""
+
+    memory_gib_per_worker: float | None = Field(default=None, gt=0)
+    """Memory that Ray sets aside for each worker."""
+
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Place workers only on nodes with these Ray labels, such as {dpo/role: train}."""
 
     objective: Objective = SigmoidObjective()
     shaping: ShapingConfig = ShapingConfig()
@@ -173,6 +183,8 @@ class TrainConfig(StrictModel):
         shard = self.sharding.shard_workers
         if shard is not None and self.workers % shard:
             raise field_error("sharding.shard_workers", f"{shard} does not divide train.workers={self.workers}")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise field_error("min_workers", f"at most workers={self.workers} is expected")
         for field, problem in self.shaping.problems(self.objective):
             raise field_error(f"shaping.{field}", problem)
         return self

@@ -7,6 +7,7 @@ rows (duplicates, conflicts, leakage, caps, mixture) choose among their groups, 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.data import DataConfig
+from dpo_ray.config.roles import RoleConfig
 
 from .merge import MergedPart, PreparedShard, choose, commit_tokens, merge_part
 from .prepare import PartAccount, PrepareTask, commit_shard, prepare_piece
@@ -38,6 +40,7 @@ def prepare_shards(
     task: PrepareTask,
     provenance: Callable[[str], Provenance],
     advance: Callable[[int], None],
+    role: RoleConfig,
 ) -> dict[str, Artifact]:
     """Tokenize the shards (by key) whose artifact is not there, in one streaming execution; return all artifacts.
 
@@ -46,6 +49,7 @@ def prepare_shards(
     Args:
         provenance: gives what the artifact of a key records of its making.
         advance: is told how many rows were read.
+        role: what each task asks the cluster for.
     """
     artifacts = {key: found for key in shards if (found := store.find(SHARD_STAGE, key)) is not None}
     missing = {key: shard for key, shard in shards.items() if key not in artifacts}
@@ -57,7 +61,7 @@ def prepare_shards(
     open_pieces = Counter(key for key, _ in todo)
     parts: dict[str, list[tuple[int, PartAccount]]] = {key: [] for key in missing}
     sent = [{"number": i, "piece": dumps((p, stagings[key]))} for i, (key, p) in enumerate(todo)]
-    for row in _in_tasks(sent, partial(_prepare_pieces, task=task)):
+    for row in _in_tasks(sent, partial(_prepare_pieces, task=task), role):
         key, piece = todo[row["number"]]
         if row["part"] is not None:
             part = _part_account(json.loads(row["part"]))
@@ -71,12 +75,14 @@ def prepare_shards(
 
 
 def _in_tasks(
-    items: Sequence[dict[str, Any]], work: Callable[[pa.Table], Iterator[dict[str, Any]]]
+    items: Sequence[dict[str, Any]], work: Callable[[pa.Table], Iterator[dict[str, Any]]], role: RoleConfig
 ) -> Iterator[dict[str, Any]]:
     """Give each item to a task of its own, and yield the rows that the tasks make, as they come."""
     if items:
         blocks = ray.data.from_items(list(items), override_num_blocks=len(items))
-        yield from blocks.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=1).iter_rows()
+        cpus, memory = role.cpus or 1.0, math.ceil((role.memory_gib or 0) * 2**30)
+        done = blocks.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=cpus, memory=memory or None)
+        yield from done.iter_rows()
 
 
 def _prepare_pieces(batch: pa.Table, task: PrepareTask) -> Iterator[dict[str, Any]]:
@@ -98,6 +104,7 @@ def merge(
     data: DataConfig,
     staging: Staging,
     provenance: Provenance,
+    role: RoleConfig,
     *,
     with_mismatched: bool = False,
 ) -> Artifact:
@@ -109,7 +116,7 @@ def merge(
     choices = choose(shards, data)
     sent = [{"parts": dumps(choices[i : i + PARTS_PER_TASK])} for i in range(0, len(choices), PARTS_PER_TASK)]
     work = partial(_merge_parts, staging=staging, mismatched_tokens=data.max_length_tokens if with_mismatched else None)
-    merged = [_merged_part(json.loads(row["merged"])) for row in _in_tasks(sent, work)]
+    merged = [_merged_part(json.loads(row["merged"])) for row in _in_tasks(sent, work, role)]
     return commit_tokens(shards, merged, staging, provenance)
 
 

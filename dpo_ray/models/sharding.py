@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from dpo_ray.config.train import ShardingConfig
 from dpo_ray.models.token_logps import TokenLogps
 
 from .nf4 import nf4_weights
+
+logger = logging.getLogger(__name__)
 
 # Results that `selective` keeps: they cost most to make again. The rest of a block is cheap.
 KEPT = {
@@ -57,11 +60,15 @@ def shard(
 ) -> TokenLogps:
     """Shard each block and the root; float32 master weights and reductions, `compute_dtype` in forward.
 
-    `hybrid` shards over `shard_workers` neighbouring ranks and replicates between such sets.
+    `hybrid` shards over `shard_workers` neighbouring ranks and replicates between such sets. While ranks are missing, so that
+    they make no whole sets, it shards over all of them.
     Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html
     """
     config = config or ShardingConfig()
-    if config.shard_workers is not None:
+    if config.shard_workers is not None and world_size % config.shard_workers:
+        logger.warning("%d workers make no whole sets of %d: sharded over all", world_size, config.shard_workers)
+        mesh = init_device_mesh(device_type, (world_size,))
+    elif config.shard_workers is not None:
         shape = (world_size // config.shard_workers, config.shard_workers)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
     else:

@@ -15,7 +15,8 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.config.judge import Judge, RewardModelJudge, members_of
+from dpo_ray.config.judge import Judge, RewardModelJudge, cpus_per_replica, members_of, replicas_of
+from dpo_ray.config.roles import RoleConfig
 from dpo_ray.data.tokens import parquet_bytes, read_table
 from dpo_ray.errors import DpoRayError, JudgeError
 from dpo_ray.reference.pool import DEATHS
@@ -66,15 +67,28 @@ class JudgeActor:
 class Judges:
     """The actors of one judge. They start with the first question, and live until `close`."""
 
-    def __init__(self, config: Judge, memory: Storage, run: str, device: str, on_event: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Judge,
+        role: RoleConfig,
+        memory: Storage,
+        run: str,
+        device: str,
+        on_event: Callable[[str], None],
+    ) -> None:
         """Make a pool that remembers in `memory`, which runs share; `run` makes the writers' names its own."""
         self._config, self._memory, self._run, self._device, self._on_event = config, memory, run, device, on_event
         members = members_of(config)
-        self._replicas = max(member.replicas for member in members)
+        self._replicas = replicas_of(config, role)
         self._batch = min(member.questions_per_batch for member in members)
         gpus = sum(m.gpus_per_replica for m in members if isinstance(m, RewardModelJudge))
-        cpus = max(member.cpus_per_replica for member in members)
-        self._options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus or None, "max_restarts": 0}
+        self._options: dict[str, Any] = {
+            "num_cpus": cpus_per_replica(config, role),
+            "num_gpus": (gpus if role.gpus is None else role.gpus) or None,
+            "memory": int(role.memory_gib * 2**30) if role.memory_gib else None,
+            "label_selector": role.node_labels or None,
+            "max_restarts": 0,
+        }
         self._actors: list[Any] = []  # all that were made
         self._idle: list[Any] = []
 

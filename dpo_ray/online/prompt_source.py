@@ -12,6 +12,7 @@ import ray
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.chat import load_tokenizer, resolve_template
@@ -42,7 +43,7 @@ def run(shards: Sequence[Shard], task: PrepareTask, staging: Staging, provenance
     Raises:
         DataError: more rows than data.max_quarantined_fraction are unsound, with the reasons; or there are none.
     """
-    read: Any = ray.remote(_read)
+    read: Any = ray.remote(_read).options(label_selector=cpu_labels())
     found: dict[tuple[int, ...], str | None] = {}
     reasons: Counter[str] = Counter()
     rows = 0

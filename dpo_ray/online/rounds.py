@@ -18,6 +18,7 @@ from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.placement import check_room, placed
 from dpo_ray.cluster.session import session
 from dpo_ray.config.judge import Judge, RewardModelJudge
 from dpo_ray.config.model import ModelConfig
@@ -74,6 +75,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     Raises:
         DpoRayError: one of its kinds, each with what, where and what to do. What was committed stays.
     """
+    recipe = placed(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
     rounds = derive(plan)
     if isinstance(rounds.action, Done):
@@ -85,6 +87,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", pipeline.recipe_yaml(recipe).encode())
+        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus)
         driver = _Driver(plan, reporter, lease)
         try:
             return driver.run(), True
@@ -364,7 +367,12 @@ class _Driver:
             memory = Storage(self._recipe.output).child(JUDGEMENTS)
             device = self._plan.hardware.device
             self._judges[kind] = judging.Judges(
-                judge, memory, f"{self._recipe.name}-{self._lease.token}", device, self._reporter.say
+                judge,
+                self._recipe.cluster.roles.judge,
+                memory,
+                f"{self._recipe.name}-{self._lease.token}",
+                device,
+                self._reporter.say,
             )
         with self._reporter.stage(title, "prompts", len(questions)) as bar:
             verdicts, usage = self._judges[kind].ask(questions, bar.advance, self._spent_usd)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from dpo_ray.cluster.room import Ask
 from dpo_ray.errors import EngineError
 from dpo_ray.evaluate.metrics import Comparison, Sample
 from dpo_ray.reference.sampling import Sampling, sample_seed
@@ -63,15 +64,20 @@ def compare(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     seed: int,
-    cpus: float,
-    gpus: float,
+    ask: Ask,
 ) -> Comparison:
-    """Sample a completion of every prompt from both models, and score all of them under both.
+    """Sample a completion of every prompt from both models, and score all of them under both; each engine asks for `ask`.
 
     Without GPUs the two engines start side by side. With GPUs each has the device for itself, one after the other, and
     the reference's is started again to score what the policy sampled.
     """
-    actor = ray.remote(SamplerActor).options(num_cpus=cpus, num_gpus=gpus or None)
+    gpus = ask.gpus
+    actor = ray.remote(SamplerActor).options(
+        num_cpus=ask.cpus,
+        num_gpus=gpus or None,
+        memory=int((ask.memory_gib or 0) * 2**30) or None,
+        label_selector=dict(ask.labels) or None,
+    )
     samples: dict[str, list[tuple[list[int], bool]]] = {}
     logps: dict[tuple[str, str], list[float]] = {}
     first: Any = actor.remote(reference)

@@ -88,6 +88,7 @@ class EnginePool:
         self._options: dict[str, Any] = {
             "num_cpus": config.cpus_per_replica,
             "num_gpus": gpus_per_engine,
+            "memory": int(config.memory_gib_per_replica * 2**30) if config.memory_gib_per_replica else None,
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": CALLS_OF_AN_ENGINE,
@@ -270,7 +271,11 @@ class EnginePool:
             awaited |= dict.fromkeys(engine.work or [engine.awaited], engine)
         ready, _ = ray.wait(list(awaited), num_returns=1, timeout=SAY_WAITING_SECONDS)
         if not ready and not self.ready:
-            wants = {k: v for k, v in self._options.items() if v and k in ("num_cpus", "num_gpus", "label_selector")}
+            wants = {
+                k: v
+                for k, v in self._options.items()
+                if v and k in ("num_cpus", "num_gpus", "memory", "label_selector")
+            }
             self._on_event(f"{self.size} engines are starting, or wait for a node with room; each asks for {wants}")
         for answer in ready:
             yield from self._heard(awaited[answer], answer)

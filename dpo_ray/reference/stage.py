@@ -15,6 +15,7 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.tokens import parquet_bytes, read_table, splits
@@ -115,7 +116,7 @@ def score(
 
     granules = look_up_all(tokens, store, config, looked)
     if config.engine == "trainer":
-        pool, answers = None, score_with_trainer(settings, store, train, list(granules), gpus)
+        pool, answers = None, score_with_trainer(settings, store, train, list(granules), gpus, say)
     elif pool is None:
         pool = EnginePool(settings, store, config, gpus, say)
         answers = pool.run(granules)
@@ -158,11 +159,13 @@ def look_up_all(
     The tasks run ahead of who takes the granules, a little: each holds a few and waits.
     """
     segments = store.segments()  # once: a task that is run again must give the same granules
-    make_index: Any = ray.remote(_index)
+    make_index: Any = ray.remote(_index).options(label_selector=cpu_labels())
     index = make_index.remote(store, segments)
     # One task's CPU is left beside the engines whatever the cluster; a task that waits keeps its own.
     room = ray.cluster_resources().get("CPU", 0) - config.replicas * config.cpus_per_replica
-    task: Any = ray.remote(_look_up).options(num_returns="streaming", _generator_backpressure_num_objects=RESULTS_AHEAD)
+    task: Any = ray.remote(_look_up).options(
+        num_returns="streaming", _generator_backpressure_num_objects=RESULTS_AHEAD, label_selector=cpu_labels()
+    )
     parts = token_parts(tokens)
     todo = iter([parts[i : i + PARTS_OF_A_LOOK_UP] for i in range(0, len(parts), PARTS_OF_A_LOOK_UP)])
     running: deque[Any] = deque()
@@ -202,8 +205,9 @@ def join(
     Raises:
         ArtifactError: a completion has no log-probs, or not as many as it has tokens.
     """
-    index, unscored = ray.remote(_index).remote(store), ray.put(account.unscored)
-    task: Any = ray.remote(join_part)
+    make_index: Any = ray.remote(_index).options(label_selector=cpu_labels())
+    index, unscored = make_index.remote(store), ray.put(account.unscored)
+    task: Any = ray.remote(join_part).options(label_selector=cpu_labels())
     parts: list[JoinedPart] = ray.get(
         [task.remote(name, tokens, store, index, unscored, staging) for name in token_parts(tokens)]
     )

@@ -5,9 +5,10 @@ Light to import, as Ray's controller loads it: torch and what needs it are impor
 
 from __future__ import annotations
 
+import logging
 import threading
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from .granule import Scored
 from .scorer import ScorerSettings
 from .store import ReferenceStore
 
+logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 
 
@@ -44,15 +46,17 @@ def score_with_trainer(
     train: TrainConfig,
     granules: Sequence[ray.ObjectRef],
     gpus_per_worker: float,
+    say: Callable[[str], None] = logger.warning,
 ) -> Generator[Scored, None, None]:
     """Score granules (tables of GRANULE) on `train.workers` training workers; yields each granule once, as it ends.
 
     The log-probs are in the store by then. A worker that dies costs its group of workers the granule that they are at:
-    Ray Train starts them again, and they go on with what the store lacks. Starts nothing where there are no granules. An
+    all start again, and they go on with what the store lacks. Starts nothing where there are no granules. An
     iterator that is closed early makes the workers end after the granule that they are at.
 
     Args:
         granules: with completions that the store lacked when they were cut.
+        say: is told of workers that were lost, and of what is waited for.
 
     Raises:
         TrainError: the workers died more often than train.max_failures allows.
@@ -62,7 +66,7 @@ def score_with_trainer(
         return
     inbox = start_inbox()
     task = ScoringTask(settings, store, train, tuple(granules), tuple(store.segments()), inbox)
-    run = _in_background(task, gpus_per_worker)
+    run = _in_background(task, gpus_per_worker, say)
     yielded: set[int] = set()
     try:
         ended = False
@@ -79,7 +83,7 @@ def score_with_trainer(
         ray.kill(inbox)  # so that workers that still score know that nobody listens
 
 
-def _in_background(task: ScoringTask, gpus_per_worker: float) -> Future[ConfigError | None]:
+def _in_background(task: ScoringTask, gpus_per_worker: float, say: Callable[[str], None]) -> Future[ConfigError | None]:
     """Run the workers in a thread, as the driver follows them in its own; gives what `score_worker` returns."""
     future: Future[ConfigError | None] = Future()
 
@@ -93,6 +97,7 @@ def _in_background(task: ScoringTask, gpus_per_worker: float) -> Future[ConfigEr
                 name=f"reference-{uuid.uuid4().hex[:12]}",
                 where="reference",
                 goes_on="with what the store lacks",
+                say=say,
             )
         except BaseException as error:
             future.set_exception(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -129,6 +129,22 @@ def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -
                     table["step_tokens"][0].as_py(),
                     tuple(_micro_batch(table, row) for row in range(len(table))),
                 )
+
+
+def read_share(
+    schedule: Schedule, split: str, rank: int, ranks: int, packed_ranks: int, start_step: int = 0
+) -> Iterator[RankStep]:
+    """Yield what one of `ranks` ranks does of each step of a schedule that was packed for `packed_ranks`, which are no fewer.
+
+    It takes the micro-batches of every `ranks`-th packed rank; all ranks get equally many, some of them fillers. The loss is
+    normalised by the whole step, so the number of ranks does not change it.
+    """
+    taken = range(rank, packed_ranks, ranks)
+    most = -(-packed_ranks // ranks)  # packed ranks of the rank that has most
+    for parts in zip(*(read_steps(schedule, split, r, start_step) for r in taken), strict=True):
+        micro_batches = [m for part in parts for m in part.micro_batches]
+        missing = (most - len(parts)) * len(parts[0].micro_batches)  # each packed rank has equally many
+        yield replace(parts[0], micro_batches=(*micro_batches, *(filler() for _ in range(missing))))
 
 
 def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:

@@ -23,8 +23,17 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 
 
-def run(task: TrainTask, gpus_per_worker: float, on_row: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Train to the end and return rank 0's account; `on_row` is called on this side with every row of metrics.
+def run(
+    task: TrainTask,
+    gpus_per_worker: float,
+    on_row: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None] = logger.warning,
+) -> dict[str, Any]:
+    """Train to the end and return rank 0's account.
+
+    Args:
+        on_row: is called on this side with every row of metrics.
+        say: is told of workers that were lost, and of what is waited for.
 
     Raises:
         TrainError: the workers failed more often than train.max_failures allows.
@@ -42,6 +51,9 @@ def run(task: TrainTask, gpus_per_worker: float, on_row: Callable[[dict[str, Any
                 name=task.staging.attempt,
                 where="train",
                 goes_on="from the newest checkpoint",
+                say=say,
+                pause=task.inbox.pause.remote,
+                gives_up=stopping.is_set,
             )
         except (DpoRayError, ray.exceptions.RayError) as error:
             if stopping.is_set():  # the signal came to the workers or to Ray itself as well

@@ -29,7 +29,7 @@ from dpo_ray.models.load import model_directory
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.compared import ComparedGroup, compared_groups
-from dpo_ray.schedule.records import heldout_splits, prefetched, read_steps
+from dpo_ray.schedule.records import heldout_splits, prefetched, read_share
 
 from .checkpoint import Checkpoints, Progress
 from .evaluation import HELDOUT, heldout_figures, heldout_sums
@@ -106,8 +106,9 @@ def _run(task: TrainTask) -> dict[str, Any]:
     if task.audit is not None and progress.figures is not None and not task.audit.goes_on(progress.figures):
         return {"audit": progress.figures}
     report({"restored_step": progress.step, "known": checkpoints.metrics(progress.step) if rank == 0 else []})
-    steps = prefetched(read_steps(task.schedule, "train", rank, progress.step))
-    heldout = {name: partial(read_steps, task.schedule, name, rank) for name in heldout_splits(task.schedule)}
+    share = partial(read_share, task.schedule, rank=rank, ranks=dist.get_world_size(), packed_ranks=config.workers)
+    steps = prefetched(share(split="train", start_step=progress.step))
+    heldout = {name: partial(share, split=name) for name in heldout_splits(task.schedule)}
     progress = train(
         policy,
         optimizer,
@@ -159,7 +160,8 @@ def _audited(policy: TokenLogps, audit: AuditTask, task: TrainTask, rank: int, d
     compared: list[ComparedGroup] = []
     policy.eval()
     steps = math.ceil(audit.groups / task.config.groups_per_step)
-    for share in islice(read_steps(task.schedule, "train", rank), steps):
+    ranks = dist.get_world_size()
+    for share in islice(read_share(task.schedule, "train", rank, ranks, task.config.workers), steps):
         for micro_batch in share.micro_batches:
             with torch.no_grad():
                 logps = policy(packed_rows(micro_batch, device, policy.layout)).logps.cpu().numpy()
