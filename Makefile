@@ -11,7 +11,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 TORCH := 2.13.0
 
-.PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train bench-online clean
+.PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train bench-online bench-scale clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench-train: $(STAMP) ## groups/s of training steps against TRL's DPOTrainer, an
 
 bench-online: $(STAMP) ## online rounds against offline DPO at the same KL, on three seeds (about half an hour)
 	@$(BIN)/python benchmarks/online.py
+
+bench-scale: $(STAMP) ## simulate 4,096 ranks and 100 million groups (two minutes)
+	@$(BIN)/python benchmarks/scale.py
 
 clean: ## remove .venv and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,177 @@
+"""What a training checkpoint of a large model comes to: bytes, files, and the time until it is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+STATE_BYTES = 12  # of a parameter: float32 master weight, AdamW's two moments
+STATES = 3  # tensors of the checkpoint for each of the model
+GPUS_PER_NODE = 8
+
+# Assumed, not measured.
+COPY_BYTES_PER_SECOND = 20e9  # from a GPU to pinned memory of its host
+NODE_BYTES_PER_SECOND = 2e9  # between a node and the storage, either way
+STORAGE_BYTES_PER_SECOND = 200e9  # of all nodes together
+START_SECONDS = 180.0  # a failure seen, a node replaced, processes, Ray Train, NCCL and the model up again
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is trained whole."""
+
+    name: str
+    parameters: float
+    tensors: int
+    layout_shards: int  # train.sharding.shard_workers where it is hybrid
+
+    @property
+    def state_bytes(self) -> float:
+        return self.parameters * STATE_BYTES
+
+
+LLAMA_7B = Model("7B", 6.74e9, 32 * 9 + 3, 8)
+LLAMA_70B = Model("70B", 68.98e9, 80 * 9 + 3, 64)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What this machine took for the parts of a commit that one process does alone."""
+
+    plan_seconds: float  # of an item: DCP's global plan
+    metadata_bytes: float  # of an item, in `.metadata`
+    digest_bytes_per_second: float  # `commits.commit`, files in the page cache
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoint of a model on so many ranks, sharded over all of them or `hybrid`."""
+
+    model: Model
+    ranks: int
+    hybrid: bool
+    measured: Measured
+
+    @property
+    def shards(self) -> int:
+        return min(self.ranks, self.model.layout_shards) if self.hybrid else self.ranks
+
+    @property
+    def rank_bytes(self) -> float:
+        """Say what a rank holds of the state, and copies to its host."""
+        return self.model.state_bytes / self.shards
+
+    @property
+    def files(self) -> int:
+        """Count a file for each rank that writes, `.metadata` and `rng.json`. Of equal shards one rank writes one."""
+        return min(self.ranks, self.shards * self.model.tensors * STATES) + 2
+
+    @property
+    def plan_items(self) -> int:
+        """Count what rank 0 plans: each rank's part of each tensor, copies of a shard too."""
+        return self.ranks * self.model.tensors * STATES
+
+    @property
+    def metadata_bytes(self) -> float:
+        return self.shards * self.model.tensors * STATES * self.measured.metadata_bytes
+
+    @property
+    def copy_seconds(self) -> float:
+        """Say how long training stands still."""
+        return self.rank_bytes / COPY_BYTES_PER_SECOND
+
+    @property
+    def plan_seconds(self) -> float:
+        return self.plan_items * self.measured.plan_seconds
+
+    @property
+    def write_seconds(self) -> float:
+        nodes = -(-self.ranks // GPUS_PER_NODE)
+        return self.model.state_bytes / min(nodes * NODE_BYTES_PER_SECOND, STORAGE_BYTES_PER_SECOND)
+
+    @property
+    def digest_seconds(self) -> float:
+        """Say how long rank 0 reads all files back and hashes them, to commit and before it restores."""
+        return self.model.state_bytes / min(self.measured.digest_bytes_per_second, NODE_BYTES_PER_SECOND)
+
+    @property
+    def commit_seconds(self) -> float:
+        """Say how long after the copy the checkpoint counts, while training goes on."""
+        return self.plan_seconds + self.write_seconds + self.digest_seconds
+
+    @property
+    def restart_seconds(self) -> float:
+        """Say how long it takes from a failure until steps are done again: start, verification, reading."""
+        nodes = -(-self.ranks // GPUS_PER_NODE)
+        read_bytes = self.rank_bytes * self.ranks  # every copy of a shard is read
+        return (
+            START_SECONDS
+            + self.digest_seconds
+            + read_bytes / min(nodes * NODE_BYTES_PER_SECOND, STORAGE_BYTES_PER_SECOND)
+        )
+
+
+def planning(ranks: int, tensors: int) -> Callable[[], int]:
+    """Prepare DCP's global plan of so many ranks and tensors; it returns the items."""
+    from torch import Size
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+    def item(tensor: int, rank: int) -> WriteItem:
+        offset, size = Size([16 * rank, 0]), Size([16, 4096])
+        index = MetadataIndex(f"policy.model.layers.{tensor}.self_attn.q_proj.weight", offset)
+        data = TensorWriteData(ChunkStorageMetadata(offset, size), TensorProperties(), Size([16 * ranks, 4096]))
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+    plans = [SavePlan([item(tensor, rank) for tensor in range(tensors)], planner_data={}) for rank in range(ranks)]
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({}, is_coordinator=True)
+    return lambda: sum(len(plan.items) for plan in planner.create_global_plan(plans)[0])
+
+
+def metadata_writing(ranks: int, tensors: int, place: Path) -> Callable[[], int]:
+    """Prepare the writing of `.metadata` for so many ranks and tensors; it returns its bytes."""
+    from torch import Size
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    offsets, size = [Size([16 * rank, 0]) for rank in range(ranks)], Size([16, 4096])
+    names = [f"policy.model.layers.{tensor}.self_attn.q_proj.weight" for tensor in range(tensors)]
+    known = {
+        name: TensorStorageMetadata(
+            TensorProperties(), Size([16 * ranks, 4096]), [ChunkStorageMetadata(o, size) for o in offsets]
+        )
+        for name in names
+    }
+    results = [
+        [
+            WriteResult(MetadataIndex(name, o, rank), 1 << 18, _StorageInfo(f"__{rank}_0.distcp", i << 18, 1 << 18))
+            for i, name in enumerate(names)
+        ]
+        for rank, o in enumerate(offsets)
+    ]
+
+    def write() -> int:
+        FileSystemWriter(place).finish(Metadata(known), results)
+        return (place / ".metadata").stat().st_size
+
+    return write
+
+
+def committing(size_bytes: int, place: Path) -> Callable[[], None]:
+    """Prepare the project's `commit` of one file of so many bytes."""
+    from dpo_ray.artifacts.storage import Storage
+    from dpo_ray.train.commits import commit, step_name
+
+    storage, directory = Storage(place), f"{step_name(1)}/attempt"
+    storage.child(directory).write("__0_0.distcp", bytes(size_bytes))
+    return lambda: commit(storage, directory, {"step": 1})
