@@ -51,8 +51,8 @@ tree_of() { # tree_of PID: the process and all that descend from it
   for child in $(ps -o pid= --ppid "$1"); do tree_of "$child"; done
 }
 
-started_at() { # started_at PID: tells a process from a later one with the same number
-  cut -d ' ' -f 22 "/proc/$1/stat" 2>/dev/null || true
+started_at() { # started_at PID: tells a process from a later one with the same number; nothing for one that has ended
+  awk '$3 != "Z" {print $22}' "/proc/$1/stat" 2>/dev/null || true
 }
 
 runs() { # runs N
@@ -247,10 +247,13 @@ cut_one() { # cut_one N SECONDS
   number cut-node "${1:-}"
   number cut-node "${2:-}"
   runs "$1" || fail "node $1 does not run" "cluster/local.sh status"
-  ip link set "$BRIDGE.$1" down
-  trap 'ip link set "$BRIDGE.$1" up' EXIT
+  cable="$BRIDGE.$1" # not local: the trap outlives this function
+  ip link set "$cable" down
+  trap 'ip link set "$cable" up' EXIT
   echo "node $1 is off the network for $2 s"
   sleep "$2"
+  ip link set "$cable" up
+  trap - EXIT
   echo "node $1 is back"
 }
 
@@ -262,7 +265,10 @@ down() {
   local node
   for node in "$STATE"/node-*; do kill_node "${node##*-}"; done
   if [ -e "$STATE/namespaces" ]; then
-    for node in "$STATE"/node-*; do ip netns delete "$(namespace_of "${node##*-}")" 2>/dev/null || true; done
+    for node in "$STATE"/node-*; do
+      ip link delete "$BRIDGE.${node##*-}" 2>/dev/null || true # a namespace goes only when its last process is reaped
+      ip netns delete "$(namespace_of "${node##*-}")" 2>/dev/null || true
+    done
     ip link delete "$BRIDGE" 2>/dev/null || true
   fi
   rm -rf "$STATE"

@@ -34,11 +34,12 @@ def connect(address: str) -> JobSubmissionClient:
     headers: dict[str, str] = {}
     answer = _version(place, headers)
     if answer.status_code == 401:
-        headers["Authorization"] = f"Bearer {_token(place)}"
+        token, source = _token(place)
+        headers["Authorization"] = f"Bearer {token}"
         answer = _version(place, headers)
         if answer.status_code in (401, 403):
             fix = f"take the token from the cluster's owner, and put it into {TOKEN_PLACES} (the first that is there counts)"
-            raise InfrastructureError("the cluster refuses this token", where=place, fix=fix)
+            raise InfrastructureError(f"the cluster refuses the token of {source}", where=place, fix=fix)
     _same_ray(_ray_version(answer, place), place)
     with _not_redirected(), answers(place):
         return JobSubmissionClient(place, headers=headers)
@@ -72,7 +73,7 @@ def answers(place: str, job: str = "") -> Iterator[None]:
         raise InfrastructureError(
             f"the cluster does not answer any more ({type(error).__name__})",
             where=place,
-            fix="is it still there? A job goes on without its client: ask again later",
+            fix="a job goes on without its client: ask again later. If its head was lost, the job is too: submit again to go on",
         ) from error
     except ray.exceptions.AuthenticationError as error:
         fix = f"is {TOKEN_PLACES} the token of this cluster?"
@@ -126,10 +127,10 @@ def _same_ray(theirs: str, place: str) -> None:
         raise InfrastructureError(what, where=place, fix=fix)
 
 
-def _token(place: str) -> str:
-    """Find the token where Ray itself looks, in its order."""
+def _token(place: str) -> tuple[str, str]:
+    """Find the token where Ray itself looks, in its order; returns it and where it was."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
+        return token, "RAY_AUTH_TOKEN"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
     try:
@@ -139,7 +140,7 @@ def _token(place: str) -> str:
     if not token:
         what = "the cluster wants a token, and there is none here" + (f" ({path} cannot be read)" if named else "")
         raise InfrastructureError(what, where=place, fix=f"put the cluster's token into {TOKEN_PLACES}")
-    return token
+    return token, str(path)
 
 
 @contextmanager

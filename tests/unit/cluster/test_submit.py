@@ -151,7 +151,7 @@ def test_a_token_is_found_where_ray_finds_it(
     connect(dashboard.url)
     (tmp_path / "named").write_text("wrong")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
-    assert refused(dashboard.url) == "the cluster refuses this token"
+    assert refused(dashboard.url) == f"the cluster refuses the token of {tmp_path / 'named'}"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
     connect(dashboard.url)
 
