@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dpo_ray.artifacts.storage import Storage
     from dpo_ray.config.recipe import Recipe
     from dpo_ray.observe.progress import Reporter
+    from dpo_ray.planning import Plan
 
 _MEANINGS = EXIT_CODES | {1: "A fault of dpo-ray itself: the traceback says where"}
 _CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
@@ -121,11 +122,37 @@ def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, 
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tiny: Tiny = False,
+    as_json: Json = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NODESxGPUSxGPU", help="Say also what it needs of such a cluster: 4x8xH100."),
+    ] = None,
+) -> None:
     """Say which stages are done, which would run, and why. Starts nothing, writes nothing."""
+    from dpo_ray import capacity_view
     from dpo_ray.planning import make_plan
 
-    made = make_plan(_loaded(recipe, overrides, tiny=tiny))
+    loaded = _loaded(recipe, overrides, tiny=tiny)
+    made, unseen = (make_plan(loaded), "") if cluster is None else capacity_view.plan_if_possible(loaded)
+    capacity = None if cluster is None else capacity_view.capacity_of(loaded, cluster, made)
+    stages = {"name": loaded.name, "stages": None, "reason": unseen} if made is None else _stages(made)
+    if as_json:
+        typer.echo(json.dumps(stages if capacity is None else stages | {"capacity": capacity_view.figures(capacity)}))
+        return
+    console = _console()
+    if made is None:
+        typer.echo(f"stages: not known here, as {unseen}")
+    else:
+        _print_stages(stages, console)
+    if capacity is not None:
+        capacity_view.print_capacity(capacity, console)
+
+
+def _stages(made: Plan) -> dict[str, Any]:
     stages = [(s.stage, s) for s in made.stages.values()]
     if made.recipe.online is not None:
         from dpo_ray.online.round_plan import derive
@@ -133,20 +160,17 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as
         begun = [(f"round {r.number}: {name}", s) for r in derive(made).rounds for name, s in r.stages.items()]
         stages = [*stages[:1], *begun]  # prepare, and what the rounds are
     rows = [{"stage": name, "key": s.key, "state": s.state, "reason": s.reason} for name, s in stages]
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {"name": made.recipe.name, "device": made.hardware.device, "dtype": made.hardware.dtype, "stages": rows}
-            )
-        )
-        return
-    table = Table(title=f"{made.recipe.name}: on {made.hardware.device}, {made.hardware.dtype}", title_justify="left")
+    return {"name": made.recipe.name, "device": made.hardware.device, "dtype": made.hardware.dtype, "stages": rows}
+
+
+def _print_stages(stages: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{stages['name']}: on {stages['device']}, {stages['dtype']}", title_justify="left")
     for name in ("stage", "state", "reason", "key"):
         table.add_column(name, no_wrap=name != "reason")
-    for row in rows:
+    for row in stages["stages"]:
         colour = {"done": "green", "stale": "yellow", "missing": "cyan"}[row["state"]]
         table.add_row(row["stage"], f"[{colour}]{row['state']}[/{colour}]", row["reason"], row["key"])
-    _console().print(table)
+    console.print(table)
 
 
 @app.command()

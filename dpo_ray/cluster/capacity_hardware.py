@@ -1,0 +1,101 @@
+"""GPUs as their vendor describes them, and clusters made of them: `4x8xH100` is four nodes of eight."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from dpo_ray.errors import ConfigError
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What one card has, by its data sheet.
+
+    Memory is read as 10^9 bytes a GB, of which drivers report as much or up to 7 % more: so plans err on the safe side.
+    """
+
+    name: str
+    memory_bytes: int
+    bf16_flops: float  # dense, per second
+    memory_bytes_per_second: float
+    link_bytes_per_second: float  # to the other GPUs of its node, in one direction
+    network_bytes_per_second: float  # its share of its node's network, in one direction
+
+
+# Sources. Dense bf16 is half of what a sheet gives with sparsity; NVLink's bandwidth is given for both directions together.
+# The network is that of the vendor's own node, or of the cloud's instance where there is none.
+# A100: nvidia.com, "A100 Tensor Core GPU Datasheet" (2021): 312 TFLOPS, 1,555 and 2,039 GB/s, NVLink 600 GB/s.
+#       DGX A100 datasheet: eight 200 Gb/s adapters.
+# H100: "H100 Tensor Core GPU Datasheet", SXM: 1,979 TFLOPS with sparsity, 3.35 TB/s, NVLink 900 GB/s.
+#       DGX H100 datasheet: eight 400 Gb/s ports. H100 PCIe: 1,513 TFLOPS with sparsity, 2 TB/s, PCIe Gen5 128 GB/s.
+# H200: "H200 Tensor Core GPU Datasheet", SXM: 141 GB, 4.8 TB/s, the rest as H100.
+# B200: HGX and DGX B200 datasheets: 1,440 GB in eight, 64 TB/s in eight, 36 PFLOPS of bf16 with sparsity in eight,
+#       NVLink 1.8 TB/s, eight 400 Gb/s ports.
+# L40S: "L40S datasheet": 48 GB, 864 GB/s, 733 TFLOPS with sparsity (366 dense), PCIe Gen4 64 GB/s.
+#       aws.amazon.com/ec2/instance-types/g6e: 400 Gb/s for eight.
+# L4:   "L4 datasheet": 24 GB, 300 GB/s, 242 TFLOPS with sparsity, PCIe Gen4 64 GB/s. EC2 g6.48xlarge: 100 Gb/s for eight.
+# A10G: "A10G" in aws.amazon.com/ec2/instance-types/g5: 24 GB, 100 Gb/s for eight; nvidia.com, "A10 datasheet": 600 GB/s,
+#       PCIe Gen4 64 GB/s; the A10G's own sheet gives 70 TFLOPS of dense bf16.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100-40", 40 * GB, 312e12, 1555e9, 300e9, 25e9),
+        Gpu("A100-80", 80 * GB, 312e12, 2039e9, 300e9, 25e9),
+        Gpu("H100", 80 * GB, 989e12, 3350e9, 450e9, 50e9),
+        Gpu("H100-PCIE", 80 * GB, 756e12, 2000e9, 64e9, 50e9),
+        Gpu("H200", 141 * GB, 989e12, 4800e9, 450e9, 50e9),
+        Gpu("B200", 180 * GB, 2250e12, 8000e9, 900e9, 50e9),
+        Gpu("L40S", 48 * GB, 366e12, 864e9, 32e9, 6.25e9),
+        Gpu("L4", 24 * GB, 121e12, 300e9, 32e9, 1.5625e9),
+        Gpu("A10G", 24 * GB, 70e12, 600e9, 32e9, 1.5625e9),
+    )
+}
+_OTHER_NAMES = {"A100": "A100-80"}
+_SHAPE = re.compile(r"(?:(\d+)[xX])?(\d+)[xX]([A-Za-z][\w-]*)(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes that are alike."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    def __str__(self) -> str:
+        return f"{self.nodes}x{self.gpus_per_node}x{self.gpu.name}"
+
+
+def parse_cluster(text: str) -> Cluster:
+    """Read NODESxGPUSxGPU, such as `4x8xH100`; a single node may be left out (`8xH100`).
+
+    `:GB` at the end sets the memory of each GPU, for a card that comes in several sizes: `1x8xH100:94`.
+
+    Raises:
+        ConfigError: it is not of this form, or no such GPU is known.
+    """
+    where, known = f"--cluster {text}", ", ".join(GPUS)
+    match = _SHAPE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(
+            "not a cluster's shape",
+            where=where,
+            fix=f"write NODESxGPUSxGPU, such as 4x8xH100, where GPU is one of {known}",
+        )
+    nodes, gpus, memory = int(match[1] or 1), int(match[2]), match[4]
+    name = match[3].upper()
+    gpu = GPUS.get(_OTHER_NAMES.get(name, name))
+    if gpu is None:
+        raise ConfigError(f"no GPU `{match[3]}` is known", where=where, fix=f"it is one of {known}")
+    if not nodes or not gpus or memory == "0":
+        raise ConfigError("a cluster without anything in it", where=where, fix="every number is at least 1")
+    if memory is not None:
+        gpu = replace(gpu, memory_bytes=int(memory) * GB)
+    return Cluster(nodes, gpus, gpu)
