@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,19 @@ KNOWN: tuple[tuple[tuple[str, ...], ModelSizes], ...] = (
 )  # fmt: skip
 
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_UNLIKE = ("phi", "cohere", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "mamba", "gpt_oss", "deepseek_v3")
+_UNLIKE = (
+    "phi",
+    "cohere",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "bloom",
+    "falcon",
+    "mamba",
+    "gpt_oss",
+    "deepseek_v3",
+    "qwen2_moe",
+)
 
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
@@ -153,13 +164,16 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
     Raises:
         ConfigError: it is on the hub alone and its name is not known, or its blocks are not as Llama's.
     """
-    from dpo_ray.models.load import is_hub_name, model_directory
-
     where = f"model.path={config.path}"
-    if not is_hub_name(config.path):
-        return sizes_of_config(json.loads((model_directory(config) / "config.json").read_text("utf-8")), where)
-    if (cached := _in_hub_cache(config)) is not None:
-        return sizes_of_config(json.loads(cached.read_text("utf-8")), where)
+    if (file := _config_file(config)) is not None:
+        from transformers import AutoConfig
+
+        try:
+            values = AutoConfig.from_pretrained(file.parent, trust_remote_code=False, local_files_only=True).to_dict()
+        except (ValueError, KeyError, OSError) as error:
+            what = f"transformers cannot read {file}: {str(error).splitlines()[0]}"
+            raise ConfigError(what, where=where, fix="use a model that this version of transformers knows") from None
+        return sizes_of_config(values, where)
     name = config.path.rsplit("/", 1)[-1].lower()
     for parts, sizes in KNOWN:
         if any(part in name for part in parts):
@@ -171,7 +185,14 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
     )
 
 
-def _in_hub_cache(config: ModelConfig) -> Path | None:
+def _config_file(config: ModelConfig) -> Path | None:
+    """Find the model's config.json on this machine, in the hub's cache too; weights need not be there."""
+    from dpo_ray.models.load import is_hub_name, model_directory
+
+    if (file := Path(config.path).expanduser() / "config.json").is_file():
+        return file
+    if not is_hub_name(config.path):
+        return model_directory(config) / "config.json"  # builtin, or not there, which it says
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
@@ -204,7 +225,7 @@ def sizes_of_config(values: dict[str, Any], where: str) -> ModelSizes:
         intermediate=(values.get("moe_intermediate_size") if experts else None) or values["intermediate_size"],
         vocabulary=values["vocab_size"],
         tied=values.get("tie_word_embeddings", gemma),
-        attention_bias=int(kind in ("qwen2", "qwen2_moe")),
+        attention_bias=int(kind == "qwen2"),
         head_norms=kind in ("qwen3", "qwen3_moe", "gemma3_text"),
         norms=4 if kind in ("gemma2", "gemma3_text") else 2,
         gemma_norms=gemma,
