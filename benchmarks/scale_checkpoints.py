@@ -136,6 +136,7 @@ def metadata_writing(ranks: int, tensors: int, place: Path) -> Callable[[], int]
     from torch import Size
     from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
     from torch.distributed.checkpoint.metadata import (
+        STORAGE_TYPES,
         ChunkStorageMetadata,
         Metadata,
         MetadataIndex,
@@ -146,7 +147,7 @@ def metadata_writing(ranks: int, tensors: int, place: Path) -> Callable[[], int]
 
     offsets, size = [Size([16 * rank, 0]) for rank in range(ranks)], Size([16, 4096])
     names = [f"policy.model.layers.{tensor}.self_attn.q_proj.weight" for tensor in range(tensors)]
-    known = {
+    known: dict[str, STORAGE_TYPES] = {
         name: TensorStorageMetadata(
             TensorProperties(), Size([16 * ranks, 4096]), [ChunkStorageMetadata(o, size) for o in offsets]
         )

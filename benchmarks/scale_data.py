@@ -77,6 +77,11 @@ class Plane:
         return self.parts * self.buckets
 
     @property
+    def filled_pairs(self) -> float:
+        """Count those that are not empty, on average: a part's rows fall into buckets as evenly as chance has it."""
+        return self.dealt_pairs * (1 - (1 - 1 / self.buckets) ** ROWS_PER_PART)
+
+    @property
     def rank_steps(self) -> int:
         """Count the row groups of the schedule."""
         return self.steps * self.ranks

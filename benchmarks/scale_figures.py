@@ -130,7 +130,7 @@ def _schedule(plane: Plane, packed: Packed, pieces: Pieces) -> Schedule:
         plane,
         packed,
         plane.dealt_pairs * pieces.dealt_seconds / 3600,
-        plane.dealt_pairs * pieces.dealt_bytes,
+        plane.filled_pairs * pieces.dealt_bytes,
         seconds / 3600,
         plane.bucket_groups * packed.group_bytes,
         plane.schedule_files * pieces.manifest_bytes,

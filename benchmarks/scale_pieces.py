@@ -54,7 +54,7 @@ class Pieces:
 
     orders: tuple[Order, ...]
     dealt_seconds: float  # of a part and a bucket
-    dealt_bytes: float  # of a part and a bucket, on disk, beyond the rows
+    dealt_bytes: float  # of a part and a bucket that share a row, on disk, beyond the rows
     packed: tuple[Packed, ...]
     manifest_bytes: float  # of a file
     manifest_seconds: float  # of a file, to read it
@@ -99,7 +99,7 @@ def measure(orders: tuple[Order, ...], lengths: dict[str, np.ndarray], say: Call
     return Pieces(
         orders,
         dealt.cpu_seconds / (DEALT_PARTS * DEALT_BUCKETS),
-        dealt.result / (DEALT_PARTS * DEALT_BUCKETS),
+        dealt.result,
         tuple(packed),
         manifest.result / MANIFEST_FILES,
         manifest.cpu_seconds / MANIFEST_FILES,

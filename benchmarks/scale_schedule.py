@@ -74,14 +74,22 @@ def token_table(lengths: np.ndarray) -> pa.Table:
     return pa.table(columns, schema=TOKENS).append_column("token_logps", lists(np.full(rows, 2), logps))
 
 
-def dealing(lengths: np.ndarray, parts: int, buckets: int, place: Path) -> Callable[[], int]:
-    """Prepare `deal_rows` of a table, cut to parts, to as many buckets; it returns the bytes on disk beyond those of the rows."""
+def dealing(lengths: np.ndarray, parts: int, buckets: int, place: Path) -> Callable[[], float]:
+    """Prepare `deal_rows` of a table, cut to parts, to as many buckets; it returns the bytes on disk beyond those of
+    the rows, for each slice that has any row.
+    """
     table = token_table(lengths)
     rows = np.random.default_rng(0).permutation(len(table))
     wanted = [Bucket("train", i, [share.tolist()]) for i, share in enumerate(np.array_split(rows, buckets))]
     size = len(table) // parts
     loaders = [partial(table.slice, i * size, size) for i in range(parts)]
-    return lambda: sum(file.stat().st_size for file in deal_rows(loaders, wanted, place)) - table.nbytes
+    slices = sum(len(np.unique(bucket.rows // size)) for bucket in wanted)
+
+    def deal() -> float:
+        written = sum(file.stat().st_size for file in deal_rows(loaders, wanted, place))
+        return (written - table.nbytes) / slices
+
+    return deal
 
 
 def packing(lengths: np.ndarray, steps: int, ranks: int, place: Path) -> Callable[[], int]:

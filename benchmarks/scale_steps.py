@@ -19,7 +19,7 @@ SHAPE_7B = ModelShape(  # Llama 7B: 32 blocks, width 4,096, feed-forward 11,008,
     head_is_trained=True,
     attention_width=32 * 4096,
 )
-SAMPLED_GROUPS = 32_768  # a case's steps hold so many groups together, within the next two bounds
+SAMPLED_GROUPS = 16_384  # a case's steps hold so many groups together, within the next two bounds
 LEAST_STEPS, MOST_STEPS = 1, 32
 
 
@@ -85,8 +85,9 @@ def replay(case: Case, seed: int = 0) -> Balance:
     measured = [
         measure(step, case.ranks, TOKENS_PER_MICRO_BATCH) for step in lengths.reshape(-1, case.groups_per_step, 3)
     ]
-    means = np.mean(measured, axis=0).tolist()
-    return Balance(case.steps, *means, max(m[-1] for m in measured))
+    micro_batches, fillers, unused, estimate, flops, lockstep = np.mean(measured, axis=0).tolist()
+    worst = max(step[-1] for step in measured)
+    return Balance(case.steps, micro_batches, fillers, unused, estimate, flops, lockstep, worst)
 
 
 def dealt(lengths: np.ndarray, ranks: int, budget: int) -> list[list[list[int]]]:

@@ -74,7 +74,10 @@ def _pieces(found: Figures) -> str:
         for one in p.packed
     ]  # fmt: skip
     rows = [
-        ("`deal_rows`", f"{1e6 * p.dealt_seconds:.0f} us and {p.dealt_bytes:,.0f} bytes on disk a part and bucket"),
+        (
+            "`deal_rows`",
+            f"{1e6 * p.dealt_seconds:.0f} us a part and bucket; {p.dealt_bytes:,.0f} bytes on disk where they share a row",
+        ),
         *packed,
         (
             "schedule's manifest",
