@@ -19,6 +19,7 @@ from .job_server import answers, last_line
 
 METADATA = "dpo_ray."  # begins the names of ours
 STOPS = f"{METADATA}stops"
+CHECKPOINT_STEP = re.compile(r"asked to stop, and has, after step (\d+) of (\d+)")  # in a driver's last words
 POLL_SECONDS = 2.0
 ASK_SECONDS = 90.0  # for the head to start the small job that signals a driver
 ENDING_SECONDS = 120.0  # after Ray's own stop
@@ -64,7 +65,9 @@ class Job:
         if self.code == 0:
             return "done"
         if self.exit_code == StoppedError.exit_code:
-            return "stopped with a checkpoint; submit again to go on"
+            step = CHECKPOINT_STEP.search(self.message)
+            made = f"stopped with a checkpoint after step {step[1]} of {step[2]}" if step else "stopped"
+            return f"{made}; submit again to go on{'' if step else ' from what was committed'}"
         if self.code == StoppedError.exit_code:
             return "stopped at once; submit again to go on from what was committed"
         if self.exit_code is None:

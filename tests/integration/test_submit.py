@@ -123,13 +123,14 @@ def test_stopped_by_way_of_a_checkpoint_and_gone_on_with(cluster: Cluster) -> No
     code, out, err = cluster.call("stop", "long-1")
     assert code == 0, err
     assert "long-1: told to stop; it ends after its step and a checkpoint" in out
-    assert "long-1: stopped with a checkpoint; submit again to go on" in out
+    words = re.search(rf"long-1: stopped with a checkpoint after step (\d+) of {STEPS}; submit again to go on", out)
+    assert words
     code, out, _ = cluster.call("status", "long-1", "--json")
     assert (json.loads(out)["exit_code"], json.loads(out)["code"]) == (75, 75)
     code, out, err = cluster.call("logs", "long-1", "-f")
     stopped = re.search(rf"has, after step (\d+) of {STEPS}", out)
     assert stopped
-    assert code == 75
+    assert (code, stopped[1]) == (75, words[1])
 
     code, out, err = cluster.call("submit", recipe, "--wait")
     assert code == 0, out + err

@@ -24,6 +24,7 @@ from .made_http_server import Served, served
 
 PIPELINES = Path(__file__).resolve().parents[3] / "pipelines"
 VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": "c", "session_name": "s"}
+LAST_WORDS = "...\nerror: train: training was asked to stop, and has, after step 7 of 90\n  -> the same command goes on"
 RUNS = {
     "type": "SUBMISSION",
     "submission_id": "quickstart-3",
@@ -193,7 +194,8 @@ def test_attempts_are_counted_on() -> None:
         ("PENDING", None, "", 0, "waits to start"),
         ("RUNNING", None, "", 0, "runs"),
         ("SUCCEEDED", 0, "", 0, "done"),
-        ("FAILED", 75, "", 75, "stopped with a checkpoint; submit again to go on"),
+        ("FAILED", 75, "", 75, "stopped; submit again to go on from what was committed"),
+        ("FAILED", 75, LAST_WORDS, 75, "stopped with a checkpoint after step 7 of 90; submit again to go on"),
         ("FAILED", -15, "", 75, "stopped at once"),
         ("STOPPED", None, "", 75, "stopped at once"),
         ("FAILED", 6, "", 6, "failed with exit code 6: The reference log-probs differ"),
