@@ -71,7 +71,7 @@ bench-train: $(STAMP) ## groups/s of training steps against TRL's DPOTrainer, an
 bench-online: $(STAMP) ## online rounds against offline DPO at the same KL, on three seeds (about half an hour)
 	@$(BIN)/python benchmarks/online.py
 
-bench-scale: $(STAMP) ## simulate 4,096 ranks and 100 million groups (some 90 CPU seconds)
+bench-scale: $(STAMP) ## simulate 4,096 ranks and 100 million groups (some 80 CPU seconds)
 	@$(BIN)/python benchmarks/scale.py
 
 clean: ## remove .venv and what runs wrote

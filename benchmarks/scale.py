@@ -1,6 +1,6 @@
 """Simulate what these machines cannot run: up to 4,096 ranks and 100 million groups, without tensors.
 
-    python benchmarks/scale.py                    # some 90 CPU seconds on two cores
+    python benchmarks/scale.py                    # some 80 CPU seconds, two processes at a time
     python benchmarks/scale.py --write docs       # ... and put figures and picture into docs/scale.md and docs/scale.svg
     python benchmarks/scale.py --json scale.json
 
