@@ -20,6 +20,8 @@ from .job_server import answers, last_line
 METADATA = "dpo_ray."  # begins the names of ours
 STOPS = f"{METADATA}stops"
 CHECKPOINT_STEP = re.compile(r"asked to stop, and has, after step (\d+) of (\d+)")  # in a driver's last words
+DRIVER_STOPPED = "stopped; the same command goes on"  # its last words; Ray's threads may abort the process after them
+ALREADY = "already exists"  # in Ray's refusal of a second job of one name
 POLL_SECONDS = 2.0
 ASK_SECONDS = 90.0  # for the head to start the small job that signals a driver
 ENDING_SECONDS = 120.0  # after Ray's own stop
@@ -50,7 +52,8 @@ class Job:
     def code(self) -> int:
         """Return what `dpo-ray run` would have exited with; 0 while it goes on."""
         if self.exit_code is not None:
-            return StoppedError.exit_code if self.exit_code in (-15, 143) else self.exit_code % 256
+            stopped = self.exit_code in (-15, 143) or (self.exit_code < 0 and DRIVER_STOPPED in self.message)
+            return StoppedError.exit_code if stopped else self.exit_code % 256
         if self.status == JobStatus.STOPPED:
             return StoppedError.exit_code
         return InfrastructureError.exit_code if self.status == JobStatus.FAILED else 0
@@ -64,12 +67,11 @@ class Job:
             return "runs"
         if self.code == 0:
             return "done"
-        if self.exit_code == StoppedError.exit_code:
-            step = CHECKPOINT_STEP.search(self.message)
-            made = f"stopped with a checkpoint after step {step[1]} of {step[2]}" if step else "stopped"
-            return f"{made}; submit again to go on{'' if step else ' from what was committed'}"
         if self.code == StoppedError.exit_code:
-            return "stopped at once; submit again to go on from what was committed"
+            if step := CHECKPOINT_STEP.search(self.message):
+                return f"stopped with a checkpoint after step {step[1]} of {step[2]}; submit again to go on"
+            how = "stopped at once" if self.exit_code is None else "stopped"
+            return f"{how}; submit again to go on from what was committed"
         if self.exit_code is None:
             return f"failed: {last_line(self.message)}; submit again to go on"
         meaning = EXIT_CODES.get(self.code, "the traceback in its logs says where").splitlines()[0].rstrip(".")
@@ -133,15 +135,17 @@ def _signal_driver(client: JobSubmissionClient, job: str) -> bool:
     with tempfile.TemporaryDirectory(prefix="dpo-ray-stop-") as directory:
         script = Path(stop_driver.__file__)
         shutil.copyfile(script, Path(directory) / script.name)
-        with answers(place):
-            known = {details.submission_id for details in client.list_jobs()}
-            if signals not in known:
+        try:
+            with answers(place):
                 client.submit_job(
                     entrypoint=f"python {script.name} {job}",
                     submission_id=signals,
                     metadata={STOPS: job},
                     runtime_env={"working_dir": directory},
                 )
+        except InfrastructureError as error:
+            if ALREADY not in error.what:
+                raise
     return _until_over(client, signals, ASK_SECONDS).status == JobStatus.SUCCEEDED
 
 

@@ -15,10 +15,10 @@ from ray.job_submission import JobSubmissionClient
 from dpo_ray import __version__
 from dpo_ray.config.judge import LlmJudge
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.errors import LeaseError
+from dpo_ray.errors import InfrastructureError, LeaseError
 
 from .job_server import answers
-from .jobs import METADATA, Job, every
+from .jobs import ALREADY, METADATA, Job, every
 from .working_directory import RECIPE_FILE, fill
 
 ENTRYPOINT = (
@@ -51,19 +51,26 @@ def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, A
         jobs = every(client)
         _check_not_going_on(recipe, jobs, client.get_address())
         attempt = next_attempt(recipe.name, jobs)
-        with answers(client.get_address()):
-            made = client.submit_job(
-                entrypoint=ENTRYPOINT,
-                submission_id=f"{recipe.name}-{attempt}",
-                runtime_env={**environment, "working_dir": directory},
-                metadata={
-                    f"{METADATA}recipe": recipe.name,
-                    f"{METADATA}output": recipe.output,
-                    f"{METADATA}version": __version__,
-                    f"{METADATA}recipe_sha256": digest,
-                    f"{METADATA}attempt": str(attempt),
-                },
-            )
+        try:
+            with answers(client.get_address()):
+                made = client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    submission_id=f"{recipe.name}-{attempt}",
+                    runtime_env={**environment, "working_dir": directory},
+                    metadata={
+                        f"{METADATA}recipe": recipe.name,
+                        f"{METADATA}output": recipe.output,
+                        f"{METADATA}version": __version__,
+                        f"{METADATA}recipe_sha256": digest,
+                        f"{METADATA}attempt": str(attempt),
+                    },
+                )
+        except InfrastructureError as error:
+            if ALREADY not in error.what:
+                raise
+            what = f"somebody else has just submitted {recipe.name}-{attempt}"
+            fix = "`dpo-ray list` shows it; if it is another run of this name, submit again"
+            raise LeaseError(what, where=f"{recipe.name} at {client.get_address()}", fix=fix) from error
     return Submitted(made, files)
 
 
