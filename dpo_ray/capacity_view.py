@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_ray.capacity_sample import sampled_workload
 from dpo_ray.cluster.capacity import Capacity, work_out
 from dpo_ray.cluster.capacity_hardware import parse_cluster
 from dpo_ray.cluster.capacity_model import model_sizes
@@ -35,7 +36,7 @@ def capacity_of(recipe: Recipe, cluster: str, plan: Plan | None = None) -> Capac
     """Work out what a recipe needs of a cluster such as `4x8xH100`.
 
     Args:
-        plan: of the recipe, where its inputs are here: lengths are then those of the prepared tokens, if there are any.
+        plan: of the recipe, where its inputs can be looked at: lengths are then those of the prepared tokens, or of a sample.
 
     Raises:
         ConfigError: no such cluster or GPU, or the model's sizes are not known here.
@@ -56,7 +57,8 @@ def _workload(recipe: Recipe, plan: Plan | None) -> Workload:
     statistics = {} if tokens is None else tokens.manifest.figures["statistics"].get("train", {})
     if any(part["groups"] for part in statistics.values()):
         return measured_workload(recipe, statistics)
-    return assumed_workload(recipe)
+    sampled = None if plan is None else sampled_workload(recipe, plan)
+    return sampled or assumed_workload(recipe)
 
 
 def figures(capacity: Capacity) -> dict[str, Any]:
@@ -107,8 +109,15 @@ def print_capacity(capacity: Capacity, console: Console) -> None:
     )
     for remark in capacity.remarks:
         _say(console, f"note: {remark}")
+    training = capacity.training
+    _say(
+        console,
+        f"a training rank at its peak, {training.memory.moment}, with {training.batches.tokens:,} tokens:",
+        "bold",
+    )
     console.print(_memory_table(capacity))
     if capacity.changes:
+        _say(console, "what to change, each alone:", "bold")
         console.print(_changes_table(capacity))
     if (engine := capacity.engine) is not None:
         _say(
@@ -117,6 +126,7 @@ def print_capacity(capacity: Capacity, console: Console) -> None:
             f"{engine.step_tokens:,} tokens {_gb(engine.step)}, prompt logits {_gb(engine.logits)}, KV cache {_gb(engine.kv_cache)} "
             f"({engine.kv_tokens:,} tokens)",
         )
+    _say(console, "time, by a roofline; start-up of workers and engines, judges and storage are not counted:", "bold")
     console.print(_time_table(capacity))
     sent, stored = capacity.traffic, capacity.storage
     _say(
@@ -141,46 +151,36 @@ def _verdict(capacity: Capacity) -> str:
 
 
 def _memory_table(capacity: Capacity) -> Table:
-    training = capacity.training
-    table = Table(
-        title=f"a training rank at its peak: {training.memory.moment}, {training.batches.tokens:,} tokens",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-    )
-    table.add_column("what")
-    table.add_column("GB", justify="right")
+    memory, table = capacity.training.memory, _table("what", "memory")
     for name, words in PARTS.items():
-        if value := getattr(training.memory.peak, name):
-            table.add_row(words, f"{value / 1e9:.1f}")
-    table.add_row("total", f"{training.memory.peak.total / 1e9:.1f}", style="bold")
-    if training.memory.host_bytes:
-        table.add_row("in the CPU's memory", f"{training.memory.host_bytes / 1e9:.1f}")
+        if value := getattr(memory.peak, name):
+            table.add_row(words, _gb(value))
+    table.add_row("total", _gb(memory.peak.total), style="bold")
+    if memory.host_bytes:
+        table.add_row("in the CPU's memory", _gb(memory.host_bytes))
     return table
 
 
 def _changes_table(capacity: Capacity) -> Table:
-    table = Table(title="what to change, each alone", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    for name in ("change", "GB a rank", "", "remark"):
-        table.add_column(name, justify="right" if name == "GB a rank" else "left")
+    table = _table("change", "memory", "", "remark")
     for change in capacity.changes:
         fits = Text("fits", "green") if change.fits else Text("no", "red")
-        table.add_row(Text(change.overrides), f"{change.total_bytes / 1e9:.1f}", fits, Text(change.remark))
+        table.add_row(Text(change.overrides), _gb(change.total_bytes), fits, Text(change.remark))
     return table
 
 
 def _time_table(capacity: Capacity) -> Table:
-    table = Table(
-        title="time, by a roofline (engines' and workers' start-up, judges and storage not counted)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-    )
-    for name in ("stage", "10^15 operations", "time", "bound by"):
-        table.add_column(name, justify="right" if name in ("10^15 operations", "time") else "left")
+    table = _table("stage", "10^15 operations", "time", "bound by")
     for stage in capacity.stages:
         table.add_row(stage.stage, f"{stage.flops / 1e15:,.1f}", _duration(stage.seconds), stage.bound)
     table.add_row("together", "", _duration(sum(s.seconds for s in capacity.stages)), "", style="bold")
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for name in names:
+        table.add_column(name, justify="right" if name in ("memory", "10^15 operations", "time") else "left")
     return table
 
 

@@ -51,7 +51,7 @@ def changes_of(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: C
     if smaller < now.batches.tokens:
         yield from tried(f"train.tokens_per_micro_batch={smaller}", train={"tokens_per_micro_batch": smaller})
     if not now.batches.is_single_for_sure:
-        larger = -(-t.groups_per_step // now.workers) * workload.longest_group_tokens
+        larger = now.batches.most_tokens
         yield from tried(
             f"train.tokens_per_micro_batch={larger}", "one micro-batch a rank", train={"tokens_per_micro_batch": larger}
         )

@@ -55,7 +55,7 @@ def training_on(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: 
     t = recipe.train
     batches = micro_batches(workload, t.groups_per_step, workers, t.tokens_per_micro_batch)
     rows = Rows.of(batches.tokens, workload.prompt_share, workload.completions, t.layout)
-    memory = training_memory(Setup(sizes, t, shard, value_bytes(recipe), rows, batches.most))
+    memory = training_memory(Setup(sizes, t, shard, value_bytes(recipe), rows, 1 if batches.is_single_for_sure else 2))
     room = cluster.gpu.memory_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
     return Training(workers, shard, batches, memory, room)
 
@@ -125,7 +125,7 @@ def remarks_of(recipe: Recipe, cluster: Cluster, training: Training) -> tuple[st
         remarks.append("one micro-batch a rank and step, whatever the lengths: gradients are never held in whole")
     else:
         remarks.append(
-            f"up to {batches.most} micro-batches a rank and step (usually {batches.usual}): with more than one, every rank holds whole "
-            f"float32 gradients, {FLOAT32_BYTES} bytes a trained parameter; they are counted"
+            f"a step may have more than one micro-batch a rank (of mean lengths: {batches.usual}), and every rank then holds whole float32 "
+            f"gradients, {FLOAT32_BYTES} bytes a trained parameter; they are counted"
         )
     return tuple(remarks)

@@ -48,7 +48,7 @@ class Setup:
     shard_ranks: int  # that share one copy of the weights
     value_bytes: int  # of a number in the forward pass
     rows: Rows
-    micro_batches: int  # of a rank in a step; more than one means whole gradients
+    micro_batches: int  # of a rank in a step; more than one means whole gradients, however many
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from dpo_ray.config.objective import kinds_of_groups
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.config.sources import HubSource, SyntheticSource
+from dpo_ray.schedule.pack import estimate_work
 
 # Rows of data sets that recipes name on the hub, by the `dataset_info` of their cards.
 ROWS = {
@@ -53,7 +54,7 @@ def measured_workload(recipe: Recipe, statistics: Mapping[str, Mapping[str, Any]
     prompt = sum(s["prompt"]["sum"] for s in parts) / groups
     completion = sum(s["completion"]["sum"] for s in parts) / completions
     longest = max(s["prompt"]["max"] + ceil(s["completions"] / s["groups"]) * s["completion"]["max"] for s in parts)
-    limit = _longest(recipe, completions / groups)
+    limit = longest_group_tokens(recipe, completions / groups)
     return Workload(
         groups, completions / groups, prompt, completion, min(longest, limit), "the tokens that `prepare` made"
     )
@@ -80,12 +81,12 @@ def assumed_workload(recipe: Recipe) -> Workload:
         completions,
         longest * ASSUMED_PROMPT,
         longest * ASSUMED_COMPLETION,
-        _longest(recipe, completions),
+        longest_group_tokens(recipe, completions),
         f"{what}; `dpo-ray inspect data` measures them",
     )
 
 
-def _longest(recipe: Recipe, completions: float) -> int:
+def longest_group_tokens(recipe: Recipe, completions: float) -> int:
     """Return the most tokens of a group: prompt and completion are at most max_length_tokens, the prompt is there once."""
     return ceil(completions) * recipe.data.max_length_tokens
 
@@ -100,26 +101,29 @@ def steps_of(recipe: Recipe, groups: int) -> int:
 class MicroBatches:
     """How a step's groups fall to ranks."""
 
-    tokens: int  # of the largest micro-batch, with every layout's own way of counting left out
-    most: int  # micro-batches of a rank in a step that can be
-    usual: int  # where groups are of mean length
+    tokens: int  # of the largest micro-batch, prompts once
+    most_tokens: int  # of a rank in a step that can be
+    usual: int  # micro-batches of a rank in a step, where groups are of mean length
     is_single_for_sure: bool
 
 
 def micro_batches(workload: Workload, groups_per_step: int, ranks: int, budget_tokens: int) -> MicroBatches:
     """Say what `schedule/pack.py` makes of a step.
 
-    A rank has at most as many tokens as `ceil(groups / ranks)` groups of the greatest length: groups are dealt, longest
-    first, to the rank with the least, so a rank that gets one more than that had less than some rank that gets one fewer.
+    With k = ceil(groups / ranks), a rank of at most k groups has k of the greatest length L at most. Groups are dealt by their
+    work, greatest first, to the rank with the least. A rank that got more than k had, before its last, no more work than one
+    that ends with k - 1, so at most (k - 1) W, where W is the work of the longest group; and its last is at most the mean of
+    the k or more before it. As a token is a unit of work or more, it has at most (k - 1) (1 + 1/k) W tokens.
     """
-    per_rank = ceil(groups_per_step / ranks)
-    most_tokens = per_rank * workload.longest_group_tokens
+    per_rank, longest = ceil(groups_per_step / ranks), workload.longest_group_tokens
+    completions = ceil(workload.completions)
+    work = estimate_work(0, [ceil(longest / completions)] * completions)
+    most_tokens = max(per_rank * longest, ceil((per_rank - 1) * (1 + 1 / per_rank) * work))
     usual_tokens = per_rank * workload.group_tokens
-    budget = max(budget_tokens, workload.longest_group_tokens)  # a group is never split
-    single = most_tokens <= budget
+    budget = max(budget_tokens, longest)  # a group is never split
     return MicroBatches(
         tokens=min(budget, most_tokens),
-        most=1 if single else max(2, min(per_rank, ceil(most_tokens / budget_tokens))),
+        most_tokens=most_tokens,
         usual=max(1, ceil(usual_tokens / budget)),
-        is_single_for_sure=single,
+        is_single_for_sure=most_tokens <= budget,
     )
