@@ -55,7 +55,8 @@ def compared(
     measured = measured_bytes(config, settings, ranks, batches, dtype)
     rows = Rows(groups * (prompt + 2 * completion), groups * (3 * prompt + 2 * completion), groups * 2 * completion)
     sizes = sizes_of_config(config.to_dict(), "a made model")
-    planned = training_memory(Setup(sizes, settings, ranks, dtype.itemsize, rows, micro_batches))
+    shard_ranks = settings.sharding.shard_workers or ranks
+    planned = training_memory(Setup(sizes, settings, shard_ranks, dtype.itemsize, rows, micro_batches))
     p = planned.peak
     by_category = {
         "weights": p.weights,
@@ -107,8 +108,9 @@ def test_a_second_micro_batch_adds_the_gradients_of_the_whole_model() -> None:
         (SMALL_VOCABULARY, {"activation_checkpointing": "none", "lora": {"rank": 16, "dropout": 0.1}}),
         (QWEN, {"activation_checkpointing": "full", "optimizer": {"type": "rmsprop"}}),
         (PHI, {"activation_checkpointing": "full", "micro_batches": 2, "groups": 1}),
+        (LLAMA, {"ranks": 8, "workers": 8, "sharding": {"mode": "hybrid", "shard_workers": 4}}),
     ],
-    ids=["three-micro-batches", "float32", "lora", "lora-selective", "lora-dropout", "rmsprop", "few-tokens"],
+    ids=["three-micro-batches", "float32", "lora", "lora-selective", "lora-dropout", "rmsprop", "few-tokens", "hybrid"],
 )
 def test_other_settings_take_in_all_what_is_planned(config: PreTrainedConfig, options: dict[str, Any]) -> None:
     measured, planned, _ = compared(config, **options)
@@ -158,3 +160,31 @@ def test_parameters_are_those_of_the_model(family: str) -> None:
 def test_known_models_have_as_many_parameters_as_their_cards_say(name: str, billions: float) -> None:
     sizes = next(sizes for _, sizes in KNOWN if sizes.name == name)
     assert sizes.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def of_mistral(**train: Any) -> RankMemory:
+    sizes = next(sizes for _, sizes in KNOWN if sizes.name == "Mistral 7B")
+    rows = Rows(4096, 6144, 3072)
+    return training_memory(Setup(sizes, TrainConfig(activation_checkpointing="full", **train), 8, 2, rows, 1))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "on_gpu", "on_host"),  # bytes a parameter
+    [("adamw", 8, 0), ("rmsprop", 4, 0), ("adamw_8bit", 2.03, 0), ("paged_adamw", 0, 8), ("adafactor", 0, 0)],
+)
+def test_optimizers_keep_what_they_are_known_for(optimizer: str, on_gpu: float, on_host: float) -> None:
+    found, parameters = of_mistral(optimizer={"type": optimizer}), 7.24e9 / 8
+    assert found.peak.optimizer == pytest.approx(on_gpu * parameters, rel=0.01)
+    assert found.host_bytes == pytest.approx(on_host * parameters, rel=0.01)
+
+
+def test_offloaded_shards_are_in_the_memory_of_the_cpu() -> None:
+    found = of_mistral(sharding={"cpu_offload": True})
+    assert (found.peak.weights, found.peak.optimizer, found.peak.gradients) == (0, 0, 0)
+    assert found.host_bytes == pytest.approx(16 * 7.24e9 / 8, rel=0.01)
+
+
+def test_quantized_blocks_are_whole_on_every_rank_at_half_a_byte() -> None:
+    found = of_mistral(lora={"rank": 16}, quantization="nf4")
+    assert found.peak.weights == pytest.approx(0.516 * 6.98e9 + 4 * (0.262e9 + 0.042e9) / 8, rel=0.01)
+    assert found.peak.total < of_mistral(lora={"rank": 16}).peak.total + 1e9
