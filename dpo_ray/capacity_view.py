@@ -189,7 +189,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 
 def _gb(value: float) -> str:
-    return f"{value / 1e9:,.1f} GB" if value >= 5e7 or not value else f"{value / 1e6:,.1f} MB"
+    return f"{value / 1e9:,.1f} GB" if value >= 1e8 or not value else f"{value / 1e6:,.1f} MB"
 
 
 def _billions(parameters: int) -> str:

@@ -102,7 +102,6 @@ def _stages(
     groups, rounds, v = float(workload.groups), 1, value_bytes(recipe)
     if recipe.online is not None:
         rounds, groups = recipe.online.rounds, float(recipe.online.prompts_per_round)
-        steps = max(1, round(groups / recipe.train.groups_per_step)) * recipe.train.epochs
         sampling = recipe.online.sampling
         sequences = recipe.online.prompts_per_round * sampling.samples_per_prompt
         stages.append(
@@ -113,12 +112,12 @@ def _stages(
         )
     if uses_reference(recipe.train.objective):
         stages.append(times.scoring_time(sizes, workload, groups, cluster, gpus))
-    stages.append(times.training_time(sizes, recipe, workload, cluster, training.workers, steps, sent))
+    stages.append(times.training_time(sizes, recipe, workload, cluster, training.workers, steps // rounds, sent))
     stages = [replace(s, flops=s.flops * rounds, seconds=s.seconds * rounds) for s in stages]
     if recipe.data.eval:
-        passes = 1 + (steps // recipe.train.eval_every_steps if recipe.train.eval_every_steps else 0)
+        passes = rounds + (steps // recipe.train.eval_every_steps if recipe.train.eval_every_steps else 0)
         heldout = times.scoring_time(
-            sizes, workload, float(times.ASSUMED_HELDOUT_GROUPS * passes * rounds), cluster, training.workers
+            sizes, workload, float(times.ASSUMED_HELDOUT_GROUPS * passes), cluster, training.workers
         )
         stages.append(replace(heldout, stage="evaluate"))
     if recipe.evaluate.sample_prompts:

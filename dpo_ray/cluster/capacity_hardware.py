@@ -34,7 +34,7 @@ class Gpu:
 # H200: "H200 Tensor Core GPU Datasheet", SXM: 141 GB, 4.8 TB/s, the rest as H100.
 # B200: HGX and DGX B200 datasheets: 1,440 GB in eight, 64 TB/s in eight, 36 PFLOPS of bf16 with sparsity in eight,
 #       NVLink 1.8 TB/s, eight 400 Gb/s ports.
-# L40S: "L40S datasheet": 48 GB, 864 GB/s, 733 TFLOPS with sparsity (366 dense), PCIe Gen4 64 GB/s.
+# L40S: "L40S datasheet": 48 GB, 864 GB/s, 362 TFLOPS dense, PCIe Gen4 64 GB/s.
 #       aws.amazon.com/ec2/instance-types/g6e: 400 Gb/s for eight.
 # L4:   "L4 datasheet": 24 GB, 300 GB/s, 242 TFLOPS with sparsity, PCIe Gen4 64 GB/s. EC2 g6.48xlarge: 100 Gb/s for eight.
 # A10G: "A10G" in aws.amazon.com/ec2/instance-types/g5: 24 GB, 100 Gb/s for eight; nvidia.com, "A10 datasheet": 600 GB/s,
@@ -48,7 +48,7 @@ GPUS = {
         Gpu("H100-PCIE", 80 * GB, 756e12, 2000e9, 64e9, 50e9),
         Gpu("H200", 141 * GB, 989e12, 4800e9, 450e9, 50e9),
         Gpu("B200", 180 * GB, 2250e12, 8000e9, 900e9, 50e9),
-        Gpu("L40S", 48 * GB, 366e12, 864e9, 32e9, 6.25e9),
+        Gpu("L40S", 48 * GB, 362e12, 864e9, 32e9, 6.25e9),
         Gpu("L4", 24 * GB, 121e12, 300e9, 32e9, 1.5625e9),
         Gpu("A10G", 24 * GB, 70e12, 600e9, 32e9, 1.5625e9),
     )

@@ -92,8 +92,11 @@ def longest_group_tokens(recipe: Recipe, completions: float) -> int:
 
 
 def steps_of(recipe: Recipe, groups: int) -> int:
-    """Count the optimizer steps."""
-    t = recipe.train
+    """Count the optimizer steps, of all rounds where there are any: a pair of each prompt is taken for what a round trains on."""
+    t, online = recipe.train, recipe.online
+    if online is not None:
+        each = t.steps if t.steps is not None else ceil(online.prompts_per_round * t.epochs / t.groups_per_step)
+        return online.rounds * each
     return t.steps if t.steps is not None else ceil(groups * t.epochs / t.groups_per_step)
 
 

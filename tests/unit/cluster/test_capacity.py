@@ -102,6 +102,15 @@ def test_every_change_that_is_offered_is_one_that_the_recipe_takes() -> None:
         assert other.training.fits == change.fits
 
 
+def test_rounds_sample_before_they_score_and_train() -> None:
+    found = capacity("quickstart_online", "1x8xH100")
+    assert found.steps == 3 * 1536 // 32
+    assert [stage.stage for stage in found.stages[:3]] == ["sample", "reference", "train"]
+    once = capacity("quickstart_online", "1x8xH100", "online.rounds=1")
+    for stage, of_one in zip(found.stages[:3], once.stages[:3], strict=True):
+        assert stage.flops == pytest.approx(3 * of_one.flops)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_gets_an_answer_without_a_network(name: str) -> None:
     overrides = ["model.path=builtin:sentiment_llama"] if name in OF_LOCAL_MODELS else []
@@ -147,9 +156,10 @@ def test_a_wrong_cluster_is_one_clear_error(text: str, what: str) -> None:
 
 
 def test_peaks_are_those_that_utilisation_is_measured_by() -> None:
-    for name in ("H100", "H200", "B200", "L4"):
+    for name in ("H100", "H200", "B200", "L40S", "L4"):
         assert GPUS[name].bf16_flops == PEAK_FLOPS[name]
     assert GPUS["A100-80"].bf16_flops == PEAK_FLOPS["A100"]
+    assert GPUS["H100-PCIE"].bf16_flops == PEAK_FLOPS["H100 PCIe"]
 
 
 def test_a_model_whose_sizes_nobody_knows_is_a_clear_error() -> None:
