@@ -79,7 +79,8 @@ start_node() { # start_node N ROLE
   echo "$2" >"$node/role"
   [ ! -e "$STATE/namespaces" ] || {
     make_namespace "$1"
-    space=(ip netns exec "$(namespace_of "$1")")
+    # Gloo would look this machine's name up, which is of no namespace.
+    space=(ip netns exec "$(namespace_of "$1")" env GLOO_SOCKET_IFNAME=eth0)
   }
   options=(--node-ip-address="$(address_of "$1")" --num-cpus="$cpus" --object-store-memory="$((store_mib << 20))"
     --labels="dpo/role=$2" --temp-dir="$node/ray" --dashboard-agent-listen-port=0 --disable-usage-stats --block)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import ray
+from ray import PlacementGroupID
 from ray._private.state import state  # pyright: ignore[reportPrivateImportUsage] - Ray 2.60 says it nowhere else
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 PATIENCE_SECONDS = 30.0  # for all workers, before fewer of them begin
 SCALING_PATIENCE_SECONDS = 600.0  # the same where the cluster gets nodes on demand, which takes minutes
@@ -88,6 +89,22 @@ def has_room(ask: Ask, count: int) -> bool:
     """Say whether so many more workers could start now."""
     with _asked(ask, count) as group:
         return bool(group.wait(PROBE_SECONDS))
+
+
+@contextmanager
+def given_back() -> Iterator[None]:
+    """See that what is set aside for this run within is not left behind, as Ray Train does where workers fail to start."""
+    before = _groups_of_this_run()
+    try:
+        yield
+    finally:
+        for left in _groups_of_this_run() - before:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(left))))
+
+
+def _groups_of_this_run() -> set[str]:
+    job = ray.get_runtime_context().get_job_id()  # which a group's id ends with
+    return {i for i, group in placement_group_table().items() if i.endswith(job) and group["state"] != "REMOVED"}
 
 
 def _largest(ask: Ask, least: int, most: int) -> int | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,7 +23,7 @@ from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import DpoRayError, StoppedError, TrainError
 
 from .inbox import Inbox
-from .room import Ask, has_room, wait
+from .room import Ask, given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
 GROW_SECONDS = 30.0  # between looks for room for workers that are missing
@@ -72,32 +74,38 @@ def run_workers(
     ask, failures = worker_ask(config, gpus_per_worker), 0
     for attempt in itertools.count(1):
         workers = wait(ask, config.min_workers or config.workers, config.workers, say)
-        try:
-            with _growing(ask, pause if workers < config.workers else None) as paused:
-                result = _attempt(function, task, config, ask, workers, f"{name}-{attempt}")
-        except ray.train.TrainingFailedError as error:
-            failures += not _is_of_the_cluster(error)
-            cause = first_cause(error)
+        with _growing(ask, pause if workers < config.workers else None) as paused:
+            result = _attempt(function, task, config, ask, workers, f"{name}-{attempt}")
+        if isinstance(result, _Loss):
+            failures += not result.is_of_the_cluster
             if failures <= config.max_failures and not gives_up():
-                say(f"training workers were lost ({_line(cause)}): all begin again {goes_on}")
+                say(f"training workers were lost ({_line(result.cause)}): all begin again {goes_on}")
                 continue
-            if isinstance(cause, DpoRayError):
-                raise cause from error
+            if isinstance(result.cause, DpoRayError):
+                raise result.cause
             raise TrainError(
-                f"the workers failed: {type(cause).__name__}: {cause}",
+                f"the workers failed: {type(result.cause).__name__}: {result.cause}",
                 where=where,
                 fix=f"mend the cause and run the same command: it goes on {goes_on}; --verbose shows the workers' logs",
-            ) from error
+            ) from result.cause
         if not (paused.is_set() and isinstance(result, dict) and isinstance(result.get("error"), StoppedError)):
             return result
         say("there is room for more training workers: all begin again")
     raise AssertionError  # the count has no end
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """Why an attempt came to nothing. Without its traceback, whose frames would keep Ray's controller, and so its room."""
+
+    cause: BaseException
+    is_of_the_cluster: bool  # a machine that was to go away, or no room after all: nothing that workers did
+
+
 def _attempt(
     function: Callable[[dict[str, Any]], Any], task: Any, config: TrainConfig, ask: Ask, workers: int, name: str
 ) -> Any:
-    """Run the workers once, to the end or to the first loss."""
+    """Run the workers once, to the end or to the first loss; returns what rank 0 returned, or the loss."""
     # They load torch, and not everybody who imports this module trains.
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -121,7 +129,24 @@ def _attempt(
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             ),
         )
-        return trainer.fit().return_value
+        try:
+            with given_back(), _own_interrupt():
+                return trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            return _Loss(first_cause(error).with_traceback(None), _is_of_the_cluster(error))
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Take back what Ctrl-C does from Ray Train, whose handler would keep its controller alive, and with it the workers' room."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -149,13 +174,15 @@ def _growing(ask: Ask, pause: Callable[[], None] | None) -> Iterator[threading.E
 
 def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
     """Find what a worker raised, under the wrappings of Ray Train; a worker that died by itself has none."""
+    if isinstance(error, ray.train.ControllerError):  # of a worker that did not start, say
+        failure = error.controller_failure
+        return getattr(failure, "cause", None) or failure
     failures = getattr(error, "worker_failures", {})
     cause = next(iter(failures.values()), error)
     return getattr(cause, "_base_exc", cause)
 
 
 def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:
-    """Say whether a machine that was to go away, or had no room after all, is the cause, and nothing that workers did."""
     if isinstance(error, ray.train.PreemptionError):
         return True
     if isinstance(error, ray.train.ControllerError):
@@ -164,5 +191,6 @@ def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:
 
 
 def _line(cause: BaseException) -> str:
-    text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text[:160]}"
+    """Take the first sentence of an error, as Ray's go on with the state of all that is involved."""
+    sentence = " ".join(str(cause).split()).split(". ")[0].rstrip(".")
+    return f"{type(cause).__name__}: {sentence[:160]}"
