@@ -23,6 +23,7 @@ usage: cluster/local.sh COMMAND
     --namespaces          a network namespace and an IP address for each node (needs root and iproute2)
   status                  the nodes, and whether they run
   kill-node N             kill all processes of node N at once, as a power cut does; 0 is the head
+  start-node N            start node N again, after kill-node or when a cut has ended it; not the head
   cut-node N SECONDS      --namespaces only: take node N off the network for so long
   down                    stop everything, and delete its files
 
@@ -62,9 +63,10 @@ runs() { # runs N
   [ -n "$began" ] && [ "$(started_at "$pid")" = "$began" ]
 }
 
-make_namespace() { # make_namespace N: a namespace whose only interface is a cable to the bridge
+make_namespace() { # make_namespace N: a namespace whose only interface is a cable to the bridge, if it is not there yet
   local space
   space="$(namespace_of "$1")"
+  ! ip -n "$space" link show eth0 >/dev/null 2>&1 || return 0
   ip netns add "$space"
   ip link add "$BRIDGE.$1" type veth peer name eth0 netns "$space"
   ip link set "$BRIDGE.$1" master "$BRIDGE" up
@@ -148,19 +150,15 @@ up() {
 
   mkdir -m 700 "$STATE"
   trap 'echo "stopping what was started" >&2; down >/dev/null; exit 130' INT TERM
-  export RAY_JOB_STOP_WAIT_TIME_S="$STOP_WAIT_SECONDS" RAY_AUTH_MODE=disabled
-  unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH
-  if [ "$token" = yes ]; then
-    (umask 077 && head -c 32 /dev/urandom | od -A n -t x1 | tr -d ' \n' >"$STATE/token")
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$STATE/token"
-  fi
+  [ "$token" = no ] || (umask 077 && head -c 32 /dev/urandom | od -A n -t x1 | tr -d ' \n' >"$STATE/token")
+  set_environment
   if [ "$namespaces" = yes ]; then
     touch "$STATE/namespaces"
     ip link add "$BRIDGE" type bridge
     ip address add "$SUBNET.1/24" dev "$BRIDGE"
     ip link set "$BRIDGE" up
   fi
-  echo "$gcs_port" >"$STATE/gcs-port"
+  echo "cpus=$cpus store_mib=$store_mib gcs_port=$gcs_port dashboard_port=$dashboard_port" >"$STATE/settings"
   echo "http://$(address_of 0):$dashboard_port" >"$STATE/dashboard"
 
   start_node 0 "${roles[0]}"
@@ -170,6 +168,12 @@ up() {
   trap - INT TERM
   echo "up: ${#roles[@]} nodes (${roles[*]}), $cpus logical CPUs each"
   usage
+}
+
+set_environment() { # of the nodes, and of all that runs on them
+  export RAY_JOB_STOP_WAIT_TIME_S="$STOP_WAIT_SECONDS" RAY_AUTH_MODE=disabled
+  unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH
+  if [ -e "$STATE/token" ]; then export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$STATE/token"; fi
 }
 
 usage() {
@@ -242,6 +246,23 @@ kill_one() { # kill_one N
   echo "killed node $1"
 }
 
+start_one() { # start_one N
+  is_up
+  number start-node "${1:-}"
+  [ "$1" != 0 ] || fail "a head is not started again: its cluster is gone with it" "cluster/local.sh down, then up"
+  [ -e "$STATE/node-$1" ] || fail "there is no node $1" "cluster/local.sh status"
+  ! runs "$1" || fail "node $1 runs" "cluster/local.sh status"
+  local cpus store_mib gcs_port dashboard_port alive=1 node
+  # shellcheck disable=SC1091 # what `up` wrote
+  . "$STATE/settings"
+  find_ray
+  set_environment
+  for node in "$STATE"/node-*; do if runs "${node##*-}"; then alive=$((alive + 1)); fi; done
+  start_node "$1" "$(cat "$STATE/node-$1/role")"
+  until all_joined "$alive"; do runs "$1" || fail "node $1 has ended" "see $STATE/node-$1/log"; sleep 1; done
+  echo "started node $1"
+}
+
 cut_one() { # cut_one N SECONDS
   is_up
   [ -e "$STATE/namespaces" ] || fail "only nodes with a network of their own can be cut off" "cluster/local.sh up --namespaces"
@@ -279,6 +300,7 @@ down() {
 case "${1:-help}" in
   up | status | down) "$@" ;;
   kill-node) kill_one "${2:-}" ;;
+  start-node) start_one "${2:-}" ;;
   cut-node) cut_one "${2:-}" "${3:-}" ;;
   help | -h | --help) help ;;
   *) fail "there is no command '$1'" "cluster/local.sh help" ;;

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,34 +17,16 @@ import yaml
 from dpo_ray.cluster.job_logs import follow
 from dpo_ray.cluster.job_server import connect
 from dpo_ray.cluster.jobs import look, stop
+from tests.local_cluster import LocalCluster, free_port, local_cluster
 
 from .conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-REPOSITORY = Path(__file__).resolve().parents[2]
-LOCAL = REPOSITORY / "cluster" / "local.sh"
 STEPS = 400  # long enough to be stopped in the middle
 
 
-@dataclass
-class Cluster:
-    """Two nodes that want a token, and the environment of a client that has it."""
-
-    url: str
-    environment: dict[str, str]
-    directory: Path
-
-    def call(self, *arguments: str, **changes: str) -> tuple[int, str, str]:
-        """Run `dpo-ray ARGUMENTS` as a person would; returns (exit code, standard output, standard error)."""
-        done = subprocess.run(
-            [sys.executable, "-m", "dpo_ray", *arguments],
-            env=self.environment | changes,
-            cwd=self.directory,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return done.returncode, done.stdout, done.stderr
+class Cluster(LocalCluster):
+    """Two nodes that want a token."""
 
     def recipe(self, name: str, *overrides: str) -> str:
         """Write a small recipe; all share one output, so one prepares and scores for the others."""
@@ -60,40 +38,10 @@ class Cluster:
         return str(path)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    state, dashboard = f"/tmp/dpo-ray-test-{os.getpid()}", free_port()  # noqa: S108 - sockets want short paths
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DPO_RAY_"))}
-    base = clean | {"DPO_RAY_LOCAL_STATE": state, "PYTHONPATH": str(REPOSITORY)}
-    ports = ["--dashboard-port", str(dashboard), "--gcs-port", str(free_port())]
-    try:
-        subprocess.run([LOCAL, "up", "--nodes", "2", "--token", *ports], env=base, check=True, timeout=180)
-        url = f"http://127.0.0.1:{dashboard}"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RAY_AUTH_TOKEN_PATH", f"{state}/token")
-            patch.delenv("RAY_AUTH_TOKEN", raising=False)
-            yield Cluster(
-                url,
-                base | {"DPO_RAY_ADDRESS": url, "RAY_AUTH_TOKEN_PATH": f"{state}/token"},
-                tmp_path_factory.mktemp("submit"),
-            )
-    finally:
-        subprocess.run([LOCAL, "down"], env=base, check=True, timeout=60)
-
-
-def wait_for(what: str, cluster: Cluster, job: str, seconds: float = 300) -> None:
-    """Wait until a job has printed a pattern."""
-    client, until = connect(cluster.url), time.monotonic() + seconds
-    while not re.search(what, client.get_job_logs(job)):
-        assert not look(client, job).is_over, client.get_job_logs(job)
-        assert time.monotonic() < until, client.get_job_logs(job)
-        time.sleep(1)
+    with local_cluster(tmp_path_factory.mktemp("submit"), "--nodes", "2", "--token") as made:
+        yield Cluster(**vars(made))
 
 
 def test_a_run_goes_through_and_its_exit_code_is_ours(cluster: Cluster) -> None:
@@ -114,7 +62,7 @@ def test_stopped_by_way_of_a_checkpoint_and_gone_on_with(cluster: Cluster) -> No
     code, out, err = cluster.call("submit", recipe)
     assert code == 0, err
     assert "dpo-ray logs long-1 -f" in out
-    wait_for(r"train: [1-9]\d*/", cluster, "long-1")
+    cluster.wait_for(r"train: [1-9]\d*/", "long-1")
 
     code, _, err = cluster.call("submit", recipe)
     assert code == 5
