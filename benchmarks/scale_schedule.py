@@ -17,7 +17,8 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.tokens import TOKENS, parquet_bytes
-from dpo_ray.schedule.build import Bucket, Packing, deal_rows, write_bucket
+from dpo_ray.schedule.buckets import Bucket, deal_rows
+from dpo_ray.schedule.build import Packing, write_bucket
 from dpo_ray.schedule.records import file_name
 from dpo_ray.schedule.stage import order_splits, to_groups
 

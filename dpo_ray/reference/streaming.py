@@ -16,7 +16,8 @@ import ray
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.errors import ArtifactError
-from dpo_ray.schedule.build import Bucket, Packing, read_rows, write_bucket
+from dpo_ray.schedule.buckets import Bucket, read_rows
+from dpo_ray.schedule.build import Packing, write_bucket
 from dpo_ray.schedule.stage import to_groups
 from dpo_ray.schedule.turns import Turn
 

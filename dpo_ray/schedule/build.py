@@ -1,7 +1,8 @@
 """Build the schedule: from tokens and reference log-probs to packed micro-batches in the order of the steps.
 
 Groups come in the order of files and leave in the order of a permutation. To do that without holding the data, they are
-first dealt to buckets (runs of consecutive steps) on local disk; then each bucket, which fits in memory, is packed.
+first dealt to buckets (runs of consecutive steps) on local disk; then each bucket, which fits in memory, is packed step by
+step.
 """
 
 from __future__ import annotations
@@ -9,24 +10,20 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.staging import Staging
 
+from .buckets import ROW, Bucket, Steps, buckets_of, deal_rows, read_rows
 from .micro_batch import Group, MicroBatch, pack
 from .pack import deal, estimate_work
-from .records import MICRO_BATCHES, RankStep, bucket_ranges, file_name, filler, step_table
-
-ROW = "row"  # the column that numbers a bucket's rows through all parts of the split
-
-Steps = Sequence[Sequence[int]]
-"""For each step, the row numbers of its groups."""
+from .records import MICRO_BATCHES, RankStep, file_name, filler, step_table
 
 
 @dataclass(frozen=True)
@@ -35,29 +32,6 @@ class Packing:
 
     ranks: int
     tokens_per_micro_batch: int
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A run of consecutive steps of one split, which share a file per rank. Pickles."""
-
-    split: str
-    first_step: int
-    steps: Steps
-
-    @property
-    def stop_step(self) -> int:
-        return self.first_step + len(self.steps)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Return the numbers of the rows that its steps hold, ascending, each once: int64 [rows]."""
-        return np.unique(np.concatenate([np.asarray(step, np.int64) for step in self.steps]))
-
-
-def buckets_of(split: str, steps: Steps) -> list[Bucket]:
-    """Cut a split's steps to buckets."""
-    return [Bucket(split, b.start, steps[b.start : b.stop]) for b in bucket_ranges(len(steps))]
 
 
 def build_split(
@@ -83,33 +57,6 @@ def build_split(
     return entries
 
 
-def deal_rows(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[Bucket], scratch: Path) -> list[Path]:
-    """Write every bucket's rows to a file of its own below `scratch`, with the column `row`, reading each part once."""
-    files = [scratch / f"{i}.arrow" for i in range(len(buckets))]
-    wanted = [bucket.rows for bucket in buckets]
-    writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
-    offset = 0
-    for load in parts:
-        table = load()
-        for i, rows_of_bucket in enumerate(wanted):
-            low, high = np.searchsorted(rows_of_bucket, [offset, offset + len(table)])
-            rows = rows_of_bucket[low:high]
-            taken = table.take(pa.array(rows - offset)).append_column(ROW, pa.array(rows))
-            if i not in writers:
-                writers[i] = pa.ipc.new_stream(str(files[i]), taken.schema)
-            writers[i].write_table(taken)
-        offset += len(table)
-    for writer in writers.values():
-        writer.close()
-    return files
-
-
-def read_rows(file: Path) -> pa.Table:
-    """Read what `deal_rows` wrote for one bucket, in the order of `Bucket.rows`."""
-    with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
-        return reader.read_all()
-
-
 def write_bucket(
     bucket: Bucket,
     table: pa.Table,
@@ -122,18 +69,21 @@ def write_bucket(
     Args:
         table: the bucket's rows, with the column `row`.
     """
-    groups = dict(zip(table[ROW].to_pylist(), to_groups(table.drop_columns([ROW])), strict=True))
-    packed = [pack_step([groups[i] for i in step], packing) for step in bucket.steps]
-    entries = []
-    for rank in range(packing.ranks):
-        sink = io.BytesIO()
-        with pq.ParquetWriter(sink, MICRO_BATCHES, compression="zstd") as writer:
-            for i, (weight, tokens, ranks) in enumerate(packed):
-                share = RankStep(bucket.first_step + i, weight, tokens, tuple(ranks[rank]))
+    table = table.combine_chunks()
+    place = {row: i for i, row in enumerate(table[ROW].to_pylist())}
+    rows = table.drop_columns([ROW])
+    sinks = [io.BytesIO() for _ in range(packing.ranks)]
+    with ExitStack() as opened:
+        writers = [opened.enter_context(pq.ParquetWriter(s, MICRO_BATCHES, compression="zstd")) for s in sinks]
+        for number, step in enumerate(bucket.steps, bucket.first_step):
+            # One step at a time: as Python objects groups take many times their bytes.
+            groups = list(to_groups(rows.take([place[row] for row in step])))
+            weight, tokens, ranks = pack_step(groups, packing)
+            for writer, micro_batches in zip(writers, ranks, strict=True):
+                share = RankStep(number, weight, tokens, tuple(micro_batches))
                 writer.write_table(step_table(share), row_group_size=1 << 20)
-        name = file_name(bucket.split, rank, bucket.first_step)
-        entries.append(staging.write(name, sink.getvalue(), rows=len(packed)))
-    return entries
+    names = [file_name(bucket.split, rank, bucket.first_step) for rank in range(packing.ranks)]
+    return [staging.write(n, s.getvalue(), rows=len(bucket.steps)) for n, s in zip(names, sinks, strict=True)]
 
 
 def pack_step(groups: Sequence[Group], packing: Packing) -> tuple[float, int, list[list[MicroBatch]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Protocol
 
@@ -49,6 +49,7 @@ _ARRAYS = (
 
 
 FIRST_BUCKET_STEPS, MOST_BUCKET_STEPS = 4, 128
+MOST_BUCKET_GROUPS = 262_144  # a bucket is packed in memory; a step is never cut
 
 
 class Schedule(Protocol):
@@ -56,7 +57,7 @@ class Schedule(Protocol):
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """`SPLIT/steps` and `SPLIT/groups` of every split."""
+        """`SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps` (the most of a bucket) of every split."""
         ...
 
     def open(self, name: str) -> BinaryIO: ...
@@ -72,16 +73,22 @@ class RankStep:
     micro_batches: tuple[MicroBatch, ...]
 
 
-def bucket_ranges(steps: int) -> list[range]:
-    """Cut a split's steps to buckets, the runs of steps that share a file: each twice the one before, up to 128 steps.
+def most_bucket_steps(steps: Sequence[Sequence[int]]) -> int:
+    """Say how many steps a bucket has at most, given the groups of each: large steps share a file with fewer others."""
+    largest = max(map(len, steps), default=1)
+    return max(1, min(MOST_BUCKET_STEPS, MOST_BUCKET_GROUPS // largest))
+
+
+def bucket_ranges(steps: int, most: int = MOST_BUCKET_STEPS) -> list[range]:
+    """Cut a split's steps to buckets, the runs of steps that share a file: each twice the one before, up to `most` steps.
 
     The first file is therefore there early, and a long schedule has few files.
     """
     buckets: list[range] = []
-    start, size = 0, FIRST_BUCKET_STEPS
+    start, size = 0, min(FIRST_BUCKET_STEPS, most)
     while start < steps:
         buckets.append(range(start, min(start + size, steps)))
-        start, size = start + size, min(2 * size, MOST_BUCKET_STEPS)
+        start, size = start + size, min(2 * size, most)
     return buckets
 
 
@@ -116,7 +123,8 @@ def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -
 
     Of a schedule that is being written, a step comes when its file is there; files before `start_step` are not waited for.
     """
-    for bucket in bucket_ranges(schedule.rows.get(f"{split}/steps", 0)):
+    most = schedule.rows.get(f"{split}/bucket_steps", MOST_BUCKET_STEPS)  # a schedule that does not say has the default
+    for bucket in bucket_ranges(schedule.rows.get(f"{split}/steps", 0), most):
         if bucket.stop <= start_step:
             continue
         with schedule.open(file_name(split, rank, bucket.start)) as stream:

@@ -20,6 +20,7 @@ from dpo_ray.errors import ArtifactError, DataError
 from .build import Packing, build_split
 from .micro_batch import Group
 from .pack import step_groups
+from .records import most_bucket_steps
 
 NAMED_GROUPS = 3  # group ids that an error names
 
@@ -82,10 +83,13 @@ def _scored_rows(reference: Artifact, names: Sequence[str]) -> np.ndarray:
 
 
 def count_rows(orders: Sequence[SplitOrder]) -> dict[str, int]:
-    """Count the steps and the groups of every split, as the artifact's manifest names them."""
-    return {
-        f"{o.split}/{what}": count for o in orders for what, count in (("steps", len(o.steps)), ("groups", o.groups))
-    }
+    """Count the steps and the groups of every split, and the most steps of a bucket, as the artifact's manifest names them."""
+    counts = {}
+    for order in orders:
+        counts[f"{order.split}/steps"] = len(order.steps)
+        counts[f"{order.split}/groups"] = order.groups
+        counts[f"{order.split}/bucket_steps"] = most_bucket_steps(order.steps)
+    return counts
 
 
 def check_usable(tokens: Artifact, objective: Objective) -> None:

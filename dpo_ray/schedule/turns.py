@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .build import Bucket, Steps, buckets_of, deal_rows
+from .buckets import Bucket, Steps, buckets_of, deal_rows
 
 SPARE_ROWS = 8192  # rows of one turn that no step holds
 

@@ -25,6 +25,7 @@ from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.granule import Scored, Unscored
 from dpo_ray.reference.store import Numerics, ReferenceStore
 from dpo_ray.reference.streaming import InOrder, Stopped, UnscorableError
+from dpo_ray.schedule import records
 from dpo_ray.schedule import stage as schedule_stage
 from dpo_ray.schedule.build import Packing
 from dpo_ray.schedule.records import parse_file_name
@@ -167,6 +168,17 @@ def test_the_files_are_those_of_ahead_and_come_in_the_order_of_reading(tmp_path:
     assert scored_by_then[0] < scored_by_then[-1] == engines.sequences == 94
     assert digests(work.entries()) == digests(ahead(tmp_path / "ahead", tokens).manifest.files)
     assert list((tmp_path / "scratch").rglob("*.arrow")) == []
+
+
+def test_buckets_of_large_steps_are_those_of_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MOST_BUCKET_GROUPS", 32)  # of 5 in a step
+    tokens, store = tokens_of(tmp_path), store_of(tmp_path)
+    work = in_order(tokens, store, begin(tmp_path, "schedule"), tmp_path / "scratch", lambda entries: None)
+    list(work.run(Engines(store).run, threading.Event()))
+    expected = ahead(tmp_path / "ahead", tokens)
+    assert digests(work.entries()) == digests(expected.manifest.files)
+    assert len(expected.names("train/rank-00000/")) == 5  # of 4, 6, 6, 6 and 2 steps
+    assert [share.step for share in records.read_steps(expected, "train", 0, 9)] == list(range(9, 24))
 
 
 def test_groups_that_no_step_holds_are_scored_too(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
@@ -20,14 +20,16 @@ from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.errors import TrainError
 from dpo_ray.schedule import records
 from dpo_ray.schedule.build import Packing, build_split
-from dpo_ray.schedule.records import bucket_ranges, file_name, parse_file_name, read_steps
+from dpo_ray.schedule.records import bucket_ranges, file_name, most_bucket_steps, parse_file_name, read_steps
 
 from .test_build import same_step, to_groups
 
 
-@given(st.integers(0, 100_000))
-def test_every_step_is_in_one_bucket(steps: int) -> None:
-    assert [i for bucket in bucket_ranges(steps) for i in bucket] == list(range(steps))
+@given(st.integers(0, 100_000), st.integers(1, 128))
+def test_every_step_is_in_one_bucket(steps: int, most: int) -> None:
+    buckets = bucket_ranges(steps, most)
+    assert [i for bucket in buckets for i in bucket] == list(range(steps))
+    assert max(map(len, buckets), default=0) <= most
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,27 @@ def test_buckets_grow_to_128_steps(steps: int, sizes: list[int]) -> None:
     assert [len(bucket) for bucket in bucket_ranges(steps)] == sizes
 
 
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, [1] * 14), (3, [3, 3, 3, 3, 2]), (5, [4, 5, 5]), (8, [4, 8, 2]), (127, [4, 8, 2])],
+)
+def test_buckets_of_large_steps_have_fewer(most: int, sizes: list[int]) -> None:
+    assert [len(bucket) for bucket in bucket_ranges(14, most)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("groups_per_step", "most"),
+    [(1, 128), (512, 128), (2048, 128), (2049, 127), (32_768, 8), (131_073, 1), (262_144, 1), (1_000_000, 1)],
+)
+def test_a_bucket_has_as_many_steps_as_fit_and_at_least_one(groups_per_step: int, most: int) -> None:
+    whole = range(groups_per_step)
+    assert most_bucket_steps([whole, whole, range(1)]) == most  # the last step may be short
+
+
+def test_without_steps_there_is_nothing_to_bound() -> None:
+    assert most_bucket_steps([]) == 128
+
+
 @given(st.integers(0, 5000), st.integers(0, 5000))
 def test_more_steps_change_the_last_bucket_alone(steps: int, more: int) -> None:
     few, many = bucket_ranges(steps), bucket_ranges(steps + more)
@@ -62,7 +85,8 @@ def built(root: Path, steps: list[list[int]], packing: Packing, groups: int) -> 
     halves = [range(groups // 2), range(groups // 2, groups)]
     parts = [lambda rows=rows: pa.table({"number": pa.array(rows, pa.int64())}) for rows in halves]
     entries = build_split("train", parts, to_groups, steps, packing, staging)
-    return Provenance(1, {}, {}, {}).commit(staging, entries, rows={"train/steps": len(steps)}, figures={})
+    rows = {"train/steps": len(steps), "train/bucket_steps": most_bucket_steps(steps)}
+    return Provenance(1, {}, {}, {}).commit(staging, entries, rows=rows, figures={})
 
 
 @settings(max_examples=15)
@@ -71,21 +95,40 @@ def built(root: Path, steps: list[list[int]], packing: Packing, groups: int) -> 
     st.integers(1, 3),
     st.integers(1, 5),
     st.integers(1, 30),
+    st.integers(1, 100),
     st.integers(0, 22),
 )
-def test_the_micro_batches_are_the_same_whatever_the_buckets(steps, ranks, first, most, start) -> None:
+def test_the_micro_batches_are_the_same_whatever_the_buckets(steps, ranks, first, most, groups, start) -> None:
     packing = Packing(ranks, tokens_per_micro_batch=60)
 
-    def read(sizes: tuple[int, int]) -> list[list]:
+    def read(sizes: tuple[int, int, int]) -> list[list]:
         with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
             patch.setattr(records, "FIRST_BUCKET_STEPS", sizes[0])
             patch.setattr(records, "MOST_BUCKET_STEPS", sizes[1])
+            patch.setattr(records, "MOST_BUCKET_GROUPS", sizes[2])
             schedule = built(Path(root), steps, packing, 12)
             return [list(read_steps(schedule, "train", rank, start)) for rank in range(ranks)]
 
-    for one, other in zip(read((4, 128)), read((first, most)), strict=True):
+    for one, other in zip(read((4, 128, 262_144)), read((first, most, groups)), strict=True):
         assert [s.step for s in one] == list(range(start, len(steps)))
         assert all(same_step(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_schedule_says_how_many_steps_its_buckets_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read as it was written, whatever the bound is by then."""
+    steps = [[i, i + 1, i + 2] for i in range(10)]
+    monkeypatch.setattr(records, "MOST_BUCKET_GROUPS", 7)
+    schedule = built(tmp_path, steps, Packing(1, 60), 12)
+    assert [parse_file_name(name)[2] for name in schedule.names()] == [0, 2, 4, 6, 8]
+    monkeypatch.undo()
+    assert [s.step for s in read_steps(schedule, "train", 0, 3)] == list(range(3, 10))
+
+
+def test_a_schedule_that_does_not_say_has_buckets_of_128_steps(tmp_path: Path) -> None:
+    schedule = built(tmp_path, [[i % 12] for i in range(20)], Packing(1, 60), 12)
+    unsaid = {"train/steps": schedule.rows["train/steps"]}
+    old = replace(schedule, manifest=schedule.manifest.model_copy(update={"rows": unsaid}))
+    assert [s.step for s in read_steps(old, "train", 0, 5)] == list(range(5, 20))
 
 
 @dataclass

@@ -98,6 +98,19 @@ def test_the_same_build_gives_the_same_bytes(schedule: Artifact, tmp_path: Path)
     assert {e.name: e.sha256 for e in entries} == {e.name: e.sha256 for e in schedule.manifest.files}
 
 
+def test_no_more_than_one_step_is_turned_to_groups_at_once(tmp_path: Path) -> None:
+    tables: list[int] = []
+
+    def counted(table: pa.Table) -> Iterator[Group]:
+        tables.append(len(table))
+        return to_groups(table)
+
+    staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
+    parts = [lambda: pa.table({"number": pa.array(range(GROUPS), pa.int64())})]
+    build_split("train", parts, counted, order(), PACKING, staging)
+    assert tables == [len(step) for step in order()]
+
+
 def test_a_split_without_steps_has_no_files(tmp_path: Path) -> None:
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
     assert build_split("eval", [], to_groups, [], PACKING, staging) == []

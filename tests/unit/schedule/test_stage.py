@@ -75,10 +75,13 @@ def test_every_split_is_packed(tmp_path: Path) -> None:
     assert schedule.manifest.rows == {
         "train/steps": 3,
         "train/groups": 10,
+        "train/bucket_steps": 128,
         "eval_a/steps": 1,
         "eval_a/groups": 1,
+        "eval_a/bucket_steps": 128,
         "eval_b/steps": 2,
         "eval_b/groups": 5,
+        "eval_b/bucket_steps": 128,
     }
 
 

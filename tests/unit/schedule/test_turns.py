@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.schedule.build import Bucket, buckets_of, read_rows
+from dpo_ray.schedule.buckets import Bucket, buckets_of, read_rows
 from dpo_ray.schedule.turns import SPARE_ROWS, deal_turns, in_turn, spare_rows
 
 

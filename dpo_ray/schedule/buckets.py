@@ -1,0 +1,125 @@
+"""Buckets: runs of consecutive steps of a split, and their rows, dealt to a file for each on local disk.
+
+Rows come in the order of files and are wanted in the order of a permutation. Neither all rows nor all buckets' files fit:
+rows pass through memory a few at a time, and where buckets are many, runs of them are dealt first and each run again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from .records import bucket_ranges, most_bucket_steps
+
+ROW = "row"  # the column that numbers a bucket's rows through all parts of the split
+MOST_OPEN_FILES = 256  # that rows are dealt to at once; many systems allow a process 1,024
+DEALT_BYTES = 64 << 20  # of rows that are dealt at once: the more, the fewer and larger the pieces that a file has
+
+Steps = Sequence[Sequence[int]]
+"""For each step, the row numbers of its groups."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A run of consecutive steps of one split, which share a file per rank. Pickles."""
+
+    split: str
+    first_step: int
+    steps: Steps
+
+    @property
+    def stop_step(self) -> int:
+        return self.first_step + len(self.steps)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Return the numbers of the rows that its steps hold, ascending, each once: int64 [rows]."""
+        return np.unique(np.concatenate([np.asarray(step, np.int64) for step in self.steps]))
+
+
+def buckets_of(split: str, steps: Steps) -> list[Bucket]:
+    """Cut a split's steps to buckets."""
+    ranges = bucket_ranges(len(steps), most_bucket_steps(steps))
+    return [Bucket(split, b.start, steps[b.start : b.stop]) for b in ranges]
+
+
+def deal_rows(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[Bucket], scratch: Path) -> list[Path]:
+    """Write every bucket's rows to a file of its own below `scratch`, with the column `row`, reading each part once."""
+    files = [scratch / f"{i}.arrow" for i in range(len(buckets))]
+    _deal(_numbered(parts), [bucket.rows for bucket in buckets], files)
+    return files
+
+
+def read_rows(file: Path) -> pa.Table:
+    """Read what `deal_rows` wrote for one bucket, in the order of `Bucket.rows`."""
+    with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
+        return reader.read_all()
+
+
+def _numbered(parts: Iterable[Callable[[], pa.Table]]) -> Iterator[pa.Table]:
+    offset = 0
+    for load in parts:
+        table = load()
+        yield table.append_column(ROW, pa.array(np.arange(offset, offset + len(table))))
+        offset += len(table)
+
+
+def _deal(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
+    """Write the rows that each file wants; both they and the tables' rows ascend."""
+    if len(files) > MOST_OPEN_FILES:
+        _deal_twice(tables, wanted, files)
+        return
+    rows = np.concatenate([np.zeros(0, np.int64), *wanted])
+    owners = np.repeat(np.arange(len(wanted), dtype=np.int32), [len(of_file) for of_file in wanted])
+    by_row = np.argsort(rows, kind="stable")
+    rows, owners = rows[by_row], owners[by_row]
+    writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
+    with ExitStack() as opened:
+        for batch in _gathered(tables):
+            numbers = batch[ROW].to_numpy()
+            low, high = np.searchsorted(rows, [numbers[0], numbers[-1] + 1])
+            by_owner = low + np.argsort(owners[low:high], kind="stable")  # stable: each file's rows still ascend
+            taken = batch.take(pa.array(np.searchsorted(numbers, rows[by_owner])))
+            pieces = np.unique(owners[by_owner], return_index=True, return_counts=True)
+            for owner, start, count in zip(*(of_piece.tolist() for of_piece in pieces), strict=True):
+                if owner not in writers:
+                    sink = opened.enter_context(pa.OSFile(str(files[owner]), "wb"))
+                    writers[owner] = opened.enter_context(pa.ipc.new_stream(sink, taken.schema))
+                writers[owner].write_batch(taken.slice(start, count))
+
+
+def _deal_twice(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
+    """Deal to files that hold what several want, then each of these to the files themselves."""
+    size = math.ceil(len(files) / MOST_OPEN_FILES)
+    runs = [slice(first, first + size) for first in range(0, len(files), size)]
+    shared = [files[run][0].with_name(f"{files[run][0].stem}-of-{size}.arrow") for run in runs]
+    _deal(tables, [np.unique(np.concatenate(wanted[run])) for run in runs], shared)
+    for run, file in zip(runs, shared, strict=True):
+        _deal(_tables_of(file), wanted[run], files[run])
+        file.unlink()
+
+
+def _tables_of(file: Path) -> Iterator[pa.Table]:
+    with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+
+def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
+    """Join tables to batches of about `DEALT_BYTES`, none of them empty."""
+    held: list[pa.Table] = []
+    held_bytes = 0
+    for table in tables:
+        held.append(table)
+        held_bytes += table.nbytes
+        if held_bytes >= DEALT_BYTES:
+            yield from pa.concat_tables(held).combine_chunks().to_batches()
+            held, held_bytes = [], 0
+    if held:
+        yield from pa.concat_tables(held).combine_chunks().to_batches()
