@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.objective import Objective, kinds_of_groups
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.tokens import groups_of, read_table, splits
 from dpo_ray.errors import ArtifactError, DataError
 
-from .build import Packing, build_split
+from .buckets import Steps, buckets_of, deal_rows, read_rows
+from .build import Packing, build_split, write_bucket
 from .micro_batch import Group
 from .pack import step_groups
 from .records import most_bucket_steps
 
 NAMED_GROUPS = 3  # group ids that an error names
+MOST_GROUPS_HERE = 10_000  # of a split that is packed in this process: that takes no longer than to start others
+MOST_PACKED_AT_ONCE = 8  # buckets, each some GiB of memory at most
 
 
 def run(
@@ -43,8 +53,39 @@ def run(
     orders, entries = order_splits(tokens, train, seed, reference), []
     for order in orders:
         loaders = [partial(_load, tokens, reference, name) for name in order.parts]
-        entries += build_split(order.split, loaders, to_groups, order.steps, packing, staging)
+        build = build_split if order.groups <= MOST_GROUPS_HERE else build_in_tasks
+        entries += build(order.split, loaders, to_groups, order.steps, packing, staging)
     return provenance.commit(staging, entries, rows=count_rows(orders), figures={})
+
+
+def build_in_tasks(
+    split: str,
+    parts: Sequence[Callable[[], pa.Table]],
+    to_groups: Callable[[pa.Table], Iterator[Group]],
+    steps: Steps,
+    packing: Packing,
+    staging: Staging,
+) -> list[FileEntry]:
+    """Do what `build_split` does, to the byte, with the buckets packed in Ray tasks, several at a time."""
+    write: Any = ray.remote(write_bucket).options(label_selector=cpu_labels())
+    at_once = max(1, min(MOST_PACKED_AT_ONCE, int(ray.cluster_resources().get("CPU", 0))))
+    buckets, entries = buckets_of(split, steps), []
+    running: deque[ray.ObjectRef] = deque()
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-schedule-") as scratch:
+        try:
+            for bucket, file in zip(buckets, deal_rows(parts, buckets, Path(scratch)), strict=True):
+                if len(running) == at_once:
+                    entries += ray.get(running[0])
+                    running.popleft()
+                running.append(write.remote(bucket, read_rows(file), to_groups, packing, staging))
+                file.unlink()
+            while running:
+                entries += ray.get(running[0])
+                running.popleft()
+        finally:
+            for written in running:  # after an error: what they write is for nobody
+                ray.cancel(written)
+    return entries
 
 
 @dataclass(frozen=True)
@@ -54,7 +95,7 @@ class SplitOrder:
     split: str
     parts: Sequence[str]
     groups: int  # that are ordered
-    steps: Sequence[Sequence[int]]  # of each step, the numbers of its groups' rows through all parts
+    steps: Steps  # of each step, the numbers of its groups' rows through all parts
 
 
 def order_splits(
