@@ -9,7 +9,8 @@ from dpo_ray.config.data import DataConfig
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.data.stage import PARTS_PER_TASK
 from dpo_ray.reference.stage import PARTS_OF_A_LOOK_UP
-from dpo_ray.schedule.records import bucket_ranges
+from dpo_ray.schedule.buckets import DEALT_BYTES, MOST_OPEN_FILES
+from dpo_ray.schedule.records import bucket_ranges, most_bucket_steps
 
 ROWS_PER_PART: int = DataConfig.model_fields["rows_per_part"].default
 GROUPS_PER_GRANULE: int = ReferenceConfig.model_fields["groups_per_granule"].default
@@ -58,9 +59,14 @@ class Plane:
         return math.ceil(self.groups / self.groups_per_step)
 
     @property
+    def bucket_steps(self) -> int:
+        """Say how many steps a bucket has at most."""
+        return most_bucket_steps([range(self.groups_per_step)])
+
+    @property
     def buckets(self) -> int:
-        """Count the runs of steps: as many files are open at once while rows are dealt to them."""
-        return len(bucket_ranges(self.steps))
+        """Count the runs of steps."""
+        return len(bucket_ranges(self.steps, self.bucket_steps))
 
     @property
     def schedule_files(self) -> int:
@@ -69,17 +75,28 @@ class Plane:
     @property
     def bucket_groups(self) -> int:
         """Count the groups of the largest bucket, which is packed in memory."""
-        return max(map(len, bucket_ranges(self.steps))) * self.groups_per_step
+        return self.bucket_steps * self.groups_per_step
 
     @property
-    def dealt_pairs(self) -> int:
-        """Count what dealing does: for every part a slice for every bucket, empty ones too."""
-        return self.parts * self.buckets
+    def dealings(self) -> list[int]:
+        """Say to how many files rows are dealt, time after time: to no more at once than may be open."""
+        files: list[int] = []
+        left = self.buckets
+        while left > MOST_OPEN_FILES:
+            shared = math.ceil(left / MOST_OPEN_FILES)
+            files.append(math.ceil(left / shared))
+            left = shared
+        return [*files, left]
 
-    @property
-    def filled_pairs(self) -> float:
-        """Count those that are not empty, on average: a part's rows fall into buckets as evenly as chance has it."""
-        return self.dealt_pairs * (1 - (1 - 1 / self.buckets) ** ROWS_PER_PART)
+    def dealt_pieces(self, row_bytes: float) -> list[float]:
+        """Count the pieces that each dealing writes, on average: rows fall into buckets as evenly as chance has it."""
+        pieces, sources = [], 1
+        for files in self.dealings:
+            rows = self.groups / sources  # of what is dealt at a stretch
+            at_once = max(1.0, min(rows, max(ROWS_PER_PART, DEALT_BYTES / row_bytes)))
+            pieces.append(self.groups / at_once * files * (1 - (1 - 1 / files) ** at_once))
+            sources *= files
+        return pieces
 
     @property
     def rank_steps(self) -> int:

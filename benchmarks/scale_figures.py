@@ -21,7 +21,7 @@ from scale_checkpoints import (
 )
 from scale_data import Plane
 from scale_failures import Training, mtbf_seconds, young_interval
-from scale_pieces import PACKED_GROUPS, Order, Packed, Pieces, measure, order
+from scale_pieces import PACKED_GROUPS, Dealt, Order, Packed, Pieces, measure, order
 from scale_steps import HH, SHAPE_7B, ULTRAFEEDBACK, Balance, Case, cases, replay
 
 GROUPS_PER_RANK = 8  # of the schedules that are projected
@@ -33,9 +33,10 @@ FLOPS_PER_SECOND = 0.4 * 989e12
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the stage `schedule` would take of one process, for data of one kind."""
+    """What the stage `schedule` would take, for data of one kind; hours are of one core."""
 
     plane: Plane
+    dealt: Dealt
     packed: Packed
     dealing_hours: float
     dealing_bytes: float  # on disk, beyond the rows
@@ -88,8 +89,8 @@ def figures(
         say("checkpoints planned, committed and hashed in small")
         pieces = measure(ordered.result(), drawn, say)
     schedules = [
-        _schedule(Plane(groups, ranks, GROUPS_PER_RANK * ranks), packed, pieces)
-        for packed in pieces.packed
+        _schedule(Plane(groups, ranks, GROUPS_PER_RANK * ranks), dealt, packed, pieces)
+        for dealt, packed in zip(pieces.dealt, pieces.packed, strict=True)
         for ranks in worlds
     ]
     step_flops = (
@@ -124,15 +125,19 @@ def _balance(
     return replayed
 
 
-def _schedule(plane: Plane, packed: Packed, pieces: Pieces) -> Schedule:
-    seconds = plane.groups * packed.group_seconds + plane.rank_steps * packed.rank_step_seconds
+def _schedule(plane: Plane, dealt: Dealt, packed: Packed, pieces: Pieces) -> Schedule:
+    written = plane.dealt_pieces(dealt.row_bytes)
+    dealing_seconds = len(written) * plane.groups * dealt.row_seconds + sum(written) * dealt.piece_seconds
+    packing_seconds = plane.groups * packed.group_seconds + plane.rank_steps * packed.rank_step_seconds
+    bucket_bytes = plane.bucket_groups * (dealt.row_bytes + packed.group_bytes)
     return Schedule(
         plane,
+        dealt,
         packed,
-        plane.dealt_pairs * pieces.dealt_seconds / 3600,
-        plane.filled_pairs * pieces.dealt_bytes,
-        seconds / 3600,
-        plane.bucket_groups * packed.group_bytes,
+        dealing_seconds / 3600,
+        written[-1] * dealt.piece_bytes,
+        packing_seconds / 3600,
+        bucket_bytes + plane.groups_per_step * packed.step_group_bytes + plane.ranks * packed.rank_bytes,
         plane.schedule_files * pieces.manifest_bytes,
         plane.schedule_files * pieces.manifest_memory_bytes,
     )

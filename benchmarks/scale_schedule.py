@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +74,17 @@ def token_table(lengths: np.ndarray) -> pa.Table:
     return pa.table(columns, schema=TOKENS).append_column("token_logps", lists(np.full(rows, 2), logps))
 
 
-def dealing(lengths: np.ndarray, parts: int, buckets: int, place: Path) -> Callable[[], float]:
-    """Prepare `deal_rows` of a table, cut to parts, to as many buckets; it returns the bytes on disk beyond those of
-    the rows, for each slice that has any row.
+def dealing(lengths: np.ndarray, buckets: int, times: int, place: Path) -> Callable[[], float]:
+    """Prepare `deal_rows` of a table in memory to as many buckets, so many times; it returns the bytes on disk beyond those
+    of the rows, of all files of one time.
     """
     table = token_table(lengths)
     rows = np.random.default_rng(0).permutation(len(table))
     wanted = [Bucket("train", i, [share.tolist()]) for i, share in enumerate(np.array_split(rows, buckets))]
-    size = len(table) // parts
-    loaders = [partial(table.slice, i * size, size) for i in range(parts)]
-    slices = sum(len(np.unique(bucket.rows // size)) for bucket in wanted)
 
     def deal() -> float:
-        written = sum(file.stat().st_size for file in deal_rows(loaders, wanted, place))
-        return (written - table.nbytes) / slices
+        files = [file for _ in range(times) for file in deal_rows([lambda: table], wanted, place)]
+        return sum(file.stat().st_size for file in files) / times - table.nbytes
 
     return deal
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from scale_figures import Figures, Schedule
 
+from dpo_ray.schedule.stage import MOST_PACKED_AT_ONCE
+
 GIB, GB, MB = 2**30, 1e9, 1e6
 
 
@@ -15,7 +17,7 @@ def tables(found: Figures) -> str:
         "Balance between ranks (replayed)": _balance(found),
         "Order of the groups (measured; the last row extrapolated)": _orders(found),
         "Pieces of the code (measured)": _pieces(found),
-        f"Schedule of {found.order.groups:,} groups (projected from the pieces, one process)": _schedules(
+        f"Schedule of {found.order.groups:,} groups (projected from the pieces, hours of one core)": _schedules(
             found.schedules
         ),
         f"Data plane of {found.order.groups:,} groups (counted; times and peaks projected)": _plane(found),
@@ -69,15 +71,18 @@ def _orders(found: Figures) -> str:
 def _pieces(found: Figures) -> str:
     p, c = found.pieces, found.checkpoints
     packed = [
-        (f"`write_bucket`, {one.data}", f"{1e6 * one.group_seconds:.0f} us and {one.group_bytes / 1e3:.0f} kB a group, "
-         f"{1e3 * one.rank_step_seconds:.2f} ms a rank and step")
+        (f"`write_bucket`, {one.data}", f"{1e6 * one.group_seconds:.0f} us a group, {1e3 * one.rank_step_seconds:.2f} ms a rank "
+         f"and step; memory: {one.group_bytes / 1e3:.0f} kB a group of the bucket, {one.step_group_bytes / 1e3:.0f} kB a group "
+         f"of the step, {one.rank_bytes / 1e3:.0f} kB a rank")
         for one in p.packed
     ]  # fmt: skip
+    dealt = [
+        (f"`deal_rows`, {packed.data}", f"{1e6 * one.row_seconds:.1f} us a row of {one.row_bytes:,.0f} bytes; "
+         f"{1e6 * one.piece_seconds:.0f} us and {one.piece_bytes:,.0f} bytes on disk a piece of a file")
+        for one, packed in zip(p.dealt, p.packed, strict=True)
+    ]  # fmt: skip
     rows = [
-        (
-            "`deal_rows`",
-            f"{1e6 * p.dealt_seconds:.0f} us a part and bucket; {p.dealt_bytes:,.0f} bytes on disk where they share a row",
-        ),
+        *dealt,
         *packed,
         (
             "schedule's manifest",
@@ -98,8 +103,8 @@ def _pieces(found: Figures) -> str:
 
 def _schedules(schedules: Iterable[Schedule]) -> str:
     return _table(
-        "data | ranks | groups a step | steps | buckets = open files | dealing | its scratch beyond the rows "
-        "| packing | largest bucket | files | manifest | its memory in each worker",
+        "data | ranks | groups a step | steps | buckets | open files | dealing | its scratch beyond the rows "
+        f"| packing | by {MOST_PACKED_AT_ONCE} tasks | largest bucket | files | manifest | its memory in each worker",
         (
             [
                 s.packed.data,
@@ -107,9 +112,11 @@ def _schedules(schedules: Iterable[Schedule]) -> str:
                 f"{s.plane.groups_per_step:,}",
                 f"{s.plane.steps:,}",
                 f"{s.plane.buckets:,}",
+                f"{max(s.plane.dealings)}",
                 f"{s.dealing_hours:.1f} h",
                 f"{s.dealing_bytes / GIB:,.0f} GiB",
                 f"{s.packing_hours:.1f} h",
+                f"{s.packing_hours / MOST_PACKED_AT_ONCE:.1f} h",
                 f"{s.bucket_bytes / GIB:,.1f} GiB",
                 f"{s.plane.schedule_files:,}",
                 f"{s.manifest_bytes / MB:.1f} MB",

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from benchmarks import scale_data
 from benchmarks.scale_checkpoints import LLAMA_7B, Checkpoint, Measured, committing, metadata_writing, planning
 from benchmarks.scale_data import Plane
 from benchmarks.scale_failures import Training, daly_interval, mtbf_seconds, young_interval
@@ -21,6 +22,7 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.data.tokens import groups_of
+from dpo_ray.schedule import buckets
 from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.schedule.micro_batch import Group
 from dpo_ray.schedule.pack import step_groups
@@ -135,7 +137,7 @@ def test_pieces_run_the_real_code_and_return_what_they_should(tmp_path: Path) ->
     manifest = json.loads((tmp_path / "step-000000001.json").read_text())
     assert list(manifest["files"]) == ["__0_0.distcp"]
     (tmp_path / "dealt").mkdir()
-    assert dealing(HH.draw(64, 0), 2, 10, tmp_path / "dealt")() > 0
+    assert dealing(HH.draw(64, 0), 10, 2, tmp_path / "dealt")() > 0
     assert len(list((tmp_path / "dealt").iterdir())) == 10
 
 
@@ -147,3 +149,28 @@ def test_counts_of_the_data_plane() -> None:
     assert plane.schedule_files == 16 * plane.buckets
     assert plane.bucket_groups == 128 * 128
     assert plane.index_bytes == 48_000_000
+    assert plane.dealings == [66]
+
+
+def test_a_bucket_of_large_steps_has_fewer() -> None:
+    plane = Plane(groups=100_000_000, ranks=4096, groups_per_step=32_768)
+    assert (plane.bucket_steps, plane.bucket_groups) == (8, 262_144)
+    assert plane.buckets == 1 + math.ceil((3052 - 4) / 8)
+
+
+def test_pieces_are_those_that_dealing_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in the files of the real thing, dealt to three at a time."""
+    for module in (scale_data, buckets):
+        monkeypatch.setattr(module, "MOST_OPEN_FILES", 3)
+    plane = Plane(groups=2000, ranks=1, groups_per_step=25)
+    order = np.random.default_rng(0).permutation(plane.groups).reshape(-1, 25).tolist()
+    of_buckets = buckets.buckets_of("train", order)
+    assert (plane.buckets, len(of_buckets)) == (5, 5)
+    files = buckets.deal_rows([lambda: pa.table({"x": range(2000)})], of_buckets, tmp_path)
+    pieces = 0
+    for file in files:
+        with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
+            pieces += sum(1 for _ in reader)
+    assert plane.dealings == [3, 2]
+    assert plane.dealt_pieces(8)[-1] == pytest.approx(6)  # as if the last file of three were shared too
+    assert pieces == 5
