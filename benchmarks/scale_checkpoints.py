@@ -37,11 +37,12 @@ LLAMA_70B = Model("70B", 68.98e9, 80 * 9 + 3, 64)
 
 @dataclass(frozen=True)
 class Measured:
-    """What this machine took for the parts of a commit that one process does alone."""
+    """What this machine took for parts of a commit."""
 
-    plan_seconds: float  # of an item: DCP's global plan
+    plan_seconds: float  # of an item: DCP's global plan, on rank 0
     metadata_bytes: float  # of an item, in `.metadata`
-    digest_bytes_per_second: float  # `commits.commit`, files in the page cache
+    metadata_seconds: float  # of an item, to write it there
+    digest_bytes_per_second: float  # of one rank, files in the page cache
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Checkpoint:
     @property
     def files(self) -> int:
         """Count a file for each rank that writes, `.metadata` and `rng.json`. Of equal shards one rank writes one."""
-        return min(self.ranks, self.shards * self.model.tensors * STATES) + 2
+        return min(self.ranks, self.written_items) + 2
 
     @property
     def plan_items(self) -> int:
@@ -73,8 +74,17 @@ class Checkpoint:
         return self.ranks * self.model.tensors * STATES
 
     @property
+    def written_items(self) -> int:
+        """Count the parts of tensors that are written, each once."""
+        return self.shards * self.model.tensors * STATES
+
+    @property
     def metadata_bytes(self) -> float:
-        return self.shards * self.model.tensors * STATES * self.measured.metadata_bytes
+        return self.written_items * self.measured.metadata_bytes
+
+    @property
+    def metadata_seconds(self) -> float:
+        return self.written_items * self.measured.metadata_seconds
 
     @property
     def copy_seconds(self) -> float:
@@ -83,33 +93,34 @@ class Checkpoint:
 
     @property
     def plan_seconds(self) -> float:
+        """Say how long rank 0 plans, once after a start: the next saves have the same plan."""
         return self.plan_items * self.measured.plan_seconds
 
     @property
     def write_seconds(self) -> float:
-        nodes = -(-self.ranks // GPUS_PER_NODE)
-        return self.model.state_bytes / min(nodes * NODE_BYTES_PER_SECOND, STORAGE_BYTES_PER_SECOND)
+        return self.model.state_bytes / self._bytes_per_second
 
     @property
     def digest_seconds(self) -> float:
-        """Say how long rank 0 reads all files back and hashes them, to commit and before it restores."""
-        return self.model.state_bytes / min(self.measured.digest_bytes_per_second, NODE_BYTES_PER_SECOND)
+        """Say how long all ranks read a share of the files each and hash it, to commit and before a restore."""
+        together = min(self.ranks * self.measured.digest_bytes_per_second, self._bytes_per_second)
+        return self.model.state_bytes / together + self.metadata_bytes / self.measured.digest_bytes_per_second
 
     @property
     def commit_seconds(self) -> float:
-        """Say how long after the copy the checkpoint counts, while training goes on."""
-        return self.plan_seconds + self.write_seconds + self.digest_seconds
+        """Say how long after the copy the checkpoint counts, while training goes on; all but a start's first."""
+        return self.write_seconds + self.digest_seconds + self.metadata_seconds
 
     @property
     def restart_seconds(self) -> float:
         """Say how long it takes from a failure until steps are done again: start, verification, reading."""
-        nodes = -(-self.ranks // GPUS_PER_NODE)
         read_bytes = self.rank_bytes * self.ranks  # every copy of a shard is read
-        return (
-            START_SECONDS
-            + self.digest_seconds
-            + read_bytes / min(nodes * NODE_BYTES_PER_SECOND, STORAGE_BYTES_PER_SECOND)
-        )
+        return START_SECONDS + self.digest_seconds + read_bytes / self._bytes_per_second
+
+    @property
+    def _bytes_per_second(self) -> float:
+        """Say what all nodes together exchange with the storage."""
+        return min(-(-self.ranks // GPUS_PER_NODE) * NODE_BYTES_PER_SECOND, STORAGE_BYTES_PER_SECOND)
 
 
 def planning(ranks: int, tensors: int) -> Callable[[], int]:
@@ -169,10 +180,10 @@ def metadata_writing(ranks: int, tensors: int, place: Path) -> Callable[[], int]
 
 
 def committing(size_bytes: int, place: Path) -> Callable[[], None]:
-    """Prepare the project's `commit` of one file of so many bytes."""
+    """Prepare the project's `commit` of one file of so many bytes, which it hashes as every rank does its own."""
     from dpo_ray.artifacts.storage import Storage
     from dpo_ray.train.commits import commit, step_name
 
     storage, directory = Storage(place), f"{step_name(1)}/attempt"
     storage.child(directory).write("__0_0.distcp", bytes(size_bytes))
-    return lambda: commit(storage, directory, {"step": 1})
+    return lambda: commit(storage, directory, {"step": 1}, {})

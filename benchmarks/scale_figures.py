@@ -157,13 +157,14 @@ def _survival(checkpoint: Checkpoint, step_flops: float) -> Survival:
 
 
 def _measured() -> Measured:
-    """Measure what a checkpoint's commit does in one process, in small."""
+    """Measure parts of a checkpoint's commit, each in one process and in small."""
     items = PLANNED_RANKS * PLANNED_TENSORS
     with tempfile.TemporaryDirectory(prefix="dpo-ray-scale-") as scratch:
         plan_seconds, _ = _timed(planning(PLANNED_RANKS, PLANNED_TENSORS))
-        _, metadata_bytes = _timed(metadata_writing(PLANNED_RANKS, PLANNED_TENSORS, Path(scratch)))
+        metadata_seconds, metadata_bytes = _timed(metadata_writing(PLANNED_RANKS, PLANNED_TENSORS, Path(scratch)))
         commit_seconds, _ = _timed(committing(COMMITTED_BYTES, Path(scratch) / "committed"))
-    return Measured(plan_seconds / items, metadata_bytes / items, COMMITTED_BYTES / commit_seconds)
+    digest_rate = COMMITTED_BYTES / commit_seconds
+    return Measured(plan_seconds / items, metadata_bytes / items, metadata_seconds / items, digest_rate)
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -95,8 +95,8 @@ def _pieces(found: Figures) -> str:
             f"{1e6 * p.select_seconds:.2f} us and at its peak {p.select_peak_bytes:.0f} bytes a row besides its columns",
         ),
         ("DCP's global plan", f"{1e6 * c.plan_seconds:.0f} us an item"),
-        ("DCP's `.metadata`", f"{c.metadata_bytes:.0f} bytes an item"),
-        ("`commits.commit`", f"{c.digest_bytes_per_second / GB:.2f} GB/s, one thread"),
+        ("DCP's `.metadata`", f"{c.metadata_bytes:.0f} bytes and {1e6 * c.metadata_seconds:.0f} us an item"),
+        ("sha256 of a file", f"{c.digest_bytes_per_second / GB:.2f} GB/s, one thread"),
     ]
     return _table("piece | cost", rows)
 
@@ -151,7 +151,7 @@ def _plane(found: Figures) -> str:
 def _checkpoints(found: Figures) -> str:
     return _table(
         "model | ranks | sharded over | total | a rank | files | `.metadata` "
-        "| training stands still | plan | write | digests | committed after",
+        "| training stands still | plan, once a start | write | digests | `.metadata` is written | committed after but for the plan",
         (
             [
                 c.model.name,
@@ -162,7 +162,10 @@ def _checkpoints(found: Figures) -> str:
                 f"{c.files:,}",
                 f"{c.metadata_bytes / MB:,.0f} MB",
                 f"{c.copy_seconds:.2f} s",
-                *(f"{s:,.0f} s" for s in (c.plan_seconds, c.write_seconds, c.digest_seconds, c.commit_seconds)),
+                *(
+                    f"{s:,.0f} s"
+                    for s in (c.plan_seconds, c.write_seconds, c.digest_seconds, c.metadata_seconds, c.commit_seconds)
+                ),
             ]
             for c in (s.checkpoint for s in found.survivals)
         ),

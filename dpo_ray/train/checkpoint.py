@@ -4,7 +4,8 @@
     <place>/step-000000010.json                      the commit
     <place>/metrics/000000000-000000010.jsonl        what the steps since the last checkpoint measured
 
-The newest checkpoint that verifies wins; a damaged one is set aside. Loading reshards, so the number of ranks may change.
+Each rank hashes what it wrote, and verifies a share of all files before they are loaded. The newest checkpoint that
+verifies wins; a damaged one is set aside. Loading reshards, so the number of ranks may change.
 DCP's `.metadata` is a pickle, which runs code when it is read: only files whose digests we wrote are ever loaded.
 """
 
@@ -13,24 +14,27 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.checkpoint.storage import StorageReader
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 
-from .commits import commit, committed_steps, newest_sound, prune, read_sound, step_name
+from .commits import commit, committed_steps, prune, step_name
+from .digests import HashingWriter, hashing_writer
+from .plans import SharedPlanner
+from .ranks import Ranks
 from .rng import rng_state, seed_rank, set_rng_state
+from .soundness import Soundness
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # of an adapter, its parameters alone
 _RNG = "rng.json"
@@ -81,13 +85,8 @@ class Checkpoints:
         """
         self._place, self._attempt, self._keep = place, attempt, keep
         self._identity, self._seed = identity, seed
-        self._rank, self._world = 0, 1
-        self._group: dist.ProcessGroup | None = None
-        if dist.is_initialized():
-            self._rank, self._world = dist.get_rank(), dist.get_world_size()
-            # A group of its own: writing talks to the other ranks in a thread, while training does so in another.
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=hang_seconds))
-            self._group = group if isinstance(group, dist.ProcessGroup) else None  # an int for ranks outside it: none
+        self._ranks = Ranks(hang_seconds)
+        self._plans = uuid4().hex  # whose plans those of its saves are
         cuda = torch.cuda.is_available()
         options = StagingOptions(
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
@@ -108,28 +107,29 @@ class Checkpoints:
         """
         self._wait()
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
-        generators: list[Any] = [None] * self._world
-        if self._group is None:
-            generators = [rng_state()]
-        else:
-            dist.all_gather_object(generators, rng_state(), group=self._group)
+        generators = self._ranks.gathered(rng_state())
         directory = f"{step_name(progress.step)}/{self._attempt}"
+        writer = hashing_writer(self._place.child(directory))
         written = state_dict_saver.async_save(
             {"policy": model_state, "optimizer": optimizer_state},
-            storage_writer=_writer(self._place.child(directory)),
-            process_group=self._group,
+            storage_writer=writer,
+            planner=SharedPlanner(self._plans),
+            process_group=self._ranks.group,
             async_stager=self._stager,
         )
         if not isinstance(written, Future):
             raise TypeError(f"a stager that copies at once gives a future, not {type(written).__name__}")
-        if self._rank:
+        if self._ranks.rank:
             self._in_flight = written
-        else:  # rank 0's write ends when all ranks' have: DCP's coordinator gathers their results
-            self._in_flight = self._committer.submit(self._commit, written, directory, generators, progress, metrics)
+        else:  # rank 0's write ends when all ranks' have: DCP's coordinator gathers their results, digests among them
+            self._in_flight = self._committer.submit(
+                self._commit, written, writer, directory, generators, progress, metrics
+            )
 
     def _commit(
         self,
         written: Future[Any],
+        writer: HashingWriter,
         directory: str,
         generators: list[Any],
         progress: Progress,
@@ -141,7 +141,7 @@ class Checkpoints:
             first = int(metrics[0]["step"]) - 1
             lines = "".join(json.dumps(row) + "\n" for row in metrics)
             self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
-        commit(self._place, directory, asdict(progress) | {"identity": self._identity})
+        commit(self._place, directory, asdict(progress) | {"identity": self._identity}, writer.digests)
         prune(self._place, self._keep)
 
     def check(self) -> None:
@@ -152,8 +152,7 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until no checkpoint is in flight and all are committed; collective."""
         self._wait()
-        if self._group is not None:
-            dist.barrier(group=self._group)
+        self._ranks.meet()
 
     def _wait(self) -> None:
         written, self._in_flight = self._in_flight, None
@@ -171,17 +170,17 @@ class Checkpoints:
         The random generators go on where they were; where the number of ranks is another, they are seeded by seed, rank
         and step.
         """
-        manifest = self._of_rank_0(newest_sound(self._place, self._identity) if self._rank == 0 else None)
-        if self._rank == 0:
+        manifest = Soundness(self._place, self._identity, self._ranks).newest()
+        if self._ranks.rank == 0:
             self._forget_metrics_after(manifest["step"] if manifest else 0)
         if manifest is None:
             return Progress()
         self._restore(policy, optimizer, manifest)
         generators = json.loads(self._place.child(manifest["directory"]).read_bytes(_RNG))
-        if len(generators) == self._world:
-            set_rng_state(generators[self._rank])
+        if len(generators) == self._ranks.count:
+            set_rng_state(generators[self._ranks.rank])
         else:
-            seed_rank(self._seed, self._rank, manifest["step"])
+            seed_rank(self._seed, self._ranks.rank, manifest["step"])
         best = Best(**manifest["best"]) if manifest["best"] else None
         return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"], best)
 
@@ -191,30 +190,14 @@ class Checkpoints:
         Raises:
             ArtifactError: on every rank, if it does not verify. `load_newest` then goes back to before it.
         """
-        found: Any = None
-        if self._rank == 0:
-            try:
-                found = read_sound(self._place, step, self._identity)
-            except ArtifactError as error:
-                found = error
-        found = self._of_rank_0(found)
-        if isinstance(found, ArtifactError):
-            raise found
-        self._restore(policy, optimizer, found)
-
-    def _of_rank_0(self, value: Any) -> Any:
-        if self._group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        self._restore(policy, optimizer, Soundness(self._place, self._identity, self._ranks).read(step))
 
     def _restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer, manifest: dict[str, Any]) -> None:
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
         state = {"policy": model_state, "optimizer": optimizer_state}
         directory = self._place.child(manifest["directory"])
         try:
-            state_dict_loader.load(state, storage_reader=_reader(directory), process_group=self._group)
+            state_dict_loader.load(state, storage_reader=_reader(directory), process_group=self._ranks.group)
         except CheckpointException as error:  # a BaseException, which not everybody catches
             fix = "mend the storage; the files were what was written when they were verified"
             raise ArtifactError(f"a checkpoint could not be read: {error}", where=directory.uri, fix=fix) from error
@@ -241,14 +224,6 @@ class Checkpoints:
     def _segments(self) -> list[tuple[int, int]]:
         names = [n.removeprefix("metrics/").removesuffix(".jsonl") for n in self._place.list_files("metrics")]
         return sorted((int(a), int(b)) for a, b in (n.split("-") for n in names))
-
-
-def _writer(directory: Storage) -> StorageWriter:
-    if directory.is_local:
-        return FileSystemWriter(directory.local_path(), sync_files=True)
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # torch's own; not exported yet
-
-    return FsspecWriter(directory.uri)
 
 
 def _reader(directory: Storage) -> StorageReader:

@@ -1,4 +1,4 @@
-"""What commits a training checkpoint: its manifest, with the digests of its files. Which are sound, and which are kept.
+"""What commits a training checkpoint: its manifest, with the digests of its files. Which are kept, and which set aside.
 
 <place>/step-000000010.json                      the commit
 <place>/step-000000010/<attempt>/...             its files
@@ -15,10 +15,12 @@ from typing import Any
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 
+from .digests import digest
+
 logger = logging.getLogger(__name__)
-_PREFIX, _CHUNK_BYTES = "step-", 1 << 22
+_PREFIX = "step-"
 # What reading damaged JSON, or a place that cannot be read, raises.
-_UNSOUND = (ValueError, KeyError, TypeError, AttributeError, OSError, ArtifactError)
+UNSOUND = (ValueError, KeyError, TypeError, AttributeError, OSError, ArtifactError)
 
 
 def step_name(step: int) -> str:
@@ -32,16 +34,20 @@ def committed_steps(place: Storage) -> list[int]:
     return sorted(int(n.removeprefix(_PREFIX).removesuffix(".json")) for n in names if n.endswith(".json"))
 
 
-def commit(place: Storage, directory: str, facts: dict[str, Any]) -> None:
-    """Make the files in `directory` the checkpoint of `facts["step"]`."""
+def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[str, str]) -> None:
+    """Make the files in `directory` the checkpoint of `facts["step"]`; those not among `digests` are hashed here.
+
+    A file of which another rank has told the digest is named even where this one does not see it.
+    """
     files = place.child(directory)
-    manifest = facts | {"directory": directory, "files": {n: _digest(files, n) for n in files.list_files()}}
+    own = {name: digest(files, name) for name in files.list_files() if name not in digests}
+    manifest = facts | {"directory": directory, "files": dict(sorted((digests | own).items()))}
     manifest["digest"] = _manifest_digest(manifest)
     place.write(f"{step_name(facts['step'])}.json", json.dumps(manifest, indent=1).encode())
 
 
-def read_sound(place: Storage, step: int, identity: str) -> dict[str, Any]:
-    """Return a checkpoint's manifest, having read all files of it and of the best one that it refers to.
+def read_manifest(place: Storage, step: int, identity: str) -> dict[str, Any]:
+    """Return a checkpoint's manifest; its files are another matter.
 
     Raises:
         ArtifactError: it is not what was written, or of another configuration than `identity`.
@@ -55,33 +61,18 @@ def read_sound(place: Storage, step: int, identity: str) -> dict[str, Any]:
             raise ValueError(f"the manifest is of step {manifest['step']}")
         if manifest["identity"] != identity:
             raise ValueError("it is of another configuration")
-        directory = place.child(manifest["directory"])
-        for file, known in manifest["files"].items():
-            if not directory.exists(file) or _digest(directory, file) != known:
-                raise ValueError(f"{file} is not what was written")
-        best = manifest["best"]
-        if best is not None and best["step"] != step:
-            read_sound(place, best["step"], identity)
-    except _UNSOUND as error:
-        reason = error.what if isinstance(error, ArtifactError) else str(error) or repr(error)
-        fix = "the same command goes on from the checkpoint before it"
-        raise ArtifactError(reason, where=place.full_path(name), fix=fix) from error
+    except UNSOUND as error:
+        raise ArtifactError(reason_of(error), where=place.full_path(name)) from error
     return manifest
 
 
-def newest_sound(place: Storage, identity: str) -> dict[str, Any] | None:
-    """Return the manifest of the newest checkpoint that verifies; newer ones are set aside, with the reason."""
-    for step in reversed(committed_steps(place)):
-        try:
-            return read_sound(place, step, identity)
-        except ArtifactError as error:
-            what, where = error.what, error.where
-            logger.warning("checkpoint %s is damaged (%s): set aside; the one before it is used", where, what)
-            _set_aside(place, step_name(step), error.what)
-    return None
+def reason_of(error: BaseException) -> str:
+    """Say why something is not sound, in a line."""
+    return error.what if isinstance(error, ArtifactError) else str(error) or repr(error)
 
 
-def _set_aside(place: Storage, name: str, reason: str) -> None:
+def set_aside(place: Storage, name: str, reason: str) -> None:
+    """Move a manifest away, with the reason: its checkpoint does not count any more."""
     place.write(f"damaged/{name}.reason", reason.encode())
     try:
         place.write(f"damaged/{name}.json", place.read_bytes(f"{name}.json"))
@@ -111,17 +102,9 @@ def _best_step(place: Storage, step: int) -> int | None:
     try:
         best = json.loads(place.read_bytes(f"{step_name(step)}.json"))["best"]
         return None if best is None else int(best["step"])
-    except _UNSOUND:
+    except UNSOUND:
         return None  # damaged since it was written: it is set aside when it is needed
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(directory: Storage, name: str) -> str:
-    h = hashlib.sha256()
-    with directory.open_input(name) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            h.update(chunk)
-    return h.hexdigest()

@@ -118,7 +118,7 @@ def test_failures_are_those_of_the_source() -> None:
 
 
 def test_a_checkpoint_holds_each_byte_once() -> None:
-    measured = Measured(1e-5, 100.0, 1e9)
+    measured = Measured(1e-5, 100.0, 1e-6, 1e9)
     full, hybrid = (Checkpoint(LLAMA_7B, 512, h, measured) for h in (False, True))
     assert full.rank_bytes * full.ranks == pytest.approx(12 * 6.74e9)
     assert hybrid.rank_bytes * 8 == pytest.approx(12 * 6.74e9)
