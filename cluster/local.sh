@@ -144,6 +144,7 @@ up() {
   fi
   [ "${#roles[@]}" = "${nodes:-${#roles[@]}}" ] || fail "--roles names ${#roles[@]} nodes, --nodes says $nodes" "leave one of them out"
   [ "${#roles[@]}" -gt 0 ] || fail "a cluster has at least one node" "--nodes 1"
+  is_ours
   [ ! -e "$STATE" ] || fail "there is a cluster already, in $STATE" "cluster/local.sh down"
   [ "$namespaces" = no ] || check_namespaces
   find_ray
@@ -158,7 +159,7 @@ up() {
     ip address add "$SUBNET.1/24" dev "$BRIDGE"
     ip link set "$BRIDGE" up
   fi
-  echo "cpus=$cpus store_mib=$store_mib gcs_port=$gcs_port dashboard_port=$dashboard_port" >"$STATE/settings"
+  echo "$cpus $store_mib $gcs_port $dashboard_port" >"$STATE/settings"
   echo "http://$(address_of 0):$dashboard_port" >"$STATE/dashboard"
 
   start_node 0 "${roles[0]}"
@@ -222,11 +223,16 @@ all_joined() { # all_joined N
 
 ask() { # ask PATH: of the dashboard
   local header=()
-  [ ! -e "$STATE/token" ] || header=(-H "Authorization: Bearer $(cat "$STATE/token")")
-  curl -sf --noproxy '*' -m 10 "${header[@]}" "$(cat "$STATE/dashboard")$1"
+  [ ! -e "$STATE/token" ] || header=(-H @-) # not among the arguments, which everybody sees
+  curl -sf --noproxy '*' -m 10 "${header[@]}" "$(cat "$STATE/dashboard")$1" \
+    <<<"$([ ! -e "$STATE/token" ] || echo "Authorization: Bearer $(cat "$STATE/token")")"
 }
 
-is_up() { [ -e "$STATE/dashboard" ] || fail "there is no cluster in $STATE" "cluster/local.sh up"; }
+is_ours() { # what lies there names processes to kill
+  [ ! -e "$STATE" ] || { [ -d "$STATE" ] && [ ! -L "$STATE" ] && [ -O "$STATE" ]; } || fail "$STATE is not yours" "set DPO_RAY_LOCAL_STATE"
+}
+
+is_up() { is_ours && [ -e "$STATE/dashboard" ] || fail "there is no cluster in $STATE" "cluster/local.sh up"; }
 
 status() {
   is_up
@@ -253,8 +259,7 @@ start_one() { # start_one N
   [ -e "$STATE/node-$1" ] || fail "there is no node $1" "cluster/local.sh status"
   ! runs "$1" || fail "node $1 runs" "cluster/local.sh status"
   local cpus store_mib gcs_port dashboard_port alive=1 node
-  # shellcheck disable=SC1091 # what `up` wrote
-  . "$STATE/settings"
+  read -r cpus store_mib gcs_port dashboard_port <"$STATE/settings"
   find_ray
   set_environment
   for node in "$STATE"/node-*; do if runs "${node##*-}"; then alive=$((alive + 1)); fi; done
@@ -280,6 +285,7 @@ cut_one() { # cut_one N SECONDS
 }
 
 down() {
+  is_ours
   [ -e "$STATE" ] || {
     echo "nothing is up"
     return 0

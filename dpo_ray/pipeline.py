@@ -17,7 +17,8 @@ from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.cluster.placement import check_room, placed, sampler_ask
+from dpo_ray.cluster.asks import sampler_ask
+from dpo_ray.cluster.placement import check_room, placed
 from dpo_ray.cluster.session import session
 from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig
@@ -85,7 +86,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", recipe_yaml(recipe).encode())
-        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus)
+        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
         try:
             return _finished(Stages(plan, reporter, lease)), True  # its keys hold; what is done by now, the store says
         except AuditError as error:

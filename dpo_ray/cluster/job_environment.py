@@ -9,11 +9,11 @@ from typing import Any
 from dpo_ray.errors import ConfigError
 
 SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)(_|$)", re.IGNORECASE
+    r"(^|_)(TOKEN|SECRET|PG?PASS(WORD|WD|PHRASE)?|CREDENTIALS?|CONNECTION_STRING|\w*KEY)(_|$)", re.IGNORECASE
 )
 VARIABLE = re.compile(r"^[A-Za-z_]\w*$")
 LOCAL_REQUIREMENT = re.compile(r"^(-e\b|--editable\b|\.|/|file:)")
-PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
+PASSWORD_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
 def runtime_environment(pip: list[str], uv: list[str], variables: list[str], judge_keys: set[str]) -> dict[str, Any]:
@@ -63,4 +63,7 @@ def _variable(given: str, judge_keys: set[str]) -> tuple[str, str]:
         raise ConfigError(
             "looks like a secret, and the dashboard shows such values", where=f"--env {name}=...", fix=fix
         )
+    if PASSWORD_IN_URL.search(value):
+        fix = f"set {name} where the cluster's nodes start"
+        raise ConfigError("a URL with a password in it, which the dashboard shows", where=f"--env {name}=...", fix=fix)
     return name, value

@@ -42,7 +42,10 @@ def connect(address: str) -> JobSubmissionClient:
             raise InfrastructureError(f"the cluster refuses the token of {source}", where=place, fix=fix)
     _same_ray(_ray_version(answer, place), place)
     with _not_redirected(), answers(place):
-        return JobSubmissionClient(place, headers=headers)
+        client = JobSubmissionClient(place, headers=headers)
+    if not headers:
+        client._headers.pop("Authorization", None)  # Ray adds the token where RAY_AUTH_MODE is set, whoever asks
+    return client
 
 
 def dashboard_url(address: str) -> str:

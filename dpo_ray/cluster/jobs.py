@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -138,7 +139,7 @@ def _signal_driver(client: JobSubmissionClient, job: str) -> bool:
         try:
             with answers(place):
                 client.submit_job(
-                    entrypoint=f"python {script.name} {job}",
+                    entrypoint=f"python {script.name} {shlex.quote(job)}",
                     submission_id=signals,
                     metadata={STOPS: job},
                     runtime_env={"working_dir": directory},

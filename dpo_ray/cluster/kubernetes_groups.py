@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo_ray.config.cluster import GroupConfig, PlacementConfig
+from dpo_ray.config.judge import replicas_of
 from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
+
+from .asks import judge_ask
 
 ROLE = "dpo/role"  # a label of Ray nodes; KubeRay puts it on their pods as well
 WORKERS_PER_POD = 8  # at most, where the recipe says nothing: the GPUs of a usual node
@@ -88,7 +91,9 @@ def groups(recipe: Recipe) -> list[Group]:
     on_gpus, on_cpus = _judges(recipe)
     training = [_trainer(recipe)]
     engines = [*_engines(recipe), *on_gpus]
-    made = [_sized(recipe, "cpu", {ROLE: "cpu"}, profile.cpu, [_data(profile.cpu), *on_cpus])]
+    _check_labels(recipe, on_gpus)
+    cpu_labels = {ROLE: "cpu"} | _ours(dict(recipe.cluster.roles.prepare.node_labels or {}))
+    made = [_sized(recipe, "cpu", cpu_labels, profile.cpu, [_data(profile.cpu), *on_cpus])]
     # Ray has its own labels of this prefix, and takes them from nobody.
     labels, own = _ours(engine_labels(recipe)), _ours(training_labels(recipe))
     if profile.engines is None:
@@ -99,6 +104,25 @@ def groups(recipe: Recipe) -> list[Group]:
         made.append(_sized(recipe, "engines", {ROLE: "reference"} | labels, profile.engines, engines))
     made.append(_sized(recipe, "training", own, profile.training, training))
     return made
+
+
+def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
+    """See that samplers and judges ask for labels which the pods have that are made for them.
+
+    Raises:
+        ConfigError: they ask for others.
+    """
+    roles, engines = recipe.cluster.roles, {ROLE: "reference"} | engine_labels(recipe)
+    cpu = {ROLE: "cpu"} | dict(roles.prepare.node_labels or {})
+    homes = {"sample": (roles.sample, engines), "judge": (roles.judge, engines if judges_on_gpus else cpu)}
+    for name, (role, there) in homes.items():
+        wanted = {k: v for k, v in (role.node_labels or {}).items() if not k.startswith("ray.io/")}
+        if not wanted.items() <= there.items():
+            raise ConfigError(
+                f"no pods have these labels: {wanted}",
+                where=f"cluster.roles.{name}.node_labels",
+                fix=f"leave them out, or ask for some of {there}",
+            )
 
 
 def _ours(labels: dict[str, str]) -> dict[str, str]:
@@ -117,16 +141,16 @@ def _engines(recipe: Recipe) -> list[Demand]:
         reference.replicas if scores or recipe.online is not None else 0, 2 * bool(recipe.evaluate.sample_prompts)
     )
     most = max(count, reference.max_replicas or 0) if count else 0  # policy and reference are sampled side by side
-    return [Demand("an engine", reference.cpus_per_replica, gpus(recipe).engine, count, most)] if count else []
+    cpus = max(reference.cpus_per_replica, recipe.cluster.roles.sample.cpus or 0)
+    return [Demand("an engine", cpus, gpus(recipe).engine, count, most)] if count else []
 
 
 def _judges(recipe: Recipe) -> tuple[list[Demand], list[Demand]]:
     """List the judges with GPUs, and those without."""
-    judges = recipe.online.judges() if recipe.online is not None else []
-    demands = [
-        Demand(f"a {j.type} judge", j.cpus_per_replica, getattr(j, "gpus_per_replica", 0.0), j.replicas, j.replicas)
-        for j in judges
-    ]
+    role, demands = recipe.cluster.roles.judge, []
+    for judge in recipe.online.named_judges() if recipe.online is not None else []:
+        asks, count = judge_ask(judge, role), replicas_of(judge, role)
+        demands.append(Demand(f"a {judge.type} judge", asks.cpus, asks.gpus, count, count))
     return [d for d in demands if d.gpus], [d for d in demands if not d.gpus]
 
 

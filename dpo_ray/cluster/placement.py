@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import ray
+import yaml
 
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.config.roles import RoleConfig
 from dpo_ray.errors import InfrastructureError
+from dpo_ray.places import run_storage
 
-from .room import Ask, capacity, capacity_to_come
+from .asks import Ask, engine_ask, judge_ask, sampler_ask, worker_ask
+from .room import capacity, scales
 from .session import session
-from .workers import worker_ask
 
 
 def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
@@ -22,7 +23,7 @@ def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
     the driver's machine has.
 
     Raises:
-        InfrastructureError: the cluster does not answer.
+        InfrastructureError: the cluster does not answer, or whether its nodes have GPUs cannot be told.
     """
     if recipe.ray.address == "local":
         roles = recipe.cluster.roles
@@ -37,29 +38,38 @@ def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
     with session(recipe, verbose=verbose):
         t = recipe.train
         one = Ask("training workers", t.cpus_per_worker, 1.0, t.memory_gib_per_worker, t.node_labels)
-        gpus = float(bool(capacity(one) or capacity_to_come(one)))
+        gpus = float(bool(capacity(one)))
+        if not gpus and (scales() or _had_gpus(recipe)):
+            raise InfrastructureError(
+                "no node has a GPU for a training worker now; it may have one later, or had one before",
+                where=f"ray.address={recipe.ray.address}",
+                fix="say train.gpus_per_worker=1, and it is waited for; or 0, and the run uses CPUs",
+            )
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"gpus_per_worker": gpus})})
 
 
-def check_room(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> None:
-    """See that the cluster can hold each role of the stages that are to run, now or when it has scaled up.
+def check_room(
+    recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float, say: Callable[[str], None]
+) -> None:
+    """See that the cluster can hold each role of the stages that are to run; where it may get more nodes, say what waits.
 
     Raises:
         InfrastructureError: it never can; says what is missing.
     """
     missing = []
     for ask, least in _asks(recipe, stages, train_gpus, engine_gpus):
-        now, to_come = capacity(ask), capacity_to_come(ask)
-        if max(now, to_come or 0) < least:
-            there = f"{now}" if to_come is None else f"{now}, and {to_come} when it has scaled up"
-            missing.append(f"{least} {ask.what} are asked for, each {ask.words()}, and there is room for {there}")
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    one_cpu = capacity_to_come(Ask("", 1.0))
-    if max(cpus, one_cpu or 0) < recipe.cpus_needed():
-        missing.append(
-            f"the run's widest moment asks for {recipe.cpus_needed()} CPUs at once, and the cluster has {cpus:g}"
-        )
-    if missing:
+        if (now := capacity(ask)) < least:
+            missing.append(f"{least} {ask.what} are asked for, each {ask.words()}, and there is room for {now}")
+    there = ray.cluster_resources()
+    wanted = {"CPU": recipe.least_cpus(), "GPU": _least_gpus(recipe, stages, train_gpus, engine_gpus)}
+    for what, amount in wanted.items():
+        if there.get(what, 0.0) < amount:
+            missing.append(
+                f"the run's widest moment asks for {amount:g} {what}s at once, and the cluster has {there.get(what, 0.0):g}"
+            )
+    if missing and scales():
+        say("not all has room yet, and waits until the cluster has more nodes: " + "; ".join(missing))
+    elif missing:
         raise InfrastructureError(
             "the cluster can never hold what the recipe asks for: " + "; ".join(missing),
             where=f"ray.address={recipe.ray.address}",
@@ -73,28 +83,28 @@ def _asks(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpu
     asks: list[tuple[Ask, int]] = []
     if "train" in stages or ("reference" in stages and r.engine == "trainer"):
         asks.append((worker_ask(t, train_gpus), t.min_workers or t.workers))
-    engine = Ask("engines", r.cpus_per_replica, engine_gpus, r.memory_gib_per_replica, r.node_labels)
     if r.engine == "vllm" and ("reference" in stages or recipe.online is not None):
-        asks.append((engine, 1))
+        asks.append((engine_ask(r, engine_gpus), 1))
     if "evaluate" in stages and recipe.evaluate.sample_prompts and recipe.online is None:
         asks.append((sampler_ask(recipe, engine_gpus), 1 if engine_gpus else 2))
     if recipe.online is not None:
-        asks.append((_of(roles.judge, "judges"), 1))
-    asks.append((_of(roles.prepare, "tasks on CPUs"), 1))
+        asks += [(judge_ask(judge, roles.judge), 1) for judge in recipe.online.named_judges()]
+    prepare = roles.prepare
+    asks.append((Ask("tasks", prepare.cpus or 1.0, 0.0, prepare.memory_gib, prepare.node_labels or {}), 1))
     return asks
 
 
-def sampler_ask(recipe: Recipe, engine_gpus: float) -> Ask:
-    """Say what an engine that samples for an evaluation asks for."""
-    role, r = recipe.cluster.roles.sample, recipe.reference
-    return Ask(
-        "engines that sample",
-        role.cpus or r.cpus_per_replica,
-        engine_gpus if role.gpus is None else role.gpus,
-        role.memory_gib or r.memory_gib_per_replica,
-        r.node_labels if role.node_labels is None else role.node_labels,
-    )
+def _had_gpus(recipe: Recipe) -> bool:
+    """Say whether this run has had GPUs before, as what it wrote down then says."""
+    try:
+        before = yaml.safe_load(run_storage(recipe).read_bytes("recipe.yaml"))
+    except FileNotFoundError:
+        return False
+    return bool(before["train"].get("gpus_per_worker"))
 
 
-def _of(role: RoleConfig, what: str) -> Ask:
-    return Ask(what, role.cpus or 1.0, role.gpus or 0.0, role.memory_gib, role.node_labels or {})
+def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:
+    """Count the GPUs without which work that is done side by side would wait for ever: scoring beside training."""
+    if recipe.reference.mode != "streaming" or "train" not in stages or "reference" not in stages:
+        return 0.0
+    return (recipe.train.min_workers or recipe.train.workers) * train_gpus + engine_gpus

@@ -6,41 +6,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import ray
 from ray import PlacementGroupID
-from ray._private.state import state  # pyright: ignore[reportPrivateImportUsage] - Ray 2.60 says it nowhere else
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue] - compiled
+from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from dpo_ray.errors import StoppedError
+
+from .asks import Ask
 
 PATIENCE_SECONDS = 30.0  # for all workers, before fewer of them begin
 SCALING_PATIENCE_SECONDS = 600.0  # the same where the cluster gets nodes on demand, which takes minutes
 PROBE_SECONDS = 3.0  # within which room that is free is granted
 SAY_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What each of several like workers asks Ray for."""
-
-    what: str  # in the plural, as in `training workers`
-    cpus: float
-    gpus: float = 0.0
-    memory_gib: float | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """Return it as Ray has it: CPU, GPU, memory in bytes."""
-        memory = self.memory_gib * 2**30 if self.memory_gib else 0
-        return {k: v for k, v in {"CPU": self.cpus, "GPU": self.gpus, "memory": memory}.items() if v}
-
-    def words(self) -> str:
-        """Say it, for a person."""
-        asked = [f"{self.cpus:g} CPU", *([f"{self.gpus:g} GPU"] if self.gpus else [])]
-        asked += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
-        asked += [f"a node with {k}={v}" for k, v in self.labels.items()]
-        return ", ".join(asked)
+ASK_SECONDS = 10.0
 
 
 def capacity(ask: Ask) -> int:
@@ -49,29 +30,47 @@ def capacity(ask: Ask) -> int:
     return sum(_fit(ask, node["Resources"]) for node in nodes)
 
 
-def capacity_to_come(ask: Ask) -> int | None:
-    """Count the workers that the cluster would hold when scaled up all the way; None: it does not scale.
+def scales() -> bool:
+    """Say whether an autoscaler (Ray's version 2, as on Kubernetes) lives, which adds nodes for what waits.
 
-    Ray's autoscaler says what resources the nodes of a group have, and not their labels, so this may be too many.
+    It tells nobody what nodes it may add: what does not fit now may fit then.
     """
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config is not None else []
-    if not groups:
-        return None
-    return sum(_fit(ask, group.resources) * group.max_count for group in groups)
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue] - generated
+    reply.ParseFromString(client.get_cluster_status(timeout_s=ASK_SECONDS))
+    return reply.autoscaling_state.autoscaler_state_version > 0
 
 
-def wait(ask: Ask, least: int, most: int, say: Callable[[str], None]) -> int:
+def wait(
+    ask: Ask,
+    least: int,
+    most: int,
+    say: Callable[[str], None],
+    gives_up: Callable[[], bool] = lambda: False,
+    patience_seconds: float | None = None,
+) -> int:
     """Wait until there is room for `most` workers, or after a while for at least `least`; returns for how many.
 
     What waits is a placement group, so a cluster that scales adds nodes for it. `say` is told, every half a minute, how many
     have room and what is missing.
+
+    Args:
+        gives_up: is asked, every few seconds, whether to wait no longer.
+        patience_seconds: before fewer than `most` will do; default: 30 s, and 10 minutes where nodes may come.
+
+    Raises:
+        StoppedError: it gave up.
     """
-    patience = PATIENCE_SECONDS if capacity_to_come(ask) is None else SCALING_PATIENCE_SECONDS
+    patience = patience_seconds
+    if patience is None:
+        patience = SCALING_PATIENCE_SECONDS if least < most and scales() else PATIENCE_SECONDS
     began = time.monotonic()
     said_at = began
     with _asked(ask, most) as group:
         while not group.wait(PROBE_SECONDS):
+            if gives_up():
+                fix = "the same command goes on from what was committed"
+                raise StoppedError(f"{most} {ask.what} waited for room when the run was told to stop", fix=fix)
             now = time.monotonic()
             if least < most and now - began >= patience and (found := _largest(ask, least, most)):
                 say(f"there is room for {found} of {most} {ask.what}: they go on without the others")
@@ -92,27 +91,37 @@ def has_room(ask: Ask, count: int) -> bool:
 
 
 @contextmanager
-def given_back() -> Iterator[None]:
-    """See that what is set aside for this run within is not left behind, as Ray Train does where workers fail to start."""
-    before = _groups_of_this_run()
+def given_back(ask: Ask, count: int) -> Iterator[None]:
+    """See that the room of so many workers is not left behind by an error, as Ray Train does where workers fail to start."""
+    before = _groups_of(ask, count)
     try:
         yield
-    finally:
-        for left in _groups_of_this_run() - before:
+    except BaseException:
+        for left in _groups_of(ask, count) - before:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(left))))
+        raise
 
 
-def _groups_of_this_run() -> set[str]:
-    job = ray.get_runtime_context().get_job_id()  # which a group's id ends with
-    return {i for i, group in placement_group_table().items() if i.endswith(job) and group["state"] != "REMOVED"}
+def _groups_of(ask: Ask, count: int) -> set[str]:
+    """List this program's placement groups of so many such workers, which have no name."""
+    job, bundles = ray.get_runtime_context().get_job_id(), [ask.resources] * count
+    return {
+        i
+        for i, group in placement_group_table().items()
+        if i.endswith(job)  # as its id does
+        and group["state"] != "REMOVED"
+        and not group["name"]
+        and list(group["bundles"].values()) == bundles
+    }
 
 
 def _largest(ask: Ask, least: int, most: int) -> int | None:
     """Find the largest number of workers below `most` that have room now, which is `least` or more."""
-    for count in range(min(capacity(ask), most - 1), least - 1, -1):
-        if has_room(ask, count):
-            return count
-    return None
+    low, high = least - 1, min(capacity(ask), most - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if has_room(ask, middle) else (low, middle - 1)
+    return low if low >= least else None
 
 
 @contextmanager

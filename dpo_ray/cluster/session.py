@@ -44,6 +44,9 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     os.environ.update(DRIVER_ENVIRONMENT)
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to the terminal otherwise
+    of_workers = {
+        k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ
+    }  # Ray refuses what a job sets as well
     os.environ.update(WORKER_ENVIRONMENT)  # a local Ray's workers inherit the driver's environment
     options: dict = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if recipe.ray.address == "local":
@@ -54,7 +57,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     else:
-        options |= {"runtime_env": {"env_vars": WORKER_ENVIRONMENT}}
+        options |= {"runtime_env": {"env_vars": of_workers}}
     try:
         with nullcontext() if verbose else _silent_stderr():
             ray.init(recipe.ray.address, **options)

@@ -20,25 +20,21 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.errors import DpoRayError, StoppedError, TrainError
+from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError
 
+from .asks import Ask, worker_ask
 from .inbox import Inbox
-from .room import Ask, given_back, has_room, wait
+from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
 GROW_SECONDS = 30.0  # between looks for room for workers that are missing
+LASTING = (ConfigError, DataError, EngineError)  # what another attempt would meet again
 
 
 def start_inbox() -> Any:
     """Start an inbox on the driver's node; it ends with the driver, and with no other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Inbox).options(num_cpus=0, scheduling_strategy=here).remote()
-
-
-def worker_ask(config: TrainConfig, gpus_per_worker: float) -> Ask:
-    """Say what a training worker asks the cluster for."""
-    memory, labels = config.memory_gib_per_worker, config.node_labels
-    return Ask("training workers", config.cpus_per_worker, gpus_per_worker, memory, labels)
 
 
 def run_workers(
@@ -64,21 +60,24 @@ def run_workers(
         say: is told of losses, and what is waited for.
         pause: asks the workers, while there are fewer than there could be, to keep what they have and return an account
             whose `error` is a StoppedError; they then go on in greater number. None: they never grow.
-        gives_up: is asked after a loss whether to raise it, rather than to begin again.
+        gives_up: is asked after a loss, and while room is waited for, whether to end rather than to begin again.
 
     Raises:
+        StoppedError: it gave up while it waited.
         TrainError: the workers failed more often than config.max_failures allows. `where` is the stage, `goes_on` says
             from where the same command goes on.
         DpoRayError: what a worker raised.
     """
-    ask, failures = worker_ask(config, gpus_per_worker), 0
+    ask, failures, patience_seconds = worker_ask(config, gpus_per_worker), 0, None
     for attempt in itertools.count(1):
-        workers = wait(ask, config.min_workers or config.workers, config.workers, say)
+        workers = wait(ask, config.min_workers or config.workers, config.workers, say, gives_up, patience_seconds)
+        patience_seconds = None
         with _growing(ask, pause if workers < config.workers else None) as paused:
             result = _attempt(function, task, config, ask, workers, f"{name}-{attempt}")
         if isinstance(result, _Loss):
             failures += not result.is_of_the_cluster
-            if failures <= config.max_failures and not gives_up():
+            may_mend = not isinstance(result.cause, LASTING)
+            if may_mend and failures <= config.max_failures and not gives_up():
                 say(f"training workers were lost ({_line(result.cause)}): all begin again {goes_on}")
                 continue
             if isinstance(result.cause, DpoRayError):
@@ -88,8 +87,10 @@ def run_workers(
                 where=where,
                 fix=f"mend the cause and run the same command: it goes on {goes_on}; --verbose shows the workers' logs",
             ) from result.cause
-        if not (paused.is_set() and isinstance(result, dict) and isinstance(result.get("error"), StoppedError)):
+        stopped = isinstance(result, dict) and isinstance(result.get("error"), StoppedError)
+        if gives_up() or not (paused.is_set() and stopped):
             return result
+        patience_seconds = 0.0  # the room is there now, and others may want it
         say("there is room for more training workers: all begin again")
     raise AssertionError  # the count has no end
 
@@ -130,7 +131,7 @@ def _attempt(
             ),
         )
         try:
-            with given_back(), _own_interrupt():
+            with given_back(ask, workers), _own_interrupt():
                 return trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             return _Loss(first_cause(error).with_traceback(None), _is_of_the_cluster(error))
@@ -187,7 +188,8 @@ def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:
         return True
     if isinstance(error, ray.train.ControllerError):
         return type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError"
-    return any(getattr(lost, "preempted", False) for lost in getattr(error, "worker_failures", {}).values())
+    losses = getattr(error, "worker_failures", {}).values()
+    return any(getattr(lost, "preempted", False) or isinstance(lost, ray.exceptions.NodeDiedError) for lost in losses)
 
 
 def _line(cause: BaseException) -> str:

@@ -6,6 +6,7 @@ import posixpath
 import re
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ TEMPLATE_FILE = "chat_template.jinja"
 MAX_BYTES = 20 << 20  # the head keeps it in memory, and sends it to every node
 NAMED_IN_REFUSALS = 3
 IGNORE_FILES = (".gitignore", ".rayignore")
-NEVER_SENT = (".git", ".venv", "venv", "__pycache__", ".env", ".netrc", ".ray")
+NEVER_SENT = (
+    *(".git", ".venv", "venv", "__pycache__", ".ray", ".env*", ".netrc", ".aws", ".ssh", ".kube", ".docker", ".pypirc"),
+    *(".git-credentials", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*"),
+)
+"""Names of what is no code, or is a secret."""
+
 MADE_BY_THE_RUN = ("output", "reference.store")
 OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # the keys in these are the user's
 HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
@@ -94,11 +100,13 @@ def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[st
     for entry in sorted(here.iterdir()):
         path = posixpath.join(at, entry.name) if at else entry.name
         is_directory = entry.is_dir()
-        if entry.name in NEVER_SENT or entry.name in IGNORE_FILES or _ignored(path, is_directory, rules):
+        if any(fnmatch(entry.name, name) for name in (*NEVER_SENT, *IGNORE_FILES)) or _ignored(
+            path, is_directory, rules
+        ):
             continue
         if is_directory and not entry.is_symlink():
             yield from _walk(root, path, rules)
-        elif entry.is_file():
+        elif entry.is_file() and entry.resolve().is_relative_to(root.resolve()):  # no link to what is elsewhere
             yield path
 
 

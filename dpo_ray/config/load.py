@@ -13,6 +13,7 @@ from dpo_ray.errors import ConfigError
 
 from .explain import explain_all
 from .recipe import Recipe
+from .roles import placed
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -137,7 +138,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     Raises:
         ConfigError: with every wrong field: its path, its value, and what is allowed.
     """
-    return validate_recipe(apply_overrides(read_recipe_values(path), overrides), where=str(path))
+    return validate_recipe(apply_overrides(placed(read_recipe_values(path)), overrides), where=str(path))
 
 
 def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:

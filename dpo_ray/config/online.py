@@ -155,12 +155,13 @@ class OnlineConfig(StrictModel):
 
     def judges(self) -> list[SingleJudge]:
         """List all single judges, also those of ensembles and of the evaluation."""
-        return [one for judge in self._named() for one in members_of(judge)]
+        return [one for judge in self.named_judges() for one in members_of(judge)]
 
     def judges_cpus(self, role: RoleConfig) -> float:
         """Count the CPUs that all judges hold while rounds run."""
-        return sum(cpus_of(judge, role) for judge in self._named())
+        return sum(cpus_of(judge, role) for judge in self.named_judges())
 
-    def _named(self) -> list[Judge]:
+    def named_judges(self) -> list[Judge]:
+        """List the judge of the rounds, and that of the evaluation where it is another."""
         other = self.evaluate.judge
         return [self.judge, *([other] if other not in (None, self.judge) else [])]

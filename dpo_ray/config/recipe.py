@@ -112,8 +112,15 @@ class Recipe(StrictModel):
             raise field_error("online.optimizer", "only the moments of adamw and rmsprop are carried over: say restart")
 
     def cpus_needed(self) -> int:
-        """Count the CPUs that the recipe's widest moment asks Ray for; with fewer it would wait for ever."""
-        training = self.train.workers * self.train.cpus_per_worker
+        """Count the CPUs that the recipe's widest moment asks Ray for."""
+        return self._cpus(self.train.workers)
+
+    def least_cpus(self) -> int:
+        """Count the CPUs without which the recipe would wait for ever: with as few workers as it may train with."""
+        return self._cpus(self.train.min_workers or self.train.workers)
+
+    def _cpus(self, workers: int) -> int:
+        training = workers * self.train.cpus_per_worker
         by_trainer = training + 1  # and one task that reads
         by_engines = self.reference.replicas * self.reference.cpus_per_replica + 1
         scoring = by_trainer if self.reference.engine == "trainer" else by_engines

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
+from .roles import NodeLabels
 
 
 class AuditConfig(StrictModel):
@@ -57,7 +58,7 @@ class ReferenceConfig(StrictModel):
     memory_gib_per_replica: float | None = Field(default=None, gt=0)
     """Memory that Ray sets aside for each engine."""
 
-    node_labels: dict[str, str] = Field(default_factory=dict)
+    node_labels: NodeLabels = Field(default_factory=dict)
     """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
@@ -83,6 +84,8 @@ class ReferenceConfig(StrictModel):
             raise field_error("max_replicas", f"at least replicas={self.replicas} is expected")
         if self.mode == "streaming" and self.engine == "trainer":
             raise field_error("mode", "the trainer cannot score while it trains; use mode=ahead, or engine=vllm")
+        if self.gpus_per_replica and self.gpus_per_replica < self.tensor_parallel:
+            raise field_error("gpus_per_replica", f"at least tensor_parallel={self.tensor_parallel} is expected")
         if self.tensor_parallel > 1 and self.engine == "trainer":
             raise field_error("tensor_parallel", "is for engine=vllm; the trainer shards over train.workers")
         return self

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from .base import StrictModel, field_error
+
+_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+NodeLabels = dict[
+    Annotated[str, Field(pattern=rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_NAME}$")],
+    Annotated[str, Field(pattern=rf"^(!?({_NAME})?|!?in\({_NAME}(, *{_NAME})*\))$")],
+]
+"""Labels of Ray nodes, and the value that each must have, or `!value`, `in(a, b)`, `!in(a, b)`."""
 
 
 class RoleConfig(StrictModel):
@@ -22,12 +29,13 @@ class RoleConfig(StrictModel):
     memory_gib: float | None = Field(default=None, gt=0)
     """Memory that Ray sets aside for each; more than it says is not prevented."""
 
-    node_labels: dict[str, str] | None = None
+    node_labels: NodeLabels | None = None
     """Only nodes with these Ray labels, such as {dpo/role: train}. On a Ray of this machine alone they do not count."""
 
 
 class RolesConfig(StrictModel):
-    """One entry for each role; it goes before what the role's own section says, so a profile can be exchanged as a whole."""
+    """One entry for each role. It takes the place of what the role's own section says, so a profile can be exchanged as a whole;
+    what the command line sets of that section goes before it."""
 
     prepare: RoleConfig = RoleConfig()
     """Tasks that read, tokenize, look up and join. count: tokenizing tasks at once; default: as the cluster has CPUs."""
@@ -52,6 +60,8 @@ class RolesConfig(StrictModel):
             raise field_error(
                 "sample.count", "an evaluation has two engines, and rounds those of `reference`: leave it out"
             )
+        if self.sample.gpus is not None:
+            raise field_error("sample.gpus", "as many as an engine of `reference` has: leave it out")
         return self
 
 
@@ -75,7 +85,7 @@ SECTIONS = {
 
 
 def placed(values: dict[str, Any]) -> dict[str, Any]:
-    """Set in a recipe's sections what `cluster.roles` says of their roles; wrong roles are left to their own validation."""
+    """Move what `cluster.roles` says of roles with a section into that section; what is wrong is left to its own validation."""
     cluster = values.get("cluster")
     given = cluster.get("roles") if isinstance(cluster, dict) else getattr(cluster, "roles", None)
     try:
@@ -90,4 +100,8 @@ def placed(values: dict[str, Any]) -> dict[str, Any]:
             section = section.model_dump(exclude_unset=True)
         if said and isinstance(section, dict):
             result[name] = section | {fields[field]: value for field, value in said.items()}
-    return result
+    if not cluster or not given:
+        return values
+    left = roles.model_dump(exclude_unset=True, exclude=set(SECTIONS))
+    others = cluster.model_dump(exclude_unset=True) if isinstance(cluster, StrictModel) else cluster
+    return result | {"cluster": {**others, "roles": left}}

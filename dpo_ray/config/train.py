@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
 from .objective import Objective, ShapingConfig, SigmoidObjective
+from .roles import NodeLabels
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -106,7 +107,7 @@ class TrainConfig(StrictModel):
     memory_gib_per_worker: float | None = Field(default=None, gt=0)
     """Memory that Ray sets aside for each worker."""
 
-    node_labels: dict[str, str] = Field(default_factory=dict)
+    node_labels: NodeLabels = Field(default_factory=dict)
     """Place workers only on nodes with these Ray labels, such as {dpo/role: train}."""
 
     objective: Objective = SigmoidObjective()
@@ -185,6 +186,8 @@ class TrainConfig(StrictModel):
             raise field_error("sharding.shard_workers", f"{shard} does not divide train.workers={self.workers}")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise field_error("min_workers", f"at most workers={self.workers} is expected")
+        if self.min_workers is not None and shard is not None and self.min_workers < shard:
+            raise field_error("min_workers", f"fewer than shard_workers={shard} do not hold the model: raise it")
         for field, problem in self.shaping.problems(self.objective):
             raise field_error(f"shaping.{field}", problem)
         return self

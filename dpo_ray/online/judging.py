@@ -15,7 +15,8 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.config.judge import Judge, RewardModelJudge, cpus_per_replica, members_of, replicas_of
+from dpo_ray.cluster.asks import judge_ask
+from dpo_ray.config.judge import Judge, members_of, replicas_of
 from dpo_ray.config.roles import RoleConfig
 from dpo_ray.data.tokens import parquet_bytes, read_table
 from dpo_ray.errors import DpoRayError, JudgeError
@@ -25,6 +26,7 @@ from .judges.make import judge_digest, make_judge
 from .judges.memory import JournalMemory
 from .judges.protocol import Question, Spending, Usage, Verdict
 
+SAY_WAITING_SECONDS = 60.0
 MAX_DEATHS = 5  # of judges' processes in a row, with nothing judged between
 VERDICTS = pa.schema(
     [
@@ -79,17 +81,10 @@ class Judges:
         """Make a pool that remembers in `memory`, which runs share; `run` makes the writers' names its own."""
         self._config, self._memory, self._run, self._device, self._on_event = config, memory, run, device, on_event
         members = members_of(config)
-        self._replicas = replicas_of(config, role)
+        self._replicas, self._ask = replicas_of(config, role), judge_ask(config, role)
         self._batch = min(member.questions_per_batch for member in members)
-        gpus = sum(m.gpus_per_replica for m in members if isinstance(m, RewardModelJudge))
-        self._options: dict[str, Any] = {
-            "num_cpus": cpus_per_replica(config, role),
-            "num_gpus": (gpus if role.gpus is None else role.gpus) or None,
-            "memory": int(role.memory_gib * 2**30) if role.memory_gib else None,
-            "label_selector": role.node_labels or None,
-            "max_restarts": 0,
-        }
-        self._actors: list[Any] = []  # all that were made
+        self._actors: list[Any] = []  # all that live
+        self._named = 0
         self._idle: list[Any] = []
 
     def ask(
@@ -111,7 +106,13 @@ class Judges:
                 actor = self._idle.pop() if self._idle else self._start()
                 work = waiting.popleft()
                 running[actor.judge.remote(work[1], spent_usd + usage.usd)] = actor, work
-            (answer,), _ = ray.wait(list(running), num_returns=1)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=SAY_WAITING_SECONDS)
+            if not ready:
+                self._on_event(
+                    f"{len(running)} judges are at work, or wait for room; each asks for {self._ask.words()}"
+                )
+                continue
+            answer = ready[0]
             actor, (first, chunk) = running.pop(answer)
             try:
                 said, spent = ray.get(answer)
@@ -135,15 +136,21 @@ class Judges:
             advance(len(chunk))
         return [verdicts[i] for i in range(len(questions))], usage
 
+    @property
+    def gpus(self) -> float:
+        """Count the GPUs that each of its processes holds."""
+        return self._ask.gpus
+
     def close(self) -> None:
-        """Let all actors go."""
+        """Let all actors go; a later question starts others."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors, self._idle = [], []
 
     def _start(self) -> Any:
-        name = f"{self._run}-{len(self._actors) + 1}"
-        actor = ray.remote(JudgeActor).options(**self._options)
+        self._named += 1
+        name = f"{self._run}-{self._named}"
+        actor = ray.remote(JudgeActor).options(**self._ask.options(), max_restarts=0)
         self._actors.append(actor.remote(self._config, self._memory, name, self._device))
         return self._actors[-1]
 

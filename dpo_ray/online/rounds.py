@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from dpo_ray import pipeline, planning
 from dpo_ray.artifacts.artifact import Artifact
@@ -18,7 +17,9 @@ from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.asks import worker_ask
 from dpo_ray.cluster.placement import check_room, placed
+from dpo_ray.cluster.room import has_room
 from dpo_ray.cluster.session import session
 from dpo_ray.config.judge import Judge, RewardModelJudge
 from dpo_ray.config.model import ModelConfig
@@ -87,7 +88,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     with Lease(run_dir) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
         run_dir.write("recipe.yaml", pipeline.recipe_yaml(recipe).encode())
-        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus)
+        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
         driver = _Driver(plan, reporter, lease)
         try:
             return driver.run(), True
@@ -302,11 +303,13 @@ class _Driver:
         return settings, ReferenceStore(reference_root(self._recipe), digest, self._plan.numerics)
 
     def _make_room(self) -> None:
-        """Stop the engines where the cluster has not GPUs enough for them and for training."""
-        where, r, t = self._plan.hardware, self._recipe.reference, self._recipe.train
-        wanted = where.train_gpus * t.workers + where.engine_gpus * (r.max_replicas or r.replicas)
-        if where.device == "cuda" and ray.cluster_resources().get("GPU", 0) < wanted:
+        """Stop engines and judges that hold GPUs where the cluster has not room for training beside them."""
+        gpus, train = self._plan.hardware.train_gpus, self._recipe.train
+        if gpus and not has_room(worker_ask(train, gpus), train.workers):
             self._pool.close()
+            for judges in self._judges.values():
+                if judges.gpus:
+                    judges.close()
 
     def _sampled(
         self, title: str, policy: Policy, table: pa.Table, staging: Staging, provenance: Provenance

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from dpo_ray.cluster.room import Ask
+from dpo_ray.cluster.asks import Ask
 from dpo_ray.errors import EngineError
 from dpo_ray.evaluate.metrics import Comparison, Sample
 from dpo_ray.reference.sampling import Sampling, sample_seed
@@ -72,12 +72,7 @@ def compare(
     the reference's is started again to score what the policy sampled.
     """
     gpus = ask.gpus
-    actor = ray.remote(SamplerActor).options(
-        num_cpus=ask.cpus,
-        num_gpus=gpus or None,
-        memory=int((ask.memory_gib or 0) * 2**30) or None,
-        label_selector=dict(ask.labels) or None,
-    )
+    actor = ray.remote(SamplerActor).options(**ask.options())
     samples: dict[str, list[tuple[list[int], bool]]] = {}
     logps: dict[tuple[str, str], list[float]] = {}
     first: Any = actor.remote(reference)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
+from dpo_ray.cluster.asks import engine_ask
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.errors import DpoRayError, InfrastructureError
 
@@ -85,14 +86,12 @@ class EnginePool:
         self._living = living
         self._sampling: Sampling | None = None  # of the run: None where it scores
         self._least, self._most = config.replicas, config.max_replicas or config.replicas
+        self._ask = engine_ask(config, gpus_per_engine)
         self._options: dict[str, Any] = {
-            "num_cpus": config.cpus_per_replica,
-            "num_gpus": gpus_per_engine,
-            "memory": int(config.memory_gib_per_replica * 2**30) if config.memory_gib_per_replica else None,
+            **self._ask.options(),
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": CALLS_OF_AN_ENGINE,
-            "label_selector": config.node_labels or None,
         }
         self._engines: list[_Engine] = []  # those that are not dead
         self._places: list[Place] = []  # where engines were, for their memory
@@ -271,12 +270,8 @@ class EnginePool:
             awaited |= dict.fromkeys(engine.work or [engine.awaited], engine)
         ready, _ = ray.wait(list(awaited), num_returns=1, timeout=SAY_WAITING_SECONDS)
         if not ready and not self.ready:
-            wants = {
-                k: v
-                for k, v in self._options.items()
-                if v and k in ("num_cpus", "num_gpus", "memory", "label_selector")
-            }
-            self._on_event(f"{self.size} engines are starting, or wait for a node with room; each asks for {wants}")
+            words = self._ask.words()
+            self._on_event(f"{self.size} engines are starting, or wait for a node with room; each asks for {words}")
         for answer in ready:
             yield from self._heard(awaited[answer], answer)
 

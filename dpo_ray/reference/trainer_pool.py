@@ -64,9 +64,9 @@ def score_with_trainer(
     """
     if not granules:
         return
-    inbox = start_inbox()
+    inbox, unwanted = start_inbox(), threading.Event()
     task = ScoringTask(settings, store, train, tuple(granules), tuple(store.segments()), inbox)
-    run = _in_background(task, gpus_per_worker, say)
+    run = _in_background(task, gpus_per_worker, say, unwanted)
     yielded: set[int] = set()
     try:
         ended = False
@@ -80,10 +80,13 @@ def score_with_trainer(
             raise error
         assert len(yielded) == len(granules)  # noqa: S101
     finally:
+        unwanted.set()
         ray.kill(inbox)  # so that workers that still score know that nobody listens
 
 
-def _in_background(task: ScoringTask, gpus_per_worker: float, say: Callable[[str], None]) -> Future[ConfigError | None]:
+def _in_background(
+    task: ScoringTask, gpus_per_worker: float, say: Callable[[str], None], unwanted: threading.Event
+) -> Future[ConfigError | None]:
     """Run the workers in a thread, as the driver follows them in its own; gives what `score_worker` returns."""
     future: Future[ConfigError | None] = Future()
 
@@ -98,6 +101,7 @@ def _in_background(task: ScoringTask, gpus_per_worker: float, say: Callable[[str
                 where="reference",
                 goes_on="with what the store lacks",
                 say=say,
+                gives_up=unwanted.is_set,
             )
         except BaseException as error:
             future.set_exception(error)

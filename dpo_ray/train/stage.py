@@ -119,11 +119,12 @@ class _following:
 
     def _poll(self) -> None:
         told = False
-        while not self._stop.wait(POLL_SECONDS) and not self._lost:
+        while not self._stop.wait(POLL_SECONDS):
             if self._stopping.is_set() and not told:
                 self._inbox.stop.remote()
                 told = True
-            self._drain()
+            if not self._lost:
+                self._drain()
 
     def _drain(self) -> None:
         try:
