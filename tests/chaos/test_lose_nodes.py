@@ -39,7 +39,7 @@ def recipe(directory: Path, output: Path) -> Path:
             "groups_per_step": 16,
             "tokens_per_micro_batch": 512,
             # Each update enlarges what another order of sums over ranks has rounded otherwise; eps keeps noise from moving weights.
-            "optimizer": {"learning_rate": 1e-4, "eps": 1e-4},
+            "optimizer": {"learning_rate": 5e-5, "eps": 1e-4},
             "checkpoint_every_steps": EVERY,
         },
         "evaluate": {"sample_prompts": 0},
