@@ -200,7 +200,7 @@ def test_more_rounds_go_on_from_the_last_and_a_rejected_one_keeps_the_policy(fin
     assert strict.rounds[0].stages["train"] == finished.rounds[0].stages["train"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "section",
     [
@@ -266,7 +266,7 @@ def test_objectives_of_other_kinds(tmp_path: Path, objective: str) -> None:
         assert steps[-1]["kl"] != 0  # of completions of other prompts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_go_on_from_round_to_round_on_one_base(tmp_path: Path) -> None:
     """Base and adapter merged by hand say what the engines and the trainer said of the policy."""
     recipe = rounds_recipe(tmp_path, "train.lora={rank: 4, alpha: 8, target_modules: [q_proj, v_proj]}")
