@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from figure_style import STYLE
 from frontier_policy import aligned, exact, make_reference, make_reward, token_table
 from frontier_world import World
 from machine import machine
@@ -41,18 +42,6 @@ DRAWN: dict[Method, tuple[str, str]] = {
     "online DPO": ("#0069b4", "s"),
     "best of n": ("#6b7280", "^"),
     "optimum": ("#00875f", "D"),
-}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dpo_ray",
-    "font.size": 10.0,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dfe2e6",
-    "grid.linewidth": 0.6,
 }
 
 

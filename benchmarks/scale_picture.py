@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from figure_style import STYLE
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scale_figures import Figures
 from scale_steps import HH
 
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dpo_ray",
-    "font.size": 9.0,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dfe2e6",
-    "grid.linewidth": 0.6,
-    "lines.marker": "o",
-    "lines.markersize": 4.0,
-}
+SMALL = STYLE | {"font.size": 9.0, "lines.marker": "o", "lines.markersize": 4.0}
 COLOURS = ("#d05a00", "#0069b4", "#00875f", "#6b7280")
 
 
 def draw(found: Figures, out: Path) -> None:
     """Draw three panels side by side into an SVG file."""
-    with style.context(["default", STYLE]):
+    with style.context(["default", SMALL]):
         figure = Figure(figsize=(10.5, 3.8), layout="constrained")
         balance, schedule, goodput = figure.subplots(1, 3)
         _balance(balance, found)

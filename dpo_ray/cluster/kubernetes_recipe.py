@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,11 +16,10 @@ from dpo_ray.config.roles import SECTIONS
 from dpo_ray.errors import ConfigError
 
 from .kubernetes_groups import engine_labels, gpus, training_labels
+from .named_places import MADE_BY_THE_RUN, named_places
 
 RECIPE_DIRECTORY = "/etc/dpo-ray"
 RECIPE_FILE = "recipe.yaml"
-MADE_BY_THE_RUN = ("output", "reference.store")
-OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # the keys in these are the user's
 MAX_CONFIG_MAP_BYTES = 1 << 20  # the API server's limit, of all keys together
 
 
@@ -69,7 +67,7 @@ def _on_cluster(recipe: Recipe) -> dict[str, Any]:
     values.setdefault("output", recipe.output)
     storage = recipe.cluster.kubernetes.storage
     mount = storage.mount if storage is not None else None
-    for section, key, field in list(_places(values)):
+    for section, key, field in list(named_places(values)):
         paths = section[key] if isinstance(section[key], list) else [section[key]]
         seen = [_seen_by_all(path, field, mount) for path in paths]
         section[key] = seen if isinstance(section[key], list) else seen[0]
@@ -84,21 +82,6 @@ def _on_cluster(recipe: Recipe) -> dict[str, Any]:
     if of_no_section:
         values["cluster"] = {"roles": of_no_section}
     return values
-
-
-def _places(values: dict[str, Any], at: str = "") -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Find what names a place: (section, key in it, dotted name of the field)."""
-    for key, value in values.items():
-        field = f"{at}.{key}" if at else key
-        if key in OPEN_MAPPINGS or value is None:
-            continue
-        if isinstance(value, dict):
-            yield from _places(value, field)
-        elif isinstance(value, list) and key != "path":
-            for number, part in enumerate(value):
-                yield from _places(part, f"{field}[{number}]") if isinstance(part, dict) else ()
-        elif field in MADE_BY_THE_RUN or key == "adapter" or (key == "path" and values.get("type") != "hub"):
-            yield values, key, field
 
 
 def _seen_by_all(path: str, field: str, mount: str | None) -> str:

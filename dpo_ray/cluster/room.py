@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -127,7 +128,10 @@ def _largest(ask: Ask, least: int, most: int) -> int | None:
 @contextmanager
 def _asked(ask: Ask, count: int) -> Iterator[PlacementGroup]:
     group = placement_group(
-        [ask.resources] * count, strategy="PACK", bundle_label_selector=[dict(ask.labels) for _ in range(count)]
+        [ask.resources] * count,
+        strategy="PACK",
+        name=f"dpo-ray-room-{uuid.uuid4().hex}",  # tells it from workers' own, which have none
+        bundle_label_selector=[dict(ask.labels) for _ in range(count)],
     )
     try:
         yield group

@@ -17,6 +17,8 @@ from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 
+from .named_places import named_places
+
 RECIPE_FILE = "recipe.yaml"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_BYTES = 20 << 20  # the head keeps it in memory, and sends it to every node
@@ -28,8 +30,6 @@ NEVER_SENT = (
 )
 """Names of what is no code, or is a secret."""
 
-MADE_BY_THE_RUN = ("output", "reference.store")
-OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # the keys in these are the user's
 HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
@@ -41,8 +41,10 @@ def recipe_text(recipe: Recipe) -> str:
     """
     values: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True, exclude={"cluster": {"kubernetes"}})
     values.setdefault("output", recipe.output)
-    for path, field, may_be_hub_name in _places(values):
-        _check_seen_by_all(path, field, may_be_hub_name)
+    for section, key, field in named_places(values):
+        may_be_hub_name = key == "path" and section.get("type") != "files"
+        for path in section[key] if isinstance(section[key], list) else [section[key]]:
+            _check_seen_by_all(str(path), field, may_be_hub_name)
     if _template(recipe) is not None:
         values["data"]["chat_template"] = TEMPLATE_FILE
     values["ray"] = {"address": "auto"}
@@ -127,24 +129,6 @@ def _by_entry(sizes: dict[str, int]) -> dict[str, int]:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 20):.1f} MiB"
-
-
-def _places(values: dict[str, Any], at: str = "") -> Iterator[tuple[str, str, bool]]:
-    """Find what names a place: (the place, dotted name of the field, whether it may be the name of a model on the hub)."""
-    for key, value in values.items():
-        field = f"{at}.{key}" if at else key
-        if key in OPEN_MAPPINGS or value is None:
-            continue
-        if isinstance(value, dict):
-            yield from _places(value, field)
-        elif isinstance(value, list) and key != "path":
-            for number, part in enumerate(value):
-                yield from _places(part, f"{field}[{number}]") if isinstance(part, dict) else ()
-        elif field in MADE_BY_THE_RUN or key == "adapter":
-            yield str(value), field, False
-        elif key == "path" and values.get("type") != "hub":
-            for path in value if isinstance(value, list) else [value]:
-                yield str(path), field, values.get("type") != "files"
 
 
 def _check_seen_by_all(path: str, field: str, may_be_hub_name: bool) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.cli import main
 from dpo_ray.errors import EXIT_CODES
 from dpo_ray.reference.store import Numerics, ReferenceStore
+from tests.command_line import call
 
 COMMANDS = {
     "run": ["RECIPE", "KEY.PATH=VALUE", "--json", "--verbose"],
@@ -25,14 +25,6 @@ COMMANDS = {
     "store": ["stats", "verify", "gc"],
     "doctor": ["--output", "--json"],
 }
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, out, err
 
 
 @pytest.fixture

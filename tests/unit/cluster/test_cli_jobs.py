@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.cli import main
+from tests.command_line import call
 
 from .made_http_server import Served, served
 
@@ -33,14 +33,6 @@ COMMANDS = {
     "stop": ["ID", "--address", "--grace-seconds"],
     "list": ["--address", "--json"],
 }
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, out, err
 
 
 @pytest.fixture

@@ -1,0 +1,24 @@
+"""What in a recipe names a place: a path or an address that the cluster's nodes must see as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+MADE_BY_THE_RUN = ("output", "reference.store")
+OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # the keys in these are the user's
+
+
+def named_places(values: dict[str, Any], at: str = "") -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Find what names a place: (section, key in it, dotted name of the field)."""
+    for key, value in values.items():
+        field = f"{at}.{key}" if at else key
+        if key in OPEN_MAPPINGS or value is None:
+            continue
+        if isinstance(value, dict):
+            yield from named_places(value, field)
+        elif isinstance(value, list) and key != "path":
+            for number, part in enumerate(value):
+                yield from named_places(part, f"{field}[{number}]") if isinstance(part, dict) else ()
+        elif field in MADE_BY_THE_RUN or key == "adapter" or (key == "path" and values.get("type") != "hub"):
+            yield values, key, field
