@@ -38,7 +38,7 @@ class LocalCluster:
             cwd=self.directory,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
         return done.returncode, done.stdout, done.stderr
 

@@ -20,13 +20,13 @@ from tests.local_cluster import REPOSITORY, LocalCluster, local_cluster
 
 DATA = Path(os.environ.get("HH_DATA", REPOSITORY.parent / "shared" / "data" / "hh-harmless")).resolve()
 MODEL = Path(os.environ.get("HH_MODEL", REPOSITORY.parent / "shared" / "models" / "llama-6m")).resolve()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 ROLES = (
     "cluster.roles={prepare: {node_labels: {dpo/role: head}}, reference: {node_labels: {dpo/role: reference}}, "
     "train: {count: 2, node_labels: {dpo/role: train}}}"
 )
 PLACES = {"Engine": "reference", "SamplerActor": "reference", "RayTrainWorker": "train"}
-QUICKSTART = (
+SHORTER = (
     "data.train=[{type: synthetic, pairs: 256}]",
     "data.eval=[{type: synthetic, pairs: 64, seed: 1}]",
     "train.steps=6",
@@ -36,15 +36,13 @@ HH = (
     f"model.path={MODEL}",
     f"data.train={DATA}/train-*.jsonl.gz",
     f"data.eval={DATA}/eval-*.jsonl.gz",
-    "train.steps=6",
-    "train.eval_every_steps=null",
-    "evaluate.sample_prompts=8",
 )
 RUNS = [
-    pytest.param("quickstart", QUICKSTART, (), id="quickstart"),
+    pytest.param("quickstart", SHORTER, (), id="quickstart"),
+    pytest.param("quickstart", (), (), id="quickstart-in-full", marks=pytest.mark.long),
     pytest.param(
         "quickstart",
-        QUICKSTART,
+        SHORTER,
         ("--namespaces",),
         id="quickstart-in-namespaces",
         marks=[
@@ -58,7 +56,7 @@ RUNS = [
         "hh_rlhf",
         HH,
         (),
-        id="hh",
+        id="hh-in-full",
         marks=[
             pytest.mark.long,
             pytest.mark.skipif(
@@ -103,7 +101,7 @@ def test_three_nodes_give_what_one_machine_gives(
     arguments = [recipe, *overrides, ROLES]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DPO_RAY_"))}
     here = [sys.executable, "-m", "dpo_ray", "run", *arguments, f"output={tmp_path / 'here'}"]
-    subprocess.run(here, env=environment, check=True, capture_output=True, timeout=600)
+    subprocess.run(here, env=environment, check=True, capture_output=True, timeout=1200)
     subnet = "10.231.8" if options else None
     with local_cluster(tmp_path, "--nodes", "3", *options, subnet=subnet) as cluster:
         code, out, err = cluster.call("submit", *arguments, f"output={tmp_path / 'there'}", "--wait")
