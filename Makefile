@@ -41,8 +41,10 @@ quickstart: $(STAMP) ## align a tiny model with synthetic preferences, end to en
 	@$(BIN)/dpo-ray run pipelines/quickstart.yaml
 
 test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FSDP2
-	@echo "==> running the tests"
-	@$(BIN)/pytest
+	@echo "==> [1/2] running the unit tests, in as many processes as there are cores"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses logical --maxprocesses 8 --dist loadfile
+	@echo "==> [2/2] running the golden and the integration tests"
+	@$(BIN)/pytest tests/golden tests/integration
 
 test-slow: $(STAMP) ## what takes minutes or kills processes
 	@echo "==> running the slow and chaos tests"
