@@ -41,10 +41,10 @@ quickstart: $(STAMP) ## align a tiny model with synthetic preferences, end to en
 	@$(BIN)/dpo-ray run pipelines/quickstart.yaml
 
 test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FSDP2
-	@echo "==> [1/2] running the unit tests, in as many processes as there are cores"
+	@echo "==> [1/2] running the unit tests, in a process a core and at most eight"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses logical --maxprocesses 8 --dist loadfile
-	@echo "==> [2/2] running the golden and the integration tests"
-	@$(BIN)/pytest tests/golden tests/integration
+	@echo "==> [2/2] running all others, which share one Ray"
+	@$(BIN)/pytest --ignore tests/unit
 
 test-slow: $(STAMP) ## what takes minutes or kills processes
 	@echo "==> running the slow and chaos tests"
