@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -87,6 +89,13 @@ def weights(root: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def stored(root: Path) -> tuple[dict[bytes, list[float]], int]:
+    """Read a run's store: log-probs by key, and the rows of all segments."""
+    segments = [pq.read_table(file) for file in sorted((root / "out" / "reference-store").glob("*/segment-*.parquet"))]
+    table = pa.concat_tables(segments)
+    return dict(zip(table["key"].to_pylist(), table["token_logps"].to_pylist(), strict=True)), len(table)
+
+
 def counts(line: str) -> str:
     """Cut off the report's place, and how many sequences the last attempt scored and how many it found."""
     return re.sub(r" (scored|known)=\d+", "", line.split(" report=")[0])
@@ -106,6 +115,11 @@ def test_a_driver_killed_in_every_stage_ends_as_an_undisturbed_one(tmp_path: Pat
     assert weights(killed) == weights(quiet)
     steps = [json.loads(text)["step"] for text in (killed / "out" / "chaos" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 21))
+    values, rows = stored(killed)
+    assert values.keys() == stored(quiet)[0].keys()
+    assert (
+        rows - len(values) <= 2 * 2 * RECIPE["reference"]["groups_per_granule"]
+    )  # no more than the open granules again
     staging = killed / "out" / "artifacts" / ".staging"
     assert [p for p in staging.rglob("*") if p.is_file()] == []  # what the dead attempts left is swept
 

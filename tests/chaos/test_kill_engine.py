@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import test_kill_driver as driver
 from lose_a_node import GRANULES, GROUPS
@@ -46,33 +44,27 @@ def test_a_lost_node_costs_at_most_a_granule(tmp_path: Path) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def stored(root: Path) -> tuple[dict[bytes, list[float]], int]:
-    """Read a run's store: log-probs by key, and the rows of all segments."""
-    segments = [pq.read_table(file) for file in sorted((root / "out" / "reference-store").glob("*/segment-*.parquet"))]
-    table = pa.concat_tables(segments)
-    return dict(zip(table["key"].to_pylist(), table["token_logps"].to_pylist(), strict=True)), len(table)
-
-
 def sequences_of_the_last_run(root: Path) -> int:
     (manifest,) = (root / "out" / "artifacts").glob("reference-*/manifest.json")
     return json.loads(manifest.read_text())["figures"]["sequences"]
 
 
-def test_a_killed_driver_scores_nothing_again_that_was_committed(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_driver_that_is_killed_twice_while_it_scores(tmp_path: Path) -> None:
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     quiet.mkdir()
     killed.mkdir()
     driver.finish(quiet)
-    expected, rows = stored(quiet)
+    expected, rows = driver.stored(quiet)
     assert rows == len(expected) == sequences_of_the_last_run(quiet)
     committed = 0
     for segments in (2, 5):  # two losses
         driver.kill_when(
             killed, lambda n=segments: len(list((killed / "out" / "reference-store").glob("*/segment-*.parquet"))) >= n
         )
-        committed = len(stored(killed)[0])
+        committed = len(driver.stored(killed)[0])
     driver.finish(killed)
-    found, rows = stored(killed)
+    found, rows = driver.stored(killed)
     assert found.keys() == expected.keys()
     for key, values in found.items():
         np.testing.assert_allclose(values, expected[key], atol=1e-5)

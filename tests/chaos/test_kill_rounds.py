@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -136,38 +137,58 @@ def moments(run: Run) -> dict[str, Callable[[], object]]:
     return {"sampling": sampling, "judging": judging, "training": training, **states}
 
 
-def test_a_driver_killed_in_every_state_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+# One of each kind of work, in both rounds: between them a driver is killed in CI; in all states in `make test-long`.
+FEW_STATES = ("sampling", "judging", "training", "promote of round 1", "measure of round 2")
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """A run that nothing disturbed, and the endpoint that judged it."""
+
+    endpoint: MadeEndpoint
+    digests: dict[str, str]
+    asked: set[Call]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quiet]:
     with made_endpoint(slowly) as endpoint:
-        quiet = Run(tmp_path / "quiet", endpoint)
-        quiet.finish()
-        expected, asked = quiet.digests(), set(endpoint.asked)
-        assert len([name for name in expected if name.startswith("train-")]) == 2
-        endpoint.asked.clear()
-        endpoint.answered.clear()
-        struck, kills = Run(tmp_path / "struck", endpoint), 0
-        kept: dict[str, int] = {}
-        for name, reached in moments(struck).items():
-            if reached():
-                continue  # the kill before was late
-            with struck.started() as process:
-                struck.wait_for(reached, process)
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-            kills += 1
-            print(f"killed: {name}")
-            for file, changed in kept.items():  # granules that were sampled are sampled no more
-                path = Path(file)
-                assert not path.exists() or path.stat().st_mtime_ns == changed
-            kept = {str(f): f.stat().st_mtime_ns for f in struck.out.glob("rounds/samples/*/granule-*.parquet")}
-        struck.finish()
-        assert kills >= 12
-        assert struck.digests() == expected
-        assert set(endpoint.asked) == asked
-        again = {call: count for call, count in endpoint.asked.items() if count > 1}
-        assert len(again) <= CONCURRENCY * kills  # those that were open as their judge was killed
-        assert max(endpoint.answered.values()) <= 2
-        repeated = sum(count > 1 for count in endpoint.answered.values())
-        assert repeated <= CONCURRENCY  # answered in the very moment of a kill
+        run = Run(tmp_path_factory.mktemp("quiet") / "run", endpoint)
+        run.finish()
+        yield Quiet(endpoint, run.digests(), set(endpoint.asked))
+
+
+@pytest.mark.parametrize("states", ["few", pytest.param("every", marks=pytest.mark.long)])
+def test_a_driver_killed_in_its_states_ends_as_an_undisturbed_one(states: str, quiet: Quiet, tmp_path: Path) -> None:
+    assert len([name for name in quiet.digests if name.startswith("train-")]) == 2
+    endpoint = quiet.endpoint
+    endpoint.asked.clear()
+    endpoint.answered.clear()
+    struck, kills = Run(tmp_path / "struck", endpoint), 0
+    kept: dict[str, int] = {}
+    chosen = {name: reached for name, reached in moments(struck).items() if states == "every" or name in FEW_STATES}
+    for name, reached in chosen.items():
+        if reached():
+            continue  # the kill before was late
+        with struck.started() as process:
+            struck.wait_for(reached, process)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kills += 1
+        print(f"killed: {name}")
+        for file, changed in kept.items():  # granules that were sampled are sampled no more
+            path = Path(file)
+            assert not path.exists() or path.stat().st_mtime_ns == changed
+        kept = {str(f): f.stat().st_mtime_ns for f in struck.out.glob("rounds/samples/*/granule-*.parquet")}
+    struck.finish()
+    assert kills >= (12 if states == "every" else len(FEW_STATES) - 1)
+    assert struck.digests() == quiet.digests
+    assert set(endpoint.asked) == quiet.asked
+    again = {call: count for call, count in endpoint.asked.items() if count > 1}
+    assert len(again) <= CONCURRENCY * kills  # those that were open as their judge was killed
+    assert max(endpoint.answered.values()) <= 2
+    repeated = sum(count > 1 for count in endpoint.answered.values())
+    assert repeated <= CONCURRENCY  # answered in the very moment of a kill
 
 
 def processes_of(driver: int, title: str) -> list[psutil.Process]:
@@ -187,21 +208,20 @@ def processes_of(driver: int, title: str) -> list[psutil.Process]:
         pytest.param("ray::RayTrainWorker", marks=pytest.mark.long),
     ],
 )
-def test_a_lost_sampler_judge_or_trainer_costs_its_work_alone(tmp_path: Path, title: str) -> None:
-    with made_endpoint(slowly) as endpoint:
-        quiet, struck = Run(tmp_path / "quiet", endpoint), Run(tmp_path / "struck", endpoint)
-        quiet.finish()
-        endpoint.asked.clear()
-        with struck.started() as driver:
-            at_work: list[psutil.Process] = []
+def test_a_lost_sampler_judge_or_trainer_costs_its_work_alone(title: str, quiet: Quiet, tmp_path: Path) -> None:
+    endpoint = quiet.endpoint
+    endpoint.asked.clear()
+    struck = Run(tmp_path / "struck", endpoint)
+    with struck.started() as driver:
+        at_work: list[psutil.Process] = []
 
-            def found() -> bool:
-                at_work[:] = processes_of(driver.pid, title)
-                training = struck.count("rounds/checkpoints/*/step-*.json") > 0
-                return bool(at_work) and (training or "Train" not in title)
+        def found() -> bool:
+            at_work[:] = processes_of(driver.pid, title)
+            training = struck.count("rounds/checkpoints/*/step-*.json") > 0
+            return bool(at_work) and (training or "Train" not in title)
 
-            struck.wait_for(found, driver)
-            os.kill(at_work[0].pid, signal.SIGKILL)
-            assert driver.wait(900) == 0, struck.log
-        assert struck.digests() == quiet.digests()
-        assert sum(count - 1 for count in endpoint.asked.values()) <= CONCURRENCY
+        struck.wait_for(found, driver)
+        os.kill(at_work[0].pid, signal.SIGKILL)
+        assert driver.wait(900) == 0, struck.log
+    assert struck.digests() == quiet.digests
+    assert sum(count - 1 for count in endpoint.asked.values()) <= CONCURRENCY

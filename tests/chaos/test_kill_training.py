@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from training import EVERY, MOMENTS, POINTS, STEPS
+from training import EVERY, MOMENTS, STEPS
+
+from tests.helpers.traps import FEW_POINTS, POINTS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("training.py")
@@ -44,8 +46,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quiet(directory: Path) -> dict[str, Any]:
-    (account,) = played(directory, "quiet")
+def scenes(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Play the scenes of every CI run in one program, as each would start a Ray of its own; return their runs by directory."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for account in played(directory, "quiet", "few points", "sizes", "hang"):
+        runs.setdefault(account["run"].rsplit(" ", 1)[0], []).append(account)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def quiet(scenes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    (account,) = scenes["quiet"]
     assert account["attempts"] == [list(range(STEPS + 1))]
     return account
 
@@ -59,13 +70,26 @@ def check_attempts(attempts: list[list[int]]) -> None:
     assert attempts[-1][-1] == STEPS
 
 
-def test_workers_killed_at_every_point_of_a_step_and_of_a_commit(directory: Path, quiet: dict[str, Any]) -> None:
-    (account,) = played(directory, "points")
-    assert not any((directory / "points" / "points").iterdir())  # every trap has closed
-    assert len(account["attempts"]) == len(POINTS) + 1
+def check_points(root: Path, account: dict[str, Any], points: int, quiet: dict[str, Any]) -> None:
+    assert not any((root / "points").iterdir())  # every trap has closed
+    assert len(account["attempts"]) == points + 1
     check_attempts(account["attempts"])
     assert account["weights"] == quiet["weights"]
     assert account["losses"] == quiet["losses"]
+
+
+def test_workers_killed_in_a_step_and_in_a_commit(
+    directory: Path, scenes: dict[str, list[dict[str, Any]]], quiet: dict[str, Any]
+) -> None:
+    """At every point of both, without Ray: tests/unit/train/test_kill_ranks.py."""
+    (account,) = scenes["few points"]
+    check_points(directory / "few points", account, len(FEW_POINTS), quiet)
+
+
+@pytest.mark.long
+def test_workers_killed_at_every_point_of_a_step_and_of_a_commit(directory: Path, quiet: dict[str, Any]) -> None:
+    (account,) = played(directory, "points")
+    check_points(directory / "points", account, len(POINTS), quiet)
 
 
 @pytest.mark.long
@@ -77,8 +101,10 @@ def test_workers_killed_at_random_moments(directory: Path, quiet: dict[str, Any]
     assert account["losses"] == quiet["losses"]
 
 
-def test_another_number_of_workers_goes_on_with_the_same_steps(directory: Path, quiet: dict[str, Any]) -> None:
-    two, one, four = played(directory, "sizes")
+def test_another_number_of_workers_goes_on_with_the_same_steps(
+    scenes: dict[str, list[dict[str, Any]]], quiet: dict[str, Any]
+) -> None:
+    two, one, four = scenes["sizes"]
     assert two["error"]
     assert one["error"]
     assert [account["attempts"][0][0] for account in (two, one, four)] == [0, EVERY, 2 * EVERY]
@@ -86,14 +112,23 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(directory: Path, 
     assert four["losses"] == pytest.approx(quiet["losses"], abs=1e-5)
 
 
-def test_a_hung_worker_is_found_and_the_group_starts_again(directory: Path, quiet: dict[str, Any]) -> None:
-    again, for_good = played(directory, "hang")
+def test_a_hung_worker_is_found_and_the_group_starts_again(
+    scenes: dict[str, list[dict[str, Any]]], quiet: dict[str, Any]
+) -> None:
+    (again,) = scenes["hang"]
     assert again["weights"] == quiet["weights"]
     assert len(again["attempts"]) == 2
-    assert "rank 0 waited 15 s for another rank" in for_good["error"]
-    assert "hang_seconds" in for_good["error"]
+    assert any("rank 0 waited 15 s for another rank" in message for message in again["messages"])
 
 
+@pytest.mark.long
+def test_a_worker_that_hangs_more_often_than_allowed_ends_the_run(directory: Path) -> None:
+    (account,) = played(directory, "hang for good")
+    assert "rank 0 waited 15 s for another rank" in account["error"]
+    assert "hang_seconds" in account["error"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("whom", ["driver", "all"])
 def test_a_killed_driver_and_all_killed(whom: str, tmp_path: Path, directory: Path, quiet: dict[str, Any]) -> None:
     rng, begun = random.Random(whom), 0
@@ -155,7 +190,8 @@ def weights(root: Path) -> bytes:
     return file.read_bytes()
 
 
-def test_sigterm_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whom", ["driver", pytest.param("all", marks=pytest.mark.long)])
+def test_sigterm_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(whom: str, tmp_path: Path) -> None:
     subprocess.run(command(tmp_path / "quiet"), check=True, capture_output=True, timeout=300)
     stopped = tmp_path / "stopped"
     process = subprocess.Popen(command(stopped), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -166,17 +202,21 @@ def test_sigterm_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(tm
     assert "training was asked to stop, and has, after step" in said
     (checkpoints,) = (stopped / "out" / "sigterm" / "checkpoints").iterdir()
     assert newest(checkpoints) >= 10
-    # To all processes, as an init system or Kubernetes sends it: what was committed is gone on from.
-    process = subprocess.Popen(command(stopped), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_steps(stopped, process, newest(checkpoints) + 10)
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for victim in tree:
+    if whom == "all":
+        stop_all_processes(stopped, newest(checkpoints) + 10)
+    subprocess.run(command(stopped), check=True, capture_output=True, timeout=300)
+    assert weights(stopped) == weights(tmp_path / "quiet")
+
+
+def stop_all_processes(root: Path, steps: int) -> None:
+    """Send SIGTERM to all processes of a run, as an init system or Kubernetes does; what was committed is gone on from."""
+    process = subprocess.Popen(command(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(root, process, steps)
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         if victim.is_running():
             os.kill(victim.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode in (75, 1), said  # 1: Ray ends its driver by itself once its own processes are gone
-    subprocess.run(command(stopped), check=True, capture_output=True, timeout=300)
-    assert weights(stopped) == weights(tmp_path / "quiet")
 
 
 def wait_for_steps(root: Path, process: subprocess.Popen[str], steps: int) -> None:

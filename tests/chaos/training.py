@@ -29,29 +29,13 @@ from dpo_ray.errors import DpoRayError
 from dpo_ray.schedule.records import bucket_ranges, file_name, step_table
 from dpo_ray.train.task import TrainTask
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unit.train import making
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.helpers import traps
+from tests.helpers.traps import FEW_POINTS, POINTS, arm_trap
+from tests.unit.train import making
 
 STEPS, EVERY, MOMENTS = 160, 4, 20
-GROUPS_PER_STEP = making.GROUPS_PER_STEP  # workers do not find the tests' modules
-# Where a worker is killed, once each: the rank, and whether on the way in or out of a function of production code.
-POINTS = {
-    "before a step": (1, "in", "dpo_ray.train.loop", "train_step"),
-    "after the backward pass": (0, "in", "dpo_ray.train.step", "clip_gradients"),
-    "after the update": (1, "out", "dpo_ray.train.loop", "train_step"),
-    "before the snapshot": (0, "in", "dpo_ray.train.checkpoint", "get_state_dict"),
-    "after the snapshot": (1, "in", "torch.distributed.checkpoint.state_dict_saver", "async_save"),
-    "as writing begins": (0, "out", "torch.distributed.checkpoint.state_dict_saver", "async_save"),
-    "before files are written": (1, "in", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data"),
-    "after files are written": (0, "out", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data"),
-    "before its file is hashed": (1, "in", "dpo_ray.train.digests", "digest"),
-    "after its file is hashed": (1, "out", "dpo_ray.train.digests", "digest"),
-    "after DCP has finished": (0, "out", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "finish"),
-    "before rank 0 hashes the rest": (0, "in", "dpo_ray.train.commits", "digest"),
-    "before the commit": (0, "in", "dpo_ray.train.checkpoint", "commit"),
-    "after the commit": (0, "out", "dpo_ray.train.checkpoint", "commit"),
-    "after pruning": (0, "out", "dpo_ray.train.checkpoint", "prune"),
-}
+GROUPS_PER_STEP = making.GROUPS_PER_STEP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,52 +69,15 @@ def write_schedule(root: Path, worlds: tuple[int, ...], steps: int) -> None:
 
 def worker(settings: dict[str, Any]) -> Any:
     """Train as production does, with a trap of the test's set, and a step that takes a while."""
-    import importlib
-
     import torch.distributed as dist
 
     from dpo_ray.train import loop, worker
 
     task, rank, root = settings["task"], dist.get_rank(), Path(settings["task"].template)
     task.inbox.put.remote({"pid": os.getpid()})
-
-    def around(place: Any, name: str, before: Any, after: Any) -> None:
-        real = getattr(place, name)
-
-        def wrapped(*given: Any, **named: Any) -> Any:
-            before()
-            result = real(*given, **named)
-            after()
-            return result
-
-        setattr(place, name, wrapped)
-
-    def nothing() -> None:
-        pass
-
     slow = float((root / "slow").read_text()) if (root / "slow").exists() else 0.0
-    around(loop, "train_step", lambda: time.sleep(slow), nothing)
-    armed = sorted((root / "points").glob("*")) if (root / "points").exists() else []
-    if armed:
-        trap = json.loads(armed[0].read_text())
-
-        def strike() -> None:
-            armed[0].unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def hang() -> None:
-            armed[0].unlink(missing_ok=True)
-            time.sleep(3600)
-
-        act = {"kill": strike, "hang": hang}[trap["act"]]
-        if rank == trap["rank"]:
-            try:
-                place = importlib.import_module(trap["place"])
-            except ModuleNotFoundError:
-                module, _, kind = trap["place"].rpartition(".")
-                place = getattr(importlib.import_module(module), kind)
-            on_way = (act, nothing) if trap["on"] == "in" else (nothing, act)
-            around(place, trap["name"], *on_way)
+    traps.wrap_function(loop, "train_step", lambda: time.sleep(slow), lambda: None)
+    traps.set_next_trap(root, rank)
     task = dataclasses.replace(task, template="plain")
     return worker.train_and_export(task)
 
@@ -197,10 +144,11 @@ def run(root: Path, schedule: Path, name: str, *, workers: int = 2, kills: int =
         inbox=inbox,
         audit=None,
     )
-    began, error = time.monotonic(), ""
+    began, error, messages = time.monotonic(), "", []
+    names = {"name": name, "where": "train", "goes_on": "from the checkpoint"}
     with Killer(inbox, kills) as followed:
         try:
-            account = run_workers(worker, task, config, 0.0, name=name, where="train", goes_on="from the checkpoint")
+            account = run_workers(worker, task, config, 0.0, say=messages.append, **names)
             error = str(account.get("error", ""))
         except DpoRayError as raised:
             error = str(raised)
@@ -208,17 +156,12 @@ def run(root: Path, schedule: Path, name: str, *, workers: int = 2, kills: int =
     return {
         "run": f"{root.name} {name}",
         "error": error,
+        "messages": messages,
         "weights": "" if error else hashlib.sha256(weights.read_bytes()).hexdigest(),
         "losses": [] if error else [json.loads(line)["loss"] for line in metrics.read_text().splitlines()],
         "attempts": followed.attempts,
         "seconds": time.monotonic() - began,
     }
-
-
-def arm(root: Path, name: str, act: str, rank: int, on: str, place: str, function: str) -> None:
-    (root / "points").mkdir(parents=True, exist_ok=True)
-    trap = {"act": act, "rank": rank, "on": on, "place": place, "name": function}
-    (root / "points" / name).write_text(json.dumps(trap))
 
 
 def slow(root: Path, seconds: float) -> None:
@@ -230,25 +173,27 @@ def scenes(directory: Path, schedule: Path, what: str) -> Any:
     """Yield the accounts of a scene's runs."""
     if what == "quiet":
         yield run(directory / "quiet", schedule, "a-1")
-    elif what == "points":
-        root = directory / "points"
-        for number, point in enumerate(POINTS.values()):
-            arm(root, f"{number:02d}", "kill", *point)
+    elif what in ("points", "few points"):
+        root = directory / what
+        for number, name in enumerate(POINTS if what == "points" else FEW_POINTS):
+            arm_trap(root, f"{number:02d}", "kill", *POINTS[name])
         yield run(root, schedule, "a-1")
     elif what == "moments":
         slow(directory / "moments", 0.05)
         yield run(directory / "moments", schedule, "a-1", kills=MOMENTS)
     elif what == "hang":
         root = directory / "hang"
-        arm(root, "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
+        arm_trap(root, "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
         yield run(root, schedule, "a-1", hang_seconds=15)
-        arm(directory / "hung for good", "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
-        yield run(directory / "hung for good", schedule, "a-1", hang_seconds=15, max_failures=0)
+    elif what == "hang for good":
+        root = directory / "hung for good"
+        arm_trap(root, "0", "hang", 1, "in", "dpo_ray.train.step", "clip_gradients")
+        yield run(root, schedule, "a-1", hang_seconds=15, max_failures=0)
     elif what == "sizes":
         root = directory / "sizes"
         for number, workers in enumerate((2, 1, 4)):
             if workers != 4:
-                arm(root, "0", "kill", *POINTS["after pruning"])
+                arm_trap(root, "0", "kill", *POINTS["after pruning"])
             yield run(root, schedule, f"a-{number}", workers=workers, max_failures=0)
     elif what == "driver":
         slow(directory / "driver", 0.05)
@@ -263,7 +208,8 @@ def main(directory: Path, whats: list[str]) -> None:
     ray.init(
         num_cpus=6, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="ERROR"
     )
-    ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
+    for module in (sys.modules["__main__"], traps):  # workers do not find the tests' modules
+        ray.cloudpickle.register_pickle_by_value(module)
     for what in whats:
         for account in scenes(directory, schedule, what):
             print(json.dumps(account), flush=True)

@@ -128,6 +128,7 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
     assert (plan.numerics.engine, plan.stages["reference"].state) == ("trainer", "stale")
 
 
+@pytest.mark.slow
 def test_use_trainer_scores_all_again_and_is_then_done(output: Path, files_of) -> None:
     use_trainer = recipe(output, "use_trainer", "train.workers=2")
     results: list[tuple[pipeline.Finished, bool]] = []

@@ -25,7 +25,7 @@ HH = Path(os.environ.get("HH_DATA", SHARED / "data/hh-harmless"))
 PANDALM = Path(os.environ.get("PANDALM_DATA", SHARED / "data/pandalm")) / "testset-v1.json.gz"
 MODEL = Path(os.environ.get("HH_MODEL", SHARED / "models/llama-6m"))
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not (HH.is_dir() and PANDALM.is_file() and MODEL.is_dir()), reason=f"no data in {HH}, {PANDALM}, or no {MODEL}"

@@ -76,6 +76,7 @@ def metrics(finished: Finished) -> list[dict[str, float]]:
     return [json.loads(line) for line in finished.train.read_bytes("metrics.jsonl").splitlines()]
 
 
+@pytest.mark.slow
 def test_kto_on_labelled_completions(tmp_path: Path) -> None:
     """From a file of single completions: z0 comes from others' completions, which the reference has scored too."""
     train, held = (write(tmp_path / f"{n}.jsonl", unpaired_rows(*how)) for n, how in (("a", (48, 0)), ("b", (16, 1))))
@@ -94,7 +95,7 @@ def test_kto_on_labelled_completions(tmp_path: Path) -> None:
     assert "held-out" in Path(summary.write_report(finished)).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kto_on_pairs_and_dpo_on_the_same_data_share_tokens_and_scores(tmp_path: Path) -> None:
     run(tmp_path)
     finished = run(tmp_path, *KTO)
@@ -105,7 +106,9 @@ def test_kto_on_pairs_and_dpo_on_the_same_data_share_tokens_and_scores(tmp_path:
     assert "rewards/accuracies" in metrics(finished)[0]
 
 
-@pytest.mark.parametrize("kind", ["orpo", pytest.param("simpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("orpo", marks=pytest.mark.slow), pytest.param("simpo", marks=pytest.mark.long)]
+)
 def test_without_a_reference_nothing_is_scored(tmp_path: Path, kind: str) -> None:
     recipe = small_recipe(tmp_path, f"train.objective={{type: {kind}}}")
     assert "reference" not in make_plan(recipe).stages

@@ -147,6 +147,7 @@ def test_training_moved_the_policy_towards_the_preferences(finished: Finished) -
     assert samples["kl"] > -0.5
 
 
+@pytest.mark.slow
 def test_trainer_scoring_gives_the_same_reference(finished: Finished, tmp_path: Path) -> None:
     """The exact fallback: another engine, another key, the same numbers; its first loss is ln 2 to rounding."""
     run, _ = offline(small_recipe(tmp_path, "reference.engine=trainer", "train.workers=2", "train.steps=1"), Reporter())
@@ -176,6 +177,7 @@ def test_world_size_changes_nothing_but_speed(finished: Finished, output: Path) 
                 assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-5), name
 
 
+@pytest.mark.long
 def test_reference_scoring_is_shared_between_runs(finished: Finished, output: Path) -> None:
     """More data: only what is new is scored."""
     recipe = small_recipe(output, "name=more", "data.train={type: synthetic, pairs: 112}", "train.steps=1")

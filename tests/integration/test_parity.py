@@ -26,7 +26,8 @@ from dpo_ray.schedule.micro_batch import Group, pack
 
 TOLERANCE_NATS = 1e-4  # of a token, in float32
 FAMILIES = [
-    *("llama", "qwen3", "mistral", "gemma2", "phi"),
+    *("llama", "gemma2"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral", "phi")),
     *(pytest.param(name, marks=pytest.mark.long) for name in ("llama3", "qwen2", "gemma", "gemma3", "phi3", "phi4")),
     *(pytest.param(name, marks=pytest.mark.long) for name in ("granite", "cohere")),
 ]
@@ -191,7 +192,11 @@ def test_engine_trainer_and_plain_forward_agree(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(n, marks=pytest.mark.long) for n in ("qwen3", "mistral", "gemma2", "phi", "phi3"))]
+    "name",
+    [
+        pytest.param("llama", marks=pytest.mark.slow),
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("qwen3", "mistral", "gemma2", "phi", "phi3")),
+    ],
 )
 def test_with_an_adapter_they_agree_too(
     name: str, family: Callable[[str], Path], tmp_path: Path, engine_process: ProcessPoolExecutor

@@ -78,6 +78,7 @@ def groups_of(unscored: Sequence[Unscored]) -> list[int]:
     return [int.from_bytes(u.group_id, "big") for u in unscored]
 
 
+@pytest.mark.slow
 def test_a_killed_engine_costs_at_most_its_granule(tmp_path: Path) -> None:
     """Real vLLM: the store ends as an undisturbed one, and no engine is left."""
     tables = granules(*[24] * 6)

@@ -127,7 +127,9 @@ def other_model(place: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("change", ["model", "dtype", "truncation", "engine"])
+@pytest.mark.parametrize(
+    "change", ["model", *(pytest.param(change, marks=pytest.mark.slow) for change in ("dtype", "truncation", "engine"))]
+)
 def test_another_model_dtype_truncation_or_engine_never_hits(change: str, place: Path) -> None:
     overrides = {
         "model": lambda: f"model.path={other_model(place)}",

@@ -205,6 +205,7 @@ def once_more(settings: dict[str, Any]) -> dict[str, Any]:
     return {"workers": ray.train.get_context().get_world_size()}
 
 
+@pytest.mark.slow
 def test_workers_begin_again_as_often_as_is_allowed(tmp_path: Path) -> None:
     said: list[str] = []
     config = TrainConfig(workers=2, max_failures=1)

@@ -31,7 +31,7 @@ from dpo_ray.schedule.pack import step_groups
 
 from .conftest import small_recipe
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
 PROMPTS, NEW_TOKENS = 48, 40
 ONLINE = {

@@ -21,7 +21,7 @@ from . import held_back
 from .conftest import small_recipe
 from .held_back import HoldBack
 
-pytestmark = [pytest.mark.timeout(2400), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.usefixtures("ray_cluster")]
 ray.cloudpickle.register_pickle_by_value(held_back)  # engines' processes do not find the tests' modules
 
 # 96 pairs in 12 steps: a bucket of 4 steps, then the held-out data (evaluation after step 3), then a bucket of 8 steps.

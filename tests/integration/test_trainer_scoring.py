@@ -30,7 +30,7 @@ from dpo_ray.reference.trainer_pool import score_with_trainer
 
 from .conftest import small_recipe
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 MODEL = builtin_model("sentiment_llama")
 SETTINGS = ScorerSettings("trainer", str(MODEL), "float32", "cpu", 256, None, 0.9, share_prompt=True)
 

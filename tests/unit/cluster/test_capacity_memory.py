@@ -76,12 +76,20 @@ def assert_agree(measured: dict[str, int], planned: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("config", [LLAMA, QWEN, PHI], ids=["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LLAMA, id="llama"),
+        pytest.param(QWEN, id="qwen2", marks=pytest.mark.slow),
+        pytest.param(PHI, id="phi3", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_takes_what_is_planned(config: PreTrainedConfig, checkpointing: str) -> None:
     measured, planned, _ = compared(config, activation_checkpointing=checkpointing)
     assert_agree(measured, planned)
 
 
+@pytest.mark.slow
 def test_selective_checkpointing_where_a_block_decides() -> None:
     measured, planned, memory = compared(SMALL_VOCABULARY, activation_checkpointing="selective")
     assert "block" in memory.moment

@@ -31,15 +31,11 @@ CASES: dict[str, tuple[str, bool, TrainConfig]] = {
 }
 
 
-def build_rank(rank: int, world: int, place: str) -> None:
+def build_rank(rank: int, world: int, directory: Path) -> None:
     """Build each case; leave in RANK.json whether it is what a whole model is, and how much of the files was read."""
-    torch.set_num_threads(1)
-    directory = Path(place)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous-{world}", rank=rank, world_size=world)
     found = {case: _equal(directory, *facts) for case, facts in CASES.items()}
     read = {family: _read(directory / family, world) for family in ("llama", "gemma2")}
     (directory / f"{world}-{rank}.json").write_text(json.dumps({"equal": found, "read": read}))
-    dist.destroy_process_group()
 
 
 def _equal(directory: Path, family: str, adapted: bool, config: TrainConfig) -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,6 +19,7 @@ from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError
 from dpo_ray.models.build import build_policy
 from dpo_ray.models.sliced_weights import INDEX
+from tests.helpers.ranks import run_ranks
 
 from .build_process import CASES, CPU, build_rank
 from .families import plain_model
@@ -44,7 +44,7 @@ def models(family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_slices_make_the_whole_bit_for_bit(world: int, models: Path) -> None:
-    mp.start_processes(build_rank, args=(world, str(models)), nprocs=world, start_method="spawn")
+    run_ranks(build_rank, world, models)
     ranks = [json.loads((models / f"{world}-{rank}.json").read_text()) for rank in range(world)]
     assert [rank["equal"] for rank in ranks] == [dict.fromkeys(CASES, True)] * world
     for name in ("llama", "gemma2"):

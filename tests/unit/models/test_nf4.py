@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
 import torch
@@ -14,9 +12,10 @@ from torch import nn
 
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.models.nf4 import Nf4Linear
+from tests.helpers.ranks import run_ranks
+from tests.unit.train.variants_process import train_variants
 
 pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_layer_is_linear_in_its_rounded_weights() -> None:
@@ -59,9 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for world in (1, 2):
         place = places[world] = tmp_path_factory.mktemp("nf4") / "w"
         place.mkdir()
-        command = [sys.executable, "-m", "tests.unit.train.variants_process"]
-        ranks = [Popen([*command, str(r), str(world), str(place), "quantized"], cwd=ROOT) for r in range(world)]
-        assert [rank.wait(300) for rank in ranks] == [0] * world
+        run_ranks(train_variants, world, place, "quantized")
     return places
 
 

@@ -41,11 +41,8 @@ class Noted:
         return sorted(files)
 
 
-def rank_of_two(rank: int, world: int, place: str) -> None:
-    """Save twice, restore, and restore again after damage and after one rank's; leaves rank-R.json in `place`."""
-    torch.set_num_threads(1)
-    directory = Path(place)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+def rank_of_two(rank: int, world: int, directory: Path) -> None:
+    """Save twice, restore, and restore again after damage and after one rank's; leaves rank-R.json in `directory`."""
     noted, found = Noted(), {}
     for module in (digests, commits, soundness):
         module.digest = noted
@@ -86,4 +83,3 @@ def rank_of_two(rank: int, world: int, place: str) -> None:
     dist.barrier()
     found["damaged"] = restored()
     (directory / f"rank-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()

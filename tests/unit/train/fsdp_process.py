@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dpo_ray.artifacts.storage import Storage
@@ -22,11 +21,8 @@ PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.devi
 CONFIG = make_config(checkpoint_every_steps=4, eval_every_steps=3)
 
 
-def train_rank(rank: int, world: int, place: str) -> None:
-    """Train all steps as one rank of a gloo world; rank 0 leaves metrics.json and policy.safetensors in `place`."""
-    torch.set_num_threads(1)
-    directory = Path(place)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+def train_rank(rank: int, world: int, directory: Path) -> None:
+    """Train all steps as one rank of a gloo world; rank 0 leaves metrics.json and policy.safetensors in `directory`."""
     policy = shard(make_policy(chunk_tokens=16), "cpu", world, torch.float32).train()
     optimizer = build_optimizer(policy, CONFIG.optimizer)
     checkpoints = Checkpoints(Storage(directory / "checkpoints"), "a-1", 2)
@@ -38,4 +34,3 @@ def train_rank(rank: int, world: int, place: str) -> None:
     if rank == 0:
         (directory / "metrics.json").write_text(json.dumps(rows))
         save_file({n: w.clone() for n, w in weights.items()}, directory / "policy.safetensors")
-    dist.destroy_process_group()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -62,14 +61,11 @@ def train_steps(
     return gather_policy(policy, torch.float32)
 
 
-def train_rank(rank: int, world: int, place: str) -> None:
-    """Train with every optimizer as one rank of a gloo world, through a checkpoint; rank 0 leaves the weights in `place`."""
-    directory = Path(place)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+def train_rank(rank: int, world: int, directory: Path) -> None:
+    """Train with every optimizer, as one rank, through a checkpoint; rank 0 leaves the weights in `directory`."""
     for name in OPTIMIZERS:
         checkpoints = directory / name
         train_steps(directory / "model", name, world, rank, 0, SAVED, checkpoints, save=True)
         weights = train_steps(directory / "model", name, world, rank, SAVED, 4, checkpoints, save=False)
         if rank == 0:
             save_file({n: w.clone() for n, w in weights.items()}, directory / f"{name}.safetensors")
-    dist.destroy_process_group()

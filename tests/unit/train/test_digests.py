@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing as mp
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.train import checkpoint, soundness
 from dpo_ray.train.checkpoint import Best, Checkpoints, Progress
 from dpo_ray.train.commits import committed_steps
+from tests.helpers.ranks import run_ranks
 
 from .checkpoint_process import rank_of_two
 from .test_checkpoint import advance, make, run, same, state_of
@@ -24,7 +24,7 @@ FILES = {".metadata", "__0_0.distcp", "__1_0.distcp", "rng.json"}
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("two-ranks")
-    mp.start_processes(rank_of_two, args=(2, str(place)), nprocs=2, start_method="spawn")
+    run_ranks(rank_of_two, 2, place)
     return place
 
 

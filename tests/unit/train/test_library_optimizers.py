@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpo_ray.config.train import OptimizerConfig
 from dpo_ray.train.blockwise_adamw import BlockwiseAdamW
 from dpo_ray.train.optimizer import build_optimizer
+from tests.helpers.ranks import run_ranks
 
 from .making import distance
 from .optimizers_process import OPTIMIZERS, SAVED, make_model, train_rank, train_steps
@@ -28,7 +28,7 @@ TOLERANCES = {name: 1e-4 if config.type.endswith("8bit") else 2e-5 for name, con
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("optimizers")
     make_model(place / "model")
-    mp.start_processes(train_rank, args=(2, str(place)), nprocs=2, start_method="spawn")
+    run_ranks(train_rank, 2, place)
     return place
 
 

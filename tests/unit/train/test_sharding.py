@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from dpo_ray.artifacts.storage import Storage
@@ -16,6 +15,7 @@ from dpo_ray.train.checkpoint import Checkpoints, Progress
 from dpo_ray.train.export import gather_policy
 from dpo_ray.train.loop import train
 from dpo_ray.train.optimizer import build_optimizer
+from tests.helpers.ranks import run_ranks
 
 from .fsdp_process import CONFIG, PLAN, train_rank
 from .making import STEPS, distance, heldout_sets, make_policy, rank_steps
@@ -28,7 +28,7 @@ NAMES += ("eval_loss", "eval_first_loss", "eval_single_loss", "eval_single_rewar
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Run two processes to the end, while nothing else of the test runs."""
     place = tmp_path_factory.mktemp("fsdp")
-    mp.start_processes(train_rank, args=(2, str(place)), nprocs=2, start_method="spawn")
+    run_ranks(train_rank, 2, place)
     return place
 
 

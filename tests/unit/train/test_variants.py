@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.models.builtin import builtin_model
+from tests.helpers.ranks import run_ranks
 
-from .variants_process import VARIANTS
-
-ROOT = Path(__file__).resolve().parents[3]
+from .variants_process import VARIANTS, train_variants
 
 
 def run(world: int, directory: Path, asked: str = "all") -> dict[str, list[list[float]]]:
     directory.mkdir()
-    command = [sys.executable, "-m", "tests.unit.train.variants_process"]
-    ranks = [subprocess.Popen([*command, str(r), str(world), str(directory), asked], cwd=ROOT) for r in range(world)]
-    try:
-        assert [rank.wait(800) for rank in ranks] == [0] * world
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks(train_variants, world, directory, asked)
     return json.loads((directory / "measured.json").read_text())
 
 
@@ -52,7 +43,7 @@ def test_recomputation_and_offload_change_nothing(alone: dict[str, list[list[flo
     assert alone["plain"][3] != pytest.approx(alone["adapter"][3], rel=1e-3)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_more_ranks_change_nothing(world: int, alone: dict[str, list[list[float]]], tmp_path: Path) -> None:
     """Four ranks are two replicas of two shards."""
     for name, rows in run(world, tmp_path / "w").items():

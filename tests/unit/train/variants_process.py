@@ -1,17 +1,12 @@
-"""Train a few steps in one process or several, in every way that must not change the result.
-
-Run as a module: `python -m tests.unit.train.variants_process RANK WORLD DIRECTORY all|compiled|quantized`.
-"""
+"""Train a few steps as one rank of a group, in every way that must not change the result."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dpo_ray.config.train import LoraConfig
@@ -47,10 +42,11 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 HYBRID = {"sharding": {"mode": "hybrid", "shard_workers": 2}}
 
 
-def main(rank: int, world: int, directory: Path, asked: str) -> None:
-    """Train every variant; rank 0 writes loss and gradient norm of each step, and what exports of adapters hold."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+def train_variants(rank: int, world: int, directory: Path, asked: str) -> None:
+    """Train the variants that are asked for (all, compiled, quantized).
+
+    Rank 0 writes loss and gradient norm of each step, and the exported adapters.
+    """
     variants = VARIANTS if world < 4 else {"plain": HYBRID, "adapter": HYBRID | {"lora": LORA}}
     measured: dict[str, list[list[float]]] = {}
     for name, facts in {"compiled": COMPILED, "quantized": QUANTIZED}.get(asked, variants).items():
@@ -73,15 +69,9 @@ def main(rank: int, world: int, directory: Path, asked: str) -> None:
             save(gather_policy(policy, torch.float32, whole), directory / f"base of {name}.safetensors", rank)
     if rank == 0:
         (directory / "measured.json").write_text(json.dumps(measured))
-    dist.barrier()  # gloo may abort a rank that ends while another still works
-    dist.destroy_process_group()
 
 
 def save(weights: dict[str, torch.Tensor], path: Path, rank: int) -> None:
     """Write what rank 0 gathered."""
     if rank == 0:
         save_file({name: w.clone() for name, w in weights.items()}, path)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

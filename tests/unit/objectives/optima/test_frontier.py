@@ -93,6 +93,7 @@ def test_the_frontier_is_reached_and_what_is_beyond_is_seen(b: float) -> None:
     assert wrong == ([False, True] if world.optimum(b) > b else [True, False])
 
 
+@pytest.mark.slow
 def test_a_short_training_gains_reward_below_the_frontier() -> None:
     generator = torch.Generator().manual_seed(0)
     policy = policy_of(seed=0)

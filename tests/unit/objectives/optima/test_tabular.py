@@ -96,7 +96,9 @@ def trained(objective: o.Objective, at: list[tuple[int, int]], actions: int, ste
     return kept
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "tau", [pytest.param(0.1, marks=pytest.mark.slow), 0.5, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_ipo_of_a_certain_preference_stops_at_its_margin(tau: float) -> None:
     """Azar et al. 2023, section 5.4: of two actions pi(1) = sigma(1 / (2 tau)); a total order of three has 2 / (3 tau)."""
     two = trained(o.IpoObjective(beta=tau), [(0, 1)], 2, 4000)[-1]
@@ -106,6 +108,7 @@ def test_ipo_of_a_certain_preference_stops_at_its_margin(tau: float) -> None:
     assert float(three[0] - three[2]) == pytest.approx(2 / (3 * tau), abs=0.01)
 
 
+@pytest.mark.slow
 def test_ipo_keeps_what_never_wins_alive() -> None:
     """Azar et al. 2023, section 5.4, third data set: 1 and 2 beat each other, 1 beats 3, tau 0.5."""
     table = trained(o.IpoObjective(beta=0.5), [(0, 1), (1, 0), (0, 2)], 3, 4000)[-1].exp()
