@@ -27,7 +27,7 @@ def main() -> None:
     if not is_there():
         sys.exit(f"no golden curves in {GOLDEN}: set GOLDEN_DIR")
     with tempfile.TemporaryDirectory(prefix="golden-sensitivity-") as scratch:
-        trained = train_cases(Path(scratch), alone="packed", draws=DRAWS)
+        trained = train_cases(Path(scratch), alone="shared", draws=DRAWS)
     print("\n".join(table(trained)))
 
 

@@ -24,7 +24,7 @@ ABSOLUTE = {"rewards/chosen": 1e-5, "rewards/rejected": 1e-5, "rewards/margins":
 # What a movement is measured by. Rewards and losses count as 1 where they are smaller: what moves a reward by 1e-5 moves the
 # slope of the loss by about as much, however small the reward.
 SMALLEST_SIZE = {"loss": 1.0, "rewards/chosen": 1.0, "rewards/rejected": 1.0, "rewards/margins": 1.0, "grad_norm": 0.0}
-# Times the movement: two draws are few, and TRL's own rounding comes on top.
+# Times the movement: draws are few, and TRL's own rounding comes on top.
 MARGIN = 3.0
 
 

@@ -35,7 +35,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def run(recipe: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dpo_ray", "run", str(recipe)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=dict(os.environ))
+    return subprocess.run(command, capture_output=True, text=True, timeout=560, env=dict(os.environ))
 
 
 @pytest.mark.slow

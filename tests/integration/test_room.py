@@ -129,7 +129,7 @@ def test_what_scaling_may_bring_is_waited_for_and_not_refused(tmp_path: Path) ->
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_yaml(small_recipe(tmp_path)))
     program = [sys.executable, "-c", ON_A_CLUSTER_THAT_SCALES, str(path)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert "8 training workers are asked for, each 1 CPU, and there is room for 4" in done.stdout
 

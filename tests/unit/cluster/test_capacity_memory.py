@@ -96,6 +96,7 @@ def test_selective_checkpointing_where_a_block_decides() -> None:
     assert_agree(measured, planned)
 
 
+@pytest.mark.slow
 def test_a_second_micro_batch_adds_the_gradients_of_the_whole_model() -> None:
     measured, planned, memory = compared(LLAMA, micro_batches=2, activation_checkpointing="full")
     assert_agree(measured, planned)

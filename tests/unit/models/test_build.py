@@ -42,7 +42,9 @@ def models(family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     return place
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "world", [pytest.param(n, marks=pytest.mark.slow if n == 2 else pytest.mark.long) for n in (1, 2, 3)]
+)
 def test_slices_make_the_whole_bit_for_bit(world: int, models: Path) -> None:
     run_ranks(build_rank, world, models)
     ranks = [json.loads((models / f"{world}-{rank}.json").read_text()) for rank in range(world)]

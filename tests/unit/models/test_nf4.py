@@ -62,6 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return places
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_trains(trained: dict[int, Path]) -> None:
     one, two = (json.loads((trained[world] / "measured.json").read_text()) for world in (1, 2))
     for name in one:
@@ -70,12 +71,14 @@ def test_two_ranks_train_what_one_trains(trained: dict[int, Path]) -> None:
     assert len({loss for loss, _ in one["quantized"]}) == len(one["quantized"])
 
 
+@pytest.mark.slow
 def test_recomputation_changes_nothing(trained: dict[int, Path]) -> None:
     one = json.loads((trained[1] / "measured.json").read_text())
     for mine, theirs in zip(one["quantized, recomputed"], one["quantized"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_adapter_alone_is_exported(trained: dict[int, Path]) -> None:
     weights = load_file(trained[2] / "quantized.safetensors")
     assert weights

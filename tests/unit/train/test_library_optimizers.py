@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,19 +24,23 @@ TOLERANCES = {name: 1e-4 if config.type.endswith("8bit") else 2e-5 for name, con
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    place = tmp_path_factory.mktemp("optimizers")
-    make_model(place / "model")
-    run_ranks(train_rank, 2, place)
-    return place
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("optimizers") / "model")
 
 
 @pytest.fixture(scope="module")
-def alone(two_processes: Path) -> dict[str, dict[str, Tensor]]:
+def two_processes(model: Path) -> Path:
+    run_ranks(train_rank, 2, model.parent)
+    return model.parent
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> dict[str, dict[str, Tensor]]:
     """Four steps in one process, without a pause and without sharding."""
-    return {name: train_steps(two_processes / "model", name, 1, 0, 0, 4, None, save=False) for name in OPTIMIZERS}
+    return {name: train_steps(model, name, 1, 0, 0, 4, None, save=False) for name in OPTIMIZERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_ranks_and_a_checkpoint_change_nothing(
     name: str, two_processes: Path, alone: dict[str, dict[str, Tensor]]
@@ -45,18 +48,21 @@ def test_two_ranks_and_a_checkpoint_change_nothing(
     assert distance(load_file(two_processes / f"{name}.safetensors"), alone[name]) < TOLERANCES[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_one_rank_goes_on_from_two(name: str, two_processes: Path, alone: dict[str, dict[str, Tensor]]) -> None:
-    weights = train_steps(two_processes / "model", name, 1, 0, SAVED, 4, two_processes / name, save=False)
+def test_one_rank_goes_on_from_two(
+    name: str, model: Path, two_processes: Path, alone: dict[str, dict[str, Tensor]]
+) -> None:
+    weights = train_steps(model, name, 1, 0, SAVED, 4, two_processes / name, save=False)
     assert distance(weights, alone[name]) < TOLERANCES[name]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resumed_is_bit_for_bit_undisturbed(
-    name: str, two_processes: Path, tmp_path: Path, alone: dict[str, dict[str, Tensor]]
+    name: str, model: Path, tmp_path: Path, alone: dict[str, dict[str, Tensor]]
 ) -> None:
-    train_steps(two_processes / "model", name, 1, 0, 0, SAVED, tmp_path, save=True)
-    weights = train_steps(two_processes / "model", name, 1, 0, SAVED, 4, tmp_path, save=False)
+    train_steps(model, name, 1, 0, 0, SAVED, tmp_path, save=True)
+    weights = train_steps(model, name, 1, 0, SAVED, 4, tmp_path, save=False)
     assert all(torch.equal(weights[n], alone[name][n]) for n in weights)
 
 
@@ -64,8 +70,8 @@ def test_paged_is_torchs_adamw(alone: dict[str, dict[str, Tensor]]) -> None:
     assert distance(alone["paged_adamw"], alone["adamw"]) < 1e-5
 
 
-def test_eight_bits_are_nearly_as_good(two_processes: Path, alone: dict[str, dict[str, Tensor]]) -> None:
-    before = load_file(two_processes / "model" / "model.safetensors")
+def test_eight_bits_are_nearly_as_good(model: Path, alone: dict[str, dict[str, Tensor]]) -> None:
+    before = load_file(model / "model.safetensors")
     moved = {n: alone["adamw"][n] - before[n] for n in before}
     moved_8bit = {n: alone["adamw_8bit"][n] - before[n] for n in before}
     assert 1e-4 < distance(moved_8bit, moved) < 0.1

@@ -43,7 +43,8 @@ def test_recomputation_and_offload_change_nothing(alone: dict[str, list[list[flo
     assert alone["plain"][3] != pytest.approx(alone["adapter"][3], rel=1e-3)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_more_ranks_change_nothing(world: int, alone: dict[str, list[list[float]]], tmp_path: Path) -> None:
     """Four ranks are two replicas of two shards."""
     for name, rows in run(world, tmp_path / "w").items():

@@ -125,6 +125,7 @@ def test_dpo_of_a_certain_preference_has_no_end() -> None:
     assert float(kept[-1][0].exp()) > 0.9999
 
 
+@pytest.mark.slow
 def test_conservative_dpo_ends_where_its_labels_are_as_uncertain_as_it() -> None:
     """cDPO: the gradient is zero where the implied preference is 1 - e, so the margin is logit(1 - e) / beta."""
     table = trained(o.SigmoidObjective(beta=0.5, label_smoothing=0.1), [(0, 1)], 2, 4000)[-1]
