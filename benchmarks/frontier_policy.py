@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_ray.config.objective import SigmoidObjective
 from dpo_ray.config.train import OptimizerConfig, TrainConfig
+from dpo_ray.data.groups import Group
 from dpo_ray.models.packed_rows import PackedRows, packed_rows
 from dpo_ray.models.token_logps import TokenLogps
-from dpo_ray.schedule.micro_batch import Group, pack
-from dpo_ray.train.optimizer import build_optimizer, set_learning_rate
+from dpo_ray.schedule.micro_batch import pack
+from dpo_ray.train.optimizers.build import build_optimizer, set_learning_rate
 from dpo_ray.train.step import train_step
 
 PROMPTS, VOCABULARY, LENGTH, PAIRS_PER_STEP = 4, 6, 5, 250

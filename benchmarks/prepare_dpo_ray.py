@@ -1,6 +1,6 @@
 """dpo_ray's side of the benchmark `prepare.py`: one run of the stage `prepare`, in a process of its own.
 
-What is timed is `dpo_ray.pipeline.prepared`: plan (with the digest of every file), tokenize, choose among all groups, and
+What is timed is `dpo_ray.run.offline.prepared`: plan (with the digest of every file), tokenize, choose among all groups, and
 commit the tokens artifact, from an empty output directory. Before the clock come the imports, Ray's start, and a run of a
 few rows in the same Ray, after which Ray's workers have imported what they need.
 """
@@ -24,13 +24,13 @@ from rich.console import Console  # noqa: E402
 from row_digests import row_digest  # noqa: E402
 
 from dpo_ray.artifacts.artifact import Artifact  # noqa: E402
+from dpo_ray.artifacts.tables import read_table  # noqa: E402
 from dpo_ray.cluster.session import session  # noqa: E402
 from dpo_ray.config.load import validate_recipe  # noqa: E402
 from dpo_ray.config.recipe import Recipe  # noqa: E402
-from dpo_ray.data.chat import load_tokenizer  # noqa: E402
-from dpo_ray.data.tokens import read_table  # noqa: E402
+from dpo_ray.data.tokenizing.chat import load_tokenizer  # noqa: E402
 from dpo_ray.observe.progress import Reporter  # noqa: E402
-from dpo_ray.pipeline import prepared  # noqa: E402
+from dpo_ray.run.offline import prepared  # noqa: E402
 
 IMPORTED = time.perf_counter()
 WARM_UP_ROWS = 64
@@ -95,7 +95,7 @@ def _warm_up(args: argparse.Namespace) -> None:
 
 @ray.remote(num_cpus=1)
 def _import_in_worker() -> None:
-    import dpo_ray.data.prepare  # noqa: F401 - that it is imported is what is wanted
+    import dpo_ray.data.first_pass  # noqa: F401 - that it is imported is what is wanted
 
     time.sleep(2)  # held so long, a worker gets no second of these tasks: each goes to one of its own
 

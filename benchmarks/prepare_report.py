@@ -109,7 +109,7 @@ def _notes(m: Measured) -> list[str]:
         rows = f"{made}, in JSON Lines files of {args.rows_per_file:,}"
     speed_notes = [
         "- The clock of TRL: `datasets.load_dataset` into an empty cache and DPOTrainer's `_prepare_dataset`, which writes "
-        "Arrow to that cache. The clock of dpo_ray: `dpo_ray.pipeline.prepared` into an empty output directory: plan, "
+        "Arrow to that cache. The clock of dpo_ray: `dpo_ray.run.offline.prepared` into an empty output directory: plan, "
         "tokenize, check, look for duplicates and conflicts, write Parquet, commit.",
         "- Neither clock holds process start, imports, tokenizer and model in the first process; `before the clock` says "
         "what imports and Ray's start took. `cold workers` is without the warm-up, in which Ray's workers import their "

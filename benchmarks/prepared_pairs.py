@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.load import validate_recipe
-from dpo_ray.data.tokens import read_table
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.pipeline import prepared
+from dpo_ray.run.offline import prepared
 
 Pair = dict[str, list[int]]
 """prompt_ids, chosen_ids and rejected_ids."""

@@ -18,7 +18,7 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from dpo_ray.reference.scorer import ScorerSettings
-from dpo_ray.reference.vllm_engine import start_engine
+from dpo_ray.reference.vllm.engine import start_engine
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _in_the_scorers_order(pairs: list[dict[str, list[int]]]) -> list[tuple[list[int], list[int]]]:
-    """Longest prompts first, a pair's two completions side by side, as dpo_ray.reference.vllm_scorer sorts them."""
+    """Longest prompts first, a pair's two completions side by side, as dpo_ray.reference.vllm.scorer sorts them."""
     ordered = sorted(pairs, key=lambda pair: -len(pair["prompt_ids"]))
     return [(pair["prompt_ids"], pair[side]) for pair in ordered for side in ("chosen_ids", "rejected_ids")]
 

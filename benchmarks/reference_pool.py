@@ -25,10 +25,10 @@ from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.reference.engine import start_vllm
 from dpo_ray.reference.granule import GRANULE
-from dpo_ray.reference.missing import find_missing
+from dpo_ray.reference.lookup import find_missing
 from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.scorer import Scorer, ScoreRequest, ScorerSettings
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def metadata_writing(ranks: int, tensors: int, place: Path) -> Callable[[], int]
 def committing(size_bytes: int, place: Path) -> Callable[[], None]:
     """Prepare the project's `commit` of one file of so many bytes, which it hashes as every rank does its own."""
     from dpo_ray.artifacts.storage import Storage
-    from dpo_ray.train.commits import commit, step_name
+    from dpo_ray.train.checkpoint.manifest import commit, step_name
 
     storage, directory = Storage(place), f"{step_name(1)}/attempt"
     storage.child(directory).write("__0_0.distcp", bytes(size_bytes))

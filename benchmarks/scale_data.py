@@ -10,7 +10,7 @@ from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.data.stage import PARTS_PER_TASK
 from dpo_ray.reference.stage import PARTS_OF_A_LOOK_UP
 from dpo_ray.schedule.buckets import DEALT_BYTES, MOST_OPEN_FILES
-from dpo_ray.schedule.records import bucket_ranges, most_bucket_steps
+from dpo_ray.schedule.files import bucket_ranges, most_bucket_steps
 
 ROWS_PER_PART: int = DataConfig.model_fields["rows_per_part"].default
 GROUPS_PER_GRANULE: int = ReferenceConfig.model_fields["groups_per_granule"].default

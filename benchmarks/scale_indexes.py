@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from dpo_ray.config.data import RulesConfig
-from dpo_ray.data.select import Candidates, Outcome, select
-from dpo_ray.reference.store_index import KEY, StoreIndex
+from dpo_ray.data.rules import Candidates, Outcome, select
+from dpo_ray.reference.store.index import KEY, StoreIndex
 
 
 def indexing(keys: int, keys_per_segment: int) -> Callable[[], int]:

@@ -14,11 +14,12 @@ from dpo_ray.artifacts.manifest import FileEntry, Manifest, manifest_bytes, pars
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.artifacts.tables import parquet_bytes
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.tokens import TOKENS, parquet_bytes
+from dpo_ray.data.schemas import TOKENS
 from dpo_ray.schedule.buckets import Bucket, deal_rows
 from dpo_ray.schedule.build import Packing, write_bucket
-from dpo_ray.schedule.records import file_name
+from dpo_ray.schedule.files import file_name
 from dpo_ray.schedule.stage import order_splits, to_groups
 
 ORDER_PART_ROWS = 65_536  # larger than a real part, so that writing the input takes no time worth naming

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_ray.models.work import ModelShape
-from dpo_ray.schedule.pack import deal, estimate_work
+from dpo_ray.schedule.order import deal, estimate_work
 
 TOKENS_PER_MICRO_BATCH = 8192  # the default of train.tokens_per_micro_batch
 SHAPE_7B = ModelShape(  # Llama 7B: 32 blocks, width 4,096, feed-forward 11,008, vocabulary 32,000

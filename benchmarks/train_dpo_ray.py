@@ -20,11 +20,12 @@ from train_rows import PairRow, read_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_ray.config.train import OptimizerConfig, TrainConfig
+from dpo_ray.data.groups import Group
 from dpo_ray.models import shared_prefix
 from dpo_ray.models.packed_rows import Layout, packed_rows
 from dpo_ray.models.token_logps import TokenLogps
-from dpo_ray.schedule.micro_batch import Group, MicroBatch, pack
-from dpo_ray.train.optimizer import build_optimizer
+from dpo_ray.schedule.micro_batch import MicroBatch, pack
+from dpo_ray.train.optimizers.build import build_optimizer
 from dpo_ray.train.step import train_step
 
 

@@ -1,5 +1,5 @@
 """`python -m dpo_ray` is `dpo-ray`."""
 
-from dpo_ray.cli import main
+from dpo_ray.cli.app import main
 
 main()

@@ -5,11 +5,11 @@ what an artifact holds, `store` finds and begins artifacts, `lease` lets one dri
 This package is the only one that renames or fsyncs.
 """
 
-from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.artifacts.lease import Lease
-from dpo_ray.artifacts.manifest import FileEntry, Manifest
-from dpo_ray.artifacts.staging import Staging
-from dpo_ray.artifacts.storage import Storage
-from dpo_ray.artifacts.store import ArtifactStore
+from .artifact import Artifact
+from .lease import Lease
+from .manifest import FileEntry, Manifest
+from .staging import Staging
+from .storage import Storage
+from .store import ArtifactStore
 
 __all__ = ["Artifact", "ArtifactStore", "FileEntry", "Lease", "Manifest", "Staging", "Storage"]

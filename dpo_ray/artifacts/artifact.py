@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dpo_ray.artifacts.digest import file_sha256
-from dpo_ray.artifacts.disk import COPY_CHUNK_BYTES
-from dpo_ray.artifacts.manifest import FileEntry, Manifest, parse_manifest
-from dpo_ray.artifacts.names import MANIFEST_NAME, artifact_name
-from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
+
+from .digest import file_sha256
+from .disk import COPY_CHUNK_BYTES
+from .manifest import FileEntry, Manifest, parse_manifest
+from .names import MANIFEST_NAME, artifact_name
+from .storage import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from dpo_ray.artifacts.digest import file_sha256
-from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import DpoRayError
+
+from .digest import file_sha256
+from .storage import Storage
 
 SMALL_BYTES = 4 << 20  # read again each time: cheaper than it is to remember
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dpo_ray.artifacts.names import TEMPORARY_PREFIX
 from dpo_ray.errors import ArtifactError
+
+from .names import TEMPORARY_PREFIX
 
 COPY_CHUNK_BYTES = 8 * 2**20
 

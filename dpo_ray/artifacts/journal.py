@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_ray.artifacts.disk import make_dirs, sync_dir
 from dpo_ray.errors import ArtifactError
+
+from .disk import make_dirs, sync_dir
 
 
 class Journal:

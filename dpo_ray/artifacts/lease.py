@@ -19,9 +19,10 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from dpo_ray.artifacts.process import Process, user_name
-from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import DpoRayError, LeaseError
+
+from .process import Process, user_name
+from .storage import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from dpo_ray.artifacts.digest import digest
-from dpo_ray.artifacts.names import fault_in_name
 from dpo_ray.errors import ArtifactError
+
+from .digest import digest
+from .names import fault_in_name
 
 FORMAT = 1
 

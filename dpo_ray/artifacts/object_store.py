@@ -11,9 +11,10 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from dpo_ray.artifacts.disk import copy_and_hash
-from dpo_ray.artifacts.names import TEMPORARY_PREFIX
 from dpo_ray.errors import DpoRayError, InfrastructureError
+
+from .disk import copy_and_hash
+from .names import TEMPORARY_PREFIX
 
 EXTRAS = {"s3": "s3", "gs": "gs"}  # scheme -> the extra of this package that brings its client
 _CONFLICTS = ("ConditionalRequestConflict", "OperationAborted", "409")

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.artifacts.manifest import FileEntry
-from dpo_ray.artifacts.staging import Staging
+from .artifact import Artifact
+from .manifest import FileEntry
+from .staging import Staging
 
 
 @dataclass(frozen=True)

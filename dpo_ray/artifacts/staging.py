@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_ray.artifacts.artifact import Artifact, find_artifact
-from dpo_ray.artifacts.manifest import FileEntry, Manifest, manifest_bytes, parse_manifest
-from dpo_ray.artifacts.names import MANIFEST_NAME, STAGING_NAME, artifact_name, checked_name, checked_run
-from dpo_ray.artifacts.process import Process
-from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
+
+from .artifact import Artifact, find_artifact
+from .manifest import FileEntry, Manifest, manifest_bytes, parse_manifest
+from .names import MANIFEST_NAME, STAGING_NAME, artifact_name, checked_name, checked_run
+from .process import Process
+from .storage import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from dpo_ray.artifacts.disk import Disk, make_dirs
-from dpo_ray.artifacts.manifest import FileEntry
-from dpo_ray.artifacts.names import TEMPORARY_PREFIX, checked_name, fault_in_name
-from dpo_ray.artifacts.object_store import EXTRAS, ObjectStore
 from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError
+
+from .disk import Disk, make_dirs
+from .manifest import FileEntry
+from .names import TEMPORARY_PREFIX, checked_name, fault_in_name
+from .object_store import EXTRAS, ObjectStore
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)

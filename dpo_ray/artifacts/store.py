@@ -11,13 +11,14 @@ import logging
 import re
 from collections.abc import Iterator
 
-from dpo_ray.artifacts.artifact import Artifact, find_artifact, read_manifest
-from dpo_ray.artifacts.manifest import Manifest
-from dpo_ray.artifacts.names import STAGING_NAME, checked_run
-from dpo_ray.artifacts.process import Process
-from dpo_ray.artifacts.staging import Staging, begin_attempt, discard_attempt
-from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
+
+from .artifact import Artifact, find_artifact, read_manifest
+from .manifest import Manifest
+from .names import STAGING_NAME, checked_run
+from .process import Process
+from .staging import Staging, begin_attempt, discard_attempt
+from .storage import Storage
 
 __all__ = ["Artifact", "ArtifactStore", "Staging"]
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection
 import ray
 import yaml
 
+from dpo_ray.artifacts.places import run_storage
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import InfrastructureError
-from dpo_ray.places import run_storage
 
-from .asks import Ask, engine_ask, judge_ask, sampler_ask, worker_ask
+from .resources import Ask, engine_ask, judge_ask, sampler_ask, worker_ask
 from .room import capacity, scales
 from .session import session
 
@@ -86,7 +86,7 @@ def _asks(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpu
     if r.engine == "vllm" and ("reference" in stages or recipe.online is not None):
         asks.append((engine_ask(r, engine_gpus), 1))
     if "evaluate" in stages and recipe.evaluate.sample_prompts and recipe.online is None:
-        asks.append((sampler_ask(recipe, engine_gpus), 1 if engine_gpus else 2))
+        asks.append((sampler_ask(recipe, engine_gpus), 1))
     if recipe.online is not None:
         asks += [(judge_ask(judge, roles.judge), 1) for judge in recipe.online.named_judges()]
     prepare = roles.prepare

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from dpo_ray.errors import StoppedError
 
-from .asks import Ask
+from .resources import Ask
 
 PATIENCE_SECONDS = 30.0  # for all workers, before fewer of them begin
 SCALING_PATIENCE_SECONDS = 600.0  # the same where the cluster gets nodes on demand, which takes minutes

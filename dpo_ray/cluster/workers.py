@@ -22,8 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError
 
-from .asks import Ask, worker_ask
 from .inbox import Inbox
+from .resources import Ask, worker_ask
 from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)

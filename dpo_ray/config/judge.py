@@ -1,18 +1,19 @@
-"""Judges: what says which of several completions of a prompt is better."""
+"""Judges: which of several completions of a prompt is better."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
+from .extension import JUDGE_CONFIGS, JudgeConfig, installed
 from .roles import RoleConfig
 
 DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
 
-class FunctionJudge(StrictModel):
+class FunctionJudge(JudgeConfig):
     """A Python function that scores completions; the verifiable reward of a world that has one, or anything else."""
 
     type: Literal["function"] = "function"
@@ -20,13 +21,8 @@ class FunctionJudge(StrictModel):
     """Dotted path, `package.module.function`. It is called with (prompts, completions): two lists of strings of one length, and
     returns as many scores, higher is better; None where it abstains."""
 
-    replicas: int = Field(default=1, gt=0)
-    cpus_per_replica: float = Field(default=1.0, gt=0)
-    questions_per_batch: int = Field(default=64, gt=0)
-    """Prompts, each with its completions, that a call gets."""
 
-
-class RewardModelJudge(StrictModel):
+class RewardModelJudge(JudgeConfig):
     """A Hugging Face sequence classifier with one output, such as reward models are."""
 
     type: Literal["reward_model"] = "reward_model"
@@ -38,13 +34,21 @@ class RewardModelJudge(StrictModel):
     """Longer conversations are not judged: their score is missing, with the reason."""
 
     completions_per_batch: int = Field(default=16, gt=0)
-    replicas: int = Field(default=1, gt=0)
-    cpus_per_replica: float = Field(default=1.0, gt=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
-    questions_per_batch: int = Field(default=64, gt=0)
+
+    not_in_digest: ClassVar[frozenset[str]] = JudgeConfig.not_in_digest | {
+        "path",  # its files are, wherever they are
+        "revision",
+        "completions_per_batch",
+        "gpus_per_replica",
+    }
+    loads_weights: ClassVar[bool] = True
+
+    def gpus(self) -> float:
+        return self.gpus_per_replica
 
 
-class LlmJudge(StrictModel):
+class LlmJudge(JudgeConfig):
     """A language model behind an OpenAI-compatible endpoint, asked for a preference or for a score."""
 
     type: Literal["llm"] = "llm"
@@ -82,9 +86,25 @@ class LlmJudge(StrictModel):
     max_usd: float | None = Field(default=None, gt=0)
     """Of a round; when it is spent the run stops, and keeps every answer. An ensemble's members spend from one purse."""
 
-    replicas: int = Field(default=1, gt=0)
     cpus_per_replica: float = Field(default=0.5, gt=0)
     questions_per_batch: int = Field(default=16, gt=0)
+
+    not_in_digest: ClassVar[frozenset[str]] = JudgeConfig.not_in_digest | {
+        "api_key_env",
+        "concurrency",
+        "requests_per_minute",
+        "timeout_seconds",
+        "max_retries",
+        "usd_per_million_input_tokens",
+        "usd_per_million_output_tokens",
+        "max_usd",
+    }
+
+    def environment(self) -> set[str]:
+        return {self.api_key_env} if self.api_key_env else set()
+
+    def urls(self) -> set[str]:
+        return {self.base_url}
 
     @model_validator(mode="after")
     def _money_has_prices(self) -> LlmJudge:
@@ -93,7 +113,7 @@ class LlmJudge(StrictModel):
         return self
 
 
-class VerifierJudge(StrictModel):
+class VerifierJudge(JudgeConfig):
     """A check of each completion against the prompt's reference answer: 1 where it holds, else 0."""
 
     type: Literal["verifier"] = "verifier"
@@ -109,12 +129,12 @@ class VerifierJudge(StrictModel):
     memory_mib: int = Field(default=512, gt=0)
     """unit_test: the limit of its process."""
 
-    replicas: int = Field(default=1, gt=0)
-    cpus_per_replica: float = Field(default=1.0, gt=0)
-    questions_per_batch: int = Field(default=64, gt=0)
 
-
-SingleJudge = FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge
+BuiltIn = FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge
+if TYPE_CHECKING:
+    SingleJudge = BuiltIn
+else:
+    SingleJudge = Union[(BuiltIn, *installed(JUDGE_CONFIGS).values())]
 
 
 class Member(StrictModel):
@@ -151,7 +171,7 @@ def replicas_of(judge: Judge, role: RoleConfig) -> int:
 
 
 def cpus_per_replica(judge: Judge, role: RoleConfig) -> float:
-    """Say what CPUs each of its processes holds."""
+    """Return how many CPUs each of its processes requests."""
     return role.cpus or max(m.cpus_per_replica for m in members_of(judge))
 
 

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
 from .base import StrictModel
+from .extension import OBJECTIVE_CONFIGS, ObjectiveConfig, installed
 
 Beta = Annotated[float, Field(gt=0)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 
-# What a class may say of its loss; these are the defaults of `fact`.
-FACTS = {
-    "uses_reference": True,  # False: the reference stage is skipped
-    "per_token": False,  # rewards and margins are averages over a completion's tokens
-    "learns_from": "pairs",  # or "completions" (labels, no pairs), or "lists" (rankings of K >= 2)
-    "step_wide": False,  # one completion's loss depends on others of the step
-    "diverges": False,  # other f-divergences than the reverse KL change it
-    "weighable": True,  # WPO's weights of pairs apply
-    "compares_lengths": True,  # LD-DPO's weights of tokens apply
-}
 
-
-class SigmoidObjective(StrictModel):
+class SigmoidObjective(ObjectiveConfig):
     """DPO: -log sigmoid(beta * margin). Rafailov et al. 2023 (2305.18290), eq. 7."""
 
     type: Literal["sigmoid"] = "sigmoid"
@@ -35,9 +25,10 @@ class SigmoidObjective(StrictModel):
     """Share of labels assumed to be flipped (conservative DPO)."""
 
     diverges: ClassVar[bool] = True
+    takes_soft_labels: ClassVar[bool] = True
 
 
-class SigmoidNormObjective(StrictModel):
+class SigmoidNormObjective(ObjectiveConfig):
     """DPO on log-ratios per token (Tulu 3's dpo_norm). Lambert et al. 2024 (2411.15124), eq. 6."""
 
     type: Literal["sigmoid_norm"] = "sigmoid_norm"
@@ -45,9 +36,10 @@ class SigmoidNormObjective(StrictModel):
     label_smoothing: Smoothing = 0.0
     per_token: ClassVar[bool] = True
     diverges: ClassVar[bool] = True
+    takes_soft_labels: ClassVar[bool] = True
 
 
-class HingeObjective(StrictModel):
+class HingeObjective(ObjectiveConfig):
     """max(0, 1 - beta * margin). Liu et al. 2023 (RSO, 2309.06657), eq. 8."""
 
     type: Literal["hinge"] = "hinge"
@@ -55,7 +47,7 @@ class HingeObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class IpoObjective(StrictModel):
+class IpoObjective(ObjectiveConfig):
     """IPO: (margin per token - 1 / (2 beta))^2. Azar et al. 2023 (2310.12036), eq. 17, length-normalised as in TRL."""
 
     type: Literal["ipo"] = "ipo"
@@ -64,9 +56,10 @@ class IpoObjective(StrictModel):
 
     per_token: ClassVar[bool] = True
     diverges: ClassVar[bool] = True
+    takes_soft_labels: ClassVar[bool] = True
 
 
-class ExoPairObjective(StrictModel):
+class ExoPairObjective(ObjectiveConfig):
     """EXO: reverse KL between the policy's and the smoothed preference. Ji et al. 2024 (2402.00856), eq. 16."""
 
     type: Literal["exo_pair"] = "exo_pair"
@@ -75,7 +68,7 @@ class ExoPairObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class NcaPairObjective(StrictModel):
+class NcaPairObjective(ObjectiveConfig):
     """NCA: contrasts each completion with noise, so that likelihoods do not fall. Chen et al. 2024 (2402.05369), eq. 11."""
 
     type: Literal["nca_pair"] = "nca_pair"
@@ -83,7 +76,7 @@ class NcaPairObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class RobustObjective(StrictModel):
+class RobustObjective(ObjectiveConfig):
     """Robust DPO: unbiased under flipped labels. Chowdhury et al. 2024 (2403.00409), eq. 12."""
 
     type: Literal["robust"] = "robust"
@@ -92,7 +85,7 @@ class RobustObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class BcoPairObjective(StrictModel):
+class BcoPairObjective(ObjectiveConfig):
     """BCO: a binary classifier of chosen and rejected by reward. Jung et al. 2024 (2404.04656), eq. 8, without its shift."""
 
     type: Literal["bco_pair"] = "bco_pair"
@@ -100,7 +93,7 @@ class BcoPairObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class SppoHardObjective(StrictModel):
+class SppoHardObjective(ObjectiveConfig):
     """SPPO with hard labels: (s+ - 1/(2 beta))^2 + (s- + 1/(2 beta))^2. Wu et al. 2024 (2405.00675), eq. 4.8."""
 
     type: Literal["sppo_hard"] = "sppo_hard"
@@ -108,7 +101,7 @@ class SppoHardObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class AotObjective(StrictModel):
+class AotObjective(ObjectiveConfig):
     """AOT: aligns sorted margins of policy and reference over the step. Melnyk et al. 2024 (2406.05882), eq. 9."""
 
     type: Literal["aot"] = "aot"
@@ -116,9 +109,10 @@ class AotObjective(StrictModel):
     label_smoothing: Smoothing = 0.0
     step_wide: ClassVar[bool] = True
     weighable: ClassVar[bool] = False
+    takes_soft_labels: ClassVar[bool] = True
 
 
-class AotUnpairedObjective(StrictModel):
+class AotUnpairedObjective(ObjectiveConfig):
     """AOT of sorted rewards of chosen against those of rejected. Melnyk et al. 2024 (2406.05882), eq. 6."""
 
     type: Literal["aot_unpaired"] = "aot_unpaired"
@@ -126,23 +120,24 @@ class AotUnpairedObjective(StrictModel):
     label_smoothing: Smoothing = 0.0
     step_wide: ClassVar[bool] = True
     weighable: ClassVar[bool] = False
+    takes_soft_labels: ClassVar[bool] = True
 
 
-class ApoZeroObjective(StrictModel):
+class ApoZeroObjective(ObjectiveConfig):
     """APO-zero: chosen up, rejected down. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
 
     type: Literal["apo_zero"] = "apo_zero"
     beta: Beta = 0.1
 
 
-class ApoDownObjective(StrictModel):
+class ApoDownObjective(ObjectiveConfig):
     """APO-down: both down, rejected more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
 
     type: Literal["apo_down"] = "apo_down"
     beta: Beta = 0.1
 
 
-class DiscopopObjective(StrictModel):
+class DiscopopObjective(ObjectiveConfig):
     """DiscoPOP: logistic and exponential loss, blended by the margin. Lu et al. 2024 (2406.08414), eq. 5."""
 
     type: Literal["discopop"] = "discopop"
@@ -153,7 +148,7 @@ class DiscopopObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class SftObjective(StrictModel):
+class SftObjective(ObjectiveConfig):
     """Likelihood of chosen: the mean over all chosen tokens of the step."""
 
     type: Literal["sft"] = "sft"
@@ -164,7 +159,7 @@ class SftObjective(StrictModel):
     compares_lengths: ClassVar[bool] = False
 
 
-class RpoObjective(StrictModel):
+class RpoObjective(ObjectiveConfig):
     """DPO plus the likelihood of chosen per token. Pang et al. 2024 (iterative RPO, 2404.19733), eq. 1."""
 
     type: Literal["rpo"] = "rpo"
@@ -176,7 +171,7 @@ class RpoObjective(StrictModel):
     compares_lengths: ClassVar[bool] = False
 
 
-class DpopObjective(StrictModel):
+class DpopObjective(ObjectiveConfig):
     """DPO-Positive: a penalty where chosen falls below the reference. Pal et al. 2024 (Smaug, 2402.13228), eq. 3."""
 
     type: Literal["dpop"] = "dpop"
@@ -185,7 +180,7 @@ class DpopObjective(StrictModel):
     """The paper's lambda."""
 
 
-class RDpoObjective(StrictModel):
+class RDpoObjective(ObjectiveConfig):
     """R-DPO: a margin that is corrected for length. Park et al. 2024 (2403.19159), eq. 9."""
 
     type: Literal["r_dpo"] = "r_dpo"
@@ -196,7 +191,7 @@ class RDpoObjective(StrictModel):
     diverges: ClassVar[bool] = True
 
 
-class KtoObjective(StrictModel):
+class KtoObjective(ObjectiveConfig):
     """KTO: learns from single completions with labels. Ethayarajh et al. 2024 (2402.01306), eq. 8.
 
     Of a pair, chosen is desirable and rejected is not. z0 is estimated over the step, from prompts with others' completions.
@@ -206,13 +201,13 @@ class KtoObjective(StrictModel):
     beta: Beta = 0.1
     desirable_weight: float = Field(default=1.0, gt=0)
     undesirable_weight: float = Field(default=1.0, gt=0)
-    learns_from: ClassVar[str] = "completions"
+    learns_from: ClassVar[Literal["pairs", "completions", "lists"]] = "completions"
     step_wide: ClassVar[bool] = True
     weighable: ClassVar[bool] = False
     compares_lengths: ClassVar[bool] = False
 
 
-class OrpoObjective(StrictModel):
+class OrpoObjective(ObjectiveConfig):
     """ORPO: likelihood of chosen, plus beta times the log odds ratio. Hong et al. 2024 (2403.07691), eq. 6 and 7.
 
     The likelihood is the mean over all chosen tokens of the step; of completions, as in the paper (TRL's holds prompts too).
@@ -228,7 +223,7 @@ class OrpoObjective(StrictModel):
     compares_lengths: ClassVar[bool] = False
 
 
-class SimpoObjective(StrictModel):
+class SimpoObjective(ObjectiveConfig):
     """SimPO: log-probs per token, a target margin, no reference. Meng et al. 2024 (2405.14734), eq. 6."""
 
     type: Literal["simpo"] = "simpo"
@@ -243,7 +238,7 @@ class SimpoObjective(StrictModel):
     compares_lengths: ClassVar[bool] = False
 
 
-class CpoObjective(StrictModel):
+class CpoObjective(ObjectiveConfig):
     """CPO: DPO with a uniform reference, plus the likelihood of chosen. Xu et al. 2024 (2401.08417), eq. 5 to 8."""
 
     type: Literal["cpo"] = "cpo"
@@ -257,7 +252,7 @@ class CpoObjective(StrictModel):
     compares_lengths: ClassVar[bool] = False
 
 
-class SlicObjective(StrictModel):
+class SlicObjective(ObjectiveConfig):
     """SLiC-HF: max(0, delta - difference of log-probs), plus the likelihood of chosen. Zhao et al. 2023 (2305.10425), eq. 2."""
 
     type: Literal["slic"] = "slic"
@@ -275,7 +270,7 @@ class SlicObjective(StrictModel):
     compares_lengths: ClassVar[bool] = False
 
 
-class ListwiseObjective(StrictModel):
+class ListwiseObjective(ObjectiveConfig):
     """DPO under the Plackett-Luce model: the likelihood of a whole ranking. Rafailov et al. 2023 (2305.18290), eq. 18.
 
     Completions of equal score share a place: their order among each other is not learned.
@@ -283,7 +278,7 @@ class ListwiseObjective(StrictModel):
 
     type: Literal["listwise"] = "listwise"
     beta: Beta = 0.1
-    learns_from: ClassVar[str] = "lists"
+    learns_from: ClassVar[Literal["pairs", "completions", "lists"]] = "lists"
     weighable: ClassVar[bool] = False
     compares_lengths: ClassVar[bool] = False
 
@@ -292,7 +287,7 @@ def _type_first(value: Any) -> Any:
     return {"type": "sigmoid", **value} if isinstance(value, dict) else value
 
 
-Single = Annotated[
+BuiltIn = (
     SigmoidObjective
     | SigmoidNormObjective
     | HingeObjective
@@ -316,10 +311,14 @@ Single = Annotated[
     | SimpoObjective
     | CpoObjective
     | SlicObjective
-    | ListwiseObjective,
-    Field(discriminator="type"),
-    BeforeValidator(_type_first),
-]
+    | ListwiseObjective
+)
+
+if TYPE_CHECKING:
+    Single = BuiltIn
+else:
+    _ALL = Union[(BuiltIn, *installed(OBJECTIVE_CONFIGS).values())]
+    Single = Annotated[_ALL, Field(discriminator="type"), BeforeValidator(_type_first)]
 
 
 class Term(StrictModel):
@@ -346,34 +345,29 @@ def summands(objective: Objective) -> tuple[tuple[float, Single], ...]:
     return ((1.0, objective),)
 
 
-def fact(objective: Single, name: str) -> Any:
-    """Say what an objective's class states of its loss (`FACTS`), or the default."""
-    return getattr(objective, name, FACTS[name])
-
-
 def reward_beta(objective: Objective) -> float:
     """Return the factor between log-ratios and the rewards that are reported."""
     return summands(objective)[0][1].beta
 
 
 def uses_reference(objective: Objective) -> bool:
-    """Say whether any summand needs the reference's log-probs."""
-    return any(fact(o, "uses_reference") for _, o in summands(objective))
+    """Return whether any summand needs the reference's log-probs."""
+    return any(o.uses_reference for _, o in summands(objective))
 
 
 def is_per_token(objective: Objective) -> bool:
-    """Say whether the rewards that are reported, those of the first summand, are averages over tokens."""
-    return fact(summands(objective)[0][1], "per_token")
+    """Return whether the rewards that are reported, those of the first summand, are averages over tokens."""
+    return summands(objective)[0][1].per_token
 
 
 def is_step_wide(objective: Objective) -> bool:
-    """Say whether the loss of one pair or completion depends on others of the step."""
-    return any(fact(o, "step_wide") for _, o in summands(objective))
+    """Return whether the loss of one pair or completion depends on others of the step."""
+    return any(o.step_wide for _, o in summands(objective))
 
 
 def kinds_of_groups(objective: Objective) -> set[str]:
-    """Name what the objective learns from: "pairs", "completions", "lists"; a sum may learn from several."""
-    return {fact(o, "learns_from") for _, o in summands(objective)}
+    """Return the kinds of groups that the objective learns from: "pairs", "completions", "lists"; a sum may learn from several."""
+    return {o.learns_from for _, o in summands(objective)}
 
 
 class ReverseKl(StrictModel):
@@ -430,12 +424,12 @@ class ShapingConfig(StrictModel):
         """Yield each field that the objective cannot honour, with the reason."""
         for _, single in summands(objective):
             name = single.type
-            if self.divergence.type != "reverse_kl" and not fact(single, "diverges"):
+            if self.divergence.type != "reverse_kl" and not single.diverges:
                 yield "divergence", f"`{name}` knows reverse_kl alone, not {self.divergence.type}"
-            if self.ld_alpha != 1.0 and not fact(single, "compares_lengths"):
+            if self.ld_alpha != 1.0 and not single.compares_lengths:
                 yield (
                     "ld_alpha",
                     f"`{name}` is no comparison of a pair's log-ratios alone, whose lengths could be compared",
                 )
-            if self.wpo and not fact(single, "weighable"):
+            if self.wpo and not single.weighable:
                 yield "wpo", f"`{name}` has no loss of a pair that could be weighed"

@@ -157,6 +157,10 @@ class OnlineConfig(StrictModel):
         """List all single judges, also those of ensembles and of the evaluation."""
         return [one for judge in self.named_judges() for one in members_of(judge)]
 
+    def judge_environment(self) -> set[str]:
+        """Return the environment variables that the judges need, such as those with API keys."""
+        return set().union(*(judge.environment() for judge in self.judges()))
+
     def judges_cpus(self, role: RoleConfig) -> float:
         """Count the CPUs that all judges hold while rounds run."""
         return sum(cpus_of(judge, role) for judge in self.named_judges())

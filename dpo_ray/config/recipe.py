@@ -133,7 +133,5 @@ class Recipe(StrictModel):
                 self.cluster.roles.judge
             )
             return ceil(living + max(training, 1))
-        sampling = 2 * (
-            self.cluster.roles.sample.cpus or self.reference.cpus_per_replica
-        )  # policy and reference side by side
+        sampling = self.cluster.roles.sample.cpus or self.reference.cpus_per_replica
         return ceil(max(scoring, training, sampling, 2))

@@ -47,7 +47,7 @@ class RolesConfig(StrictModel):
     """Training workers: `train.workers`, `train.cpus_per_worker`, ..."""
 
     sample: RoleConfig = RoleConfig()
-    """The two engines that sample for an evaluation; default: what an engine of `reference` asks for."""
+    """The engines that sample for an evaluation; default: what an engine of `reference` asks for."""
 
     judge: RoleConfig = RoleConfig()
     """Processes of each judge."""
@@ -57,9 +57,7 @@ class RolesConfig(StrictModel):
         if self.prepare.gpus:
             raise field_error("prepare.gpus", "this work uses no GPU: leave it out")
         if self.sample.count is not None:
-            raise field_error(
-                "sample.count", "an evaluation has two engines, and rounds those of `reference`: leave it out"
-            )
+            raise field_error("sample.count", "an evaluation has as many engines as `reference`: leave it out")
         if self.sample.gpus is not None:
             raise field_error("sample.gpus", "as many as an engine of `reference` has: leave it out")
         return self

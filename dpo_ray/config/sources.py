@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from .base import StrictModel
+from .extension import FORMATS, installed_names
 
-RowFormat = Literal[
+BuiltInFormat = Literal[
     "auto",
     "text",
     "messages",
@@ -23,6 +24,10 @@ RowFormat = Literal[
     "axolotl",
     "nemo",
 ]
+if TYPE_CHECKING:
+    RowFormat = str
+else:
+    RowFormat = Literal[(*get_args(BuiltInFormat), *installed_names(FORMATS))]
 
 
 class Columns(StrictModel):

@@ -1,10 +1,16 @@
-"""The preference group: one prompt and its completions, as text or messages."""
+"""The preference group, one prompt and its completions, in its three forms: as text, as token ids, and as training sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # the maths, which takes `Group`, runs where there is no pyarrow
+    import pyarrow as pa
 
 Message = dict[str, Any]
 """role and content (text), and where a chat template takes them: name, tool_calls, tool_call_id, ..."""
@@ -36,3 +42,87 @@ class TextGroup:
     tools: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     verdicts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGroup:
+    """One row of the tokens artifact, and what rules over all rows go by."""
+
+    prompt_ids: np.ndarray  # int32 [prompt tokens]
+    completion_ids: list[np.ndarray]  # int32 [tokens] each; best first
+    scores: list[float]
+    chosen: list[int]
+    rejected: list[int]
+    preference_probability: float
+    prompt_hash: bytes  # of the prompt before truncation
+    weight: float = 1.0
+
+    @property
+    def group_id(self) -> bytes:
+        """Hash the content (16 bytes): the same prompt and completions in the same order of preference, however scored."""
+        return _group_id(self.prompt_ids, self.completion_ids, self.scores)
+
+    @property
+    def opposite_id(self) -> bytes | None:
+        """The group_id of the opposite preference: the pair the other way round, the other label; None for longer lists."""
+        if len(self.completion_ids) > 2:
+            return None
+        return _group_id(self.prompt_ids, self.completion_ids[::-1], [1.0 - s for s in self.scores])
+
+
+def _group_id(prompt_ids: np.ndarray, completion_ids: Sequence[np.ndarray], scores: Sequence[float]) -> bytes:
+    content = [
+        part for ids in (prompt_ids, *completion_ids) for part in (len(ids).to_bytes(4, "little"), ids.tobytes())
+    ]
+    if len(completion_ids) == 1:  # its label is all that the order of others says
+        content.append(np.float32(scores[0]).tobytes())
+    return hashlib.blake2b(b"".join(content), digest_size=16).digest()  # unambiguous: the length stands before the ids
+
+
+def _no_pairs() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with K completions, which of them are preferred to which, and the reference's log-prob of every token.
+
+    Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion and a ranked list have no pairs; nor has a
+    group that is only scored.
+    """
+
+    group_id: bytes
+    prompt_ids: np.ndarray  # int32 [prompt tokens]
+    completion_ids: tuple[np.ndarray, ...]  # K x int32 [completion tokens]
+    scores: np.ndarray  # float32 [K]; NaN = a completion of another prompt
+    chosen: np.ndarray = field(default_factory=_no_pairs)  # int [pairs], from 0 to K - 1
+    rejected: np.ndarray = field(default_factory=_no_pairs)
+    preference_probability: float = 1.0
+    weight: float = 1.0
+    reference_token_logps: tuple[np.ndarray, ...] | None = None  # K x float32 [completion tokens]
+    source: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens of the packed layout: the prompt once."""
+        return len(self.prompt_ids) + sum(len(c) for c in self.completion_ids)
+
+
+def groups_of(table: pa.Table, reference_token_logps: pa.ChunkedArray | None = None) -> Iterator[Group]:
+    """Yield the preference groups of a part, with the reference's log-probs where they are given."""
+    logps: list[list[list[float]] | None] = [None] * len(table)
+    if reference_token_logps is not None:
+        logps = reference_token_logps.to_pylist()
+    for row, known in zip(table.to_pylist(), logps, strict=True):
+        yield Group(
+            group_id=row["group_id"],
+            prompt_ids=np.array(row["prompt_ids"], np.int32),
+            completion_ids=tuple(np.array(c, np.int32) for c in row["completion_ids"]),
+            scores=np.array(row["scores"], np.float32),
+            chosen=np.array(row["chosen"], np.int32),
+            rejected=np.array(row["rejected"], np.int32),
+            preference_probability=row["preference_probability"],
+            weight=row["weight"],
+            source=row["source"],
+            reference_token_logps=None if known is None else tuple(np.array(k, np.float32) for k in known),
+        )

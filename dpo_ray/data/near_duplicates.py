@@ -10,7 +10,7 @@ import numpy as np
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue] - compiled, and without type stubs
 
 if TYPE_CHECKING:  # tokenizers take seconds to import
-    from .tokenize import TokenGroup
+    from .groups import TokenGroup
 
 GRAM_TOKENS = 5
 PERMUTATIONS = 128

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 
 from dpo_ray.artifacts.digest_cache import cached_file_sha256
 from dpo_ray.config.sources import Columns, FilesSource, HubSource, RowFormat, Source, SyntheticSource
+from dpo_ray.data.readers.json_rows import begins_list
+from dpo_ray.data.readers.locations import content_tag, file_name, file_system, is_http, is_local, opened, shown
 from dpo_ray.errors import ConfigError, DpoRayError
-
-from .json_rows import begins_list
-from .locations import content_tag, file_name, file_system, is_http, is_local, opened, shown
 
 SYNTHETIC_VERSION = 1  # raised when the grammar changes, so that artifacts made of it become stale
 PIECE_BYTES = 64 << 20

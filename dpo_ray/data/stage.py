@@ -25,8 +25,8 @@ from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.data import DataConfig
 from dpo_ray.config.roles import RoleConfig
 
-from .merge import MergedPart, PreparedShard, choose, commit_tokens, merge_part
-from .prepare import PartAccount, PrepareTask, commit_shard, prepare_piece
+from .first_pass import PartAccount, PrepareTask, commit_shard, prepare_piece
+from .second_pass import MergedPart, PreparedShard, choose, commit_tokens, merge_part
 from .sources import Shard, pieces
 
 SHARD_STAGE = "shard"

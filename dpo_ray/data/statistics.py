@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .tokens import TOKENS
+from .schemas import TOKENS
 
 SUB_BINS = 32  # of each doubling: lengths are exact below 64, and known to 1/32 of themselves above
 PREFERENCE_UNITS = 1_000_000  # 2 p - 1 is counted in millionths

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
-from dpo_ray.data.tokens import eval_splits, read_table
+from dpo_ray.artifacts.tables import read_table
+from dpo_ray.data.schemas import eval_splits
 
 from .metrics import Comparison, heldout_by_set, heldout_figures, reward_figures, sample_figures
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_ray.data.groups import Group
 from dpo_ray.errors import ConfigError
-from dpo_ray.schedule.micro_batch import Group, pack
+from dpo_ray.schedule.micro_batch import pack
 
 from . import shared_prefix
 from .packed_rows import Layout, packed_rows

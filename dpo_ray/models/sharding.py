@@ -15,9 +15,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dpo_ray.config.train import ShardingConfig
-from dpo_ray.models.token_logps import TokenLogps
 
 from .nf4 import nf4_weights
+from .token_logps import TokenLogps
 
 logger = logging.getLogger(__name__)
 

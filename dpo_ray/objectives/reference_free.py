@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_ray.config.objective import CpoObjective, OrpoObjective, SftObjective, SimpoObjective, SlicObjective
 
-from .preference import PairLogps, smoothed
+from .pairs import PairLogps, smoothed
 
 
 def nll(pairs: PairLogps) -> Tensor:
@@ -59,3 +59,12 @@ def log_one_minus_exp(x: Tensor) -> Tensor:
         torch.log(-torch.expm1(torch.where(near, x, -0.5))),
         torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
     )
+
+
+LOSSES = {
+    "sft": sft,
+    "simpo": simpo,
+    "cpo": cpo,
+    "slic": slic,
+    "orpo": orpo,
+}

@@ -12,7 +12,7 @@ from dpo_ray.config.objective import ShapingConfig
 from dpo_ray.models.packed_rows import PackedRows
 from dpo_ray.models.token_logps import TokenScores, sum_by_completion
 
-from .preference import PairLogps
+from .pairs import PairLogps
 from .shaping import desensitised, policy_weight
 
 

@@ -15,16 +15,15 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.cluster.asks import judge_ask
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
+from dpo_ray.cluster.resources import judge_ask
 from dpo_ray.config.judge import Judge, members_of, replicas_of
 from dpo_ray.config.roles import RoleConfig
-from dpo_ray.data.tokens import parquet_bytes, read_table
 from dpo_ray.errors import DpoRayError, JudgeError
+from dpo_ray.online.judges.make import judge_digest, make_judge
+from dpo_ray.online.judges.memory import JournalMemory
+from dpo_ray.online.judges.protocol import Question, Spending, Usage, Verdict
 from dpo_ray.reference.pool import DEATHS
-
-from .judges.make import judge_digest, make_judge
-from .judges.memory import JournalMemory
-from .judges.protocol import Question, Spending, Usage, Verdict
 
 SAY_WAITING_SECONDS = 60.0
 MAX_DEATHS = 5  # of judges' processes in a row, with nothing judged between

@@ -8,27 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.online import RoundEvaluationConfig
-from dpo_ray.data.tokens import read_table
 from dpo_ray.errors import EngineError
 from dpo_ray.evaluate.diversity import distinct_n, mean_tokens, unigram_entropy
 from dpo_ray.evaluate.metrics import heldout_figures
 from dpo_ray.evaluate.stage import TrueReward
 from dpo_ray.evaluate.win_rate import WinRate, mean_difference, win_rate
-from dpo_ray.reference.granule import GRANULE
-from dpo_ray.reference.missing import cut, find_missing
-from dpo_ray.reference.pool import EnginePool
-from dpo_ray.reference.scorer import ScorerSettings
-from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.online.judges.protocol import Question, Usage, Verdict
 
-from .judges.protocol import Question, Usage, Verdict
 from .promotion import RoundFigures
 from .sample import read_samples
 
@@ -74,31 +67,6 @@ def policy_samples(
     texts = [str(tokenizer.decode(list(c), skip_special_tokens=True)) for c in completions]
     rewards = None if reward is None else [reward(p, t) for p, t in zip(prompts, texts, strict=True)]
     return PolicySamples(ids, completions, [p.ended[0] for p in by_prompt.values()], texts, rewards)
-
-
-def completion_logps(
-    pool: EnginePool, settings: ScorerSettings, store: ReferenceStore, said: PolicySamples, groups_per_granule: int
-) -> np.ndarray:
-    """Score completions under a model, through the store; float64 [completions], nats summed over each.
-
-    Raises:
-        EngineError: the model has no finite log-probs for one of them.
-    """
-    keys = [i.to_bytes(16, "big") for i in range(len(said.prompt_ids))]
-    columns = {"group_id": keys, "prompt_ids": [list(p) for p in said.prompt_ids]}
-    table = pa.table({**columns, "completion_ids": [[list(c)] for c in said.completion_ids]}, schema=GRANULE)
-    missing, _ = find_missing(table, store, store.index())
-    if len(missing):
-        pool.load(settings, store)
-        for scored in pool.run(ray.put(granule) for granule in cut([missing], groups_per_granule)):
-            if scored.unscored:
-                raise EngineError(
-                    f"a sampled completion has no log-probs ({scored.unscored[0].detail})",
-                    where=settings.model_dir,
-                    fix="look at the model: training may have broken it",
-                )
-    logps = store.fetch(store.index(), store.keys(table)).to_pylist()
-    return np.array([np.sum(np.array(one, np.float64)) for one in logps])
 
 
 def compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 from dpo_ray.errors import DataError
-from dpo_ray.schedule.pack import epoch_order
+from dpo_ray.schedule.order import epoch_order
 
 
 def prompts_of_round(ids: Sequence[bytes], excluded: Container[bytes], seed: int, number: int, count: int) -> list[int]:

@@ -12,19 +12,19 @@ import ray
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.chat import load_tokenizer, resolve_template
-from dpo_ray.data.formats.fields import fields_of
+from dpo_ray.data.first_pass import PrepareTask
+from dpo_ray.data.formats.catalog import fields_of
 from dpo_ray.data.formats.messages import prompt_of
 from dpo_ray.data.formats.read import text_group
-from dpo_ray.data.groups import TextGroup
-from dpo_ray.data.prepare import PrepareTask
-from dpo_ray.data.rows import read_batches
+from dpo_ray.data.groups import TextGroup, TokenGroup
+from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Shard, pieces
-from dpo_ray.data.tokenize import TokenGroup, tokenize_groups
-from dpo_ray.data.tokens import parquet_bytes, read_table
+from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.errors import DataError
 
 from .prompts import Prompt

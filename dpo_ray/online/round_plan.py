@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_ray import planning
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.digest import artifact_key, digest
+from dpo_ray.artifacts.places import artifact_store
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.objective import uses_reference
@@ -17,10 +17,10 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.keys import shard_configs
 from dpo_ray.data.sources import Shard, list_shards
 from dpo_ray.models.load import tokenizer_identity
-from dpo_ray.places import artifact_store
-from dpo_ray.planning import Plan, StagePlan
+from dpo_ray.online.judges.make import judge_digest
+from dpo_ray.run import planning
+from dpo_ray.run.planning import Plan, StagePlan
 
-from .judges.make import judge_digest
 from .measure import round_figures
 from .promotion import DecidedRound, stop_reason
 from .round_state import Action, Committed, Done, Stage, next_action, stages_of_round, starting_policy
@@ -270,8 +270,8 @@ def heldout_sampling_config(plan: Plan) -> dict[str, Any]:
     return {"seed": plan.recipe.seed, "heldout_prompts": online.evaluate.prompts, **sampling, **sampler_config(plan)}
 
 
-def round_recipe_plan(rounds: Rounds, one: Round, start: ModelConfig, *, audited: bool) -> Plan:
-    """Make the plan of a round's stages `schedule` and `train`: that of an offline run from the policy that it starts with.
+def training_plan(rounds: Rounds, one: Round, start: ModelConfig, *, audited: bool) -> Plan:
+    """Return the plan by which a round is scheduled and trained: an offline run from the policy that the round starts with.
 
     Args:
         start: where that policy is.

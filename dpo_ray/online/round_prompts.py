@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.data import synthetic
-from dpo_ray.data.chat import load_tokenizer
+from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.errors import ConfigError
 from dpo_ray.evaluate.stage import TrueReward, end_tokens, heldout_prompts
 from dpo_ray.models.load import context_tokens, model_directory
-from dpo_ray.planning import Plan
+from dpo_ray.run.planning import Plan
 
 from .prompt_choice import prompts_of_round
 from .prompt_source import read_prompts

@@ -10,45 +10,37 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dpo_ray import pipeline, planning
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.digest import artifact_key
-from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.cluster.asks import worker_ask
 from dpo_ray.cluster.placement import check_room, placed
+from dpo_ray.cluster.resources import worker_ask
 from dpo_ray.cluster.room import has_room
-from dpo_ray.cluster.session import session
-from dpo_ray.config.judge import Judge, RewardModelJudge
+from dpo_ray.config.judge import Judge
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.online import OnlineConfig
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data.prepare import PrepareTask
-from dpo_ray.data.tokens import splits
-from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
-from dpo_ray.models.load import model_identity
+from dpo_ray.data.first_pass import PrepareTask
+from dpo_ray.data.schemas import splits
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.pipeline import Stages
-from dpo_ray.places import artifact_store, reference_root, run_storage
-from dpo_ray.planning import Plan
-from dpo_ray.preflight import check_packages
+from dpo_ray.online.judges.make import make_judge
+from dpo_ray.online.judges.memory import NoMemory
+from dpo_ray.online.judges.protocol import Question, Usage, Verdict
 from dpo_ray.reference import stage as reference_stage
+from dpo_ray.reference.completions import EngineModel, completion_logps
 from dpo_ray.reference.engine import start_sampling_vllm
 from dpo_ray.reference.pool import EnginePool
-from dpo_ray.reference.sampling import Sampling
-from dpo_ray.reference.scorer import ScorerSettings
-from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.reference.sampling import Sampling, prompt_table
+from dpo_ray.run import planning, stages
+from dpo_ray.run.context import RunContext, is_adapter, open_run, policy_directory
+from dpo_ray.run.preflight import check_packages
 from dpo_ray.schedule import stage as schedule_stage
 
-from . import ema, judging, measure, pair, prompt_source
-from .judges.make import make_judge
-from .judges.memory import NoMemory
-from .judges.protocol import Question, Usage, Verdict
+from . import ema, judging, measure, pair_stage, prompt_source
 from .measure import PolicySamples
 from .promotion import decide
-from .prompts import prompt_table
 from .round_plan import (
     ARTIFACT_STAGE,
     VERSIONS,
@@ -60,7 +52,7 @@ from .round_plan import (
     derive_from,
     heldout_sampling_config,
     online_of,
-    round_recipe_plan,
+    training_plan,
     version,
 )
 from .round_prompts import RoundPrompts
@@ -83,13 +75,9 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
         return rounds, False
     check_packages(plan.recipe)
     check_judges(online_of(recipe))
-    run_dir = run_storage(recipe)
-    run_dir.check_writable()
-    with Lease(run_dir) as lease, session(recipe, verbose=verbose):
-        artifact_store(recipe).sweep(recipe.name)
-        run_dir.write("recipe.yaml", pipeline.recipe_yaml(recipe).encode())
+    with open_run(recipe, plan, reporter, verbose=verbose) as run:
         check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
-        driver = _Driver(plan, reporter, lease)
+        driver = _Driver(run)
         try:
             return driver.run(), True
         finally:
@@ -103,30 +91,24 @@ def check_judges(config: OnlineConfig) -> None:
         ConfigError: one cannot.
     """
     for judge in config.judges():
-        if not isinstance(judge, RewardModelJudge):  # which is large, and whose files the plan has looked at
+        if not judge.loads_weights:  # which is large, and whose files the plan has looked at
             make_judge(judge, NoMemory()).close()
-
-
-def is_adapter(trained: Artifact) -> bool:
-    """Say whether a training's policy is an adapter alone."""
-    return f"policy/{ADAPTER_CONFIG}" in trained.names()
 
 
 class _Driver:
     """The rounds of one run under its lease, with the engines and judges that live through them."""
 
-    def __init__(self, plan: Plan, reporter: Reporter, lease: Lease) -> None:
-        self._plan, self._recipe, self._reporter, self._lease = plan, plan.recipe, reporter, lease
-        self._online, self._store = online_of(plan.recipe), artifact_store(plan.recipe)
-        self._offline = Stages(plan, reporter, lease)
+    def __init__(self, run: RunContext) -> None:
+        self._run, self._plan, self._recipe, self._reporter = run, run.plan, run.recipe, run.reporter
+        self._online = online_of(run.recipe)
         self._judges: dict[str, judging.Judges] = {}
         self._heldout_samples: dict[str, PolicySamples] = {}
         self._spent_usd = 0.0  # on judges, in this round
-        self._rounds = derive(plan)
+        self._rounds = derive(run.plan)
 
     def run(self) -> Rounds:
         """Run stage after stage until there is none left; each looks at what is committed, and nothing else."""
-        self._prepared = self._offline.prepare()
+        self._prepared = stages.prepare(self._run)
         steps: dict[Stage, Callable[[Round], Artifact]] = {
             "sample": self._sample,
             "judge": self._judge,
@@ -177,7 +159,7 @@ class _Driver:
 
     def _pair(self, one: Round) -> Artifact:
         provenance = self._provenance(one, "pair")
-        paired = pair.run(
+        paired = pair_stage.run(
             one.number,
             one.artifacts["sample"],
             judging.read_verdicts(one.artifacts["judge"]),
@@ -207,13 +189,13 @@ class _Driver:
         assert one.reference is not None  # noqa: S101 - the stage is one of objectives with a reference
         recipe, tokens = self._recipe, one.artifacts["pair"]
         provenance = self._provenance(one, "reference")
-        settings, store = self._engine_of(self._made(one.reference))
+        model = self._engine_model(self._made(one.reference))
         groups = sum(tokens.rows[f"{split}/admitted"] for split in splits(tokens))
         with self._reporter.stage(f"round {one.number}: reference", "groups", groups) as bar:
-            account = reference_stage.score(
+            tally = reference_stage.score(
                 tokens,
-                store,
-                settings,
+                model.store,
+                model.settings,
                 recipe.reference,
                 recipe.train,
                 self._plan.hardware.engine_gpus,
@@ -222,16 +204,17 @@ class _Driver:
                 bar.say,
                 self._pool,
             )
-        return reference_stage.join(tokens, store, account, self._begin(one, "reference"), provenance)
+        return reference_stage.join(tokens, model.store, tally, self._begin(one, "reference"), provenance)
 
     def _schedule(self, one: Round) -> Artifact:
-        return self._stages(one).schedule(one.artifacts["pair"], one.artifacts.get("reference"))
+        return stages.schedule(self._context(one), one.artifacts["pair"], one.artifacts.get("reference"))
 
     def _train(self, one: Round) -> Artifact:
         self._make_room()
         carried = carries(self._online, self._rounds.rounds[: one.number - 1])
         start = one.start.artifact
-        return self._stages(one).train(
+        return stages.train(
+            self._context(one),
             one.artifacts["schedule"],
             one.artifacts["pair"],
             trained_adapter=self._directory(one.start) if start and is_adapter(start) else None,
@@ -282,25 +265,16 @@ class _Driver:
 
     @cached_property
     def _pool(self) -> EnginePool:
-        settings, store = self._engine_of(self._rounds.initial)
-        r = self._recipe.reference
-        say, gpus = self._reporter.say, self._plan.hardware.engine_gpus
-        return EnginePool(settings, store, r, gpus, say, start_sampling_vllm, living=True)
+        model = self._engine_model(self._rounds.initial)
+        reference, say, gpus = self._recipe.reference, self._reporter.say, self._plan.hardware.engine_gpus
+        return EnginePool(model.settings, model.store, reference, gpus, say, start_sampling_vllm, living=True)
 
-    def _engine_of(self, policy: Policy) -> tuple[ScorerSettings, ReferenceStore]:
-        """Set an engine up with a policy, and name the store of its log-probs."""
-        settings = self._offline.reference_settings(self._online.sampling.max_new_tokens)
-        digest = self._plan.model_digest
-        if policy.artifact is not None:
-            directory = self._offline.policy_directory(policy.artifact)
-            if is_adapter(policy.artifact):  # of the recipe's model, which is the engines' base
-                settings = replace(settings, adapter_dir=str(directory))
-                model = self._recipe.model.model_copy(update={"adapter": str(directory)})
-            else:
-                settings = replace(settings, model_dir=str(directory), adapter_dir=None)
-                model = ModelConfig(path=str(directory))
-            digest = model_identity(model)
-        return settings, ReferenceStore(reference_root(self._recipe), digest, self._plan.numerics)
+    def _engine_model(self, policy: Policy) -> EngineModel:
+        """Return a policy as the engines load it, with the store of its log-probs."""
+        extra_tokens = self._online.sampling.max_new_tokens
+        if policy.artifact is None:
+            return self._run.reference_model(extra_tokens)
+        return self._run.policy_model(policy.artifact, extra_tokens)
 
     def _make_room(self) -> None:
         """Stop engines and judges that hold GPUs where the cluster has not room for training beside them."""
@@ -315,9 +289,10 @@ class _Driver:
         self, title: str, policy: Policy, table: pa.Table, staging: Staging, provenance: Provenance
     ) -> Artifact:
         config = self._online.sampling
-        self._pool.load(*self._engine_of(policy))
+        model = self._engine_model(policy)
+        self._pool.load(model.settings, model.store)
         sampling = Sampling(config.temperature, config.max_new_tokens, self._prompts.stops, config.top_p, config.min_p)
-        kept = run_storage(self._recipe).child("samples", staging.key)
+        kept = self._run.directory.child("samples", staging.key)
         with self._reporter.stage(title, "prompts", len(table)) as bar:
             return sample(self._pool, table, sampling, config.prompts_per_granule, kept, staging, provenance, bar)
 
@@ -327,11 +302,11 @@ class _Driver:
             config = heldout_sampling_config(self._plan)
             inputs = {"policy": policy.key, "prepare": self._plan.stages["prepare"].key}
             key = artifact_key("sample", VERSIONS["sample"], config, inputs)
-            sampled = self._store.find("sample", key)
+            sampled = self._run.artifacts.find("sample", key)
             if sampled is None:
                 provenance = Provenance(VERSIONS["sample"], inputs, config, planning.versions())
                 table = prompt_table(self._prompts.heldout, self._recipe.seed, 0, 1)
-                staging = self._begin_key("sample", key)
+                staging = self._run.begin_key("sample", key)
                 title = f"held-out samples of the {'new' if name == 'policy' else name} policy"
                 sampled = self._sampled(title, policy, table, staging, provenance)
             prompts = self._prompts
@@ -341,8 +316,8 @@ class _Driver:
         return self._heldout_samples[policy.key]
 
     def _logps(self, policy: Policy, said: PolicySamples) -> np.ndarray:
-        settings, store = self._engine_of(policy)
-        return measure.completion_logps(self._pool, settings, store, said, self._recipe.reference.groups_per_granule)
+        granule = self._recipe.reference.groups_per_granule
+        return completion_logps(self._pool, self._engine_model(policy), said.prompt_ids, said.completion_ids, granule)
 
     # ---- prompts and judges
 
@@ -355,12 +330,12 @@ class _Driver:
         planned = self._rounds.looked.prompts
         if planned is None:
             return None
-        if (done := self._store.find("prompts", planned.key)) is not None:
+        if (done := self._run.artifacts.find("prompts", planned.key)) is not None:
             return done
-        task = PrepareTask(str(self._offline.model_directory), self._plan.checked.template, self._recipe.data)
+        task = PrepareTask(str(self._run.model_directory), self._plan.checked.template, self._recipe.data)
         provenance = Provenance(VERSIONS["prompts"], {}, planned.config, planning.versions())
         with self._reporter.stage("prompts", "prompts") as bar:
-            read = prompt_source.run(planned.shards, task, self._begin_key("prompts", planned.key), provenance)
+            read = prompt_source.run(planned.shards, task, self._run.begin_key("prompts", planned.key), provenance)
             bar.advance(read.rows["prompts"])
         return read
 
@@ -373,7 +348,7 @@ class _Driver:
                 judge,
                 self._recipe.cluster.roles.judge,
                 memory,
-                f"{self._recipe.name}-{self._lease.token}",
+                f"{self._recipe.name}-{self._run.lease.token}",
                 device,
                 self._reporter.say,
             )
@@ -392,29 +367,21 @@ class _Driver:
         config, inputs = {"decay": self._online.ema_decay}, {"mean": mean.key, "policy": promoted.key}
         provenance = Provenance(VERSIONS["ema"], inputs, config, planning.versions())
         places = self._directory(mean), self._directory(promoted)
-        return Policy(policy.key, ema.run(*places, config["decay"], self._begin_key("ema", policy.key), provenance))
+        return Policy(policy.key, ema.run(*places, config["decay"], self._run.begin_key("ema", policy.key), provenance))
 
     def _directory(self, policy: Policy) -> Path:
-        return (
-            self._offline.model_directory
-            if policy.artifact is None
-            else self._offline.policy_directory(policy.artifact)
-        )
+        return self._run.model_directory if policy.artifact is None else policy_directory(policy.artifact)
 
-    def _stages(self, one: Round) -> Stages:
-        """Open the stages of an offline run that begins with the round's policy."""
+    def _context(self, one: Round) -> RunContext:
+        """Return the context of a round's stages `schedule` and `train`, which begin with the round's policy."""
         start = self._recipe.model
         if one.start.artifact is not None and not is_adapter(one.start.artifact):
             start = ModelConfig(path=str(self._directory(one.start)), dtype=self._recipe.model.dtype)
         audited = one.reference is not None and one.reference.key == one.start.key
-        return Stages(round_recipe_plan(self._rounds, one, start, audited=audited), self._reporter, self._lease)
+        return replace(self._run, plan=training_plan(self._rounds, one, start, audited=audited))
 
     def _begin(self, one: Round, stage: Stage) -> Staging:
-        return self._begin_key(ARTIFACT_STAGE.get(stage, stage), one.stages[stage].key)
-
-    def _begin_key(self, name: str, key: str) -> Staging:
-        self._lease.check()
-        return self._store.begin(name, key, self._recipe.name)
+        return self._run.begin_key(ARTIFACT_STAGE.get(stage, stage), one.stages[stage].key)
 
     def _provenance(self, one: Round, stage: Stage) -> Provenance:
         planned = one.stages[stage]

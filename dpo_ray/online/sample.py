@@ -14,7 +14,7 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.data.tokens import parquet_bytes, read_table
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.observe.progress import Bar
 from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.sampling import SAMPLES, Sampled, Sampling

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ray.errors import AuditError
-from dpo_ray.schedule.compared import ComparedGroup
+from dpo_ray.schedule.audit_pairs import ComparedGroup
 
 WORST_GROUPS = 3  # that drift most, named
 MAX_POINTS = 64  # pairs whose errors are kept for the report

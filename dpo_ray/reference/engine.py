@@ -10,25 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from dpo_ray.reference.store.store import ReferenceStore
+
 from .granule import Scored, Unscored
-from .missing import find_missing
+from .lookup import find_missing
 from .sampling import SAMPLES, Sampled, Sampling
 from .scorer import Scorer, ScoreRequest, ScorerSettings
-from .store import ReferenceStore
 
 StartScorer = Callable[[ScorerSettings], Scorer]
 
 
 def start_vllm(settings: ScorerSettings) -> Scorer:
     """Start a vLLM engine in this process."""
-    from .vllm_scorer import VllmScorer  # vLLM is imported where an engine runs, and nowhere else
+    from dpo_ray.reference.vllm.scorer import VllmScorer  # vLLM is imported where an engine runs, and nowhere else
 
     return VllmScorer(settings)
 
 
 def start_sampling_vllm(settings: ScorerSettings) -> Scorer:
     """Start a vLLM engine in this process that is to sample as well."""
-    from .vllm_scorer import VllmScorer
+    from dpo_ray.reference.vllm.scorer import VllmScorer
 
     return VllmScorer(settings, enable_sampling=True)
 

@@ -11,12 +11,13 @@ import pyarrow as pa
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.staging import Staging
-from dpo_ray.data.tokens import QUARANTINE, parquet_bytes, read_table
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
+from dpo_ray.data.schemas import QUARANTINE
 from dpo_ray.errors import ArtifactError
+from dpo_ray.reference.store.index import StoreIndex
+from dpo_ray.reference.store.store import ReferenceStore
 
 from .granule import Unscored
-from .store import ReferenceStore
-from .store_index import StoreIndex
 
 REFERENCE = pa.schema(
     [

@@ -15,16 +15,16 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-from dpo_ray.cluster.asks import engine_ask
+from dpo_ray.cluster.resources import Ask, engine_ask
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.errors import DpoRayError, InfrastructureError
+from dpo_ray.reference.store.store import ReferenceStore
 
 from .engine import Engine, StartScorer, start_vllm
+from .gpu_release import Place, place_of_this_process, wait_until_dead, wait_until_memory_is_free
 from .granule import Scored, Unscored
-from .release import Place, place_of_this_process, wait_until_dead, wait_until_memory_is_free
 from .sampling import Sampled, Sampling
 from .scorer import ScorerSettings
-from .store import ReferenceStore
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 """What Ray raises of an actor that is gone: its process, or its node."""
@@ -69,6 +69,7 @@ class EnginePool:
         on_event: is told, in a sentence, what a person should know: an engine lost, a group left out.
         start: starts the scorer in an engine's process; pickles.
         living: keep the engines until `close`, or until a run is broken off while they are at work.
+        ask: what each asks Ray for, where that is not what the section `reference` says.
     """
 
     def __init__(
@@ -81,12 +82,13 @@ class EnginePool:
         start: StartScorer = start_vllm,
         *,
         living: bool = False,
+        ask: Ask | None = None,
     ) -> None:
         self._settings, self._store, self._start, self._on_event = settings, store, start, on_event
         self._living = living
         self._sampling: Sampling | None = None  # of the run: None where it scores
         self._least, self._most = config.replicas, config.max_replicas or config.replicas
-        self._ask = engine_ask(config, gpus_per_engine)
+        self._ask = ask or engine_ask(config, gpus_per_engine)
         self._options: dict[str, Any] = {
             **self._ask.options(),
             "max_restarts": 0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 PROMPTS = pa.schema(
@@ -50,3 +52,19 @@ def sample_seed(run_seed: int, round_number: int, prompt_id: bytes, sample: int)
     """Hash what makes a sample itself to a seed of 63 bits: a restart gives the same samples, and no two share a stream."""
     content = f"{run_seed}/{round_number}/{sample}/".encode() + prompt_id
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def prompt_key(ids: Sequence[int]) -> bytes:
+    """Hash a prompt's token ids to 16 bytes."""
+    return hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
+
+
+def prompt_table(prompts: Sequence[Sequence[int]], seed: int, number: int, samples: int) -> pa.Table:
+    """Make the table that engines sample for, of schema PROMPTS: `samples` completions of each prompt.
+
+    Args:
+        number: of the round, which the samples' seeds depend on; 0 for what policies are measured by.
+    """
+    keys = [prompt_key(ids) for ids in prompts]
+    seeds = [[sample_seed(seed, number, key, k) for k in range(samples)] for key in keys]
+    return pa.table({"group_id": keys, "prompt_ids": [list(p) for p in prompts], "seeds": seeds}, schema=PROMPTS)

@@ -15,18 +15,19 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.tokens import parquet_bytes, read_table, splits
+from dpo_ray.data.schemas import splits
 from dpo_ray.errors import DataError
+from dpo_ray.reference.store.store import ReferenceStore, StoreIndex
 
 from .granule import GRANULE, REASONS, Scored, Unscored
 from .join import JoinedPart, join_part
-from .missing import Looked, look_up
+from .lookup import Looked, look_up
 from .pool import EnginePool
 from .scorer import ScorerSettings
-from .store import ReferenceStore, StoreIndex
 from .trainer_pool import score_with_trainer
 
 PARTS_OF_A_LOOK_UP = 4  # parts that one task looks up; granules are cut across them
@@ -36,7 +37,7 @@ QUARANTINE_FILE = "quarantine.parquet"
 
 
 @dataclass
-class Account:
+class ScoringTally:
     """What looking up and scoring have come to so far."""
 
     groups: int  # of all splits
@@ -64,7 +65,7 @@ class Account:
         """Return the speed of one engine."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Say it in a line."""
         cached = self.cached_tokens / self.tokens if self.tokens else 0.0
         return (
@@ -94,7 +95,7 @@ def score(
     advance: Callable[[int, str], None],
     say: Callable[[str], None],
     pool: EnginePool | None = None,
-) -> Account:
+) -> ScoringTally:
     """Score all completions that the store lacks. Engines start only where there are any, and are gone afterwards.
 
     Args:
@@ -107,12 +108,12 @@ def score(
         DataError: more groups than `max_unscored_fraction` of all cannot be scored.
         EngineError, InfrastructureError, TrainError, ArtifactError: as the pool of engines, or the trainer's, raises them.
     """
-    account = Account(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
+    tally = ScoringTally(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
 
     def looked(news: Looked) -> None:
-        account.found += news.found
-        account.done += news.known_groups
-        advance(news.known_groups, account.words())
+        tally.found += news.found
+        tally.done += news.known_groups
+        advance(news.known_groups, tally.describe())
 
     granules = look_up_all(tokens, store, config, looked)
     if config.engine == "trainer":
@@ -125,25 +126,25 @@ def score(
         answers = pool.run(granules)
     with closing(answers):
         for scored in answers:
-            account.add(scored)
+            tally.add(scored)
             for group in scored.unscored:
                 say(f"the group {group.group_id.hex()} is left out: {REASONS[group.reason]}")
-            check_unscored(account, max_unscored_fraction)
-            advance(scored.groups, account.words() + (f", engines {pool.ready}/{pool.size}" if pool else ""))
-    return account
+            check_unscored(tally, max_unscored_fraction)
+            advance(scored.groups, tally.describe() + (f", engines {pool.ready}/{pool.size}" if pool else ""))
+    return tally
 
 
-def check_unscored(account: Account, limit: float) -> None:
+def check_unscored(tally: ScoringTally, limit: float) -> None:
     """Stop where more groups cannot be scored than data.max_quarantined_fraction allows.
 
     Raises:
         DataError: with the reasons.
     """
-    count = len(account.unscored)
-    if count > limit * account.groups:
-        reasons = sorted({f"{REASONS[u.reason]} ({u.detail})" for u in account.unscored.values()})
+    count = len(tally.unscored)
+    if count > limit * tally.groups:
+        reasons = sorted({f"{REASONS[u.reason]} ({u.detail})" for u in tally.unscored.values()})
         raise DataError(
-            f"{count:,} of {account.groups:,} groups have no reference log-probs, over the {limit:.1%} that are allowed: "
+            f"{count:,} of {tally.groups:,} groups have no reference log-probs, over the {limit:.1%} that are allowed: "
             + "; ".join(reasons[:3]),
             where="reference",
             fix="look at the groups that were named above, mend or leave out their rows; set reference.engine=trainer; "
@@ -198,7 +199,7 @@ def _look_up(
 
 
 def join(
-    tokens: Artifact, store: ReferenceStore, account: Account, staging: Staging, provenance: Provenance
+    tokens: Artifact, store: ReferenceStore, tally: ScoringTally, staging: Staging, provenance: Provenance
 ) -> Artifact:
     """Join the store to every group by key, part by part in Ray tasks, and commit the artifact `reference`.
 
@@ -206,7 +207,7 @@ def join(
         ArtifactError: a completion has no log-probs, or not as many as it has tokens.
     """
     make_index: Any = ray.remote(_index).options(label_selector=cpu_labels())
-    index, unscored = make_index.remote(store), ray.put(account.unscored)
+    index, unscored = make_index.remote(store), ray.put(tally.unscored)
     task: Any = ray.remote(join_part).options(label_selector=cpu_labels())
     parts: list[JoinedPart] = ray.get(
         [task.remote(name, tokens, store, index, unscored, staging) for name in token_parts(tokens)]
@@ -219,7 +220,7 @@ def join(
         rows[f"{split}/unscored"] = sum(len(p.quarantine) for p, e in mine if e.name.startswith(f"{split}/"))
     if quarantine is not None and len(quarantine):
         entries.append(_write_quarantine(quarantine, staging))
-    return provenance.commit(staging, entries, rows=rows, figures=account.figures())
+    return provenance.commit(staging, entries, rows=rows, figures=tally.figures())
 
 
 def _write_quarantine(quarantine: pa.Table, staging: Staging) -> FileEntry:

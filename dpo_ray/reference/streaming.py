@@ -16,14 +16,14 @@ import ray
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.errors import ArtifactError
+from dpo_ray.reference.store.store import ReferenceStore, StoreIndex
 from dpo_ray.schedule.buckets import Bucket, read_rows
 from dpo_ray.schedule.build import Packing, write_bucket
 from dpo_ray.schedule.stage import to_groups
-from dpo_ray.schedule.turns import Turn
+from dpo_ray.schedule.streaming_order import Turn
 
 from .granule import Scored, Unscored
-from .missing import cut, find_missing
-from .store import ReferenceStore, StoreIndex
+from .lookup import cut, find_missing
 
 Item = TypeVar("Item")
 RunPool = Callable[[Iterable[ray.ObjectRef]], Iterator[Scored]]

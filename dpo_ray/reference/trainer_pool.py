@@ -19,10 +19,10 @@ import ray.exceptions
 from dpo_ray.cluster.workers import run_workers, start_inbox
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError
+from dpo_ray.reference.store.store import ReferenceStore
 
 from .granule import Scored
 from .scorer import ScorerSettings
-from .store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5

@@ -13,17 +13,18 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.config.train import TrainConfig
+from dpo_ray.data.groups import Group
 from dpo_ray.models.build import build_policy
 from dpo_ray.models.load import load_policy
 from dpo_ray.models.packed_rows import packed_rows
-from dpo_ray.schedule.micro_batch import Group, pack
-from dpo_ray.schedule.pack import deal, estimate_work
-from dpo_ray.schedule.records import filler
+from dpo_ray.reference.store.index import first_of_equal
+from dpo_ray.reference.store.store import ReferenceStore
+from dpo_ray.schedule.files import filler
+from dpo_ray.schedule.micro_batch import pack
+from dpo_ray.schedule.order import deal, estimate_work
 
 from .granule import Scored, Unscored
 from .scorer import ScoreRequest, ScorerSettings
-from .store import ReferenceStore
-from .store_index import first_of_equal
 
 
 class TrainerScorer:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .records import bucket_ranges, most_bucket_steps
+from .files import bucket_ranges, most_bucket_steps
 
 ROW = "row"  # the column that numbers a bucket's rows through all parts of the split
 MOST_OPEN_FILES = 256  # that rows are dealt to at once; many systems allow a process 1,024

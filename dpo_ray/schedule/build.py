@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.data.groups import Group
 
 from .buckets import ROW, Bucket, Steps, buckets_of, deal_rows, read_rows
-from .micro_batch import Group, MicroBatch, pack
-from .pack import deal, estimate_work
-from .records import MICRO_BATCHES, RankStep, file_name, filler, step_table
+from .files import MICRO_BATCHES, RankStep, file_name, filler, step_table
+from .micro_batch import MicroBatch, pack
+from .order import deal, estimate_work
 
 
 @dataclass(frozen=True)

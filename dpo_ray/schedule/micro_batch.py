@@ -3,38 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-
-def _no_pairs() -> np.ndarray:
-    return np.zeros(0, np.int32)
-
-
-@dataclass(frozen=True)
-class Group:
-    """One prompt with K completions, which of them are preferred to which, and the reference's log-prob of every token.
-
-    Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion and a ranked list have no pairs; nor has a
-    group that is only scored.
-    """
-
-    group_id: bytes
-    prompt_ids: np.ndarray  # int32 [prompt tokens]
-    completion_ids: tuple[np.ndarray, ...]  # K x int32 [completion tokens]
-    scores: np.ndarray  # float32 [K]; NaN = a completion of another prompt
-    chosen: np.ndarray = field(default_factory=_no_pairs)  # int [pairs], from 0 to K - 1
-    rejected: np.ndarray = field(default_factory=_no_pairs)
-    preference_probability: float = 1.0
-    weight: float = 1.0
-    reference_token_logps: tuple[np.ndarray, ...] | None = None  # K x float32 [completion tokens]
-    source: str = ""
-
-    @property
-    def tokens(self) -> int:
-        """Count the tokens of the packed layout: the prompt once."""
-        return len(self.prompt_ids) + sum(len(c) for c in self.completion_ids)
+from dpo_ray.data.groups import Group
 
 
 @dataclass(frozen=True)

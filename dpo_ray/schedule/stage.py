@@ -18,17 +18,18 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.objective import Objective, kinds_of_groups
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.tokens import groups_of, read_table, splits
+from dpo_ray.data.groups import Group, groups_of
+from dpo_ray.data.schemas import splits
 from dpo_ray.errors import ArtifactError, DataError
 
 from .buckets import Steps, buckets_of, deal_rows, read_rows
 from .build import Packing, build_split, write_bucket
-from .micro_batch import Group
-from .pack import step_groups
-from .records import most_bucket_steps
+from .files import most_bucket_steps
+from .order import step_groups
 
 NAMED_GROUPS = 3  # group ids that an error names
 MOST_GROUPS_HERE = 10_000  # of a split that is packed in this process: that takes no longer than to start others

@@ -12,7 +12,7 @@ from dpo_ray.config.train import TrainConfig
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.objectives.step_logps import StepLogps, weight_sums
-from dpo_ray.schedule.records import RankStep
+from dpo_ray.schedule.files import RankStep
 
 from .measures import accurate, empty, figures, pair_rewards, rewards
 from .step import losses, over_ranks

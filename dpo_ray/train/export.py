@@ -16,7 +16,7 @@ from dpo_ray.models.load import TOKENIZER_FILES
 from dpo_ray.models.lora import add_product, is_lora, matrices_of, write_adapter
 from dpo_ray.models.token_logps import TokenLogps
 
-from .shards import gathered
+from .dtensor import gathered
 
 
 def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | None = None) -> dict[str, Tensor]:

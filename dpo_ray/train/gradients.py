@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .shards import own_part
+from .dtensor import own_part
 
 GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 

@@ -16,11 +16,11 @@ from dpo_ray.errors import StoppedError, TrainError
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.models.work import ModelShape, peak_flops
-from dpo_ray.schedule.records import RankStep
+from dpo_ray.schedule.files import RankStep
+from dpo_ray.train.checkpoint.checkpoint import Best, Checkpoints, Progress
+from dpo_ray.train.optimizers.build import set_learning_rate
 
-from .checkpoint import Best, Checkpoints, Progress
 from .evaluation import Heldout, evaluate
-from .optimizer import set_learning_rate
 from .step import train_step
 from .throughput import throughput, work_of_step
 

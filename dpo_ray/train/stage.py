@@ -17,10 +17,21 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.cluster.workers import run_workers
 from dpo_ray.errors import DpoRayError, StoppedError
 
-from .task import TrainTask, train_worker
+from .task import TrainTask
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
+
+
+def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
+    """Run one training process.
+
+    What it needs is imported here, in the process that needs it: torch and transformers take seconds, and Ray's controller
+    unpickles this function as well.
+    """
+    from .worker import train_and_export
+
+    return train_and_export(settings["task"])
 
 
 def run(

@@ -11,8 +11,8 @@ from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.schedule.compared import ComparedGroup
-from dpo_ray.schedule.records import Schedule
+from dpo_ray.schedule.audit_pairs import ComparedGroup
+from dpo_ray.schedule.files import Schedule
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,3 @@ class TrainTask:
     moments: Artifact | None = None  # of the training before, whose optimizer this one goes on with
     keep_moments: bool = False  # in the artifact, for the training after
     identity: str = ""  # of what determines the weights; checkpoints of another are not used
-
-
-def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
-    """Run one training process. What it needs is imported here, in the process that needs it: torch and transformers
-    take seconds, and Ray's controller unpickles this function as well.
-    """
-    from .worker import train_and_export
-
-    return train_and_export(settings["task"])

@@ -21,22 +21,22 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
-from dpo_ray.data.tokens import parquet_bytes
+from dpo_ray.artifacts.tables import parquet_bytes
 from dpo_ray.errors import AuditError, StoppedError, TrainError
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.build import build_policy
 from dpo_ray.models.load import model_directory
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
-from dpo_ray.schedule.compared import ComparedGroup, compared_groups
-from dpo_ray.schedule.records import heldout_splits, prefetched, read_share
+from dpo_ray.schedule.audit_pairs import ComparedGroup, compared_groups
+from dpo_ray.schedule.files import heldout_splits, prefetched, read_share
+from dpo_ray.train.checkpoint.checkpoint import Checkpoints, Progress
+from dpo_ray.train.optimizers.build import build_optimizer
+from dpo_ray.train.optimizers.moments import gather_moments, scatter_moments
 
-from .checkpoint import Checkpoints, Progress
 from .evaluation import HELDOUT, heldout_figures, heldout_sums
 from .export import gather_policy, write_policy
 from .loop import Plan, Wish, train
-from .moments import gather_moments, scatter_moments
-from .optimizer import build_optimizer
 from .rng import seed_rank
 from .step import over_ranks
 from .task import AuditTask, TrainTask

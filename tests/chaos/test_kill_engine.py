@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_kill_driver as driver
-from lose_a_node import GRANULES, GROUPS
+
+from tests.chaos import test_kill_driver as driver
+from tests.helpers.lose_a_node import GRANULES, GROUPS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 
 
 def scored_on_three_nodes(directory: Path, what: str) -> dict[str, Any]:
     directory.mkdir()
-    program = Path(__file__).with_name("lose_a_node.py")
+    program = Path(__file__).resolve().parents[1] / "helpers" / "lose_a_node.py"
     done = subprocess.run(
         [sys.executable, str(program), str(directory), what], capture_output=True, text=True, timeout=900
     )
@@ -30,6 +31,7 @@ def scored_on_three_nodes(directory: Path, what: str) -> dict[str, Any]:
     return json.loads(said)
 
 
+@pytest.mark.long
 def test_a_lost_node_costs_at_most_a_granule(tmp_path: Path) -> None:
     quiet = scored_on_three_nodes(tmp_path / "quiet", "keep")
     struck = scored_on_three_nodes(tmp_path / "struck", "lose")

@@ -18,8 +18,7 @@ import psutil
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unit.online.made_endpoint import Call, MadeEndpoint, Reply, longer_is_better, made_endpoint
+from tests.helpers.fakes.endpoint import Call, MadeEndpoint, Reply, longer_is_better, made_endpoint
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 
@@ -138,7 +137,7 @@ def moments(run: Run) -> dict[str, Callable[[], object]]:
 
 
 # One of each kind of work, in both rounds: between them a driver is killed in CI; in all states in `make test-long`.
-FEW_STATES = ("sampling", "judging", "training", "promote of round 1", "measure of round 2")
+FEW_STATES = ("judging", "training", "promote of round 1")
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def processes_of(driver: int, title: str) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     "title",
     [
-        "ray::Engine.sample",
+        pytest.param("ray::Engine.sample", marks=pytest.mark.long),
         pytest.param("ray::JudgeActor.judge", marks=pytest.mark.long),
         pytest.param("ray::RayTrainWorker", marks=pytest.mark.long),
     ],

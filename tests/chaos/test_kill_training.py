@@ -19,12 +19,12 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from training import EVERY, MOMENTS, STEPS
 
+from tests.helpers.chaos_training import EVERY, MOMENTS, STEPS
 from tests.helpers.traps import FEW_POINTS, POINTS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
-PROGRAM = Path(__file__).with_name("training.py")
+PROGRAM = Path(__file__).resolve().parents[1] / "helpers" / "chaos_training.py"
 
 
 def started(directory: Path, *scenes: str) -> subprocess.Popen[str]:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_ray.cluster.job_logs import follow
-from dpo_ray.cluster.job_server import connect
-from tests.local_cluster import LocalCluster, local_cluster
+from dpo_ray.deploy.ray_jobs.logs import follow
+from dpo_ray.deploy.ray_jobs.server import connect
+from tests.helpers.local_cluster import LocalCluster, local_cluster
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 STEPS, EVERY, TOLERANCE = 400, 10, 1e-5

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from dpo_ray.data.groups import Group
 from dpo_ray.schedule.build import Packing, pack_step
-from dpo_ray.schedule.micro_batch import Group
 
 WORLD = 2
 GROUPS_PER_STEP = 4
@@ -129,7 +129,7 @@ def train(run: Run, model: Path, steps: list[Any], ranks: int) -> Metrics:
     from dpo_ray.models.load import load_policy
     from dpo_ray.models.packed_rows import packed_rows
     from dpo_ray.models.sharding import shard
-    from dpo_ray.train.optimizer import build_optimizer, set_learning_rate
+    from dpo_ray.train.optimizers.build import build_optimizer, set_learning_rate
     from dpo_ray.train.step import train_step
 
     optimizer_config = OptimizerConfig(learning_rate=1e-3, decay="constant", warmup_fraction=0, max_grad_norm=1.0)

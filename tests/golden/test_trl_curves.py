@@ -21,15 +21,17 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import OptimizerConfig, TrainConfig
-from dpo_ray.data.tokens import TOKENS, groups_of, parquet_bytes, read_table
+from dpo_ray.data.groups import groups_of
+from dpo_ray.data.schemas import TOKENS
 from dpo_ray.models.load import model_identity
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.scorer import ScorerSettings
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.train import stage as train_stage
 from dpo_ray.train.task import TrainTask
@@ -150,7 +152,7 @@ def trained_in_other_layouts(tmp_path_factory: pytest.TempPathFactory) -> Traine
 @pytest.mark.parametrize(
     ("case", "reference", "workers"),
     [
-        ("sigmoid", "file", 1),
+        pytest.param("sigmoid", "file", 1, marks=pytest.mark.slow),
         ("ipo", "vllm", 2),
         *(
             pytest.param(*rest, marks=pytest.mark.long)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from unit.models.families import SERVED, make_group, write_family
+from tests.helpers.families import SERVED, make_group, write_family
 
 from dpo_ray.models.head import head_scores
 from dpo_ray.models.load import load_policy

@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-PRELOADED = ["dpo_ray.models.build", "dpo_ray.train.checkpoint", "dpo_ray.train.export", "dpo_ray.train.loop"]
+PRELOADED = [
+    "dpo_ray.models.build",
+    "dpo_ray.train.checkpoint.checkpoint",
+    "dpo_ray.train.export",
+    "dpo_ray.train.loop",
+]
 
 
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:

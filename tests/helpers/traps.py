@@ -19,21 +19,21 @@ POINTS = {
     "before a step": (1, "in", "dpo_ray.train.loop", "train_step"),
     "after the backward pass": (0, "in", "dpo_ray.train.step", "clip_gradients"),
     "after the update": (1, "out", "dpo_ray.train.loop", "train_step"),
-    "before the snapshot": (0, "in", "dpo_ray.train.checkpoint", "get_state_dict"),
+    "before the snapshot": (0, "in", "dpo_ray.train.checkpoint.checkpoint", "get_state_dict"),
     "after the snapshot": (1, "in", "torch.distributed.checkpoint.state_dict_saver", "async_save"),
     "as writing begins": (0, "out", "torch.distributed.checkpoint.state_dict_saver", "async_save"),
     "before files are written": (1, "in", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data"),
     "after files are written": (0, "out", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "write_data"),
-    "before its file is hashed": (1, "in", "dpo_ray.train.digests", "digest"),
-    "after its file is hashed": (1, "out", "dpo_ray.train.digests", "digest"),
+    "before its file is hashed": (1, "in", "dpo_ray.train.checkpoint.hashing", "digest"),
+    "after its file is hashed": (1, "out", "dpo_ray.train.checkpoint.hashing", "digest"),
     "after DCP has finished": (0, "out", "torch.distributed.checkpoint.filesystem.FileSystemWriter", "finish"),
-    "before rank 0 hashes the rest": (0, "in", "dpo_ray.train.commits", "digest"),
-    "before the commit": (0, "in", "dpo_ray.train.checkpoint", "commit"),
-    "after the commit": (0, "out", "dpo_ray.train.checkpoint", "commit"),
-    "after pruning": (0, "out", "dpo_ray.train.checkpoint", "prune"),
+    "before rank 0 hashes the rest": (0, "in", "dpo_ray.train.checkpoint.manifest", "digest"),
+    "before the commit": (0, "in", "dpo_ray.train.checkpoint.checkpoint", "commit"),
+    "after the commit": (0, "out", "dpo_ray.train.checkpoint.checkpoint", "commit"),
+    "after pruning": (0, "out", "dpo_ray.train.checkpoint.checkpoint", "prune"),
 }
-# One of each kind: in a step, as a file is written, around a commit.
-FEW_POINTS = ("after the backward pass", "after files are written", "before the commit", "after the commit")
+# One of each kind: in a step, and around a commit.
+FEW_POINTS = ("after the backward pass", "before the commit")
 
 
 def arm_trap(root: Path, name: str, action: str, rank: int, on: str, place: str, function: str) -> None:

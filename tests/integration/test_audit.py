@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dpo_ray import pipeline, summary
+from dpo_ray.artifacts.places import artifact_store, reference_root
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data.tokens import read_table
 from dpo_ray.errors import AuditError
 from dpo_ray.models.load import model_directory
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.places import artifact_store, reference_root
-from dpo_ray.planning import make_plan
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
 from dpo_ray.reference.stage import token_parts
-from dpo_ray.reference.store import ReferenceStore
+from dpo_ray.reference.store.store import ReferenceStore
 from dpo_ray.reference.trainer_scorer import TrainerScorer
-
-from .conftest import small_recipe
+from dpo_ray.report import summary
+from dpo_ray.run import offline
+from dpo_ray.run.planning import make_plan
+from tests.integration.conftest import small_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SHIFT_NATS = 0.01  # a token, downwards: a thousand times the limit on the mean in float32
@@ -43,7 +43,7 @@ def recipe(output: Path, on_drift: str, *overrides: str) -> Recipe:
 def shifted(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give an output where the data is prepared and the engine's store holds every completion, shifted."""
     output = tmp_path_factory.mktemp("shifted")
-    plan, tokens = pipeline.prepared(recipe(output, "stop"), Reporter())
+    plan, tokens = offline.prepared(recipe(output, "stop"), Reporter())
     assert plan.numerics.engine == "vllm"
     store = ReferenceStore(reference_root(plan.recipe), plan.model_digest, plan.numerics)
     settings = ScorerSettings(
@@ -74,14 +74,14 @@ def said(run: Callable[[Reporter], object]) -> str:
     return screen.getvalue()
 
 
-def first_loss(finished: pipeline.Finished) -> float:
+def first_loss(finished: offline.Finished) -> float:
     return json.loads(finished.train.read_bytes("metrics.jsonl").splitlines()[0])["loss"]
 
 
 def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(output: Path) -> None:
     stop, warn = recipe(output, "stop"), recipe(output, "warn")
     with pytest.raises(AuditError) as raised:
-        pipeline.offline(stop, Reporter())
+        offline.offline(stop, Reporter())
     words = str(raised.value)
     assert "mean_token_drift 0.01, over 1e-05" in words
     assert "signed_bias -0.01, over 5e-06" in words
@@ -99,8 +99,8 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
         "evaluate": "missing",
     }
 
-    results: list[tuple[pipeline.Finished, bool]] = []
-    printed = said(lambda reporter: results.append(pipeline.offline(warn, reporter)))
+    results: list[tuple[offline.Finished, bool]] = []
+    printed = said(lambda reporter: results.append(offline.offline(warn, reporter)))
     finished, ran = results[0]
     assert ran
     assert "mean_token_drift 0.01 over 1e-05" in printed
@@ -120,7 +120,7 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
     # The policy is there, and is not what a recipe asks for that stops; nothing is trained to say that.
     assert "it was trained although its audit failed" in make_plan(stop).stages["train"].reason
     with pytest.raises(AuditError, match=r"mean_token_drift 0\.01, over 1e-05"):
-        pipeline.offline(stop, Reporter())
+        offline.offline(stop, Reporter())
     assert make_plan(warn).done
 
     # And with what is known by now, use_trainer needs no audit to know who scores.
@@ -131,8 +131,8 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
 @pytest.mark.slow
 def test_use_trainer_scores_all_again_and_is_then_done(output: Path, files_of) -> None:
     use_trainer = recipe(output, "use_trainer", "train.workers=2")
-    results: list[tuple[pipeline.Finished, bool]] = []
-    printed = said(lambda reporter: results.append(pipeline.offline(use_trainer, reporter)))
+    results: list[tuple[offline.Finished, bool]] = []
+    printed = said(lambda reporter: results.append(offline.offline(use_trainer, reporter)))
     finished, ran = results[0]
     assert ran
     assert "mean_token_drift 0.01, over 1e-05" in printed
@@ -149,7 +149,7 @@ def test_use_trainer_scores_all_again_and_is_then_done(output: Path, files_of) -
     assert " audit=trainer " in summary.line(summary.figures(finished))
 
     before = files_of(output)
-    again, ran = pipeline.offline(use_trainer, Reporter())
+    again, ran = offline.offline(use_trainer, Reporter())
     assert not ran
     assert files_of(output) == before
     assert again.train.key == finished.train.key

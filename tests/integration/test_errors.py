@@ -8,8 +8,7 @@ import ray.data
 
 from dpo_ray.cluster.session import session
 from dpo_ray.errors import ArtifactError, EngineError, InfrastructureError
-
-from .conftest import small_recipe
+from tests.integration.conftest import small_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -9,16 +9,14 @@ import os
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.load import load_recipe
-from dpo_ray.data.tokens import read_table
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.online.sampler import SamplerActor
-from dpo_ray.pipeline import offline
-from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.run.offline import offline
+from tests.helpers.vllm_logps import vllm_logps
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("HH_DATA", REPOSITORY.parent / "shared" / "data" / "hh-harmless"))
@@ -52,12 +50,10 @@ def test_the_recipe_on_real_data(tmp_path: Path) -> None:
     assert run.train.manifest.figures["audit"]["max_token_drift"] < 1e-4
 
     policy = run.train.local_dir("policy", tmp_path / "cache")
-    settings = ScorerSettings("vllm", str(policy), "float32", "cpu", 1024, 8192, 0.5, share_prompt=True)
     sample = read_table(run.prepare, run.prepare.names("eval/")[0]).slice(0, 12).to_pylist()
     pairs = [(row["prompt_ids"], completion) for row in sample for completion in row["completion_ids"]]
-    actor = ray.remote(SamplerActor).options(num_cpus=1).remote(settings)
-    by_vllm = ray.get(actor.score.remote([p for p, _ in pairs], [c for _, c in pairs]))
-    ray.kill(actor)
+    prompts, completions = zip(*pairs, strict=True)
+    by_vllm = vllm_logps(policy, 1024, prompts, completions, tmp_path / "store")
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     for (prompt, completion), expected in zip(pairs, by_vllm, strict=True):
         with torch.no_grad():

@@ -18,18 +18,19 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.tokens import TOKENS, parquet_bytes, read_table, splits
+from dpo_ray.data.schemas import TOKENS, splits
 from dpo_ray.errors import ArtifactError
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.granule import Scored, Unscored
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.reference.streaming import InOrder, Stopped, UnscorableError
-from dpo_ray.schedule import records
+from dpo_ray.schedule import files
 from dpo_ray.schedule import stage as schedule_stage
 from dpo_ray.schedule.build import Packing
-from dpo_ray.schedule.records import parse_file_name
-from dpo_ray.schedule.turns import deal_turns
+from dpo_ray.schedule.files import parse_file_name
+from dpo_ray.schedule.streaming_order import deal_turns
 
 # 40 groups, 5 a step, 3 epochs: 24 steps in buckets of 4, 8 and 12, and most groups in two or three of them.
 TRAIN = TrainConfig(workers=2, groups_per_step=5, epochs=3, tokens_per_micro_batch=200, eval_every_steps=4)
@@ -138,7 +139,7 @@ def ahead(root: Path, tokens: Artifact, train: TrainConfig = TRAIN) -> Artifact:
     for split in splits(tokens):
         for name in tokens.names(f"{split}/"):
             score(store, read_table(tokens, name))
-    account = reference_stage.Account(0)
+    account = reference_stage.ScoringTally(0)
     reference = reference_stage.join(tokens, store, account, begin(root, "reference"), Provenance(1, {}, {}, {}))
     return schedule_stage.run(tokens, reference, train, 0, begin(root, "schedule"), Provenance(1, {}, {}, {}))
 
@@ -171,14 +172,14 @@ def test_the_files_are_those_of_ahead_and_come_in_the_order_of_reading(tmp_path:
 
 
 def test_buckets_of_large_steps_are_those_of_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MOST_BUCKET_GROUPS", 32)  # of 5 in a step
+    monkeypatch.setattr(files, "MOST_BUCKET_GROUPS", 32)  # of 5 in a step
     tokens, store = tokens_of(tmp_path), store_of(tmp_path)
     work = in_order(tokens, store, begin(tmp_path, "schedule"), tmp_path / "scratch", lambda entries: None)
     list(work.run(Engines(store).run, threading.Event()))
     expected = ahead(tmp_path / "ahead", tokens)
     assert digests(work.entries()) == digests(expected.manifest.files)
     assert len(expected.names("train/rank-00000/")) == 5  # of 4, 6, 6, 6 and 2 steps
-    assert [share.step for share in records.read_steps(expected, "train", 0, 9)] == list(range(9, 24))
+    assert [share.step for share in files.read_steps(expected, "train", 0, 9)] == list(range(9, 24))
 
 
 def test_groups_that_no_step_holds_are_scored_too(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.errors import TrainError
-from dpo_ray.schedule.feed import ASK_SECONDS, LiveSchedule
-from dpo_ray.schedule.records import file_name
+from dpo_ray.schedule.files import file_name
+from dpo_ray.schedule.live import ASK_SECONDS, LiveSchedule
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.load import load_recipe
-from dpo_ray.data.tokens import read_table
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.pipeline import offline
+from dpo_ray.run.offline import offline
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = REPOSITORY.parent / "shared"

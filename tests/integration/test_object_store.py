@@ -13,7 +13,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from .conftest import small_recipe
+from tests.integration.conftest import small_recipe
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray import summary
-from dpo_ray.data.tokens import read_table
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.pipeline import Finished, offline
-from dpo_ray.planning import make_plan
-
-from .conftest import small_recipe
+from dpo_ray.report import summary
+from dpo_ray.run.offline import Finished, offline
+from dpo_ray.run.planning import make_plan
+from tests.integration.conftest import small_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 KTO = ("train.objective={type: kto, beta: 0.3}",)
@@ -123,7 +122,7 @@ def test_without_a_reference_nothing_is_scored(tmp_path: Path, kind: str) -> Non
     assert "needs no reference" in Path(summary.write_report(finished)).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_listwise_on_rankings(tmp_path: Path) -> None:
     """At step 0 all orders of three are equally likely: the loss is ln 6."""
     train, held = (write(tmp_path / f"{n}.jsonl", ranked_rows(*how)) for n, how in (("a", (48, 0)), ("b", (12, 1))))

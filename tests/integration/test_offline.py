@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_ray import planning, summary
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.pipeline import Finished, offline
-from dpo_ray.planning import make_plan
-
-from .conftest import small_recipe
+from dpo_ray.report import summary
+from dpo_ray.run import planning
+from dpo_ray.run.offline import Finished, offline
+from dpo_ray.run.planning import make_plan
+from tests.helpers.vllm_logps import vllm_logps
+from tests.integration.conftest import small_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -114,8 +114,7 @@ def test_a_change_of_beta_runs_train_and_evaluate_only(finished: Finished, outpu
 
 def test_the_policy_loads_in_transformers_and_in_vllm_and_they_agree(finished: Finished, tmp_path: Path) -> None:
     """Log-probs of held-out completions under the exported policy: plain transformers against a vLLM engine."""
-    from dpo_ray.data.tokens import read_table
-    from dpo_ray.reference.scorer import ScorerSettings
+    from dpo_ray.artifacts.tables import read_table
 
     directory = finished.train.local_dir("policy", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -126,12 +125,7 @@ def test_the_policy_loads_in_transformers_and_in_vllm_and_they_agree(finished: F
     prompts = [r["prompt_ids"] for r in rows]
     completions = [r["completion_ids"][0] for r in rows]
 
-    settings = ScorerSettings("vllm", str(directory), "float32", "cpu", 128, 2048, 0.5, share_prompt=True)
-    from dpo_ray.online.sampler import SamplerActor
-
-    actor = ray.remote(SamplerActor).options(num_cpus=1).remote(settings)
-    by_vllm = ray.get(actor.score.remote(prompts, completions))
-    ray.kill(actor)
+    by_vllm = vllm_logps(directory, 128, prompts, completions, tmp_path / "store")
     with torch.no_grad():
         for prompt, completion, expected in zip(prompts, completions, by_vllm, strict=True):
             logps = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
@@ -160,7 +154,7 @@ def test_trainer_scoring_gives_the_same_reference(finished: Finished, tmp_path: 
 
 
 def flat_logps(reference, name: str) -> np.ndarray:
-    from dpo_ray.data.tokens import read_table
+    from dpo_ray.artifacts.tables import read_table
 
     groups = read_table(reference, name)["token_logps"].to_pylist()
     return np.array([value for group in groups for completion in group for value in completion])

@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from unit.models.families import SERVED, plain_model, plain_token_logps, write_family
+from tests.helpers.families import SERVED, plain_model, plain_token_logps, write_family
 
+from dpo_ray.data.groups import Group
 from dpo_ray.models.load import load_policy
 from dpo_ray.models.packed_rows import PackedRows, packed_rows
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
 from dpo_ray.reference.trainer_scorer import TrainerScorer
-from dpo_ray.schedule.micro_batch import Group, pack
+from dpo_ray.schedule.micro_batch import pack
 
 TOLERANCE_NATS = 1e-4  # of a token, in float32
 FAMILIES = [
@@ -47,7 +48,7 @@ class EngineAnswer:
 
 def ask_engine(settings: ScorerSettings, requests: Sequence[ScoreRequest]) -> EngineAnswer:
     """Start an engine in this process, score twice (then the cache knows everything), the second time backwards; stop it."""
-    from dpo_ray.reference.vllm_scorer import VllmScorer
+    from dpo_ray.reference.vllm.scorer import VllmScorer
 
     scorer = VllmScorer(settings)
     try:

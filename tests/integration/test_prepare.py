@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray import pipeline
 from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.places import artifact_store, run_storage
 from dpo_ray.config.load import apply_overrides, validate_recipe
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import DataError
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.places import artifact_store, run_storage
-from dpo_ray.planning import make_plan
-
-from .conftest import small_recipe
+from dpo_ray.run import offline
+from dpo_ray.run.planning import make_plan
+from tests.integration.conftest import small_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -41,7 +40,7 @@ def shard_artifacts(made: Recipe) -> dict[str, float]:
 
 
 def prepared(made: Recipe) -> Artifact:
-    return pipeline.prepared(made, Reporter())[1]
+    return offline.prepared(made, Reporter())[1]
 
 
 def test_a_new_shard_is_tokenized_alone(tmp_path):
@@ -73,7 +72,7 @@ def test_rules_over_all_rows_cost_no_tokenization(tmp_path):
 def test_too_many_unsound_rows_stop_the_run_before_the_reference(tmp_path):
     made = recipe(tmp_path, write_rows(tmp_path / "a.jsonl", range(40), bad=2))
     with pytest.raises(DataError, match=r"2 of 42 rows .* are unsound, over the 1.0%") as caught:
-        pipeline.offline(made, Reporter())
+        offline.offline(made, Reporter())
     assert "inspect data" in caught.value.fix
     assert make_plan(made).stages["reference"].state == "missing"
     assert not Path(str(tmp_path / "out/reference-store")).exists()
@@ -101,12 +100,12 @@ def test_pieces_of_one_file_give_what_the_whole_gives(tmp_path, monkeypatch):
 
 
 def _ids(artifact: Artifact, name: str) -> list[bytes]:
-    from dpo_ray.data.tokens import read_table
+    from dpo_ray.artifacts.tables import read_table
 
     return read_table(artifact, name, ["group_id"])["group_id"].to_pylist()
 
 
 def _ordinals(artifact: Artifact) -> list[int]:
-    from dpo_ray.data.samples import quarantine_examples
+    from dpo_ray.report.samples import quarantine_examples
 
     return [row["ordinal"] for rows in quarantine_examples(artifact, 9).values() for row in rows]

@@ -22,13 +22,12 @@ from dpo_ray.models.load import model_directory
 from dpo_ray.reference.granule import Scored, Unscored
 from dpo_ray.reference.pool import MAX_FAILED_STARTS, EnginePool
 from dpo_ray.reference.scorer import ScorerSettings
-from dpo_ray.reference.store import Numerics, ReferenceStore
-
-from . import made_scorers
-from .made_scorers import BREAKING, DEADLY, UNSCORABLE, Start, formula, granule
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
+from tests.helpers.fakes import scorers
+from tests.helpers.fakes.scorers import BREAKING, DEADLY, UNSCORABLE, Start, formula, granule
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-ray.cloudpickle.register_pickle_by_value(made_scorers)  # engines' processes do not find the tests' modules
+ray.cloudpickle.register_pickle_by_value(scorers)  # engines' processes do not find the tests' modules
 
 NUMERICS = Numerics("vllm", "0.32.0", "cpu", "float32", "float32")
 
@@ -120,7 +119,10 @@ def alive(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("first", "said"), [(DEADLY, "process has died"), (BREAKING, "illegal memory access")])
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [(DEADLY, "process has died"), pytest.param(BREAKING, "illegal memory access", marks=pytest.mark.slow)],
+)
 def test_a_group_that_kills_engines_is_left_out_and_all_others_are_scored(
     first: int, said: str, tmp_path: Path
 ) -> None:
@@ -192,6 +194,7 @@ def test_the_pool_grows_where_there_is_work_and_no_further(tmp_path: Path) -> No
     assert few.starts <= 2
 
 
+@pytest.mark.slow
 def test_engines_that_die_while_they_start_stop_the_run(tmp_path: Path) -> None:
     start, events = Start(tmp_path, fault="exit"), []
     with pytest.raises(

@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dpo_ray import pipeline
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.artifacts.lease import Lease
-from dpo_ray.cluster.session import session
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.data.schemas import splits
 from dpo_ray.data.synthetic import preference_pairs
-from dpo_ray.data.tokens import read_table, splits
 from dpo_ray.models.load import model_directory
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.places import run_storage
-from dpo_ray.planning import make_plan
-
-from .conftest import small_recipe
+from dpo_ray.run import stages
+from dpo_ray.run.context import open_run
+from dpo_ray.run.planning import make_plan
+from tests.integration.conftest import small_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -60,13 +58,9 @@ def recipe(place: Path, *overrides: str) -> Recipe:
 
 def referenced(recipe: Recipe) -> tuple[Artifact, Artifact]:
     """Run the stages up to `reference`; returns their artifacts."""
-    plan = make_plan(recipe)
-    place = run_storage(recipe)
-    place.check_writable()
-    with Lease(place) as lease, session(recipe):
-        run = pipeline.Stages(plan, Reporter(), lease)
-        tokens = run.prepare()
-        return tokens, run.reference(tokens)
+    with open_run(recipe, make_plan(recipe), Reporter(), verbose=False) as run:
+        tokens = stages.prepare(run)
+        return tokens, stages.reference(run, tokens)
 
 
 def groups(tokens: Artifact) -> int:
@@ -128,7 +122,11 @@ def other_model(place: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "change", ["model", *(pytest.param(change, marks=pytest.mark.slow) for change in ("dtype", "truncation", "engine"))]
+    "change",
+    [
+        pytest.param("model", marks=pytest.mark.slow),
+        *(pytest.param(change, marks=pytest.mark.long) for change in ("dtype", "truncation", "engine")),
+    ],
 )
 def test_another_model_dtype_truncation_or_engine_never_hits(change: str, place: Path) -> None:
     overrides = {

@@ -16,14 +16,13 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from dpo_ray.cluster import room, workers
-from dpo_ray.cluster.asks import Ask
 from dpo_ray.cluster.placement import check_room, placed
+from dpo_ray.cluster.resources import Ask
 from dpo_ray.cluster.room import capacity, given_back, has_room, wait
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import InfrastructureError, StoppedError, TrainError
-from dpo_ray.pipeline import recipe_yaml
-
-from .conftest import small_recipe
+from dpo_ray.run.context import recipe_yaml
+from tests.integration.conftest import small_recipe
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests' modules
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -14,22 +14,21 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data.tokens import read_table
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.online.prompts import heldout_keys, prompt_key, prompt_table
-from dpo_ray.online.results import figures, rounds_page
+from dpo_ray.online.prompts import heldout_keys
 from dpo_ray.online.round_plan import Round, Rounds, derive
 from dpo_ray.online.rounds import online
 from dpo_ray.online.sample import SampledPrompt, read_samples
-from dpo_ray.planning import make_plan
 from dpo_ray.reference.engine import Engine, start_sampling_vllm
-from dpo_ray.reference.sampling import Sampling
+from dpo_ray.reference.sampling import Sampling, prompt_key, prompt_table
 from dpo_ray.reference.scorer import ScorerSettings
-from dpo_ray.schedule.pack import step_groups
-
-from .conftest import small_recipe
+from dpo_ray.report.rounds_report import figures, rounds_page
+from dpo_ray.run.planning import make_plan
+from dpo_ray.schedule.order import step_groups
+from tests.integration.conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
@@ -97,7 +96,7 @@ def test_rounds_sample_for_fresh_prompts_that_evaluation_does_not_use(finished: 
 
 
 def tokens_of(rounds: Rounds) -> Artifact:
-    from dpo_ray.planning import found
+    from dpo_ray.run.planning import found
 
     tokens = found(make_plan(rounds.plan.recipe), "prepare")
     assert tokens is not None
@@ -134,7 +133,7 @@ def engine_settings(model: Path) -> ScorerSettings:
 
 
 def stop_tokens(rounds: Rounds) -> tuple[int, ...]:
-    from dpo_ray.data.chat import load_tokenizer
+    from dpo_ray.data.tokenizing.chat import load_tokenizer
     from dpo_ray.evaluate.stage import end_tokens
 
     return end_tokens(tokens_of(rounds), load_tokenizer(str(builtin_model("sentiment_llama"))))
@@ -178,7 +177,7 @@ def test_the_divergence_is_that_of_the_exported_policy_to_the_initial_model(fini
 
 
 def samples_by_policy(rounds: Rounds, policy: str) -> list[SampledPrompt]:
-    from dpo_ray.places import artifact_store
+    from dpo_ray.artifacts.places import artifact_store
 
     store = artifact_store(rounds.plan.recipe)
     manifests = [m for m in store.manifests("sample") if m.inputs["policy"] == policy and "heldout_prompts" in m.config]

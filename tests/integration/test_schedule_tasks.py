@@ -12,8 +12,9 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.artifacts.tables import parquet_bytes
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.tokens import TOKENS, parquet_bytes
+from dpo_ray.data.schemas import TOKENS
 from dpo_ray.schedule import stage
 
 TRAIN = TrainConfig(workers=2, groups_per_step=3, epochs=2, tokens_per_micro_batch=60)

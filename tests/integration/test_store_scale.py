@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.reference.store import KEY, Numerics, ReferenceStore
+from dpo_ray.reference.store.store import KEY, Numerics, ReferenceStore
 
 KEYS, KEYS_OF_A_SEGMENT = 1_000_000, 50_000
 PARTS, GROUPS_OF_A_PART, KNOWN_PARTS = 8, 12_500, 6
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 
 began, used = time.monotonic(), time.process_time()
 store = ReferenceStore(Storage(sys.argv[1]), "a" * 64, Numerics("vllm", "0", "cpu", "float32", "float32"))

@@ -11,15 +11,14 @@ import pytest
 import ray
 from rich.console import Console
 
-from dpo_ray import overlap, pipeline, planning
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.observe.progress import Reporter
 from dpo_ray.reference.pool import EnginePool
-
-from . import held_back
-from .conftest import small_recipe
-from .held_back import HoldBack
+from dpo_ray.run import offline, planning, streaming
+from tests.helpers.fakes import held_back
+from tests.helpers.fakes.held_back import HoldBack
+from tests.integration.conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.usefixtures("ray_cluster")]
 ray.cloudpickle.register_pickle_by_value(held_back)  # engines' processes do not find the tests' modules
@@ -35,16 +34,16 @@ def recipe_of(root: Path, mode: str) -> Recipe:
     return small_recipe(root, *SHAPE, granule, f"reference.mode={mode}")
 
 
-def run(recipe: Recipe) -> tuple[pipeline.Finished, str]:
+def run(recipe: Recipe) -> tuple[offline.Finished, str]:
     """Run a recipe; returns its artifacts and what it said."""
     said = io.StringIO()
-    finished, ran = pipeline.offline(recipe, Reporter(Console(file=said, width=200)))
+    finished, ran = offline.offline(recipe, Reporter(Console(file=said, width=200)))
     assert ran
     return finished, said.getvalue()
 
 
 @pytest.fixture(scope="module")
-def ahead(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Finished:
+def ahead(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> offline.Finished:
     return run(recipe_of(tmp_path_factory.mktemp("ahead"), "ahead"))[0]
 
 
@@ -58,15 +57,15 @@ def metrics(artifact: Artifact) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name not in timings} for row in rows]
 
 
-def check_same(streaming: pipeline.Finished, ahead: pipeline.Finished) -> None:
+def check_same(streamed: offline.Finished, ahead: offline.Finished) -> None:
     """See that two runs ended with the same bits, in the same artifacts."""
     weights = "policy/model.safetensors"
-    assert streaming.train.entry(weights).sha256 == ahead.train.entry(weights).sha256
-    assert metrics(streaming.train) == metrics(ahead.train)
+    assert streamed.train.entry(weights).sha256 == ahead.train.entry(weights).sha256
+    assert metrics(streamed.train) == metrics(ahead.train)
     assert [row["step"] for row in metrics(ahead.train)] == list(range(1, 13))
     assert sum("eval_loss" in row for row in metrics(ahead.train)) == 4
     for stage in ("reference", "schedule"):
-        one, other = getattr(streaming, stage), getattr(ahead, stage)
+        one, other = getattr(streamed, stage), getattr(ahead, stage)
         assert one.key == other.key
         assert one.rows == other.rows
         assert sha256_of(one) == sha256_of(other)
@@ -74,26 +73,27 @@ def check_same(streaming: pipeline.Finished, ahead: pipeline.Finished) -> None:
 
 
 def test_training_runs_while_the_pool_scores_and_ends_as_ahead_does(
-    ahead: pipeline.Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ahead: offline.Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = HoldBack(tmp_path / "small" / "metrics.jsonl", FIRST_BUCKET_SEQUENCES)
-    monkeypatch.setattr(overlap, "EnginePool", partial(EnginePool, start=start))
-    streaming, _ = run(recipe_of(tmp_path, "streaming"))
-    check_same(streaming, ahead)
-    assert streaming.reference.manifest.figures["sequences"] == 240
-    made = [getattr(streaming, s).manifest.created_unix_seconds for s in ("reference", "schedule", "train")]
+    monkeypatch.setattr(streaming, "EnginePool", partial(EnginePool, start=start))
+    streamed, _ = run(recipe_of(tmp_path, "streaming"))
+    check_same(streamed, ahead)
+    assert streamed.reference.manifest.figures["sequences"] == 240
+    made = [getattr(streamed, s).manifest.created_unix_seconds for s in ("reference", "schedule", "train")]
     assert made == sorted(made)
     assert planning.make_plan(recipe_of(tmp_path, "ahead")).done  # either mode finds the other's work
 
 
+@pytest.mark.long
 def test_a_group_that_cannot_be_scored_sends_it_back_to_ahead(
-    ahead: pipeline.Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ahead: offline.Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine that scores beside training gives a group up when training has begun; another scores it afterwards."""
     start = HoldBack(tmp_path / "small" / "metrics.jsonl", FIRST_BUCKET_SEQUENCES, then_gives_up=True)
-    monkeypatch.setattr(overlap, "EnginePool", partial(EnginePool, start=start))
-    streaming, said = run(recipe_of(tmp_path, "streaming"))
+    monkeypatch.setattr(streaming, "EnginePool", partial(EnginePool, start=start))
+    streamed, said = run(recipe_of(tmp_path, "streaming"))
     assert "1 groups cannot be scored" in said
     assert "training begins again" in said
-    check_same(streaming, ahead)
+    check_same(streamed, ahead)
     assert list((tmp_path / "small" / "checkpoints").rglob("step-*.json")) == []

@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_ray.cluster.job_logs import follow
-from dpo_ray.cluster.job_server import connect
-from dpo_ray.cluster.jobs import look, stop
-from tests.local_cluster import LocalCluster, free_port, local_cluster
-
-from .conftest import small_recipe
+from dpo_ray.deploy.ray_jobs.jobs import look, stop
+from dpo_ray.deploy.ray_jobs.logs import follow
+from dpo_ray.deploy.ray_jobs.server import connect
+from tests.helpers.local_cluster import LocalCluster, free_port, local_cluster
+from tests.integration.conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 400  # long enough to be stopped in the middle
@@ -116,7 +115,7 @@ def test_what_the_cluster_refuses_is_one_line_for_every_command(cluster: Cluster
 
 def test_another_dpo_ray_on_the_cluster_is_said_in_the_log(cluster: Cluster) -> None:
     client = connect(cluster.url)
-    job = client.submit_job(entrypoint="python -m dpo_ray.cluster.same_versions dpo-ray==0.9.0 && echo began")
+    job = client.submit_job(entrypoint="python -m dpo_ray.deploy.ray_jobs.same_versions dpo-ray==0.9.0 && echo began")
     lines: list[str] = []
     assert follow(client, job, lines.append).code == 9
     assert "dpo-ray 0.9.0 submitted the run" in "".join(lines)

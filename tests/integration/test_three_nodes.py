@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ray.util.state import list_actors, list_nodes
 
-from tests.local_cluster import REPOSITORY, LocalCluster, local_cluster
+from tests.helpers.local_cluster import REPOSITORY, LocalCluster, local_cluster
 
 DATA = Path(os.environ.get("HH_DATA", REPOSITORY.parent / "shared" / "data" / "hh-harmless")).resolve()
 MODEL = Path(os.environ.get("HH_MODEL", REPOSITORY.parent / "shared" / "models" / "llama-6m")).resolve()
@@ -25,7 +25,7 @@ ROLES = (
     "cluster.roles={prepare: {node_labels: {dpo/role: head}}, reference: {node_labels: {dpo/role: reference}}, "
     "train: {count: 2, node_labels: {dpo/role: train}}}"
 )
-PLACES = {"Engine": "reference", "SamplerActor": "reference", "RayTrainWorker": "train"}
+PLACES = {"Engine": "reference", "RayTrainWorker": "train"}
 SHORTER = (
     "data.train=[{type: synthetic, pairs: 256}]",
     "data.eval=[{type: synthetic, pairs: 64, seed: 1}]",

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from dpo_ray import summary
 from dpo_ray.config.load import load_recipe
 from dpo_ray.observe.progress import Reporter
 from dpo_ray.online.rounds import online
-from dpo_ray.pipeline import offline
-from dpo_ray.tiny import tiny_recipe
+from dpo_ray.report import summary
+from dpo_ray.run.offline import offline
+from dpo_ray.run.tiny import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 REPOSITORY = Path(__file__).parents[2]

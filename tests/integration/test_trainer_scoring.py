@@ -22,13 +22,12 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.pipeline import offline
 from dpo_ray.reference.granule import GRANULE, Scored
 from dpo_ray.reference.scorer import ScorerSettings
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.reference.trainer_pool import score_with_trainer
-
-from .conftest import small_recipe
+from dpo_ray.run.offline import offline
+from tests.integration.conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 MODEL = builtin_model("sentiment_llama")
@@ -150,6 +149,7 @@ def test_policy_and_reference_are_the_model_in_four_bits(tmp_path: Path) -> None
     assert run.plan.numerics.dtype == "float32, nf4"  # no other run takes these for the model's
 
 
+@pytest.mark.long
 def test_policy_and_reference_are_the_model_with_its_adapter(tmp_path: Path) -> None:
     """Step 1's loss is ln 2 only if the adapter is in both; the policy that comes out is a whole model with it."""
     adapter = write_adapter(tmp_path / "adapter")

@@ -2,77 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_ray.config.sources import Columns, RowFormat
+from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import DETAIL_CHARACTERS, Rejected
 
 NUMBERED = "#"
 """Ends a name that stands for several columns: `response#` for response1, response2, ... or response_1, ..."""
-
-_PAIR = {"chosen": ("chosen",), "rejected": ("rejected",)}
-_TEMPLATE = {"tools": ("tools",), "chat_template_kwargs": ("chat_template_kwargs",)}
-_EXPLICIT = {"prompt": ("prompt",), "system": ("system",), **_PAIR, **_TEMPLATE}
-
-NAMES: Mapping[RowFormat, Mapping[str, tuple[str, ...]]] = {
-    "text": _EXPLICIT,
-    "messages": _EXPLICIT,
-    "implicit_messages": _EXPLICIT,
-    "implicit_text": {**_PAIR, **_TEMPLATE},
-    "hh": {**_PAIR, **_TEMPLATE},
-    "unpaired": {
-        "prompt": ("prompt", "instruction", "question", "input", "messages"),
-        "completion": ("completion",),
-        "label": ("label", "kto_tag"),
-        "system": ("system",),
-        **_TEMPLATE,
-    },
-    "scored": {
-        "prompt": ("prompt", "instruction", "question", "messages", "context"),
-        "completions": ("completions", "answers", "responses", "generations"),
-        "scores": ("scores", "ratings"),
-        "ranks": ("ranks",),
-        "system": ("system",),
-        **_TEMPLATE,
-    },
-    "nemo": {"prompt": ("context",), "completions": ("completions",), "scores": (), "ranks": (), **_TEMPLATE},
-    "verdicts": {
-        "prompt": ("instruction", "prompt", "question"),
-        "input": ("input",),
-        "completions": ("response#",),
-        "annotators": ("annotator#",),
-        "system": ("system",),
-        **_TEMPLATE,
-    },
-    "alpaca": {
-        "prompt": ("instruction", "prompt"),
-        "input": ("input", "query"),
-        "history": ("history",),
-        "system": ("system",),
-        "completion": ("output", "response"),
-        "label": ("kto_tag", "label"),
-        **_PAIR,
-        **_TEMPLATE,
-    },
-    "sharegpt": {
-        "prompt": ("conversations", "messages"),
-        "system": ("system",),
-        "label": ("kto_tag", "label"),
-        **_PAIR,
-        **_TEMPLATE,
-    },
-    "axolotl": {
-        "prompt": ("messages", "prompt", "question", "instruction", "input"),
-        "system": ("system",),
-        "chosen": ("chosen", "chosen_response"),
-        "rejected": ("rejected", "rejected_response"),
-        **_TEMPLATE,
-    },
-}
-"""What each format calls its columns, by their names in the recipe's `columns`; the first that is not null counts."""
 
 
 class Fields(NamedTuple):
@@ -136,17 +74,6 @@ class Fields(NamedTuple):
         return f"no column `{column}`; the row has: {', '.join(map(str, self.row))}"[:DETAIL_CHARACTERS]
 
 
-def fields_of(row: Mapping[str, Any], row_format: RowFormat, columns: Columns) -> Fields:
-    """Look at a row by a format's names, or the recipe's where it gives any."""
-    names = _names(columns)[row_format]  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
-    return Fields(row, names, columns)
-
-
-@functools.lru_cache(maxsize=64)
-def _names(columns: Columns) -> Mapping[RowFormat, Mapping[str, tuple[str, ...]]]:
-    return {f: {role: named(role, columns) or own for role, own in roles.items()} for f, roles in NAMES.items()}
-
-
 def named(role: str, columns: Columns) -> tuple[str, ...]:
     """List the recipe's own names for a role; none where it leaves them to the format."""
     given = getattr(columns, role)
@@ -158,27 +85,3 @@ def numbered(names: Iterable[str], pattern: str) -> list[str]:
     form = re.compile(re.escape(pattern.removesuffix(NUMBERED)) + r"_?(\d+)")
     found = [(int(match[1]), name) for name in names if (match := form.fullmatch(name))]
     return [name for _, name in sorted(found)]
-
-
-def wanted(names: Sequence[str], columns: Columns) -> list[str]:
-    """Choose, of a table's columns, those that any format could need; all where no format is complete, to be able to say so."""
-    accepted: dict[str, set[str]] = {}
-    for own in NAMES.values():
-        for role, patterns in own.items():
-            accepted.setdefault(role, set()).update(named(role, columns) or patterns)
-    there = {role: _matching(names, patterns) for role, patterns in accepted.items()}
-    complete = (
-        (there["chosen"] and there["rejected"])
-        or (there["label"] and (there["completion"] or there["prompt"]))
-        or (there["completions"] and (there["annotators"] or there["prompt"]))
-    )
-    if not complete:
-        return list(names)
-    needed = set().union(*there.values())
-    return [name for name in names if name in needed]
-
-
-def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
-    plain = set(patterns)
-    stems = [p for p in plain if p.endswith(NUMBERED)]
-    return {n for n in names if n in plain}.union(*(numbered(names, stem) for stem in stems))

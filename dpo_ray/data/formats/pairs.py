@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
-from dpo_ray.config.sources import RowFormat
 from dpo_ray.data.groups import Conversation, TextGroup
 
 from .fields import Fields
+from .format import EXPLICIT, PAIR, TEMPLATE, Format
 from .hh import hh_pair
 from .messages import answer, conversation, last_turn, only_turn, prompt_of, user_turn, with_system
 from .soundness import require, sound_text
 
+PairFormat = Literal["text", "messages", "implicit_messages", "implicit_text", "hh"]
 
-def pair(fields: Fields, row_format: RowFormat) -> TextGroup:
+
+def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
     """Read a row with chosen and rejected by one of TRL's formats, or HH-RLHF's."""
     chosen, rejected = both(fields)
     match row_format:
@@ -85,3 +87,22 @@ def _implicit_text(chosen: str, rejected: str) -> TextGroup:
     require(bool(shared.strip()) or chosen == rejected, "PROMPT_MISMATCH", "chosen and rejected share no beginning")
     answers = chosen[len(shared) :], rejected[len(shared) :]
     return TextGroup(shared, answers, (1.0, 0.0), messages=user_turn(shared))
+
+
+def _pair_as(row_format: PairFormat) -> Format:
+    columns = EXPLICIT if row_format in ("text", "messages", "implicit_messages") else {**PAIR, **TEMPLATE}
+    return Format(row_format, columns, lambda fields, criteria: pair(fields, row_format))
+
+
+AXOLOTL = Format(
+    "axolotl",
+    {
+        "prompt": ("messages", "prompt", "question", "instruction", "input"),
+        "system": ("system",),
+        "chosen": ("chosen", "chosen_response"),
+        "rejected": ("rejected", "rejected_response"),
+        **TEMPLATE,
+    },
+    lambda fields, criteria: explicit_pair(fields),
+)
+FORMATS = (*map(_pair_as, get_args(PairFormat)), AXOLOTL)

@@ -11,15 +11,11 @@ from dpo_ray.config.sources import Columns, RowFormat
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
 
-from .fields import Fields, fields_of
-from .layouts import alpaca, sharegpt
+from .catalog import FORMATS, fields_of
+from .fields import Fields
 from .messages import check_alternation
-from .pairs import explicit_pair, pair
 from .recognise import recognise
-from .scored import scored
 from .soundness import require, sound_value
-from .unpaired import unpaired
-from .verdicts import verdicts
 
 
 def text_group(
@@ -38,27 +34,9 @@ def text_group(
     if row_format == "auto":
         row_format = recognise(row, columns)
     fields = fields_of(row, row_format, columns)
-    group = _read(fields, row_format, criteria)
+    group = FORMATS[row_format].read(fields, criteria)
     _check(group)
     return _with_template_variables(group, fields)
-
-
-def _read(fields: Fields, row_format: RowFormat, criteria: Mapping[str, float]) -> TextGroup:
-    match row_format:
-        case "unpaired":
-            return unpaired(fields)
-        case "scored" | "nemo":
-            return scored(fields, criteria)
-        case "verdicts":
-            return verdicts(fields)
-        case "alpaca":
-            return alpaca(fields)
-        case "sharegpt":
-            return sharegpt(fields)
-        case "axolotl":
-            return explicit_pair(fields)
-        case _:
-            return pair(fields, row_format)
 
 
 def _check(group: TextGroup) -> None:

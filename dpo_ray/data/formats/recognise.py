@@ -1,34 +1,40 @@
-"""Which format a row has: told from the columns that it has and what they hold."""
+"""Which format a row has, by its columns and what they hold.
+
+The order of the questions matters: layouts with chosen and rejected come first, then labels, then lists of completions, as
+rows of the first often have columns of the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_ray.config.sources import Columns, RowFormat
+from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import DETAIL_CHARACTERS, Rejected
 
-from .fields import NAMES, Fields, fields_of
+from .catalog import FORMATS, fields_of
+from .fields import Fields
 from .hh import ASSISTANT
 
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
 
 
-def recognise(row: Mapping[str, Any], columns: Columns) -> RowFormat:
+def recognise(row: Mapping[str, Any], columns: Columns) -> str:
     """Name the format of a row. Null columns say nothing, as a table has every column in every row, unless all are.
 
     Raises:
         Rejected: UNKNOWN_FORMAT.
     """
     given = {name: value for name, value in row.items() if value is not None}
-    found = _layout(given, row, columns) or _layout(row, row, columns) or _meant(columns)
+    added = (each.name for each in FORMATS.values() if each.matches is not None and each.matches(given))
+    found = next(added, None) or _layout(given, row, columns) or _layout(row, row, columns) or _meant(columns)
     if found is None:
         raise Rejected("UNKNOWN_FORMAT", f"the row has: {', '.join(map(str, row))}"[:DETAIL_CHARACTERS])
     return found
 
 
-def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) -> RowFormat | None:
-    def has(row_format: RowFormat, role: str) -> bool:
+def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) -> str | None:
+    def has(row_format: str, role: str) -> bool:
         fields = fields_of(given, row_format, columns)
         if role == "annotators":  # one who gave no verdict is null
             return any(name in given for name in fields.spread(role))
@@ -54,7 +60,7 @@ def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) 
     return None
 
 
-def _pair(fields: Fields, row: Mapping[str, Any]) -> RowFormat:
+def _pair(fields: Fields, row: Mapping[str, Any]) -> str:
     """Tell the layouts with chosen and rejected apart by where the prompt is, and by what is a list."""
     given, columns = fields.row, fields.columns
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
@@ -79,7 +85,7 @@ def _pair(fields: Fields, row: Mapping[str, Any]) -> RowFormat:
     return _trl(given.get(name), name in row, chosen, rejected)
 
 
-def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> RowFormat:
+def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> str:
     if has_prompt and prompt is None:
         return "text"  # which says that it is null
     if isinstance(prompt, list | tuple):
@@ -100,13 +106,14 @@ def _is_dialogue(value: Any) -> bool:
 
 
 def _is_nemo(given: Mapping[str, Any]) -> bool:
-    (prompt,), (completions,) = NAMES["nemo"]["prompt"], NAMES["nemo"]["completions"]
+    columns = FORMATS["nemo"].columns
+    (prompt,), (completions,) = columns["prompt"], columns["completions"]
     items = given.get(completions)
     nested = isinstance(items, list | tuple) and all(isinstance(i, Mapping) and "completion" in i for i in items)
     return nested and prompt in given and not {"prompt", "instruction"} & given.keys()
 
 
-def _meant(columns: Columns) -> RowFormat | None:
+def _meant(columns: Columns) -> str | None:
     """Take the format that the recipe's columns speak of, so that the row's fault is that it lacks them."""
     if columns.chosen or columns.rejected:
         return "text"

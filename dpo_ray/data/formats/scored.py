@@ -14,6 +14,7 @@ from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
 
 from .fields import Fields
+from .format import TEMPLATE, Format
 from .hh import is_transcript, turns_of
 from .messages import answer, prompt_of
 from .soundness import require
@@ -126,3 +127,21 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) and abs(number) < LARGEST else None
+
+
+NEMO = {"prompt": ("context",), "completions": ("completions",), "scores": (), "ranks": (), **TEMPLATE}
+FORMATS = (
+    Format(
+        "scored",
+        {
+            "prompt": ("prompt", "instruction", "question", "messages", "context"),
+            "completions": ("completions", "answers", "responses", "generations"),
+            "scores": ("scores", "ratings"),
+            "ranks": ("ranks",),
+            "system": ("system",),
+            **TEMPLATE,
+        },
+        scored,
+    ),
+    Format("nemo", NEMO, scored),
+)

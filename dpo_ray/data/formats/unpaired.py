@@ -11,6 +11,7 @@ from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Conversation, TextGroup
 
 from .fields import Fields
+from .format import TEMPLATE, Format
 from .messages import answer, conversation, last_turn, prompt_of, with_system
 
 _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}  # CSV has text alone
@@ -41,3 +42,18 @@ def labelled(prompt: str | Conversation, completion: Any, fields: Fields) -> Tex
     if score is None:
         raise Rejected("BAD_LABEL", f"`{fields.column('label')}` is {fields.get('label')!r}, not true or false"[:200])
     return TextGroup(prompt, (completion,), (score,), chosen=(), rejected=())
+
+
+FORMATS = (
+    Format(
+        "unpaired",
+        {
+            "prompt": ("prompt", "instruction", "question", "input", "messages"),
+            "completion": ("completion",),
+            "label": ("label", "kto_tag"),
+            "system": ("system",),
+            **TEMPLATE,
+        },
+        lambda fields, criteria: unpaired(fields),
+    ),
+)

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from dpo_ray.artifacts.digest import digest
 from dpo_ray.config.judge import RewardModelJudge
 from dpo_ray.config.model import ModelConfig
-from dpo_ray.data.chat import load_tokenizer
+from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.errors import ConfigError, JudgeError
 from dpo_ray.models.load import model_directory, model_identity, tokenizer_identity
 

@@ -14,9 +14,8 @@ from dpo_ray.artifacts.lease import Lease
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.errors import ArtifactError
-
-from .conftest import FILES, commit, write_all
-from .power import run_and_cut
+from tests.unit.artifacts.conftest import FILES, commit, write_all
+from tests.unit.artifacts.power import run_and_cut
 
 
 def _make(root: Storage, upload: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 from dpo_ray.artifacts import object_store
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError
-
-from .conftest import BUCKET, S3Server, sent
+from tests.unit.artifacts.conftest import BUCKET, S3Server, sent
 
 
 def test_files_come_back_as_they_were_written(storage: Storage, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.errors import ArtifactError
-
-from .conftest import FILES, commit, sent, write_all
+from tests.unit.artifacts.conftest import FILES, commit, sent, write_all
 
 
 def test_commit_makes_an_artifact_that_verifies_and_reads_back(storage: Storage, tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerFast
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import Artifact, ArtifactStore
+from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.data import DataConfig
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.data.filters import load_filters
-from dpo_ray.data.merge import PreparedShard, choose, commit_tokens, merge_part
-from dpo_ray.data.prepare import PrepareTask, commit_shard, prepare_piece
-from dpo_ray.data.samples import quarantine_examples
+from dpo_ray.data.first_pass import PrepareTask, commit_shard, prepare_piece
+from dpo_ray.data.second_pass import PreparedShard, choose, commit_tokens, merge_part
 from dpo_ray.data.sources import Shard, list_shards, pieces
-from dpo_ray.data.tokens import read_table
 from dpo_ray.models.load import model_directory
+from dpo_ray.report.samples import quarantine_examples
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -15,18 +15,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from corpus.shards import BAD_SHARDS, BadShard, sound_rows, write_escaping_data_set
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_ray.config.data import DataConfig
-from dpo_ray.data import arrow_rows, chunks, json_rows, locations
 from dpo_ray.data.admission import REASONS, Rejected
 from dpo_ray.data.formats.read import text_group
-from dpo_ray.data.rows import read_batches
+from dpo_ray.data.readers import arrow_rows, chunks, json_rows, locations
+from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Shard, list_shards, pieces
 from dpo_ray.errors import ConfigError, InfrastructureError
-
-from .conftest import only_shard
+from tests.helpers.corpus import BAD_SHARDS, BadShard, sound_rows, write_escaping_data_set
+from tests.unit.data.conftest import only_shard
 
 ROWS = [{"prompt": f"Say {i}.", "chosen": f" good {random.Random(i).random()}", "rejected": " bad"} for i in range(400)]
 LINES = [json.dumps(r).encode() for r in ROWS]

@@ -10,12 +10,11 @@ import pytest
 
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.chat import RENDER_SECONDS, Rendered, Renderer, load_tokenizer, resolve_template
 from dpo_ray.data.groups import TextGroup
-from dpo_ray.data.watchdog import Watchdog
+from dpo_ray.data.tokenizing.chat import RENDER_SECONDS, Rendered, Renderer, load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.watchdog import Watchdog
 from dpo_ray.errors import ConfigError
-
-from .conftest import CHATML
+from tests.unit.data.conftest import CHATML
 
 TOOL_CALL = {
     "role": "assistant",

@@ -12,13 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from corpus.shards import BAD_SHARDS
 
 from dpo_ray.data.admission import REASONS, sample_of
-from dpo_ray.data.merge import broken_shards, check_quarantined
+from dpo_ray.data.second_pass import broken_shards, check_quarantined
 from dpo_ray.errors import DataError
-
-from .conftest import CHATML
+from tests.helpers.corpus import BAD_SHARDS
+from tests.unit.data.conftest import CHATML
 
 CASES = [json.loads(line) for line in (Path(__file__).parents[2] / "corpus/rows.jsonl").read_text().splitlines()]
 ELSEWHERE = {

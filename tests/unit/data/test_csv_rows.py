@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ray.config.sources import Columns
-from dpo_ray.data import csv_rows as module
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.csv_rows import csv_rows
+from dpo_ray.data.readers import csv_rows as module
+from dpo_ray.data.readers.csv_rows import csv_rows
 
 HEADER = b"prompt,chosen,rejected\r\n"
 FIELDS = st.lists(st.sampled_from(["a", '"', ",", "\n", "\r\n", "\t", " ", "é€", ";", "'"]), max_size=6).map("".join)
@@ -58,7 +58,7 @@ def test_what_a_csv_writer_writes_is_read_back(
     ],
 )
 def test_a_bad_row_costs_itself_alone(bad: bytes, reasons: list[str], monkeypatch: pytest.MonkeyPatch):
-    from dpo_ray.data import json_rows
+    from dpo_ray.data.readers import json_rows
 
     monkeypatch.setattr(module, "MAX_ROW_BYTES", 500)
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 500)

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from dpo_ray.config.data import PairingConfig
 from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.formats.fields import wanted
+from dpo_ray.data.formats.catalog import wanted
 from dpo_ray.data.formats.read import text_group
 from dpo_ray.data.formats.recognise import recognise
 from dpo_ray.data.groups import TextGroup
 from dpo_ray.data.pairing import paired
-
-from .published import (
+from tests.helpers.published_rows import (
     CHOSEN,
     FORMATS,
     PAIRS,

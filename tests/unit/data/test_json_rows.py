@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ray.data import json_rows as module
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.json_rows import json_rows
+from dpo_ray.data.readers import json_rows as module
+from dpo_ray.data.readers.json_rows import json_rows
 
 TEXT = st.text(st.sampled_from('ab"\\[]{},: \n\té€'), max_size=8)
 VALUES = st.recursive(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .published import answer, published_row, read, reason, system, user
+from tests.helpers.published_rows import answer, published_row, read, reason, system, user
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
 TURNS = [

@@ -9,7 +9,7 @@ import pyarrow as pa
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.keys import prepare_config
 from dpo_ray.data.mismatched import with_mismatched
-from dpo_ray.data.tokens import TOKENS
+from dpo_ray.data.schemas import TOKENS
 
 ROOM = 100
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ray.data import near_duplicates as near
+from dpo_ray.data.groups import TokenGroup
 from dpo_ray.data.near_duplicates import PERMUTATIONS, band_width, minhash, minhashes, near_duplicates
-from dpo_ray.data.tokenize import TokenGroup
 
 VOCABULARY = 32_000
 

@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ray.data import chunks, json_rows
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.rows import read_batches
+from dpo_ray.data.readers import chunks, json_rows
+from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Piece, Shard, pieces
-
-from .conftest import only_shard
+from tests.unit.data.conftest import only_shard
 
 LINES = st.one_of(
     st.just(b""),

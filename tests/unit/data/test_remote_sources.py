@@ -19,8 +19,7 @@ from huggingface_hub import HfFileSystem
 
 from dpo_ray.data.sources import shard_digest
 from dpo_ray.errors import ConfigError, InfrastructureError
-
-from .making import FILES, ROWS, rows_in, shards_of
+from tests.helpers.shards import FILES, ROWS, rows_in, shards_of
 
 REVISIONS = {
     "a" * 40: {"data/a.jsonl": "1" * 40, "data/a.csv": "2" * 40},

@@ -9,13 +9,13 @@ import pytest
 
 from dpo_ray.config.data import DataConfig
 from dpo_ray.config.sources import Columns
-from dpo_ray.data.chat import load_tokenizer
 from dpo_ray.data.formats.read import text_group
+from dpo_ray.data.groups import TokenGroup
 from dpo_ray.data.pairing import paired
-from dpo_ray.data.tokenize import TokenGroup, tokenize_groups
-
-from .conftest import CHATML
-from .published import CHOSEN, PAIRS, PROMPT, REJECTED, UNPAIRED, published_row
+from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.data.tokenizing.tokenize import tokenize_groups
+from tests.helpers.published_rows import CHOSEN, PAIRS, PROMPT, REJECTED, UNPAIRED, published_row
+from tests.unit.data.conftest import CHATML
 
 WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}" + CHATML.replace(
     "{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"

@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_ray.config.data import DataConfig
-from dpo_ray.data.rows import read_batches
+from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import list_shards, pieces, shard_digest
 from dpo_ray.errors import ConfigError
-
-from .conftest import only_shard
-from .making import FILES, LINES, ROWS, rows_in, rows_of, shards_of
+from tests.helpers.shards import FILES, LINES, ROWS, rows_in, rows_of, shards_of
+from tests.unit.data.conftest import only_shard
 
 PANDALM = (
     Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parents[4] / "shared/data")) / "pandalm/testset-v1.json.gz"

@@ -9,13 +9,12 @@ import pytest
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.data import DataConfig
-from dpo_ray.data.merge import check_quarantined
-from dpo_ray.data.prepare import PrepareTask, prepare_piece
-from dpo_ray.data.samples import quarantine_examples
+from dpo_ray.data.first_pass import PrepareTask, prepare_piece
+from dpo_ray.data.second_pass import check_quarantined
 from dpo_ray.data.sources import Piece, list_shards
 from dpo_ray.errors import DataError
-
-from .conftest import CHATML
+from dpo_ray.report.samples import quarantine_examples
+from tests.unit.data.conftest import CHATML
 
 
 def rows(*numbers: int) -> list[dict[str, str]]:

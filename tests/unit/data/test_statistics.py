@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_ray.data.schemas import TOKENS
 from dpo_ray.data.statistics import bin_edges, measure, merged, quantile, summary
-from dpo_ray.data.tokens import TOKENS
 
 
 def row(

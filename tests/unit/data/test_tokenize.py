@@ -14,13 +14,12 @@ from tokenizers import AddedToken
 
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.chat import load_tokenizer
-from dpo_ray.data.groups import TextGroup
-from dpo_ray.data.tokenize import TokenGroup, tokenize_groups
-from dpo_ray.data.tokens import SHARD, shard_table
-from dpo_ray.data.truncate import truncate
-
-from .conftest import CHATML
+from dpo_ray.data.groups import TextGroup, TokenGroup
+from dpo_ray.data.schemas import SHARD, shard_table
+from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.data.tokenizing.tokenize import tokenize_groups
+from dpo_ray.data.tokenizing.truncate import truncate
+from tests.unit.data.conftest import CHATML
 
 TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
 TEMPLATES = {

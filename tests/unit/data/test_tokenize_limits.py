@@ -12,13 +12,12 @@ import pytest
 
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.chat import load_tokenizer
-from dpo_ray.data.groups import TextGroup
-from dpo_ray.data.sandbox import MAX_CHARACTERS, TextTooLong, compile_template
-from dpo_ray.data.tokenize import TokenGroup, tokenize_groups
-from dpo_ray.data.watchdog import Watchdog
-
-from .conftest import CHATML
+from dpo_ray.data.groups import TextGroup, TokenGroup
+from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.data.tokenizing.sandbox import MAX_CHARACTERS, TextTooLong, compile_template
+from dpo_ray.data.tokenizing.tokenize import tokenize_groups
+from dpo_ray.data.tokenizing.watchdog import Watchdog
+from tests.unit.data.conftest import CHATML
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 

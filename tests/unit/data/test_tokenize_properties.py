@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.chat import Rendered, load_tokenizer
-from dpo_ray.data.encode import Encoder, clean_starts
 from dpo_ray.data.groups import TextGroup
-from dpo_ray.data.tokenize import tokenize_groups
-from dpo_ray.data.words import GPT2, Words
-
-from .conftest import CHATML
+from dpo_ray.data.tokenizing.byte_bpe import GPT2, Words
+from dpo_ray.data.tokenizing.chat import Rendered, load_tokenizer
+from dpo_ray.data.tokenizing.encode import Encoder, clean_starts
+from dpo_ray.data.tokenizing.tokenize import tokenize_groups
+from tests.unit.data.conftest import CHATML
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "</s>")
@@ -376,7 +375,7 @@ def test_clean_starts():
 def test_words_are_forgotten_when_there_are_too_many(gpt2, monkeypatch: pytest.MonkeyPatch):
     words = Words.of(gpt2.backend_tokenizer)
     assert words is not None
-    monkeypatch.setattr("dpo_ray.data.words.MAX_PIECES", 10)
+    monkeypatch.setattr("dpo_ray.data.tokenizing.byte_bpe.MAX_PIECES", 10)
     text = " ".join(f"w{i}" for i in range(50))
     assert words.encode(text) == words.encode(text)
     assert len(words._spaced) <= 10

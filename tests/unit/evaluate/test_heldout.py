@@ -12,8 +12,8 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.data.chat import load_tokenizer
-from dpo_ray.data.tokens import parquet_bytes
+from dpo_ray.artifacts.tables import parquet_bytes
+from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.evaluate import stage
 from dpo_ray.evaluate.metrics import heldout_by_set, heldout_figures
 from dpo_ray.evaluate.stage import heldout_prompts

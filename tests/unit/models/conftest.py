@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .families import write_family
+from tests.helpers.families import write_family
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,7 @@ from dpo_ray.models.adapter import CONFIG, WEIGHTS, adapter_directory, check_tar
 from dpo_ray.models.load import load_policy, model_directory, model_identity
 from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.schedule.micro_batch import pack
-
-from .families import plain_model, plain_token_logps, trying_groups
+from tests.helpers.families import plain_model, plain_token_logps, trying_groups
 
 ATTENTION = ["q_proj", "v_proj"]
 FORMS: dict[str, dict[str, Any]] = {

@@ -19,10 +19,9 @@ from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError
 from dpo_ray.models.build import build_policy
 from dpo_ray.models.sliced_weights import INDEX
+from tests.helpers.families import plain_model
+from tests.helpers.processes.build import CASES, CPU, build_rank
 from tests.helpers.ranks import run_ranks
-
-from .build_process import CASES, CPU, build_rank
-from .families import plain_model
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from dpo_ray.models.load import load_policy
 from dpo_ray.models.packed_rows import Layout, packed_rows
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.micro_batch import pack
-
-from .families import TINY, make_group, plain_model, plain_token_logps, trying_groups
+from tests.helpers.families import TINY, make_group, plain_model, plain_token_logps, trying_groups
 
 MIXTRAL = MixtralConfig(**TINY.common, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
 QWEN3_MOE = Qwen3MoeConfig(

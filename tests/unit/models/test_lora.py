@@ -17,8 +17,7 @@ from dpo_ray.models.packed_rows import packed_rows
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.micro_batch import pack
 from dpo_ray.train.export import gather_policy, write_policy
-
-from .families import plain_model, plain_token_logps, trying_groups
+from tests.helpers.families import plain_model, plain_token_logps, trying_groups
 
 CONFIG = LoraConfig(rank=4, alpha=8)
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.models.nf4 import Nf4Linear
+from tests.helpers.processes.variants import train_variants
 from tests.helpers.ranks import run_ranks
-from tests.unit.train.variants_process import train_variants
 
 pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from dpo_ray.data.groups import Group
 from dpo_ray.models.packed_rows import Segment, packed_rows
-from dpo_ray.schedule.micro_batch import Group, pack
+from dpo_ray.schedule.micro_batch import pack
 
 
 def group(prompt: list[int], completions: list[list[int]], pairs: list[tuple[int, int]], **facts: float) -> Group:

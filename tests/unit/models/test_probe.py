@@ -28,9 +28,8 @@ from dpo_ray.models.packed_rows import Layout, packed_rows
 from dpo_ray.models.probe import KNOWN_EXACT
 from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.schedule.micro_batch import pack
-
-from .families import family_config, plain_model, plain_token_logps, trying_groups
-from .test_token_logps import FAMILIES
+from tests.helpers.families import family_config, plain_model, plain_token_logps, trying_groups
+from tests.unit.models.test_token_logps import FAMILIES
 
 SMALL = {
     "hidden_size": 32,

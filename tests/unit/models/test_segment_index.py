@@ -16,8 +16,7 @@ from dpo_ray.models.packed_rows import Segment, packed_rows
 from dpo_ray.models.segment_index import SegmentIndex
 from dpo_ray.models.shared_prefix import flex, shared_prefix_attention
 from dpo_ray.schedule.micro_batch import pack
-
-from .families import make_group
+from tests.helpers.families import make_group
 
 # tokens:  0 1 2 | 3 4 | 5 || 6 | 7 8
 SHARED = (Segment(0, 3, 0, 0), Segment(3, 5, 0, 3), Segment(5, 6, 0, 3), Segment(6, 7, 6, 6), Segment(7, 9, 6, 7))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_ray.config.train import LoraConfig
+from dpo_ray.data.groups import Group
 from dpo_ray.models.load import load_policy
 from dpo_ray.models.lora import add_lora
 from dpo_ray.models.packed_rows import Layout, packed_rows
 from dpo_ray.models.token_logps import TokenLogps, sum_by_completion
-from dpo_ray.schedule.micro_batch import Group, pack
-
-from .families import VOCABULARY, make_group, plain_model, plain_token_logps, trying_groups
+from dpo_ray.schedule.micro_batch import pack
+from tests.helpers.families import VOCABULARY, make_group, plain_model, plain_token_logps, trying_groups
 
 FAMILIES = [
     "llama",

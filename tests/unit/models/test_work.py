@@ -10,10 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from dpo_ray.models.work import ModelShape, Work
+from dpo_ray.schedule.files import filler
 from dpo_ray.schedule.micro_batch import pack
-from dpo_ray.schedule.records import filler
-
-from .families import TINY, family_config, make_group
+from tests.helpers.families import TINY, family_config, make_group
 
 FAMILIES = ["llama", "llama3", "qwen2", "qwen3", "gemma2", "phi3"]
 EXPERTS = MixtralConfig(**TINY.common, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dpo_ray.config import objective as o
-from dpo_ray.objectives import whole_step
-from dpo_ray.objectives.preference import PairLogps
+from dpo_ray.objectives import step_wide
+from dpo_ray.objectives.pairs import PairLogps
 from dpo_ray.objectives.reference_free import log_one_minus_exp
 from dpo_ray.objectives.select import pair_losses
 from dpo_ray.objectives.shaping import desensitised, divergence_score, policy_weight
@@ -147,8 +147,8 @@ def test_kto_by_trls_formula() -> None:
     weight = torch.tensor([1.0, 1.0, 1.0, 0.5, 1.5])
     mismatched = torch.tensor([False, False, False, True, True])
     objective = o.KtoObjective(beta=0.1, desirable_weight=1.5, undesirable_weight=0.5)
-    assert whole_step.kl_estimate(logratio, weight, mismatched).item() == 0.0  # (1.5 - 6) / 2 < 0
-    z0 = whole_step.kl_estimate(-logratio, weight, mismatched)
+    assert step_wide.kl_estimate(logratio, weight, mismatched).item() == 0.0  # (1.5 - 6) / 2 < 0
+    z0 = step_wide.kl_estimate(-logratio, weight, mismatched)
     assert z0.item() == pytest.approx((-1.5 + 6) / 2)
     expected = [
         1.5 * (1 - s(0.1 * (2 - 2.25))),
@@ -157,12 +157,12 @@ def test_kto_by_trls_formula() -> None:
         0,
         0,
     ]
-    assert whole_step.kto(logratio, label, z0, objective).tolist() == pytest.approx(expected, rel=1e-5)
+    assert step_wide.kto(logratio, label, z0, objective).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_untrained_kto_loses_half() -> None:
     zero = torch.zeros(2)
-    assert whole_step.kto(zero, torch.tensor([1.0, -1.0]), torch.tensor(0.0), o.KtoObjective()).tolist() == [0.5, 0.5]
+    assert step_wide.kto(zero, torch.tensor([1.0, -1.0]), torch.tensor(0.0), o.KtoObjective()).tolist() == [0.5, 0.5]
 
 
 def test_listwise_is_the_plackett_luce_likelihood() -> None:
@@ -179,7 +179,7 @@ def test_listwise_is_the_plackett_luce_likelihood() -> None:
         total += p
         likelihood = p if list(permutation) == order else likelihood
     assert total == pytest.approx(1.0)
-    losses = whole_step.listwise(logratio, scores, group, o.ListwiseObjective(beta=0.5))
+    losses = step_wide.listwise(logratio, scores, group, o.ListwiseObjective(beta=0.5))
     assert losses.sum().item() == pytest.approx(-math.log(likelihood), rel=1e-5)
     assert losses[4].item() == 0.0
 
@@ -187,14 +187,14 @@ def test_listwise_is_the_plackett_luce_likelihood() -> None:
 def test_listwise_of_two_is_dpo() -> None:
     logratio, group = torch.tensor([1.0, -0.5, 2.0, 0.0]), torch.tensor([0, 0, 1, 1])
     scores = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    losses = whole_step.listwise(logratio, scores, group, o.ListwiseObjective(beta=0.1))
+    losses = step_wide.listwise(logratio, scores, group, o.ListwiseObjective(beta=0.1))
     assert losses.tolist() == pytest.approx([-ls(0.15), 0, 0, -ls(-0.2)], rel=1e-5)
 
 
 def test_listwise_learns_no_order_among_equals() -> None:
     logratio = torch.tensor([1.0, 2.0, 0.0], requires_grad=True)
     scores, group = torch.tensor([1.0, 1.0, 0.0]), torch.zeros(3, dtype=torch.int64)
-    losses = whole_step.listwise(logratio, scores, group, o.ListwiseObjective(beta=1.0))
+    losses = step_wide.listwise(logratio, scores, group, o.ListwiseObjective(beta=1.0))
     assert losses.tolist() == pytest.approx([-ls(1.0), -ls(2.0), 0], rel=1e-5)
 
 

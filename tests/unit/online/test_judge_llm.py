@@ -20,8 +20,7 @@ from dpo_ray.online.judges.llm import LlmAsker
 from dpo_ray.online.judges.make import judge_digest, make_judge
 from dpo_ray.online.judges.memory import JournalMemory
 from dpo_ray.online.judges.protocol import Question, Spending, Usage, Verdict
-
-from .made_endpoint import Call, MadeEndpoint, Reply, Rule, longer_is_better, made_endpoint
+from tests.helpers.fakes.endpoint import Call, MadeEndpoint, Reply, Rule, longer_is_better, made_endpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ABC = Question("Which is longest?", ("a", "bbb", "cc"))

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_ray.config.data import DataConfig
 from dpo_ray.config.model import ModelConfig
-from dpo_ray.data.prepare import PrepareTask
+from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.sources import list_shards
 from dpo_ray.models.load import model_directory
 from dpo_ray.online.prompt_source import _read
@@ -42,7 +42,7 @@ def test_every_usual_column_of_prompts_and_answers_is_read(tmp_path: Path) -> No
 
 
 def test_a_template_writes_the_turn_that_is_to_be_answered(tmp_path: Path) -> None:
-    from dpo_ray.data.chat import load_tokenizer
+    from dpo_ray.data.tokenizing.chat import load_tokenizer
 
     found, _, _ = read(tmp_path, [{"prompt": "Who?"}], CHAT)
     tokenizer = load_tokenizer(str(model_directory(ModelConfig(path="builtin:sentiment_llama"))))

@@ -13,16 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dpo_ray.config.online import StopConfig
 from dpo_ray.errors import ArtifactError
 from dpo_ray.online.promotion import DecidedRound, RoundFigures, stop_reason
-from dpo_ray.online.round_state import (
-    STAGES,
-    Committed,
-    Done,
-    Run,
-    State,
-    next_action,
-    starting_policy,
-    state_of,
-)
+from dpo_ray.online.round_state import STAGES, Committed, Done, Run, State, next_action, starting_policy, state_of
 
 # For each state, by what is committed: the stage that may be committed next, and the state that this brings.
 WITH_REFERENCE = {

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from dpo_ray.errors import AuditError
 from dpo_ray.reference.audit import HISTOGRAM_BINS, MAX_POINTS, measure
-from dpo_ray.schedule.compared import ComparedGroup
-
-from .made_groups import SAMPLE, group
+from dpo_ray.schedule.audit_pairs import ComparedGroup
+from tests.helpers.audited_groups import SAMPLE, group
 
 DRIFT = [0.25, -0.5, 0, 0, 0.25, 0.25, 0.25, -0.125, 0.5, 0, 0, 1.0]
 ERRORS, PER_TOKEN, LENGTHS = [-0.25, -0.75, 0.5], [-0.125, -0.25, 0.0], [1, -2, 1]

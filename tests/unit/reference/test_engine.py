@@ -14,7 +14,7 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.reference.engine import Engine
 from dpo_ray.reference.granule import GRANULE
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 
 SETTINGS = ScorerSettings("vllm", "no model", "float32", "cpu", 128, None, 0.5, share_prompt=True)
 NAN_TOKEN = 99

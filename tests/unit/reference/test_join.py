@@ -12,11 +12,12 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.data.tokens import QUARANTINE, TOKENS, parquet_bytes, read_table
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
+from dpo_ray.data.schemas import QUARANTINE, TOKENS
 from dpo_ray.errors import ArtifactError
 from dpo_ray.reference.granule import Unscored
 from dpo_ray.reference.join import REFERENCE, JoinedPart, join_part
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 
 PART = "train/00000-00000-00000.parquet"
 GROUPS = [  # (prompt, completions); the first and the third share a sequence

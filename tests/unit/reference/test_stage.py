@@ -11,7 +11,7 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.errors import DataError
 from dpo_ray.reference.granule import Scored, Unscored
-from dpo_ray.reference.stage import Account, check_unscored, token_parts
+from dpo_ray.reference.stage import ScoringTally, check_unscored, token_parts
 
 
 def test_the_parts_of_every_split_are_scored_and_nothing_else(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def left_out(*numbers: int) -> tuple[Unscored, ...]:
 
 
 def test_granules_add_up() -> None:
-    account = Account(groups=40)
+    account = ScoringTally(groups=40)
     account.add(Scored(10, 20, 3000, 600, 2, 1.5, "engine 1"))
     account.add(Scored(10, 18, 3000, 0, 0, 0.5, "engine 2", left_out(1)))
     account.add(Scored(1, 0, 0, 0, 0, 0.0, "engine 3", left_out(2)))  # a group that killed engines: it scored nothing
@@ -44,11 +44,11 @@ def test_granules_add_up() -> None:
         "engines": 2,
     }
     assert set(account.unscored) == {bytes([1]) * 16, bytes([2]) * 16}
-    assert "3,000 tokens/s an engine, 10% of the tokens cached" in account.words()
+    assert "3,000 tokens/s an engine, 10% of the tokens cached" in account.describe()
 
 
 def test_as_many_groups_may_be_left_out_as_the_recipe_allows() -> None:
-    account = Account(groups=100)
+    account = ScoringTally(groups=100)
     account.add(Scored(5, 0, 0, 0, 0, 0.0, "engine 1", left_out(1, 2)))
     check_unscored(account, 0.02)
     with pytest.raises(DataError) as refused:
@@ -60,7 +60,7 @@ def test_as_many_groups_may_be_left_out_as_the_recipe_allows() -> None:
 
 
 def test_nothing_may_be_left_out_where_the_recipe_says_so() -> None:
-    account = Account(groups=100)
+    account = ScoringTally(groups=100)
     check_unscored(account, 0.0)
     account.add(Scored(1, 0, 0, 0, 0, 0.0, "engine 1", left_out(1)))
     with pytest.raises(DataError):

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.train import TrainConfig
+from dpo_ray.data.groups import Group
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.reference.granule import GRANULE, Scored
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
-from dpo_ray.reference.store import Numerics, ReferenceStore
+from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.reference.trainer_scorer import TrainerScorer, score_granules
-from dpo_ray.schedule.micro_batch import Group
 
 MODEL = builtin_model("sentiment_llama")
 LOUD = 9  # a token whose embedding is not finite in `broken_model`

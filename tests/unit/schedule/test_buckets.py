@@ -18,11 +18,10 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.errors import TrainError
-from dpo_ray.schedule import records
+from dpo_ray.schedule import files
 from dpo_ray.schedule.build import Packing, build_split
-from dpo_ray.schedule.records import bucket_ranges, file_name, most_bucket_steps, parse_file_name, read_steps
-
-from .test_build import same_step, to_groups
+from dpo_ray.schedule.files import bucket_ranges, file_name, most_bucket_steps, parse_file_name, read_steps
+from tests.unit.schedule.test_build import same_step, to_groups
 
 
 @given(st.integers(0, 100_000), st.integers(1, 128))
@@ -103,9 +102,9 @@ def test_the_micro_batches_are_the_same_whatever_the_buckets(steps, ranks, first
 
     def read(sizes: tuple[int, int, int]) -> list[list]:
         with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(records, "FIRST_BUCKET_STEPS", sizes[0])
-            patch.setattr(records, "MOST_BUCKET_STEPS", sizes[1])
-            patch.setattr(records, "MOST_BUCKET_GROUPS", sizes[2])
+            patch.setattr(files, "FIRST_BUCKET_STEPS", sizes[0])
+            patch.setattr(files, "MOST_BUCKET_STEPS", sizes[1])
+            patch.setattr(files, "MOST_BUCKET_GROUPS", sizes[2])
             schedule = built(Path(root), steps, packing, 12)
             return [list(read_steps(schedule, "train", rank, start)) for rank in range(ranks)]
 
@@ -117,7 +116,7 @@ def test_the_micro_batches_are_the_same_whatever_the_buckets(steps, ranks, first
 def test_a_schedule_says_how_many_steps_its_buckets_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read as it was written, whatever the bound is by then."""
     steps = [[i, i + 1, i + 2] for i in range(10)]
-    monkeypatch.setattr(records, "MOST_BUCKET_GROUPS", 7)
+    monkeypatch.setattr(files, "MOST_BUCKET_GROUPS", 7)
     schedule = built(tmp_path, steps, Packing(1, 60), 12)
     assert [parse_file_name(name)[2] for name in schedule.names()] == [0, 2, 4, 6, 8]
     monkeypatch.undo()

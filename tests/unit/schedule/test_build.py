@@ -13,13 +13,13 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.schedule import records
+from dpo_ray.data.groups import Group
+from dpo_ray.schedule import files
 from dpo_ray.schedule.build import Packing, build_split, pack_step
-from dpo_ray.schedule.micro_batch import Group, MicroBatch
-from dpo_ray.schedule.pack import step_groups
-from dpo_ray.schedule.records import RankStep, read_steps
-
-from .making import make_group
+from dpo_ray.schedule.files import RankStep, read_steps
+from dpo_ray.schedule.micro_batch import MicroBatch
+from dpo_ray.schedule.order import step_groups
+from tests.helpers.schedules import make_group
 
 GROUPS, GROUPS_PER_STEP, EPOCHS = 37, 5, 3  # 23 steps; epochs end within steps, so groups come twice in a bucket
 PACKING = Packing(ranks=2, tokens_per_micro_batch=60)
@@ -37,8 +37,8 @@ def order() -> list[list[int]]:
 @pytest.fixture
 def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     """Commit a schedule of many buckets, from parts of uneven size, one of them empty."""
-    monkeypatch.setattr(records, "FIRST_BUCKET_STEPS", 1)
-    monkeypatch.setattr(records, "MOST_BUCKET_STEPS", 4)
+    monkeypatch.setattr(files, "FIRST_BUCKET_STEPS", 1)
+    monkeypatch.setattr(files, "MOST_BUCKET_STEPS", 4)
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
     bounds = [(0, 10), (10, 11), (11, 11), (11, GROUPS)]
     parts = [lambda a=a, b=b: pa.table({"number": pa.array(range(a, b), pa.int64())}) for a, b in bounds]

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_ray.data.groups import Group
 from dpo_ray.schedule.build import Packing, pack_step, pair_weight
-from dpo_ray.schedule.micro_batch import Group, MicroBatch, pack
-from dpo_ray.schedule.pack import ATTENTION_SCALE, deal, estimate_work
-from dpo_ray.schedule.records import filler
-
-from .making import make_group
+from dpo_ray.schedule.files import filler
+from dpo_ray.schedule.micro_batch import MicroBatch, pack
+from dpo_ray.schedule.order import ATTENTION_SCALE, deal, estimate_work
+from tests.helpers.schedules import make_group
 
 token_counts = st.lists(st.integers(1, 100), min_size=1, max_size=40)
 batches = st.lists(st.integers(0, 10_000), min_size=1, max_size=12, unique=True)

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_ray.errors import DataError
-from dpo_ray.schedule.pack import count_steps, epoch_order, step_groups
-
-from .making import group_id
+from dpo_ray.schedule.order import count_steps, epoch_order, step_groups
+from tests.helpers.schedules import group_id
 
 ids_strategy = st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=60, unique=True)
 seeds = st.integers(0, 2**31)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dpo_ray.errors import ArtifactError
-from dpo_ray.schedule.records import RankStep, filler, prefetched
+from dpo_ray.schedule.files import RankStep, filler, prefetched
 
 
 def steps(count: int, error: BaseException | None = None) -> Iterator[RankStep]:

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ray.schedule.build import Packing, pack_step
-from dpo_ray.schedule.records import RankStep, bucket_ranges, file_name, read_share, step_table
-
-from .making import make_group
+from dpo_ray.schedule.files import RankStep, bucket_ranges, file_name, read_share, step_table
+from tests.helpers.schedules import make_group
 
 GROUPS_PER_STEP, TOKENS = 6, 40
 

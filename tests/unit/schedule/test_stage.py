@@ -13,14 +13,14 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.artifacts.tables import parquet_bytes
 from dpo_ray.config.objective import IpoObjective, KtoObjective, ListwiseObjective
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.tokens import TOKENS, parquet_bytes
+from dpo_ray.data.schemas import TOKENS
 from dpo_ray.errors import DataError
 from dpo_ray.schedule import stage
-from dpo_ray.schedule.records import heldout_splits, read_steps
-
-from .making import group_id
+from dpo_ray.schedule.files import heldout_splits, read_steps
+from tests.helpers.schedules import group_id
 
 TRAIN = TrainConfig(workers=2, groups_per_step=4, tokens_per_micro_batch=40)
 

@@ -9,14 +9,13 @@ import pyarrow as pa
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
-from dpo_ray.data.tokens import parquet_bytes, read_table
+from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.reference.join import REFERENCE
 from dpo_ray.schedule import stage
-from dpo_ray.schedule.pack import epoch_order
-from dpo_ray.schedule.records import read_steps
-
-from .making import group_id
-from .test_stage import TRAIN, begin, row, tokens_of
+from dpo_ray.schedule.files import read_steps
+from dpo_ray.schedule.order import epoch_order
+from tests.helpers.schedules import group_id
+from tests.unit.schedule.test_stage import TRAIN, begin, row, tokens_of
 
 
 def reference_of(tokens: Artifact, root: Path, unscored: set[bytes]) -> Artifact:

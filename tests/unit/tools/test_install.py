@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_index import Index, make_wheel, served
-from made_project import INSTALL, Project, find_uv, make_project
+
+from tests.helpers.fakes.package_index import Index, make_wheel, served
+from tests.helpers.installed_project import INSTALL, Project, find_uv, make_project
 
 REPOSITORY = INSTALL.parents[1]
 IN_A_NAMESPACE = ("unshare", "-rm", "sh", "-ec")

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.models.load import load_policy
 from dpo_ray.train.export import gather_policy, write_policy
-
-from .making import make_groups, make_policy, rows_of
+from tests.helpers.training import make_groups, make_policy, rows_of
 
 SOURCE = builtin_model("sentiment_llama")
 

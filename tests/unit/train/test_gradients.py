@@ -8,8 +8,7 @@ import torch
 from dpo_ray.config.objective import SigmoidObjective
 from dpo_ray.train.gradients import clip_gradients, group_of
 from dpo_ray.train.step import losses
-
-from .making import make_config, make_groups, make_policy, rows_of
+from tests.helpers.training import make_config, make_groups, make_policy, rows_of
 
 
 def with_gradients() -> torch.nn.Module:

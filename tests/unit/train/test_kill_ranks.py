@@ -15,15 +15,14 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.models.sharding import shard
-from dpo_ray.schedule.records import RankStep
-from dpo_ray.train.checkpoint import Checkpoints
+from dpo_ray.schedule.files import RankStep
+from dpo_ray.train.checkpoint.checkpoint import Checkpoints
 from dpo_ray.train.export import gather_policy
 from dpo_ray.train.loop import Plan, train
-from dpo_ray.train.optimizer import build_optimizer
+from dpo_ray.train.optimizers.build import build_optimizer
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import GROUPS_PER_STEP, STEPS, make_config, make_policy, rank_steps
 from tests.helpers.traps import POINTS, arm_trap, armed_traps, set_next_trap
-
-from .making import GROUPS_PER_STEP, STEPS, make_config, make_policy, rank_steps
 
 EVERY = 2  # steps from checkpoint to checkpoint
 CONFIG = make_config(checkpoint_every_steps=EVERY)

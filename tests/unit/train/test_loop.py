@@ -15,13 +15,12 @@ import torch
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.train import BestConfig, TrainConfig
 from dpo_ray.errors import StoppedError, TrainError
-from dpo_ray.train.checkpoint import Checkpoints, Progress
-from dpo_ray.train.commits import committed_steps
+from dpo_ray.train.checkpoint.checkpoint import Checkpoints, Progress
+from dpo_ray.train.checkpoint.manifest import committed_steps
 from dpo_ray.train.evaluation import HELDOUT, evaluate, heldout_sums
 from dpo_ray.train.loop import Plan, Wish, has_ended, judged, no_wish, train
-from dpo_ray.train.optimizer import build_optimizer, learning_rate_factor
-
-from .making import (
+from dpo_ray.train.optimizers.build import build_optimizer, learning_rate_factor
+from tests.helpers.training import (
     GROUPS_PER_STEP,
     LEARNING_RATE,
     STEPS,

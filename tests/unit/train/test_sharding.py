@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.train.checkpoint import Checkpoints, Progress
+from dpo_ray.train.checkpoint.checkpoint import Checkpoints, Progress
 from dpo_ray.train.export import gather_policy
 from dpo_ray.train.loop import train
-from dpo_ray.train.optimizer import build_optimizer
+from dpo_ray.train.optimizers.build import build_optimizer
+from tests.helpers.processes.fsdp import CONFIG, PLAN, train_rank
 from tests.helpers.ranks import run_ranks
-
-from .fsdp_process import CONFIG, PLAN, train_rank
-from .making import STEPS, distance, heldout_sets, make_policy, rank_steps
+from tests.helpers.training import STEPS, distance, heldout_sets, make_policy, rank_steps
 
 NAMES = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "learning_rate", "num_tokens")
 NAMES += ("eval_loss", "eval_first_loss", "eval_single_loss", "eval_single_rewards/accuracies")

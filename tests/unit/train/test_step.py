@@ -22,14 +22,22 @@ from dpo_ray.config.objective import (
     is_step_wide,
 )
 from dpo_ray.config.train import TrainConfig
+from dpo_ray.data.groups import Group
 from dpo_ray.errors import TrainError
 from dpo_ray.models.packed_rows import PackedRows, packed_rows
-from dpo_ray.schedule.micro_batch import Group, pack
-from dpo_ray.schedule.records import filler
-from dpo_ray.train.optimizer import build_optimizer
+from dpo_ray.schedule.files import filler
+from dpo_ray.schedule.micro_batch import pack
+from dpo_ray.train.optimizers.build import build_optimizer
 from dpo_ray.train.step import train_step
-
-from .making import distance, make_config, make_groups, make_policy, optimizer_config, rows_of, weights_of
+from tests.helpers.training import (
+    distance,
+    make_config,
+    make_groups,
+    make_policy,
+    optimizer_config,
+    rows_of,
+    weights_of,
+)
 
 OBJECTIVES: list[Objective] = [
     SigmoidObjective(beta=0.5, label_smoothing=0.1),

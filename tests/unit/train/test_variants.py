@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.models.builtin import builtin_model
+from tests.helpers.processes.variants import VARIANTS, train_variants
 from tests.helpers.ranks import run_ranks
-
-from .variants_process import VARIANTS, train_variants
 
 
 def run(world: int, directory: Path, asked: str = "all") -> dict[str, list[list[float]]]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dpo_ray.config import objective as o
-from dpo_ray.objectives import whole_step
-from dpo_ray.objectives.preference import PairLogps
+from dpo_ray.objectives import step_wide
+from dpo_ray.objectives.pairs import PairLogps
 from dpo_ray.objectives.select import pair_losses
 
 
@@ -46,7 +46,7 @@ def test_step_0(objective: o.Objective, expected: float) -> None:
     at = torch.arange(6)
     losses = pair_losses(objective, pairs_of(table, table, at, at.flip(0), torch.ones(6)))
     assert losses.tolist() == pytest.approx([expected] * 6, abs=1e-9)
-    half = whole_step.kto(torch.zeros(4), torch.tensor([1.0, -1, 1, -1]), torch.tensor(0.0), o.KtoObjective())
+    half = step_wide.kto(torch.zeros(4), torch.tensor([1.0, -1, 1, -1]), torch.tensor(0.0), o.KtoObjective())
     assert half.tolist() == [0.5] * 4
 
 

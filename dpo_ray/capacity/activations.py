@@ -1,0 +1,138 @@
+"""What the forward pass keeps for the backward pass: the bytes that autograd saves, operation by operation.
+
+Everything here follows from the operations of transformers' decoders as this project runs them; `docs/capacity.md` lists them
+with what each saves, and the tests compare the sums with what PyTorch's memory tracker counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_ray.config.train import LoraConfig
+
+from .model_sizes import ModelSizes
+
+FLOAT32_BYTES = 4
+MASK_BYTES = 1  # of dropout
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of one forward pass of one rank."""
+
+    tokens: int  # that go through the blocks
+    keys: int  # that attention gathers: a prompt's once for each completion
+    scored: int  # completion tokens, which go through the head
+
+    @classmethod
+    def of(cls, tokens: int, prompt_share: float, completions: float, layout: str) -> Rows:
+        """Estimate a micro-batch of whole groups, of whose tokens `prompt_share` is the prompt's."""
+        prompts = tokens * prompt_share
+        scored = tokens - prompts
+        if layout != "shared":  # a prompt stands before each completion, and keys are taken as they stand
+            return cls(round(prompts * completions + scored), round(prompts * completions + scored), round(scored))
+        return cls(tokens, round(tokens + prompts * completions), round(scored))
+
+
+@dataclass(frozen=True)
+class BlockActivations:
+    """Bytes of one block, for one micro-batch."""
+
+    input: int
+    saved: int  # by autograd, without checkpointing
+    products: int  # results of matrix products and attention, which selective checkpointing keeps besides the input
+    products_also_saved: int  # of these, what autograd saves anyway
+    products_taken_early: (
+        int  # of these, what the recomputation has taken, and dropped, when the block's backward begins
+    )
+    feed_forward_gradients: int  # beyond what is saved, at the widest moment of the backward pass
+
+    def kept(self, checkpointing: str) -> int:
+        """Return what is kept from the forward to the backward pass."""
+        return {"none": self.saved, "selective": self.input + self.products, "full": self.input}[checkpointing]
+
+    def recomputed(self, checkpointing: str) -> int:
+        """Return what the block's own backward pass holds besides what is kept."""
+        match checkpointing:
+            case "full":
+                return self.saved
+            case "selective":
+                return self.saved - self.products_also_saved
+            case _:
+                return 0
+
+
+def block_activations(
+    sizes: ModelSizes, rows: Rows, value_bytes: int, lora: LoraConfig | None = None
+) -> BlockActivations:
+    """Count a block's activations.
+
+    Args:
+        value_bytes: of one number in the forward pass: 2 in bfloat16, 4 in float32.
+    """
+    v, tokens = value_bytes, rows.tokens
+    hidden, queries, keys = sizes.hidden * tokens, sizes.query_width * tokens, sizes.kv_width * tokens
+    wide = sizes.intermediate * tokens * max(1, sizes.experts_per_token)
+    saved = _norms(sizes, hidden, queries + keys, v, trained=lora is None)
+    # Attention: queries, gathered keys and values, its result, and a float32 logsumexp for each head.
+    statistics = FLOAT32_BYTES * sizes.heads * tokens
+    saved += v * (2 * queries + 2 * sizes.kv_width * rows.keys) + statistics
+    if v == FLOAT32_BYTES:
+        saved += v * queries  # without the kernel of half precision, segments' results are joined: held once more
+    # Feed-forward: down(act(gate) * up). Saved are gate, act(gate), up, and their product.
+    saved += v * 4 * wide
+    if sizes.experts:  # tokens are copied for each of their experts, and the results weighted
+        saved += v * 2 * hidden * sizes.experts_per_token
+    products = v * (2 * queries + 2 * keys + hidden + 2 * wide + hidden * max(1, sizes.experts_per_token)) + statistics
+    adapters, adapter_products = _adapters(sizes, tokens, v, lora)
+    return BlockActivations(
+        input=v * hidden,
+        saved=saved + adapters,
+        products=products + adapter_products,
+        products_also_saved=v * (queries + 2 * wide) + statistics,
+        products_taken_early=v * (queries + 2 * keys + hidden),
+        # Gradients of product, act(gate) and up are there at once, when the product itself is not any more.
+        feed_forward_gradients=v * 2 * wide,
+    )
+
+
+def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool) -> int:
+    """Count what RMS norms save: their input in float32, what it is scaled to (for the weight's gradient), the result.
+
+    Gemma scales in float32. The result of a norm after attention or feed-forward (the third and fourth of a block) is only
+    added to the residual, and a head's turned by its position: neither is saved.
+    """
+    scaled = FLOAT32_BYTES if sizes.gemma_norms else v
+    one = FLOAT32_BYTES + (scaled if trained else 0)
+    return sizes.norms * one * hidden + 2 * v * hidden + (one * heads if sizes.head_norms else 0)
+
+
+def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -> tuple[int, int]:
+    """Count what adapters save, and the results of their matrix products.
+
+    Of each adapted layer its low-rank result; with dropout also a copy of its input and the mask. That the layer's own input is
+    then not needed is not counted: a little more than there is.
+    """
+    if lora is None:
+        return 0, 0
+    layers = adapted(sizes, lora)
+    saved = sum(v * lora.rank + ((v + MASK_BYTES) * wide if lora.dropout else 0) for wide, _ in layers)
+    return saved * tokens, sum(v * (lora.rank + out) for _, out in layers) * tokens
+
+
+def adapted(sizes: ModelSizes, lora: LoraConfig) -> list[tuple[int, int]]:
+    """List the linear layers of a block that get an adapter, [in, out]; experts' weights are no linear layers."""
+    named = sizes.linear_layers
+    targets = list(named) if lora.target_modules == "all-linear" else [n for n in named if n in lora.target_modules]
+    return [named[name] for name in targets]
+
+
+def between_blocks_bytes(sizes: ModelSizes, rows: Rows, value_bytes: int) -> int:
+    """Return what is kept outside the blocks until the backward pass is over: the cosines and sines of positions."""
+    return 2 * rows.tokens * sizes.head_dim * value_bytes
+
+
+def after_blocks_bytes(sizes: ModelSizes, rows: Rows, value_bytes: int) -> int:
+    """Return what the last norm and the head keep, without the logits: see `_norms`; the rows that are scored."""
+    norm = (FLOAT32_BYTES + (FLOAT32_BYTES if sizes.gemma_norms else value_bytes)) * rows.tokens * sizes.hidden
+    return norm + value_bytes * rows.scored * sizes.hidden

@@ -1,0 +1,213 @@
+"""The GPU memory of one training rank, followed through a step: it is largest in the head, in some block, or at the root.
+
+Weights, their gradients and the optimizer's state are shards in float32 (`models/sharding.py`). A block's weights are gathered
+in the type of the forward pass while it is at work, and the next one's besides; those of the root (embedding, last norm, head)
+from the beginning of a forward pass to the end of the backward pass.
+
+Gradients are reduced once a step, after its last micro-batch (`train/step.py`). With more than one micro-batch a rank, each
+holds the gradients of the whole model until then, unsharded and in float32: four bytes a trained parameter, whatever the
+number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from dpo_ray.config.train import LoraConfig, TrainConfig
+
+from .activations import FLOAT32_BYTES, Rows, adapted, after_blocks_bytes, between_blocks_bytes, block_activations
+from .model_sizes import ModelSizes
+
+# Of one trained parameter, in float32 or as bitsandbytes' kernels keep it: a byte for each moment and a float32 scale for
+# every 256 (`train/optimizers/blockwise_adamw.py`).
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2 + 2 * 4 / 256,
+    "paged_adamw": 8.0,
+    "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    "rmsprop": 4.0,
+    "adafactor": 0.0,
+}
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a byte for every 64 weights, a float32 for every 256 of these
+HEAD_BLOCK_ROWS = 16_384  # `models/head.py`: rows of the head's gradient that are rounded up at one time
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a rank's memory depends on."""
+
+    sizes: ModelSizes
+    train: TrainConfig
+    shard_ranks: int  # that share one copy of the weights
+    value_bytes: int  # of a number in the forward pass
+    rows: Rows
+    micro_batches: int  # of a rank in a step; more than one means whole gradients, however many
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one rank at one moment, by what they are for."""
+
+    weights: float = 0
+    optimizer: float = 0
+    gradients: float = 0  # shards
+    whole_gradients: float = 0  # of micro-batches that are not reduced yet
+    gathered: float = 0
+    activations: float = 0
+    logits: float = 0  # of one chunk
+    work: float = (
+        0  # the block or head that is at work: recomputation, gradients not reduced yet, buffers of reductions
+    )
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """A rank's memory at its peak, and what it has in the CPU's memory."""
+
+    peak: Parts
+    moment: str
+    host_bytes: float  # shards and state that are offloaded or paged
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters by where they are and whether they are trained."""
+
+    block: int  # that are sharded, of one block
+    block_trained: int
+    root: int
+    root_trained: int
+    quantized: int  # of one block, whole on every rank
+
+    @classmethod
+    def of(cls, sizes: ModelSizes, train: TrainConfig) -> Weights:
+        """Count a model's parameters as `train` has them."""
+        if train.lora is None:
+            return cls(sizes.block_parameters, sizes.block_parameters, sizes.root_parameters, sizes.root_parameters, 0)
+        own = adapter_parameters(sizes, train.lora)
+        linear = sum(a * b for a, b in sizes.linear_layers.values()) if train.quantization else 0
+        return cls(sizes.block_parameters - linear + own, own, sizes.root_parameters, 0, linear)
+
+    def trained(self, layers: int) -> int:
+        """Count what is trained in all."""
+        return layers * self.block_trained + self.root_trained
+
+
+def adapter_parameters(sizes: ModelSizes, lora: LoraConfig) -> int:
+    """Count an adapter's parameters in one block: A [rank, in] and B [out, rank] of each layer."""
+    return sum(lora.rank * (a + b) for a, b in adapted(sizes, lora))
+
+
+def training_memory(setup: Setup) -> RankMemory:
+    """Follow a rank through a step and return its memory where it is largest."""
+    sizes, train = setup.sizes, setup.train
+    weights = Weights.of(sizes, train)
+    trained = weights.trained(sizes.layers)
+    stored = FLOAT32_BYTES * (sizes.layers * weights.block + weights.root) / setup.shard_ranks
+    quantized = NF4_BYTES * weights.quantized * sizes.layers
+    state = STATE_BYTES[train.optimizer.type] * trained / setup.shard_ranks
+    on_host = 0.0
+    if train.sharding.cpu_offload:
+        on_host, stored, state = stored + state + FLOAT32_BYTES * trained / setup.shard_ranks, 0.0, 0.0
+    elif train.optimizer.type.startswith("paged"):
+        on_host, state = state, 0.0
+    fixed = Parts(weights=stored + quantized, optimizer=state)
+    moments = [*_moments(setup, weights, fixed)]
+    moments.append(("the optimizer's step", _optimizer_step(setup, trained, fixed)))
+    moment, peak = max(moments, key=lambda m: m[1].total)
+    return RankMemory(peak, moment, on_host)
+
+
+def _moments(setup: Setup, weights: Weights, fixed: Parts):
+    """Yield the moments of the last micro-batch's backward pass at which memory may be largest, by name."""
+    sizes, train, rows, v = setup.sizes, setup.train, setup.rows, setup.value_bytes
+    block = block_activations(sizes, rows, v, train.lora)
+    kept, layers = block.kept(train.activation_checkpointing), sizes.layers
+    outside = between_blocks_bytes(sizes, rows, v)
+    chunk = min(train.logprob_chunk_tokens, rows.scored)
+    head_trained = weights.root_trained > 0
+    root_gathered, block_gathered = v * weights.root, v * weights.block
+    whole = FLOAT32_BYTES if setup.micro_batches > 1 else 0
+    shard = 0 if train.sharding.cpu_offload else FLOAT32_BYTES / setup.shard_ranks
+
+    # The head, backward: its float32 gradient, that in the weights' type or a block of products, a chunk's gradient, that of
+    # the scored rows. The first block's weights are on their way.
+    head = v * chunk * sizes.vocabulary + v * rows.scored * sizes.hidden
+    if head_trained:
+        products = FLOAT32_BYTES * min(HEAD_BLOCK_ROWS, sizes.vocabulary) * sizes.hidden
+        head += FLOAT32_BYTES * sizes.head_parameters
+        head += max(v * sizes.head_parameters, products) if v < FLOAT32_BYTES else 0
+    yield (
+        "the head's backward pass",
+        _plus(
+            fixed,
+            whole_gradients=whole * weights.trained(layers),
+            gathered=root_gathered + block_gathered,
+            activations=layers * kept + outside + after_blocks_bytes(sizes, rows, v),
+            logits=FLOAT32_BYTES * chunk * sizes.vocabulary,
+            work=head,
+        ),
+    )
+    # A block, backward: the head's gradient waits, and that of the residual goes along.
+    waiting = (v * sizes.head_parameters if head_trained else 0) + v * rows.tokens * sizes.hidden
+    widest = v * sizes.intermediate * sizes.hidden
+    at_work = block.recomputed(train.activation_checkpointing) + block.feed_forward_gradients
+    at_work += widest if train.lora is None or train.quantization else 0  # a weight's gradient, or a weight in full
+    taken = block.products_taken_early if train.activation_checkpointing == "selective" else 0
+    for i in reversed(range(layers)):
+        reduced = layers - 1 - i
+        gathered = root_gathered + block_gathered * (2 if i else 1)
+        sharded = shard * reduced * weights.block_trained
+        unreduced = whole * ((i + 1) * weights.block_trained + weights.root_trained)
+        sending = FLOAT32_BYTES * weights.block_trained if reduced else 0
+        yield (
+            f"the backward pass of block {i + 1} of {layers}",
+            _plus(
+                fixed,
+                gradients=sharded,
+                whole_gradients=unreduced,
+                gathered=gathered,
+                activations=(i + 1) * kept + outside - taken,
+                work=waiting + at_work + sending,
+            ),
+        )
+        yield (  # its weights are let go before
+            f"the reduction of block {i + 1} of {layers}",
+            _plus(
+                fixed,
+                gradients=sharded + shard * weights.block_trained,
+                whole_gradients=unreduced,
+                gathered=gathered - block_gathered,
+                activations=i * kept + outside,
+                work=waiting + (FLOAT32_BYTES + (0 if whole else v)) * weights.block_trained,
+            ),
+        )
+    yield (
+        "the reduction of the embedding and the head",
+        _plus(
+            fixed,
+            gradients=shard * weights.trained(layers),
+            whole_gradients=whole * weights.root_trained,
+            work=(FLOAT32_BYTES + (0 if whole else v)) * weights.root_trained,
+        ),
+    )
+
+
+def _optimizer_step(setup: Setup, trained: int, fixed: Parts) -> Parts:
+    """The fused step works in place; Adafactor's has the largest parameter in whole: weight, gradient, update."""
+    sizes, work = setup.sizes, 0.0
+    if setup.train.optimizer.type == "adafactor":
+        largest = max(sizes.head_parameters, *(a * b for a, b in sizes.linear_layers.values()))
+        if setup.train.lora is not None:
+            largest = max(setup.train.lora.rank * max(a, b) for a, b in adapted(sizes, setup.train.lora))
+        work = 3.0 * FLOAT32_BYTES * largest
+    shard = 0 if setup.train.sharding.cpu_offload else FLOAT32_BYTES * trained / setup.shard_ranks
+    return _plus(fixed, gradients=shard, work=work)
+
+
+def _plus(parts: Parts, **more: float) -> Parts:
+    return Parts(**{f.name: getattr(parts, f.name) + more.get(f.name, 0.0) for f in fields(Parts)})

@@ -1,0 +1,1 @@
+"""The command line: a file for each kind of command, each command a few lines that call one function."""

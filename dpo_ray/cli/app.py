@@ -1,0 +1,437 @@
+"""The command line. Each command is a few lines that call one function."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dpo_ray.errors import EXIT_CODES, ConfigError, DpoRayError, StoppedError
+
+from . import jobs
+from .kubernetes import kubernetes
+
+if TYPE_CHECKING:
+    from dpo_ray.artifacts.storage import Storage
+    from dpo_ray.config.recipe import Recipe
+    from dpo_ray.observe.progress import Reporter
+    from dpo_ray.run.planning import Plan
+
+_MEANINGS = EXIT_CODES | {1: "A fault of dpo-ray itself: the traceback says where"}
+_CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
+app = typer.Typer(
+    help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; any value of it can be "
+    "set on the command line as key.path=value. Begin with `dpo-ray init` and `dpo-ray run`.",
+    epilog="Exit codes:\n\n" + _CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the recipe's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Tiny = Annotated[
+    bool,
+    typer.Option(
+        "--tiny", help="The recipe in miniature: a tiny random model, made-up data, 3 steps, this machine, no network."
+    ),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tiny: Tiny = False,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
+) -> None:
+    """Run a recipe: every stage that is not done. The last line of the output is one line of figures.
+
+    Stop it at any moment, by any means: the same command goes on from what was committed.
+    """
+    from dpo_ray.observe.progress import Reporter
+    from dpo_ray.report import summary
+    from dpo_ray.run import offline
+
+    reporter, loaded = Reporter(), _loaded(recipe, overrides, tiny=tiny)
+    if loaded.online is not None:
+        _run_rounds(loaded, reporter, as_json=as_json, verbose=verbose)
+        return
+    finished, ran = offline.offline(loaded, reporter, verbose=verbose)
+    if not ran:
+        reporter.say("every stage is done: nothing to run")
+    summary.write_report(finished)
+    values = summary.figures(finished)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    summary.print_comparison(finished, _console())
+    typer.echo(summary.line(values))
+
+
+def _run_rounds(recipe: Recipe, reporter: Reporter, *, as_json: bool, verbose: bool) -> None:
+    from dpo_ray.online.rounds import online
+    from dpo_ray.report import rounds_report, summary
+
+    from . import rounds_view
+
+    rounds, ran = online(recipe, reporter, verbose=verbose)
+    if not ran:
+        reporter.say("every round is done: nothing to run")
+    rounds_report.write_page(rounds)
+    values = rounds_report.figures(rounds)
+    if as_json:
+        typer.echo(json.dumps(values))
+        return
+    rounds_view.print_rounds(rounds_report.rounds_page(rounds), _console())
+    typer.echo(summary.line(values))
+
+
+@app.command()
+def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
+    """Show every round of an online run: its state, its figures, what became of its policy. Starts nothing.
+
+    A finished run goes on when `online.rounds` is raised.
+    """
+    from dpo_ray.online.round_plan import derive
+    from dpo_ray.report import rounds_report
+    from dpo_ray.run.planning import make_plan
+
+    from . import rounds_view
+
+    loaded = _loaded(recipe, overrides, tiny=tiny)
+    if loaded.online is None:
+        raise ConfigError(
+            "it has no section `online`, so it has no rounds", where=str(recipe), fix="dpo-ray plan shows its stages"
+        )
+    page = rounds_report.rounds_page(derive(make_plan(loaded)))
+    if as_json:
+        typer.echo(json.dumps(rounds_view.figures(page)))
+    else:
+        rounds_view.print_rounds(page, _console())
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tiny: Tiny = False,
+    as_json: Json = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="NODESxGPUSxGPU", help="Say also what it needs of such a cluster: 4x8xH100."),
+    ] = None,
+) -> None:
+    """Say which stages are done, which would run, and why. Starts nothing, writes nothing."""
+    from dpo_ray.run.planning import make_plan
+
+    from . import capacity_view
+
+    loaded = _loaded(recipe, overrides, tiny=tiny)
+    made, unseen = (make_plan(loaded), "") if cluster is None else capacity_view.plan_if_possible(loaded)
+    capacity = None if cluster is None else capacity_view.capacity_of(loaded, cluster, made)
+    stages = {"name": loaded.name, "stages": None, "reason": unseen} if made is None else _stages(made)
+    if as_json:
+        typer.echo(json.dumps(stages if capacity is None else stages | {"capacity": capacity_view.figures(capacity)}))
+        return
+    console = _console()
+    if made is None:
+        typer.echo(f"stages: not known here, as {unseen}")
+    else:
+        _print_stages(stages, console)
+    if capacity is not None:
+        capacity_view.print_capacity(capacity, console)
+
+
+def _stages(made: Plan) -> dict[str, Any]:
+    stages = [(s.stage, s) for s in made.stages.values()]
+    if made.recipe.online is not None:
+        from dpo_ray.online.round_plan import derive
+
+        begun = [(f"round {r.number}: {name}", s) for r in derive(made).rounds for name, s in r.stages.items()]
+        stages = [*stages[:1], *begun]  # prepare, and what the rounds are
+    rows = [{"stage": name, "key": s.key, "state": s.state, "reason": s.reason} for name, s in stages]
+    return {"name": made.recipe.name, "device": made.hardware.device, "dtype": made.hardware.dtype, "stages": rows}
+
+
+def _print_stages(stages: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{stages['name']}: on {stages['device']}, {stages['dtype']}", title_justify="left")
+    for name in ("stage", "state", "reason", "key"):
+        table.add_column(name, no_wrap=name != "reason")
+    for row in stages["stages"]:
+        colour = {"done": "green", "stale": "yellow", "missing": "cyan"}[row["state"]]
+        table.add_row(row["stage"], f"[{colour}]{row['state']}[/{colour}]", row["reason"], row["key"])
+    console.print(table)
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
+    """Check a recipe and all that it names and that can be looked at from here. Starts nothing."""
+    from dpo_ray.run.preflight import preflight
+
+    loaded = _loaded(recipe, overrides, tiny=tiny)
+    checked = preflight(loaded)
+    if as_json:
+        typer.echo(loaded.model_dump_json())
+    else:
+        typer.echo(f"{recipe}: valid; {len(checked.shards)} data shards")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from dpo_ray.config.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented starter recipe, which runs as it is."""
+    text = resources.files("dpo_ray.config").joinpath("starter.yaml").read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise ConfigError("there is a file of this name already", where=str(path), fix="name another file") from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=str(path), fix="name a file in a directory that you can write"
+        ) from None
+    typer.echo(f"wrote {path}; next: dpo-ray run {path}")
+
+
+@app.command()
+def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Write the report of a finished run again, and say where it is."""
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.report import summary
+    from dpo_ray.run import offline
+    from dpo_ray.run.planning import make_plan
+
+    made = make_plan(load_recipe(recipe, overrides or []))
+    if made.recipe.online is not None:
+        from dpo_ray.online.round_plan import derive
+        from dpo_ray.report import rounds_report
+
+        typer.echo(rounds_report.write_page(derive(made)))
+        return
+    typer.echo(summary.write_report(offline.opened(made)))
+
+
+inspect = typer.Typer(help="Look at what a recipe reads, before training on it.", no_args_is_help=True)
+app.add_typer(inspect, name="inspect")
+
+
+@inspect.command("data")
+def inspect_data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    sample: Annotated[int, typer.Option(min=0, max=100, help="How many groups to show as the model sees them.")] = 3,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
+) -> None:
+    """Say what went in, what was left out and why, how long it is, and what the model sees; write it as data.html.
+
+    Runs the stage `prepare`, if it is not done, and no engine.
+    """
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.observe.progress import Reporter
+    from dpo_ray.report import data_report
+    from dpo_ray.run import offline
+
+    from . import data_view
+
+    made, tokens = offline.prepared(load_recipe(recipe, overrides or []), Reporter(), verbose=verbose)
+    page = data_report.data_page(made, tokens, sample)
+    place = data_report.write_data_page(made, tokens, page)
+    if as_json:
+        typer.echo(json.dumps(data_view.figures(page, place)))
+    else:
+        data_view.print_account(page, made.recipe.name, place, _console())
+
+
+store = typer.Typer(
+    help="Look after a reference store, which runs share: its size, its soundness, its rubbish.", no_args_is_help=True
+)
+app.add_typer(store, name="store")
+
+StorePlace = Annotated[
+    str, typer.Argument(metavar="STORE", help="The store's directory or URI, or a recipe (*.yaml) that uses it.")
+]
+
+
+@store.command("stats")
+def store_stats(place: StorePlace, as_json: Json = False) -> None:
+    """Say what a store holds of each model and way of computing: sequences, tokens, bytes, damage, last use.
+
+    Reads the footers of the files only. A partition's name begins with its model's digest.
+    """
+    from dpo_ray.reference.store import care
+
+    from . import store_view
+
+    root = _store_root(place)
+    found = care.stats(root)
+    if as_json:
+        typer.echo(json.dumps([vars(partition) for partition in found]))
+    else:
+        store_view.print_stats(root, found, _console())
+
+
+@store.command("verify")
+def store_verify(place: StorePlace, as_json: Json = False) -> None:
+    """Read all of a store, and list what is wrong: damaged files, values that are no log-probs, contradictions.
+
+    Exits with code 4 if anything is; `dpo-ray store gc` removes it, and the next run scores what is then missing.
+    """
+    from dpo_ray.errors import ArtifactError
+    from dpo_ray.reference.store import care
+
+    from . import store_view
+
+    root = _store_root(place)
+    faults = list(care.verify(root))
+    if as_json:
+        typer.echo(json.dumps([vars(fault) for fault in faults]))
+    elif faults:
+        store_view.print_faults(root, faults, _console())
+    if faults:
+        fix = "dpo-ray store gc removes what is damaged; what is then missing is scored by the next run"
+        what = f"{len(faults):,} {'fault' if len(faults) == 1 else 'faults'} in the reference store"
+        raise ArtifactError(what, where=root.uri, fix=fix)
+    if not as_json:
+        typer.echo(f"{root.uri}: sound")
+
+
+@store.command("gc")
+def store_gc(
+    place: StorePlace,
+    unused_days: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Also delete what no run has used for N days.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; say what would be done.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also clear what was used in the last hour.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Clear a store: delete damaged files and leftovers, merge small segments, and delete what is unused if asked.
+
+    What a run used in the last hour is left alone, for it may be writing. Nothing sound is lost on the way, and
+    what was damaged is scored again by the next run that needs it.
+    """
+    from dpo_ray.reference.store.gc import clear
+
+    from . import store_view
+
+    done = clear(_store_root(place), unused_days=unused_days, force=force, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps([vars(cleared) for cleared in done]))
+    elif done:
+        store_view.print_cleared(done, dry_run, _console())
+    else:
+        typer.echo("nothing to clear")
+
+
+def _store_root(place: str) -> Storage:
+    """Open the store at an address, or the one that a recipe uses, which may be empty still."""
+    from dpo_ray.artifacts.places import reference_root
+    from dpo_ray.artifacts.storage import Storage
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.reference.store.care import partitions
+
+    if place.endswith((".yaml", ".yml")):
+        return reference_root(load_recipe(Path(place), []))
+    root = Storage(place)
+    if not partitions(root):
+        fix = "name the directory that holds the partitions, such as runs/reference-store, or a recipe that uses it"
+        raise ConfigError("there is no reference store", where=root.uri, fix=fix)
+    return root
+
+
+@app.command()
+def doctor(
+    output: Annotated[str, typer.Option(help="The place to check for writing: a directory or a URI.")] = "runs",
+    as_json: Json = False,
+) -> None:
+    """Check versions, devices, Ray and storage; say what will not work and how to mend it."""
+    from .doctor import examine
+
+    findings = examine(output)
+    broken = any(f.state == "broken" for f in findings)
+    if as_json:
+        typer.echo(json.dumps([vars(f) for f in findings]))
+    else:
+        table = Table("", "what", "found", "to mend it")
+        for f in findings:
+            mark = {"ok": "[green]ok[/green]", "warning": "[yellow]look[/yellow]", "broken": "[red]broken[/red]"}[
+                f.state
+            ]
+            table.add_row(mark, f.what, f.found, f.fix)
+        _console().print(table)
+    raise typer.Exit(9 if broken else 0)
+
+
+app.add_typer(kubernetes, name="kubernetes")
+app.registered_commands += jobs.jobs.registered_commands
+
+
+def _loaded(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
+    """Load a recipe, in miniature if asked for; what makes it small goes before overrides."""
+    from dpo_ray.config.load import load_recipe
+
+    recipe = load_recipe(file, overrides or [])
+    if not tiny:
+        return recipe
+    from dpo_ray.run.tiny import tiny_recipe
+
+    return tiny_recipe(recipe)
+
+
+def _console() -> Console:
+    """Print to standard output; where that is no terminal, wide enough that no cell is cut."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; errors of ours are printed, never traced."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
+    except DpoRayError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except SystemExit as stopped:
+        if stopped.code != signal.SIGTERM:  # what Ray exits with then; while training runs, SIGTERM is a StoppedError
+            raise
+        Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
+        sys.exit(StoppedError.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
+        sys.exit(130)
+    except typer.TyperException as error:
+        if message := error.format_message():  # empty where the help was printed instead, because nothing was given
+            Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

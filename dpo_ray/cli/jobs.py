@@ -1,0 +1,177 @@
+"""The commands that run a recipe on a Ray cluster that is there already: submit, status, logs, stop, list."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dpo_ray.deploy.ray_jobs.jobs import Job
+
+jobs = typer.Typer()
+
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar="DPO_RAY_ADDRESS",
+        help="Of the cluster's dashboard: http://HEAD:8265. RAY_ADDRESS does not count here.",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, as `submit` and `list` name it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@jobs.command()
+def submit(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
+    address: Address,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the recipe's.")
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also send this directory of code, without what its ignore files name."),
+    ] = None,
+    pip: Annotated[
+        list[str] | None, typer.Option(metavar="REQ|FILE", help="Install this first, beside what the image has.")
+    ] = None,
+    uv: Annotated[list[str] | None, typer.Option(metavar="REQ|FILE", help="The same, by uv.")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A plain variable; the dashboard shows it.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job, and exit with its own exit code.")] = False,
+) -> None:
+    """Send a recipe to a running Ray cluster, where it goes on without this machine.
+
+    Submitted again after a failure, a stop or the loss of the cluster, it goes on from what was committed.
+    Paths in it must be seen by every node. Data, models and secrets are never sent.
+    """
+    from dpo_ray.config.load import load_recipe
+    from dpo_ray.deploy.ray_jobs import submit as submission
+    from dpo_ray.deploy.ray_jobs.environment import runtime_environment
+
+    loaded = load_recipe(recipe, overrides or [])
+    keys = loaded.online.judge_environment() if loaded.online is not None else set()
+    environment = runtime_environment(pip or [], uv or [], env or [], keys)
+    client = _client(address)
+    sent = submission.submit(client, loaded, environment, working_dir)
+    for key in sorted(keys):
+        typer.echo(f"{key}: a judge's key; the nodes of the cluster must have it in their environment", err=True)
+    if "env_vars" in environment:
+        names = ", ".join(environment["env_vars"])
+        typer.echo(f"{names}: whoever sees the cluster's dashboard sees these values", err=True)
+    typer.echo(f"submitted {sent.id}: {', '.join(sent.files)}")
+    if wait:
+        _follow(client, sent.id, address)
+    for command in (f"logs {sent.id} -f", f"status {sent.id}", f"stop {sent.id}"):
+        typer.echo(f"  dpo-ray {command} --address {shlex.quote(address)}")
+
+
+@jobs.command()
+def status(job: JobId, address: Address, as_json: AsJson = False) -> None:
+    """Say what state a job is in, and what to do about it."""
+    from dpo_ray.deploy.ray_jobs.jobs import look
+
+    found = look(_client(address), job)
+    typer.echo(json.dumps(_values(found)) if as_json else f"{found.id}: {found.words}{_times(found)}")
+
+
+@jobs.command()
+def logs(
+    job: JobId,
+    address: Address,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job ends; then its exit code.")
+    ] = False,
+) -> None:
+    """Print what a job's driver has printed."""
+    from dpo_ray.deploy.ray_jobs.logs import printed
+
+    client = _client(address)
+    if follow:
+        _follow(client, job, address)
+    typer.echo(printed(client, job), nl=False)
+
+
+@jobs.command()
+def stop(
+    job: JobId,
+    address: Address,
+    grace_seconds: Annotated[
+        float, typer.Option(min=0, help="Time for the step and its checkpoint; 0: stop at once, without one.")
+    ] = 600,
+) -> None:
+    """Stop a job by way of a checkpoint; submitted again, it goes on from there."""
+    from dpo_ray.deploy.ray_jobs import jobs as known
+
+    found = known.stop(_client(address), job, grace_seconds, typer.echo)
+    typer.echo(f"{found.id}: {found.words}{_times(found)}")
+
+
+@jobs.command("list")
+def list_jobs(address: Address, as_json: AsJson = False) -> None:
+    """List the runs that were submitted to a cluster, the newest first."""
+    from dpo_ray.deploy.ray_jobs.jobs import every
+
+    found = every(_client(address))
+    if as_json:
+        typer.echo(json.dumps([_values(job) for job in found]))
+        return
+    if not found:
+        typer.echo("no run was submitted to this cluster since it started")
+        return
+    table = Table()
+    for name in ("job", "state", "begun", "took", "output"):
+        table.add_column(name, no_wrap=name != "state")
+    for job in found:
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started)) if job.started else ""
+        table.add_row(job.id, job.words, begun, _duration(job), job.output)
+    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=False)
+
+
+def _client(address: str) -> Any:
+    from dpo_ray.deploy.ray_jobs.server import connect
+
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they tell of uploads and connections
+    return connect(address)
+
+
+def _follow(client: Any, job: str, address: str) -> None:
+    """Print a job's log until it ends, and exit with its code; Ctrl-C ends the following alone."""
+    from dpo_ray.deploy.ray_jobs.logs import follow
+
+    try:
+        found = follow(client, job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        again = f"dpo-ray logs {job} -f --address {shlex.quote(address)}"
+        typer.echo(f"\n{job} goes on without you: {again}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{found.id}: {found.words}{_times(found)}", err=True)
+    raise typer.Exit(found.code)
+
+
+def _values(job: Job) -> dict[str, Any]:
+    return {**vars(job), "state": job.words, "code": job.code if job.is_over else None}
+
+
+def _times(job: Job) -> str:
+    return f" ({_duration(job)})" if job.started else ""
+
+
+def _duration(job: Job) -> str:
+    """Say how long a job ran, or has run, as minutes and seconds."""
+    if job.started is None:
+        return ""
+    seconds = round((job.ended or time.time()) - job.started)
+    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"

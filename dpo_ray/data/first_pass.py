@@ -1,0 +1,135 @@
+"""One piece of a shard: read, normalised, rendered, tokenized, and written in parts with an account of every row."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.manifest import FileEntry
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.tables import parquet_bytes
+from dpo_ray.config.data import DataConfig
+from dpo_ray.data.formats.read import text_group
+from dpo_ray.data.readers.rows import read_batches
+from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.tokenize import tokenize_groups
+
+from .admission import DETAIL_CHARACTERS, Rejected, printable, sample_of
+from .filters import Filter, rejected_by
+from .groups import TextGroup, TokenGroup
+from .near_duplicates import minhashes
+from .pairing import paired
+from .schemas import QUARANTINE, shard_table
+from .sources import Piece, Shard
+
+
+@dataclass(frozen=True)
+class PrepareTask:
+    """What a worker needs to prepare shards. Pickles."""
+
+    tokenizer_dir: str
+    template: str
+    config: DataConfig
+    filters: tuple[Filter, ...] = ()
+
+
+@dataclass(frozen=True)
+class PartAccount:
+    """What became of the rows of one part: rows = groups + quarantined, and the files that hold them."""
+
+    rows: int
+    groups: int
+    reasons: dict[str, int]
+    entries: tuple[FileEntry, ...]
+
+
+def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator[PartAccount]:
+    """Prepare one piece of a shard, part by part. Run twice, it writes the same names with the same bytes."""
+    for part, rows in enumerate(read_batches(piece, task.config.rows_per_part)):
+        name = f"{piece.index:05d}-{part:05d}.parquet"
+        with _collection_paused():
+            groups, ordinals, quarantined = _divided(rows, piece.shard, task)
+        entries = []
+        if groups:
+            signatures = minhashes(groups) if task.config.rules.near_duplicates is not None else None
+            table = shard_table(groups, ordinals, signatures)
+            entries.append(staging.write(f"groups/{name}", parquet_bytes(table), rows=len(table)))
+        if quarantined:
+            bad = pa.Table.from_pylist(quarantined, schema=QUARANTINE)
+            entries.append(staging.write(f"quarantine/{name}", parquet_bytes(bad), rows=len(bad)))
+        reasons = Counter(row["reason"] for row in quarantined)
+        yield PartAccount(len(rows), len(groups), dict(reasons), tuple(entries))
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Keep Python from looking for cycles while a part is made: its many objects all live until it is written."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _divided(
+    rows: Sequence[tuple[int, Any]], shard: Shard, task: PrepareTask
+) -> tuple[list[TokenGroup], list[int], list[dict[str, Any]]]:
+    """Tokenize a part's rows; return the sound groups, their ordinals, and a quarantine row for each of the others."""
+    tokenizer = _tokenizer(task.tokenizer_dir)
+    # `auto` where the plan was made without the model's files at hand
+    template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
+    texts = [_text_group(row, shard, task) for _, row in rows]
+    groups, ordinals, quarantined = [], [], []
+    for (ordinal, row), result in zip(rows, tokenize_groups(texts, tokenizer, template, task.config), strict=True):
+        if isinstance(result, TokenGroup):
+            groups.append(result)
+            ordinals.append(ordinal)
+        else:
+            sample = result.detail if isinstance(row, Rejected) else row
+            quarantined.append(quarantine_row(result, ordinal, sample_of(sample)))
+    return groups, ordinals, quarantined
+
+
+def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, Any]:
+    """Make a row of the quarantine; its split and source are filled in where the shard's use is known."""
+    detail = printable(rejected.detail, DETAIL_CHARACTERS)
+    return {"reason": rejected.reason, "detail": detail, "ordinal": ordinal, "sample": sample}
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(tokenizer_dir: str):
+    return load_tokenizer(tokenizer_dir)
+
+
+def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Rejected:
+    if isinstance(row, Rejected):
+        return row
+    if not isinstance(row, dict):
+        return Rejected("NOT_AN_OBJECT", f"{type(row).__name__}")
+    try:
+        group = paired(text_group(row, shard.row_format, shard.columns, shard.criteria), task.config.pairing)
+    except Rejected as rejected:
+        return rejected
+    return (rejected_by(group, task.filters) if task.filters else None) or group
+
+
+def commit_shard(staging: Staging, parts: Sequence[tuple[int, PartAccount]], provenance: Provenance) -> Artifact:
+    """Commit the artifact of a shard, given its parts by piece; `piece_rows` says where in the shard each piece's ordinals begin."""
+    piece_rows = [0] * (max((piece for piece, _ in parts), default=-1) + 1)
+    for piece, part in parts:
+        piece_rows[piece] += part.rows
+    rows = {"rows_in": sum(piece_rows), "admitted": sum(part.groups for _, part in parts)}
+    rows["quarantined"] = rows["rows_in"] - rows["admitted"]
+    entries = [entry for _, part in parts for entry in part.entries]
+    return provenance.commit(staging, entries, rows=rows, figures={"piece_rows": piece_rows})

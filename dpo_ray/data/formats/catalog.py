@@ -1,0 +1,65 @@
+"""All formats: those that dpo_ray has, and those that installed packages add."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dpo_ray.config.extension import FORMATS as ADDED
+from dpo_ray.config.extension import installed
+from dpo_ray.config.sources import Columns
+
+from . import llama_factory, pairs, pandalm, scored, unpaired
+from .fields import NUMBERED, Fields, named, numbered
+from .format import Format
+
+FORMATS: dict[str, Format] = {
+    each.name: each
+    for each in (
+        *installed(ADDED).values(),
+        *pairs.FORMATS,
+        *unpaired.FORMATS,
+        *scored.FORMATS,
+        *pandalm.FORMATS,
+        *llama_factory.FORMATS,
+    )
+}
+
+
+def fields_of(row: Mapping[str, Any], row_format: str, columns: Columns) -> Fields:
+    """Return a row's fields by a format's names of columns, or by the recipe's where it has any."""
+    names = _names(columns)[row_format]  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
+    return Fields(row, names, columns)
+
+
+@functools.lru_cache(maxsize=64)
+def _names(columns: Columns) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+    return {
+        name: {role: named(role, columns) or own for role, own in each.columns.items()}
+        for name, each in FORMATS.items()
+    }
+
+
+def wanted(names: Sequence[str], columns: Columns) -> list[str]:
+    """Return the columns of a table that any format could need; all where no format is complete, so that an error names them."""
+    accepted: dict[str, set[str]] = {}
+    for each in FORMATS.values():
+        for role, patterns in each.columns.items():
+            accepted.setdefault(role, set()).update(named(role, columns) or patterns)
+    there = {role: _matching(names, patterns) for role, patterns in accepted.items()}
+    complete = (
+        (there["chosen"] and there["rejected"])
+        or (there["label"] and (there["completion"] or there["prompt"]))
+        or (there["completions"] and (there["annotators"] or there["prompt"]))
+    )
+    if not complete:
+        return list(names)
+    needed = set().union(*there.values())
+    return [name for name in names if name in needed]
+
+
+def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
+    plain = set(patterns)
+    stems = [p for p in plain if p.endswith(NUMBERED)]
+    return {n for n in names if n in plain}.union(*(numbered(names, stem) for stem in stems))

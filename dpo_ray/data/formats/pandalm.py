@@ -1,0 +1,64 @@
+"""Two completions and the verdicts of several annotators.
+
+PandaLM: github.com/WeOpenML/PandaLM, data/testset-v1.json: 0 is a tie, 1 and 2 the number of the better response.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_ray.data.admission import Rejected
+from dpo_ray.data.groups import TextGroup
+
+from .fields import Fields
+from .format import TEMPLATE, Format
+from .messages import answer, prompt_of, user_turn
+from .soundness import require, sound_text
+
+
+def verdicts(fields: Fields) -> TextGroup:
+    """Read two completions and who prefers which; an annotator whose verdict is null gave none."""
+    items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
+    require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
+    require(len(items) > 1, "MISSING_COMPLETION", "verdicts are on two completions")
+    require(len(items) == 2, "WRONG_TYPE", f"{len(items)} completions: verdicts are on two")
+    require(None not in items, "NULL_FIELD", "a completion is null")
+    given = fields.several("annotators", "BAD_LABEL") or []
+    votes = tuple(_verdict(value) for value in given if value is not None)
+    require(bool(votes), "BAD_LABEL", "no annotator gave a verdict")
+    completions = tuple(answer(item, "completion") for item in items)
+    return TextGroup(_prompt(fields), completions, (), chosen=(), rejected=(), verdicts=votes)
+
+
+def _prompt(fields: Fields):
+    """Join the instruction and what it is about by a blank line."""
+    prompt, more = prompt_of(fields), fields.get("input")
+    if more is None or not sound_text(more, fields.column("input")).strip():
+        return prompt
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{more}" if prompt.strip() else more
+    *before, last = prompt
+    return (*before, *user_turn(f"{last['content']}\n\n{more}"))
+
+
+def _verdict(value: Any) -> int:
+    text = str(value).strip().removesuffix(".0")  # CSV has text alone, and a column with nulls may have floats
+    if isinstance(value, bool) or text not in ("0", "1", "2"):
+        raise Rejected("BAD_LABEL", f"a verdict is {value!r}, not 0 (a tie), 1 or 2"[:200])
+    return int(text)
+
+
+FORMATS = (
+    Format(
+        "verdicts",
+        {
+            "prompt": ("instruction", "prompt", "question"),
+            "input": ("input",),
+            "completions": ("response#",),
+            "annotators": ("annotator#",),
+            "system": ("system",),
+            **TEMPLATE,
+        },
+        lambda fields, criteria: verdicts(fields),
+    ),
+)

@@ -1,0 +1,212 @@
+"""Rows of Parquet, Arrow and hub data: only the columns that rows are made of are decoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_ray.config.sources import Columns
+from dpo_ray.data.admission import Rejected
+from dpo_ray.errors import DataError
+
+from .columns import columns_to_read
+from .json_rows import MAX_ROW_BYTES
+
+BATCH_ROWS = 256
+BATCH_BYTES = 4 << 20
+STREAM_BYTES = 1 << 20
+_PARQUET_MAGIC = (b"PAR1", b"PARE")
+_FILE_MAGIC, _STREAM_MAGIC = b"ARROW1", b"\xff\xff\xff\xff"
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_PLAIN_EXTENSIONS = ("arrow.json",)  # text by another name
+
+
+def parquet_rows(raw: Any, columns: Columns, start: int, stop: int | None) -> Iterator[tuple[Any, int]]:
+    """Yield (row or Rejected, size in bytes) of the row groups [start, stop).
+
+    Raises:
+        Rejected: SHARD_EMPTY, SHARD_BAD_MAGIC, SHARD_TRUNCATED, SHARD_DAMAGED, SHARD_DUPLICATE_COLUMN or
+            SHARD_ARROW_EXTENSION.
+    """
+    _check_ends(raw, _PARQUET_MAGIC, _PARQUET_MAGIC)
+    try:
+        # A local file's pages are read one by one, so that a large row group is not held whole; of a remote one each
+        # column is fetched in one request.
+        buffer_bytes = STREAM_BYTES if hasattr(raw, "fileno") else 0
+        file = pq.ParquetFile(raw, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True)
+        chosen = _checked_columns(file.schema_arrow, columns)
+        groups = range(start, file.num_row_groups if stop is None else stop)
+        for group in groups:
+            batches = file.iter_batches(_batch_rows(file, group), [group], chosen, use_threads=False)
+            for batch in batches:
+                yield from _records(batch)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(error) from error
+
+
+def arrow_rows(raw: Any, columns: Columns) -> Iterator[tuple[Any, int]]:
+    """Yield (row or Rejected, size in bytes) of an Arrow stream (`datasets` writes these) or an Arrow file.
+
+    Raises:
+        Rejected: as of Parquet.
+    """
+    _check_ends(raw, (_FILE_MAGIC, _STREAM_MAGIC), ())
+    try:
+        for batch in _arrow_batches(raw):
+            chosen = batch.select(_checked_columns(batch.schema, columns))
+            _check_structure(chosen)  # a damaged offset would otherwise be followed out of its buffer
+            for part in _slices(chosen):
+                yield from _records(part)
+    except (pa.ArrowInvalid, OSError) as error:
+        if not raw.read(1):  # it broke off where the file ends
+            raise Rejected("SHARD_TRUNCATED", str(error)) from error
+        raise _damaged(error) from error
+
+
+def hub_rows(what: Mapping[str, Any], columns: Columns) -> Iterator[tuple[Any, int]]:
+    """Yield (row or Rejected, size in bytes) of a data set of the hub, which is downloaded to its cache at first.
+
+    Raises:
+        DataError: it cannot be had.
+        Rejected: SHARD_DUPLICATE_COLUMN or SHARD_ARROW_EXTENSION.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(what["path"], what["subset"], split=what["split"], revision=what["revision"])
+    except Exception as error:  # the hub's client raises many kinds; all mean that the data cannot be had
+        raise DataError(
+            f"cannot be loaded: {error}", where=f"hub:{what['path']}", fix="check name, split, network and HF_TOKEN"
+        ) from error
+    chosen = columns_to_read(loaded.column_names, columns)
+    for table in loaded.select_columns(chosen).with_format("arrow").iter(BATCH_ROWS):
+        _checked_columns(table.schema, columns)
+        for batch in table.to_batches():
+            yield from _records(batch)
+
+
+def _check_ends(raw: Any, begins: tuple[bytes, ...], ends: tuple[bytes, ...]) -> None:
+    """Look for the marks with which a kind of file begins and ends."""
+    head = raw.read(8)
+    if not head:
+        raise Rejected("SHARD_EMPTY", "a file of zero bytes")
+    if not head.startswith(begins):
+        raise Rejected("SHARD_BAD_MAGIC", f"it begins with {head!r}")
+    ends = (_FILE_MAGIC,) if head.startswith(_FILE_MAGIC) else ends
+    if ends:
+        size = raw.seek(0, os.SEEK_END)
+        raw.seek(max(size - len(ends[0]), len(begins[0])))
+        tail = raw.read(len(ends[0]))
+        if tail not in ends:
+            raise Rejected("SHARD_TRUNCATED", f"it ends with {tail!r}")
+    raw.seek(0)
+
+
+def _damaged(error: Exception) -> Exception:
+    """Tell damage, of which a decoder speaks, from the failure of the file itself, which has a number."""
+    return error if getattr(error, "errno", None) is not None else Rejected("SHARD_DAMAGED", str(error))
+
+
+def _checked_columns(schema: pa.Schema, columns: Columns) -> list[str]:
+    """Choose the columns to read; raise Rejected where there is a reason not to read them."""
+    chosen = columns_to_read(schema.names, columns)
+    for name in chosen:
+        if found := _extension(schema.field(name)):
+            raise Rejected("SHARD_ARROW_EXTENSION", f"column `{name}`: {found}"[:300])
+    return chosen
+
+
+def _extension(field: pa.Field) -> str:
+    """Name an extension type at any depth; one that nobody registered shows in its field's metadata alone."""
+    if isinstance(field.type, pa.BaseExtensionType):
+        name = field.type.extension_name
+        return "" if name in _PLAIN_EXTENSIONS else name
+    if name := (field.metadata or {}).get(b"ARROW:extension:name", b"").decode("utf-8", "replace"):
+        return "" if name in _PLAIN_EXTENSIONS else name
+    return next(filter(None, (_extension(field.type.field(i)) for i in range(field.type.num_fields))), "")
+
+
+def _batch_rows(file: pq.ParquetFile, group: int) -> int:
+    """Choose how many rows to decode at once, by the mean size of the group's rows."""
+    about = file.metadata.row_group(group)
+    mean_bytes = max(about.total_byte_size, 1) / max(about.num_rows, 1)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / mean_bytes)))
+
+
+def _arrow_batches(raw: Any) -> Iterator[pa.RecordBatch]:
+    is_file = raw.read(6) == _FILE_MAGIC
+    raw.seek(0)
+    if is_file:
+        with pa.ipc.open_file(raw) as reader:
+            for i in range(reader.num_record_batches):
+                yield reader.get_batch(i)
+        return
+    with pa.ipc.open_stream(raw) as reader:
+        yield from reader
+    raw.seek(-len(_END_OF_STREAM), os.SEEK_CUR)
+    if raw.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+        raise Rejected("SHARD_TRUNCATED", "the mark of the stream's end is missing")
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    return (batch.slice(i, BATCH_ROWS) for i in range(0, batch.num_rows, BATCH_ROWS))
+
+
+def _check_structure(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid where an offset leads out of its buffer; text that is not UTF-8 is a matter of its row alone."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:
+        for column in batch.columns:
+            column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the same layout that has bytes where this one has text."""
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    return kind
+
+
+def _records(batch: pa.RecordBatch) -> Iterator[tuple[Any, int]]:
+    """Convert a batch to rows; where that fails, one by one, so that a bad value costs its own row alone."""
+    rows = _at_once(batch)
+    if rows is not None:
+        mean_bytes = batch.nbytes // max(len(rows), 1)
+        yield from ((row, mean_bytes) for row in rows)
+        return
+    for i in range(batch.num_rows):
+        row = batch.slice(i, 1)
+        yield _record(row), row.nbytes
+
+
+def _at_once(batch: pa.RecordBatch) -> list[Any] | None:
+    if batch.nbytes > MAX_ROW_BYTES:
+        return None
+    try:
+        return batch.to_pylist()
+    except Exception:  # text that is not UTF-8, a time that Python has no value for: found again in its row
+        return None
+
+
+def _record(row: pa.RecordBatch) -> Any:
+    if row.nbytes > MAX_ROW_BYTES:
+        return Rejected("TOO_LONG_BYTES", f"{row.nbytes} bytes")
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Rejected("INVALID_UTF8", f"byte {error.start}: {error.object[:100]!r}")
+    except Exception as error:
+        return Rejected("WRONG_TYPE", f"{type(error).__name__}: {error}"[:300])

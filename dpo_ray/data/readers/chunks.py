@@ -1,0 +1,96 @@
+"""The bytes of a text shard, chunk by chunk and decompressed; where they break off, the cause is said."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from dpo_ray.data.admission import Rejected
+
+PLAIN_CHUNK_BYTES = 1 << 20
+COMPRESSED_CHUNK_BYTES = 64 << 10  # what is read at once; where a file breaks off, at most this much before it is lost
+_ZSTD_SKIPPABLE = tuple(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))  # RFC 8878, 3.1.2
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+}
+
+
+def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a file that was opened; what lies before a break is given out before it raises.
+
+    Of a plain file, those lines that begin at the bytes [start, stop); a compressed one is read whole.
+
+    Raises:
+        Rejected: SHARD_EMPTY, SHARD_COMPRESSION, SHARD_TRUNCATED or SHARD_DAMAGED.
+        OSError: the file cannot be read.
+    """
+    head = raw.peek(8)[:8]
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(name[name.rfind(".") :].lower())
+    if compression and not head:
+        raise Rejected("SHARD_EMPTY", f"a {compression} file of zero bytes")
+    found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+    found = "zstd" if head.startswith(_ZSTD_SKIPPABLE) else found
+    if found != compression:
+        raise Rejected("SHARD_COMPRESSION", f"{found or 'no known compression'} in a file named {name}: {head!r}")
+    match compression:
+        case "gzip":
+            yield from _gunzipped(raw)
+        case "zstd":
+            yield from _unzstd(raw)
+        case _:
+            yield from _plain(raw, start, stop)
+
+
+def _gunzipped(raw: Any) -> Iterator[bytes]:
+    try:
+        with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
+            while chunk := stream.read1(COMPRESSED_CHUNK_BYTES):
+                yield chunk
+    except EOFError as error:
+        raise Rejected("SHARD_TRUNCATED", str(error)) from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise Rejected("SHARD_DAMAGED", str(error)) from error
+
+
+def _unzstd(raw: Any) -> Iterator[bytes]:
+    try:
+        with pa.CompressedInputStream(raw, "zstd") as stream:
+            while chunk := stream.read(COMPRESSED_CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        if error.errno is not None:  # the file's own failure, not the decompressor's
+            raise
+        reason = "SHARD_TRUNCATED" if "Truncated" in str(error) else "SHARD_DAMAGED"
+        raise Rejected(reason, str(error)) from error
+
+
+def _plain(raw: Any, start: int, stop: int | None) -> Iterator[bytes]:
+    """Read the lines that begin at the bytes [start, stop): from behind a line's end to behind a line's end."""
+    begun = start == 0
+    after = max(start - 1, 0)  # the byte before tells whether a line begins at `start`
+    if after:
+        raw.seek(after)
+    while chunk := raw.read(PLAIN_CHUNK_BYTES):
+        at, after = after, after + len(chunk)
+        if not begun:
+            first = chunk.find(b"\n") + 1
+            begun = first > 0
+            if stop is not None and (at + first if begun else after) >= stop:
+                return  # the line that lies across `start` ends behind `stop`
+            if not begun:
+                continue
+            chunk, at = chunk[first:], at + first
+        if stop is not None and after >= stop:
+            last = chunk.find(b"\n", max(stop - 1 - at, 0))
+            if last >= 0:
+                yield chunk[: last + 1]
+                return
+        yield chunk

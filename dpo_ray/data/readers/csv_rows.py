@@ -1,0 +1,111 @@
+"""Rows of CSV and TSV: fields of text under the names of the first line."""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from dpo_ray.config.sources import Columns
+from dpo_ray.data.admission import Rejected
+
+from .columns import columns_to_read
+from .json_rows import MAX_ROW_BYTES, lines, without_bom
+
+RETRY_BYTES = 256 << 20  # of a file: what is read again because a row of several lines proved to be no CSV
+
+
+def csv_rows(
+    chunks: Iterable[bytes], delimiter: str, columns: Columns
+) -> Iterator[tuple[dict[str, str] | Rejected, int]]:
+    """Yield (row or Rejected, size in bytes) for each row after the header.
+
+    A quoted field may hold line ends. A quote that is never closed would swallow the rows below it: then its own line
+    alone is given up.
+
+    Raises:
+        Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, or SHARD_UNREADABLE where the header cannot be read.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))  # rows are bounded here; the default is for fields
+    rows = _rows(chunks, delimiter)
+    header, _ = next(rows, (None, 0))
+    if header is None:
+        raise Rejected("SHARD_EMPTY", "there is no header")
+    if isinstance(header, Rejected):
+        raise Rejected("SHARD_UNREADABLE", f"the header: {header.reason}: {header.detail}")
+    columns_to_read(header, columns)
+    for fields, size in rows:
+        if isinstance(fields, Rejected):
+            yield fields, size
+        elif len(fields) != len(header):
+            yield Rejected("CSV_FIELDS", f"{len(fields)} fields under {len(header)} columns: {fields!r}"[:300]), size
+        else:
+            yield dict(zip(header, fields, strict=True)), size
+
+
+def _rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[list[str] | Rejected, int]]:
+    source = _Lines(chunks)
+    reader = csv.reader(source, delimiter=delimiter, strict=True)
+    while True:
+        source.begin_row()
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except Rejected as rejected:  # raised by the lines
+            source.give_back()
+            yield rejected, source.size
+            continue
+        except csv.Error as error:
+            source.give_back()
+            yield Rejected("CSV_SYNTAX", f"{error}: {source.taken[0][:100]!r}"), source.size
+            continue
+        if not fields:
+            continue  # an empty line
+        try:
+            "".join(fields).encode()
+        except UnicodeEncodeError:
+            yield Rejected("INVALID_UTF8", repr(fields)[:300]), source.size
+        else:
+            yield fields, source.size
+
+
+class _Lines:
+    """The lines that a csv.reader takes, remembered for the row that it is at, so that they can be given again."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._lines = lines(chunks)
+        self._again: deque[str] = deque()
+        self._is_first = True
+        self._retry_bytes = RETRY_BYTES
+        self.taken: list[str] = []
+        self.size = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else self._decoded()
+        self.taken.append(line)
+        self.size += len(line)
+        if self.size > MAX_ROW_BYTES:
+            raise Rejected("TOO_LONG_BYTES", f"over {MAX_ROW_BYTES} characters: {self.taken[0][:100]!r}")
+        return line
+
+    def _decoded(self) -> str:
+        line, _ = next(self._lines)
+        if isinstance(line, Rejected):
+            raise line
+        if self._is_first:
+            line, self._is_first = without_bom(line), False
+        return line.decode("utf-8", "surrogateescape") + "\n"
+
+    def begin_row(self) -> None:
+        """Forget the lines of the row before."""
+        self.taken, self.size = [], 0
+
+    def give_back(self) -> None:
+        """Give all lines of this row but its first again."""
+        if self._retry_bytes >= self.size:
+            self._retry_bytes -= self.size
+            self._again.extendleft(reversed(self.taken[1:]))

@@ -1,0 +1,141 @@
+"""Rows of JSON Lines and of JSON lists, each parsed by itself, so that a damaged one costs no more than itself."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+from dpo_ray.data.admission import Rejected
+
+MAX_ROW_BYTES = 16 << 20
+
+_IN_ELEMENT = re.compile(rb'[^"\[\]{}]*+')
+_BETWEEN_ELEMENTS = re.compile(rb'[^",\[\]{}]*+')
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_CLOSER = {ord("["): ord("]"), ord("{"): ord("}")}
+
+
+def json_rows(chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
+    """Yield (value or Rejected, size in bytes) for each line, or for each element where the text is a list `[...]`.
+
+    Raises:
+        Rejected: SHARD_TRUNCATED or SHARD_DAMAGED where the list itself breaks off.
+    """
+    chunks, head = iter(chunks), b""
+    for chunk in chunks:
+        head = without_bom(head + chunk).lstrip()
+        if len(head) >= 4:
+            break
+    rest = chain([head], chunks)
+    for item, size in _list_items(rest) if head.startswith(b"[") else _filled(lines(rest)):
+        yield (item if isinstance(item, Rejected) else _parsed(item)), size
+
+
+def begins_list(head: bytes) -> bool:
+    """Say whether the text that begins so is a JSON list rather than JSON Lines."""
+    return without_bom(head).lstrip().startswith(b"[")
+
+
+def without_bom(text: bytes) -> bytes:
+    """Remove the byte order mark that some programs write before UTF-8."""
+    return text.removeprefix(codecs.BOM_UTF8)
+
+
+def lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
+    """Split into lines without their `\\n`, empty ones too, never holding more than a chunk and a line of bounded length."""
+    rest, skipping = b"", False
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            if skipping:
+                skipping = False  # this is the end of a line that was reported already
+            elif len(line) > MAX_ROW_BYTES:
+                yield _too_long(line), 0
+            else:
+                yield line, len(line)
+        if len(rest) > MAX_ROW_BYTES:
+            if not skipping:
+                yield _too_long(rest), 0
+            rest, skipping = b"", True
+    if rest and not skipping:
+        yield rest, len(rest)
+
+
+def _filled(items: Iterable[tuple[bytes | Rejected, int]]) -> Iterator[tuple[bytes | Rejected, int]]:
+    return ((item, size) for item, size in items if isinstance(item, Rejected) or (item and not item.isspace()))
+
+
+def _list_items(chunks: Iterator[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
+    """Cut a list's text into its elements' texts; what follows the list is taken as lines.
+
+    Only strings and brackets are looked at here. The element that begins at `start` goes on at least to `position`.
+    """
+    text, start, position = next(chunks), 1, 1
+    closers: list[int] = []  # the brackets that are to come until the element ends
+    in_string = skipping = False
+    while True:
+        if in_string:
+            closed, position = _string_end(text, position)
+            in_string = not closed
+        if not in_string:
+            skipped = (_IN_ELEMENT if closers else _BETWEEN_ELEMENTS).match(text, position)
+            position = skipped.end() if skipped else position
+        if in_string or position == len(text):
+            if position - start > MAX_ROW_BYTES:
+                if not skipping:
+                    yield _too_long(text[start:]), 0
+                skipping, start = True, position
+            more = next(chunks, b"")
+            if not more:
+                raise Rejected("SHARD_TRUNCATED", "the list is not closed")
+            text, position, start = text[start:] + more, position - start, 0
+            continue
+        found, position = text[position], position + 1
+        if found == _QUOTE:
+            in_string = True
+        elif found in _CLOSER:
+            closers.append(_CLOSER[found])
+        elif closers or found == ord("}"):
+            if not closers or found != closers.pop():
+                raise Rejected(
+                    "SHARD_DAMAGED", f"brackets do not match: {text[max(start, position - 99) : position]!r}"
+                )
+        else:  # a comma, or the list's end
+            item, start = text[start : position - 1], position
+            if not skipping and item and not item.isspace():
+                yield (_too_long(item), 0) if len(item) > MAX_ROW_BYTES else (item, len(item))
+            skipping = False
+            if found == ord("]"):
+                yield from _filled(lines(chain([text[position:]], chunks)))
+                return
+
+
+def _string_end(text: bytes, position: int) -> tuple[bool, int]:
+    """Find the quote that closes a string; return whether there is one, and where to look on."""
+    begin = position
+    while (at := text.find(b'"', position)) >= 0:
+        before = at
+        while before > begin and text[before - 1] == _BACKSLASH:
+            before -= 1
+        position = at + 1
+        if (at - before) % 2 == 0:
+            return True, position
+        begin = position
+    return False, max(begin, len(text.rstrip(b"\\")))  # whether they escape what comes is not known yet
+
+
+def _too_long(line: bytes) -> Rejected:
+    return Rejected("TOO_LONG_BYTES", f"over {MAX_ROW_BYTES} bytes: {line[:100]!r}")
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        return Rejected("INVALID_UTF8", f"byte {error.start}: {line[:100]!r}")
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
+        return Rejected("JSON_SYNTAX", f"{error}: {line[:100]!r}"[:300])

@@ -1,0 +1,1 @@
+"""From a group of texts to token ids: chat templates in a sandbox, encoding, truncation."""

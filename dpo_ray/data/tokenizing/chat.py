@@ -1,0 +1,210 @@
+"""Chat templates: from a conversation to the text that the model reads."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_ray.config.data import DataConfig
+from dpo_ray.data.admission import Rejected
+from dpo_ray.data.groups import Message, TextGroup
+from dpo_ray.errors import ConfigError
+
+from .sandbox import TextTooLong, compile_template
+from .watchdog import Watchdog
+
+PLAIN = "plain"
+AUTO = "auto"
+RENDER_SECONDS = 1.0  # of CPU, for one text: a thousand times what long conversations take
+
+
+def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local directory, never running code from it.
+
+    Raises:
+        ConfigError: there is none, or it has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        raise ConfigError(
+            f"no usable tokenizer: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            where=f"model.path={model_dir}",
+            fix="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no eos_token",
+            where=f"model.path={model_dir}",
+            fix="set eos_token in tokenizer_config.json: completions end with it",
+        )
+    return tokenizer
+
+
+def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
+
+    Without a tokenizer, that of a hub model which is not here yet, `auto` stays as it is.
+
+    Raises:
+        ConfigError: `auto` and the tokenizer has none; no such file, or not UTF-8; not valid Jinja.
+    """
+    if choice == PLAIN or (choice == AUTO and tokenizer is None):
+        return choice
+    text = _own_template(tokenizer) if choice == AUTO and tokenizer is not None else _template_file(choice)
+    try:
+        compile_template(text, datetime.date.min)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            f"not a valid template: {error.message} (line {error.lineno})",
+            where=f"data.chat_template={choice}",
+            fix="correct the template",
+        ) from None
+    return text
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name; `default` is the one for conversations without tools
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise ConfigError(
+            "the tokenizer has no chat template",
+            where="data.chat_template=auto",
+            fix="set data.chat_template=plain for bare text, or the path of a Jinja template",
+        )
+    return template
+
+
+def _template_file(choice: str) -> str:
+    path = Path(choice)
+    if not path.is_file():
+        raise ConfigError(
+            "no such template file", where=f"data.chat_template={choice}", fix="allowed: auto, plain, or a file's path"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot be read: {error}", where=f"data.chat_template={choice}", fix="save it as UTF-8 text"
+        ) from None
+
+
+class Rendered(NamedTuple):
+    """The prompt's text, and for each completion the text of the whole conversation, which begins with the prompt."""
+
+    prompt: str
+    wholes: list[str]
+
+
+class Renderer:
+    """Render preference groups by one template. Compiled once; each text within bounds of time and length."""
+
+    def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self._plain = template == PLAIN
+        self._variables = {
+            "documents": None,
+            **tokenizer.special_tokens_map,
+            **config.chat_template_kwargs,
+        }
+        own = tokenizer.chat_template
+        # of several templates by name, transformers takes `tool_use` for conversations with tools
+        with_tools = (
+            own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
+        )
+        self._render, self._render_with_tools = (
+            None if self._plain else _compiled(text, config.chat_template_date) for text in (template, with_tools)
+        )
+
+    def render(self, group: TextGroup, watchdog: Watchdog) -> Rendered:
+        """Render one group.
+
+        Raises:
+            Rejected: the template refuses the conversation, takes too long or makes too much text over it; the prompt
+                is not how the whole begins; or the text is no Unicode.
+        """
+        if self._plain:
+            prompt = _plain_prompt(group)
+            return Rendered(prompt, [_sound(prompt + _plain_text(completion)) for completion in group.completions])
+        turns = group.messages if group.messages is not None else group.prompt
+        messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
+        prompt = self._text(group, messages, watchdog, add_generation_prompt=True)
+        wholes = []
+        for completion in group.completions:
+            answer = _answer(completion, strip=group.messages is not None)
+            whole = self._text(group, [*messages, answer], watchdog, add_generation_prompt=False)
+            if not whole.startswith(prompt):
+                raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
+            wholes.append(_sound(whole))
+        return Rendered(prompt, wholes)
+
+    def user_turn(self) -> str:
+        """Render a user's turn alone: `x`, and what the template writes around it. Empty where there is no such thing."""
+        if self._plain:
+            return ""
+        group = TextGroup("x", ("y",), (1.0,))
+        try:
+            with Watchdog(RENDER_SECONDS) as watchdog:
+                return self._text(group, [{"role": "user", "content": "x"}], watchdog, add_generation_prompt=False)
+        except Rejected:
+            return ""
+
+    def _text(
+        self, group: TextGroup, messages: list[Message], watchdog: Watchdog, *, add_generation_prompt: bool
+    ) -> str:
+        variables: dict[str, Any] = {
+            **self._variables,
+            **group.template_kwargs,
+            "messages": messages,
+            "tools": None if group.tools is None else list(group.tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        render = self._render if group.tools is None else self._render_with_tools
+        assert render is not None  # noqa: S101 - not plain
+        try:
+            return watchdog.run(lambda: render(variables))
+        except (TextTooLong, TimeoutError, MemoryError) as error:
+            raise Rejected("TEMPLATE_LIMIT", f"the template {error}") from None
+        except Exception as error:  # a template is a program, and its row can make it raise anything
+            raise Rejected("TEMPLATE_ERROR", f"{type(error).__name__}: {error}"[:200]) from None
+
+
+_compiled = functools.lru_cache(maxsize=8)(compile_template)
+
+
+def _sound(text: str) -> str:
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell one, in the arguments of a tool call for instance
+        raise Rejected("INVALID_UTF8", f"rendered, a lone surrogate at character {error.start}") from None
+    return text
+
+
+def _plain_prompt(group: TextGroup) -> str:
+    if isinstance(group.prompt, str):
+        return group.prompt
+    return "".join(f"{_plain_text(message)}\n\n" for message in group.prompt)
+
+
+def _plain_text(spoken: str | Mapping[str, Any]) -> str:
+    if isinstance(spoken, str):
+        return spoken
+    if spoken.get("tool_calls"):
+        raise Rejected(
+            "TEMPLATE_ERROR", "plain text has no way to write tool calls: data.chat_template must name a template"
+        )
+    return spoken.get("content") or ""
+
+
+def _answer(completion: str | Message, *, strip: bool) -> Message:
+    """Make the assistant's message. In a conversation that text stood for, white space around it was the format's."""
+    if isinstance(completion, str):
+        return {"role": "assistant", "content": completion.strip() if strip else completion}
+    return completion

@@ -1,0 +1,110 @@
+"""Special tokens: which the tokenizer has, and rows whose text spells one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ray.data.groups import TextGroup
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, user_turn: str) -> list[str]:
+    """Name the tokens that no row may spell: whoever writes them ends turns, or begins them in another's name.
+
+    These are all that the tokenizer marks as special or gives a role (BOS, EOS, ...), and of its other added tokens
+    those that the template writes around a user's turn: some models mark ChatML's tokens in no other way. Added tokens
+    that stand in no turn's frame (`<think>`, `<tool_call>`, runs of spaces) are content, and answers hold them.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    marked = [token.content for token in added if token.special]
+    framing = [t.content for t in added if not t.special and t.content in user_turn and _looks_like_markup(t.content)]
+    return sorted({*marked, *framing, *tokenizer.all_special_tokens} - {""})
+
+
+def _looks_like_markup(token: str) -> bool:
+    return bool(token.strip()) and not token[0].isalnum() and not token[0].isspace()
+
+
+class InjectionScan:
+    """Search rows for text that the tokenizer would read as a special token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+        self._spelled = Spelled(tokens)
+        # Some tokens are matched in normalised text, and can be spelled in whatever normalisation turns into theirs.
+        self._normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        added = tokenizer.added_tokens_decoder.values() if self._normalizer is not None else ()
+        normalized = [t.content for t in added if t.normalized and t.content in tokens]
+        self._spelled_normalized = Spelled(map(self._normalized, normalized)) if normalized else None
+
+    def first(self, group: TextGroup) -> str | None:
+        """Return the first special token that a row's text spells, where it spells one."""
+        text = _text(group)
+        found = self._spelled.first(text)
+        if found is None and self._spelled_normalized is not None:
+            found = self._spelled_normalized.first(self._normalized(text))
+        return found
+
+    def _normalized(self, text: str) -> str:
+        sound = text.encode("utf-8", "replace").decode()  # lone surrogates are rejected, but elsewhere
+        return self._normalizer.normalize_str(sound) if self._normalizer is not None else text
+
+
+class Spelled:
+    """Find tokens spelled in text: from left to right, of several at one place the longest."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        self._firsts = {token[0] for token in longest_first}
+
+    def may_be_in(self, text: str) -> bool:
+        """Say quickly whether any token can be in the text at all."""
+        return any(map(text.__contains__, self._firsts))
+
+    def first(self, text: str) -> str | None:
+        """Return the first token that the text spells."""
+        found = self._pattern.search(text) if self._pattern and self.may_be_in(text) else None
+        return None if found is None else found[0]
+
+    def last(self, text: str) -> re.Match[str] | None:
+        """Return where the last token stands."""
+        found = None
+        if self._pattern and self.may_be_in(text):
+            for match in self._pattern.finditer(text):
+                found = match
+        return found
+
+    def split(self, text: str) -> list[str]:
+        """Divide text at its tokens: text, token, text, ..., text. Joined it is the text."""
+        return self._pattern.split(text) if self._pattern and self.may_be_in(text) else [text]
+
+
+def _text(group: TextGroup) -> str:
+    """Join all text of a row, down to the arguments of tool calls, by a character that no token holds."""
+    texts: list[str] = []
+    turns = (group.prompt,) if isinstance(group.prompt, str) else group.prompt
+    for turn in (*turns, *group.completions):
+        if isinstance(turn, str):
+            texts.append(turn)
+        elif len(turn) == 2 and type(turn.get("content")) is str:  # role and content, as nearly all have
+            texts.append(turn["content"])
+        else:  # the role is one of a few that are known
+            _collect([value for key, value in turn.items() if key != "role"], texts)
+    if group.tools or group.template_kwargs:  # `messages` are the text of `prompt`, divided
+        _collect((group.tools, group.template_kwargs), texts)
+    return "\0".join(texts)
+
+
+def _collect(value: Any, texts: list[str]) -> None:
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            texts.append(str(key))
+            _collect(inner, texts)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _collect(inner, texts)

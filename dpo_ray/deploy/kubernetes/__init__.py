@@ -1,0 +1,1 @@
+"""Render a recipe as KubeRay manifests, check them offline, apply them."""

@@ -1,0 +1,249 @@
+"""How many pods of which size a recipe needs: one for each role's group, and an error where it can never fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_ray.cluster.resources import judge_ask
+from dpo_ray.config.cluster import GroupConfig, PlacementConfig
+from dpo_ray.config.judge import replicas_of
+from dpo_ray.config.objective import uses_reference
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.errors import ConfigError
+
+ROLE = "dpo/role"  # a label of Ray nodes; KubeRay puts it on their pods as well
+WORKERS_PER_POD = 8  # at most, where the recipe says nothing: the GPUs of a usual node
+MEMORY_GIB_PER_CPU, MEMORY_GIB_PER_GPU = 4, 64
+CPUS_FOR_DATA = 4  # of a CPU pod, where the recipe says nothing
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Workers that are alike: what one asks Ray for, and how many there are, at first and at most."""
+
+    what: str
+    cpus: float
+    gpus: float
+    count: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pods that are alike."""
+
+    name: str
+    labels: dict[str, str]
+    cpus: int
+    memory_gib: int
+    gpus: int
+    devices: dict[str, int]
+    placement: PlacementConfig
+    replicas: int
+    min_replicas: int
+    max_replicas: int
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs of a training worker and of an engine: the driver has none to look at, so the recipe on the cluster says both."""
+
+    train: float
+    engine: float
+
+
+def gpus(recipe: Recipe) -> Gpus:
+    """Decide GPUs as the recipe says, else by whether the pods of its profile have any."""
+    profile = recipe.cluster.kubernetes
+    train = recipe.train.gpus_per_worker
+    if train is None:
+        train = float(bool(profile.training.gpus))
+    engine = recipe.reference.gpus_per_replica
+    if engine is None:
+        own = profile.engines.gpus if profile.engines is not None else None
+        on_gpu = own > 0 if own is not None else train > 0
+        engine = float(recipe.reference.tensor_parallel * on_gpu)
+    return Gpus(train, engine)
+
+
+def engine_labels(recipe: Recipe) -> dict[str, str]:
+    """Return the labels of the Ray nodes that engines ask for; none where they share the training pods."""
+    if recipe.reference.node_labels or recipe.cluster.kubernetes.engines is None:
+        return dict(recipe.reference.node_labels)
+    return {ROLE: "reference"}
+
+
+def training_labels(recipe: Recipe) -> dict[str, str]:
+    """Return the labels of the Ray nodes that training workers ask for."""
+    return {ROLE: "training"} | recipe.train.node_labels
+
+
+def groups(recipe: Recipe) -> list[Group]:
+    """Size every group of pods that the recipe needs.
+
+    Raises:
+        ConfigError: a worker fits no pod, or all pods together hold too few.
+    """
+    profile = recipe.cluster.kubernetes
+    on_gpus, on_cpus = _judges(recipe)
+    training = [_trainer(recipe)]
+    engines = [*_engines(recipe), *on_gpus]
+    _check_labels(recipe, on_gpus)
+    cpu_labels = {ROLE: "cpu"} | _ours(dict(recipe.cluster.roles.prepare.node_labels or {}))
+    made = [_sized(recipe, "cpu", cpu_labels, profile.cpu, [_data(profile.cpu), *on_cpus])]
+    # Ray has its own labels of this prefix, and takes them from nobody.
+    labels, own = _ours(engine_labels(recipe)), _ours(training_labels(recipe))
+    if profile.engines is None:
+        side_by_side = recipe.reference.mode == "streaming" or recipe.online is not None
+        made.append(_sized(recipe, "training", labels | own, profile.training, training, engines, side_by_side))
+        return made
+    if engines:
+        made.append(_sized(recipe, "engines", {ROLE: "reference"} | labels, profile.engines, engines))
+    made.append(_sized(recipe, "training", own, profile.training, training))
+    return made
+
+
+def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
+    """See that samplers and judges ask for labels which the pods have that are made for them.
+
+    Raises:
+        ConfigError: they ask for others.
+    """
+    roles, engines = recipe.cluster.roles, {ROLE: "reference"} | engine_labels(recipe)
+    cpu = {ROLE: "cpu"} | dict(roles.prepare.node_labels or {})
+    homes = {"sample": (roles.sample, engines), "judge": (roles.judge, engines if judges_on_gpus else cpu)}
+    for name, (role, there) in homes.items():
+        wanted = {k: v for k, v in (role.node_labels or {}).items() if not k.startswith("ray.io/")}
+        if not wanted.items() <= there.items():
+            raise ConfigError(
+                f"no pods have these labels: {wanted}",
+                where=f"cluster.roles.{name}.node_labels",
+                fix=f"leave them out, or ask for some of {there}",
+            )
+
+
+def _ours(labels: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in labels.items() if not k.startswith("ray.io/")}
+
+
+def _trainer(recipe: Recipe) -> Demand:
+    train = recipe.train
+    return Demand("a training worker", train.cpus_per_worker, gpus(recipe).train, train.workers, train.workers)
+
+
+def _engines(recipe: Recipe) -> list[Demand]:
+    reference = recipe.reference
+    scores = reference.engine == "vllm" and uses_reference(recipe.train.objective)
+    count = reference.replicas if scores or recipe.online is not None else int(recipe.evaluate.sample_prompts > 0)
+    most = max(count, reference.max_replicas or 0) if count else 0
+    cpus = max(reference.cpus_per_replica, recipe.cluster.roles.sample.cpus or 0)
+    return [Demand("an engine", cpus, gpus(recipe).engine, count, most)] if count else []
+
+
+def _judges(recipe: Recipe) -> tuple[list[Demand], list[Demand]]:
+    """List the judges with GPUs, and those without."""
+    role, demands = recipe.cluster.roles.judge, []
+    for judge in recipe.online.named_judges() if recipe.online is not None else []:
+        asks, count = judge_ask(judge, role), replicas_of(judge, role)
+        demands.append(Demand(f"a {judge.type} judge", asks.cpus, asks.gpus, count, count))
+    return [d for d in demands if d.gpus], [d for d in demands if not d.gpus]
+
+
+def _data(group: GroupConfig) -> Demand:
+    return Demand("the reading of data", group.cpus or CPUS_FOR_DATA, 0.0, group.replicas or 1, group.replicas or 1)
+
+
+def _sized(
+    recipe: Recipe,
+    name: str,
+    labels: dict[str, str],
+    group: GroupConfig,
+    demands: list[Demand],
+    guests: Sequence[Demand] = (),
+    side_by_side: bool = True,
+) -> Group:
+    """Size one group.
+
+    Args:
+        demands: What its pods are for; they come at the same time.
+        guests: What else they take, at the same time if `side_by_side`, else after.
+    """
+    where = f"cluster.kubernetes.{name}"
+    everyone = [*demands, *guests]
+    cpus, gpu_count = _shape(group, everyone, where)
+    needed = [_pods(d, cpus, gpu_count, d.count) for d in demands]
+    growing = [_pods(d, cpus, gpu_count, d.most) for d in demands]
+    own, grown = math.ceil(sum(needed)), math.ceil(sum(growing))
+    if guests:
+        visiting = sum(_pods(d, cpus, gpu_count, d.count) for d in guests)
+        own = math.ceil(sum(needed) + visiting) if side_by_side else max(own, math.ceil(visiting))
+        grown = own
+    profile = recipe.cluster.kubernetes
+    scales = profile.autoscaling and name != "training"
+    replicas = group.replicas or own
+    high = (group.max_replicas or max(replicas, grown)) if scales else replicas
+    if high < own:
+        field = "max_replicas" if scales and group.max_replicas else "replicas"
+        raise ConfigError(
+            f"{high} pods of {_size(cpus, gpu_count)} hold too little: {_sum(everyone)} need {own}",
+            where=f"{where}.{field}={high}",
+            fix=f"set at least {own}, make the pods larger, or ask for less in the recipe",
+        )
+    low = (group.min_replicas or 0) if scales else replicas
+    memory = group.memory_gib or MEMORY_GIB_PER_CPU * cpus + MEMORY_GIB_PER_GPU * gpu_count
+    return Group(
+        name,
+        labels,
+        cpus,
+        memory,
+        gpu_count,
+        dict(group.devices),
+        group.placement,
+        max(min(replicas, high), low),
+        low,
+        high,
+    )
+
+
+def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, int]:
+    """Decide CPUs and GPUs of one pod: as the profile says, else so that whole workers fit and none is left over."""
+    cpus, gpu_count = group.cpus or 0, group.gpus or 0
+    for demand in demands:
+        per_pod = min(demand.count, max(1, math.floor(WORKERS_PER_POD / (demand.gpus or 1))))
+        if group.cpus is not None:
+            per_pod = min(per_pod, math.floor(group.cpus / demand.cpus))
+        if group.gpus is not None and demand.gpus:
+            per_pod = min(per_pod, math.floor(group.gpus / demand.gpus))
+        if per_pod < 1:
+            lacking = "cpus" if group.cpus is not None and group.cpus < demand.cpus else "gpus"
+            has = group.cpus if lacking == "cpus" else group.gpus
+            asks = demand.cpus if lacking == "cpus" else demand.gpus
+            raise ConfigError(
+                f"{demand.what} asks for {asks:g} {lacking[:-1].upper()}s, and a pod has {has}: it would wait for ever",
+                where=f"{where}.{lacking}={has}",
+                fix=f"set at least {math.ceil(asks)}, or ask for less in the recipe",
+            )
+        if group.cpus is None:
+            cpus = max(cpus, math.ceil(per_pod * demand.cpus))
+        if group.gpus is None:
+            gpu_count = max(gpu_count, math.ceil(per_pod * demand.gpus))
+    return max(cpus, 1), gpu_count
+
+
+def _pods(demand: Demand, cpus: int, gpu_count: int, count: int) -> float:
+    """Count the pods that some workers fill, a part of one included if another kind could use the rest."""
+    fits = math.floor(cpus / demand.cpus)
+    if demand.gpus:
+        fits = min(fits, math.floor(gpu_count / demand.gpus))
+    full, rest = divmod(count, fits)
+    return full + rest / fits
+
+
+def _size(cpus: int, gpu_count: int) -> str:
+    return f"{cpus} CPUs" + (f" and {gpu_count} GPUs" if gpu_count else "")
+
+
+def _sum(demands: list[Demand]) -> str:
+    return ", ".join(f"{d.count} x {d.what.split(' ', 1)[1]}" for d in demands)

@@ -1,0 +1,115 @@
+"""The recipe as the cluster's driver reads it: paths that every pod sees, and resources said outright."""
+
+from __future__ import annotations
+
+import posixpath
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from dpo_ray.config.load import validate_recipe
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.config.roles import SECTIONS
+from dpo_ray.deploy.shared_paths import MADE_BY_THE_RUN, named_places
+from dpo_ray.errors import ConfigError
+
+from .groups import engine_labels, gpus, training_labels
+
+RECIPE_DIRECTORY = "/etc/dpo-ray"
+RECIPE_FILE = "recipe.yaml"
+MAX_CONFIG_MAP_BYTES = 1 << 20  # the API server's limit, of all keys together
+
+
+def config_map_files(recipe: Recipe) -> dict[str, str]:
+    """Write the recipe, and the chat template it may name, as the files of a ConfigMap.
+
+    Raises:
+        ConfigError: a path that pods do not share, no such template, a judge's key that no Secret holds, or too large.
+    """
+    values = _on_cluster(recipe)
+    files = {}
+    template = recipe.data.chat_template
+    if template not in ("auto", "plain"):
+        name = posixpath.basename(template)
+        files[name] = _template_text(template)
+        values["data"]["chat_template"] = f"{RECIPE_DIRECTORY}/{name}"
+    validate_recipe(values, where=f"{recipe.name} on Kubernetes")
+    files[RECIPE_FILE] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if sum(len(text.encode()) for text in files.values()) > MAX_CONFIG_MAP_BYTES:
+        raise ConfigError("recipe and template are over 1 MiB", where=recipe.name, fix="is there data among them?")
+    return files
+
+
+def judge_ports(recipe: Recipe) -> set[int]:
+    """Collect the ports that LLM judges listen on."""
+    judges = recipe.online.judges() if recipe.online is not None else []
+    addresses = [urlsplit(url) for j in judges for url in sorted(j.urls())]
+    return {a.port or (443 if a.scheme == "https" else 80) for a in addresses}
+
+
+def secret_variables_missing(recipe: Recipe) -> list[str]:
+    """List the environment variables with judges' keys that the profile takes from no Secret."""
+    wanted = recipe.online.judge_environment() if recipe.online is not None else set()
+    return sorted(wanted - {s.variable for s in recipe.cluster.kubernetes.secrets})
+
+
+def _on_cluster(recipe: Recipe) -> dict[str, Any]:
+    """Say what the recipe leaves to the machine that runs it, and give its paths as pods see them."""
+    missing = secret_variables_missing(recipe)
+    if missing:
+        fix = f"add {{variable: {missing[0]}, secret: NAME, key: KEY}}"
+        raise ConfigError(f"a judge needs {missing[0]}", where="cluster.kubernetes.secrets", fix=fix)
+    values: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True, exclude={"cluster"})
+    values.setdefault("output", recipe.output)
+    storage = recipe.cluster.kubernetes.storage
+    mount = storage.mount if storage is not None else None
+    for section, key, field in list(named_places(values)):
+        paths = section[key] if isinstance(section[key], list) else [section[key]]
+        seen = [_seen_by_all(path, field, mount) for path in paths]
+        section[key] = seen if isinstance(section[key], list) else seen[0]
+    labels, each = engine_labels(recipe), gpus(recipe)
+    reference, train = values.setdefault("reference", {}), values.setdefault("train", {})
+    if labels:
+        reference["node_labels"] = labels
+    reference["gpus_per_replica"], train["gpus_per_worker"] = each.engine, each.train
+    train["node_labels"] = training_labels(recipe)
+    values["ray"] = {"address": "auto"}
+    of_no_section = recipe.cluster.roles.model_dump(exclude_unset=True, exclude=set(SECTIONS))
+    if of_no_section:
+        values["cluster"] = {"roles": of_no_section}
+    return values
+
+
+def _seen_by_all(path: str, field: str, mount: str | None) -> str:
+    """Return where every pod finds a place; a relative one is on the shared volume."""
+    if "://" in path or path.startswith("builtin:"):
+        return path
+    if field not in MADE_BY_THE_RUN and (posixpath.isabs(path) or _is_hub_model(path, field)):
+        return path  # on the volume or in the image; or on the hub
+    if mount is None:
+        fix = f"{field}=s3://bucket/prefix or gs://bucket/prefix, or set cluster.kubernetes.storage"
+        raise ConfigError("pods share no volume, and this is not in an object store", where=f"{field}={path}", fix=fix)
+    place = posixpath.normpath(posixpath.join(mount, path))
+    if place != mount and not place.startswith(f"{mount}/"):
+        fix = f"name a directory in {mount}, or set cluster.kubernetes.storage.mount"
+        raise ConfigError("this is not on the volume that pods share", where=f"{field}={path}", fix=fix)
+    return place
+
+
+def _is_hub_model(path: str, field: str) -> bool:
+    if field.startswith("data.") or field.endswith("adapter"):
+        return False
+    from dpo_ray.models.load import is_hub_name  # which imports torch, and that takes seconds
+
+    return is_hub_name(path)
+
+
+def _template_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot be read: {error}", where=f"data.chat_template={path}", fix="allowed: auto, plain, or a file's path"
+        ) from None

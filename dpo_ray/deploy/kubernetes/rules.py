@@ -1,0 +1,310 @@
+"""What the KubeRay operator refuses beyond its schemas: the rules of its release 1.7, with its default feature gates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from dpo_ray.config.cluster import MAX_RAYJOB_NAME
+
+from .schema import Finding, schema_findings
+
+Json = dict[str, Any]
+
+MAX_RAYCLUSTER_NAME = 53
+MAX_REPLICAS = 2**31 - 1  # the schema's default
+MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+SIZES_OF_START = ("num-cpus", "num-gpus", "memory", "resources")
+AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
+FEATURE_GATES = {  # off unless the operator is installed with them
+    "networkPolicy": "RayClusterNetworkPolicy",
+    "tlsOptions": "RayClusterMTLS",
+    "historyServerOptions": "RayClusterHistoryServer",
+}
+DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
+_DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_LABEL_KEY = re.compile(
+    r"([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+)
+_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+
+
+def findings(manifest: Json) -> list[Finding]:
+    """List what is wrong with a manifest: by its schema and, where that is kept, by the operator's rules."""
+    wrong = schema_findings(manifest)
+    if not wrong and not manifest["metadata"].keys() & {"name", "generateName"}:
+        wrong = [Finding("metadata.name", "required, and not given")]
+    if wrong:
+        return wrong
+    if manifest["kind"] == "RayJob":
+        return list(_ray_job(manifest))
+    if manifest["kind"] == "RayCluster":
+        return list(_ray_cluster(manifest))
+    return []
+
+
+def _ray_job(manifest: Json) -> Iterator[Finding]:
+    metadata, spec = manifest["metadata"], manifest["spec"]
+    yield from _name(metadata.get("name"), MAX_RAYJOB_NAME)
+    yield from _submission(spec)
+    yield from _end_of_job(spec)
+    yield from _deletion(spec)
+    if _is_token_of_kubernetes(spec.get("rayClusterSpec") or {}):
+        yield Finding("spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "is not supported for a RayJob")
+    queue = (metadata.get("labels") or {}).get("kueue.x-k8s.io/queue-name")
+    if queue and (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling"):
+        yield Finding("spec.rayClusterSpec.enableInTreeAutoscaling", "Kueue admits a fixed number of pods: say false")
+    if queue and not spec.get("shutdownAfterJobFinishes"):
+        yield Finding("spec.shutdownAfterJobFinishes", "Kueue frees the quota only of a job that shuts down: say true")
+    if spec.get("rayClusterSpec"):
+        yield from _cluster(spec["rayClusterSpec"], metadata.get("annotations") or {}, "spec.rayClusterSpec")
+
+
+def _submission(spec: Json) -> Iterator[Finding]:
+    mode, chosen = spec.get("submissionMode", "K8sJobMode"), spec.get("clusterSelector")
+    if mode not in MODES:
+        yield Finding("spec.submissionMode", f"{mode!r} is none of {', '.join(MODES)}")
+    if not chosen and not spec.get("rayClusterSpec"):
+        yield Finding("spec.rayClusterSpec", "required where there is no clusterSelector")
+    if chosen is not None and chosen and not chosen.get("ray.io/cluster"):
+        yield Finding("spec.clusterSelector", "names no cluster: give the key ray.io/cluster")
+    if not spec.get("entrypoint") and mode != "InteractiveMode" and not spec.get("submitterPodTemplate"):
+        yield Finding("spec.entrypoint", "required: without it the job has nothing to run")
+    retries = spec.get("backoffLimit", 0)
+    if retries < 0:
+        yield Finding("spec.backoffLimit", "must not be negative")
+    if retries > 0 and chosen:
+        yield Finding("spec.backoffLimit", "each retry is a new cluster: not with clusterSelector")
+    if retries > 0 and mode == "InteractiveMode":
+        yield Finding("spec.backoffLimit", "not with submissionMode: InteractiveMode")
+    if mode == "SidecarMode":
+        for field in ("submitterPodTemplate", "submitterConfig"):
+            if spec.get(field) is not None:
+                yield Finding(f"spec.{field}", "not with submissionMode: SidecarMode")
+        if chosen:
+            yield Finding("spec.clusterSelector", "not with submissionMode: SidecarMode")
+        if spec.get("rayClusterSpec") and _restarts(spec["rayClusterSpec"]["headGroupSpec"]):
+            yield Finding(
+                "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy", "SidecarMode needs Never, or none"
+            )
+    try:
+        environment = yaml.safe_load(spec.get("runtimeEnvYAML") or "{}")
+    except yaml.YAMLError as error:
+        yield Finding("spec.runtimeEnvYAML", f"is not YAML: {str(error).splitlines()[0]}")
+    else:
+        if not isinstance(environment, dict):
+            yield Finding("spec.runtimeEnvYAML", "is not a mapping")
+
+
+def _end_of_job(spec: Json) -> Iterator[Finding]:
+    shuts_down = spec.get("shutdownAfterJobFinishes", False)
+    if spec.get("suspend") and not shuts_down:
+        yield Finding("spec.suspend", "needs shutdownAfterJobFinishes: true")
+    if spec.get("suspend") and spec.get("clusterSelector"):
+        yield Finding("spec.suspend", "not with clusterSelector")
+    ttl = spec.get("ttlSecondsAfterFinished", 0)
+    if ttl < 0:
+        yield Finding("spec.ttlSecondsAfterFinished", "must not be negative")
+    if ttl > 0 and not shuts_down:
+        yield Finding("spec.ttlSecondsAfterFinished", "needs shutdownAfterJobFinishes: true")
+    for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
+        if spec.get(field) is not None and spec[field] <= 0:
+            yield Finding(f"spec.{field}", "must be positive")
+
+
+def _deletion(spec: Json) -> Iterator[Finding]:
+    strategy = spec.get("deletionStrategy")
+    if strategy is None:
+        return
+    where, rules = "spec.deletionStrategy", strategy.get("deletionRules") or []
+    legacy = [key for key in ("onSuccess", "onFailure") if key in strategy]
+    if rules and legacy:
+        yield Finding(f"{where}.deletionRules", "not together with onSuccess and onFailure")
+    if not rules and len(legacy) < 2:
+        yield Finding(where, "needs deletionRules, or both onSuccess and onFailure")
+    if rules and spec.get("shutdownAfterJobFinishes"):
+        yield Finding(f"{where}.deletionRules", "not with shutdownAfterJobFinishes: true")
+    scales = (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling", False)
+    for key in legacy:
+        yield from _deletion_policy(spec, strategy[key].get("policy"), f"{where}.{key}.policy", scales)
+        if strategy[key].get("policy") == "DeleteNone" and spec.get("shutdownAfterJobFinishes"):
+            yield Finding(f"{where}.{key}.policy", "DeleteNone contradicts shutdownAfterJobFinishes: true")
+    times: dict[tuple[str, str], dict[str, int]] = {}
+    for number, rule in enumerate(rules):
+        at, condition = f"{where}.deletionRules[{number}]", rule["condition"]
+        yield from _deletion_policy(spec, rule["policy"], f"{at}.policy", scales)
+        states = [(key, condition[key]) for key in ("jobStatus", "jobDeploymentStatus") if condition.get(key)]
+        if len(states) != 1:
+            yield Finding(f"{at}.condition", "needs jobStatus or jobDeploymentStatus, and not both")
+            continue
+        known = times.setdefault(states[0], {})
+        if rule["policy"] in known:
+            yield Finding(f"{at}.policy", f"{rule['policy']} stands twice for {states[0][1]}")
+        known[rule["policy"]] = condition.get("ttlSeconds", 0)
+    for (_, state), known in times.items():
+        in_order = [known[policy] for policy in DELETION_ORDER if policy in known]
+        if in_order != sorted(in_order):
+            yield Finding(
+                f"{where}.deletionRules", f"for {state}, ttlSeconds must grow from workers to cluster to the job itself"
+            )
+
+
+def _deletion_policy(spec: Json, policy: str | None, where: str, scales: bool) -> Iterator[Finding]:
+    if policy is None:
+        yield Finding(where, "required, and not given")
+    if policy in ("DeleteCluster", "DeleteWorkers") and spec.get("clusterSelector"):
+        yield Finding(where, f"{policy} is not for a cluster that clusterSelector names")
+    if policy == "DeleteWorkers" and scales:
+        yield Finding(where, "DeleteWorkers is not for a cluster that scales")
+
+
+def _ray_cluster(manifest: Json) -> Iterator[Finding]:
+    yield from _name(manifest["metadata"].get("name"), MAX_RAYCLUSTER_NAME)
+    yield from _cluster(manifest["spec"], manifest["metadata"].get("annotations") or {}, "spec")
+
+
+def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Finding]:
+    scales = spec.get("enableInTreeAutoscaling", False)
+    yield from _group(spec["headGroupSpec"], f"{where}.headGroupSpec")
+    names = set()
+    for number, group in enumerate(spec.get("workerGroupSpecs") or []):
+        at = f"{where}.workerGroupSpecs[{number}]"
+        yield from _group(group, at)
+        yield from _bounds(group, at)
+        if group["groupName"] in names:
+            yield Finding(f"{at}.groupName", f"{group['groupName']!r} stands twice")
+        names.add(group["groupName"])
+        if scales and group.get("suspend"):
+            yield Finding(f"{at}.suspend", "not where the cluster scales")
+        if (group.get("idleTimeoutSeconds") is not None or group.get("priority")) and not _is_v2(spec):
+            field = "idleTimeoutSeconds" if group.get("idleTimeoutSeconds") is not None else "priority"
+            yield Finding(f"{at}.{field}", "needs autoscalerOptions.version: v2")
+        if (group.get("idleTimeoutSeconds") or 0) < 0:
+            yield Finding(f"{at}.idleTimeoutSeconds", "must not be negative")
+        if group.get("priority") and _version(spec) < (2, 56):
+            yield Finding(f"{at}.priority", "needs rayVersion 2.56 or later")
+    yield from _autoscaler(spec, where)
+    yield from _authentication(spec, where)
+    yield from _fault_tolerance(spec, annotations, where)
+    for field, gate in FEATURE_GATES.items():
+        if spec.get(field) is not None:
+            yield Finding(f"{where}.{field}", f"needs the operator's feature gate {gate}, which is off by default")
+
+
+def _group(group: Json, where: str) -> Iterator[Finding]:
+    start = group.get("rayStartParams") or {}
+    if not group["template"]["spec"].get("containers"):
+        yield Finding(f"{where}.template.spec.containers", "at least one is expected, and Ray's first")
+    if group.get("resources") and any(start.get(key) for key in SIZES_OF_START):
+        yield Finding(f"{where}.resources", "rayStartParams says sizes as well: use one of them")
+    if "labels" in start:
+        yield Finding(f"{where}.rayStartParams.labels", "is not supported: use the group's own field labels")
+    for key, value in (group.get("labels") or {}).items():
+        if not _LABEL_KEY.fullmatch(key):
+            yield Finding(f"{where}.labels.{key}", "the key is no label of Kubernetes")
+        if not _LABEL_VALUE.fullmatch(value):
+            yield Finding(f"{where}.labels.{key}", f"{value!r} is no value of a label of Kubernetes")
+
+
+def _bounds(group: Json, where: str) -> Iterator[Finding]:
+    low, high = group.get("minReplicas", 0), group.get("maxReplicas", MAX_REPLICAS)
+    for field in ("minReplicas", "maxReplicas", "replicas"):
+        if group.get(field, 0) < 0:
+            yield Finding(f"{where}.{field}", "must not be negative")
+    if low > high:
+        yield Finding(f"{where}.minReplicas", f"{low} is more than maxReplicas={high}")
+    elif "replicas" in group and not low <= group["replicas"] <= high:
+        yield Finding(f"{where}.replicas", f"{group['replicas']} is not from minReplicas={low} to maxReplicas={high}")
+
+
+def _autoscaler(spec: Json, where: str) -> Iterator[Finding]:
+    options = spec.get("autoscalerOptions") or {}
+    own = _environment(spec["headGroupSpec"])
+    if not spec.get("enableInTreeAutoscaling") and own.get(AUTOSCALER_V2) in ("1", "true"):
+        yield Finding(f"{where}.enableInTreeAutoscaling", f"{AUTOSCALER_V2} is set: say true")
+    if spec.get("enableInTreeAutoscaling") and "version" in options and AUTOSCALER_V2 in own:
+        yield Finding(
+            f"{where}.autoscalerOptions.version", f"the head's {AUTOSCALER_V2} says it as well: leave that out"
+        )
+    if spec.get("enableInTreeAutoscaling") and _is_v2(spec):
+        groups = {f"workerGroupSpecs[{n}]": g for n, g in enumerate(spec.get("workerGroupSpecs") or [])}
+        for name, group in {"headGroupSpec": spec["headGroupSpec"], **groups}.items():
+            if _restarts(group):
+                at = f"{where}.{name}.template.spec.restartPolicy"
+                yield Finding(at, "the autoscaler of version v2 needs Never, or none")
+    if (options.get("idleTimeoutSeconds") or 0) < 0:
+        yield Finding(f"{where}.autoscalerOptions.idleTimeoutSeconds", "must not be negative")
+    if any(e["name"] == "KUBERAY_GEN_AUTOSCALER_START_CMD" for e in options.get("env") or []):
+        yield Finding(f"{where}.autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is the operator's own")
+
+
+def _authentication(spec: Json, where: str) -> Iterator[Finding]:
+    options = spec.get("authOptions") or {}
+    if options.get("mode") == "token" and _version(spec) < (2, 52):
+        yield Finding(f"{where}.rayVersion", "authOptions.mode: token needs it, and 2.52.0 or later")
+    if _is_token_of_kubernetes(spec):
+        at = f"{where}.authOptions.enableK8sTokenAuth"
+        if options.get("mode") != "token":
+            yield Finding(at, "needs mode: token")
+        elif _version(spec) < (2, 55):
+            yield Finding(at, "needs rayVersion 2.55.0 or later")
+        if options.get("secretName"):
+            yield Finding(f"{where}.authOptions.secretName", "not with enableK8sTokenAuth")
+
+
+def _fault_tolerance(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Finding]:
+    options, head = spec.get("gcsFaultToleranceOptions"), spec["headGroupSpec"]
+    start, own = head.get("rayStartParams") or {}, _environment(head)
+    if options is None:
+        if "RAY_REDIS_ADDRESS" in own and annotations.get("ray.io/ft-enabled", "").lower() != "true":
+            yield Finding(f"{where}.gcsFaultToleranceOptions", "the head's RAY_REDIS_ADDRESS needs it")
+        return
+    if options.get("backend") == "rocksdb":
+        gate = "GCSFaultToleranceEmbeddedStorage"
+        at = f"{where}.gcsFaultToleranceOptions.backend"
+        yield Finding(at, f"rocksdb needs the operator's feature gate {gate}, which is off by default")
+    for key in ("ray.io/ft-enabled", "ray.io/external-storage-namespace"):
+        if annotations.get(key):
+            yield Finding(f"metadata.annotations.{key}", "not with gcsFaultToleranceOptions")
+    for key in ("redis-password", "redis-username"):
+        if start.get(key):
+            yield Finding(f"{where}.headGroupSpec.rayStartParams.{key}", "not with gcsFaultToleranceOptions")
+    for key in ("REDIS_PASSWORD", "REDIS_USERNAME", "RAY_REDIS_ADDRESS"):
+        if key in own:
+            at = f"{where}.headGroupSpec.template.spec.containers[0].env"
+            yield Finding(at, f"{key}: not with gcsFaultToleranceOptions")
+
+
+def _name(name: str | None, longest: int) -> Iterator[Finding]:
+    if name is None:  # the API server makes one
+        return
+    if len(name) > longest:
+        yield Finding("metadata.name", f"{len(name)} characters: the operator allows {longest}")
+    elif not _DNS_1035.fullmatch(name):
+        yield Finding("metadata.name", f"{name!r}: a letter, then letters, digits and -, in lower case (DNS-1035)")
+
+
+def _environment(group: Json) -> dict[str, str]:
+    containers = group["template"]["spec"].get("containers") or [{}]
+    return {e["name"]: e.get("value", "") for e in containers[0].get("env") or []}
+
+
+def _restarts(group: Json) -> bool:
+    return group["template"]["spec"].get("restartPolicy", "Never") != "Never"
+
+
+def _is_v2(spec: Json) -> bool:
+    return (spec.get("autoscalerOptions") or {}).get("version") == "v2"
+
+
+def _is_token_of_kubernetes(spec: Json) -> bool:
+    return (spec.get("authOptions") or {}).get("enableK8sTokenAuth", False)
+
+
+def _version(spec: Json) -> tuple[int, ...]:
+    """Read rayVersion; what is none counts as older than all."""
+    found = re.match(r"v?(\d+)\.(\d+)", spec.get("rayVersion") or "")
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,0 +1,118 @@
+"""Check a manifest against the schemas of KubeRay's custom resources, offline, as strictly as the API server would."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any, NamedTuple
+
+from jsonschema import Draft7Validator
+from jsonschema.exceptions import ValidationError
+
+Json = dict[str, Any]
+
+SCHEMAS = {
+    ("ray.io/v1", "RayJob"): "rayjobs.json",
+    ("ray.io/v1", "RayCluster"): "rayclusters.json",
+    ("v1", "ServiceAccount"): "companions.json",
+    ("v1", "ConfigMap"): "companions.json",
+    ("v1", "PersistentVolumeClaim"): "companions.json",
+    ("networking.k8s.io/v1", "NetworkPolicy"): "companions.json",
+    ("monitoring.coreos.com/v1", "PodMonitor"): "companions.json",
+}
+INTEGERS = {"int32": 2**31, "int64": 2**63}
+
+
+class Finding(NamedTuple):
+    """What is wrong with one field of a manifest."""
+
+    field: str
+    what: str
+
+
+def schema_findings(manifest: Json) -> list[Finding]:
+    """List every field that the schema of the manifest's kind does not know or does not allow."""
+    kind = (manifest.get("apiVersion"), manifest.get("kind"))
+    if kind not in SCHEMAS:
+        known = ", ".join(f"{k} ({version})" for version, k in SCHEMAS)
+        return [Finding("kind", f"{kind[1]!r} of {kind[0]!r} is not known here; known: {known}")]
+    return [finding for error in _validator(*kind).iter_errors(manifest) for finding in _findings(error)]
+
+
+def _findings(error: ValidationError) -> Iterator[Finding]:
+    path = field_path(list(error.absolute_path))
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = error.schema.get("properties", {}) if isinstance(error.schema, dict) else {}
+        for key in sorted(set(error.instance) - set(known)):
+            yield Finding(f"{path}.{key}".lstrip("."), "unknown field")
+    elif error.validator == "required" and isinstance(error.instance, dict):
+        needed = error.validator_value if isinstance(error.validator_value, list) else []
+        missing = [key for key in needed if key not in error.instance]
+        # The library reports one error for each missing key; its message begins with that key.
+        for key in [key for key in missing if error.message.startswith(repr(key))]:
+            yield Finding(f"{path}.{key}".lstrip("."), "required, and not given")
+    elif error.validator == "anyOf":
+        yield Finding(path, f"{error.instance!r} is neither a whole number nor text")
+    else:
+        yield Finding(path or "(root)", error.message[:200])
+
+
+def field_path(parts: list[str | int]) -> str:
+    """Write a path as `spec.workerGroupSpecs[0].replicas`."""
+    written = ""
+    for part in parts:
+        written += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return written.lstrip(".")
+
+
+@functools.cache
+def _validator(version: str, kind: str) -> Draft7Validator:
+    file = resources.files("dpo_ray.deploy.kubernetes").joinpath("crds", SCHEMAS[version, kind])
+    schema = json.loads(file.read_text(encoding="utf-8"))
+    common = json.loads(
+        resources.files("dpo_ray.deploy.kubernetes").joinpath("crds", "companions.json").read_text("utf-8")
+    )
+    if SCHEMAS[version, kind] == "companions.json":
+        schema = {**schema["kinds"][kind], "definitions": schema["definitions"]}
+    else:
+        _strict(schema)  # before the metadata, which the vendor leaves open
+        schema["properties"]["metadata"] = {"$ref": "#/definitions/metadata"}
+        schema["definitions"] = common["definitions"]
+        schema["properties"].pop("status", None)
+        schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
+    return Draft7Validator(schema)
+
+
+def _strict(schema: Any) -> None:
+    """Turn a structural schema of Kubernetes into JSON Schema that refuses unknown fields, in place."""
+    if isinstance(schema, list):
+        for part in schema:
+            _strict(part)
+        return
+    if not isinstance(schema, dict):
+        return
+    if schema.pop("x-kubernetes-int-or-string", False) is True:
+        for key in ("type", "pattern"):
+            schema.pop(key, None)
+        schema["anyOf"] = [{"type": "integer"}, {"type": "string"}]
+    kind = schema.get("type")
+    if schema.pop("nullable", False) is True and isinstance(kind, str):
+        schema["type"] = [kind, "null"]
+    limit = INTEGERS.get(schema.get("format", "")) if kind == "integer" else None
+    if limit is not None:
+        schema.setdefault("minimum", -limit)
+        schema.setdefault("maximum", limit - 1)
+    open_ended = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields") is True
+    properties = schema.get("properties")
+    if isinstance(properties, dict) and "required" in schema:  # the API server fills in defaults before it checks
+        schema["required"] = [key for key in schema["required"] if "default" not in properties.get(key, {})]
+    if kind == "object" and isinstance(properties, dict) and not open_ended:
+        schema["additionalProperties"] = False
+    for key, value in list(schema.items()):
+        if key == "properties" and isinstance(value, dict):
+            for part in value.values():  # a field may have a keyword's name
+                _strict(part)
+        elif key not in ("enum", "default", "required"):
+            _strict(value)

@@ -1,0 +1,1 @@
+"""Submit a recipe as a Ray job, follow its log, stop it."""

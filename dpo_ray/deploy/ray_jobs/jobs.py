@@ -1,0 +1,175 @@
+"""Jobs of a cluster that are runs of recipes: what state each is in, in a user's words, and how one is stopped."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from dpo_ray.errors import EXIT_CODES, InfrastructureError, StoppedError
+
+from . import stop_driver
+from .server import answers, last_line
+
+METADATA = "dpo_ray."  # begins the names of ours
+STOPS = f"{METADATA}stops"
+CHECKPOINT_STEP = re.compile(r"asked to stop, and has, after step (\d+) of (\d+)")  # in a driver's last words
+DRIVER_STOPPED = "stopped; the same command goes on"  # its last words; Ray's threads may abort the process after them
+ALREADY = "already exists"  # in Ray's refusal of a second job of one name
+POLL_SECONDS = 2.0
+ASK_SECONDS = 90.0  # for the head to start the small job that signals a driver
+ENDING_SECONDS = 120.0  # after Ray's own stop
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission. Times are seconds since 1970; the exit code is the driver's, where it ended by itself."""
+
+    id: str
+    status: str
+    exit_code: int | None
+    message: str
+    recipe: str
+    output: str
+    attempt: int
+    version: str
+    recipe_sha256: str
+    started: float | None
+    ended: float | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its driver has ended, or never will begin."""
+        return JobStatus(self.status).is_terminal()
+
+    @property
+    def code(self) -> int:
+        """Return what `dpo-ray run` would have exited with; 0 while it goes on."""
+        if self.exit_code is not None:
+            stopped = self.exit_code in (-15, 143) or (self.exit_code < 0 and DRIVER_STOPPED in self.message)
+            return StoppedError.exit_code if stopped else self.exit_code % 256
+        if self.status == JobStatus.STOPPED:
+            return StoppedError.exit_code
+        return InfrastructureError.exit_code if self.status == JobStatus.FAILED else 0
+
+    @property
+    def words(self) -> str:
+        """Say what became of it, and what to do."""
+        if self.status == JobStatus.PENDING:
+            return "waits to start"
+        if self.status == JobStatus.RUNNING:
+            return "runs"
+        if self.code == 0:
+            return "done"
+        if self.code == StoppedError.exit_code:
+            if step := CHECKPOINT_STEP.search(self.message):
+                return f"stopped with a checkpoint after step {step[1]} of {step[2]}; submit again to go on"
+            how = "stopped at once" if self.exit_code is None else "stopped"
+            return f"{how}; submit again to go on from what was committed"
+        if self.exit_code is None:
+            return f"failed: {last_line(self.message)}; submit again to go on"
+        meaning = EXIT_CODES.get(self.code, "the traceback in its logs says where").splitlines()[0].rstrip(".")
+        return f"failed with exit code {self.code}: {meaning}"
+
+
+def look(client: JobSubmissionClient, job: str) -> Job:
+    """Ask for one job.
+
+    Raises:
+        ConfigError: the cluster knows no such job.
+        InfrastructureError: the cluster does not answer.
+    """
+    with answers(client.get_address(), job):
+        return _job(client.get_job_info(job))
+
+
+def every(client: JobSubmissionClient) -> list[Job]:
+    """Ask for all jobs that are runs of recipes, the newest first."""
+    with answers(client.get_address()):
+        found = client.list_jobs()
+    ours = [_job(details) for details in found if f"{METADATA}recipe" in (details.metadata or {})]
+    return sorted(ours, key=lambda job: (-(job.started or 0), job.id))
+
+
+def stop(client: JobSubmissionClient, job: str, grace_seconds: float, say: Callable[[str], None]) -> Job:
+    """End a job by way of a checkpoint, and return it as it ended.
+
+    The driver gets SIGTERM, on which it makes a checkpoint after its step; one that has not ended `grace_seconds` later is
+    stopped by Ray, without one. A second call joins the first, as a second SIGTERM would end the driver at once.
+
+    Raises:
+        ConfigError: the cluster knows no such job.
+        InfrastructureError: the cluster does not answer, or the job does not end.
+    """
+    found = look(client, job)
+    if found.is_over:
+        return found
+    if found.status == JobStatus.RUNNING and grace_seconds > 0 and _signal_driver(client, found.id):
+        say(f"{found.id}: told to stop; it ends after its step and a checkpoint (waiting up to {grace_seconds:g} s)")
+        found = _until_over(client, found.id, grace_seconds)
+        if not found.is_over:
+            say(f"{found.id}: not ended after {grace_seconds:g} s")
+    if not found.is_over:
+        say(f"{found.id}: stopped by Ray, without a checkpoint of its own")
+        with answers(client.get_address(), found.id):
+            client.stop_job(found.id)
+        found = _until_over(client, found.id, ENDING_SECONDS)
+    if not found.is_over:
+        fix = "look at the dashboard: does the head still run?"
+        raise InfrastructureError(f"not ended {ENDING_SECONDS:g} s after Ray was told to stop it", where=job, fix=fix)
+    return found
+
+
+def _signal_driver(client: JobSubmissionClient, job: str) -> bool:
+    """Have the head send SIGTERM to a job's driver, once for each job; False if it found none.
+
+    The signal comes from a job of its own, as Ray puts it on the head, where drivers are, in any image.
+    """
+    place, signals = client.get_address(), f"{job}-stop"
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-stop-") as directory:
+        script = Path(stop_driver.__file__)
+        shutil.copyfile(script, Path(directory) / script.name)
+        try:
+            with answers(place):
+                client.submit_job(
+                    entrypoint=f"python {script.name} {shlex.quote(job)}",
+                    submission_id=signals,
+                    metadata={STOPS: job},
+                    runtime_env={"working_dir": directory},
+                )
+        except InfrastructureError as error:
+            if ALREADY not in error.what:
+                raise
+    return _until_over(client, signals, ASK_SECONDS).status == JobStatus.SUCCEEDED
+
+
+def _until_over(client: JobSubmissionClient, job: str, seconds: float) -> Job:
+    until = time.monotonic() + seconds
+    while not (found := look(client, job)).is_over and time.monotonic() < until:
+        time.sleep(min(POLL_SECONDS, max(0.0, until - time.monotonic())))
+    return found
+
+
+def _job(details: JobDetails) -> Job:
+    ours = {name.removeprefix(METADATA): value for name, value in (details.metadata or {}).items()}
+    attempt = re.search(r"-(\d+)$", details.submission_id or "")
+    return Job(
+        id=details.submission_id or details.job_id or "",
+        status=details.status.value,
+        exit_code=details.driver_exit_code,
+        message=details.message or "",
+        recipe=ours.get("recipe", ""),
+        output=ours.get("output", ""),
+        attempt=int(attempt[1]) if attempt else 0,
+        version=ours.get("version", ""),
+        recipe_sha256=ours.get("recipe_sha256", ""),
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+    )

@@ -1,0 +1,89 @@
+"""Submit a recipe to a running Ray cluster as a job: its driver runs on the head, and needs this machine no more."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobSubmissionClient
+
+from dpo_ray import __version__
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.errors import InfrastructureError, LeaseError
+
+from .jobs import ALREADY, METADATA, Job, every
+from .server import answers
+from .working_directory import RECIPE_FILE, fill
+
+ENTRYPOINT = (
+    f"python -m dpo_ray.deploy.ray_jobs.same_versions dpo-ray=={shlex.quote(__version__)}"
+    f" && exec python -m dpo_ray run {RECIPE_FILE} ray.address=auto"  # exec: a signal to the job's process is one to the driver
+)
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What was sent, and the id to ask for it by."""
+
+    id: str
+    files: list[str]
+
+
+def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, Any], code: Path | None) -> Submitted:
+    """Send a recipe, and have the head run it. `environment` is Ray's runtime environment, without a working directory.
+
+    A run that has failed or was stopped goes on: its artifacts are where they were, and only the attempt's number is new.
+
+    Raises:
+        ConfigError: the recipe names what only this machine sees, or too much would be sent.
+        LeaseError: the same run still goes on there.
+        InfrastructureError: the cluster does not answer, or refuses the job.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-submit-") as directory:
+        files = fill(Path(directory), recipe, code)
+        digest = hashlib.sha256((Path(directory) / RECIPE_FILE).read_bytes()).hexdigest()
+        jobs = every(client)
+        _check_not_going_on(recipe, jobs, client.get_address())
+        attempt = next_attempt(recipe.name, jobs)
+        try:
+            with answers(client.get_address()):
+                made = client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    submission_id=f"{recipe.name}-{attempt}",
+                    runtime_env={**environment, "working_dir": directory},
+                    metadata={
+                        f"{METADATA}recipe": recipe.name,
+                        f"{METADATA}output": recipe.output,
+                        f"{METADATA}version": __version__,
+                        f"{METADATA}recipe_sha256": digest,
+                        f"{METADATA}attempt": str(attempt),
+                    },
+                )
+        except InfrastructureError as error:
+            if ALREADY not in error.what:
+                raise
+            what = f"somebody else has just submitted {recipe.name}-{attempt}"
+            fix = "`dpo-ray list` shows it; if it is another run of this name, submit again"
+            raise LeaseError(what, where=f"{recipe.name} at {client.get_address()}", fix=fix) from error
+    return Submitted(made, files)
+
+
+def next_attempt(name: str, jobs: list[Job]) -> int:
+    """Count one on from the highest attempt that the cluster knows of, whatever became of it."""
+    made = [re.fullmatch(rf"{re.escape(name)}-(\d+)", job.id) for job in jobs]
+    return 1 + max((int(match[1]) for match in made if match), default=0)
+
+
+def _check_not_going_on(recipe: Recipe, jobs: list[Job], place: str) -> None:
+    for job in jobs:
+        if not job.is_over and (job.recipe, job.output) == (recipe.name, recipe.output):
+            raise LeaseError(
+                f"this run goes on already: it is the job {job.id}, which {job.words}",
+                where=f"{recipe.name} at {place}",
+                fix=f"dpo-ray logs {job.id} -f follows it, dpo-ray stop {job.id} ends it; another `name` is another run",
+            )

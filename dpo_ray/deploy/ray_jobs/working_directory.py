@@ -1,0 +1,152 @@
+"""The directory that is sent to the cluster with a job: the recipe, its chat template, and a user's own code; never data."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray._private.thirdparty.pathspec.pathspec import PathSpec  # Ray's own uploads read ignore files by it
+
+from dpo_ray.config.load import validate_recipe
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.deploy.shared_paths import named_places
+from dpo_ray.errors import ConfigError
+
+RECIPE_FILE = "recipe.yaml"
+TEMPLATE_FILE = "chat_template.jinja"
+MAX_BYTES = 20 << 20  # the head keeps it in memory, and sends it to every node
+NAMED_IN_REFUSALS = 3
+IGNORE_FILES = (".gitignore", ".rayignore")
+NEVER_SENT = (
+    *(".git", ".venv", "venv", "__pycache__", ".ray", ".env*", ".netrc", ".aws", ".ssh", ".kube", ".docker", ".pypirc"),
+    *(".git-credentials", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*"),
+)
+"""Names of what is no code, or is a secret."""
+
+HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Write the recipe, overrides and all, as the cluster's driver will read it.
+
+    Raises:
+        ConfigError: it names a place that only this machine sees.
+    """
+    values: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True, exclude={"cluster": {"kubernetes"}})
+    values.setdefault("output", recipe.output)
+    for section, key, field in named_places(values):
+        may_be_hub_name = key == "path" and section.get("type") != "files"
+        for path in section[key] if isinstance(section[key], list) else [section[key]]:
+            _check_seen_by_all(str(path), field, may_be_hub_name)
+    if _template(recipe) is not None:
+        values["data"]["chat_template"] = TEMPLATE_FILE
+    values["ray"] = {"address": "auto"}
+    validate_recipe(values, where=f"{recipe.name} on the cluster")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def fill(target: Path, recipe: Recipe, code: Path | None) -> list[str]:
+    """Put into `target` what is to be sent, and return the names of its files.
+
+    `code` is a directory of the user's own, such as one with a judge's function; what its .gitignore and .rayignore files
+    name is left out. A recipe.yaml in it gives way to the recipe.
+
+    Raises:
+        ConfigError: no such directory or template, it is too large, or the recipe names a place that only this machine sees.
+    """
+    text, template = recipe_text(recipe), _template(recipe)
+    if code is not None:
+        for name in code_files(code):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(code / name, target / name)
+    (target / RECIPE_FILE).write_text(text, encoding="utf-8")
+    if template is not None:
+        (target / TEMPLATE_FILE).write_text(_read(template), encoding="utf-8")
+    return sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file())
+
+
+def code_files(directory: Path) -> list[str]:
+    """List the files of a user's directory that are sent, relative to it.
+
+    Raises:
+        ConfigError: no such directory, or more than MAX_BYTES.
+    """
+    where = f"--working-dir {directory}"
+    if not directory.is_dir():
+        raise ConfigError("there is no such directory", where=where, fix="name the one that holds your own code")
+    sizes = {file: (directory / file).stat().st_size for file in _walk(directory, "", [])}
+    total = sum(sizes.values())
+    if total > MAX_BYTES:
+        largest = sorted(_by_entry(sizes).items(), key=lambda item: -item[1])[:NAMED_IN_REFUSALS]
+        named = ", ".join(f"{entry} ({_mib(size)})" for entry, size in largest)
+        what = f"{_mib(total)} to send, and {_mib(MAX_BYTES)} is the limit; the largest: {named}"
+        fix = "name them in its .rayignore; models and data belong where all nodes see them"
+        raise ConfigError(what, where=where, fix=fix)
+    return sorted(sizes)
+
+
+def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[str]:
+    """Yield files below `at`, without what an ignore file there or above it names; links to directories are not followed."""
+    here = root / at
+    for name in IGNORE_FILES:
+        if (here / name).is_file():
+            lines = _read(here / name).splitlines()
+            rules = [*rules, (at, PathSpec.from_lines("gitwildmatch", lines))]
+    for entry in sorted(here.iterdir()):
+        path = posixpath.join(at, entry.name) if at else entry.name
+        is_directory = entry.is_dir()
+        if any(fnmatch(entry.name, name) for name in (*NEVER_SENT, *IGNORE_FILES)) or _ignored(
+            path, is_directory, rules
+        ):
+            continue
+        if is_directory and not entry.is_symlink():
+            yield from _walk(root, path, rules)
+        elif entry.is_file() and entry.resolve().is_relative_to(root.resolve()):  # no link to what is elsewhere
+            yield path
+
+
+def _ignored(path: str, is_directory: bool, rules: list[tuple[str, PathSpec]]) -> bool:
+    end = "/" if is_directory else ""
+    return any(spec.match_file(posixpath.relpath(path, at or ".") + end) for at, spec in rules)
+
+
+def _by_entry(sizes: dict[str, int]) -> dict[str, int]:
+    """Add up sizes by file at the top, and by directory below."""
+    entries: dict[str, int] = {}
+    for file, size in sizes.items():
+        head, *below = file.split("/")
+        entry = f"{head}/" if below else head
+        entries[entry] = entries.get(entry, 0) + size
+    return entries
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.1f} MiB"
+
+
+def _check_seen_by_all(path: str, field: str, may_be_hub_name: bool) -> None:
+    if "://" in path or path.startswith("builtin:") or posixpath.isabs(path):
+        return
+    if may_be_hub_name and HUB_NAME.match(path) and not Path(path).exists():
+        return
+    example = f"{field}=/shared/{posixpath.basename(path.rstrip('/')) or 'runs'}"
+    fix = f"an absolute path that every node of the cluster sees, or a URI: {example}, or s3://bucket/..."
+    raise ConfigError("a relative path means something else on the cluster", where=f"{field}={path}", fix=fix)
+
+
+def _template(recipe: Recipe) -> Path | None:
+    choice = recipe.data.chat_template
+    return None if choice in ("auto", "plain") else Path(choice)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path), fix="name a file of UTF-8 text") from None

@@ -1,0 +1,85 @@
+"""Completions that a pool's engines sample from a model, and their log-probs under one: what evaluations compare by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from dpo_ray.errors import EngineError
+from dpo_ray.reference.store.store import ReferenceStore
+
+from .granule import GRANULE
+from .lookup import cut, find_missing
+from .pool import EnginePool
+from .sampling import Sampled, Sampling, prompt_key
+from .scorer import ScorerSettings
+
+SampledCompletion = tuple[tuple[int, ...], bool]  # token ids, and whether they end with an end-of-turn token
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """A model as engines load it, and the store of its log-probs."""
+
+    settings: ScorerSettings
+    store: ReferenceStore
+
+
+def sample_completions(
+    pool: EnginePool, model: EngineModel, table: pa.Table, sampling: Sampling, groups_per_granule: int
+) -> list[SampledCompletion]:
+    """Sample one completion of each prompt of a table of schema PROMPTS, in its order.
+
+    Raises:
+        EngineError: no engine survived a prompt.
+    """
+    pool.load(model.settings, model.store)
+    by_prompt: dict[bytes, SampledCompletion] = {}
+    for answer in pool.sample((ray.put(granule) for granule in cut([table], groups_per_granule)), sampling):
+        if not isinstance(answer, Sampled):
+            raise EngineError(
+                f"{answer.groups} held-out prompts cost every engine that sampled for them",
+                where=model.settings.model_dir,
+                fix="leave their rows out of data.eval, or give the engines more memory; --verbose shows their logs",
+            )
+        for row in answer.table.to_pylist():
+            by_prompt[row["group_id"]] = tuple(row["completion_ids"][0]), row["ended"][0]
+    return [by_prompt[prompt_key(ids)] for ids in table["prompt_ids"].to_pylist()]
+
+
+def completion_logps(
+    pool: EnginePool,
+    model: EngineModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    groups_per_granule: int,
+) -> np.ndarray:
+    """Score one completion of each prompt, through the store; float64 [prompts], nats summed over each; 0 for an empty one.
+
+    Raises:
+        EngineError: the model has no finite log-probs for one of them.
+    """
+    rows = [i for i, completion in enumerate(completions) if len(completion)]
+    columns = {
+        "group_id": [i.to_bytes(16, "big") for i in rows],
+        "prompt_ids": [list(prompts[i]) for i in rows],
+        "completion_ids": [[list(completions[i])] for i in rows],
+    }
+    table, store, sums = pa.table(columns, schema=GRANULE), model.store, np.zeros(len(completions))
+    missing, _ = find_missing(table, store, store.index())
+    if len(missing):
+        pool.load(model.settings, store)
+        for scored in pool.run(ray.put(granule) for granule in cut([missing], groups_per_granule)):
+            if scored.unscored:
+                raise EngineError(
+                    f"a sampled completion has no log-probs ({scored.unscored[0].detail})",
+                    where=model.settings.model_dir,
+                    fix="look at the model: training may have broken it",
+                )
+    for row, logps in zip(rows, store.fetch(store.index(), store.keys(table)).to_pylist(), strict=True):
+        sums[row] = np.sum(np.array(logps, np.float64))
+    return sums

@@ -1,0 +1,88 @@
+"""Which completions the reference store lacks, and how they are cut to granules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_ray.reference.store.index import StoreIndex
+from dpo_ray.reference.store.store import ReferenceStore
+
+from .granule import GRANULE
+
+
+def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> tuple[pa.Table, int]:
+    """Take out of a table of groups those with completions that the store lacks.
+
+    Args:
+        table: rows with group_id, prompt_ids and completion_ids; other columns are passed over.
+
+    Returns:
+        A table of schema GRANULE in the order of the rows, with the missing completions alone, and the number of
+        completions that were found.
+    """
+    groups = table.select(GRANULE.names).combine_chunks().cast(GRANULE)
+    if not len(groups):
+        return GRANULE.empty_table(), 0
+    missing = ~index.find(store.keys(groups))  # bool [completions]
+    completions = groups["completion_ids"].chunk(0)
+    first, last = completions.offsets.to_numpy()[[0, -1]]
+    offsets = completions.offsets.to_numpy() - first
+    before = np.concatenate([[0], np.cumsum(missing)])  # [completions + 1]: missing ones before each
+    counts = np.diff(before[offsets])  # [groups]
+    kept = np.flatnonzero(counts)
+    lists = completions.values.slice(first, last - first).filter(pa.array(missing))
+    ends = np.cumsum([0, *counts[kept]], dtype=np.int32)
+    columns = {
+        "group_id": groups["group_id"].take(pa.array(kept)),
+        "prompt_ids": groups["prompt_ids"].take(pa.array(kept)),
+        "completion_ids": pa.ListArray.from_arrays(pa.array(ends), lists),
+    }
+    return pa.table(columns, schema=GRANULE), int(len(missing) - missing.sum())
+
+
+def cut(tables: Iterable[pa.Table], groups: int) -> Iterator[pa.Table]:
+    """Cut tables, laid end to end, to tables of `groups` rows each; the last may be shorter, none is empty."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += len(table)
+        while rows >= groups:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, groups)
+            held, rows = [whole.slice(groups)], rows - groups
+    if rows:
+        yield pa.concat_tables(held)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a look-up has come to since it was last told of."""
+
+    known_groups: int  # groups of which the store has all
+    found: int  # completions
+    granule: bool  # a granule follows
+
+
+def look_up(
+    tables: Iterable[pa.Table], store: ReferenceStore, index: StoreIndex, groups_per_granule: int
+) -> Iterator[Looked | pa.Table]:
+    """Yield counts and a granule in turns, and at the end counts alone."""
+    known_groups = found = 0
+
+    def missing() -> Iterator[pa.Table]:
+        nonlocal known_groups, found
+        for table in tables:
+            lacking, here = find_missing(table, store, index)
+            known_groups, found = known_groups + len(table) - len(lacking), found + here
+            yield lacking
+
+    for granule in cut(missing(), groups_per_granule):
+        yield Looked(known_groups, found, granule=True)
+        known_groups = found = 0
+        yield granule
+    yield Looked(known_groups, found, granule=False)

@@ -1,0 +1,213 @@
+"""Look over a reference store: what is in it, and whether all of it is sound."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError
+
+from .segment import read_size, read_whole, stamp_nanoseconds
+from .store import (
+    ABOUT,
+    KEY,
+    READ_THREADS,
+    StoreIndex,
+    list_partition,
+    marked_unix_seconds,
+    partition_name,
+    read_places,
+    vanished,
+)
+
+READERS = 4  # whole segments in memory at once
+COMPARED_AT_ONCE = 16_384  # entries of keys that stand in several places
+AGREEMENT = {"float32": 1e-4}
+ROUGH_AGREEMENT = 0.5
+"""Nats that two computations of one token's log-prob may differ by: in float32, and where numbers have 16 bits or fewer."""
+_PARTITION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class PartitionStats:
+    """What the store has of one model and one way of computing, from the footers of its files."""
+
+    partition: str
+    model_digest: str  # "" where about.json is missing or damaged
+    numerics: dict[str, Any]  # likewise {}
+    segments: int
+    sequences: int  # one that stands in two segments counts twice
+    tokens: int
+    bytes: int
+    damaged_segments: int  # whose footer cannot be read; `verify` reads all
+    used_unix_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something in the store that is not as it must be."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Contradictions:
+    """Entries of keys that stand in several places with different log-probs: one of the two is wrong, and none can say which."""
+
+    keys: np.ndarray  # KEY [m]
+    segment: np.ndarray  # int64 [m], a position among the names that were compared
+    against: np.ndarray  # int64 [m], that of the entry it differs from
+
+
+def partitions(root: Storage) -> list[str]:
+    """Name the partitions of a store; other directories are passed over."""
+    return [name for name in root.list_dirs() if _PARTITION.fullmatch(name)]
+
+
+def stats(root: Storage) -> list[PartitionStats]:
+    """Say what each partition holds, without reading any log-prob."""
+    return [_stats(root.child(name), name) for name in partitions(root)]
+
+
+def verify(root: Storage) -> Iterator[Fault]:
+    """Read everything, and yield what is wrong: damage, values that are no log-probs, entries that contradict each other."""
+    for name in partitions(root):
+        partition = root.child(name)
+        try:
+            about = read_about(partition)
+            if about and partition_name(about["model_digest"], about["numerics"]) != name:
+                yield Fault(partition.full_path(ABOUT), "it describes another partition")
+        except ArtifactError as error:
+            yield Fault(error.where, error.what)
+        keys, damaged = check_segments(partition)
+        yield from (Fault(error.where, error.what) for error in damaged.values())
+        names, found = list(keys), contradictions(partition, keys)
+        pairs = Counter(zip(found.segment.tolist(), found.against.tolist(), strict=True))
+        for (segment, against), count in sorted(pairs.items()):
+            what = f"{count:,} of its sequences have other log-probs than in {names[against]}"
+            yield Fault(partition.full_path(names[segment]), what)
+
+
+def read_about(partition: Storage) -> dict[str, Any]:
+    """Read which model and numerics a partition is of; {} where nothing says so.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    try:
+        about = json.loads(partition.read_bytes(ABOUT))
+        if not (isinstance(about["model_digest"], str) and isinstance(about["numerics"], dict)):
+            raise ValueError("its fields are of other types")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"the description of a part of the reference store is damaged: {error}",
+            where=partition.full_path(ABOUT),
+            fix="delete that file; the next run that scores writes it again",
+        ) from error
+    return about
+
+
+def last_used_unix_seconds(partition: Storage) -> float | None:
+    """Say when a partition was last used, to within an hour; None where nothing tells."""
+    stamps = [stamp_nanoseconds(name) or 0 for name in list_partition(partition)[0]]
+    known = [marked_unix_seconds(partition) or 0.0, max(stamps, default=0) / 1e9]
+    return max(known) or None
+
+
+def check_segments(partition: Storage) -> tuple[dict[str, np.ndarray], dict[str, ArtifactError]]:
+    """Read and check all segments; returns the sound ones' keys (KEY [n]) and what is wrong with the others, by name."""
+
+    def keys_or_error(name: str) -> np.ndarray | ArtifactError | None:
+        try:
+            return read_whole(partition, name)[0]
+        except ArtifactError as error:
+            return error
+        except FileNotFoundError:  # deleted since the listing
+            return None
+
+    names, _ = list_partition(partition)
+    with ThreadPoolExecutor(READERS) as pool:
+        checked = list(zip(names, pool.map(keys_or_error, names), strict=True))
+    keys = {name: result for name, result in checked if isinstance(result, np.ndarray)}
+    return keys, {name: result for name, result in checked if isinstance(result, ArtifactError)}
+
+
+def contradictions(partition: Storage, keys: Mapping[str, np.ndarray]) -> Contradictions:
+    """Compare the log-probs of keys that stand in several places, by segment name and keys, with those of the first place."""
+    names, columns = list(keys), list(keys.values())
+    tolerance = _tolerance(partition)
+    index = StoreIndex.of(names, columns)
+    every = np.concatenate([np.empty(0, KEY), *columns])
+    segment = np.repeat(np.arange(len(names)), [len(column) for column in columns])
+    row = np.concatenate([np.empty(0, np.int64), *(np.arange(len(column)) for column in columns)])
+    first = index.positions(every)
+    again = np.flatnonzero((index.segment[first] != segment) | (index.row[first] != row))
+    differ = [np.empty(0, np.int64)]
+    for begin in range(0, len(again), COMPARED_AT_ONCE):
+        at = again[begin : begin + COMPARED_AT_ONCE]
+        try:
+            here = read_places(partition, names, segment[at], row[at])
+            there = read_places(partition, names, index.segment[first[at]], index.row[first[at]])
+        except FileNotFoundError as error:
+            raise vanished(partition) from error
+        differ.append(at[differing(here, there, tolerance)])
+    at = np.concatenate(differ)
+    return Contradictions(every[at], segment[at], index.segment[first[at]].astype(np.int64))
+
+
+def differing(some: pa.ListArray, others: pa.ListArray, tolerance: float) -> np.ndarray:
+    """Say of each pair of lists whether they differ in length, or in a value by more than the tolerance: bool [n]."""
+    lengths = np.diff(some.offsets.to_numpy())
+    differ = lengths != np.diff(others.offsets.to_numpy())
+    alike = np.flatnonzero(~differ)
+    values, other_values = (lists.take(pa.array(alike)).flatten().to_numpy() for lists in (some, others))
+    owner = np.repeat(alike, lengths[alike])
+    differ[owner[np.abs(values - other_values) > tolerance]] = True
+    return differ
+
+
+def _tolerance(partition: Storage) -> float:
+    try:
+        return AGREEMENT.get(read_about(partition).get("numerics", {}).get("dtype", ""), ROUGH_AGREEMENT)
+    except ArtifactError:
+        return ROUGH_AGREEMENT
+
+
+def _stats(partition: Storage, name: str) -> PartitionStats:
+    def size_or_none(segment: str) -> tuple[int, int] | None:
+        try:
+            return read_size(partition, segment)
+        except (ArtifactError, FileNotFoundError):
+            return None
+
+    try:
+        about = read_about(partition)
+    except ArtifactError:
+        about = {}
+    names, _ = list_partition(partition)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        sizes = [size for size in pool.map(size_or_none, names) if size is not None]
+    bytes_of = partition.file_sizes()
+    return PartitionStats(
+        partition=name,
+        model_digest=about.get("model_digest", ""),
+        numerics=about.get("numerics", {}),
+        segments=len(names),
+        sequences=sum(rows for rows, _ in sizes),
+        tokens=sum(tokens for _, tokens in sizes),
+        bytes=sum(bytes_of.get(segment, 0) for segment in names),
+        damaged_segments=len(names) - len(sizes),
+        used_unix_seconds=last_used_unix_seconds(partition),
+    )

@@ -1,0 +1,198 @@
+"""Clear a reference store: damaged segments and leftovers go, small segments become one, unused parts go when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dpo_ray.artifacts.lease import Lease
+from dpo_ray.artifacts.names import TEMPORARY_PREFIX
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError
+
+from .care import check_segments, contradictions, last_used_unix_seconds, partitions, read_about
+from .segment import key_column, new_name, stamp_nanoseconds, to_bytes
+from .store import ABOUT, MARK_SECONDS, USED, StoreIndex, list_partition, read_places, vanished
+
+IN_USE_SECONDS = 3600 + MARK_SECONDS
+"""With a mark younger than this a partition may have been used in the last hour: a mark is up to MARK_SECONDS behind."""
+MERGED_BYTES = 64 << 20
+"""Segments are merged up to this size: few enough to list and open, small enough to hold in memory."""
+SMALL_BYTES = MERGED_BYTES // 2
+DEAD_SECONDS = 3600  # a file that has been unfinished for so long has no writer any more
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What was done, or would be done, with some files of a partition."""
+
+    partition: str
+    action: Literal["left alone", "deleted", "merged"]
+    files: int
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """Segments that become one."""
+
+    segments: Sequence[int]  # positions among the sound segments
+    entries: np.ndarray  # int64 [n], positions in the index of what is kept, in the order of segments and rows
+    left_out: int  # sequences whose log-probs contradict each other
+
+
+def clear(
+    root: Storage, *, unused_days: float | None = None, force: bool = False, dry_run: bool = False
+) -> list[Cleared]:
+    """Clear all partitions of a store, and say what was done.
+
+    Data that counts is never lost on the way: what replaces segments is committed before they are deleted. A
+    partition that was used in the last hour is left alone.
+
+    Args:
+        unused_days: delete partitions that no run has used for so long.
+        force: also clear partitions that are in use. A run that reads there looks for what has moved once more.
+        dry_run: change nothing, and say what would be done.
+
+    Raises:
+        LeaseError: another process is clearing this store.
+    """
+    names = partitions(root)
+    # A second process that clears could delete what the first has just merged its own entries into.
+    with contextlib.nullcontext() if dry_run or not names else Lease(root.child("gc")):
+        return [cleared for name in names for cleared in _clear(root.child(name), name, unused_days, force, dry_run)]
+
+
+def _clear(partition: Storage, name: str, unused_days: float | None, force: bool, dry_run: bool) -> Iterator[Cleared]:
+    idle_seconds = time.time() - (last_used_unix_seconds(partition) or 0.0)
+    if idle_seconds < IN_USE_SECONDS and not force:
+        yield Cleared(name, "left alone", 0, 0, "used in the last hour: a run may be writing")
+        return
+    if unused_days is not None and idle_seconds > unused_days * 86400:
+        yield _drop(partition, name, f"not used for {idle_seconds / 86400:,.0f} days", dry_run)
+        return
+    keys, damaged = check_segments(partition)
+    if not keys:
+        yield _drop(partition, name, "it holds no sound segment", dry_run)
+        return
+    yield from _deleted(partition, name, list(damaged), "damaged", dry_run)
+    yield from _deleted(partition, name, _damaged_about(partition), "damaged", dry_run)
+    yield from _delete_unfinished(partition, name, dry_run)
+    yield from _merge(partition, name, keys, dry_run)
+
+
+def _merge(partition: Storage, name: str, keys: dict[str, np.ndarray], dry_run: bool) -> Iterator[Cleared]:
+    names, bytes_of = list(keys), partition.file_sizes()
+    sizes = [bytes_of.get(segment, 0) for segment in names]
+    index = StoreIndex.of(names, list(keys.values()))
+    needless, merges = _plan(partition, index, keys, sizes)
+    yield from _deleted(partition, name, [names[s] for s in needless], "all of it stands in others", dry_run)
+    for merge in merges:
+        if not dry_run:
+            _write_merged(partition, index, merge)
+        merged = [names[s] for s in merge.segments]
+        if not dry_run:
+            for segment in merged:
+                partition.delete(segment)
+        action, why = ("merged", "into one") if len(merge.entries) else ("deleted", "all of it was scored twice")
+        if merge.left_out:
+            why += f", without {merge.left_out:,} sequences whose log-probs contradict each other"
+        yield Cleared(name, action, len(merged), sum(sizes[s] for s in merge.segments), why)
+
+
+def _plan(
+    partition: Storage, index: StoreIndex, keys: dict[str, np.ndarray], sizes: Sequence[int]
+) -> tuple[list[int], list[_Merge]]:
+    """Say which segments nobody would miss, and which become one; all by their position."""
+    found = contradictions(partition, keys)
+    kept = np.ones(len(index), bool)
+    kept[index.positions(found.keys)] = False
+    tainted = {*found.segment.tolist(), *found.against.tolist()}  # rewritten, whatever their size
+    needed = np.bincount(index.segment[kept], minlength=len(sizes))
+    needless = [s for s in range(len(sizes)) if not needed[s] and s not in tainted]
+    small = [s for s in range(len(sizes)) if s in tainted or (needed[s] and sizes[s] < SMALL_BYTES)]
+    order = np.lexsort((index.row, index.segment))  # as they were scored, so that a reader finds neighbours together
+    order = order[kept[order]]
+    merges = []
+    for batch in _batches(small, sizes):
+        if len(batch) > 1 or batch[0] in tainted:
+            entries = order[np.isin(index.segment[order], batch)]
+            left_out = int(np.isin(index.segment[~kept], batch).sum())
+            merges.append(_Merge(batch, entries, left_out))
+    return needless, merges
+
+
+def _batches(segments: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Cut a list of segments to batches of up to MERGED_BYTES, in their order."""
+    batch, total = [], 0
+    for segment in segments:
+        if batch and total + sizes[segment] > MERGED_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(segment)
+        total += sizes[segment]
+    if batch:
+        yield batch
+
+
+def _write_merged(partition: Storage, index: StoreIndex, merge: _Merge) -> None:
+    at = merge.entries
+    if not len(at):
+        return
+    try:
+        values = read_places(partition, index.segments, index.segment[at], index.row[at])
+    except FileNotFoundError as error:
+        raise vanished(partition) from error
+    # It takes the age of its oldest part: of the same key in an older segment that is not merged, that one still counts.
+    stamp = min(stamp_nanoseconds(index.segments[s]) or 0 for s in merge.segments)
+    partition.write(new_name(stamp), to_bytes(key_column(index.keys_at(at)), values), rows=len(at))
+
+
+def _drop(partition: Storage, name: str, why: str, dry_run: bool) -> Cleared:
+    """Delete a partition; what in it is not the store's stays."""
+    bytes_of, (segments, foreign) = partition.file_sizes(), list_partition(partition)
+    if not dry_run and foreign:
+        for file in (*segments, ABOUT, USED):
+            partition.delete(file)
+    elif not dry_run:
+        partition.delete_tree()
+    return Cleared(name, "deleted", len(segments), sum(bytes_of[s] for s in segments), f"all: {why}")
+
+
+def _deleted(partition: Storage, name: str, files: Sequence[str], why: str, dry_run: bool) -> Iterator[Cleared]:
+    bytes_of = partition.file_sizes()
+    if not dry_run:
+        for file in files:
+            partition.delete(file)
+    if files:
+        yield Cleared(name, "deleted", len(files), sum(bytes_of.get(file, 0) for file in files), why)
+
+
+def _damaged_about(partition: Storage) -> list[str]:
+    try:
+        read_about(partition)
+    except ArtifactError:
+        return [ABOUT]
+    return []
+
+
+def _delete_unfinished(partition: Storage, name: str, dry_run: bool) -> Iterator[Cleared]:
+    """Delete what writers left that died in the middle; on an object store nothing of theirs is seen."""
+    left: dict[Path, int] = {}
+    for path in partition.local_path().glob(f"{TEMPORARY_PREFIX}*") if partition.is_local else ():
+        with contextlib.suppress(FileNotFoundError):  # finished in this moment
+            status = path.stat()
+            if time.time() - status.st_mtime > DEAD_SECONDS:
+                left[path] = status.st_size
+    if not dry_run:
+        for path in left:
+            path.unlink(missing_ok=True)
+    if left:
+        yield Cleared(name, "deleted", len(left), sum(left.values()), "left by writers that died")

@@ -1,0 +1,286 @@
+"""The reference store: token log-probs by content key, append-only, shared by all runs that use its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_ray.artifacts.digest import digest
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError, InfrastructureError
+
+from .index import KEY, StoreIndex, as_keys
+from .segment import (
+    SEGMENT,
+    TOKEN_LOGPS,
+    are_logps,
+    key_column,
+    new_name,
+    read_keys,
+    read_values,
+    stamp_nanoseconds,
+    to_bytes,
+)
+
+__all__ = ["KEY", "SEGMENT", "Numerics", "ReferenceStore", "StoreIndex"]
+
+logger = logging.getLogger(__name__)
+ABOUT = "about.json"
+USED = "used.json"
+MARK_SECONDS = 3600  # a mark of use is not written again before
+READ_THREADS = 8  # segments read at the same time: an object store answers slowly, and many at once
+LISTINGS = 3  # tries to read the segments of a listing, while others delete some of them
+GROUPS_AT_ONCE = 16_384  # groups whose token ids are copied at once to be hashed
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """All that a log-prob depends on besides the weights and the tokens."""
+
+    engine: str  # vllm | trainer
+    version: str  # of the engine
+    device: str  # cpu | cuda
+    dtype: str
+    head_dtype: str  # of the matrix that makes logits; log-softmax is float32 always
+    tensor_parallel: int = 1  # sums are then split over GPUs, and round otherwise
+
+    def tag(self) -> dict[str, str | int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ReferenceStore:
+    """The part of the store that belongs to one model and one way of computing; picklable.
+
+    A segment is a Parquet file that appears whole or not at all and is never changed, so writers do not meet and
+    readers need no lock. The same key may stand in several segments (two writers at once): the oldest counts.
+    """
+
+    root: Storage
+    model_digest: str
+    numerics: Numerics
+    partition: Storage = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "partition", self.root.child(partition_name(self.model_digest, self.numerics.tag())))
+
+    def key(self, prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
+        """Compute the key (16 bytes) of a completion: model, numerics and exact token ids."""
+        h = self._hash()
+        for ids in (prompt_ids, completion_ids):
+            h.update(len(ids).to_bytes(4, "little"))
+            h.update(np.asarray(ids, np.int32).tobytes())
+        return h.digest()
+
+    def keys(self, table: pa.Table) -> np.ndarray:
+        """Compute the keys of all completions of a table, group after group.
+
+        Args:
+            table: columns `prompt_ids` (list of int32) and `completion_ids` (list of lists of int32), no nulls.
+
+        Returns:
+            KEY [completions]; the same as `key` of each.
+        """
+        root, digests = self._hash(), []
+        for batch in table.select(["prompt_ids", "completion_ids"]).to_batches(max_chunksize=GROUPS_AT_ONCE):
+            completion_ids = batch["completion_ids"]
+            if completion_ids.null_count:
+                raise ValueError("a group with nulls has no keys")
+            prompts, prompt_ends = _hashable(batch["prompt_ids"])
+            completions, completion_ends = _hashable(completion_ids.flatten())
+            begin, c, at = 0, 0, 0  # of the next prompt's bytes; of the next completion; of its bytes
+            for end, count in zip(prompt_ends, np.diff(completion_ids.offsets).tolist(), strict=True):
+                of_prompt = root.copy()
+                of_prompt.update(prompts[begin:end])
+                begin = end
+                for completion_end in completion_ends[c : c + count]:
+                    of_completion = of_prompt.copy()
+                    of_completion.update(completions[at:completion_end])
+                    digests.append(of_completion.digest())
+                    at = completion_end
+                c += count
+        return np.frombuffer(b"".join(digests), KEY)
+
+    def segments(self) -> list[str]:
+        """List the committed segments, oldest first."""
+        return list_partition(self.partition)[0]
+
+    def index(self, segments: Sequence[str] | None = None, known: StoreIndex | None = None) -> StoreIndex:
+        """Read the keys of all segments, and note that the store is in use.
+
+        A segment that cannot be read is passed over with a warning: what only it holds is scored again.
+
+        Args:
+            segments: read only these. Default: all.
+            known: an index made before; only the segments that it lacks are read.
+        """
+        for _ in range(LISTINGS):
+            names, foreign = list_partition(self.partition)
+            for name in foreign:
+                logger.warning("%s: no file of the reference store; passed over", self.partition.full_path(name))
+            if names:
+                mark_used(self.partition)
+            names = names if segments is None else segments
+            if known is not None:
+                names = sorted(set(names) - {*known.segments, *known.damaged})
+            try:
+                new = read_index(self.partition, names)
+            except FileNotFoundError:  # `dpo-ray store gc` has merged it into another since the listing
+                continue
+            return new if known is None else known.joined(new)
+        raise vanished(self.partition)
+
+    def fetch(self, index: StoreIndex, keys: Sequence[bytes] | np.ndarray) -> pa.ListArray:
+        """Read the log-probs of each key: float32 lists [n], in the order of `keys`; a key may be asked for twice.
+
+        Reads each segment that is needed once, and of it the row groups that are needed. A segment that has gone
+        since the index was made is looked for once more, by an index made anew.
+
+        Raises:
+            ArtifactError: a key is not in the store, or its segment is damaged.
+        """
+        keys = as_keys(keys)
+        try:
+            return self._fetch(index, keys)
+        except FileNotFoundError:
+            pass
+        try:
+            return self._fetch(self.index(), keys)
+        except FileNotFoundError as error:
+            raise vanished(self.partition) from error
+
+    def append(self, keys: Sequence[bytes] | np.ndarray, token_logps: Sequence[np.ndarray] | pa.ListArray) -> str:
+        """Commit a segment, durably; returns its name.
+
+        Args:
+            keys: [n], one for each completion.
+            token_logps: float32 [completion tokens] of each.
+
+        Raises:
+            ArtifactError: a value is not finite or is above 0: not a log-prob, and never to be stored.
+            ValueError: a key is not of 16 bytes, or there are not as many keys as completions.
+        """
+        keys, values = as_keys(keys), as_lists(token_logps)
+        if not are_logps(values.flatten().to_numpy()):
+            raise ArtifactError(
+                "an engine returned values that are no log-probs",
+                where=self.partition.uri,
+                fix="run again; if it stays so, set reference.engine=trainer and report it",
+            )
+        data = to_bytes(key_column(keys), values)
+        mark_used(self.partition)  # before there is anything that a sweep could take for unused
+        if not self.partition.exists(ABOUT):
+            about = {"model_digest": self.model_digest, "numerics": self.numerics.tag()}
+            self.partition.write(ABOUT, json.dumps(about, indent=1).encode())
+        name = new_name()
+        self.partition.write(name, data, rows=len(keys))
+        return name
+
+    def _hash(self) -> hashlib.blake2b:
+        identity = f"{self.model_digest} {json.dumps(self.numerics.tag(), sort_keys=True)}".encode()
+        return hashlib.blake2b(identity, digest_size=KEY.itemsize)
+
+    def _fetch(self, index: StoreIndex, keys: np.ndarray) -> pa.ListArray:
+        positions = index.positions(keys)
+        if (positions < 0).any():
+            raise ArtifactError(
+                f"no log-probs for the key {keys[np.argmin(positions)].tobytes().hex()}",
+                where=self.partition.uri,
+                fix="run again: what is missing is scored",
+            )
+        return read_places(self.partition, index.segments, index.segment[positions], index.row[positions])
+
+
+def partition_name(model_digest: str, numerics: dict[str, str | int]) -> str:
+    """Name the directory of one model and one way of computing."""
+    return f"{model_digest[:16]}-{digest(numerics)[:12]}"
+
+
+def list_partition(partition: Storage) -> tuple[list[str], list[str]]:
+    """List a partition's segments, oldest first, and the files that are none of the store's."""
+    names = partition.list_files()
+    segments = [name for name in names if stamp_nanoseconds(name) is not None]
+    return segments, sorted(set(names) - {*segments, ABOUT, USED})
+
+
+def vanished(partition: Storage) -> ArtifactError:
+    """Say that segments were deleted in the meantime."""
+    fix = "let `dpo-ray store gc` end, then run again"
+    return ArtifactError("segments vanish while they are read", where=partition.uri, fix=fix)
+
+
+def read_index(partition: Storage, names: Sequence[str]) -> StoreIndex:
+    """Read the keys of segments, many at once. Raises FileNotFoundError where one is not there (any more)."""
+
+    def keys_or_error(name: str) -> np.ndarray | ArtifactError:
+        try:
+            return read_keys(partition, name)
+        except ArtifactError as error:
+            return error
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        read = dict(zip(names, pool.map(keys_or_error, names), strict=True))
+    whole = {name: keys for name, keys in read.items() if isinstance(keys, np.ndarray)}
+    for error in read.values():
+        if isinstance(error, ArtifactError):
+            logger.warning("%s", error)
+    return StoreIndex.of(tuple(whole), tuple(whole.values()), damaged=[name for name in names if name not in whole])
+
+
+def read_places(partition: Storage, segments: Sequence[str], segment: np.ndarray, row: np.ndarray) -> pa.ListArray:
+    """Read the lists at places, in their order: `segment` [n] are positions in `segments`, `row` [n] rows there.
+
+    Raises what `read_values` raises.
+    """
+    order = np.lexsort((row, segment))
+    cuts = np.flatnonzero(np.diff(segment[order])) + 1
+    wanted = [(segments[int(segment[at[0]])], row[at].astype(np.int64)) for at in np.split(order, cuts) if len(at)]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        pieces = list(pool.map(lambda piece: read_values(partition, *piece), wanted))
+    here = np.empty(len(order), np.int64)
+    here[order] = np.arange(len(order))
+    return pa.concat_arrays([pa.array([], TOKEN_LOGPS), *pieces]).take(pa.array(here))
+
+
+def as_lists(token_logps: Sequence[np.ndarray] | pa.ListArray) -> pa.ListArray:
+    """Give log-probs as a column of float32 lists, without a Python object for each value."""
+    if isinstance(token_logps, pa.ListArray):
+        return token_logps
+    ends = np.cumsum([0, *(len(logps) for logps in token_logps)], dtype=np.int32)
+    values = np.concatenate([np.empty(0, np.float32), *token_logps], dtype=np.float32, casting="same_kind")
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+
+
+def mark_used(partition: Storage) -> None:
+    """Note when the partition was last used, at most once an hour. A place that may only be read stays unmarked."""
+    try:
+        if time.time() - (marked_unix_seconds(partition) or 0.0) >= MARK_SECONDS:
+            partition.write(USED, json.dumps({"unix_seconds": time.time()}).encode())
+    except (ArtifactError, InfrastructureError) as error:
+        logger.warning("the use of the reference store could not be noted: %s", error)
+
+
+def marked_unix_seconds(partition: Storage) -> float | None:
+    """Return when use was noted last, None where it never was or cannot be read."""
+    try:
+        return float(json.loads(partition.read_bytes(USED))["unix_seconds"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hashable(lists: pa.ListArray) -> tuple[memoryview, list[int]]:
+    """Lay lists of token ids end to end as they are hashed, each after its length, all int32; and where each ends, in bytes."""
+    offsets, values = lists.offsets.to_numpy(), lists.flatten().to_numpy()
+    lengths = np.diff(offsets)
+    if lists.null_count or len(values) != offsets[-1] - offsets[0]:
+        raise ValueError("token ids with nulls have no keys")
+    laid = np.insert(values.astype(np.int32, copy=False), offsets[:-1] - offsets[0], lengths.astype(np.int32))
+    return laid.data.cast("B"), (laid.itemsize * np.cumsum(lengths + 1)).tolist()

@@ -1,0 +1,260 @@
+"""Start a vLLM engine for scoring: what it needs to know follows from the model, the device and the longest sequence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpo_ray.errors import ConfigError, EngineError
+from dpo_ray.models.adapter import Adapter, read_adapter
+from dpo_ray.reference.scorer import ScorerSettings
+
+# Read by vLLM when it is imported. The engine's core runs in the actor's own process: its schedule is a function of the
+# requests alone, and it dies with the actor.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+# Uncompiled and unbound, an engine starts on CPU in seconds, not a minute.
+CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+
+MAX_SEQUENCES = 256  # in one step
+CPU_BLOCK_TOKENS = 32  # vLLM's CPU kernels take multiples of 32
+MIN_STEP_TOKENS = 256
+V2_LOGITS_ROWS = 1024  # the V2 runner computes prompt logits by chunks of so many rows
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be set up for
+OUTSIDE_LAYERS = ("lm_head", "embed", "wte", "wpe")  # embed_tokens, embed_in, embed_out, ...
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the sizes of an engine depend on, as vLLM itself sees the model."""
+
+    vocabulary: int
+    value_bytes: int  # of one logit, and of one number in the KV cache
+    kv_values_per_token: int  # on one device
+    v2_runner: bool
+    tensor_parallel: int
+    device_bytes: int  # all memory of one GPU, or of the machine
+
+
+def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> Any:
+    """Start a vLLM engine in this process, with the adapter loaded where there is one.
+
+    vLLM always samples one token after a prompt, so its context is one token longer than the longest sequence; that
+    token's log-prob is never used.
+
+    Raises:
+        ConfigError: the adapter cannot be scored right.
+        EngineError: it does not start; the reason is vLLM's.
+    """
+    options = _options(settings, enable_sampling)
+    os.environ.update(ENVIRONMENT | (CPU_ENVIRONMENT if settings.device == "cpu" else {}))
+    # What goes wrong is raised; vLLM's warnings are about what is set on purpose here, some for every request.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    with start_errors(settings):
+        llm = LLM(**options, **_sizes(settings, EngineArgs(**options).create_engine_config()))
+        if (adapter := adapter_request(settings)) is not None:
+            llm.llm_engine.add_lora(adapter)
+    return llm
+
+
+@contextmanager
+def start_errors(settings: ScorerSettings) -> Iterator[None]:
+    """Turn what vLLM raises while it starts into an EngineError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError, OSError) as error:
+        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise EngineError(
+            f"vLLM does not start: {(text.strip() or repr(error)).splitlines()[0]}",
+            where=settings.model_dir,
+            fix="see the engine's log above; `dpo-ray doctor` checks the installation, reference.engine=trainer does without vLLM",
+        ) from error
+
+
+def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
+    """Name the settings' LoRA adapter to vLLM, as `generate` wants it; None where the model has none.
+
+    Args:
+        number: of the adapter in the engine's life; vLLM's caches tell adapters by it and by the name.
+    """
+    if settings.adapter_dir is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter-{number}", number, settings.adapter_dir)
+
+
+def can_load(started: ScorerSettings, now: ScorerSettings, wanted: ScorerSettings) -> bool:
+    """Say whether an engine can take what `wanted` names without a new start.
+
+    An engine that was started without an adapter has no room for one; one that was started with one keeps its base.
+
+    Args:
+        started: what the engine was started with.
+        now: what it has loaded.
+    """
+    if replace(started, model_dir="", adapter_dir=None) != replace(wanted, model_dir="", adapter_dir=None):
+        return False
+    if started.adapter_dir is None:
+        return wanted.adapter_dir is None
+    if wanted.model_dir != now.model_dir:
+        return False
+    return wanted.adapter_dir is None or _room(started.adapter_dir) == _room(wanted.adapter_dir)
+
+
+def _room(adapter_dir: str) -> dict[str, Any]:
+    return lora_options(read_adapter(Path(adapter_dir)))
+
+
+def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
+    """List the engine's settings, without its sizes."""
+    options: dict[str, Any] = {
+        "model": settings.model_dir,
+        # The files that the trainer reads: by itself vLLM prefers Mistral's own format where a directory has both.
+        "config_format": "hf",
+        "load_format": "safetensors",
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_length_tokens + 1,
+        "tensor_parallel_size": settings.tensor_parallel,
+        # With "ray" each shard would be an actor in a placement group of single GPUs, and the engine's own actor without
+        # a GPU. One actor that owns all its GPUs, with a process of its own for each, is simpler, and the processes end
+        # with it: each waits on a pipe to its parent. The price is that an engine is confined to one node.
+        "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
+        "enable_prefix_caching": True,
+        "enforce_eager": settings.device == "cpu" or not enable_sampling,
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "trust_remote_code": False,
+    }
+    if settings.device == "cpu":
+        options["block_size"] = CPU_BLOCK_TOKENS
+        # Where a prompt is computed in two steps, vLLM takes back what it drew after the first from the request's own
+        # random generator, and torch's generators on CPUs cannot go back: the engine would die.
+        options["enable_chunked_prefill"] = not enable_sampling
+    else:
+        options["gpu_memory_utilization"] = settings.gpu_memory_fraction
+    if settings.adapter_dir is not None:
+        options |= lora_options(read_adapter(Path(settings.adapter_dir)))
+    return options
+
+
+def lora_options(adapter: Adapter) -> dict[str, Any]:
+    """Set an engine up for one adapter.
+
+    Only the modules that it adapts are made ready. By default the output head is as well, and that breaks prompt
+    log-probs even where the adapter leaves the head alone: vLLM takes the rows of a prompt for as many sequences.
+
+    Raises:
+        ConfigError: it adapts the output head or the embeddings, or its rank is more than vLLM takes.
+    """
+    modules = sorted({name.rsplit(".", 1)[-1] for name in adapter.layers})
+    fix = "use reference.engine=trainer, or merge the adapter into the model"
+    if outside := [m for m in modules if any(name in m for name in OUTSIDE_LAYERS)]:
+        what = f"it adapts {', '.join(outside)}, which vLLM leaves out of the log-probs of prompts"
+        raise ConfigError(what, where=adapter.where, fix=fix)
+    rank = max(layer.rank for layer in adapter.layers.values())
+    if rank > LORA_RANKS[-1]:
+        raise ConfigError(f"its rank {rank} is more than vLLM's {LORA_RANKS[-1]}", where=adapter.where, fix=fix)
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": next(r for r in LORA_RANKS if r >= rank),
+        "lora_target_modules": modules,
+    }
+
+
+def _sizes(settings: ScorerSettings, vllm_config: Any) -> dict[str, Any]:
+    """Choose how much goes into one step and, on CPU, into the KV cache (on a GPU it gets what the rest leaves)."""
+    facts = _facts(settings, vllm_config)
+    tokens = settings.max_batched_tokens or step_tokens(facts, settings)
+    if not vllm_config.scheduler_config.enable_chunked_prefill:
+        tokens = max(tokens, settings.max_length_tokens + 1)  # a prompt goes into one step
+    sizes: dict[str, Any] = {"max_num_batched_tokens": tokens, "max_num_seqs": min(MAX_SEQUENCES, tokens)}
+    if settings.device == "cpu":
+        sizes["kv_cache_memory_bytes"] = kv_cache_bytes(facts, settings.max_length_tokens, tokens)
+    return sizes
+
+
+def _facts(settings: ScorerSettings, vllm_config: Any) -> EngineFacts:
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    kv_values = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+    return EngineFacts(
+        vocabulary=model.get_vocab_size(),
+        value_bytes=4 if settings.dtype == "float32" else 2,
+        kv_values_per_token=kv_values,
+        v2_runner=vllm_config.use_v2_model_runner,
+        tensor_parallel=settings.tensor_parallel,
+        device_bytes=current_platform.get_device_total_memory(),  # asks the driver: no CUDA context before a fork
+    )
+
+
+def step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
+    """Choose the tokens of one engine step so that the logits of its prompts fit beside what vLLM has reserved.
+
+    vLLM measures the memory of a forward pass, not that of prompt logits, so these live in what
+    `gpu_memory_fraction` leaves free. A sequence that is longer than a step is computed by chunks.
+
+    Raises:
+        ConfigError: not even a small step fits.
+    """
+    rows = logits_room_bytes(facts, settings) // logits_bytes_per_row(facts)
+    needed = min(settings.max_length_tokens, V2_LOGITS_ROWS) if facts.v2_runner else settings.max_length_tokens
+    if rows >= needed:  # the logits never are of more rows, however many sequences a step has
+        return most_step_tokens(facts, settings)
+    if rows < MIN_STEP_TOKENS:
+        raise ConfigError(
+            f"the logits of {MIN_STEP_TOKENS} tokens do not fit in the GPU memory that is left free",
+            where=f"reference.gpu_memory_fraction={settings.gpu_memory_fraction}",
+            fix="lower it (the default is 0.85), or set reference.max_batched_tokens yourself",
+        )
+    return rows // 64 * 64
+
+
+def logits_bytes_per_row(facts: EngineFacts) -> int:
+    """Return the bytes that one row of logits (a token of a prompt) costs at the peak.
+
+    Both runners loop over requests (V1: a whole chunk of each) or over chunks of 1024 rows (V2), and what the last turn
+    made is freed only when the next turn has made its own. V1: the logits and their float32 log-softmax, and the last
+    turn's log-softmax. V2: the logits, and the last turn's; its kernel writes out only the tokens asked for. Under
+    tensor parallelism the gathered shards are held once more while they are put in order.
+    """
+    logits = facts.value_bytes * (1 if facts.tensor_parallel == 1 else 2)
+    return facts.vocabulary * (logits + (facts.value_bytes if facts.v2_runner else 4 + 4))
+
+
+def logits_room_bytes(facts: EngineFacts, settings: ScorerSettings) -> int:
+    """Return the memory that logits may take."""
+    if settings.device == "cpu":
+        return facts.device_bytes // 16  # other engines and Ray's object store share the machine
+    # A small fraction means that other engines share the GPU. A quarter is for CUDA itself and for fragmentation.
+    return int(facts.device_bytes * min(1 - settings.gpu_memory_fraction, 0.15) * 0.75)
+
+
+def most_step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
+    """Return the tokens of a step beyond which nothing gets faster; those that vLLM takes for offline batches."""
+    if settings.device == "cpu":
+        return 4096
+    return 16384 if facts.device_bytes >= 70 << 30 else 8192
+
+
+def kv_cache_bytes(facts: EngineFacts, longest_tokens: int, step: int) -> int:
+    """Size a KV cache for CPU in which the completions of a group still find its prompt.
+
+    They go in side by side, so a prompt is asked for again in the same step or the next: four steps, and some sequences
+    of the full length, are ample. Not less than 256 MiB, so that small models can sample many sequences at once.
+    """
+    tokens = 4 * step + 8 * (longest_tokens + 1 + CPU_BLOCK_TOKENS)
+    return max(256 << 20, tokens * facts.kv_values_per_token * facts.value_bytes)

@@ -1,0 +1,124 @@
+"""Self-contained HTML pages: the templates' environment, and how figures and foreign text are written in them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from dpo_ray import __version__
+
+from .plots import typographic
+
+# Control characters are not allowed in HTML; they are shown as Unicode's pictures of them.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}
+# Embeddings and overrides of direction would turn round what follows them; the page isolates foreign text by itself.
+_CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return a page as HTML that can be written as UTF-8; the same values give the same bytes.
+
+    Raises KeyError or jinja2.UndefinedError where a value lacks what the template shows of it.
+    """
+    html = _environment().get_template(template).render(generator=f"dpo_ray {__version__}", **values)
+    # A lone surrogate, which broken input can hold, has no UTF-8 form: the file could not be written.
+    return html.lstrip().translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
+
+
+def format_number(value: float | str | bool | None) -> str:
+    """Write a figure for a reader: four significant digits, thousands apart; text stays as it is."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if not math.isfinite(value):
+        return "not finite"
+    if value == int(value) and (isinstance(value, int) or abs(value) < 1e6):
+        return typographic(f"{int(value):,}")
+    return typographic(f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}")
+
+
+def format_share(part: float, whole: float) -> str:
+    """Write part / whole in per cent: never 0 % of something, never 100 % short of all."""
+    if not whole:
+        return "–"
+    percent = 100 * part / whole
+    if 0 < percent < 0.01:
+        return "< 0.01 %"
+    if part < whole and percent > 99.99:
+        return "> 99.99 %"
+    digits = 2 if percent < 1 or (part < whole and percent > 99) else 1
+    return f"{percent:.{digits}f} %" if part and part != whole else f"{percent:.0f} %"
+
+
+def format_signed(value: float | None, digits: int) -> str:
+    """Write a figure with its sign, since zero is what it is compared with."""
+    return "–" if value is None else typographic(f"{value:+,.{digits}f}")
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Write a time of `seconds` in the units that one would say: 4.21 s, 3 min 05 s, 2 h 14 min."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_time(iso: str) -> str:
+    """Write a time in ISO 8601 for a reader: 2025-01-02 03:04:05 UTC."""
+    return re.sub(r"(?<=\d)T(?=\d)", " ", iso).removesuffix("Z") + (" UTC" if iso.endswith("Z") else "")
+
+
+def excerpt(text: object, characters: int) -> str:
+    """Cut text to a number of characters and say how many more there were."""
+    whole = str(text)
+    left = len(whole) - characters
+    return whole if left <= 0 else f"{whole[:characters]} … ({left:,} more characters)"
+
+
+def breakable(name: str) -> Markup:
+    """Let a long snake_case name break after its underscores."""
+    return Markup("_<wbr>").join(str(name).split("_"))  # join escapes the parts
+
+
+def _csp_hash(style: object) -> str:
+    """Name a style sheet in a Content-Security-Policy, so that the page may use this one and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(str(style).encode()).digest()).decode()}'"
+
+
+def _template_text(name: str) -> str:
+    return resources.files("dpo_ray.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_template_text),
+    )
+    environment.filters |= {
+        "number": format_number,
+        "share": format_share,
+        "signed": format_signed,
+        "seconds": format_seconds,
+        "time": format_time,
+        "excerpt": excerpt,
+        "csp_hash": _csp_hash,
+        "breakable": breakable,
+    }
+    return environment

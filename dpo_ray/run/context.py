@@ -1,0 +1,163 @@
+"""A run under its lease: what its stages share, and the way into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.lease import Lease
+from dpo_ray.artifacts.places import artifact_store, reference_root, run_storage
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.cluster.session import session
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
+from dpo_ray.models.adapter import adapter_directory
+from dpo_ray.models.load import model_directory, model_identity
+from dpo_ray.observe.progress import Reporter
+from dpo_ray.reference.completions import EngineModel
+from dpo_ray.reference.scorer import ScorerSettings
+from dpo_ray.reference.store.store import ReferenceStore
+
+from . import planning
+from .planning import Plan
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run that holds its lease and is connected to Ray. A round of an online run has a context of its own plan."""
+
+    plan: Plan
+    reporter: Reporter
+    lease: Lease
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def directory(self) -> Storage:
+        """Return the run's own directory: its recipe, metrics, checkpoints and pages."""
+        return run_storage(self.recipe)
+
+    @property
+    def artifacts(self) -> ArtifactStore:
+        return artifact_store(self.recipe)
+
+    @cached_property
+    def model_directory(self) -> Path:
+        return model_directory(self.recipe.model)
+
+    @cached_property
+    def adapter_directory(self) -> Path | None:
+        return adapter_directory(self.recipe.model)
+
+    @cached_property
+    def reference_store(self) -> ReferenceStore:
+        """Open the store of the reference model's log-probs, as this run's engine computes them."""
+        return ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
+
+    def find(self, stage: str) -> Artifact | None:
+        """Open a stage's artifact, if it is committed and is what the recipe asks for."""
+        return planning.found(self.plan, stage)
+
+    def begin(self, stage: str) -> Staging:
+        """Begin a stage's artifact, under the key that the plan has for it.
+
+        Raises:
+            LeaseError: another driver has taken the run over.
+        """
+        return self.begin_key(stage, self.plan.stages[stage].key)
+
+    def begin_key(self, stage: str, key: str) -> Staging:
+        """Begin an artifact that the plan does not name.
+
+        Raises:
+            LeaseError: another driver has taken the run over.
+        """
+        self.lease.check()
+        return self.artifacts.begin(stage, key, self.recipe.name)
+
+    def provenance(self, stage: str) -> Provenance:
+        """Return what a stage's artifact is made of, by the plan."""
+        planned = self.plan.stages[stage]
+        return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
+
+    def scorer_settings(self, extra_tokens: int = 0) -> ScorerSettings:
+        """Return the settings of an engine with the reference model, for this recipe's lengths.
+
+        Args:
+            extra_tokens: how many more than `data.max_length_tokens` a sequence may have, which makes room for sampling.
+        """
+        reference, hardware, adapter = self.recipe.reference, self.plan.hardware, self.adapter_directory
+        return ScorerSettings(
+            engine=reference.engine,
+            model_dir=str(self.model_directory),
+            dtype=hardware.dtype,
+            device=hardware.device,
+            max_length_tokens=self.recipe.data.max_length_tokens + extra_tokens,
+            max_batched_tokens=reference.max_batched_tokens,
+            gpu_memory_fraction=reference.gpu_memory_fraction,
+            share_prompt=reference.share_prompt,
+            adapter_dir=str(adapter) if adapter else None,
+        )
+
+    def reference_model(self, extra_tokens: int = 0) -> EngineModel:
+        """Return the reference model as vLLM's engines load it, to sample from and to score."""
+        numerics = self.plan.numerics
+        if numerics.engine != "vllm":  # the reference is the trainer's: what vLLM computes of it is kept apart
+            numerics = replace(numerics, engine="vllm", version=planning.engine_version("vllm"))
+        store = ReferenceStore(reference_root(self.recipe), self.plan.model_digest, numerics)
+        return EngineModel(self.scorer_settings(extra_tokens=extra_tokens), store)
+
+    def policy_model(self, trained: Artifact, extra_tokens: int = 0) -> EngineModel:
+        """Return the policy that an artifact holds as vLLM's engines load it."""
+        reference, directory = self.reference_model(extra_tokens), policy_directory(trained)
+        if is_adapter(trained):  # of the recipe's model, which is the engines' base
+            settings = replace(reference.settings, adapter_dir=str(directory))
+            model = self.recipe.model.model_copy(update={"adapter": str(directory)})
+        else:
+            settings = replace(reference.settings, model_dir=str(directory), adapter_dir=None)
+            model = ModelConfig(path=str(directory))
+        return EngineModel(settings, replace(reference.store, model_digest=model_identity(model)))
+
+
+@contextmanager
+def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -> Iterator[RunContext]:
+    """Take the run's lease, connect to Ray, clear what earlier attempts left, and write the recipe beside the results.
+
+    Raises:
+        LeaseError: another driver runs it.
+        InfrastructureError: Ray does not answer, or the output cannot be written.
+    """
+    directory = run_storage(recipe)
+    directory.check_writable()
+    with Lease(directory) as lease, session(recipe, verbose=verbose):
+        artifact_store(recipe).sweep(recipe.name)
+        directory.write("recipe.yaml", recipe_yaml(recipe).encode())
+        yield RunContext(plan, reporter, lease)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Write the resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def policy_directory(trained: Artifact) -> Path:
+    """Return a local directory with the policy that an artifact holds; from an object store it is copied first."""
+    cache = Path.home() / ".cache" / "dpo_ray" / "artifacts" / f"{trained.stage}-{trained.key}"
+    return trained.local_dir("policy", cache)
+
+
+def is_adapter(trained: Artifact) -> bool:
+    """Return whether the policy that an artifact holds is an adapter alone."""
+    return f"policy/{ADAPTER_CONFIG}" in trained.names()

@@ -1,0 +1,111 @@
+"""An offline run: prepare -> reference -> schedule -> train -> evaluate, each stage skipped where its artifact is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.markup import escape
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.cluster.placement import check_room, placed
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.errors import ArtifactError, AuditError, DataError
+from dpo_ray.observe.progress import Reporter
+from dpo_ray.schedule.stage import check_usable
+
+from . import planning, stages
+from .context import RunContext, open_run
+from .planning import Plan
+from .preflight import check_packages
+from .streaming import score_while_training
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The artifacts of a finished run."""
+
+    plan: Plan
+    prepare: Artifact
+    reference: Artifact | None  # of an objective without one
+    schedule: Artifact
+    train: Artifact
+    evaluate: Artifact
+
+
+def run_stages(run: RunContext) -> Finished:
+    """Run the stages that are not done, in their order."""
+    tokens = stages.prepare(run)
+    check_usable(tokens, run.recipe.train.objective)
+    reference, schedule, policy = score_while_training(run, tokens) or one_after_the_other(run, tokens)
+    return Finished(run.plan, tokens, reference, schedule, policy, stages.evaluate(run, tokens, policy))
+
+
+def one_after_the_other(run: RunContext, tokens: Artifact) -> tuple[Artifact | None, Artifact, Artifact]:
+    """Run `reference` (where the objective has one), `schedule` and `train`, each when the one before has ended."""
+    reference = stages.reference(run, tokens) if "reference" in run.plan.stages else None
+    schedule = stages.schedule(run, tokens, reference)
+    return reference, schedule, stages.train(run, schedule, tokens)
+
+
+def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Finished, bool]:
+    """Run what is not done; return the artifacts and whether anything had to run.
+
+    Raises:
+        DpoRayError: one of its kinds, each with what, where and what to do. What was committed stays.
+    """
+    recipe = placed(recipe, verbose=verbose)
+    plan = planning.make_plan(recipe)
+    if plan.done:
+        return opened(plan), False
+    check_packages(plan.recipe)
+    with open_run(recipe, plan, reporter, verbose=verbose) as run:
+        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
+        try:
+            return run_stages(run), True  # its keys hold; what is done by now, the store says
+        except AuditError as error:
+            with_trainer = planning.make_plan(recipe)
+            if with_trainer.numerics == plan.numerics:
+                raise
+            reporter.say(f"[bold yellow]audit[/bold yellow]: {escape(error.what)}")
+            reporter.say(
+                "reference.audit.on_drift is use_trainer: the trainer scores all again, and trains with that alone"
+            )
+            return run_stages(RunContext(with_trainer, reporter, run.lease)), True
+
+
+def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Plan, Artifact]:
+    """Run the stage `prepare` alone, if it is not done; return the plan and the tokens artifact.
+
+    Raises:
+        DpoRayError: as `offline` does, except that a share of unsound rows over the limit does not stop a look at them.
+    """
+    recipe = placed(recipe, verbose=verbose)
+    plan = planning.make_plan(recipe)
+    if (done := planning.found(plan, "prepare")) is not None:
+        return plan, done
+    with open_run(recipe, plan, reporter, verbose=verbose) as run:  # its keys hold; what is done by now, the store says
+        try:
+            return plan, stages.prepare(run)
+        except DataError:
+            if (done := run.find("prepare")) is None:
+                raise
+            return plan, done
+
+
+def opened(plan: Plan) -> Finished:
+    """Open the artifacts of a run that has finished.
+
+    Raises:
+        ArtifactError: a stage is not done.
+    """
+    artifacts: dict[str, Artifact] = {}
+    for stage in plan.stages:
+        artifact = planning.found(plan, stage)
+        if artifact is None:
+            raise ArtifactError(
+                f"the stage `{stage}` is not done ({plan.stages[stage].reason})",
+                where=plan.recipe.name,
+                fix="`dpo-ray run` it first",
+            )
+        artifacts[stage] = artifact
+    return Finished(plan, **{"reference": None, **artifacts})

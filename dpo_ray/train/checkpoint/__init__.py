@@ -1,0 +1,1 @@
+"""Sharded checkpoints: written asynchronously, hashed, committed by a manifest, verified when read."""

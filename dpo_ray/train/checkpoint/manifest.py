@@ -1,0 +1,110 @@
+"""What commits a training checkpoint: its manifest, with the digests of its files. Which are kept, and which set aside.
+
+<place>/step-000000010.json                      the commit
+<place>/step-000000010/<attempt>/...             its files
+<place>/damaged/step-000000010.json, .reason     one that was set aside, and why
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError
+
+from .hashing import digest
+
+logger = logging.getLogger(__name__)
+_PREFIX = "step-"
+# What reading damaged JSON, or a place that cannot be read, raises.
+UNSOUND = (ValueError, KeyError, TypeError, AttributeError, OSError, ArtifactError)
+
+
+def step_name(step: int) -> str:
+    """Name a checkpoint; names sort as the steps do."""
+    return f"{_PREFIX}{step:09d}"
+
+
+def committed_steps(place: Storage) -> list[int]:
+    """List the steps that have a checkpoint, sound or not, from the oldest on."""
+    names = [name for name in place.list_files() if name.startswith(_PREFIX) and "/" not in name]
+    return sorted(int(n.removeprefix(_PREFIX).removesuffix(".json")) for n in names if n.endswith(".json"))
+
+
+def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[str, str]) -> None:
+    """Make the files in `directory` the checkpoint of `facts["step"]`; those not among `digests` are hashed here.
+
+    A file of which another rank has told the digest is named even where this one does not see it.
+    """
+    files = place.child(directory)
+    own = {name: digest(files, name) for name in files.list_files() if name not in digests}
+    manifest = facts | {"directory": directory, "files": dict(sorted((digests | own).items()))}
+    manifest["digest"] = _manifest_digest(manifest)
+    place.write(f"{step_name(facts['step'])}.json", json.dumps(manifest, indent=1).encode())
+
+
+def read_manifest(place: Storage, step: int, identity: str) -> dict[str, Any]:
+    """Return a checkpoint's manifest; its files are another matter.
+
+    Raises:
+        ArtifactError: it is not what was written, or of another configuration than `identity`.
+    """
+    name = f"{step_name(step)}.json"
+    try:
+        manifest = json.loads(place.read_bytes(name))
+        if manifest.pop("digest") != _manifest_digest(manifest):
+            raise ValueError("the manifest's digest does not match its content")
+        if manifest["step"] != step:
+            raise ValueError(f"the manifest is of step {manifest['step']}")
+        if manifest["identity"] != identity:
+            raise ValueError("it is of another configuration")
+    except UNSOUND as error:
+        raise ArtifactError(reason_of(error), where=place.full_path(name)) from error
+    return manifest
+
+
+def reason_of(error: BaseException) -> str:
+    """Say why something is not sound, in a line."""
+    return error.what if isinstance(error, ArtifactError) else str(error) or repr(error)
+
+
+def set_aside(place: Storage, name: str, reason: str) -> None:
+    """Move a manifest away, with the reason: its checkpoint does not count any more."""
+    place.write(f"damaged/{name}.reason", reason.encode())
+    try:
+        place.write(f"damaged/{name}.json", place.read_bytes(f"{name}.json"))
+        place.delete(f"{name}.json")
+    except ArtifactError as error:
+        logger.warning("its manifest cannot be moved there: %s", error)
+
+
+def prune(place: Storage, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best ones that these refer to.
+
+    Never what is newer than those, which another attempt may be writing.
+    """
+    steps = committed_steps(place)
+    newest = steps[-keep:]
+    kept = {*newest, *(best for step in newest if (best := _best_step(place, step)) is not None)}
+    for step in steps:
+        if step not in kept:
+            place.delete(f"{step_name(step)}.json")
+    names = {step_name(step) for step in kept}
+    for directory in place.list_dirs():
+        if directory.startswith(_PREFIX) and directory < step_name(newest[0]) and directory not in names:
+            place.delete_tree(directory)
+
+
+def _best_step(place: Storage, step: int) -> int | None:
+    try:
+        best = json.loads(place.read_bytes(f"{step_name(step)}.json"))["best"]
+        return None if best is None else int(best["step"])
+    except UNSOUND:
+        return None  # damaged since it was written: it is set aside when it is needed
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

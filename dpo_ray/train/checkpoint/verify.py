@@ -1,0 +1,115 @@
+"""Which checkpoints are sound: all ranks verify, each a share of the files, and come to one verdict."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import ArtifactError, InfrastructureError
+
+from .hashing import digest
+from .manifest import UNSOUND, committed_steps, read_manifest, reason_of, set_aside, step_name
+from .ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+class Soundness:
+    """The verdicts of one restore: no checkpoint is verified twice. Every rank makes one; every method is collective."""
+
+    def __init__(self, place: Storage, identity: str, ranks: Ranks) -> None:
+        """Judge the checkpoints in `place`; those of another configuration than `identity` are not sound."""
+        self._place, self._identity, self._ranks = place, identity, ranks
+        self._verdicts: dict[int, dict[str, Any] | ArtifactError] = {}
+
+    def newest(self) -> dict[str, Any] | None:
+        """Return the manifest of the newest checkpoint that is sound; newer ones are set aside, with the reason.
+
+        Raises:
+            InfrastructureError: on every rank, if one cannot read what rank 0 can. Nothing is set aside for that.
+        """
+        for step in self._ranks.first_does(lambda: committed_steps(self._place)[::-1]):
+            verdict = self._verdict(step)
+            if not isinstance(verdict, ArtifactError):
+                return verdict
+            self._ranks.first_does(lambda step=step, error=verdict: self._set_aside(step, error))
+        return None
+
+    def read(self, step: int) -> dict[str, Any]:
+        """Return a checkpoint's manifest, all files of it and of the best one that it refers to having been read.
+
+        Raises:
+            ArtifactError: on every rank, if it is not what was written, or of another configuration.
+            InfrastructureError: on every rank, if one cannot read what rank 0 can.
+        """
+        verdict = self._verdict(step)
+        if isinstance(verdict, ArtifactError):
+            raise verdict
+        return verdict
+
+    def _verdict(self, step: int) -> dict[str, Any] | ArtifactError:
+        if step not in self._verdicts:
+            self._verdicts[step] = self._judged(step)
+        return self._verdicts[step]
+
+    def _judged(self, step: int) -> dict[str, Any] | ArtifactError:
+        try:
+            manifest = self._ranks.first_does(lambda: read_manifest(self._place, step, self._identity))
+            self._verify_files(manifest)
+            best = manifest["best"]
+            if best is not None and best["step"] != step:
+                self.read(best["step"])
+        except UNSOUND as error:  # all ranks see this alike
+            where, fix = (
+                self._place.full_path(f"{step_name(step)}.json"),
+                "the same command goes on from the one before it",
+            )
+            return ArtifactError(reason_of(error), where=where, fix=fix)
+        return manifest
+
+    def _verify_files(self, manifest: dict[str, Any]) -> None:
+        directory, files = self._place.child(manifest["directory"]), dict(manifest["files"])
+        share = sorted(files)[self._ranks.rank :: self._ranks.count]
+        suspect = next((name for name in share if _is_suspect(directory, name, files[name])), None)
+        suspects = self._ranks.gathered(suspect)
+        fault = self._ranks.first_does(lambda: _confirmed(directory, files, suspects))
+        if fault is not None:
+            raise ArtifactError(fault)
+
+    def _set_aside(self, step: int, error: ArtifactError) -> None:
+        what, where = error.what, error.where
+        logger.warning("checkpoint %s is damaged (%s): set aside; the one before it is used", where, what)
+        set_aside(self._place, step_name(step), what)
+
+
+def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | None]) -> str | None:
+    """Let rank 0 read what ranks suspect: else one node with a bad mount would have every checkpoint set aside.
+
+    Raises:
+        InfrastructureError: it finds nothing wrong.
+    """
+    found = {name: rank for rank, name in enumerate(suspects) if name is not None}
+    for name in found:
+        if (fault := _fault(directory, name, files[name])) is not None:
+            return fault
+    for name, rank in found.items():
+        fix = f"look at the storage as the node of rank {rank} sees it; the checkpoints are sound, and the same command goes on"
+        raise InfrastructureError(f"rank {rank} cannot read what rank 0 can", where=directory.full_path(name), fix=fix)
+    return None
+
+
+def _is_suspect(directory: Storage, name: str, known: str) -> bool:
+    try:
+        return _fault(directory, name, known) is not None
+    except InfrastructureError:  # if rank 0 has the same trouble, it says so when it looks
+        return True
+
+
+def _fault(directory: Storage, name: str, known: str) -> str | None:
+    try:
+        if directory.exists(name) and digest(directory, name) == known:
+            return None
+    except UNSOUND as error:
+        return reason_of(error)
+    return f"{name} is not what was written"

@@ -1,0 +1,1 @@
+"""The optimizers, and their state that is carried from round to round."""

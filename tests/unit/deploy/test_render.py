@@ -1,0 +1,375 @@
+"""What a recipe becomes on Kubernetes: sound for KubeRay, restricted, of the right size, and the same recipe."""
+
+import json
+
+import pytest
+import yaml
+
+from dpo_ray.config.load import validate_recipe
+from dpo_ray.deploy.kubernetes.groups import groups
+from dpo_ray.deploy.kubernetes.render import render, text
+from dpo_ray.deploy.kubernetes.rules import findings
+from dpo_ray.errors import ConfigError
+from tests.helpers.manifests import PIPELINES, ROOT, recipe
+
+EXAMPLES = ROOT / "cluster" / "kuberay"
+ON_GPUS = (".training={gpus: 8, cpus: 64, memory_gib: 900}", ".engines={gpus: 8, cpus: 64, memory_gib: 900}")
+TOLERATION = "{key: nvidia.com/gpu, effect: NoSchedule}"
+SECRET = "{variable: HF_TOKEN, secret: hugging-face, key: token}"
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "an image of a registry": (".image=registry.example.org/dpo-ray:0.1.0", ".image_pull_secrets=[registry]"),
+    "a namespace": (".namespace=research", ".name=first-run"),
+    "Kueue": (".queue={type: kueue, name: research}", ".autoscaling=false"),
+    "Kueue with a priority": (".queue={type: kueue, name: research, priority_class: high}", ".autoscaling=false"),
+    "Kueue with a topology": (
+        ".queue={type: kueue, name: research}",
+        ".autoscaling=false",
+        ".training.placement={topology_key: cloud.google.com/gce-topology-block}",
+    ),
+    "Volcano": (".queue={type: volcano, name: research, priority_class: high}",),
+    "YuniKorn": (".queue={type: yunikorn, name: root.research}",),
+    "no autoscaling": (".autoscaling=false",),
+    "bounds of autoscaling": (".cpu={replicas: 2, min_replicas: 1, max_replicas: 32}", ".idle_seconds=60"),
+    "engines on the training pods": (".engines=null",),
+    "engines of another label": ("reference.node_labels={accelerator: l40s}",),
+    "a volume that is made": (".storage={create_gib: 500, storage_class: filestore}",),
+    "a volume elsewhere": (".storage={claim: results, mount: /data}",),
+    "an object store": (".storage=null", "output=s3://bucket/runs", ".service_account=bucket-reader"),
+    "a store of its own": (".storage=null", "output=gs://bucket/runs", "reference.store=gs://bucket/store"),
+    "secrets": (f".secrets=[{SECRET}]",),
+    "an environment": (".environment={NCCL_SOCKET_IFNAME: eth0, NCCL_DEBUG: WARN}",),
+    "node selectors": (".training.placement={node_selector: {pool: train}, tolerations: [" + TOLERATION + "]}",),
+    "a topology": (".training.placement={topology_key: topology.kubernetes.io/zone}",),
+    "RDMA": (".training={devices: {rdma/ib: 8}}",),
+    "EFA": (".training={devices: {vpc.amazonaws.com/efa: 4}}",),
+    "other accelerators": (".gpu_resource=amd.com/gpu", *ON_GPUS),
+    "metrics": (".pod_monitor=true", ".network={monitoring_namespace: observability}"),
+    "an open network": (".network={policy: false}",),
+    "few ways out": (".network={egress_ports: [443], operator_namespace: kuberay-operator}",),
+    "deadlines": (".deadline_seconds=172800", ".start_deadline_seconds=7200", ".ttl_seconds=0", ".retries=0"),
+    "a large head": (".head={cpus: 8, memory_gib: 64, placement: {node_selector: {pool: heads}}}",),
+    "more disk": (".scratch_gib=500",),
+    "many engines": ("reference.replicas=6", "reference.max_replicas=24"),
+    "streaming": ("reference.mode=streaming",),
+}
+MATRIX = [
+    *((path.stem, ()) for path in sorted(PIPELINES.glob("*.yaml"))),
+    *(("quickstart", overrides) for overrides in OPTIONS.values()),
+    *(("zephyr_7b_dpo", (*overrides,)) for name, overrides in OPTIONS.items() if "volume" not in name),
+]
+IDS = [f"{name}: {' '.join(overrides)[:60] or 'as it is'}" for name, overrides in MATRIX]
+
+
+def made(pipeline, overrides=(), kind="RayJob"):
+    overrides = list(overrides)
+    if pipeline == "zephyr_7b_dpo" and ".engines=null" in overrides:
+        overrides.append(".training={cpus: 64}")
+    return {m["kind"]: m for m in render(recipe(pipeline, *overrides), kind)}
+
+
+def cluster_spec(manifests):
+    return manifests["RayJob"]["spec"]["rayClusterSpec"]
+
+
+def templates(manifests):
+    spec = cluster_spec(manifests)
+    return [spec["headGroupSpec"]["template"], *(g["template"] for g in spec["workerGroupSpecs"])]
+
+
+def worker(manifests, name):
+    return next(g for g in cluster_spec(manifests)["workerGroupSpecs"] if g["groupName"] == name)
+
+
+def limits(group):
+    return group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_the_matrix_is_wide_enough():
+    assert len(MATRIX) >= 30
+
+
+@pytest.mark.parametrize(("pipeline", "overrides"), MATRIX, ids=IDS)
+def test_what_is_rendered_keeps_schemas_rules_and_restrictions(pipeline, overrides):
+    manifests = made(pipeline, overrides)
+    for kind, manifest in manifests.items():
+        assert findings(manifest) == [], kind
+    assert list(yaml.safe_load_all(text(list(manifests.values())))) == list(manifests.values())
+    for template in templates(manifests):
+        check_restricted(template["spec"])
+        check_mounts(template["spec"])
+    training = worker(manifests, "training")
+    assert training["minReplicas"] == training["replicas"] == training["maxReplicas"]
+
+
+def check_restricted(spec):
+    """Hold a pod to the level `restricted` of Kubernetes' Pod Security Standards."""
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] != 0
+    assert spec["securityContext"]["seccompProfile"]["type"] in ("RuntimeDefault", "Localhost")
+    for container in spec["containers"]:
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert not security.get("privileged")
+        assert not any("hostPort" in port for port in container["ports"])
+    allowed = {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+        "secret",
+    }
+    for volume in spec["volumes"]:
+        assert volume.keys() - {"name"} <= allowed
+
+
+def check_mounts(spec):
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = {m["mountPath"]: m["name"] for c in spec["containers"] for m in c["volumeMounts"]}
+    assert set(mounts.values()) <= volumes.keys()
+    # The root file system is read-only: Ray's session, /dev/shm and the home directory must not be on it.
+    assert "emptyDir" in volumes[mounts["/tmp"]]  # noqa: S108
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"  # noqa: S108
+    assert all("autoscaler-token" not in (m["name"] for m in c["volumeMounts"]) for c in spec["containers"])
+    assert spec["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize("pipeline", [path.stem for path in sorted(PIPELINES.glob("*.yaml"))])
+def test_the_recipe_on_the_cluster_says_the_same_but_for_places(pipeline):
+    here = recipe(pipeline)
+    there = validate_recipe(yaml.safe_load(made(pipeline)["ConfigMap"]["data"]["recipe.yaml"]))
+    assert there.train.objective == here.train.objective
+    assert there.train.optimizer == here.train.optimizer
+    assert (there.name, there.seed, there.train.groups_per_step) == (here.name, here.seed, here.train.groups_per_step)
+    assert there.online == here.online
+    assert there.ray.address == "auto"
+    assert there.output.startswith("/mnt/shared/")
+    differing = {k for k, v in here.model_dump().items() if there.model_dump()[k] != v}
+    assert differing <= {"output", "data", "reference", "train", "ray", "model"}
+
+
+def test_relative_paths_and_a_template_come_along():
+    manifests = made("hh_pandalm")
+    files = manifests["ConfigMap"]["data"]
+    there = validate_recipe(yaml.safe_load(files["recipe.yaml"]))
+    here = recipe("hh_pandalm")
+    assert there.data.train[0].path == f"/mnt/shared/{here.data.train[0].path}"
+    assert there.data.chat_template == "/etc/dpo-ray/human_assistant.jinja"
+    assert files["human_assistant.jinja"] == (PIPELINES / "human_assistant.jinja").read_text()
+    head = templates(manifests)[0]["spec"]
+    assert {"name": "recipe", "configMap": {"name": manifests["ConfigMap"]["metadata"]["name"]}} in head["volumes"]
+    assert manifests["RayJob"]["spec"]["entrypoint"] == "dpo-ray run /etc/dpo-ray/recipe.yaml"
+
+
+def test_engines_ask_for_the_label_that_their_pods_have():
+    for overrides in ((), ("reference.node_labels={accelerator: l40s, dpo/role: scorer}",)):
+        manifests = made("quickstart", overrides)
+        there = validate_recipe(yaml.safe_load(manifests["ConfigMap"]["data"]["recipe.yaml"]))
+        assert there.reference.node_labels
+        assert there.reference.node_labels.items() <= worker(manifests, "engines")["labels"].items()
+        assert not there.reference.node_labels.items() <= worker(manifests, "training")["labels"].items()
+    shared = validate_recipe(yaml.safe_load(made("quickstart", (".engines=null",))["ConfigMap"]["data"]["recipe.yaml"]))
+    assert shared.reference.node_labels == {}
+
+
+def test_gpus_are_said_outright_because_the_driver_sees_none():
+    manifests = made("quickstart", ON_GPUS)
+    there = validate_recipe(yaml.safe_load(manifests["ConfigMap"]["data"]["recipe.yaml"]))
+    assert (there.train.gpus_per_worker, there.reference.gpus_per_replica) == (1, 1)
+    assert limits(worker(manifests, "training"))["nvidia.com/gpu"] == "8"
+    assert templates(manifests)[1]["spec"]["containers"][0]["image"].endswith("-gpu")
+    assert "nvidia.com/gpu" not in json.dumps(cluster_spec(manifests)["headGroupSpec"])
+    assert templates(made("quickstart"))[1]["spec"]["containers"][0]["image"].endswith("-cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "replicas", "gpus", "cpus"),
+    [
+        # 64 workers of 1 GPU and 4 CPUs: 8 nodes of 8
+        ((), "training", 8, 8, 32),
+        # 16 engines of 4 GPUs and 8 CPUs: 2 on a node of 8
+        ((), "engines", 8, 8, 16),
+        ((".training={gpus: 4, cpus: 16}",), "training", 16, 4, 16),
+        # CPUs of 12 hold 3 workers of 4, whatever GPUs there are: 64 / 3
+        ((".training={gpus: 8, cpus: 12}",), "training", 22, 8, 12),
+    ],
+)
+def test_pods_follow_from_workers(overrides, name, replicas, gpus, cpus):
+    group = next(g for g in groups(recipe("tulu3_70b_dpo", *overrides)) if g.name == name)
+    assert (group.replicas, group.gpus, group.cpus) == (replicas, gpus, cpus)
+
+
+def test_engines_scale_to_nothing_and_training_never_does():
+    manifests = made("quickstart", ("reference.replicas=4", "reference.max_replicas=40"))
+    engines = worker(manifests, "engines")
+    assert (engines["minReplicas"], engines["replicas"], engines["maxReplicas"]) == (0, 1, 10)  # 4 on a pod
+    fixed = made("quickstart", ("reference.max_replicas=40", ".autoscaling=false"))
+    assert "enableInTreeAutoscaling" not in cluster_spec(fixed)
+    assert all(g["minReplicas"] == g["maxReplicas"] for g in cluster_spec(fixed)["workerGroupSpecs"])
+
+
+def test_only_the_autoscaler_gets_a_token():
+    manifests = made("quickstart")
+    options = cluster_spec(manifests)["autoscalerOptions"]
+    assert "autoscaler-token" in [m["name"] for m in options["volumeMounts"]]
+    assert options["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert manifests["ServiceAccount"]["automountServiceAccountToken"] is False
+    assert "autoscaler-token" not in json.dumps(cluster_spec(made("quickstart", (".autoscaling=false",))))
+
+
+def test_secrets_are_references():
+    environment = templates(made("quickstart", (f".secrets=[{SECRET}]",)))[2]["spec"]["containers"][0]["env"]
+    assert {
+        "name": "HF_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": "hugging-face", "key": "token"}},
+    } in environment
+
+
+def test_the_network_is_closed_but_for_the_run():
+    policy = made("quickstart", ("cluster.kubernetes.network.operator_namespace=operators",))["NetworkPolicy"]["spec"]
+    own = {"podSelector": {"matchLabels": {"dpo-ray/run": "quickstart"}}}
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["podSelector"] == own["podSelector"]
+    assert policy["ingress"][0] == {"from": [own]}
+    operators = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "operators"}}}
+    assert {"from": [operators], "ports": [{"protocol": "TCP", "port": 8265}]} in policy["ingress"]
+    assert all("from" in rule for rule in policy["ingress"])
+    assert [p["port"] for p in policy["egress"][2]["ports"]] == [443, 6443]
+    for template in templates(made("quickstart")):
+        assert template["metadata"]["labels"]["dpo-ray/run"] == "quickstart"
+
+
+JUDGE = "online.judge={type: llm, base_url: 'http://judge.svc:8000/v1', model: judge, api_key_env: JUDGE_KEY}"
+
+
+def test_a_judges_port_is_open_and_its_key_comes_from_a_secret():
+    key = ".secrets=[{variable: JUDGE_KEY, secret: judge, key: key}]"
+    policy = made("quickstart_online", (JUDGE, key))["NetworkPolicy"]["spec"]
+    assert [p["port"] for p in policy["egress"][2]["ports"]] == [443, 6443, 8000]
+    with pytest.raises(ConfigError, match="JUDGE_KEY") as refused:
+        made("quickstart_online", (JUDGE,))
+    assert refused.value.where == "cluster.kubernetes.secrets"
+
+
+def test_queues_are_named_by_their_schedulers_labels():
+    def labels(*overrides):
+        return made("quickstart", overrides)["RayJob"]["metadata"]["labels"]
+
+    job = made("quickstart", OPTIONS["Kueue with a topology"])
+    assert job["RayJob"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+    assert job["RayJob"]["spec"]["suspend"] is True
+    assert worker(job, "training")["template"]["metadata"]["annotations"] == {
+        "kueue.x-k8s.io/podset-required-topology": "cloud.google.com/gce-topology-block"
+    }
+    volcano = labels(*OPTIONS["Volcano"])
+    assert (volcano["volcano.sh/queue-name"], volcano["ray.io/priority-class-name"]) == ("research", "high")
+    yunikorn = labels(*OPTIONS["YuniKorn"])
+    assert yunikorn["yunikorn.apache.org/queue"] == "root.research"
+    assert yunikorn["ray.io/gang-scheduling-enabled"] == "true"
+
+
+def test_deadlines_retries_and_what_is_left_behind():
+    spec = made("quickstart", OPTIONS["deadlines"])["RayJob"]["spec"]
+    assert (spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]) == (172800, 7200)
+    assert (spec["ttlSecondsAfterFinished"], spec["backoffLimit"]) == (0, 0)
+    assert made("quickstart")["RayJob"]["spec"]["backoffLimit"] == 3
+
+
+@pytest.mark.parametrize("overrides", [(), OPTIONS["Kueue"], OPTIONS["an object store"]])
+def test_a_ray_cluster_is_the_jobs_own(overrides):
+    cluster = made("quickstart", overrides, "RayCluster")["RayCluster"]
+    assert findings(cluster) == []
+    job = made("quickstart", overrides)["RayJob"]["spec"]["rayClusterSpec"]
+    assert {k: v for k, v in cluster["spec"].items() if k != "suspend"} == job
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ((".training={cpus: 1}", "train.cpus_per_worker=4"), "cluster.kubernetes.training.cpus"),
+        ((".training={gpus: 1}", "train.gpus_per_worker=2"), "cluster.kubernetes.training.gpus"),
+        ((".training={replicas: 1, cpus: 2}", "train.workers=8"), "cluster.kubernetes.training.replicas"),
+        (
+            (".engines={replicas: 1, max_replicas: 2, cpus: 1}", "reference.replicas=4"),
+            "cluster.kubernetes.engines.max_replicas",
+        ),
+        (("name=" + "a" * 48,), "cluster.kubernetes.name"),
+        (("name=7b",), "cluster.kubernetes.name"),
+        ((".storage=null",), "output"),
+        (("output=/scratch/runs",), "output"),
+        (("output=../runs",), "output"),
+        (("data.chat_template=none.jinja",), "data.chat_template"),
+    ],
+)
+def test_what_can_never_run_is_refused(overrides, field):
+    with pytest.raises(ConfigError) as refused:
+        made("quickstart", overrides)
+    assert refused.value.where.partition("=")[0] == field
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        (".queue={type: kueue, name: research}", "autoscaling"),
+        (".queue={type: slurm, name: research}", "queue.type"),
+        (".training={max_replicas: 4}", "training.max_replicas"),
+        (".engines={replicas: 4, max_replicas: 2}", "engines.max_replicas"),
+        (".cpu={replicas: 1, min_replicas: 2}", "cpu.replicas"),
+        (".name=" + "a" * 48, "name"),
+        (".namespace=Research", "namespace"),
+        (".retries=-1", "retries"),
+        (".storage={storage_class: fast}", "storage.storage_class"),
+        (".secrets=[{variable: HF_TOKEN, secret: hf, key: token, value: hf_abc}]", "secrets[0].value"),
+        (".training={placement: {tolerations: [{key: gpu, operator: Equal}]}}", "tolerations[0].value"),
+        (".training={placement: {node_selector: {pool: two words}}}", "node_selector"),
+        (".environment={1A: b}", "environment"),
+        (".imagePullSecrets=[a]", "imagePullSecrets"),
+    ],
+)
+def test_a_wrong_profile_is_refused_with_the_field(override, field):
+    with pytest.raises(ConfigError, match=f"cluster.kubernetes.*{field.replace('[', '.').split('.')[-1]}"):
+        recipe("quickstart", override)
+
+
+EXAMPLE_OVERRIDES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "quickstart.yaml": ("quickstart", (".storage={create_gib: 10}",)),
+    "zephyr_7b_dpo.yaml": (
+        "zephyr_7b_dpo",
+        (
+            ".namespace=research",
+            ".image=registry.example.org/dpo-ray:0.1.0-gpu",
+            f".secrets=[{SECRET}]",
+            ".pod_monitor=true",
+            ".training={placement: {tolerations: [" + TOLERATION + "]}}",
+            ".engines={placement: {tolerations: [" + TOLERATION + "]}}",
+        ),
+    ),
+    "tulu3_70b_dpo_kueue.yaml": (
+        "tulu3_70b_dpo",
+        (
+            ".namespace=research",
+            ".image=registry.example.org/dpo-ray:0.1.0-gpu",
+            ".queue={type: kueue, name: research}",
+            ".autoscaling=false",
+            ".training={devices: {rdma/ib: 8}, placement: {topology_key: cloud.google.com/gce-topology-block}}",
+            ".deadline_seconds=604800",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLE_OVERRIDES)
+def test_the_examples_are_what_the_renderer_writes(name):
+    pipeline, overrides = EXAMPLE_OVERRIDES[name]
+    _, _, manifests = (EXAMPLES / name).read_text(encoding="utf-8").partition("\n\n")
+    assert manifests == text(render(recipe(pipeline, *overrides)))
+
+
+def test_every_example_is_checked():
+    assert {path.name for path in EXAMPLES.glob("*.yaml")} == set(EXAMPLE_OVERRIDES)
