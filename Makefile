@@ -55,19 +55,19 @@ lint: $(STAMP) ## ruff, pyright, import-linter, file sizes
 	@! git ls-files -co --exclude-standard '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 450 {print $$2 ": " $$1 " lines, over 450"; bad = 1} END {exit !bad}'
 
 bench-prepare: $(STAMP) ## rows/s of prepare against TRL's own preparation, and its peak memory (about half an hour)
-	@$(BIN)/python benchmarks/prepare.py
+	@$(BIN)/python -m benchmarks.prepare
 
 bench-reference: $(STAMP) ## pairs/s of the engine pool against the bare engine and TRL's precompute
-	@$(BIN)/python benchmarks/reference.py
+	@$(BIN)/python -m benchmarks.reference
 
 bench-train: $(STAMP) ## groups/s of training steps against TRL's DPOTrainer, and what sharing prompts gains
-	@$(BIN)/python benchmarks/train.py
+	@$(BIN)/python -m benchmarks.train
 
 bench-online: $(STAMP) ## online rounds against offline DPO at the same KL, on three seeds (about half an hour)
-	@$(BIN)/python benchmarks/online.py
+	@$(BIN)/python -m benchmarks.online
 
 bench-scale: $(STAMP) ## simulate 4,096 ranks and 100 million groups (some 80 CPU seconds)
-	@$(BIN)/python benchmarks/scale.py
+	@$(BIN)/python -m benchmarks.scale
 
 clean: ## remove .venv and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

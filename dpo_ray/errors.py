@@ -1,10 +1,10 @@
-"""The errors a user meets: each says what is wrong, where, and what to do; each has its own exit code."""
+"""The errors that a user sees. Each states what is wrong, where, and how to fix it, and has its own exit code."""
 
 from __future__ import annotations
 
 
 class DpoRayError(Exception):
-    """State what is wrong, where it was seen and how to mend it.
+    """The base of all errors that a user sees: what is wrong, where it was found, and how to fix it.
 
     `exit_code` is what the command line returns; the codes are documented in docs/operations.md.
     """
@@ -46,7 +46,7 @@ class ArtifactError(DpoRayError):
 
 
 class LeaseError(DpoRayError):
-    """Another driver holds the run."""
+    """Another driver is already working on this run."""
 
     exit_code = 5
 
@@ -64,19 +64,19 @@ class TrainError(DpoRayError):
 
 
 class EngineError(DpoRayError):
-    """An inference engine could not start or gave an answer that breaks its contract."""
+    """An inference engine could not start, or returned an invalid result."""
 
     exit_code = 8
 
 
 class InfrastructureError(DpoRayError):
-    """Ray, the storage or a package is not as it must be."""
+    """Ray, the storage or a package is not available or cannot be used."""
 
     exit_code = 9
 
 
 class JudgeError(DpoRayError):
-    """A judge of online rounds cannot work, or has spent what it may."""
+    """A judge of online rounds cannot work, or has used up its budget."""
 
     exit_code = 10
 

@@ -26,7 +26,7 @@ HELP = """
 import json, typer.main, click
 from {app} import app
 def tree(command):
-    params = [[p.name, sorted(p.opts), str(p.type), p.required, str(p.default)] for p in command.params if p.name != "help"]
+    params = [[p.name, sorted(p.opts), p.required, str(p.default)] for p in command.params if p.name != "help"]
     children = getattr(command, "commands", {{}})
     return {{"params": sorted(params), "commands": {{name: tree(child) for name, child in sorted(children.items())}}}}
 print(json.dumps(tree(typer.main.get_command(app))))

@@ -1,8 +1,8 @@
-"""Hold the results of stages: content-addressed, committed atomically, opened only through their manifest.
+"""The results of stages: content-addressed, committed atomically, and opened only through their manifest.
 
-`digest` names things by their content, `storage` is a directory on a disk or an object store, `manifest` says
-what an artifact holds, `store` finds and begins artifacts, `lease` lets one driver at a time own a run.
-This package is the only one that renames or fsyncs.
+`digest` names things by their content; `storage` is a directory on a disk or in an object store; `manifest` lists
+what an artifact holds; `store` finds and begins artifacts; `lease` allows only one driver at a time to own a run.
+This package is the only one that renames or fsyncs files.
 """
 
 from .artifact import Artifact

@@ -1,4 +1,4 @@
-"""Open a committed artifact: only through its manifest, checked on request against sizes and digests."""
+"""Committed artifacts: opened only through their manifest, and checked on request against sizes and digests."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Artifact:
-    """The committed result of a stage. Small, and pickles: workers open it themselves."""
+    """The committed result of a stage. It is small and can be pickled: workers open the files themselves."""
 
     manifest: Manifest
     storage: Storage  # the artifact's directory
 
     @property
     def key(self) -> str:
-        """Return the hash of all that could change this artifact."""
+        """Return the hash of everything that could change this artifact."""
         return self.manifest.key
 
     @property
@@ -40,15 +40,15 @@ class Artifact:
 
     @property
     def rows(self) -> dict[str, int]:
-        """Return the counts that the manifest gives."""
+        """Return the row counts that the manifest records."""
         return self.manifest.rows
 
     def names(self, prefix: str = "") -> list[str]:
-        """List the names of the files that begin with a prefix, sorted."""
+        """List the files whose names begin with a prefix, sorted."""
         return sorted(entry.name for entry in self.manifest.files if entry.name.startswith(prefix))
 
     def entry(self, name: str) -> FileEntry:
-        """Return what the manifest says of a file; ArtifactError where it is not listed."""
+        """Return the manifest's entry for a file; raise ArtifactError if the file is not listed."""
         if (entry := self._entries.get(name)) is None:
             raise ArtifactError(f"the manifest lists no file {name!r}", where=self.storage.uri, fix=_RERUN)
         return entry
@@ -58,7 +58,7 @@ class Artifact:
         return {entry.name: entry for entry in self.manifest.files}
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading, after a look at its size."""
+        """Open a file for reading after checking its size."""
         entry = self.entry(name)
         self._check_size(entry)
         return self.storage.open_input(entry.path)
@@ -77,8 +77,8 @@ class Artifact:
     def local_dir(self, prefix: str, cache: Path) -> Path:
         """Return a local directory with the files below a prefix ("" for all), for libraries that need paths.
 
-        A local artifact answers with its own directory, and then only sizes are checked. From an object store
-        the files are copied below `cache`, each checked against its sha256 before it gets its name, so
+        For a local artifact this is its own directory, and only the file sizes are checked. From an object store
+        the files are copied below `cache`; each is checked against its sha256 before it gets its final name, so
         several workers of a machine may share the cache.
         """
         prefix = prefix.rstrip("/")
@@ -89,7 +89,7 @@ class Artifact:
             for entry in entries:
                 self._check_size(entry)
             return self.storage.local_path(prefix)
-        # The attempt is in the path: an artifact deleted and made again never mixes with its old self.
+        # The attempt is part of the path, so a rebuilt artifact never mixes with the deleted one.
         home = Path(cache) / artifact_name(self.stage, self.key) / self.manifest.attempt
         for entry in entries:
             self._fetch(entry, home / entry.name)
@@ -98,10 +98,10 @@ class Artifact:
     def verify(self, deep: bool = True) -> None:
         """Check the manifest, the list of files and their sizes, and with `deep` every sha256.
 
-        Raises ArtifactError that names the file and says what to do.
+        Raises an ArtifactError that names the file and says what to do.
         """
         if read_manifest(self.storage) != self.manifest:
-            raise ArtifactError("the manifest is not the one that was opened", where=self.storage.uri, fix=_RERUN)
+            raise ArtifactError("the manifest has changed since it was opened", where=self.storage.uri, fix=_RERUN)
         sizes = self.storage.file_sizes()
         for entry in self.manifest.files:
             if entry.path not in sizes:
@@ -111,7 +111,7 @@ class Artifact:
             self._check_size(entry, sizes[entry.path])
             if deep and self._sha256(entry) != entry.sha256:
                 raise self._damaged(entry, "differs from the manifest's sha256")
-        # On an object store, other attempts at the same artifact may lie beside the one that won.
+        # On an object store, the files of other attempts may lie beside those of the committed attempt.
         home = "" if self.storage.is_local else f"{self.manifest.attempt}/"
         listed = {MANIFEST_NAME, *(entry.path for entry in self.manifest.files)}
         if extra := sorted(path for path in sizes if path.startswith(home) and path not in listed):
@@ -123,7 +123,7 @@ class Artifact:
 
     def _fetch(self, entry: FileEntry, target: Path) -> None:
         if target.exists() and target.stat().st_size == entry.bytes:
-            return  # it got its name after its digest was checked
+            return  # a file gets this name only after its digest was checked
         unchecked = target.with_name(f"{target.name}.unchecked-{secrets.token_hex(8)}")
         try:
             self.storage.download(entry.path, unchecked)
@@ -141,7 +141,7 @@ class Artifact:
         except FileNotFoundError as error:
             raise self._damaged(entry, "is missing") from error
         if size != entry.bytes:
-            raise self._damaged(entry, f"has {size} bytes where the manifest says {entry.bytes}")
+            raise self._damaged(entry, f"has {size} bytes, but the manifest records {entry.bytes}")
 
     def _sha256(self, entry: FileEntry) -> str:
         sha256 = hashlib.sha256()
@@ -154,11 +154,11 @@ class Artifact:
         return ArtifactError(f"the file {entry.name!r} {what}", where=self.storage.full_path(entry.path), fix=_RERUN)
 
 
-_RERUN = "delete the artifact's directory; its stage runs again"
+_RERUN = "delete the artifact's directory; its stage then runs again"
 
 
 def read_manifest(storage: Storage) -> Manifest | None:
-    """Read the manifest in an artifact's directory, or None. Raises ArtifactError where it is damaged."""
+    """Read the manifest in an artifact's directory; None if there is none. Raises ArtifactError if it is damaged."""
     try:
         data = storage.read_bytes(MANIFEST_NAME)
     except FileNotFoundError:
@@ -167,20 +167,20 @@ def read_manifest(storage: Storage) -> Manifest | None:
 
 
 def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
-    """Return the committed artifact of a stage and key, or None where its stage has to run.
+    """Return the committed artifact of a stage and key, or None if its stage has to run.
 
-    A damaged manifest on a disk counts as none: the next commit moves that directory aside. An object store
-    cannot do that in one step, so there it raises ArtifactError before the work is done in vain.
+    A damaged manifest on a disk is treated as missing: the next commit moves that directory aside. An object store
+    cannot do that in one step, so there ArtifactError is raised before any work is wasted.
     """
     storage = root.child(artifact_name(stage, key))
     try:
         manifest = read_manifest(storage)
         if manifest is not None and (manifest.stage, manifest.key) != (stage, key):
-            what = f"the manifest is that of {manifest.stage}-{manifest.key}"
+            what = f"the manifest belongs to {manifest.stage}-{manifest.key}"
             raise ArtifactError(what, where=storage.uri, fix=_RERUN)
     except ArtifactError as error:
         if not storage.is_local or not isinstance(error.__cause__, ValueError):
-            raise  # not a damaged text but a newer format, another artifact's manifest or a failing disk
-        logger.warning("not used, its stage runs again: %s", error)
+            raise  # the text is not damaged: it is a newer format, another artifact's manifest or a failing disk
+        logger.warning("the artifact is not used, and its stage runs again: %s", error)
         return None
     return None if manifest is None else Artifact(manifest, storage)

@@ -1,4 +1,4 @@
-"""Remember the sha256 of large files, so that planning a run does not read the model's weights each time."""
+"""A cache for the sha256 of large files, so that planning a run does not read the model's weights each time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dpo_ray.errors import DpoRayError
 from .digest import file_sha256
 from .storage import Storage
 
-SMALL_BYTES = 4 << 20  # read again each time: cheaper than it is to remember
+SMALL_BYTES = 4 << 20  # files up to this size are read each time, which is cheaper than caching
 
 
 def cached_file_sha256(path: Path) -> str:
-    """Return a file's sha256; for a large file that has not changed (path, size, times, inode) from the cache.
+    """Return a file's sha256, from the cache if a large file has not changed (path, size, times, inode).
 
-    The cache lies in $XDG_CACHE_HOME/dpo_ray/sha256 and may be deleted at any time.
+    The cache is in $XDG_CACHE_HOME/dpo_ray/sha256 and may be deleted at any time.
     """
     path = path.resolve()
     stat = path.stat()
@@ -32,6 +32,6 @@ def cached_file_sha256(path: Path) -> str:
         if len(known) == 64:
             return known
     digest = file_sha256(path)
-    with suppress(DpoRayError):  # a home that cannot be written only means to read the file again next time
+    with suppress(DpoRayError):  # if the home directory is not writable, the file is only read again next time
         cache.write(name, digest.encode())
     return digest

@@ -1,7 +1,7 @@
-"""Write to a local or network disk so that a crash or power cut leaves a file whole or absent, never half.
+"""Writes to a local or network disk: after a crash or power cut, a file is complete or absent, never partial.
 
-Every write goes to a temporary file in the same directory, which is fsynced and then given its name by one
-atomic call; the directory is fsynced too, because the name is the directory's data and not the file's.
+Every write goes to a temporary file in the same directory, which is fsynced and then gets its name by one
+atomic call; the directory is fsynced too, because a name is part of the directory's data, not of the file's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COPY_CHUNK_BYTES = 8 * 2**20
 
 
 class Disk:
-    """A directory on a disk. Its methods raise OSError; `Storage` tells the user what it means."""
+    """A directory on a disk. Its methods raise OSError; `Storage` converts these to errors that advise the user."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -60,7 +60,7 @@ class Disk:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """List the files below a prefix with their sizes in bytes; a symbolic link counts as a file."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for directory, below, names in os.walk(self.path(prefix), onerror=_raise_unless_absent):
             links = [name for name in below if Path(directory, name).is_symlink()]
             for name in names + links:
@@ -68,8 +68,8 @@ class Disk:
                     continue
                 path = Path(directory, name)
                 with contextlib.suppress(FileNotFoundError):  # deleted by another process while we list
-                    found[path.relative_to(self.root).as_posix()] = path.lstat().st_size
-        return found
+                    sizes[path.relative_to(self.root).as_posix()] = path.lstat().st_size
+        return sizes
 
     def list_dirs(self, prefix: str) -> list[str]:
         try:
@@ -85,13 +85,13 @@ class Disk:
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet: one of many callers succeeds, others get FileExistsError."""
-        if os.path.lexists(self.path(name)):  # saves the work; the link below is what decides
+        if os.path.lexists(self.path(name)):  # only saves work; the exclusive link below decides
             raise FileExistsError(f"{self.path(name)} exists")
         with self._new_file(name, _link_exclusively) as file:
             file.write(data)
 
     def upload(self, name: str, source: Path) -> tuple[int, str]:
-        """Copy a local file to this place, durably; returns its size in bytes and its sha256."""
+        """Copy a local file to this directory, durably; return its size in bytes and its sha256."""
         with open(source, "rb") as input_file, self._new_file(name, _replace) as file:
             return copy_and_hash(input_file, file)
 
@@ -102,27 +102,27 @@ class Disk:
         self.path(name).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
-        """Delete a directory and all in it; links in it are removed and not followed. Missing is fine."""
+        """Delete a directory and everything in it, if it exists; links in it are removed and not followed."""
         path = self.path(prefix)
         while path.exists():
-            with contextlib.suppress(FileNotFoundError):  # another process deletes the same tree
+            with contextlib.suppress(FileNotFoundError):  # another process is deleting the same tree
                 shutil.rmtree(path)
 
     def rename_dir(self, source: Path, name: str) -> None:
-        """Give a directory its final name and make that durable.
+        """Rename a directory to its final name and make that durable.
 
-        Raises OSError (ENOTEMPTY or EEXIST) where a directory of that name with something in it exists.
+        Raises OSError (ENOTEMPTY or EEXIST) if a directory of that name exists and is not empty.
         """
         target = self.path(name)
         sync_tree(source)
         make_dirs(target.parent)
-        os.rename(source, target)  # noqa: TID251 (here is where it belongs)
+        os.rename(source, target)  # noqa: TID251 (this is the module that may rename)
         sync_dir(target.parent)
         sync_dir(source.parent)
 
     @contextlib.contextmanager
     def _new_file(self, name: str, publish: Callable[[str, str], None]) -> Iterator[BinaryIO]:
-        """Yield a temporary file; on leaving, fsync it and name it by `publish(temporary, final)`."""
+        """Yield a temporary file; on exit, fsync it and name it with `publish(temporary, final)`."""
         final = self.path(name)
         make_dirs(final.parent)
         temporary = str(final.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
@@ -140,7 +140,7 @@ class Disk:
 
 
 def copy_and_hash(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
-    """Copy a stream in pieces; returns the number of bytes and their sha256."""
+    """Copy a stream in chunks; return the number of bytes and their sha256."""
     sha256, count = hashlib.sha256(), 0
     while chunk := source.read(COPY_CHUNK_BYTES):
         sha256.update(chunk)
@@ -150,7 +150,7 @@ def copy_and_hash(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
 
 
 def make_dirs(path: Path) -> None:
-    """Make a directory and its parents, each durably: a new directory's name is its parent's data."""
+    """Create a directory and its parents, each durably: a new directory's name is part of its parent's data."""
     missing = []
     while not path.exists():
         missing.append(path)
@@ -161,7 +161,7 @@ def make_dirs(path: Path) -> None:
 
 
 def sync_dir(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Write the names in a directory durably to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -170,12 +170,12 @@ def sync_dir(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Make every file and directory below a directory durable, whoever wrote them."""
+    """Write every file and directory below a directory durably to disk, whoever created them."""
     for directory, _, names in os.walk(root, topdown=False, onerror=_raise_unless_absent):
         for name in names:
             path = Path(directory, name)
             if path.is_symlink() or name.startswith(TEMPORARY_PREFIX):
-                continue  # no file of ours, or one that a worker is writing and nobody will read
+                continue  # not an artifact file, or an unfinished one that nobody will read
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 os.fsync(descriptor)
@@ -185,12 +185,12 @@ def sync_tree(root: Path) -> None:
 
 
 def _replace(temporary: str, final: str) -> None:
-    os.replace(temporary, final)  # noqa: TID251 (here is where it belongs)
+    os.replace(temporary, final)  # noqa: TID251 (this is the module that may rename)
 
 
 def _link_exclusively(temporary: str, final: str) -> None:
     try:
-        os.link(temporary, final)  # unlike rename, refuses to replace; the file appears whole
+        os.link(temporary, final)  # unlike rename, this refuses to replace a file; the new file appears complete
     except OSError as error:
         if error.errno in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(errno.ENOTSUP, "the file system has no hard links", final) from error

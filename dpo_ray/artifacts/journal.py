@@ -1,4 +1,4 @@
-"""A file that one writer adds lines to; each line is safe on disk when `append` returns, or not there at all."""
+"""A file to which one writer appends lines: when `append` returns, a line is durable; if it fails, it is absent."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .disk import make_dirs, sync_dir
 
 
 class Journal:
-    """The writer's side. A line ends with a newline: what follows the last one is what a crash left, and is cut off."""
+    """The writer of a journal. Each line ends with a newline; a crash may leave text after the last one: it is cut off."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file, or make it. Raises ArtifactError where that cannot be done."""
+        """Open or create the file. Raises ArtifactError if that fails."""
         self._path = path
         try:
             make_dirs(path.parent)
@@ -27,10 +27,10 @@ class Journal:
             raise self._explained(error) from error
 
     def append(self, lines: Sequence[bytes]) -> None:
-        """Add lines, which hold no newlines themselves, durably. Raises ArtifactError; then none of them is there."""
+        """Append lines (without newlines in them) durably. Raises ArtifactError; then none of them is in the file."""
         data = b"".join(line + b"\n" for line in lines)
         try:
-            os.ftruncate(self._descriptor, self._bytes)  # what an append that failed may have left
+            os.ftruncate(self._descriptor, self._bytes)  # remove what a failed append may have left
             written = 0
             while written < len(data):
                 written += os.write(self._descriptor, data[written:])
@@ -46,10 +46,10 @@ class Journal:
         return ArtifactError(
             f"cannot append: {error.strerror or error}",
             where=str(self._path),
-            fix="free space there, or mend the disk, then run the same command again: all earlier lines are kept",
+            fix="free space there or repair the disk, then run the same command again: all earlier lines are kept",
         )
 
 
 def whole_lines(data: bytes) -> list[bytes]:
-    """Split what a journal holds, without a last line that was not finished."""
+    """Split a journal's content into lines, without an unfinished last line."""
     return data.split(b"\n")[:-1]

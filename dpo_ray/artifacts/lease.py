@@ -1,8 +1,8 @@
-"""Let one driver at a time write to a run, on disks and object stores alike.
+"""A lease that allows only one driver at a time to write to a run, on disks and object stores alike.
 
-Lease files are numbered: lease-000001.json, lease-000002.json, ... The highest number is the lease. Taking it
-over is the exclusive creation of the next number, so of many contenders exactly one wins; the number is the
-fencing token. A thread of the holder rewrites its own file to say that it lives.
+Lease files are numbered: lease-000001.json, lease-000002.json, ... The file with the highest number is the lease.
+A driver takes it over by exclusively creating the next number, so exactly one of many contenders wins; the number
+is the fencing token. A thread of the holder rewrites its own file regularly as a heartbeat.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .storage import Storage
 
 logger = logging.getLogger(__name__)
 
-MAX_CLOCK_SKEW_SECONDS = 5.0  # machines of a cluster keep their clocks closer than this
+MAX_CLOCK_SKEW_SECONDS = 5.0  # the clocks of a cluster's machines are assumed to differ by less
 MAX_TRIES = 20
 _FILE = re.compile(r"lease-(\d{6,})\.json")
 
 
 class Lease:
-    """The right to write to a run; entering takes it or raises LeaseError, leaving releases it.
+    """The right to write to a run. Entering the context takes it or raises LeaseError; leaving releases it.
 
-    A lease is free when it was released, when its heartbeat is older than its own `ttl_seconds`, and at once
-    when its holder was a process of this machine that is gone.
+    A lease is free when it was released, when its heartbeat is older than its own `ttl_seconds`, or immediately
+    if its holder was a process of this machine that has ended.
     """
 
     def __init__(self, storage: Storage, holder: str = "", ttl_seconds: float = 60.0) -> None:
-        """Prepare a lease kept in `storage`. `holder` tells others who has it (default: user, host, pid)."""
+        """Prepare a lease kept in `storage`. `holder` names its owner for others (default: user, host, pid)."""
         self.storage, self.ttl_seconds = storage, ttl_seconds
         self.token = 0  # grows with every acquisition; 0 before the first
         self.lost = False
@@ -52,7 +52,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
-        """Take the lease. Raises LeaseError that names the holder where a living one has it."""
+        """Acquire the lease. Raises a LeaseError that names the holder if a live driver holds it."""
         for _ in range(MAX_TRIES):
             highest = self._highest()
             if highest:
@@ -62,12 +62,12 @@ class Lease:
             if self._take(highest + 1):
                 self._start()
                 return self
-        raise LeaseError("other drivers take the lease again and again", where=self.storage.uri, fix="run one of them")
+        raise LeaseError("other drivers keep taking the lease", where=self.storage.uri, fix="run only one of them")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the lease and remove the older lease files; a forked child leaves it to the parent."""
+        """Release the lease and remove the older lease files; a forked child leaves this to its parent."""
         if os.getpid() != self._pid:
             return
         self._stop.set()
@@ -77,22 +77,22 @@ class Lease:
             self._refresh(released=True)
             if not self.lost:
                 self._remove_older()
-        except (DpoRayError, OSError) as failure:  # the work is done; the lease runs out by itself
-            logger.warning("the lease could not be released and runs out in %g s: %s", self.ttl_seconds, failure)
+        except (DpoRayError, OSError) as failure:  # the work is done; the lease expires by itself
+            logger.warning("the lease could not be released and expires in %g s: %s", self.ttl_seconds, failure)
         self._pid = 0
 
     def check(self) -> None:
-        """Raise LeaseError where another driver has taken the run over; call it before every commit.
+        """Raise LeaseError if another driver has taken over the run; call this before every commit.
 
-        After a pause longer than the time to live (a suspended machine), the storage is asked first.
+        After a pause longer than the time to live (a suspended machine), the lease is first read from the storage.
         """
         if not self.lost and time.time() - self._refreshed_unix_seconds > self.ttl_seconds:
             self._refresh(released=False)
         if self.lost:
             raise LeaseError(
-                f"this driver lost the run: another took over lease {self.token}",
+                f"this driver lost the run: another driver took over lease {self.token}",
                 where=self.storage.uri,
-                fix="let the other driver go on; nothing that it does not know of was committed",
+                fix="let the other driver continue; everything that this driver committed is visible to it",
             )
 
     def _take(self, number: int) -> bool:
@@ -109,10 +109,10 @@ class Lease:
         try:
             self.storage.create(_file_name(number), _encode(self._record))
         except FileExistsError:
-            record = self._read(number)  # ours, where a request was retried after its answer was lost
+            record = self._read(number)  # our own if a request was retried after its response was lost
             if record is None or record.get("nonce") != self._record["nonce"]:
                 return False
-        if self._highest() > number:  # we came so late that the number had been used, released and removed
+        if self._highest() > number:  # too late: the number had already been used, released and removed
             self.storage.delete(_file_name(number))
             return False
         self.token, self.lost, self._pid, self._refreshed_unix_seconds = number, False, process.pid, now
@@ -132,11 +132,11 @@ class Lease:
                 logger.warning("the lease's heartbeat failed: %s", error)
 
     def _refresh(self, released: bool) -> None:
-        """Write the heartbeat, or see that a higher number has been taken."""
+        """Write the heartbeat, or mark the lease as lost if a higher number has been taken."""
         if os.getpid() != self._pid:
             return
         with self._lock:
-            # Higher: taken over. None or lower: our file was deleted by hand, so anybody may take the run.
+            # Higher: taken over. None or lower: our file was deleted by hand, so any driver may take the run.
             if self._highest() != self.token:
                 self.lost = True
                 return
@@ -157,7 +157,7 @@ class Lease:
         return max(self._numbers(), default=0)
 
     def _read(self, number: int) -> dict[str, Any] | None:
-        """Read a lease file. None where it is gone or holds no lease: then the next number may be taken."""
+        """Read a lease file. None if it is missing or holds no lease: then the next number may be taken."""
         try:
             record = json.loads(self.storage.read_bytes(_file_name(number)))
             return record if isinstance(record, dict) else None
@@ -170,12 +170,12 @@ class Lease:
             f"the run is held by {record.get('holder')}",
             where=self.storage.full_path(_file_name(number)),
             fix="wait for it or stop it; "
-            f"if its machine is gone for good, the run is free {ttl:g} s after its last heartbeat",
+            f"if its machine will not come back, the run is free {ttl:g} s after the last heartbeat",
         )
 
 
 def is_free(record: dict[str, Any], now_unix_seconds: float) -> bool:
-    """Say whether a lease may be taken over. Wall clocks give its age, with room for their difference."""
+    """Return whether a lease may be taken over. Its age is measured by wall clocks, with a margin for clock skew."""
     if record.get("released"):
         return True
     process = Process.from_json(record.get("process"))

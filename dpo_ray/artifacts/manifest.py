@@ -1,4 +1,4 @@
-"""Say what an artifact holds. A manifest is the commit: an artifact exists when its manifest does."""
+"""Manifests, which list what an artifact holds. A manifest is the commit: an artifact exists when its manifest does."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ class Manifest(BaseModel):
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Write a manifest as JSON for people and programs, with a digest of itself under `digest`.
+    """Write a manifest as JSON for people and programs, with its own digest under `digest`.
 
-    Raises ArtifactError where `config` or `figures` hold what JSON cannot: NaN, infinities, keys that are no
-    strings.
+    Raises ArtifactError if `config` or `figures` hold what JSON cannot represent: NaN, infinities, keys that are
+    not strings.
     """
     content = manifest.model_dump(mode="python")
     try:
         content["digest"] = digest(content)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
-            f"config or figures hold what JSON cannot: {error}",
+            f"config or figures hold a value that JSON cannot represent: {error}",
             where=f"{manifest.stage}-{manifest.key}",
             fix="record finite numbers, strings, lists and dicts with string keys",
         ) from error
@@ -77,18 +77,18 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read a manifest and check it against its own digest. Raises ArtifactError where one bit has changed."""
-    fix = "delete the artifact's directory; its stage runs again"
+    """Read a manifest and check it against its own digest. Raises ArtifactError if even one bit has changed."""
+    fix = "delete the artifact's directory; its stage then runs again"
     try:
         content = json.loads(data)
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
         if isinstance(version := content.get("format"), int) and version > FORMAT:
             raise ArtifactError(
-                f"format {version} is newer than this dpo_ray knows", where=where, fix="upgrade dpo_ray"
+                f"format {version} is newer than this dpo_ray supports", where=where, fix="upgrade dpo_ray"
             )
-        # Not only the values: the very bytes, so that no flipped bit passes for another spelling of the same
-        # value.
+        # Compare the bytes and not only the values, so that a flipped bit never passes as another spelling of the
+        # same value.
         if _text(content) != data or content.pop("digest", None) != digest(content):
             raise ValueError("its digest does not match its content")
         return Manifest.model_validate(content)

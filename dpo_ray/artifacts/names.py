@@ -1,4 +1,4 @@
-"""Decide which names a file, a stage, a key or a run may have, so that no name leads out of its directory."""
+"""The names that a file, a stage, a key or a run may have, so that no name leads out of its directory."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import re
 from dpo_ray.errors import ArtifactError
 
 MANIFEST_NAME = "manifest.json"
-STAGING_NAME = ".staging"  # stage names begin with a letter, so no artifact is ever called that
-TEMPORARY_PREFIX = ".tmp-"  # a file being written; readers and listings pass over it
+STAGING_NAME = ".staging"  # stage names begin with a letter, so no artifact can have this name
+TEMPORARY_PREFIX = ".tmp-"  # marks a file that is being written; readers and listings skip it
 
-# Windows separators, NUL and other control characters, and what object-store clients read as patterns or
-# versions.
+# Windows separators, NUL and other control characters, and characters that object-store clients read as patterns
+# or versions.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\*?#\[\]]")
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
-_KEY = re.compile(r"[A-Za-z0-9_]{1,64}")  # no dash: "<stage>-<key>" splits in one way only
+_KEY = re.compile(r"[A-Za-z0-9_]{1,64}")  # no dash, so that "<stage>-<key>" splits in only one way
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def fault_in_name(name: str) -> str:
-    """Say what is wrong with a relative file name, or return an empty string where nothing is."""
+    """Return what is wrong with a relative file name, or an empty string if nothing is."""
     if not name:
         return "is empty"
     if name.startswith("/"):
         return "is absolute"
     if _FORBIDDEN.search(name):
-        return r"holds a control character or one of \ * ? # [ ]"
+        return r"contains a control character or one of \ * ? # [ ]"
     parts = name.split("/")
     if ".." in parts or "." in parts:
-        return "holds '.' or '..'"
+        return "contains '.' or '..'"
     if "" in parts:
         return "has an empty part"
     if any(part.startswith(TEMPORARY_PREFIX) for part in parts):
@@ -39,23 +39,25 @@ def fault_in_name(name: str) -> str:
 
 
 def checked_name(name: str, where: str = "") -> str:
-    """Return the name, or raise ArtifactError where it could lead out of its directory."""
+    """Return the name; raise ArtifactError if it could lead out of its directory."""
     if fault := fault_in_name(name):
         raise ArtifactError(f"the name {name!r} {fault}", where=where, fix="use a plain relative name like a/b.parquet")
     return name
 
 
 def artifact_name(stage: str, key: str) -> str:
-    """Return an artifact's directory name, `<stage>-<key>`. Raises ArtifactError for what cannot be one."""
+    """Return an artifact's directory name, `<stage>-<key>`. Raises ArtifactError if either part is not valid."""
     if not _STAGE.fullmatch(stage):
-        raise ArtifactError(f"the stage name {stage!r} is not a-z, 0-9, '_' and '-', a letter first")
+        raise ArtifactError(f"the stage name {stage!r} must consist of a-z, 0-9, '_' and '-' and begin with a letter")
     if not _KEY.fullmatch(key):
-        raise ArtifactError(f"the artifact key {key!r} is not letters, digits and '_'")
+        raise ArtifactError(f"the artifact key {key!r} must consist of letters, digits and '_'")
     return f"{stage}-{key}"
 
 
 def checked_run(run: str) -> str:
-    """Return the run's name, or raise ArtifactError where it cannot be a directory's name."""
+    """Return the run's name; raise ArtifactError if it cannot be the name of a directory."""
     if not _RUN.fullmatch(run):
-        raise ArtifactError(f"the run name {run!r} is not letters, digits, '.', '_' and '-', a letter or digit first")
+        raise ArtifactError(
+            f"the run name {run!r} must consist of letters, digits, '.', '_' and '-' and begin with a letter or digit"
+        )
     return run

@@ -1,4 +1,4 @@
-"""Write to S3 or Google Cloud Storage through fsspec. A PUT is atomic there, `create` a conditional PUT."""
+"""S3 and Google Cloud Storage through fsspec. A PUT is atomic there, and `create` is a conditional PUT."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dpo_ray.errors import DpoRayError, InfrastructureError
 from .disk import copy_and_hash
 from .names import TEMPORARY_PREFIX
 
-EXTRAS = {"s3": "s3", "gs": "gs"}  # scheme -> the extra of this package that brings its client
+EXTRAS = {"s3": "s3", "gs": "gs"}  # scheme -> the extra of this package that installs its client
 _CONFLICTS = ("ConditionalRequestConflict", "OperationAborted", "409")
 CONFLICT_TRIES = 5
 CONFLICT_WAIT_SECONDS = 0.2
 
 
 class ObjectStore:
-    """A prefix in a bucket. Its methods raise OSError; clients' own exceptions become InfrastructureError."""
+    """A prefix in a bucket. Its methods raise OSError; the client's own exceptions become InfrastructureError."""
 
     def __init__(self, scheme: str, root: str) -> None:
         self.scheme, self.root = scheme, root  # root: bucket/prefix
@@ -50,21 +50,21 @@ class ObjectStore:
     def sizes(self, prefix: str) -> dict[str, int]:
         """List the objects below a prefix with their sizes in bytes."""
         try:
-            found = self._call("find", self._path(prefix), detail=True)
+            objects = self._call("find", self._path(prefix), detail=True)
         except FileNotFoundError:
             return {}
         below, sizes = f"{self._path(prefix)}/", {}
-        for path, info in found.items():
+        for path, info in objects.items():
             if path.startswith(below) and not path.endswith("/") and f"/{TEMPORARY_PREFIX}" not in path:
                 sizes[path.removeprefix(f"{self.root}/")] = int(info["size"])
         return sizes
 
     def list_dirs(self, prefix: str) -> list[str]:
         try:
-            found = self._call("ls", self._path(prefix), detail=True)
+            entries = self._call("ls", self._path(prefix), detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [info["name"].rstrip("/").rpartition("/")[2] for info in found if info["type"] == "directory"]
+        return [info["name"].rstrip("/").rpartition("/")[2] for info in entries if info["type"] == "directory"]
 
     def write(self, name: str, data: bytes) -> None:
         with self._bucket_must_exist():
@@ -73,8 +73,8 @@ class ObjectStore:
     def create(self, name: str, data: bytes) -> None:
         """Write an object that must not exist yet: one of many callers succeeds, others get FileExistsError.
 
-        A request whose answer was lost may have been retried and then refused because of itself: a caller
-        that gets FileExistsError compares what is there with what it wrote.
+        If a response is lost, the client may retry the request, which is then refused because the first try
+        succeeded: a caller that gets FileExistsError must compare the object with what it wrote.
         """
         for attempt in range(CONFLICT_TRIES):
             try:
@@ -87,21 +87,21 @@ class ObjectStore:
                 code = _service_code(error)
                 if code in ("PreconditionFailed", "412"):
                     raise FileExistsError(f"{self._path(name)} exists") from error
-                # Two PUTs at the same time: S3 may refuse both, and asks for another try.
+                # When two PUTs arrive at the same time, S3 may refuse both and ask for a retry.
                 busy = code in _CONFLICTS or error.errno == errno.EBUSY
                 if not busy or attempt + 1 == CONFLICT_TRIES:
                     raise
             time.sleep(CONFLICT_WAIT_SECONDS * 2**attempt)
 
     def upload(self, name: str, source: Path) -> tuple[int, str]:
-        """Copy a local file to this place in pieces; returns its size in bytes and its sha256."""
+        """Copy a local file to the store in chunks; return its size in bytes and its sha256."""
         with open(source, "rb") as input_file, self._bucket_must_exist():
             target = self._call("open", self._path(name), "wb")
             try:
                 count, sha256 = copy_and_hash(input_file, target)
                 _translated("upload", self._path(name), target.close)
             except BaseException:
-                # close() would publish the half that was written, and so would the garbage collector.
+                # close() would publish the partial object, and so would the garbage collector.
                 target.closed = True
                 target.discard()
                 raise
@@ -128,7 +128,7 @@ class ObjectStore:
             yield
         except FileNotFoundError as error:
             where = f"{self.scheme}://{self.root}"
-            fix = "make the bucket, or correct the address"
+            fix = "create the bucket, or correct the address"
             raise InfrastructureError(f"the bucket does not exist: {error}", where=where, fix=fix) from error
 
     def _path(self, name: str) -> str:
@@ -140,9 +140,9 @@ class ObjectStore:
 
 
 def _file_system(scheme: str) -> Any:
-    """Return fsspec's client, of which fsspec keeps one per process and thread: cheap, and safe after a fork.
+    """Return fsspec's client. fsspec keeps one per process and thread, so this is cheap, and safe after a fork.
 
-    Listings are never cached: another process writes to the same place.
+    Listings are never cached, because other processes write to the same bucket.
     """
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False)
@@ -155,7 +155,7 @@ def _file_system(scheme: str) -> Any:
 
 
 def _translated(action: str, where: str, call: Callable[[], Any]) -> Any:
-    """Run a client's call; its own exceptions, which have no common ancestor, become InfrastructureError."""
+    """Run a client's call; convert its own exceptions, which have no common base class, to InfrastructureError."""
     try:
         return call()
     except (OSError, DpoRayError):
@@ -169,7 +169,7 @@ def _translated(action: str, where: str, call: Callable[[], Any]) -> Any:
 
 
 def _service_code(error: OSError) -> str:
-    """Return the service's own error code from the cause: s3fs knows only the one way that AWS spells it."""
+    """Return the service's own error code from the cause: s3fs recognises only the spelling of AWS."""
     response = getattr(error.__cause__, "response", None)
     problem = response.get("Error") if isinstance(response, dict) else None
     return str(problem.get("Code", "")) if isinstance(problem, dict) else ""

@@ -1,4 +1,4 @@
-"""Tell one process from all others, and say whether it is surely gone."""
+"""The identity of a process, and whether the process has certainly ended."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Process:
-    """A process of some machine. A pid is used again; together with its start time and the boot it is not."""
+    """A process of some machine. A pid alone is reused; together with its start time and the boot it is unique."""
 
     host: str
-    boot: str  # the boot of the machine and the pid namespace; empty where the system does not tell
+    boot: str  # the boot of the machine and the pid namespace; empty if the system does not report it
     pid: int
-    started: str  # in the system's own ticks; empty where the system does not tell
+    started: str  # in the system's own ticks; empty if the system does not report it
 
     @classmethod
     def current(cls) -> Process:
-        """Describe the calling process."""
+        """Return the identity of the calling process."""
         return cls(socket.gethostname(), _boot(), os.getpid(), _start_ticks(os.getpid()) or "")
 
     @classmethod
     def from_json(cls, value: Any) -> Process | None:
-        """Read what `dataclasses.asdict` wrote, or return None where it is something else."""
+        """Read the output of `dataclasses.asdict`; return None if the value is something else."""
         try:
             return cls(str(value["host"]), str(value["boot"]), int(value["pid"]), str(value["started"]))
         except (KeyError, TypeError, ValueError):
             return None
 
     def is_gone(self) -> bool:
-        """Say True only where it is certain: a process of this boot whose pid is free or used again."""
+        """Return True only if it is certain: a process of this boot whose pid is free or reused."""
         return self._is_of_this_machine() and _start_ticks(self.pid) != self.started
 
     def is_alive_here(self) -> bool:
-        """Say True only where it is certain: a process of this boot that runs."""
+        """Return True only if it is certain: a process of this boot that is running."""
         return self._is_of_this_machine() and _start_ticks(self.pid) == self.started
 
     def _is_of_this_machine(self) -> bool:
@@ -45,7 +45,7 @@ class Process:
 
 
 def user_name() -> str:
-    """Return the login name, or the numeric id where the container has no such user."""
+    """Return the login name, or the numeric id if the container has no such user."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -61,10 +61,10 @@ def _boot() -> str:
 
 
 def _start_ticks(pid: int) -> str | None:
-    """Return when a process started, or None where it does not run; a zombie has ended already."""
+    """Return when a process started, or None if it is not running; a zombie counts as ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+    fields = stat.rpartition(")")[2].split()  # the process name before it may contain spaces and brackets
     return None if fields[0] in "ZX" else fields[19]

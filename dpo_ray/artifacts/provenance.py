@@ -1,4 +1,4 @@
-"""What an artifact records of how it was made: the same for every stage, decided by the plan."""
+"""What an artifact records about how it was made: the same fields for every stage, decided by the plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .staging import Staging
 
 @dataclass(frozen=True)
 class Provenance:
-    """Inputs, configuration and versions of one stage's run; the clock runs from its making."""
+    """Inputs, configuration and versions of one stage's run; the stage's duration is measured from its construction."""
 
     stage_version: int
     inputs: dict[str, str]

@@ -1,10 +1,10 @@
-"""Write an artifact where no reader looks, then commit it in one step that either happens or does not.
+"""Staging: an artifact is written where no reader looks, and then committed in one atomic step.
 
 On a disk an attempt writes to `<root>/.staging/<run>/<stage>-<key>.<attempt>/`; the commit writes the
 manifest there and renames the directory to `<root>/<stage>-<key>`. On an object store, which has no rename,
 the files lie at `<root>/<stage>-<key>/<attempt>/` from the start, and the commit is the conditional PUT of
-`manifest.json`. A marker `<root>/.staging/<run>/<stage>-<key>.<attempt>.json` lets a later driver find what a
-dead attempt left.
+`manifest.json`. With a marker `<root>/.staging/<run>/<stage>-<key>.<attempt>.json`, a later driver can find what
+a dead attempt left behind.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Staging:
-    """One attempt at one artifact. Pickles: workers on any machine write into it, the driver commits.
+    """One attempt at one artifact. It can be pickled: workers on any machine write into it, and the driver commits it.
 
-    A name that is written twice holds what was written last. Workers whose tasks may run twice therefore
-    write the same bytes under the same name, or names of their own of which `commit` is told one.
+    If a name is written twice, the last write counts. Workers whose tasks may run twice therefore either write the
+    same bytes under the same name, or use unique names, only one of which is passed to `commit`.
     """
 
     root: Storage
@@ -65,11 +65,11 @@ class Staging:
         versions: dict[str, str],
         seconds: float,
     ) -> Artifact:
-        """Make these files the artifact, and nothing else that attempts of dead or repeated tasks left here.
+        """Commit exactly these files as the artifact, and drop whatever else dead or repeated tasks left here.
 
-        Where somebody else has committed the same artifact already, ours is discarded and theirs returned.
-        Raises ArtifactError where a listed file is missing, has another size or lies elsewhere, or a name
-        comes twice.
+        If another driver has already committed the same artifact, ours is discarded and theirs is returned.
+        Raises ArtifactError if a listed file is missing, has another size or lies elsewhere, or a name is listed
+        twice.
         """
         if theirs := find_artifact(self.root, self.stage, self.key):
             self.abandon()
@@ -95,13 +95,13 @@ class Staging:
         return self._commit_by_put(data)
 
     def abandon(self) -> None:
-        """Delete what this attempt wrote; committed files stay."""
+        """Delete what this attempt wrote; committed files are kept."""
         discard_attempt(self.root, self.stage, self.key, self.run, self.attempt)
 
     def _commit_by_rename(self, data: bytes) -> Artifact:
         self.storage.write(MANIFEST_NAME, data)
         home = artifact_name(self.stage, self.key)
-        for _ in range(3):  # again only where the place was taken by something that is no artifact
+        for _ in range(3):  # repeats only if something that is not an artifact occupied the directory
             try:
                 self.root.rename_into(self.storage, home)
             except FileExistsError:
@@ -115,7 +115,7 @@ class Staging:
             self.root.delete(marker_name(self.stage, self.key, self.run, self.attempt))
             return Artifact(parse_manifest(data, self.root.full_path(home)), self.root.child(home))
         raise ArtifactError(
-            "something that is no artifact keeps the place",
+            "something that is not an artifact occupies the artifact's directory",
             where=self.root.full_path(home),
             fix="move that directory away, then run the same command again",
         )
@@ -128,13 +128,14 @@ class Staging:
         except FileExistsError:
             winner = find_artifact(self.root, self.stage, self.key)
             if winner is None:
-                raise ArtifactError("the manifest came and went", where=home.uri, fix="run the command again") from None
-            # It may be ours: a request whose answer was lost is sent again, and then refused.
+                what = "the manifest appeared and disappeared again during the commit"
+                raise ArtifactError(what, where=home.uri, fix="run the command again") from None
+            # It may be our own: a request whose response was lost is sent again, and then refused.
             if winner.manifest.attempt != self.attempt:
                 self.abandon()
                 return winner
-        # A later driver that took this attempt for dead removes the marker before it looks for the manifest:
-        # either it has seen ours and spared the files, or we see here that it has not.
+        # A later driver that considers this attempt dead removes the marker before it looks for the manifest:
+        # either it found our manifest and kept the files, or the marker is missing here.
         if not self.root.exists(marker):
             home.delete(MANIFEST_NAME)
             self.abandon()
@@ -143,7 +144,7 @@ class Staging:
         return Artifact(parse_manifest(data, home.uri), home)
 
     def _checked(self, files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
-        """Check the entries against what lies in the staging place, and remove what is not listed."""
+        """Check the entries against the files in the staging directory, and remove files that are not listed."""
         entries = sorted((self._placed(entry) for entry in files), key=lambda entry: entry.name)
         sizes = self.storage.file_sizes()
         seen: set[str] = set()
@@ -157,7 +158,7 @@ class Staging:
             if entry.name not in sizes:
                 raise ArtifactError("a listed file is missing", where=where, fix="run the same command again")
             if sizes[entry.name] != entry.bytes:
-                what = f"the file has {sizes[entry.name]} bytes where its entry says {entry.bytes}"
+                what = f"the file has {sizes[entry.name]} bytes, but its entry records {entry.bytes}"
                 raise ArtifactError(what, where=where, fix="run the same command again")
             if self.root.is_local:
                 self.storage.local_path(entry.name)  # refuses symbolic links
@@ -180,19 +181,19 @@ class Staging:
         try:
             self.root.rename_into(self.root.child(home), aside)
         except FileNotFoundError:
-            return  # somebody else has moved it
+            return  # another process has moved it
         logger.warning("%s had no valid manifest and was moved to %s", self.root.full_path(home), aside)
 
     def _superseded(self) -> ArtifactError:
         return ArtifactError(
-            "this attempt was swept away: a later driver of the run took it for dead",
+            "this attempt was deleted: a later driver of the run considered it dead",
             where=self.storage.uri,
-            fix="let that driver go on, or run the same command again",
+            fix="let that driver continue, or run the same command again",
         )
 
 
 def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
-    """Open a staging place that no other attempt shares."""
+    """Open a staging directory that no other attempt uses."""
     name, attempt = artifact_name(stage, key), f"{int(time.time()):x}-{secrets.token_hex(6)}"
     place = (STAGING_NAME, checked_run(run), f"{name}.{attempt}") if root.is_local else (name, attempt)
     storage = root.child(*place)
@@ -202,7 +203,7 @@ def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
 
 
 def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str) -> None:
-    """Delete an attempt's marker and files, unless it is the one that was committed."""
+    """Delete an attempt's marker and files; files of a committed attempt are kept."""
     name = artifact_name(stage, key)
     root.delete(marker_name(stage, key, run, attempt))
     if root.is_local:
@@ -214,11 +215,11 @@ def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str)
 
 
 def marker_name(stage: str, key: str, run: str, attempt: str) -> str:
-    """Return the name of the file that says which process began an attempt."""
+    """Return the name of the file that records which process began an attempt."""
     return f"{STAGING_NAME}/{checked_run(run)}/{artifact_name(stage, key)}.{attempt}.json"
 
 
 def _file_name(name: str) -> str:
     if checked_name(name) == MANIFEST_NAME:
-        raise ArtifactError(f"the name {MANIFEST_NAME!r} is the commit's own")
+        raise ArtifactError(f"the name {MANIFEST_NAME!r} is reserved for the commit")
     return name

@@ -24,22 +24,22 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Storage:
-    """A directory, local or on an object store. Holds only its address, so it is cheap and pickles.
+    """A directory, local or on an object store. It holds only its address, so it is cheap and can be pickled.
 
     Names are relative, with '/' between parts; a name that could lead out of the directory raises
-    ArtifactError. FileNotFoundError and FileExistsError are raised as they are. Other failures of a disk
-    raise ArtifactError, of an object store or its client InfrastructureError; both say what, where and what
-    to do.
+    ArtifactError. FileNotFoundError and FileExistsError are raised unchanged. Other failures of a disk raise
+    ArtifactError, those of an object store or its client InfrastructureError; both say what failed, where, and
+    what to do.
     """
 
     uri: str
     is_local: bool
 
     def __init__(self, uri: str | Path) -> None:
-        """Take a path or URI: `runs`, `/abs`, `file:///abs`, `s3://bucket/prefix`, `gs://bucket/prefix`.
+        """Parse a path or URI: `runs`, `/abs`, `file:///abs`, `s3://bucket/prefix`, `gs://bucket/prefix`.
 
-        Local paths are made absolute at once, because worker processes change their directory.
-        Raises ConfigError where the address cannot be used.
+        Local paths are made absolute at once, because worker processes change their working directory.
+        Raises ConfigError if the address cannot be used.
         """
         scheme, root = _parse(str(uri))
         self.is_local = not scheme
@@ -59,7 +59,7 @@ class Storage:
         return hash(self.uri)
 
     def child(self, *parts: str) -> Storage:
-        """Return the storage of a directory below this one; it need not exist."""
+        """Return the storage of a directory below this one; the directory need not exist."""
         if not parts:
             raise ArtifactError("child() needs at least one name", where=self.uri)
         return Storage(self.full_path("/".join(checked_name(part, self.uri) for part in parts)))
@@ -71,11 +71,11 @@ class Storage:
         return self._place.path(self._optional(name))
 
     def full_path(self, name: str = "") -> str:
-        """Return the path or URI, for messages and for other libraries."""
+        """Return the full path or URI of a name, for messages and for other libraries."""
         return f"{self.uri.rstrip('/')}/{self._optional(name)}" if name else self.uri
 
     def exists(self, name: str) -> bool:
-        """Say whether a file or directory of that name is there."""
+        """Return whether a file or directory of that name exists."""
         with self._explained("look for", name):
             return self._place.exists(self._optional(name))
 
@@ -90,33 +90,33 @@ class Storage:
             return self._place.read_bytes(checked_name(name, self.uri))
 
     def open_input(self, name: str) -> BinaryIO:
-        """Open a file for reading; the stream can seek."""
+        """Open a file for reading; the stream is seekable."""
         with self._explained("open", name):
             return self._place.open_input(checked_name(name, self.uri))
 
     def list_files(self, prefix: str = "") -> list[str]:
-        """List all files below a directory, named relative to this storage, sorted; [] where it is absent."""
+        """List all files below a directory, named relative to this storage, sorted; [] if it does not exist."""
         return sorted(self.file_sizes(prefix))
 
     def file_sizes(self, prefix: str = "") -> dict[str, int]:
-        """Return the size in bytes of every file below a directory, with one listing."""
+        """Return the size in bytes of every file below a directory, using one listing."""
         with self._explained("list", prefix):
             return self._place.sizes(self._optional(prefix))
 
     def list_dirs(self, prefix: str = "") -> list[str]:
-        """List the last names of the directories directly below one, sorted; [] where it is absent."""
+        """List the names of the directories directly below a directory, sorted; [] if it does not exist."""
         with self._explained("list", prefix):
             return sorted(self._place.list_dirs(self._optional(prefix)))
 
     def write(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
-        """Replace a file: a reader, or a crash at any moment, sees the old file or the new one, whole."""
+        """Write or replace a file atomically: readers see the old or the new file, complete, even after a crash."""
         with self._explained("write", name):
             self._place.write(checked_name(name, self.uri), data)
         sha256 = hashlib.sha256(data).hexdigest()
         return FileEntry(name=name, path=name, bytes=len(data), sha256=sha256, rows=rows)
 
     def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
-        """Copy a local file to this place with the guarantees of `write`, in pieces, hashing as it goes."""
+        """Copy a local file to this storage with the guarantees of `write`, hashing it chunk by chunk."""
         with self._explained("write", name):
             count, sha256 = self._place.upload(checked_name(name, self.uri), source)
         return FileEntry(name=name, path=name, bytes=count, sha256=sha256, rows=rows)
@@ -124,14 +124,14 @@ class Storage:
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist: one of many callers succeeds, others get FileExistsError.
 
-        On an object store a retried request may be refused because of
-        itself, so a caller that needs certainty puts something of its own in the data and reads it back.
+        On an object store a retried request may be refused because its own first try succeeded. A caller that needs
+        certainty puts something unique in the data and reads it back.
         """
         with self._explained("create", name):
             self._place.create(checked_name(name, self.uri), data)
 
     def download(self, name: str, target: Path) -> None:
-        """Copy a file to a local path, which appears whole or not at all."""
+        """Copy a file to a local path, which appears complete or not at all."""
         with self._explained("download", name):
             make_dirs(target.parent)
             temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
@@ -142,19 +142,19 @@ class Storage:
                 temporary.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
-        """Delete a file; a missing one is fine."""
+        """Delete a file if it exists."""
         with self._explained("delete", name):
             self._place.delete(checked_name(name, self.uri))
 
     def delete_tree(self, prefix: str = "") -> None:
-        """Delete a directory and all in it; a missing one is fine."""
+        """Delete a directory and everything in it, if it exists."""
         with self._explained("delete", prefix):
             self._place.delete_tree(self._optional(prefix))
 
     def rename_into(self, source: Storage, name: str) -> None:
-        """Give a directory of the same disk its final name here, durably. The commit of local artifacts.
+        """Rename a directory of the same disk to its final name here, durably: the commit of local artifacts.
 
-        Raises FileExistsError where a directory with something in it has that name. Local storages only.
+        Raises FileExistsError if a directory of that name exists and is not empty. Local storages only.
         """
         if not isinstance(self._place, Disk):
             raise ArtifactError("an object store cannot rename a directory", where=self.uri)
@@ -167,9 +167,9 @@ class Storage:
                 raise
 
     def check_writable(self) -> None:
-        """Write, read and delete a probe, and see that exclusive creation is honoured.
+        """Write, read and delete a probe file, and check that exclusive creation is honoured.
 
-        Call it before any work starts. Raises ArtifactError or InfrastructureError that says what to do.
+        Call this before any work starts. Raises an ArtifactError or InfrastructureError that says what to do.
         """
         name, data = f"probe-{secrets.token_hex(8)}", b"probe"
         self.create(name, data)
@@ -186,14 +186,14 @@ class Storage:
         finally:
             self.delete(name)
         if not intact:
-            raise InfrastructureError("a file reads back otherwise than it was written", where=self.uri)
+            raise InfrastructureError("a file was read back with other content than was written", where=self.uri)
 
     def _optional(self, name: str) -> str:
         return checked_name(name, self.uri) if name else ""
 
     @contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
-        """Turn an OSError into an error that says what to do, except for missing and existing files."""
+        """Convert an OSError to an error that says what to do, except for missing and existing files."""
         try:
             yield
         except (FileNotFoundError, FileExistsError):
@@ -210,31 +210,31 @@ def _advice(error: OSError) -> str:
     if error.errno in _NO_SPACE:
         return f"free space there or raise the quota, {again}"
     if error.errno in _NO_PERMISSION or isinstance(error, PermissionError):
-        return f"give this user or these credentials the right to do that, or choose another place, {again}"
+        return f"grant this user or these credentials the permission, or choose another location, {again}"
     if error.errno == errno.ENOTSUP:
-        return "choose a disk that has them; give a bucket by its s3:// or gs:// address and not by a mount"
+        return "choose a disk that supports this; for a bucket, use its s3:// or gs:// address instead of a mount"
     if error.errno == errno.EIO:
         return f"check the disk or the mount for faults (dmesg), {again}"
-    return f"mend the cause, {again}"
+    return f"remove the cause, {again}"
 
 
 def _parse(uri: str) -> tuple[str, str]:
     """Split an address into (scheme, root): ('', '/abs/path') or ('s3', 'bucket/prefix')."""
-    fix = "give a path, file:///path, s3://bucket/prefix or gs://bucket/prefix"
+    fix = "use a path, file:///path, s3://bucket/prefix or gs://bucket/prefix"
     if "\x00" in uri or not uri:
-        raise ConfigError("a storage address is empty or holds NUL", where=repr(uri), fix=fix)
+        raise ConfigError("a storage address is empty or contains NUL", where=repr(uri), fix=fix)
     if uri.startswith(("s3:/", "gs:/", "file:/")) and "://" not in uri:
-        raise ConfigError("the address lost a slash, as Path() does it", where=uri, fix=fix)
+        raise ConfigError("the address lacks a slash after the scheme; Path() removes it", where=uri, fix=fix)
     if "://" not in uri:
         return "", os.path.abspath(os.path.expanduser(uri))
     scheme, _, root = uri.partition("://")
     if scheme == "file":
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise ConfigError("a file:// address must be absolute and of this machine", where=uri, fix=fix)
+            raise ConfigError("a file:// address must be absolute and on this machine", where=uri, fix=fix)
         return "", os.path.abspath(unquote(parts.path))
     if scheme not in EXTRAS:
-        raise ConfigError(f"storage of the kind {scheme}:// is not supported", where=uri, fix=fix)
+        raise ConfigError(f"{scheme}:// storage is not supported", where=uri, fix=fix)
     root = root.rstrip("/")
     if fault := fault_in_name(root):
         raise ConfigError(f"the address {fault}", where=uri, fix=fix)

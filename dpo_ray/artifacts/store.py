@@ -1,7 +1,7 @@
-"""Find committed artifacts, begin new ones, and clear away what dead attempts left.
+"""The artifact store: finds committed artifacts, begins new ones, and deletes what dead attempts left behind.
 
-Artifacts live at `<root>/<stage>-<key>/`. The key says all that could change the content, so an artifact that
-is there is never made again and one that is stale is never found.
+Artifacts are at `<root>/<stage>-<key>/`. The key depends on everything that could change the content, so an artifact
+that exists is never made again and a stale one is never found.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class ArtifactStore:
         self.root = root
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """Return the committed artifact of a stage and key, or None where its stage has to run.
+        """Return the committed artifact of a stage and key, or None if its stage has to run.
 
-        Raises ArtifactError for a manifest of a newer format, and on object stores for a damaged one.
+        Raises ArtifactError if the manifest is of a newer format or, on an object store, damaged.
         """
         return find_artifact(self.root, stage, key)
 
     def begin(self, stage: str, key: str, run: str) -> Staging:
-        """Open a staging place of this attempt's own for an artifact; `Staging.commit` makes it visible."""
+        """Open a separate staging directory for this attempt at an artifact; `Staging.commit` makes it visible."""
         return begin_attempt(self.root, stage, key, run)
 
     def manifests(self, stage: str) -> Iterator[Manifest]:
-        """Read the manifests of all committed artifacts of a stage; a damaged one is passed over with a warning."""
+        """Yield the manifests of all committed artifacts of a stage; a damaged one is skipped with a warning."""
         for directory in self.root.list_dirs():
             name, _, key = directory.rpartition("-")
             if name != stage or not key:
@@ -53,21 +53,21 @@ class ArtifactStore:
             try:
                 manifest = read_manifest(self.root.child(directory))
             except ArtifactError as error:
-                logger.warning("passed over: %s", error)
+                logger.warning("this artifact is skipped: %s", error)
                 continue
             if manifest is not None and manifest.stage == stage:
                 yield manifest
 
     def latest(self, stage: str, run: str) -> Manifest | None:
-        """Return the newest manifest of a stage that this run committed, to say why it is stale now."""
+        """Return the newest manifest of a stage that this run committed, to explain why it is stale now."""
         ours = (manifest for manifest in self.manifests(stage) if manifest.run == run)
         return max(ours, key=lambda manifest: manifest.created_unix_seconds, default=None)
 
     def sweep(self, run: str) -> int:
-        """Delete what dead attempts of a run left behind; returns the number of attempts.
+        """Delete what dead attempts of a run left behind; return the number of these attempts.
 
-        The caller holds the run's lease. So an attempt of a process that is known to run on this machine is
-        spared, any other is dead, or belongs to a driver that lost the lease and must not commit any more.
+        The caller holds the run's lease. An attempt of a process that is known to be running on this machine is
+        kept; any other is dead, or belongs to a driver that lost the lease and must not commit any more.
         """
         place = f"{STAGING_NAME}/{checked_run(run)}"
         below = {name.removeprefix(f"{place}/").partition("/")[0] for name in self.root.list_files(place)}

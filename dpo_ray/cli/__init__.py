@@ -1,1 +1,1 @@
-"""The command line: a file for each kind of command, each command a few lines that call one function."""
+"""The command line: one module for each kind of command; each command is a few lines that call one function."""

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from dpo_ray.observe.progress import Reporter
     from dpo_ray.run.planning import Plan
 
-_MEANINGS = EXIT_CODES | {1: "A fault of dpo-ray itself: the traceback says where"}
+_MEANINGS = EXIT_CODES | {1: "A bug in dpo-ray itself: the traceback shows where"}
 _CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
 app = typer.Typer(
-    help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; any value of it can be "
-    "set on the command line as key.path=value. Begin with `dpo-ray init` and `dpo-ray run`.",
+    help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; each of its values can be "
+    "overridden on the command line as key.path=value. Begin with `dpo-ray init` and `dpo-ray run`.",
     epilog="Exit codes:\n\n" + _CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -40,13 +40,13 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the recipe's.")
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that override those of the recipe.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Tiny = Annotated[
     bool,
     typer.Option(
-        "--tiny", help="The recipe in miniature: a tiny random model, made-up data, 3 steps, this machine, no network."
+        "--tiny", help="Run a miniature of the recipe: a tiny random model, synthetic data, 3 steps, on this machine, no network."
     ),
 ]
 
@@ -59,9 +59,9 @@ def run(
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
 ) -> None:
-    """Run a recipe: every stage that is not done. The last line of the output is one line of figures.
+    """Run every stage of a recipe that is not done yet. The last line of the output contains the main figures.
 
-    Stop it at any moment, by any means: the same command goes on from what was committed.
+    A run can be stopped at any moment and by any means: the same command goes on from what was committed.
     """
     from dpo_ray.observe.progress import Reporter
     from dpo_ray.report import summary
@@ -103,9 +103,9 @@ def _run_rounds(recipe: Recipe, reporter: Reporter, *, as_json: bool, verbose: b
 
 @app.command()
 def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Show every round of an online run: its state, its figures, what became of its policy. Starts nothing.
+    """Show every round of an online run: its state, its figures, and whether its policy was promoted. Starts nothing.
 
-    A finished run goes on when `online.rounds` is raised.
+    A finished run continues when `online.rounds` is increased.
     """
     from dpo_ray.online.round_plan import derive
     from dpo_ray.report import rounds_report
@@ -116,7 +116,9 @@ def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, 
     loaded = _loaded(recipe, overrides, tiny=tiny)
     if loaded.online is None:
         raise ConfigError(
-            "it has no section `online`, so it has no rounds", where=str(recipe), fix="dpo-ray plan shows its stages"
+            "the recipe has no section `online`, so it has no rounds",
+            where=str(recipe),
+            fix="`dpo-ray plan` shows its stages",
         )
     page = rounds_report.rounds_page(derive(make_plan(loaded)))
     if as_json:
@@ -133,24 +135,24 @@ def plan(
     as_json: Json = False,
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="NODESxGPUSxGPU", help="Say also what it needs of such a cluster: 4x8xH100."),
+        typer.Option(metavar="NODESxGPUSxGPU", help="Also show what the recipe needs on such a cluster: 4x8xH100."),
     ] = None,
 ) -> None:
-    """Say which stages are done, which would run, and why. Starts nothing, writes nothing."""
+    """Show which stages are done, which would run, and why. Starts nothing and writes nothing."""
     from dpo_ray.run.planning import make_plan
 
     from . import capacity_view
 
     loaded = _loaded(recipe, overrides, tiny=tiny)
-    made, unseen = (make_plan(loaded), "") if cluster is None else capacity_view.plan_if_possible(loaded)
-    capacity = None if cluster is None else capacity_view.capacity_of(loaded, cluster, made)
-    stages = {"name": loaded.name, "stages": None, "reason": unseen} if made is None else _stages(made)
+    run_plan, obstacle = (make_plan(loaded), "") if cluster is None else capacity_view.plan_if_possible(loaded)
+    capacity = None if cluster is None else capacity_view.capacity_of(loaded, cluster, run_plan)
+    stages = {"name": loaded.name, "stages": None, "reason": obstacle} if run_plan is None else _stages(run_plan)
     if as_json:
         typer.echo(json.dumps(stages if capacity is None else stages | {"capacity": capacity_view.figures(capacity)}))
         return
     console = _console()
-    if made is None:
-        typer.echo(f"stages: not known here, as {unseen}")
+    if run_plan is None:
+        typer.echo(f"stages: cannot be determined on this machine: {obstacle}")
     else:
         _print_stages(stages, console)
     if capacity is not None:
@@ -163,7 +165,7 @@ def _stages(made: Plan) -> dict[str, Any]:
         from dpo_ray.online.round_plan import derive
 
         begun = [(f"round {r.number}: {name}", s) for r in derive(made).rounds for name, s in r.stages.items()]
-        stages = [*stages[:1], *begun]  # prepare, and what the rounds are
+        stages = [*stages[:1], *begun]  # `prepare`, then the stages of each round
     rows = [{"stage": name, "key": s.key, "state": s.state, "reason": s.reason} for name, s in stages]
     return {"name": made.recipe.name, "device": made.hardware.device, "dtype": made.hardware.dtype, "stages": rows}
 
@@ -180,7 +182,7 @@ def _print_stages(stages: dict[str, Any], console: Console) -> None:
 
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Check a recipe and all that it names and that can be looked at from here. Starts nothing."""
+    """Check a recipe, and all files and models it names that are accessible from this machine. Starts nothing."""
     from dpo_ray.run.preflight import preflight
 
     loaded = _loaded(recipe, overrides, tiny=tiny)
@@ -203,23 +205,23 @@ def schema() -> None:
 def init(
     path: Annotated[Path, typer.Argument(metavar="RECIPE", help="The file to write.")] = Path("recipe.yaml"),
 ) -> None:
-    """Write a commented starter recipe, which runs as it is."""
+    """Write a commented starter recipe that can be run without changes."""
     text = resources.files("dpo_ray.config").joinpath("starter.yaml").read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise ConfigError("there is a file of this name already", where=str(path), fix="name another file") from None
+        raise ConfigError("a file of this name already exists", where=str(path), fix="choose another file name") from None
     except OSError as error:
         raise ConfigError(
-            f"cannot be written: {error.strerror}", where=str(path), fix="name a file in a directory that you can write"
+            f"cannot be written: {error.strerror}", where=str(path), fix="choose a file in a directory that you can write to"
         ) from None
     typer.echo(f"wrote {path}; next: dpo-ray run {path}")
 
 
 @app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write the report of a finished run again, and say where it is."""
+    """Write the report of a finished run again, and print its path."""
     from dpo_ray.config.load import load_recipe
     from dpo_ray.report import summary
     from dpo_ray.run import offline
@@ -235,7 +237,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     typer.echo(summary.write_report(offline.opened(made)))
 
 
-inspect = typer.Typer(help="Look at what a recipe reads, before training on it.", no_args_is_help=True)
+inspect = typer.Typer(help="Inspect the data of a recipe before training on it.", no_args_is_help=True)
 app.add_typer(inspect, name="inspect")
 
 
@@ -243,13 +245,13 @@ app.add_typer(inspect, name="inspect")
 def inspect_data(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    sample: Annotated[int, typer.Option(min=0, max=100, help="How many groups to show as the model sees them.")] = 3,
+    sample: Annotated[int, typer.Option(min=0, max=100, help="Number of groups to show as the model sees them.")] = 3,
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
 ) -> None:
-    """Say what went in, what was left out and why, how long it is, and what the model sees; write it as data.html.
+    """Show which rows were read, which were left out and why, their lengths, and what the model sees; also write data.html.
 
-    Runs the stage `prepare`, if it is not done, and no engine.
+    Runs the stage `prepare` if it is not done yet. Starts no engine.
     """
     from dpo_ray.config.load import load_recipe
     from dpo_ray.observe.progress import Reporter
@@ -268,7 +270,7 @@ def inspect_data(
 
 
 store = typer.Typer(
-    help="Look after a reference store, which runs share: its size, its soundness, its rubbish.", no_args_is_help=True
+    help="Maintain a reference store, which runs share: show its size, verify its files, delete what is not needed.", no_args_is_help=True
 )
 app.add_typer(store, name="store")
 
@@ -279,27 +281,27 @@ StorePlace = Annotated[
 
 @store.command("stats")
 def store_stats(place: StorePlace, as_json: Json = False) -> None:
-    """Say what a store holds of each model and way of computing: sequences, tokens, bytes, damage, last use.
+    """Show the contents of a store for each model and each way of computing: sequences, tokens, bytes, damage, last use.
 
-    Reads the footers of the files only. A partition's name begins with its model's digest.
+    Reads only the footers of the files. The name of a partition begins with the digest of its model.
     """
     from dpo_ray.reference.store import care
 
     from . import store_view
 
     root = _store_root(place)
-    found = care.stats(root)
+    partitions = care.stats(root)
     if as_json:
-        typer.echo(json.dumps([vars(partition) for partition in found]))
+        typer.echo(json.dumps([vars(partition) for partition in partitions]))
     else:
-        store_view.print_stats(root, found, _console())
+        store_view.print_stats(root, partitions, _console())
 
 
 @store.command("verify")
 def store_verify(place: StorePlace, as_json: Json = False) -> None:
-    """Read all of a store, and list what is wrong: damaged files, values that are no log-probs, contradictions.
+    """Read a whole store and list everything that is wrong: damaged files, values that are not log-probs, contradictions.
 
-    Exits with code 4 if anything is; `dpo-ray store gc` removes it, and the next run scores what is then missing.
+    Exits with code 4 if there is any fault. `dpo-ray store gc` removes it, and the next run scores what is then missing.
     """
     from dpo_ray.errors import ArtifactError
     from dpo_ray.reference.store import care
@@ -313,27 +315,27 @@ def store_verify(place: StorePlace, as_json: Json = False) -> None:
     elif faults:
         store_view.print_faults(root, faults, _console())
     if faults:
-        fix = "dpo-ray store gc removes what is damaged; what is then missing is scored by the next run"
+        fix = "`dpo-ray store gc` removes what is damaged; the next run scores what is then missing"
         what = f"{len(faults):,} {'fault' if len(faults) == 1 else 'faults'} in the reference store"
         raise ArtifactError(what, where=root.uri, fix=fix)
     if not as_json:
-        typer.echo(f"{root.uri}: sound")
+        typer.echo(f"{root.uri}: no faults found")
 
 
 @store.command("gc")
 def store_gc(
     place: StorePlace,
     unused_days: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Also delete what no run has used for N days.")
+        int | None, typer.Option(min=0, metavar="N", help="Also delete partitions that no run has used for N days.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; say what would be done.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also clear what was used in the last hour.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; only show what would be done.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also clean up partitions that were used in the last hour.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Clear a store: delete damaged files and leftovers, merge small segments, and delete what is unused if asked.
+    """Clean up a store: delete damaged and leftover files, merge small segments, and delete unused partitions if requested.
 
-    What a run used in the last hour is left alone, for it may be writing. Nothing sound is lost on the way, and
-    what was damaged is scored again by the next run that needs it.
+    Partitions that were used in the last hour are left alone, because a run may still be writing to them. No intact data
+    is lost, and what was damaged is scored again by the next run that needs it.
     """
     from dpo_ray.reference.store.gc import clear
 
@@ -349,7 +351,7 @@ def store_gc(
 
 
 def _store_root(place: str) -> Storage:
-    """Open the store at an address, or the one that a recipe uses, which may be empty still."""
+    """Open the store at an address, or the one that a recipe uses, which may still be empty."""
     from dpo_ray.artifacts.places import reference_root
     from dpo_ray.artifacts.storage import Storage
     from dpo_ray.config.load import load_recipe
@@ -360,16 +362,16 @@ def _store_root(place: str) -> Storage:
     root = Storage(place)
     if not partitions(root):
         fix = "name the directory that holds the partitions, such as runs/reference-store, or a recipe that uses it"
-        raise ConfigError("there is no reference store", where=root.uri, fix=fix)
+        raise ConfigError("there is no reference store here", where=root.uri, fix=fix)
     return root
 
 
 @app.command()
 def doctor(
-    output: Annotated[str, typer.Option(help="The place to check for writing: a directory or a URI.")] = "runs",
+    output: Annotated[str, typer.Option(help="The output to check for write access: a directory or a URI.")] = "runs",
     as_json: Json = False,
 ) -> None:
-    """Check versions, devices, Ray and storage; say what will not work and how to mend it."""
+    """Check versions, devices, Ray and storage; show what will not work and how to fix it."""
     from .doctor import examine
 
     findings = examine(output)
@@ -392,7 +394,7 @@ app.registered_commands += jobs.jobs.registered_commands
 
 
 def _loaded(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
-    """Load a recipe, in miniature if asked for; what makes it small goes before overrides."""
+    """Load a recipe, as a miniature if `tiny`; the values that make it small take precedence over overrides."""
     from dpo_ray.config.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])
@@ -404,12 +406,12 @@ def _loaded(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
 
 
 def _console() -> Console:
-    """Print to standard output; where that is no terminal, wide enough that no cell is cut."""
+    """Open a console on standard output; if that is not a terminal, it is wide enough that no cell is cut off."""
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its code; errors of ours are printed, never traced."""
+    """Run the command line and exit with its code; errors of dpo-ray are printed without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
@@ -419,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Abort:
         sys.exit(130)
     except SystemExit as stopped:
-        if stopped.code != signal.SIGTERM:  # what Ray exits with then; while training runs, SIGTERM is a StoppedError
+        if stopped.code != signal.SIGTERM:  # Ray exits with it on SIGTERM; during training SIGTERM raises a StoppedError instead
             raise
         Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
         sys.exit(StoppedError.exit_code)
@@ -427,7 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
         sys.exit(130)
     except typer.TyperException as error:
-        if message := error.format_message():  # empty where the help was printed instead, because nothing was given
+        if message := error.format_message():  # empty if the help was printed because there were no arguments
             Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", highlight=False, markup=False)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,4 +1,4 @@
-"""What a recipe needs of a cluster, as `dpo-ray plan --cluster` prints it, and as JSON."""
+"""The output of `dpo-ray plan --cluster`: what a recipe needs on a cluster, for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ PARTS = {
     "gathered": "gathered weights (root and two blocks)",
     "activations": "activations kept for the backward pass",
     "logits": "logits of one chunk",
-    "work": "the block or head at work",
+    "work": "the block or head being computed",
 }
 
 
 def capacity_of(recipe: Recipe, cluster: str, plan: Plan | None = None) -> Capacity:
-    """Work out what a recipe needs of a cluster such as `4x8xH100`.
+    """Compute what a recipe needs on a cluster such as `4x8xH100`.
 
     Args:
-        plan: of the recipe, where its inputs can be looked at: lengths are then those of the prepared tokens, or of a sample.
+        plan: The plan of the recipe, if its inputs are accessible: lengths are then those of the prepared tokens, or of a sample.
 
     Raises:
-        ConfigError: no such cluster or GPU, or the model's sizes are not known here.
+        ConfigError: there is no such cluster or GPU, or the sizes of the model are not known on this machine.
     """
     return work_out(recipe, model_sizes(recipe.model), _workload(recipe, plan), parse_cluster(cluster))
 
 
 def plan_if_possible(recipe: Recipe) -> tuple[Plan | None, str]:
-    """Plan a recipe's stages where its model and data can be looked at from here; else say in a line why they cannot."""
+    """Return the plan of a recipe's stages; if its model or data are not accessible from here, None and the reason."""
     try:
         return make_plan(recipe), ""
     except (ConfigError, InfrastructureError) as error:
@@ -63,7 +63,7 @@ def _workload(recipe: Recipe, plan: Plan | None) -> Workload:
 
 
 def figures(capacity: Capacity) -> dict[str, Any]:
-    """Collect the answer as JSON can hold it; bytes, seconds, operations."""
+    """Return the result as values for JSON, in bytes, seconds and operations."""
     training = capacity.training
     return {
         "cluster": str(capacity.cluster),
@@ -92,15 +92,15 @@ def figures(capacity: Capacity) -> dict[str, Any]:
 
 
 def print_capacity(capacity: Capacity, console: Console) -> None:
-    """Print the verdict first, then memory, time, traffic and storage, and what to change where it does not fit."""
+    """Print whether the recipe fits, then memory, time, traffic and storage, and what to change if it does not fit."""
     _say(console, _verdict(capacity), "bold green" if capacity.fits else "bold red")
     for problem in capacity.problems:
         _say(console, f"  {problem}")
     if not capacity.fits:
-        nearest = "no number of nodes up to 1,024" if capacity.nearest is None else str(capacity.nearest)
-        _say(console, f"  the nearest that fits: {nearest}")
+        nearest = "none of up to 1,024 nodes" if capacity.nearest is None else str(capacity.nearest)
+        _say(console, f"  the smallest cluster of such nodes that fits: {nearest}")
     sizes, workload = capacity.sizes, capacity.workload
-    active = f", {_billions(sizes.active_parameters)} of them for a token" if sizes.experts else ""
+    active = f", {_billions(sizes.active_parameters)} of them active for each token" if sizes.experts else ""
     trained = f", {_billions(capacity.trained_parameters)} trained" if capacity.recipe.train.lora else ""
     _say(console, f"model: {sizes.name}, {_billions(sizes.parameters)} parameters{active}{trained}")
     _say(
@@ -118,7 +118,7 @@ def print_capacity(capacity: Capacity, console: Console) -> None:
     )
     console.print(_memory_table(capacity))
     if capacity.changes:
-        _say(console, "what to change, each alone:", "bold")
+        _say(console, "changes to try, each on its own:", "bold")
         console.print(_changes_table(capacity))
     if (engine := capacity.engine) is not None:
         _say(
@@ -127,12 +127,12 @@ def print_capacity(capacity: Capacity, console: Console) -> None:
             f"{engine.step_tokens:,} tokens {_gb(engine.step)}, prompt logits {_gb(engine.logits)}, KV cache {_gb(engine.kv_cache)} "
             f"({engine.kv_tokens:,} tokens)",
         )
-    _say(console, "time, by a roofline; start-up of workers and engines, judges and storage are not counted:", "bold")
+    _say(console, "time, estimated by a roofline model, without the start-up of workers and engines, judges and storage:", "bold")
     console.print(_time_table(capacity))
     sent, stored = capacity.traffic, capacity.storage
     _say(
         console,
-        f"a rank receives for each step: weights {_gb(sent.gathered)}, gradients {_gb(sent.reduced)}, "
+        f"each rank receives per step: weights {_gb(sent.gathered)}, gradients {_gb(sent.reduced)}, "
         f"between copies {_gb(sent.replicated)}: {sent.seconds:.2f} s",
     )
     _say(
@@ -147,7 +147,7 @@ def _verdict(capacity: Capacity) -> str:
     word = "fits" if capacity.fits else "does NOT fit"
     return (
         f"{capacity.recipe.name} {word} on {capacity.cluster}: {_gb(training.memory.peak.total)} of {_gb(training.room_bytes)} "
-        f"on each of {training.workers} GPUs that train"
+        f"on each of {training.workers} training GPUs"
     )
 
 
@@ -158,7 +158,7 @@ def _memory_table(capacity: Capacity) -> Table:
             table.add_row(words, _gb(value))
     table.add_row("total", _gb(memory.peak.total), style="bold")
     if memory.host_bytes:
-        table.add_row("in the CPU's memory", _gb(memory.host_bytes))
+        table.add_row("in CPU memory", _gb(memory.host_bytes))
     return table
 
 
@@ -174,7 +174,7 @@ def _time_table(capacity: Capacity) -> Table:
     table = _table("stage", "10^15 operations", "time", "bound by")
     for stage in capacity.stages:
         table.add_row(stage.stage, f"{stage.flops / 1e15:,.1f}", _duration(stage.seconds), stage.bound)
-    table.add_row("together", "", _duration(sum(s.seconds for s in capacity.stages)), "", style="bold")
+    table.add_row("total", "", _duration(sum(s.seconds for s in capacity.stages)), "", style="bold")
     return table
 
 

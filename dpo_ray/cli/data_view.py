@@ -1,4 +1,4 @@
-"""What `dpo-ray inspect data` prints: the account of the data for a terminal, or as JSON for scripts."""
+"""The output of `dpo-ray inspect data`: the data report for a terminal, or as JSON for scripts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dpo_ray.report.data_page import (
     DataPage,
     LeftOut,
     Measured,
-    Piece,
     RenderedCompletion,
     RenderedSample,
     RowCounts,
+    TextPiece,
 )
 from dpo_ray.report.data_words import bias_by_source_words, bias_words, label_words, sharing_words
 from dpo_ray.report.histograms import Counted
@@ -29,16 +29,16 @@ from dpo_ray.report.page import excerpt, format_number, format_share
 
 HISTOGRAM_COLUMNS = 24
 _BARS = " ▁▂▃▄▅▆▇█"
-# Both colours are given, so that they are read on dark and on light terminals alike.
+# Both foreground and background are set, so that the text is readable on dark and on light terminals.
 _SHADES = {
     "chosen": ("black on green", "black on bright_green"),
     "rejected": ("black on yellow", "black on bright_yellow"),
 }
-_BOUNDARY = "│"  # between tokens where there are no colours
+_BOUNDARY = "│"  # between tokens if there are no colours
 
 
 def figures(page: DataPage, place: str) -> dict[str, Any]:
-    """Collect what the page shows as JSON can hold it."""
+    """Return what the page shows, as values for JSON."""
     return {
         "data_page": place,
         "splits": [dataclasses.asdict(row) for row in page.splits],
@@ -52,7 +52,7 @@ def figures(page: DataPage, place: str) -> dict[str, Any]:
 
 
 def print_account(page: DataPage, name: str, place: str, console: Console) -> None:
-    """Print the account; foreign text is made harmless, whatever it holds."""
+    """Print the data report; control characters in text of the data are replaced."""
     console.print(_rows_table(page, name))
     if page.unaccounted:
         console.print(Text(f"{page.unaccounted:,} rows are not accounted for", style="bold red"))
@@ -65,7 +65,7 @@ def print_account(page: DataPage, name: str, place: str, console: Console) -> No
         console.print()
         console.print(_lengths_table(page.measured))
     if (training := page.training) is not None:
-        said = (
+        summary = (
             (
                 "length bias",
                 f"{bias_words(training['length_bias'])} {harmless(bias_by_source_words(page.training_biases))}",
@@ -74,18 +74,18 @@ def print_account(page: DataPage, name: str, place: str, console: Console) -> No
             ("shared prompts", sharing_words(training["tokens"])),
         )
         console.print()
-        for title, words in said:
+        for title, words in summary:
             if words:
                 console.print(Text.assemble((f"{title}: ", "bold"), words))
     for i, sample in enumerate(page.samples):
         console.print()
         console.print(_sample(sample, i + 1, coloured=console.is_terminal and not console.no_color))
     console.print()
-    console.print(Text.assemble(("the same to look at: ", "bold"), harmless(place)), soft_wrap=True)
+    console.print(Text.assemble(("the same as a web page: ", "bold"), harmless(place)), soft_wrap=True)
 
 
 def harmless(text: str) -> str:
-    """Replace what a terminal would act on or cannot show: control and format characters, lone surrogates."""
+    """Replace characters that a terminal would interpret or cannot show: control and format characters, lone surrogates."""
     return "".join(c if c.isprintable() else _SIGNS.get(c, "\N{REPLACEMENT CHARACTER}") for c in text)
 
 
@@ -95,7 +95,7 @@ _SIGNS = {"\n": "⏎", "\t": "⇥", "\u200d": ""} | {
 
 
 def text_histogram(counted: Counted, longest: int) -> str:
-    """Draw a histogram from 0 to `longest` in one line of text; what is there at all is never drawn as nothing."""
+    """Draw a histogram from 0 to `longest` in one line of text; a bin that is not empty is never drawn as empty."""
     counts = counted.within(np.linspace(-0.5, longest + 0.5, HISTOGRAM_COLUMNS + 1))
     top = counts.max(initial=0.0)
     if not top:
@@ -127,8 +127,8 @@ def _counts(row: RowCounts) -> list[Text]:
 def _limit_line(split: RowCounts, limit: float) -> Text:
     over = split.faults > limit * split.rows_in
     share = f" ({format_share(split.faults, split.rows_in)})" if split.faults else ""
-    said = f"{split.split}: {split.faults:,} of {split.rows_in:,} rows are unsound{share}; at most {100 * limit:g} % are allowed"
-    return Text(f"{said}: over the limit" if over else said, style="bold red" if over else "")
+    line = f"{split.split}: {split.faults:,} of {split.rows_in:,} rows are unsound{share}; at most {100 * limit:g} % are allowed"
+    return Text(f"{line}: over the limit" if over else line, style="bold red" if over else "")
 
 
 def _reasons_table(reasons: Sequence[LeftOut]) -> Table:
@@ -140,8 +140,8 @@ def _reasons_table(reasons: Sequence[LeftOut]) -> Table:
     for row in sorted(reasons, key=lambda r: r.kind):
         lines = [Text(row.meaning)]
         for example in row.examples:
-            said = [harmless(excerpt(text, EXAMPLE_CHARACTERS)) for text in (example.detail, example.text) if text]
-            line = Text.assemble((f"{harmless(example.where)}: ", "cyan"), "; ".join(said))
+            texts = [harmless(excerpt(text, EXAMPLE_CHARACTERS)) for text in (example.detail, example.text) if text]
+            line = Text.assemble((f"{harmless(example.where)}: ", "cyan"), "; ".join(texts))
             lines.append(line)
         kind = Text("unsound", style="red") if row.kind == "fault" else Text("rule", style="magenta")
         table.add_row(row.reason, kind, f"{row.rows:,}", Group(*lines))
@@ -159,7 +159,7 @@ def _lengths_table(measured: Sequence[Measured]) -> Table:
     table.add_column(f"0 … {longest:,}", no_wrap=True, min_width=HISTOGRAM_COLUMNS)
     for m in measured:
         if not m.source and sum(other.split == m.split for other in measured) == 2:
-            continue  # of a single source, all is the same again
+            continue  # with a single source, the row "all" would only repeat it
         names = ("prompt", "chosen", "rejected") if m.summary["lengths"]["chosen"] else ("prompt", "completion")
         for i, name in enumerate(names):
             if not (part := m.summary["lengths"][name]):
@@ -205,7 +205,7 @@ def _trained(completion: RenderedCompletion, *, coloured: bool) -> Text:
     return text
 
 
-def _shown(piece: Piece) -> str:
+def _shown(piece: TextPiece) -> str:
     text = "\n".join(harmless(line) for line in piece.text.replace("\n", "⏎\n").split("\n"))
     return f"⟦{text}⟧" if piece.special else text
 

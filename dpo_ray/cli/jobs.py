@@ -1,4 +1,4 @@
-"""The commands that run a recipe on a Ray cluster that is there already: submit, status, logs, stop, list."""
+"""The commands that run a recipe on an existing Ray cluster: submit, status, logs, stop, list."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Address = Annotated[
     typer.Option(
         metavar="URL",
         envvar="DPO_RAY_ADDRESS",
-        help="Of the cluster's dashboard: http://HEAD:8265. RAY_ADDRESS does not count here.",
+        help="Address of the cluster's dashboard: http://HEAD:8265. RAY_ADDRESS is not used.",
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, as `submit` and `list` name it.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as printed by `submit` and `list`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -36,25 +36,25 @@ def submit(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     address: Address,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the recipe's.")
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Values that override those of the recipe.")
     ] = None,
     working_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also send this directory of code, without what its ignore files name."),
+        typer.Option(metavar="DIR", help="Also upload this directory of code, without the files that its ignore files name."),
     ] = None,
     pip: Annotated[
-        list[str] | None, typer.Option(metavar="REQ|FILE", help="Install this first, beside what the image has.")
+        list[str] | None, typer.Option(metavar="REQ|FILE", help="Install this first, in addition to the packages of the image.")
     ] = None,
-    uv: Annotated[list[str] | None, typer.Option(metavar="REQ|FILE", help="The same, by uv.")] = None,
+    uv: Annotated[list[str] | None, typer.Option(metavar="REQ|FILE", help="The same as --pip, but installed by uv.")] = None,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A plain variable; the dashboard shows it.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set an environment variable; the dashboard shows its value.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job, and exit with its own exit code.")] = False,
 ) -> None:
-    """Send a recipe to a running Ray cluster, where it goes on without this machine.
+    """Submit a recipe to a running Ray cluster, where it runs independently of this machine.
 
     Submitted again after a failure, a stop or the loss of the cluster, it goes on from what was committed.
-    Paths in it must be seen by every node. Data, models and secrets are never sent.
+    Every node must be able to access the paths in it. Data, models and secrets are never uploaded.
     """
     from dpo_ray.config.load import load_recipe
     from dpo_ray.deploy.ray_jobs import submit as submission
@@ -66,10 +66,10 @@ def submit(
     client = _client(address)
     sent = submission.submit(client, loaded, environment, working_dir)
     for key in sorted(keys):
-        typer.echo(f"{key}: a judge's key; the nodes of the cluster must have it in their environment", err=True)
+        typer.echo(f"{key}: the API key of a judge; it must be set in the environment of the cluster's nodes", err=True)
     if "env_vars" in environment:
         names = ", ".join(environment["env_vars"])
-        typer.echo(f"{names}: whoever sees the cluster's dashboard sees these values", err=True)
+        typer.echo(f"{names}: everybody who can open the cluster's dashboard can read these values", err=True)
     typer.echo(f"submitted {sent.id}: {', '.join(sent.files)}")
     if wait:
         _follow(client, sent.id, address)
@@ -91,10 +91,10 @@ def logs(
     job: JobId,
     address: Address,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job ends; then its exit code.")
+        bool, typer.Option("--follow", "-f", help="Follow the output until the job ends, and exit with its exit code.")
     ] = False,
 ) -> None:
-    """Print what a job's driver has printed."""
+    """Print the output of a job's driver."""
     from dpo_ray.deploy.ray_jobs.logs import printed
 
     client = _client(address)
@@ -108,14 +108,14 @@ def stop(
     job: JobId,
     address: Address,
     grace_seconds: Annotated[
-        float, typer.Option(min=0, help="Time for the step and its checkpoint; 0: stop at once, without one.")
+        float, typer.Option(min=0, help="Time to finish the step and write a checkpoint; 0: stop at once, without a checkpoint.")
     ] = 600,
 ) -> None:
-    """Stop a job by way of a checkpoint; submitted again, it goes on from there."""
+    """Stop a job after it has written a checkpoint; submitted again, it goes on from there."""
     from dpo_ray.deploy.ray_jobs import jobs as known
 
-    found = known.stop(_client(address), job, grace_seconds, typer.echo)
-    typer.echo(f"{found.id}: {found.words}{_times(found)}")
+    ended = known.stop(_client(address), job, grace_seconds, typer.echo)
+    typer.echo(f"{ended.id}: {ended.words}{_times(ended)}")
 
 
 @jobs.command("list")
@@ -123,17 +123,17 @@ def list_jobs(address: Address, as_json: AsJson = False) -> None:
     """List the runs that were submitted to a cluster, the newest first."""
     from dpo_ray.deploy.ray_jobs.jobs import every
 
-    found = every(_client(address))
+    submitted = every(_client(address))
     if as_json:
-        typer.echo(json.dumps([_values(job) for job in found]))
+        typer.echo(json.dumps([_values(job) for job in submitted]))
         return
-    if not found:
-        typer.echo("no run was submitted to this cluster since it started")
+    if not submitted:
+        typer.echo("no run has been submitted to this cluster since it started")
         return
     table = Table()
-    for name in ("job", "state", "begun", "took", "output"):
+    for name in ("job", "state", "started", "duration", "output"):
         table.add_column(name, no_wrap=name != "state")
-    for job in found:
+    for job in submitted:
         begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started)) if job.started else ""
         table.add_row(job.id, job.words, begun, _duration(job), job.output)
     Console(width=None if sys.stdout.isatty() else 200).print(table, markup=False)
@@ -143,22 +143,22 @@ def _client(address: str) -> Any:
     from dpo_ray.deploy.ray_jobs.server import connect
 
     for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they tell of uploads and connections
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they log uploads and connections
     return connect(address)
 
 
 def _follow(client: Any, job: str, address: str) -> None:
-    """Print a job's log until it ends, and exit with its code; Ctrl-C ends the following alone."""
+    """Print a job's log until it ends, and exit with its code; Ctrl-C stops only the following, not the job."""
     from dpo_ray.deploy.ray_jobs.logs import follow
 
     try:
-        found = follow(client, job, lambda text: typer.echo(text, nl=False))
+        ended = follow(client, job, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
         again = f"dpo-ray logs {job} -f --address {shlex.quote(address)}"
-        typer.echo(f"\n{job} goes on without you: {again}", err=True)
+        typer.echo(f"\n{job} is still running; to follow it again: {again}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"{found.id}: {found.words}{_times(found)}", err=True)
-    raise typer.Exit(found.code)
+    typer.echo(f"{ended.id}: {ended.words}{_times(ended)}", err=True)
+    raise typer.Exit(ended.code)
 
 
 def _values(job: Job) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _times(job: Job) -> str:
 
 
 def _duration(job: Job) -> str:
-    """Say how long a job ran, or has run, as minutes and seconds."""
+    """Return how long a job ran, or has been running, in minutes and seconds."""
     if job.started is None:
         return ""
     seconds = round((job.ended or time.time()) - job.started)

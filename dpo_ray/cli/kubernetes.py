@@ -13,23 +13,23 @@ from dpo_ray.errors import ConfigError
 if TYPE_CHECKING:
     from dpo_ray.config.recipe import Recipe
 
-kubernetes = typer.Typer(help="Run recipes on Kubernetes, by the KubeRay operator.", no_args_is_help=True)
+kubernetes = typer.Typer(help="Run recipes on Kubernetes with the KubeRay operator.", no_args_is_help=True)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace the recipe's: cluster.kubernetes.image=..."),
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that override those of the recipe: cluster.kubernetes.image=..."),
 ]
 Kind = Annotated[
     Literal["RayJob", "RayCluster"],
-    typer.Option(help="RayJob runs the recipe and goes; RayCluster stays, for Ray's own job submission."),
+    typer.Option(help="RayJob runs the recipe and is then deleted; RayCluster stays, for Ray's own job submission."),
 ]
-Context = Annotated[str | None, typer.Option(metavar="NAME", help="Of the kubeconfig. Default: its current one.")]
+Context = Annotated[str | None, typer.Option(metavar="NAME", help="A context of the kubeconfig. Default: its current context.")]
 
 
 @kubernetes.command()
 def render(recipe: RecipeFile, overrides: Overrides = None, kind: Kind = "RayJob") -> None:
-    """Print the manifests that run a recipe, for `kubectl apply -f -` or a repository. Needs no cluster."""
+    """Print the manifests that run a recipe, for `kubectl apply -f -` or for a repository. Needs no cluster."""
     from dpo_ray.deploy.kubernetes.render import text
 
     typer.echo(text(_rendered(_loaded(recipe, overrides), kind)), nl=False)
@@ -37,9 +37,9 @@ def render(recipe: RecipeFile, overrides: Overrides = None, kind: Kind = "RayJob
 
 @kubernetes.command()
 def validate(
-    manifests: Annotated[list[str], typer.Argument(metavar="FILE", help="YAML files; - for the standard input.")],
+    manifests: Annotated[list[str], typer.Argument(metavar="FILE", help="YAML files, or - for standard input.")],
 ) -> None:
-    """Check manifests by KubeRay's schemas, with unknown fields refused, and by the operator's own rules. Offline."""
+    """Check manifests against KubeRay's schemas, where unknown fields are errors, and the operator's rules. Works offline."""
     wrong, checked = [], 0
     for file in manifests:
         for manifest in _documents(file):
@@ -57,9 +57,9 @@ def apply(
     kind: Kind = "RayJob",
     context: Context = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Delete a RayJob or RayCluster of this name first; its run goes on.")
+        bool, typer.Option("--replace", help="First delete an existing RayJob or RayCluster of this name; its run goes on afterwards.")
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the RayJob, and exit with its exit code.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the RayJob until it ends, and exit with its exit code.")] = False,
 ) -> None:
     """Render a recipe's manifests, check them, and apply them to a cluster."""
     from dpo_ray.deploy.kubernetes import client
@@ -111,7 +111,7 @@ def _findings(manifest: Any) -> list[str]:
     from dpo_ray.deploy.kubernetes.rules import findings
 
     if not isinstance(manifest, dict):
-        return [f"a manifest is a mapping, this is a {type(manifest).__name__}"]
+        return [f"a manifest must be a mapping, this is a {type(manifest).__name__}"]
     metadata = manifest.get("metadata")
     name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
     return [f"{manifest.get('kind', '?')}/{name}: {field}: {what}" for field, what in findings(manifest)]
@@ -124,7 +124,7 @@ def _documents(file: str) -> list[Any]:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         return [document for document in yaml.safe_load_all(text) if document is not None]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", where=file, fix="name a YAML file, or - for the input") from None
+        raise ConfigError(f"cannot be read: {error}", where=file, fix="name a YAML file, or - for standard input") from None
     except yaml.YAMLError as error:
         what = f"not valid YAML: {' '.join(str(error).split())[:200]}"
         raise ConfigError(what, where=file, fix="correct the line") from None
@@ -132,5 +132,5 @@ def _documents(file: str) -> list[Any]:
 
 def _refusal(wrong: list[str], where: str) -> ConfigError:
     many = f"{len(wrong)} fields are wrong:\n    " + "\n    ".join(wrong)
-    fix = "the schemas are KubeRay 1.7's; cluster/kuberay/README.md names what dpo-ray renders"
+    fix = "the schemas are those of KubeRay 1.7; cluster/kuberay/README.md lists what dpo-ray renders"
     return ConfigError(wrong[0] if len(wrong) == 1 else many, where=where, fix=fix)

@@ -1,4 +1,4 @@
-"""The table of online rounds for a terminal, and their figures for JSON."""
+"""The table of online rounds for a terminal, and the same figures for JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLUMNS = ("pairs", "KL", "true\nreward", "win rate\nv. initial", "win rate\nv.
 
 
 def figures(page: RoundsPage) -> list[dict[str, Any]]:
-    """Collect what is known of each round as JSON can hold it."""
+    """Return what is known of each round, as values for JSON."""
     return [
         dataclasses.asdict(row)
         | {name: _named(getattr(row, name)) for name in ("win_rate_initial", "win_rate_previous")}
@@ -30,9 +30,9 @@ def figures(page: RoundsPage) -> list[dict[str, Any]]:
 
 
 def print_rounds(page: RoundsPage, console: Console) -> None:
-    """Print a line for each round; under them, why policies were rejected and why the rounds ended."""
+    """Print a line for each round, then why policies were rejected and why the rounds ended."""
     if not page.rows:
-        console.print(Text(harmless(f"{page.name}: no round has begun")))
+        console.print(Text(harmless(f"{page.name}: no round has started")))
         return
     table = Table(
         title=Text(harmless(page.name)),

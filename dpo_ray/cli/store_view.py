@@ -17,7 +17,7 @@ from .data_view import harmless
 
 
 def print_stats(root: Storage, found: Sequence[PartitionStats], console: Console) -> None:
-    """Print a line for each partition, and the sum."""
+    """Print a line for each partition, and the totals."""
     table = Table(title=root.uri, title_justify="left", show_footer=len(found) > 1, show_lines=True)
     table.add_column("partition, engine, numerics", "all", overflow="fold")
     for name in ("sequences", "tokens", "segments"):
@@ -34,7 +34,7 @@ def print_stats(root: Storage, found: Sequence[PartitionStats], console: Console
 
 
 def print_faults(root: Storage, faults: Sequence[Fault], console: Console) -> None:
-    """Print a line for each thing that is wrong; files are named relative to the store."""
+    """Print a line for each fault; file names are relative to the store."""
     table = Table(title=root.uri, title_justify="left", show_lines=True)
     table.add_column("file", overflow="fold", min_width=40)
     table.add_column("what is wrong", overflow="fold")
@@ -44,8 +44,8 @@ def print_faults(root: Storage, faults: Sequence[Fault], console: Console) -> No
 
 
 def print_cleared(done: Sequence[Cleared], dry_run: bool, console: Console) -> None:
-    """Print a line for each thing that was cleared away, or would be."""
-    table = Table(title="this would be done" if dry_run else "", title_justify="left")
+    """Print a line for each change that was made, or would be made in a dry run."""
+    table = Table(title="dry run: this would be done" if dry_run else "", title_justify="left")
     table.add_column("partition", no_wrap=True)
     table.add_column("what")
     for name in ("files", "size"):
@@ -57,7 +57,7 @@ def print_cleared(done: Sequence[Cleared], dry_run: bool, console: Console) -> N
 
 
 def size(count: int) -> str:
-    """Write a number of bytes for people."""
+    """Return a number of bytes as readable text."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= factor:
             return f"{count / factor:,.1f} {unit}"

@@ -1,1 +1,1 @@
-"""Where the work runs."""
+"""The Ray cluster: the connection to it, the resources of each role, and the groups of training workers."""

@@ -1,4 +1,4 @@
-"""Where CPU work runs: Ray Data's own setting for it, which our plain tasks follow as well."""
+"""Placement of CPU work: Ray Data's own setting, which our plain Ray tasks follow as well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_ray.config.roles import RoleConfig
 
 @contextmanager
 def placed_cpu_work(role: RoleConfig) -> Iterator[None]:
-    """Have CPU work run as the role `prepare` says, for a while."""
+    """Run CPU work as the role `prepare` specifies, inside the `with` block."""
     options = DataContext.get_current().execution_options
     before = options.label_selector, options.resource_limits
     options.label_selector = dict(role.node_labels) if role.node_labels else None
@@ -25,5 +25,5 @@ def placed_cpu_work(role: RoleConfig) -> Iterator[None]:
 
 
 def cpu_labels() -> dict[str, str] | None:
-    """Return the labels of nodes for plain tasks that use CPUs alone."""
+    """Return the node labels for plain Ray tasks that use only CPUs."""
     return DataContext.get_current().execution_options.label_selector

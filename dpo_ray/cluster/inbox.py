@@ -1,4 +1,4 @@
-"""What the driver and its workers tell each other. Light to import: the actor's own process loads it."""
+"""The messages between the driver and its workers. Light to import, because the actor's own process loads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Inbox:
-    """An actor that holds rows from rank 0 until the driver takes them, and the driver's word to stop."""
+    """An actor that holds rows from rank 0 until the driver takes them, and the driver's request to stop."""
 
     def __init__(self) -> None:
         self._rows: list[Any] = []
@@ -21,14 +21,14 @@ class Inbox:
         return rows
 
     async def stop(self) -> None:
-        """Tell all who wait for it, now and later, that the driver was asked to stop."""
+        """Notify everyone who waits, now or later, that the driver was asked to stop."""
         self._stop.set()
 
     async def pause(self) -> None:
-        """Tell those who wait for it now, and not those to come, to stop: they are to begin again."""
+        """Notify those who wait now, but not those who wait later, to stop: the workers are to start again."""
         self._stop.set()
         self._stop.clear()
 
     async def stopped(self) -> None:
-        """Return when the driver was asked to stop: a worker sees that without a message, by a reference to this call."""
+        """Wait until the driver was asked to stop. A worker holds a reference to this call, so it needs no message."""
         await self._stop.wait()

@@ -1,4 +1,4 @@
-"""Roles on the cluster that a recipe names: what it leaves to the cluster, and what the cluster can never hold."""
+"""Placement of roles on the recipe's cluster: fills in what the recipe leaves open, and finds what can never fit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .session import session
 
 
 def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
-    """Say in the recipe what it leaves to where it runs.
+    """Fill in what the recipe leaves open, according to the place where it runs.
 
-    On a Ray of this machine alone labels of nodes do not count. On a cluster, workers have GPUs if its nodes do, whatever
-    the driver's machine has.
+    On a local Ray (this machine only), node labels are ignored. On a cluster, workers have GPUs if its nodes have them,
+    whatever the driver's machine has.
 
     Raises:
-        InfrastructureError: the cluster does not answer, or whether its nodes have GPUs cannot be told.
+        InfrastructureError: the cluster does not answer, or it cannot be determined whether its nodes have GPUs.
     """
     if recipe.ray.address == "local":
         roles = recipe.cluster.roles
@@ -37,13 +37,13 @@ def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
         return recipe
     with session(recipe, verbose=verbose):
         t = recipe.train
-        one = Ask("training workers", t.cpus_per_worker, 1.0, t.memory_gib_per_worker, t.node_labels)
-        gpus = float(bool(capacity(one)))
+        gpu_worker = Ask("training workers", t.cpus_per_worker, 1.0, t.memory_gib_per_worker, t.node_labels)
+        gpus = float(bool(capacity(gpu_worker)))
         if not gpus and (scales() or _had_gpus(recipe)):
             raise InfrastructureError(
-                "no node has a GPU for a training worker now; it may have one later, or had one before",
+                "no node has a GPU for a training worker now, but the cluster may get one later or had one before",
                 where=f"ray.address={recipe.ray.address}",
-                fix="say train.gpus_per_worker=1, and it is waited for; or 0, and the run uses CPUs",
+                fix="set train.gpus_per_worker=1 to wait for a GPU, or 0 to use CPUs",
             )
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"gpus_per_worker": gpus})})
 
@@ -51,34 +51,34 @@ def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
 def check_room(
     recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float, say: Callable[[str], None]
 ) -> None:
-    """See that the cluster can hold each role of the stages that are to run; where it may get more nodes, say what waits.
+    """Check that the cluster can hold each role of the stages to run; if it may get more nodes, report what waits.
 
     Raises:
-        InfrastructureError: it never can; says what is missing.
+        InfrastructureError: the cluster can never hold them; the message says what is missing.
     """
     missing = []
     for ask, least in _asks(recipe, stages, train_gpus, engine_gpus):
         if (now := capacity(ask)) < least:
-            missing.append(f"{least} {ask.what} are asked for, each {ask.words()}, and there is room for {now}")
+            missing.append(f"{least} {ask.what} are needed (each: {ask.words()}), and there is room for {now}")
     there = ray.cluster_resources()
     wanted = {"CPU": recipe.least_cpus(), "GPU": _least_gpus(recipe, stages, train_gpus, engine_gpus)}
     for what, amount in wanted.items():
         if there.get(what, 0.0) < amount:
             missing.append(
-                f"the run's widest moment asks for {amount:g} {what}s at once, and the cluster has {there.get(what, 0.0):g}"
+                f"the run needs {amount:g} {what}s at once at its peak, and the cluster has {there.get(what, 0.0):g}"
             )
     if missing and scales():
-        say("not all has room yet, and waits until the cluster has more nodes: " + "; ".join(missing))
+        say("there is not enough room yet, so the run waits until the cluster has more nodes: " + "; ".join(missing))
     elif missing:
         raise InfrastructureError(
-            "the cluster can never hold what the recipe asks for: " + "; ".join(missing),
+            "the cluster can never hold what the recipe requests: " + "; ".join(missing),
             where=f"ray.address={recipe.ray.address}",
             fix="add nodes with these labels and resources, or change cluster.roles",
         )
 
 
 def _asks(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> list[tuple[Ask, int]]:
-    """List what the roles of stages ask for, and how many each must have at least: of a pool of engines one will do."""
+    """List what the roles of the stages request, and the minimum count of each: for a pool of engines it is one."""
     r, t, roles = recipe.reference, recipe.train, recipe.cluster.roles
     asks: list[tuple[Ask, int]] = []
     if "train" in stages or ("reference" in stages and r.engine == "trainer"):
@@ -95,7 +95,7 @@ def _asks(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpu
 
 
 def _had_gpus(recipe: Recipe) -> bool:
-    """Say whether this run has had GPUs before, as what it wrote down then says."""
+    """Return whether a previous attempt of this run used GPUs, according to the recipe that it wrote."""
     try:
         before = yaml.safe_load(run_storage(recipe).read_bytes("recipe.yaml"))
     except FileNotFoundError:
@@ -104,7 +104,7 @@ def _had_gpus(recipe: Recipe) -> bool:
 
 
 def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:
-    """Count the GPUs without which work that is done side by side would wait for ever: scoring beside training."""
+    """Return the number of GPUs without which scoring and training, which run concurrently, would wait for ever."""
     if recipe.reference.mode != "streaming" or "train" not in stages or "reference" not in stages:
         return 0.0
     return (recipe.train.min_workers or recipe.train.workers) * train_gpus + engine_gpus

@@ -1,4 +1,4 @@
-"""What the workers of each role ask of the cluster. Imports no Ray: manifests are sized by it as well."""
+"""The resources that the workers of each role request. Imports no Ray, because manifests are sized by it as well."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_ray.config.train import TrainConfig
 
 @dataclass(frozen=True)
 class Ask:
-    """What each of several like workers asks Ray for."""
+    """The resources that each of several identical workers requests from Ray."""
 
     what: str  # in the plural, as in `training workers`
     cpus: float
@@ -25,12 +25,12 @@ class Ask:
 
     @property
     def resources(self) -> dict[str, float]:
-        """Return it as Ray has it: CPU, GPU, memory in bytes."""
+        """Return the request in Ray's units: CPU, GPU, memory in bytes."""
         memory = int((self.memory_gib or 0) * 2**30)
         return {k: v for k, v in {"CPU": self.cpus, "GPU": self.gpus, "memory": memory}.items() if v}
 
     def options(self) -> dict[str, Any]:
-        """Return it as an actor's options."""
+        """Return the request as the options of an actor."""
         return {
             "num_cpus": self.cpus,
             "num_gpus": self.gpus or None,
@@ -39,26 +39,26 @@ class Ask:
         }
 
     def words(self) -> str:
-        """Say it, for a person."""
-        asked = [f"{self.cpus:g} CPU", *([f"{self.gpus:g} GPU"] if self.gpus else [])]
-        asked += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
-        asked += [f"a node with {k}={v}" for k, v in self.labels.items()]
-        return ", ".join(asked)
+        """Describe the request in words, for a person."""
+        parts = [f"{self.cpus:g} CPU", *([f"{self.gpus:g} GPU"] if self.gpus else [])]
+        parts += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
+        parts += [f"a node with {k}={v}" for k, v in self.labels.items()]
+        return ", ".join(parts)
 
 
 def worker_ask(config: TrainConfig, gpus_per_worker: float) -> Ask:
-    """Say what a training worker asks the cluster for."""
+    """Return the resources that a training worker requests."""
     memory, labels = config.memory_gib_per_worker, config.node_labels
     return Ask("training workers", config.cpus_per_worker, gpus_per_worker, memory, labels)
 
 
 def engine_ask(config: ReferenceConfig, gpus_per_engine: float) -> Ask:
-    """Say what an engine asks the cluster for."""
+    """Return the resources that an engine requests."""
     return Ask("engines", config.cpus_per_replica, gpus_per_engine, config.memory_gib_per_replica, config.node_labels)
 
 
 def sampler_ask(recipe: Recipe, engine_gpus: float) -> Ask:
-    """Say what an engine that samples for an evaluation asks for."""
+    """Return the resources that an engine requests when it samples for an evaluation."""
     role, r = recipe.cluster.roles.sample, recipe.reference
     return Ask(
         "engines that sample",
@@ -70,7 +70,7 @@ def sampler_ask(recipe: Recipe, engine_gpus: float) -> Ask:
 
 
 def judge_ask(judge: Judge, role: RoleConfig) -> Ask:
-    """Say what each process of a judge asks for."""
+    """Return the resources that each process of a judge requests."""
     gpus = sum(m.gpus() for m in members_of(judge))
     cpus = cpus_per_replica(judge, role)
     return Ask("judges", cpus, gpus if role.gpus is None else role.gpus, role.memory_gib, role.node_labels or {})

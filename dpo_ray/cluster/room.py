@@ -1,4 +1,4 @@
-"""Room on the cluster for workers that are alike: whether it can ever be enough, and waiting until it is there."""
+"""Room on the cluster for identical workers: whether it can ever be enough, and waiting until it is available."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from dpo_ray.errors import StoppedError
 
 from .resources import Ask
 
-PATIENCE_SECONDS = 30.0  # for all workers, before fewer of them begin
-SCALING_PATIENCE_SECONDS = 600.0  # the same where the cluster gets nodes on demand, which takes minutes
-PROBE_SECONDS = 3.0  # within which room that is free is granted
+PATIENCE_SECONDS = 30.0  # to wait for all workers, before fewer of them start
+SCALING_PATIENCE_SECONDS = 600.0  # the same on a cluster that adds nodes on demand, which takes minutes
+PROBE_SECONDS = 3.0  # Ray grants free room within this time
 SAY_SECONDS = 30.0
 ASK_SECONDS = 10.0
 
 
 def capacity(ask: Ask) -> int:
-    """Count the workers that the nodes which are there now would hold, if nothing else ran on them."""
+    """Count the workers that the present nodes could hold if nothing else ran on them."""
     nodes = [n for n in ray.nodes() if n["Alive"] and _has(n.get("Labels") or {}, ask.labels)]
     return sum(_fit(ask, node["Resources"]) for node in nodes)
 
 
 def scales() -> bool:
-    """Say whether an autoscaler (Ray's version 2, as on Kubernetes) lives, which adds nodes for what waits.
+    """Return whether an autoscaler (Ray's version 2, as on Kubernetes) is alive and adds nodes for waiting requests.
 
-    It tells nobody what nodes it may add: what does not fit now may fit then.
+    It does not report which nodes it may add, so what does not fit now may fit later.
     """
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue] - generated
@@ -50,17 +50,18 @@ def wait(
     gives_up: Callable[[], bool] = lambda: False,
     patience_seconds: float | None = None,
 ) -> int:
-    """Wait until there is room for `most` workers, or after a while for at least `least`; returns for how many.
+    """Wait until there is room for `most` workers, or after a while for at least `least`; return the count.
 
-    What waits is a placement group, so a cluster that scales adds nodes for it. `say` is told, every half a minute, how many
-    have room and what is missing.
+    The request is a placement group, so a cluster that scales adds nodes for it. Every half a minute, `say` reports how
+    many workers the nodes could hold.
 
     Args:
-        gives_up: is asked, every few seconds, whether to wait no longer.
-        patience_seconds: before fewer than `most` will do; default: 30 s, and 10 minutes where nodes may come.
+        gives_up: called every few seconds; the wait ends when it returns True.
+        patience_seconds: how long to wait before fewer than `most` are enough; default: 30 s, and 10 minutes where
+            nodes may be added.
 
     Raises:
-        StoppedError: it gave up.
+        StoppedError: `gives_up` returned True.
     """
     patience = patience_seconds
     if patience is None:
@@ -70,30 +71,30 @@ def wait(
     with _asked(ask, most) as group:
         while not group.wait(PROBE_SECONDS):
             if gives_up():
-                fix = "the same command goes on from what was committed"
+                fix = "the same command continues from what was committed"
                 raise StoppedError(f"{most} {ask.what} waited for room when the run was told to stop", fix=fix)
             now = time.monotonic()
-            if least < most and now - began >= patience and (found := _largest(ask, least, most)):
-                say(f"there is room for {found} of {most} {ask.what}: they go on without the others")
-                return found
+            if least < most and now - began >= patience and (count := _largest(ask, least, most)):
+                say(f"there is room for {count} of {most} {ask.what}: they continue without the others")
+                return count
             if now - said_at >= SAY_SECONDS:
                 say(
-                    f"{most} {ask.what} wait for room, and the nodes that are there could hold {min(capacity(ask), most)}; "
-                    f"each asks for {ask.words()}"
+                    f"{most} {ask.what} wait for room, and the present nodes could hold {min(capacity(ask), most)}; "
+                    f"each requests {ask.words()}"
                 )
                 said_at = now
     return most
 
 
 def has_room(ask: Ask, count: int) -> bool:
-    """Say whether so many more workers could start now."""
+    """Return whether `count` more workers could start now."""
     with _asked(ask, count) as group:
         return bool(group.wait(PROBE_SECONDS))
 
 
 @contextmanager
 def given_back(ask: Ask, count: int) -> Iterator[None]:
-    """See that the room of so many workers is not left behind by an error, as Ray Train does where workers fail to start."""
+    """Release the room of `count` workers after an error; Ray Train keeps it where workers fail to start."""
     before = _groups_of(ask, count)
     try:
         yield
@@ -104,12 +105,12 @@ def given_back(ask: Ask, count: int) -> Iterator[None]:
 
 
 def _groups_of(ask: Ask, count: int) -> set[str]:
-    """List this program's placement groups of so many such workers, which have no name."""
+    """List this program's placement groups of `count` such workers that have no name."""
     job, bundles = ray.get_runtime_context().get_job_id(), [ask.resources] * count
     return {
         i
         for i, group in placement_group_table().items()
-        if i.endswith(job)  # as its id does
+        if i.endswith(job)  # a placement group's id ends with the id of its job
         and group["state"] != "REMOVED"
         and not group["name"]
         and list(group["bundles"].values()) == bundles
@@ -117,7 +118,7 @@ def _groups_of(ask: Ask, count: int) -> set[str]:
 
 
 def _largest(ask: Ask, least: int, most: int) -> int | None:
-    """Find the largest number of workers below `most` that have room now, which is `least` or more."""
+    """Find the largest number of workers from `least` to `most` - 1 that have room now; None if there is none."""
     low, high = least - 1, min(capacity(ask), most - 1)
     while low < high:
         middle = (low + high + 1) // 2
@@ -130,7 +131,7 @@ def _asked(ask: Ask, count: int) -> Iterator[PlacementGroup]:
     group = placement_group(
         [ask.resources] * count,
         strategy="PACK",
-        name=f"dpo-ray-room-{uuid.uuid4().hex}",  # tells it from workers' own, which have none
+        name=f"dpo-ray-room-{uuid.uuid4().hex}",  # distinguishes it from the workers' own groups, which have no name
         bundle_label_selector=[dict(ask.labels) for _ in range(count)],
     )
     try:
@@ -144,5 +145,5 @@ def _fit(ask: Ask, resources: Mapping[str, float]) -> int:
 
 
 def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Match labels as Ray does, as far as it is plain: a value is equal. Of `in(...)` and `!` it is hoped that they match."""
+    """Match labels as Ray does in the simple case of equal values. `in(...)` and `!` are assumed to match."""
     return all(v.startswith(("in(", "!")) or labels.get(k) == v for k, v in wanted.items())

@@ -1,4 +1,4 @@
-"""Connect to Ray: always by an explicit address, never to whatever cluster happens to run on the machine."""
+"""The connection to Ray: always by an explicit address, never to whatever cluster happens to run on the machine."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def local_cpus(recipe: Recipe) -> int:
-    """Count the CPUs to offer on this machine: its cores, but at least what the recipe's widest moment asks for.
+    """Return the number of CPUs to offer on this machine: its cores, but at least the recipe's peak need.
 
-    CPUs are Ray's way of counting what may run at once; more than the machine has only means that they share.
+    Ray uses CPUs to count what may run at once; more of them than cores only means that processes share.
     """
     return recipe.ray.cpus or max(os.cpu_count() or 1, recipe.cpus_needed())
 
 
 @contextmanager
 def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
-    """Be connected to the recipe's Ray for a while; a connection that the program has already is used and left open.
+    """Connect to the recipe's Ray for the `with` block; a connection that already exists is used and left open.
 
     Raises:
-        InfrastructureError: the address does not answer, or is of another Ray version.
+        InfrastructureError: the address does not answer, or runs another Ray version.
     """
     if ray.is_initialized():
         with _causes(), placed_cpu_work(recipe.cluster.roles.prepare):
@@ -44,9 +44,8 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     os.environ.update(DRIVER_ENVIRONMENT)
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to the terminal otherwise
-    of_workers = {
-        k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ
-    }  # Ray refuses what a job sets as well
+    # Ray refuses a variable that the job sets as well.
+    of_workers = {k: v for k, v in WORKER_ENVIRONMENT.items() if k not in os.environ}
     os.environ.update(WORKER_ENVIRONMENT)  # a local Ray's workers inherit the driver's environment
     options: dict = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if recipe.ray.address == "local":
@@ -80,15 +79,15 @@ _OURS = re.compile(r"^dpo_ray\.errors\.(?P<kind>\w+): (?P<what>.*)(?:\n  -> (?P<
 
 
 def _from_text(trace: str) -> DpoRayError | None:
-    """Find our error in a worker's traceback: of an error in a data task Ray hands over the text alone."""
-    found = _OURS.search(trace)
-    kind = getattr(errors, found["kind"], None) if found else None
-    return kind(found["what"], fix=found["fix"] or "") if found and kind else None
+    """Find our error in a worker's traceback: for an error in a data task, Ray passes on only the text."""
+    match = _OURS.search(trace)
+    kind = getattr(errors, match["kind"], None) if match else None
+    return kind(match["what"], fix=match["fix"] or "") if match and kind else None
 
 
 @contextmanager
 def _causes() -> Iterator[None]:
-    """Raise what our own code raised in a worker, not the wrappings that Ray puts around it."""
+    """Raise the error that our own code raised in a worker, without the wrappers that Ray puts around it."""
     try:
         yield
     except ray.exceptions.RayError as error:
@@ -97,13 +96,13 @@ def _causes() -> Iterator[None]:
         if ours is not None:
             raise ours from error
         what = f"a worker failed: {type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
-        fix = "run the same command again: it goes on from what was committed; --verbose shows what Ray and its workers log"
+        fix = "run the same command again: it continues from what was committed; --verbose shows what Ray and its workers log"
         raise InfrastructureError(what, where="ray", fix=fix) from error
 
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Hide what Ray's C++ side writes while it starts (that it obeys RAY_BACKEND_LOG_LEVEL); errors are raised, not written."""
+    """Hide what Ray's C++ code prints at its start (that it obeys RAY_BACKEND_LOG_LEVEL); errors are raised instead."""
     saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)

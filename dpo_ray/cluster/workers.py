@@ -1,4 +1,4 @@
-"""Run one function on a group of training workers: Ray Train starts them, and they start again where one is lost."""
+"""Groups of training workers: Ray Train runs one function on all of them, and they start again if one is lost."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .resources import Ask, worker_ask
 from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
-GROW_SECONDS = 30.0  # between looks for room for workers that are missing
-LASTING = (ConfigError, DataError, EngineError)  # what another attempt would meet again
+GROW_SECONDS = 30.0  # between two checks for room for missing workers
+LASTING = (ConfigError, DataError, EngineError)  # another attempt would end with the same error
 
 
 def start_inbox() -> Any:
-    """Start an inbox on the driver's node; it ends with the driver, and with no other node."""
+    """Start an inbox on the driver's node, so that it ends with the driver and not with any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Inbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
@@ -50,23 +50,23 @@ def run_workers(
     pause: Callable[[], None] | None = None,
     gives_up: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Call `function({"task": task})` on every worker of `config`, in one process group; returns what rank 0 returned.
+    """Call `function({"task": task})` on every worker of `config`, in one process group; return what rank 0 returned.
 
-    There are `config.workers` of them, or as few as `config.min_workers` while the cluster has room for no more. Where one
-    is lost, with its node or alone, all begin again, with as many as there is room for then. Each attempt is a Ray Train run
-    of its own (`name` is unique), so Ray's own snapshot is never the truth: what our workers commit is.
+    There are `config.workers` of them, or as few as `config.min_workers` while the cluster has no room for more. If one
+    is lost, alone or with its node, all start again, as many as there is room for by then. Each attempt is a separate
+    Ray Train run (`name` is unique), so Ray's own snapshot is never the source of truth; what our workers commit is.
 
     Args:
-        say: is told of losses, and what is waited for.
-        pause: asks the workers, while there are fewer than there could be, to keep what they have and return an account
-            whose `error` is a StoppedError; they then go on in greater number. None: they never grow.
-        gives_up: is asked after a loss, and while room is waited for, whether to end rather than to begin again.
+        say: reports lost workers, and what the run waits for.
+        pause: requests the workers, while there are fewer than there could be, to save their state and return a result
+            whose `error` is a StoppedError; more of them then continue. None: the group never grows.
+        gives_up: called after a loss, and while the run waits for room; True: end instead of starting again.
 
     Raises:
-        StoppedError: it gave up while it waited.
+        StoppedError: `gives_up` returned True during the wait for room.
         TrainError: the workers failed more often than config.max_failures allows. `where` is the stage, `goes_on` says
-            from where the same command goes on.
-        DpoRayError: what a worker raised.
+            from where the same command continues.
+        DpoRayError: the error that a worker raised.
     """
     ask, failures, patience_seconds = worker_ask(config, gpus_per_worker), 0, None
     for attempt in itertools.count(1):
@@ -78,36 +78,36 @@ def run_workers(
             failures += not result.is_of_the_cluster
             may_mend = not isinstance(result.cause, LASTING)
             if may_mend and failures <= config.max_failures and not gives_up():
-                say(f"training workers were lost ({_line(result.cause)}): all begin again {goes_on}")
+                say(f"training workers were lost ({_line(result.cause)}): all start again {goes_on}")
                 continue
             if isinstance(result.cause, DpoRayError):
                 raise result.cause
             raise TrainError(
                 f"the workers failed: {type(result.cause).__name__}: {result.cause}",
                 where=where,
-                fix=f"mend the cause and run the same command: it goes on {goes_on}; --verbose shows the workers' logs",
+                fix=f"fix the cause and run the same command: it continues {goes_on}; --verbose shows the workers' logs",
             ) from result.cause
         stopped = isinstance(result, dict) and isinstance(result.get("error"), StoppedError)
         if gives_up() or not (paused.is_set() and stopped):
             return result
-        patience_seconds = 0.0  # the room is there now, and others may want it
-        say("there is room for more training workers: all begin again")
-    raise AssertionError  # the count has no end
+        patience_seconds = 0.0  # the room is available now, and others may take it
+        say("there is room for more training workers: all start again")
+    raise AssertionError  # itertools.count never ends
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """Why an attempt came to nothing. Without its traceback, whose frames would keep Ray's controller, and so its room."""
+    """Why an attempt failed. The traceback is dropped: its frames would keep Ray's controller and its room."""
 
     cause: BaseException
-    is_of_the_cluster: bool  # a machine that was to go away, or no room after all: nothing that workers did
+    is_of_the_cluster: bool  # a preempted machine, or no room after all: no fault of the workers
 
 
 def _attempt(
     function: Callable[[dict[str, Any]], Any], task: Any, config: TrainConfig, ask: Ask, workers: int, name: str
 ) -> Any:
-    """Run the workers once, to the end or to the first loss; returns what rank 0 returned, or the loss."""
-    # They load torch, and not everybody who imports this module trains.
+    """Run the workers once, to the end or to the first loss; return what rank 0 returned, or the loss."""
+    # Imported here because they load torch, which not every importer of this module needs.
     from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="dpo-ray-workers-", ignore_cleanup_errors=True) as scratch:
@@ -120,7 +120,8 @@ def _attempt(
                 resources_per_worker=ask.resources,
                 label_selector=dict(ask.labels) or None,
             ),
-            # What a rank waits for another; both backends, as sharded CPU tensors and objects are exchanged beside GPU work.
+            # `timeout_s` limits how long a rank waits for another. With GPUs both backends are needed, as sharded CPU
+            # tensors and objects are exchanged besides GPU work.
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if ask.gpus else "gloo", timeout_s=math.ceil(config.hang_seconds)
             ),
@@ -139,7 +140,7 @@ def _attempt(
 
 @contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Take back what Ctrl-C does from Ray Train, whose handler would keep its controller alive, and with it the workers' room."""
+    """Restore the Ctrl-C handler that Ray Train replaces: its own keeps its controller, and so the workers' room."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -152,7 +153,7 @@ def _own_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _growing(ask: Ask, pause: Callable[[], None] | None) -> Iterator[threading.Event]:
-    """While workers run that are fewer than wanted, look for room for another; then ask them to pause, and set the event."""
+    """Watch for room for another worker while fewer than wanted run; then set the event and call `pause`."""
     paused, end = threading.Event(), threading.Event()
 
     def look() -> None:
@@ -174,8 +175,8 @@ def _growing(ask: Ask, pause: Callable[[], None] | None) -> Iterator[threading.E
 
 
 def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
-    """Find what a worker raised, under the wrappings of Ray Train; a worker that died by itself has none."""
-    if isinstance(error, ray.train.ControllerError):  # of a worker that did not start, say
+    """Return the error that a worker raised, without Ray Train's wrappers; a worker process that died raised none."""
+    if isinstance(error, ray.train.ControllerError):  # for example, a worker did not start
         failure = error.controller_failure
         return getattr(failure, "cause", None) or failure
     failures = getattr(error, "worker_failures", {})
@@ -193,6 +194,6 @@ def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:
 
 
 def _line(cause: BaseException) -> str:
-    """Take the first sentence of an error, as Ray's go on with the state of all that is involved."""
+    """Return the first sentence of an error, because Ray's errors continue with the state of everything involved."""
     sentence = " ".join(str(cause).split()).split(". ")[0].rstrip(".")
     return f"{type(cause).__name__}: {sentence[:160]}"

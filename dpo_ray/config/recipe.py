@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,12 +11,18 @@ from .base import StrictModel, field_error
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .evaluate import EvaluateConfig
+from .extension import TRACKERS, installed_names
 from .model import ModelConfig
 from .objective import kinds_of_groups, uses_reference
 from .online import OnlineConfig
 from .reference import ReferenceConfig
 from .roles import placed
 from .train import TrainConfig
+
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[("tensorboard", *installed_names(TRACKERS))]
 
 RESERVED_NAMES = ("artifacts", "reference-store", "judgements")
 
@@ -49,7 +55,7 @@ class Recipe(StrictModel):
     online: OnlineConfig | None = None
     """Rounds of sampling, judging, pairing and training, in place of one training on data.train."""
 
-    trackers: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Besides metrics.jsonl, which is always written."""
 
     ray: RayConfig = RayConfig()

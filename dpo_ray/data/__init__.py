@@ -1,1 +1,1 @@
-"""From preference data in any shape to token ids, with an account of every row."""
+"""Converts preference data of any shape to token ids, with an account of every row."""

@@ -1,4 +1,4 @@
-"""Why a row is not admitted: stable reason codes, each with its meaning."""
+"""The reasons why a row is not admitted: stable codes, each with its meaning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 
 class Reason(NamedTuple):
-    """What a code means. A `fault` is of the data and counts toward data.max_quarantined_fraction; a `rule` is the recipe's."""
+    """The meaning of a code. A `fault` lies in the data and counts toward data.max_quarantined_fraction; a `rule` is set by the recipe."""
 
     kind: Literal["fault", "rule"]
     meaning: str
@@ -28,54 +28,54 @@ REASONS: dict[str, Reason] = {
     "NOT_AN_OBJECT": _fault("the row is JSON, but not an object with named fields"),
     "INVALID_UTF8": _fault("the row is not UTF-8, or holds a lone surrogate"),
     "TOO_LONG_BYTES": _fault("the row is longer than the limit for one row"),
-    # a whole file, or the rest of it from here on; it counts as one row
-    "SHARD_EMPTY": _fault("the file has no bytes, where its kind has some even without rows"),
-    "SHARD_BAD_MAGIC": _fault("the file does not begin as its kind does: its name is wrong, or it was written over"),
-    "SHARD_COMPRESSION": _fault("the file is not compressed in the way that its name says"),
+    # a whole file, or the rest of it; it counts as one row
+    "SHARD_EMPTY": _fault("the file has no bytes, although its kind has some even without rows"),
+    "SHARD_BAD_MAGIC": _fault("the file does not begin as its kind does: its name is wrong, or it was overwritten"),
+    "SHARD_COMPRESSION": _fault("the file is not compressed as its name says"),
     "SHARD_TRUNCATED": _fault("the end of the file is missing"),
-    "SHARD_DAMAGED": _fault("the content cannot be decoded, or belies its checksum: bytes of the file were changed"),
-    "SHARD_DUPLICATE_COLUMN": _fault("the file has a column twice that rows are made of"),
-    "SHARD_ARROW_EXTENSION": _fault("a column that rows are made of is of an Arrow extension type"),
-    "SHARD_UNREADABLE": _fault("the file could not be read, or not from here on"),
+    "SHARD_DAMAGED": _fault("the content cannot be decoded, or does not match its checksum: bytes of the file were changed"),
+    "SHARD_DUPLICATE_COLUMN": _fault("the file has two columns of the same name, which rows are made of"),
+    "SHARD_ARROW_EXTENSION": _fault("a column that rows are made of has an Arrow extension type"),
+    "SHARD_UNREADABLE": _fault("the file could not be read, or could not be read beyond this row"),
     # layout
-    "UNKNOWN_FORMAT": _fault("the row has none of the layouts that are known"),
-    "MISSING_PROMPT": _fault("there is no prompt, and the completions do not hold one"),
+    "UNKNOWN_FORMAT": _fault("the row has none of the known layouts"),
+    "MISSING_PROMPT": _fault("there is no prompt, and the completions do not contain one"),
     "MISSING_CHOSEN": _fault("there is no chosen completion"),
     "MISSING_REJECTED": _fault("there is no rejected completion"),
     "MISSING_COMPLETION": _fault("there is no completion, or fewer than its scores, ranks or verdicts"),
     "NULL_FIELD": _fault("a field that the format needs is null"),
-    "WRONG_TYPE": _fault("a field is of another type than the format has"),
+    "WRONG_TYPE": _fault("a field has another type than the format requires"),
     "BAD_MESSAGE": _fault("a message is not an object with a role and text content"),
-    "BAD_ROLE": _fault("a message has a role that is not known"),
+    "BAD_ROLE": _fault("a message has an unknown role"),
     "NON_ALTERNATING_ROLES": _fault("turns of user and assistant do not alternate"),
-    "LAST_TURN_NOT_ASSISTANT": _fault("a conversation does not end with a turn of the assistant"),
-    "BAD_SCORE": _fault("a score, rank or rating is missing, or no finite number"),
-    "BAD_LABEL": _fault("a label or verdict is not one of those that the format has"),
-    "BAD_TOOLS": _fault("the tools are not a list of JSON schemas, or the template's variables no mapping"),
+    "LAST_TURN_NOT_ASSISTANT": _fault("a conversation does not end with an assistant turn"),
+    "BAD_SCORE": _fault("a score, rank or rating is missing, or is not a finite number"),
+    "BAD_LABEL": _fault("a label or verdict is not one that the format allows"),
+    "BAD_TOOLS": _fault("the tools are not a list of JSON schemas, or the template's variables are not a mapping"),
     # content
     "EMPTY_PROMPT": _fault("the prompt has no text"),
     "EMPTY_CHOSEN": _fault("chosen has no text"),
     "EMPTY_REJECTED": _fault("rejected has no text"),
     "EMPTY_COMPLETION": _fault("a completion has no text"),
-    "CONTROL_CHARS": _fault("the text holds control characters"),
+    "CONTROL_CHARS": _fault("the text contains control characters"),
     "IDENTICAL_PAIR": _fault("two completions are the same"),
     "PROMPT_MISMATCH": _fault("the completions do not answer the same prompt"),
-    "SPECIAL_TOKEN_INJECTION": _fault("the text spells one of the tokenizer's special tokens"),
+    "SPECIAL_TOKEN_INJECTION": _fault("the text contains one of the tokenizer's special tokens"),
     # rendering and tokens
     "TEMPLATE_ERROR": _fault("the chat template refused the conversation"),
-    "TEMPLATE_LIMIT": _fault("rendering took too long, or came to too much text"),
-    "PREFIX_BROKEN": _fault("the rendered prompt is not how the rendered conversation begins, as text or as tokens"),
+    "TEMPLATE_LIMIT": _fault("rendering took too long, or produced too much text"),
+    "PREFIX_BROKEN": _fault("the rendered conversation does not begin with the rendered prompt, as text or as tokens"),
     "NO_RESPONSE_TOKENS": _rule("after truncation nothing is left of a completion, or nothing differs"),
     "PROMPT_TOO_LONG": _rule("the prompt is longer than data.max_prompt_tokens, or fills data.max_length_tokens"),
-    "TOO_LONG": _rule("longer than data.max_length_tokens, and data.truncation does not let it be cut"),
+    "TOO_LONG": _rule("longer than data.max_length_tokens, and data.truncation does not allow to cut it"),
     # preferences
     "TIE": _rule("no completion is better than another, and data.pairing.ties is `drop`"),
     "LOW_MARGIN": _rule("no scores differ by data.pairing.min_margin"),
     "DISAGREEMENT": _rule("the verdicts differ, and data.pairing.annotators is `unanimous`"),
     # rules over all rows
-    "FILTERED": _rule("a function of data.rules.filters left it out"),
+    "FILTERED": _rule("a function of data.rules.filters excluded it"),
     "CONFLICTING_PAIR": _rule("the data also holds the opposite preference"),
-    "LEAKED_PROMPT": _rule("the prompt is also one of held-out data"),
+    "LEAKED_PROMPT": _rule("the prompt also occurs in held-out data"),
     "OVER_CAP": _rule("beyond the source's max_groups"),
     "OUTSIDE_MIXTURE": _rule("beyond the source's share by weight"),
 }
@@ -85,7 +85,7 @@ DETAIL_CHARACTERS = 300
 
 
 class Rejected(Exception):
-    """Carry the reason code and the detail of one row that is not admitted."""
+    """The rejection of one row: its reason code and the detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason  # noqa: S101 - codes are stable and listed
@@ -103,7 +103,7 @@ def sample_of(row: object) -> str:
 
 
 def printable(text: str, limit_characters: int) -> str:
-    """Replace what a terminal or UTF-8 would not take, and shorten; input data gets into every detail."""
+    """Replace what a terminal or UTF-8 does not accept, and shorten the text; every detail contains input data."""
     text = text[: limit_characters * 2].encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= limit_characters else text[: limit_characters - 1] + "…"

@@ -1,4 +1,4 @@
-"""The user's own filters: functions that say of each row whether it stays."""
+"""The user's own filters: functions that decide whether each row is kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WHERE = "data.rules.filters"
 
 @dataclass(frozen=True)
 class ModuleSource:
-    """A module as it was read on the driver."""
+    """The source of a module as it was read on the driver."""
 
     name: str
     file: str
@@ -38,24 +38,24 @@ class ModuleSource:
 
 @dataclass(frozen=True)
 class Filter:
-    """A function of the user's, called as `function(prompt, completions)` for each row.
+    """A user-defined function, called as `function(prompt, completions)` for each row.
 
-    Pickled, it carries the source of its module, so that workers on other nodes need no file: there the module is
-    executed once a process, as an import would. What the module itself imports must be found there: installed, or in the
-    driver's directory where that is shared.
+    When pickled, it carries the source of its module, so workers on other nodes do not need the file: there the module
+    is executed once per process, as an import would do. What the module itself imports must be available there:
+    installed, or in the driver's directory if that is shared.
     """
 
     name: str  # module:function
     function: Callable[[Any, list[str]], Any]
-    digest: str  # of the name and the module's source: another filter makes other artifacts
-    module: ModuleSource | None  # None where it is of an installed package, which workers import
+    digest: str  # of the name and the module's source: another filter leads to other artifacts
+    module: ModuleSource | None  # None if it belongs to an installed package, which workers import
 
     def __reduce__(self):
         return _restored, (self.name, self.digest, self.module)
 
 
 def load_filters(names: Sequence[str]) -> tuple[Filter, ...]:
-    r"""Find the functions that a recipe names as `module:function`; modules of the current directory are found, too.
+    r"""Load the functions that a recipe names as `module:function`; modules in the current directory are found, too.
 
     A file `my_filters.py` beside the recipe:
 
@@ -87,16 +87,16 @@ def load_filters(names: Sequence[str]) -> tuple[Filter, ...]:
 
 
 def rejected_by(group: TextGroup, filters: Sequence[Filter]) -> Rejected | None:
-    """Return why the first filter that does not keep the row leaves it out; None where all keep it.
+    """Return why the first filter that rejects the row excludes it; None if all filters keep the row.
 
-    A filter is given the prompt (text, or a list of messages) and the list of completions (text), best first. It
-    returns True to keep the row; False, or a text that says why, to leave it out.
+    A filter receives the prompt (text, or a list of messages) and the list of completions (text), best first. It
+    returns True to keep the row; False, or a text with the reason, to exclude it.
 
     Raises:
-        ConfigError: a filter failed, or returned something else. That is no fault of the row's.
+        ConfigError: a filter failed, or returned something else. This is not a fault of the row.
     """
     for each in filters:
-        # Copies: a filter that changes what it is given must not change the row.
+        # Copies: a filter that changes its arguments must not change the row.
         prompt = group.prompt if isinstance(group.prompt, str) else [dict(message) for message in group.prompt]
         completions = [c if isinstance(c, str) else str(c.get("content") or "") for c in group.completions]
         try:
@@ -117,7 +117,7 @@ def _failed(each: Filter, what: str, group: TextGroup) -> ConfigError:
     return ConfigError(
         f"`{each.name}` {what}; the row: {row}",
         where=WHERE,
-        fix="let it return True to keep a row, and False or a text that says why to leave it out",
+        fix="return True to keep a row, and False or a text with the reason to exclude it",
     )
 
 
@@ -125,10 +125,10 @@ def _load(name: str) -> Filter:
     module_name = name.split(":")[0]
     try:
         with _importable(os.getcwd()):
-            importlib.invalidate_caches()  # the file may be newer than what Python remembers of its directory
+            importlib.invalidate_caches()  # the file may be newer than Python's cached listing of its directory
             spec = importlib.util.find_spec(module_name)
         if spec is None:
-            raise ModuleNotFoundError(f"no module {module_name!r} is here or installed")
+            raise ModuleNotFoundError(f"no module {module_name!r} is in this directory or installed")
         content = Path(spec.origin).read_bytes() if spec.has_location and spec.origin else b""
         module = None
         if spec.has_location and spec.origin and not _is_installed(Path(spec.origin)):
@@ -140,7 +140,7 @@ def _load(name: str) -> Filter:
         raise ConfigError(
             f"`{name}` cannot be imported: {type(error).__name__}: {error}",
             where=WHERE,
-            fix=f"name it as module:function; put the module into this directory ({os.getcwd()}) or install it",
+            fix=f"write it as module:function; put the module into this directory ({os.getcwd()}) or install it",
         ) from error
     return Filter(name, function, digest, module)
 
@@ -166,16 +166,16 @@ def _function(name: str, module: ModuleSource | None) -> Callable[[Any, list[str
 
 @functools.cache
 def _executed(source: ModuleSource) -> types.ModuleType:
-    """Make a module of its source. The driver does so, too: what runs there is what the digest is of."""
+    """Build a module from its source. The driver does this too, so that it runs exactly the code that was hashed."""
     spec = importlib.util.spec_from_file_location(source.name, source.file)
-    assert spec is not None  # noqa: S101 - of a name that ends in .py
+    assert spec is not None  # noqa: S101 - the name ends in .py
     module = importlib.util.module_from_spec(spec)
     before = sys.modules.get(source.name)
     sys.modules[source.name] = module  # dataclasses look for their module there
     try:
         with _importable(source.directory):
             code = compile(source.text, source.file, "exec", dont_inherit=True)
-            exec(code, vars(module))  # noqa: S102 - the user asks for their own code
+            exec(code, vars(module))  # noqa: S102 - the user's own code, which the recipe names
     finally:
         sys.modules.pop(source.name, None)
         if before is not None:
@@ -184,7 +184,7 @@ def _executed(source: ModuleSource) -> types.ModuleType:
 
 
 def _is_installed(file: Path) -> bool:
-    """Tell whether a module belongs to Python or to a package of its environment, which workers have as well."""
+    """Return whether a module belongs to Python or to a package of its environment, which workers have as well."""
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
     return any(file.resolve().is_relative_to(Path(sysconfig.get_path(kind)).resolve()) for kind in kinds)
 

@@ -1,4 +1,7 @@
-"""One piece of a shard: read, normalised, rendered, tokenized, and written in parts with an account of every row."""
+"""The first pass over a piece of a shard: rows are read, normalised, rendered, tokenized, and written in parts.
+
+Every row is accounted for.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from .sources import Piece, Shard
 
 @dataclass(frozen=True)
 class PrepareTask:
-    """What a worker needs to prepare shards. Pickles."""
+    """What a worker needs to prepare shards. It can be pickled."""
 
     tokenizer_dir: str
     template: str
@@ -53,7 +56,7 @@ class PartAccount:
 
 
 def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator[PartAccount]:
-    """Prepare one piece of a shard, part by part. Run twice, it writes the same names with the same bytes."""
+    """Prepare one piece of a shard, part by part. A second run writes the same file names with the same bytes."""
     for part, rows in enumerate(read_batches(piece, task.config.rows_per_part)):
         name = f"{piece.index:05d}-{part:05d}.parquet"
         with _collection_paused():
@@ -72,7 +75,7 @@ def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Keep Python from looking for cycles while a part is made: its many objects all live until it is written."""
+    """Disable Python's cyclic garbage collector while a part is made: its many objects all live until it is written."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -85,9 +88,9 @@ def _collection_paused() -> Iterator[None]:
 def _divided(
     rows: Sequence[tuple[int, Any]], shard: Shard, task: PrepareTask
 ) -> tuple[list[TokenGroup], list[int], list[dict[str, Any]]]:
-    """Tokenize a part's rows; return the sound groups, their ordinals, and a quarantine row for each of the others."""
+    """Tokenize a part's rows; return the sound groups, their ordinals, and a quarantine row for each other row."""
     tokenizer = _tokenizer(task.tokenizer_dir)
-    # `auto` where the plan was made without the model's files at hand
+    # `auto` if the model's files were not available when the plan was made
     template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
     texts = [_text_group(row, shard, task) for _, row in rows]
     groups, ordinals, quarantined = [], [], []
@@ -102,7 +105,7 @@ def _divided(
 
 
 def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, Any]:
-    """Make a row of the quarantine; its split and source are filled in where the shard's use is known."""
+    """Build a row of the quarantine; its split and source are filled in later, when the shard's use is known."""
     detail = printable(rejected.detail, DETAIL_CHARACTERS)
     return {"reason": rejected.reason, "detail": detail, "ordinal": ordinal, "sample": sample}
 
@@ -125,7 +128,10 @@ def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Reject
 
 
 def commit_shard(staging: Staging, parts: Sequence[tuple[int, PartAccount]], provenance: Provenance) -> Artifact:
-    """Commit the artifact of a shard, given its parts by piece; `piece_rows` says where in the shard each piece's ordinals begin."""
+    """Commit the artifact of a shard from its parts, each with its piece's index.
+
+    The figure `piece_rows` holds the rows of each piece, so that readers know where in the shard a piece's ordinals begin.
+    """
     piece_rows = [0] * (max((piece for piece, _ in parts), default=-1) + 1)
     for piece, part in parts:
         piece_rows[piece] += part.rows

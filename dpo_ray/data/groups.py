@@ -1,4 +1,4 @@
-"""The preference group, one prompt and its completions, in its three forms: as text, as token ids, and as training sees it."""
+"""The preference group, one prompt and its completions, in its three forms: as text, as token ids, and for training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # the maths, which takes `Group`, runs where there is no pyarrow
+if TYPE_CHECKING:  # the maths, which uses `Group`, also runs without pyarrow
     import pyarrow as pa
 
 Message = dict[str, Any]
-"""role and content (text), and where a chat template takes them: name, tool_calls, tool_call_id, ..."""
+"""role and content (text), and optional keys that a chat template reads: name, tool_calls, tool_call_id, ..."""
 
 Conversation = tuple[Message, ...]
 
@@ -22,14 +22,15 @@ Conversation = tuple[Message, ...]
 class TextGroup:
     """One prompt and its completions, best first, before rendering.
 
-    `prompt` is text or messages; a completion is the assistant's text, or its message where that holds more than text.
-    `messages` is the conversation that a text prompt stands for, for use with a chat template: the turns of HH-RLHF.
-    With it, the white space between prompt and completion is the format's and does not go into the conversation.
+    `prompt` is text or messages; a completion is the assistant's text, or its message if that contains more than text.
+    `messages` is the conversation that a text prompt represents, for use with a chat template: the turns of HH-RLHF.
+    If it is set, the white space between prompt and completion belongs to the format and not to the conversation.
     Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion (unpaired) has no pair, and its score is
-    its label: 1 good, 0 bad. A ranked list (data.pairing.pairs=list) has none either.
+    its label: 1 good, 0 bad. A ranked list (data.pairing.pairs=list) has no pairs either.
 
-    As it is read, a row with scores or verdicts has its completions in its own order and no pairs yet; `pairing` makes
-    them. Then a row with verdicts has no scores: 0 is a tie, otherwise a verdict is the number of the better completion.
+    Directly after reading, a row with scores or verdicts has its completions in the row's order and no pairs yet;
+    `pairing` builds them. Until then a row with verdicts has no scores: a verdict is 0 for a tie, otherwise the number
+    of the better completion.
     """
 
     prompt: str | Conversation
@@ -46,7 +47,7 @@ class TextGroup:
 
 @dataclass(frozen=True, eq=False)
 class TokenGroup:
-    """One row of the tokens artifact, and what rules over all rows go by."""
+    """One row of the tokens artifact, with the values that the rules over all rows use."""
 
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     completion_ids: list[np.ndarray]  # int32 [tokens] each; best first
@@ -59,12 +60,12 @@ class TokenGroup:
 
     @property
     def group_id(self) -> bytes:
-        """Hash the content (16 bytes): the same prompt and completions in the same order of preference, however scored."""
+        """Return a hash (16 bytes) of the prompt and the completions in their order of preference, whatever the scores."""
         return _group_id(self.prompt_ids, self.completion_ids, self.scores)
 
     @property
     def opposite_id(self) -> bytes | None:
-        """The group_id of the opposite preference: the pair the other way round, the other label; None for longer lists."""
+        """Return the group_id of the opposite preference (the reversed pair, the other label); None for longer lists."""
         if len(self.completion_ids) > 2:
             return None
         return _group_id(self.prompt_ids, self.completion_ids[::-1], [1.0 - s for s in self.scores])
@@ -74,7 +75,7 @@ def _group_id(prompt_ids: np.ndarray, completion_ids: Sequence[np.ndarray], scor
     content = [
         part for ids in (prompt_ids, *completion_ids) for part in (len(ids).to_bytes(4, "little"), ids.tobytes())
     ]
-    if len(completion_ids) == 1:  # its label is all that the order of others says
+    if len(completion_ids) == 1:  # the label plays the part of the order
         content.append(np.float32(scores[0]).tobytes())
     return hashlib.blake2b(b"".join(content), digest_size=16).digest()  # unambiguous: the length stands before the ids
 
@@ -85,10 +86,10 @@ def _no_pairs() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt with K completions, which of them are preferred to which, and the reference's log-prob of every token.
+    """One prompt with K completions, the preferences between them, and the reference's log-prob of every token.
 
-    Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion and a ranked list have no pairs; nor has a
-    group that is only scored.
+    Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion, a ranked list and a group that is only
+    scored have no pairs.
     """
 
     group_id: bytes
@@ -104,12 +105,12 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Count the tokens of the packed layout: the prompt once."""
+        """Count the tokens of the packed layout, in which the prompt occurs once."""
         return len(self.prompt_ids) + sum(len(c) for c in self.completion_ids)
 
 
 def groups_of(table: pa.Table, reference_token_logps: pa.ChunkedArray | None = None) -> Iterator[Group]:
-    """Yield the preference groups of a part, with the reference's log-probs where they are given."""
+    """Yield the preference groups of a part, with the reference's log-probs if they are passed."""
     logps: list[list[list[float]] | None] = [None] * len(table)
     if reference_token_logps is not None:
         logps = reference_token_logps.to_pylist()

@@ -1,4 +1,4 @@
-"""What the content of prepared data depends on: of one shard, and of the tokens artifact."""
+"""The keys of prepared data: what the content of a shard's artifact and of the tokens artifact depends on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .near_duplicates import MINHASH_VERSION
 from .sources import Shard, shard_digest
 
 SHARD_VERSION = 1
-"""Raised when the code makes other groups of the same shard; artifacts of shards and all that follow become stale."""
+"""Increased when the code makes other groups from the same shard; all shard artifacts and later ones become stale."""
 
 
 def shard_configs(
     shards: Sequence[Shard], data: DataConfig, tokenizer: str, template: str, filters: Sequence[Filter]
 ) -> list[dict[str, Any]]:
-    """Say for each shard what its groups depend on: its content and how it is read, not where it lies or who uses it."""
+    """Return, for each shard, what its groups depend on: its content and how it is read, not its location or its use."""
     common = {
         "tokenizer": tokenizer,
         "tokenizers": importlib.metadata.version("tokenizers"),
@@ -54,14 +54,14 @@ def shard_configs(
 
 
 def shard_key(config: dict[str, Any]) -> str:
-    """Name the artifact of a shard."""
+    """Return the key of a shard's artifact."""
     return artifact_key("shard", SHARD_VERSION, config, {})
 
 
 def prepare_config(
     shards: Sequence[Shard], configs: Sequence[dict[str, Any]], data: DataConfig, *, with_mismatched: bool = False
 ) -> dict[str, Any]:
-    """Say what the tokens artifact depends on: its shards in their order, and the rules over all rows."""
+    """Return what the tokens artifact depends on: its shards in their order, and the rules over all rows."""
     own = ("digest", "format", "columns", "criteria")
     sources = [
         {"split": s.split, "source": s.source, **{k: c[k] for k in own}} for s, c in zip(shards, configs, strict=True)
@@ -73,5 +73,5 @@ def prepare_config(
     }
     rules = data.rules.model_dump(mode="json", include={"conflicts", "leakage", "near_duplicates"})
     config = {"sources": sources, **common, "mixture": mixture, "rules": rules, "shard_version": SHARD_VERSION}
-    # Absent where it is not needed, so that the keys of other objectives stay as they were.
+    # Only present if it is needed, so that the keys of other objectives do not change.
     return {**config, "mismatched": True} if with_mismatched else config

@@ -1,7 +1,7 @@
 """Completions of other prompts, for KTO's estimate of the KL divergence: each group gets the first one of another group.
 
-They are part of the data, so that the reference engine scores them like any completion, once for all runs, and the prompt's
-computation is shared. Their score is NaN, which keeps them out of every pair and label.
+They are part of the data, so the reference engine scores them like any completion, once for all runs, and the
+computation of the prompt is shared. Their score is NaN, which keeps them out of every pair and label.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-MOST_TRIED = 16  # neighbours, before a group goes without
+MOST_TRIED = 16  # neighbours that are tried before a group gets no such completion
 
 
 def with_mismatched(groups: pa.Table, max_length_tokens: int) -> pa.Table:
-    """Append to each group, of schema TOKENS, the first completion of the next group in the order of group ids.
+    """Append to each group (schema TOKENS) the first completion of the next group in the order of group ids.
 
-    The order does not depend on how files lay the groups out. A neighbour with the same prompt, or whose completion does not
-    fit behind this prompt, is passed over; where none of MOST_TRIED fits, the group stays as it is.
+    The order does not depend on how the groups are spread over files. A neighbour with the same prompt, or whose
+    completion does not fit behind this prompt, is skipped; if none of MOST_TRIED fits, the group stays unchanged.
     """
     ids = groups["group_id"].to_pylist()
     prompts = [ids.values.to_numpy() for ids in groups["prompt_ids"]]

@@ -1,4 +1,4 @@
-"""From scores and verdicts to preferences: which completions make pairs, and how sure each preference is."""
+"""Pairing: from scores and verdicts to preferences, that is, which completions form pairs and with what probability."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TIE = 0.5
 
 
 def paired(group: TextGroup, config: PairingConfig) -> TextGroup:
-    """Sort the completions best first and pair them; a group of plain preference data, or of one completion, is as it was.
+    """Sort the completions best first and pair them; plain preference data and single completions stay unchanged.
 
     Raises:
-        Rejected: TIE, LOW_MARGIN or DISAGREEMENT, as the recipe's `data.pairing` has it.
+        Rejected: TIE, LOW_MARGIN or DISAGREEMENT, as the recipe's `data.pairing` determines.
     """
     if group.chosen or len(group.completions) == 1:
         return group
@@ -26,7 +26,7 @@ def paired(group: TextGroup, config: PairingConfig) -> TextGroup:
 
 
 def _by_verdicts(group: TextGroup, config: PairingConfig) -> TextGroup:
-    """Make the pair of two completions that annotators compared; its scores say no more than which is chosen."""
+    """Build the pair of two completions that annotators compared; its scores only show which one is chosen."""
     probability = _probability(group.verdicts, config)
     if probability == TIE:
         if config.ties == "drop":
@@ -38,14 +38,12 @@ def _by_verdicts(group: TextGroup, config: PairingConfig) -> TextGroup:
 
 
 def _probability(verdicts: Sequence[int], config: PairingConfig) -> Fraction:
-    """Return how probable it is, exactly, that the first completion is the better one: 1/2 is a tie."""
+    """Return the exact probability that the first completion is the better one: 1/2 is a tie."""
     ties, first, second = (verdicts.count(v) for v in (0, 1, 2))
     match config.annotators:
         case "probability":
             return Fraction(2 * first + ties, 2 * len(verdicts))
-        case (
-            "majority"
-        ):  # of all three verdicts the most frequent; where there is none, as many say the one as the other
+        case "majority":  # the most frequent of the three verdicts; if there is no single one, a tie
             return Fraction(1 + (first > max(second, ties)) - (second > max(first, ties)), 2)
         case "unanimous":
             if max(ties, first, second) < len(verdicts):
@@ -54,7 +52,7 @@ def _probability(verdicts: Sequence[int], config: PairingConfig) -> Fraction:
 
 
 def _by_scores(group: TextGroup, config: PairingConfig) -> TextGroup:
-    order = sorted(range(len(group.scores)), key=lambda i: -group.scores[i])  # stable: equal ones stay as they came
+    order = sorted(range(len(group.scores)), key=lambda i: -group.scores[i])  # stable: equal scores keep their order
     ranked = [group.scores[i] for i in order]
     best, worst = 0, len(order) - 1
     if ranked[best] == ranked[worst]:
@@ -77,7 +75,7 @@ def _by_scores(group: TextGroup, config: PairingConfig) -> TextGroup:
 
 
 def _all_equal(group: TextGroup, order: list[int], config: PairingConfig) -> TextGroup:
-    """Pair the first completion with the last as a tie, where ties are kept and a pair is what the recipe makes of a list."""
+    """Pair the first completion with the last as a tie; raise Rejected unless the recipe keeps ties and makes one pair."""
     if config.ties == "drop" or (len(order) > 2 and config.pairs != "best_worst"):
         raise Rejected("TIE", f"all {len(order)} scores are {group.scores[0]:g}")
     return _reduced(group, order, [(0, len(order) - 1)], TIE)
@@ -86,11 +84,11 @@ def _all_equal(group: TextGroup, order: list[int], config: PairingConfig) -> Tex
 def _reduced(
     group: TextGroup, order: Sequence[int], pairs: Sequence[tuple[int, int]], probability: float = 1.0
 ) -> TextGroup:
-    """Order the completions, and leave out those that stand in no pair; without pairs the list stays whole.
+    """Order the completions, and drop those that are in no pair; without pairs the list stays complete.
 
     Args:
         order: the completions' indices, best first.
-        pairs: (chosen, rejected) as places in `order`.
+        pairs: (chosen, rejected) as positions in `order`.
     """
     places = sorted({place for pair in pairs for place in pair}) or range(len(order))
     at = {place: k for k, place in enumerate(places)}

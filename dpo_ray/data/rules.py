@@ -16,11 +16,11 @@ from dpo_ray.config.data import RulesConfig
 from .near_duplicates import PERMUTATIONS, SIGNATURE_DTYPE, near_duplicates
 
 ID_DTYPE = np.dtype("S16")
-"""A 16-byte id. numpy takes zeros at the end of text for none, which between ids of one length makes no difference."""
+"""A 16-byte id. numpy ignores zeros at the end of such a value, which makes no difference between ids of one length."""
 
 
 class Outcome(IntEnum):
-    """What becomes of a row. Duplicates have a count of their own; the other names are codes of admission.REASONS."""
+    """The outcome for a row. Duplicates are counted separately; the other names are codes of admission.REASONS."""
 
     ADMITTED = 0
     DUPLICATE = 1
@@ -33,12 +33,12 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the rules go by, of all rows of a split: 52 bytes a row, and 256 more to search near duplicates."""
+    """The values that the rules use, of all rows of a split: 52 bytes a row, and 256 more to find near duplicates."""
 
     group_ids: np.ndarray  # [n] ID_DTYPE
     prompt_hashes: np.ndarray  # [n] ID_DTYPE
-    opposite_ids: np.ndarray  # [n] ID_DTYPE; of a group that has no opposite its own group_id
-    source: np.ndarray  # [n] int32, the place of the row's source among those of the split
+    opposite_ids: np.ndarray  # [n] ID_DTYPE; for a group without an opposite its own group_id
+    source: np.ndarray  # [n] int32, the index of the row's source among those of the split
     minhashes: np.ndarray | None = None  # [n, PERMUTATIONS] of SIGNATURE_DTYPE
 
     def __len__(self) -> int:
@@ -46,9 +46,9 @@ class Candidates:
 
 
 def candidates(tables: Iterable[tuple[int, pa.Table]]) -> Candidates:
-    """Gather what the rules go by from (place of the source, table), in the order of the tables.
+    """Collect the values that the rules use from (index of the source, table), in the order of the tables.
 
-    The tables have the columns group_id, prompt_hash and opposite_id of SHARD; and minhash, if any has it.
+    The tables have the columns group_id, prompt_hash and opposite_id of SHARD, and minhash if any table has it.
     """
     ids, prompts, opposites = (_Column(ID_DTYPE) for _ in range(3))
     sources, signatures = _Column(np.dtype(np.int32)), _Column(SIGNATURE_DTYPE, PERMUTATIONS)
@@ -66,7 +66,7 @@ def candidates(tables: Iterable[tuple[int, pa.Table]]) -> Candidates:
 
 
 class _Column:
-    """Hold an array that grows in place; a list of parts to concatenate would take its memory twice."""
+    """An array that grows in place; concatenating a list of parts would need twice its memory."""
 
     def __init__(self, dtype: np.dtype, *shape: int) -> None:
         self.values = np.empty((0, *shape), dtype)
@@ -88,7 +88,7 @@ class _Column:
 
 
 def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    """Read fixed-size binary without an object a row; what stands in place of a null is undefined."""
+    """Read a fixed-size binary column without creating an object per row; the value of a null is undefined."""
     parts = [np.empty(0, ID_DTYPE)]
     for chunk in column.chunks:
         buffer = chunk.buffers()[1]
@@ -111,18 +111,19 @@ def select(
     caps: Sequence[int | None],
     weights: Sequence[float | None],
 ) -> np.ndarray:
-    """Decide on every row of a split; the first rule that leaves it out is its outcome.
+    """Decide on every row of a split; the first rule that excludes a row is its outcome.
 
-    In this order: of exact duplicates the first stays; of a pair and its opposite both go; prompts of held-out data go;
-    of near duplicates the first stays; each source keeps as many groups as its cap, then as its share by weight. First
-    is who belongs to the source that is named first. Among rows of one source, and where a number is kept, the smallest
-    group_ids come first: a fair sample, since they are hashes, and one that does not depend on files and their order.
+    The rules apply in this order: of exact duplicates the first is kept; a pair and its opposite are both excluded;
+    prompts of held-out data are excluded; of near duplicates the first is kept; each source keeps as many groups as its
+    cap, then as its share by weight. Rows of the source that the recipe names first come first. Among the rows of one
+    source, and when a limited number is kept, the smallest group_ids come first: a fair sample, since they are hashes,
+    which does not depend on the files and their order.
 
     Args:
         everything: all rows of the split.
-        held_out_prompts: ID_DTYPE, prompt hashes that must not be in this split; None where it is held out itself.
-        caps: for each source, the most groups that are taken, or None.
-        weights: for each source, its share relative to the others; None for all where all groups are taken.
+        held_out_prompts: ID_DTYPE, prompt hashes that must not be in this split; None if the split itself is held out.
+        caps: for each source, the maximum number of groups to take, or None.
+        weights: for each source, its share relative to the others; None for every source if all groups are taken.
 
     Returns:
         [n] uint8, an Outcome for each row.
@@ -138,7 +139,7 @@ def select(
     order = _by_source_and_id(everything, np.flatnonzero(outcomes == Outcome.ADMITTED))
     if rules.near_duplicates is not None and len(order):
         if everything.minhashes is None:
-            raise ValueError("near duplicates are searched by minhashes, and there are none")
+            raise ValueError("the search for near duplicates needs minhashes, and there are none")
         outcomes[near_duplicates(everything.minhashes, order, rules.near_duplicates)] = Outcome.NEAR_DUPLICATE
         order = order[outcomes[order] == Outcome.ADMITTED]
     within_caps = _first_of_each_source(everything.source[order], caps)
@@ -150,16 +151,16 @@ def select(
 
 
 def _duplicates(everything: Candidates) -> np.ndarray:
-    """Return the rows that repeat the content of another that comes first."""
-    order = np.lexsort((everything.source, everything.group_ids))  # stable: within a source by place
+    """Return the rows that repeat the content of an earlier row."""
+    order = np.lexsort((everything.source, everything.group_ids))  # stable: within a source in the rows' order
     ids = everything.group_ids[order]
     return order[1:][ids[1:] == ids[:-1]]
 
 
 def _conflicting(everything: Candidates, rows: np.ndarray) -> np.ndarray:
-    """Return which of the rows, each of another content, have their opposite among them.
+    """Return the rows, among rows of distinct content, whose opposite is also among them.
 
-    A group and its opposite name each other, so that a sort by the smaller id of the two brings them together.
+    A group and its opposite refer to each other, so sorting by the smaller id of the two brings them together.
     """
     ids, opposite_ids = everything.group_ids[rows], everything.opposite_ids[rows]
     pair_ids = np.where(opposite_ids < ids, opposite_ids, ids)
@@ -169,7 +170,7 @@ def _conflicting(everything: Candidates, rows: np.ndarray) -> np.ndarray:
 
 
 def _contained(ids: np.ndarray, within: np.ndarray) -> np.ndarray:
-    """Bool [ids]: which are in `within`, sorted; ids need less memory so than in numpy's own `isin`."""
+    """Return bool [ids]: which ids are in `within`, which is sorted; this needs less memory than numpy's `isin`."""
     if not len(within):
         return np.zeros(len(ids), bool)
     places = np.searchsorted(within, ids)
@@ -181,7 +182,7 @@ def _by_source_and_id(everything: Candidates, rows: np.ndarray) -> np.ndarray:
 
 
 def _first_of_each_source(source: np.ndarray, limits: Sequence[int | None]) -> np.ndarray:
-    """Bool [rows]: whether a row is among the first of its source, up to the source's limit; `source` is sorted."""
+    """Return bool [rows]: whether a row is among the first of its source, up to its limit; `source` is sorted."""
     counts = np.bincount(source, minlength=len(limits))
     rank = np.arange(len(source)) - (np.cumsum(counts) - counts)[source]
     limit = np.array([count if limit is None else limit for count, limit in zip(counts, limits, strict=True)], np.int64)
@@ -189,9 +190,10 @@ def _first_of_each_source(source: np.ndarray, limits: Sequence[int | None]) -> n
 
 
 def mixture(counts: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """Say how many groups each source gives to a mixture: floor(weight * t), where the scarcest source gives all it has.
+    """Return how many groups each source contributes to a mixture: floor(weight * t).
 
-    Weights are taken as the decimals that they are written as: 0.1 and 0.3 are one to three.
+    t is chosen such that the scarcest source contributes all its groups. Weights are the exact decimals that the recipe
+    writes: 0.1 and 0.3 are exactly one to three.
     """
     if not counts or None in weights:
         return list(counts)

@@ -1,4 +1,4 @@
-"""The tokens artifact: the Parquet schemas of admitted and quarantined rows, and what its splits are called."""
+"""The tokens artifact: the Parquet schemas of admitted and quarantined rows, and the names of its splits."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ SHARD = pa.schema(
         *(field for field in TOKENS if field.name != "source"),
         ("ordinal", pa.int64()),  # of the row in its piece of the shard
         ("prompt_hash", pa.binary(16)),  # of the prompt before truncation
-        ("opposite_id", pa.binary(16)),  # the group_id of the opposite preference; null where there is none
-        ("minhash", pa.binary()),  # null where near duplicates are not searched
+        ("opposite_id", pa.binary(16)),  # the group_id of the opposite preference; null if there is none
+        ("minhash", pa.binary()),  # null if near duplicates are not searched
     ]
 )
-"""What a shard's artifact holds of each admitted row: its group, and what rules over all rows go by."""
+"""What a shard's artifact stores for each admitted row: its group, and the values that rules over all rows use."""
 
 QUARANTINE = pa.schema(
     [
@@ -50,7 +50,7 @@ QUARANTINE = pa.schema(
 
 
 def shard_table(groups: Sequence[TokenGroup], ordinals: Sequence[int], minhashes: Sequence[bytes] | None) -> pa.Table:
-    """Make the table of one part of a shard, of schema SHARD; `ordinals` and `minhashes` are of each group."""
+    """Build the table of one part of a shard (schema SHARD); `ordinals` and `minhashes` have one entry per group."""
     completions = [ids for g in groups for ids in g.completion_ids]
     columns = {
         "group_id": pa.array([g.group_id for g in groups], pa.binary(16)),
@@ -72,7 +72,7 @@ def shard_table(groups: Sequence[TokenGroup], ordinals: Sequence[int], minhashes
 
 
 def _id_lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
-    """Make a column of lists of token ids (int32) without a Python object for each of them."""
+    """Build a column of lists of token ids (int32) without creating a Python object per id."""
     flat = np.concatenate([np.empty(0, np.int32), *arrays])
     return pa.ListArray.from_arrays(_offsets(arrays), pa.array(flat))
 
@@ -98,5 +98,5 @@ def sources_of(tokens: Artifact, split: str) -> tuple[str, ...]:
 
 
 def eval_splits(tokens: Artifact) -> list[str]:
-    """List the held-out splits of a tokens artifact that hold any group."""
+    """List the held-out splits of a tokens artifact that contain at least one group."""
     return [s for s in splits(tokens) if s != "train" and tokens.manifest.rows[f"{s}/admitted"]]

@@ -1,4 +1,4 @@
-"""From the artifacts of shards to the tokens artifact: the rules over all rows, applied part by part, and the account."""
+"""The second pass: from shard artifacts to the tokens artifact, with the rules over all rows and the account."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .schemas import QUARANTINE, TOKENS
 from .sources import Shard
 from .statistics import measure, merged
 
-READERS = 8  # object stores answer slowly, and many at once
+READERS = 8  # threads: object stores are slow to answer, but answer many requests concurrently
 _DUPLICATES = (Outcome.DUPLICATE, Outcome.NEAR_DUPLICATE)
 
 
@@ -40,7 +40,7 @@ class PreparedShard:
     artifact: Artifact
 
     def parts(self) -> list[ShardPart]:
-        """List the parts: of each the files of admitted and of quarantined rows, as far as there are any."""
+        """List the parts, each with its files of admitted and of quarantined rows, if there are any."""
         files: dict[str, dict[str, FileEntry]] = {}
         for entry in self.artifact.manifest.files:
             kind, part = entry.name.split("/", 1)
@@ -53,18 +53,18 @@ class PreparedShard:
         ]
 
     def _only(self, kinds: Mapping[str, FileEntry]) -> Artifact:
-        """Make the artifact of a part's files alone, which is small enough to send to a task."""
+        """Build an artifact that contains only a part's files and is small enough to send to a task."""
         manifest = self.artifact.manifest.model_copy(update={"files": tuple(kinds.values()), "figures": {}})
         return Artifact(manifest, self.artifact.storage)
 
 
 @dataclass(frozen=True)
 class ShardPart:
-    """One part of a shard's artifact. Pickles."""
+    """One part of a shard's artifact. It can be pickled."""
 
     shard: Shard
     name: str  # PIECE-PART
-    first_row: int  # of its piece, in the shard
+    first_row: int  # where its piece begins in the shard
     artifact: Artifact
 
     def table(self, kind: Literal["groups", "quarantine"], columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -80,7 +80,7 @@ class ShardPart:
 
 @dataclass(frozen=True)
 class PartChoice:
-    """One part of a shard, and the outcome of each of its groups. Pickles."""
+    """One part of a shard, and the outcome of each of its groups. It can be pickled."""
 
     part: ShardPart
     outcomes: bytes  # uint8 [groups]
@@ -88,7 +88,7 @@ class PartChoice:
 
 @dataclass(frozen=True)
 class MergedPart:
-    """What came of one part: its files in the tokens artifact, its counts, and its statistics."""
+    """The result of merging one part: its files in the tokens artifact, its counts, and its statistics."""
 
     split: str
     index: int
@@ -104,7 +104,7 @@ def choose(shards: Sequence[PreparedShard], data: DataConfig) -> list[PartChoice
     held_out = [s for s in dict.fromkeys(p.shard.split for p in shards) if s != "train"]
     chosen: list[PartChoice] = []
     prompts: list[np.ndarray] = []
-    for split in (*held_out, "train"):  # training comes last: what is held out from it is known then
+    for split in (*held_out, "train"):  # training comes last, when the held-out prompts are known
         parts = [part for prepared in shards if prepared.shard.split == split for part in prepared.parts()]
         everything = _candidates(parts, with_minhashes=data.rules.near_duplicates is not None)
         sources = data.train if split == "train" else data.eval_sets[split]
@@ -132,10 +132,11 @@ def _candidates(parts: Sequence[ShardPart], *, with_minhashes: bool) -> Candidat
 
 
 def merge_part(choice: PartChoice, staging: Staging, mismatched_tokens: int | None = None) -> MergedPart:
-    """Write what a part of a shard gives to the tokens artifact: its admitted groups and its quarantine.
+    """Write what a part of a shard contributes to the tokens artifact: its admitted groups and its quarantine.
 
     Args:
-        mismatched_tokens: give each group a completion of another prompt, up to so many tokens in all; None: do not.
+        mismatched_tokens: if set, each group also gets a completion of another prompt, as long as prompt and completion
+            have at most this many tokens.
     """
     part, shard = choice.part, choice.part.shard
     outcomes = np.frombuffer(choice.outcomes, np.uint8)
@@ -165,21 +166,21 @@ def merge_part(choice: PartChoice, staging: Staging, mismatched_tokens: int | No
 
 
 def _quarantine(part: ShardPart, groups: pa.Table | None, outcomes: np.ndarray) -> pa.Table:
-    """Collect the rows that were quarantined when the shard was read, and those that a rule over all rows leaves out."""
+    """Collect the rows that were quarantined when the shard was read, and those that a rule over all rows excludes."""
     tables = [t for t in (part.table("quarantine"), _left_out(groups, outcomes)) if t is not None]
-    found = pa.concat_tables(tables) if tables else QUARANTINE.empty_table()
+    rows = pa.concat_tables(tables) if tables else QUARANTINE.empty_table()
     places = {
-        "split": pa.repeat(part.shard.split, len(found)),
-        "source": pa.repeat(part.shard.name, len(found)),
-        "ordinal": pc.add(found["ordinal"], part.first_row),  # pyright: ignore[reportAttributeAccessIssue]
+        "split": pa.repeat(part.shard.split, len(rows)),
+        "source": pa.repeat(part.shard.name, len(rows)),
+        "ordinal": pc.add(rows["ordinal"], part.first_row),  # pyright: ignore[reportAttributeAccessIssue]
     }
     for column, values in places.items():
-        found = found.set_column(found.schema.get_field_index(column), QUARANTINE.field(column), values)
-    return found.sort_by("ordinal")
+        rows = rows.set_column(rows.schema.get_field_index(column), QUARANTINE.field(column), values)
+    return rows.sort_by("ordinal")
 
 
 def _left_out(groups: pa.Table | None, outcomes: np.ndarray) -> pa.Table | None:
-    """Make quarantine rows of what the rules over all rows leave out, duplicates aside: they are counted, not kept."""
+    """Build quarantine rows for what the rules over all rows exclude, except duplicates, which are only counted."""
     rows = np.flatnonzero((outcomes != Outcome.ADMITTED) & ~np.isin(outcomes, _DUPLICATES))
     if groups is None or not len(rows):
         return None
@@ -198,7 +199,7 @@ def _left_out(groups: pa.Table | None, outcomes: np.ndarray) -> pa.Table | None:
 def commit_tokens(
     shards: Sequence[PreparedShard], parts: Sequence[MergedPart], staging: Staging, provenance: Provenance
 ) -> Artifact:
-    """Commit the tokens artifact of all parts.
+    """Commit the tokens artifact that consists of all parts.
 
     Raises:
         DataError: no row of a split was admitted.
@@ -254,7 +255,7 @@ COUNTS = ("rows_in", "admitted", "quarantined", "duplicates", "near_duplicates")
 
 
 def field_of(split: str) -> str:
-    """Name the recipe's field of a split: data.train, data.eval, data.eval.NAME."""
+    """Return the recipe's field of a split: data.train, data.eval or data.eval.NAME."""
     return f"data.{split.replace('_', '.', 1)}"
 
 
@@ -265,10 +266,10 @@ def _reasons(accounts: Sequence[Mapping[str, Any]], split: str, kinds: Sequence[
 
 
 def check_quarantined(tokens: Artifact, limit: float) -> None:
-    """Stop where more of a split's rows are unsound than data.max_quarantined_fraction allows.
+    """Check that no split has more unsound rows than data.max_quarantined_fraction allows.
 
     Raises:
-        DataError: with the counts by reason and where to look at the rows.
+        DataError: a split has more; the error names the counts by reason and how to inspect the rows.
     """
     accounts = tokens.manifest.figures["accounts"]
     for split in dict.fromkeys(a["split"] for a in accounts):
@@ -277,19 +278,19 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
         rows = sum(a["rows_in"] for a in mine)
         if faults > limit * rows:
             raise DataError(
-                f"{faults:,} of {rows:,} rows ({faults / rows:.1%}) are unsound, over the {limit:.1%} that are allowed: "
+                f"{faults:,} of {rows:,} rows ({faults / rows:.1%}) are unsound, more than the allowed {limit:.1%}: "
                 + _reasons(accounts, split, ("fault",)),
                 where=field_of(split),
-                fix="look at them (`dpo-ray inspect data RECIPE`) and mend the data or its format and columns; "
+                fix="inspect them (`dpo-ray inspect data RECIPE`) and correct the data or its format and columns; "
                 "or raise data.max_quarantined_fraction",
             )
 
 
 def broken_shards(tokens: Artifact) -> list[str]:
-    """Say which shards broke off or could not be read: each counts as one row, whatever it held."""
+    """Return a message for each shard that ended early or could not be read; each counts as one row, whatever it held."""
     return [
         f"the shard {a['source']} ({field_of(a['split'])}, file {a['index'] + 1}) is damaged: {reason} "
-        f"({REASONS[reason].meaning}); {a['rows_in'] - n:,} rows were read before that, and what follows is lost"
+        f"({REASONS[reason].meaning}); {a['rows_in'] - n:,} rows were read before that, and the rest is lost"
         for a in tokens.manifest.figures["accounts"]
         for reason, n in a["reasons"].items()
         if reason.startswith("SHARD_")

@@ -1,4 +1,4 @@
-"""Shards: what a recipe's sources name, file by file; and pieces, what one task reads of a shard."""
+"""Shards, the files that a recipe's sources name; and pieces, the parts of a shard that one task reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_ray.data.readers.json_rows import begins_list
 from dpo_ray.data.readers.locations import content_tag, file_name, file_system, is_http, is_local, opened, shown
 from dpo_ray.errors import ConfigError, DpoRayError
 
-SYNTHETIC_VERSION = 1  # raised when the grammar changes, so that artifacts made of it become stale
+SYNTHETIC_VERSION = 1  # increased when the grammar changes, so that artifacts made from it become stale
 PIECE_BYTES = 64 << 20
 HEAD_BYTES = 64 << 10
 
@@ -32,7 +32,7 @@ _KINDS: dict[str, Kind] = {
     ".arrow": "arrow",
 }
 _KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz and .zst), .parquet, .arrow"
-_NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")  # what data sets write beside their data
+_NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")  # written by `datasets` beside the data
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Shard:
     """One file (or data set) of a source."""
 
     split: str  # train, eval, or eval_NAME of a named set
-    index: int  # its place among the split's shards
-    source: int  # the place of its source among the split's sources
-    name: str  # what reports call it: the source's name, else the file's
+    index: int  # its index among the split's shards
+    source: int  # the index of its source among the split's sources
+    name: str  # its name in reports: the source's name, else the file's
     kind: Kind
-    location: str  # path or URI; for hub and synthetic data their parameters as JSON
+    location: str  # path or URI; for hub and synthetic data the parameters as JSON
     row_format: RowFormat
     columns: Columns
     criteria: Mapping[str, float]
@@ -52,7 +52,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a shard that one task reads: large plain JSON Lines and Parquet files have several."""
+    """A part of a shard that one task reads: large plain JSON Lines and Parquet files have several pieces."""
 
     shard: Shard
     index: int = 0
@@ -61,25 +61,25 @@ class Piece:
 
 
 def list_shards(split: str, sources: Sequence[Source]) -> list[Shard]:
-    """Name all shards of a split in a stable order: sources as given, files of each sorted by path.
+    """List all shards of a split in a stable order: sources as in the recipe, the files of each sorted by path.
 
     Raises:
         ConfigError: a path or glob that matches nothing, or a file whose kind is not known.
-        InfrastructureError: the package that reaches a remote storage is not installed.
+        InfrastructureError: the package that accesses a remote storage is not installed.
     """
-    found: list[Shard] = []
+    shards: list[Shard] = []
     for place, source in enumerate(sources):
         row_format, columns, criteria = "text", Columns(), {}
         if not isinstance(source, SyntheticSource):
             row_format, columns, criteria = source.format, source.columns, source.criteria
         for name, kind, location in _named(source, split):
             name = source.name or name
-            found.append(Shard(split, len(found), place, name, kind, location, row_format, columns, criteria))
-    return found
+            shards.append(Shard(split, len(shards), place, name, kind, location, row_format, columns, criteria))
+    return shards
 
 
 def _named(source: Source, split: str) -> Iterator[tuple[str, Kind, str]]:
-    """Yield what reports call a shard, its kind, and where it lies."""
+    """Yield each shard's name in reports, its kind, and its location."""
     match source:
         case FilesSource():
             for path in [source.path] if isinstance(source.path, str) else source.path:
@@ -96,43 +96,43 @@ def _expand(path: str, where: str) -> list[str]:
     try:
         fs, root = file_system(path)
         if is_http(path):
-            fs.info(root)  # raises where it is not there
+            fs.info(root)  # raises if it does not exist
             return [path]
         protocol = "" if is_local(fs) else path.split("://", 1)[0] + "://"
         matched = _matching(fs, root, where)
     except DpoRayError:
         raise
-    except Exception as error:  # each file system's client has kinds of its own: no credentials, no bucket, no route
+    except Exception as error:  # each file system's client has its own exceptions: no credentials, no bucket, no route
         raise ConfigError(
             f"cannot be listed: {type(error).__name__}: {error}".replace(path, shown(path)),
             where=where,
             fix="check the path, the network and your credentials",
         ) from None
     if not matched:
-        raise ConfigError("no file matches", where=where, fix=f"name a file, a glob or a directory of {_KNOWN}")
+        raise ConfigError("no file matches", where=where, fix=f"name a file, a glob or a directory with {_KNOWN}")
     return [protocol + file for file in sorted(matched)]
 
 
 def _matching(fs: Any, root: str, where: str) -> list[str]:
     if fs.isdir(root):
         return _files_of_directory(fs, root, where)
-    if fs.isfile(root):  # a file's own name may hold characters that mean something in a glob
+    if fs.isfile(root):  # a file's own name may contain characters with a meaning in a glob
         return [root]
     return _files_of_glob(fs, root)
 
 
 def _files_of_glob(fs: Any, pattern: str) -> list[str]:
-    """List the files that match; hidden ones, as in a shell, only where the pattern names the dot."""
+    """List the files that match; hidden ones, as in a shell, only if the pattern begins with a dot."""
     hidden = PurePosixPath(pattern).name.startswith(".")
     return [f for f in fs.glob(pattern) if not fs.isdir(f) and (hidden or not PurePosixPath(f).name.startswith("."))]
 
 
 def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
-    """List a directory's data files; of a saved data set, those that its state names and no others."""
+    """List a directory's data files; for a saved data set, only those that its state.json names."""
     if fs.isfile(f"{root}/dataset_dict.json"):
         splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
         raise ConfigError(
-            f"a saved DatasetDict with the splits {', '.join(splits)}",
+            f"this is a saved DatasetDict with the splits {', '.join(splits)}",
             where=where,
             fix=f"name one split's directory, such as {root}/{splits[0] if splits else 'train'}",
         )
@@ -144,12 +144,12 @@ def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
 
 
 def _inside(name: str, where: str) -> str:
-    """Return a file's name that data gives, unless it leads out of the data's own directory."""
+    """Return a file name that the data contains; raise ConfigError if it leads out of the data's own directory."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ConfigError(
-            f"state.json names a file outside of the data set: {name!r}",
+            f"state.json names a file outside the data set: {name!r}",
             where=where,
-            fix="do not use this data set; if it is yours, save it again",
+            fix="do not use this data set; if it is your own, save it again",
         )
     return name
 
@@ -163,18 +163,18 @@ def _kind(location: str) -> Kind:
     for suffix, kind in _KINDS.items():
         if name.endswith(suffix):
             return kind
-    raise ConfigError("not a kind of file that is known", where=shown(location), fix=f"known: {_KNOWN}")
+    raise ConfigError("this kind of file is not known", where=shown(location), fix=f"known: {_KNOWN}")
 
 
 def shard_digest(shard: Shard) -> str:
-    """Identify a shard's content and the way it is read.
+    """Return a digest of a shard's content and the way it is read.
 
-    The content is known by the sha256 of a local file, by size and tag of a remote one (its checksum, where the storage
-    has one), by name and revision of hub data, and by the parameters of synthetic data.
+    The content is identified by the sha256 of a local file, by size and tag of a remote one (its checksum, if the
+    storage has one), by name and revision of hub data, and by the parameters of synthetic data.
 
     Raises:
         ConfigError: the file cannot be read.
-        InfrastructureError: the package that reaches a remote storage is not installed.
+        InfrastructureError: the package that accesses a remote storage is not installed.
     """
     return hashlib.sha256(f"{shard.kind} {_content(shard)}".encode()).hexdigest()
 
@@ -191,13 +191,13 @@ def _content(shard: Shard) -> str:
         info = fs.info(path)
     except DpoRayError:
         raise
-    except Exception as error:  # each file system's client has kinds of its own
+    except Exception as error:  # each file system's client has its own exceptions
         raise ConfigError(
             f"cannot be read: {type(error).__name__}: {error}".replace(shard.location, shown(shard.location)),
             where=f"data.{shard.split.replace('_', '.', 1)}={shown(shard.location)}",
-            fix="check that it is there and may be read",
+            fix="check that it exists and is readable",
         ) from None
-    if info.get("blob_id"):  # the hub's own hash of the content: an unchanged file stays the same in every revision
+    if info.get("blob_id"):  # the hub's own hash of the content, which an unchanged file keeps in every revision
         return f"blob {info['blob_id']}"
     return f"{shown(shard.location)} {info['size']} {content_tag(info)}"
 
@@ -205,8 +205,8 @@ def _content(shard: Shard) -> str:
 def pieces(shard: Shard, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
     """Divide a shard for parallel reading: plain JSON Lines by bytes, Parquet by row groups; anything else is one piece.
 
-    The rows of all pieces, one after the other, are the rows of the shard. A damaged shard is one piece: reading it says
-    what is wrong.
+    The rows of all pieces, one after the other, are the rows of the shard. A damaged shard is one piece: reading it
+    reports what is wrong.
 
     Raises:
         InfrastructureError: a remote storage failed.
@@ -215,14 +215,14 @@ def pieces(shard: Shard, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
         bounds = _bounds(shard, piece_bytes)
     except DpoRayError:
         raise
-    except Exception:  # the same failure comes again when the piece is read, and is accounted for there
+    except Exception:  # the same failure occurs again when the piece is read, and is accounted for there
         bounds = [0]
     stops = [*bounds[1:], None]
     return [Piece(shard, i, start, stop) for i, (start, stop) in enumerate(zip(bounds, stops, strict=True))]
 
 
 def _bounds(shard: Shard, piece_bytes: int) -> list[int]:
-    """Say where pieces begin: bytes or row groups."""
+    """Return where pieces begin, as bytes or row groups."""
     is_plain = file_name(shard.location).lower().endswith(PLAIN_JSON)
     if is_http(shard.location) or not (shard.kind == "parquet" or (shard.kind == "json" and is_plain)):
         return [0]

@@ -1,7 +1,7 @@
-"""The stage `prepare`: shards -> preference groups -> token ids, and an account of every row.
+"""The stage `prepare`: shards -> preference groups -> token ids, with an account of every row.
 
-Each shard becomes an artifact of its own, so that a shard that is added later costs only itself. Then the rules over all
-rows (duplicates, conflicts, leakage, caps, mixture) choose among their groups, and what they admit is the tokens artifact.
+Each shard becomes a separate artifact, so that adding a shard later only requires work on that shard. Then the rules over
+all rows (duplicates, conflicts, leakage, caps, mixture) select among their groups; those admitted are the tokens artifact.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def prepare_shards(
     advance: Callable[[int], None],
     role: RoleConfig,
 ) -> dict[str, Artifact]:
-    """Tokenize the shards (by key) whose artifact is not there, in one streaming execution; return all artifacts.
+    """Tokenize the shards (by key) whose artifact is missing, in one streaming execution; return all artifacts.
 
     A shard is committed as soon as its last piece is done, so that a restart reads only what was not finished.
 
     Args:
-        provenance: gives what the artifact of a key records of its making.
-        advance: is told how many rows were read.
-        role: what each task asks the cluster for.
+        provenance: returns the provenance that the artifact of a key records.
+        advance: called with the number of rows that were read.
+        role: the resources that each task requests.
     """
-    artifacts = {key: found for key in shards if (found := store.find(SHARD_STAGE, key)) is not None}
+    artifacts = {key: artifact for key in shards if (artifact := store.find(SHARD_STAGE, key)) is not None}
     missing = {key: shard for key, shard in shards.items() if key not in artifacts}
     if not missing:
         return artifacts
@@ -77,7 +77,7 @@ def prepare_shards(
 def _in_tasks(
     items: Sequence[dict[str, Any]], work: Callable[[pa.Table], Iterator[dict[str, Any]]], role: RoleConfig
 ) -> Iterator[dict[str, Any]]:
-    """Give each item to a task of its own, and yield the rows that the tasks make, as they come."""
+    """Run one task for each item, and yield the rows that the tasks produce, as they arrive."""
     if items:
         blocks = ray.data.from_items(list(items), override_num_blocks=len(items))
         cpus, memory = role.cpus or 1.0, math.ceil((role.memory_gib or 0) * 2**30)
@@ -86,12 +86,12 @@ def _in_tasks(
 
 
 def _prepare_pieces(batch: pa.Table, task: PrepareTask) -> Iterator[dict[str, Any]]:
-    """Yield a row for each part, and one without a part when a piece is done."""
+    """Yield a row for each part, and a row without a part when a piece is done."""
     for number, sent in zip(batch["number"].to_pylist(), batch["piece"].to_pylist(), strict=True):
         piece, staging = loads(sent)
         for part in prepare_piece(piece, staging, task):
-            said = {**vars(part), "entries": [e.model_dump() for e in part.entries]}
-            yield {"number": [number], "part": pa.array([json.dumps(said)], pa.string())}
+            record = {**vars(part), "entries": [e.model_dump() for e in part.entries]}
+            yield {"number": [number], "part": pa.array([json.dumps(record)], pa.string())}
         yield {"number": [number], "part": pa.array([None], pa.string())}
 
 
@@ -108,7 +108,7 @@ def merge(
     *,
     with_mismatched: bool = False,
 ) -> Artifact:
-    """Choose among the groups of all shards, and commit the tokens artifact; `with_mismatched` as in `mismatched.py`.
+    """Select among the groups of all shards, and commit the tokens artifact; `with_mismatched` as in `mismatched.py`.
 
     Raises:
         DataError: no row of a split was admitted.

@@ -1,6 +1,6 @@
-"""What a set of preference groups is like: lengths, length bias, soft labels, and what sharing prompts saves.
+"""Statistics of preference groups: lengths, length bias, soft labels, and what sharing prompts saves.
 
-Parts are measured apart and added up. All that is added is whole numbers, so the order of the parts does not matter.
+Parts are measured separately and added up. All sums are of integers, so the order of the parts does not matter.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import pyarrow.compute as pc
 
 from .schemas import TOKENS
 
-SUB_BINS = 32  # of each doubling: lengths are exact below 64, and known to 1/32 of themselves above
+SUB_BINS = 32  # bins per doubling: lengths are exact below 64, and accurate to 1/32 above
 PREFERENCE_UNITS = 1_000_000  # 2 p - 1 is counted in millionths
-PADDED_BATCH_GROUPS = 8  # of the padded batch that packing is compared with
+PADDED_BATCH_GROUPS = 8  # groups in the padded batch that packing is compared with
 QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 Statistics = dict[str, Any]
 
 
 def measure(table: pa.Table) -> Statistics:
-    """Measure one part of admitted groups (schema TOKENS; other columns are not looked at).
+    """Compute the statistics of one part of admitted groups (schema TOKENS; other columns are ignored).
 
     Returns:
-        Sums that JSON can hold and `merged` adds up: counts; histograms of tokens of prompts (by group), of chosen,
-        rejected and their difference (by pair), of completions, and of prompt + longest completion (by group).
+        Sums that are valid JSON and that `merged` adds up: counts; histograms of the tokens of prompts (by group), of
+        chosen, rejected and their difference (by pair), of completions, and of prompt + longest completion (by group).
     """
     prompt = _lengths(table["prompt_ids"])
     groups = len(prompt)
     per_group = _lengths(table["completion_ids"])
     completion = _lengths(_flat(table["completion_ids"]))
-    first = np.cumsum(per_group) - per_group  # of each group among all completions
+    first = np.cumsum(per_group) - per_group  # the index of each group's first completion among all completions
     pairs_per_group = _lengths(table["chosen"])
     group_of_pair = np.repeat(np.arange(groups), pairs_per_group)
     chosen, rejected = (
@@ -78,17 +78,17 @@ def measure(table: pa.Table) -> Statistics:
 
 
 def merged(parts: Iterable[Mapping[str, Any]]) -> Statistics:
-    """Add up measured parts, in any order and grouping; of none, the statistics of no groups."""
+    """Add up measured parts, in any order and grouping; without parts, return the statistics of no groups."""
     return functools.reduce(_added, parts, measure(TOKENS.empty_table()))
 
 
 def summary(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """Work out what a person asks of merged statistics; what has nothing to be worked out from is None.
+    """Compute a summary for people from merged statistics; a value that has no data is None.
 
     Returns:
         The counts; `lengths` of prompt, chosen, rejected, completion, whole: count, mean, quantiles, max (tokens);
-        `length_bias`; `tokens` and what sharing saves of them; `longest` and how many groups are as long as that;
-        `probabilities`: how many paired groups have which preference probability.
+        `length_bias`; `tokens` and how many of them sharing saves; `longest` and how many groups have that length;
+        `probabilities`: how many paired groups have each preference probability.
     """
     counts = ("groups", "completions", "pairs", "unpaired", "desirable", "lists")
     parts = ("prompt", "chosen", "rejected", "completion", "whole")
@@ -103,14 +103,14 @@ def summary(statistics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bin_edges(bins: int) -> np.ndarray:
-    """Return the edges int64 [bins + 1] of a histogram: bin i counts the lengths from edge i to below edge i + 1."""
+    """Return the edges int64 [bins + 1] of a histogram: bin i counts the lengths from edge i up to below edge i + 1."""
     i = np.arange(bins + 1, dtype=np.int64)
     doublings = np.maximum(i // SUB_BINS - 1, 0)
     return (i - SUB_BINS * doublings) << doublings
 
 
 def quantile(histogram: Mapping[str, Any], share: float) -> int:
-    """Return the length that `share` of the lengths do not exceed: exact below 64, to 1/32 of itself above."""
+    """Return the length that `share` of the lengths do not exceed: exact below 64, accurate to 1/32 above."""
     counts = np.array(histogram["bins"], np.int64)
     upto = np.cumsum(counts)
     target = max(1, math.ceil(share * histogram["count"]))
@@ -178,10 +178,11 @@ def _described(histogram: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def _length_bias(statistics: Mapping[str, Any]) -> dict[str, float | None] | None:
-    """Correlate preference and length over pairs: both change their sign as a pair is turned round, so neither has a mean.
+    """Compute the correlation of preference and length over pairs.
 
-    r = sum(s l) / sqrt(sum(s^2) sum(l^2)), with s = 2 p - 1 and l = chosen tokens - rejected tokens; of independent
-    pairs without a bias it is 0 with a standard error of about 1 / sqrt(pairs).
+    r = sum(s l) / sqrt(sum(s^2) sum(l^2)), with s = 2 p - 1 and l = chosen tokens - rejected tokens. Both change their
+    sign when a pair is reversed, so no mean is subtracted. For independent pairs without a bias, r is 0 with a standard
+    error of about 1 / sqrt(pairs).
     """
     pairs = statistics["pairs"]
     if not pairs:
@@ -201,9 +202,9 @@ def _length_bias(statistics: Mapping[str, Any]) -> dict[str, float | None] | Non
 
 
 def _tokens(statistics: Mapping[str, Any]) -> dict[str, float]:
-    """Compare the tokens of an epoch: prompts once a group, once a completion, once a side of every pair, and padded.
+    """Compute an epoch's tokens with each prompt counted once per group, per completion or per side of a pair, and padded.
 
-    Padded is the expectation for batches of PADDED_BATCH_GROUPS groups drawn at random, every completion with its prompt.
+    Padded is the expectation for batches of PADDED_BATCH_GROUPS randomly drawn groups, every completion with its prompt.
     """
     shared, unshared = statistics["tokens_shared"], statistics["tokens_unshared"]
     return {

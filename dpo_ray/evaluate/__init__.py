@@ -1,1 +1,1 @@
-"""What a finished policy does on held-out data."""
+"""Evaluation of a trained policy on held-out data."""

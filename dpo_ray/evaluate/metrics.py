@@ -1,4 +1,4 @@
-"""What is said about a finished policy: pure functions of held-out log-probs and of samples."""
+"""Metrics of a trained policy: pure functions of held-out log-probs and of samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sample:
     token_ids: tuple[int, ...]
     policy_logp: float
     reference_logp: float
-    ended: bool  # with an end-of-turn token, rather than by the limit
+    ended: bool  # True: with an end-of-turn token; False: at the token limit
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Comparison:
 
 
 def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
-    """Give the figures of each named held-out set by its name; none where held-out data is not in sets.
+    """Compute the figures of each named held-out set, by its name; empty if the held-out data has no named sets.
 
-    The table's column `split` says `eval_NAME` of a set's pairs, and `eval` of held-out data without a name.
+    The table's column `split` is `eval_NAME` for the pairs of a named set, and `eval` for held-out data without a name.
     """
     splits = np.array(table["split"].to_pylist())
     return {
@@ -46,8 +46,9 @@ def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
 def heldout_figures(table: pa.Table) -> dict[str, float]:
     """Average held-out pairs by weight: loss, rewards, margin, accuracy with its standard error, and "longer wins".
 
-    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains. Of unpaired data, a row of
-    which is one completion with NaN on the side it is not of, there is neither; the margin is the difference of the sides.
+    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains. A row of unpaired data
+    is one completion, with NaN on the side to which it does not belong: such data has neither accuracy nor `longer_wins`,
+    and its margin is the difference between the two sides' means.
     """
     column = {name: table[name].to_numpy() for name in table.column_names if name != "split"}
     column["longer"] = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5
@@ -80,8 +81,8 @@ def heldout_figures(table: pa.Table) -> dict[str, float]:
 def sample_figures(comparison: Comparison) -> dict[str, float]:
     """Estimate KL(policy || reference) per completion from the policy's own samples, and compare lengths.
 
-    KL = E[log pi(y) - log pi_ref(y)], y ~ pi: unbiased at temperature 1; for completions cut off by the limit it is the
-    KL of what was sampled. Its standard error is that of the mean.
+    KL = E[log pi(y) - log pi_ref(y)], y ~ pi: unbiased at temperature 1. For completions cut off at the token limit it is
+    the KL of the sampled part. `kl_standard_error` is the standard error of the mean.
     """
     ratios = np.array([s.policy_logp - s.reference_logp for s in comparison.policy])
     return {
@@ -96,7 +97,10 @@ def sample_figures(comparison: Comparison) -> dict[str, float]:
 
 
 def reward_figures(policy: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Compare true rewards of the same prompts' completions; `true_reward_gain_in_sd` is in the reference's deviations."""
+    """Compare the true rewards of two models' completions of the same prompts.
+
+    `true_reward_gain_in_sd` is the gain divided by the standard deviation of the reference's rewards.
+    """
     p, r = np.asarray(policy, float), np.asarray(reference, float)
     gain = p - r
     return {
@@ -109,5 +113,5 @@ def reward_figures(policy: Sequence[float], reference: Sequence[float]) -> dict[
 
 
 def _mean(values) -> float:
-    listed = [float(v) for v in values]
-    return sum(listed) / len(listed) if listed else 0.0
+    floats = [float(v) for v in values]
+    return sum(floats) / len(floats) if floats else 0.0

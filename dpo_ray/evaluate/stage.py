@@ -1,4 +1,4 @@
-"""The stage `evaluate`: what the finished policy does on held-out data, and how it differs from the reference."""
+"""The stage `evaluate`: figures of the trained policy on held-out data, and how it differs from the reference."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TrueReward = Callable[[str, str], float]
 
 
 def heldout_prompts(tokens: Artifact, count: int, longest_tokens: int | None) -> list[list[int]]:
-    """Take `count` different prompts that leave room for a completion: the first of each held-out set, in turns.
+    """Choose `count` different prompts that leave room for a completion, from the held-out sets in round-robin order.
 
-    A set that has no more leaves its turns to the others.
+    Each set yields its prompts from the first on; when a set has none left, the others go on without it.
     """
     prompts: dict[tuple[int, ...], None] = {}
     sets = deque(_prompts(tokens, split) for split in eval_splits(tokens))
@@ -43,7 +43,7 @@ def _prompts(tokens: Artifact, split: str) -> Iterator[tuple[int, ...]]:
 
 
 def end_tokens(tokens: Artifact, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """List the tokens at which sampling stops: EOS, and the special tokens that end held-out completions (end of turn)."""
+    """List the tokens at which sampling stops: EOS, and special tokens that end held-out completions (end of turn)."""
     last: set[int] = set()
     for name in (n for split in eval_splits(tokens) for n in tokens.names(f"{split}/")):
         for completions in read_table(tokens, name, ["completion_ids"])["completion_ids"].to_pylist():
@@ -60,7 +60,7 @@ def run(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Work out all figures and commit the artifact `evaluate`."""
+    """Compute all figures and commit the artifact `evaluate`."""
     figures: dict[str, Any] = {}
     entries = []
     if "heldout.parquet" in trained.names():
@@ -85,7 +85,7 @@ def run(
 def sample_rows(
     comparison: Comparison, tokenizer: PreTrainedTokenizerBase, true_reward: TrueReward | None
 ) -> list[dict[str, Any]]:
-    """Decode prompts and completions, side by side, with the true reward where it is known."""
+    """Decode each prompt and both models' completions into one row, with the true rewards where they are known."""
     rows = []
     for prompt_ids, policy, reference in zip(
         comparison.prompt_ids, comparison.policy, comparison.reference, strict=True

@@ -1,4 +1,4 @@
-"""Compare two policies' completions of the same prompts: how often one wins, and by how much, with bootstrap intervals."""
+"""Comparison of two policies' completions of the same prompts: win rate and mean difference, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VALUES_PER_BLOCK = 4_000_000  # that are drawn at once: 32 MB
+VALUES_PER_BLOCK = 4_000_000  # values drawn at once: 32 MB
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often our completion has the higher score. Without a judged prompt there is no rate."""
+    """How often our completion has the higher score. The rate and its interval are None if no prompt was judged."""
 
     wins: int
     ties: int
     losses: int
-    abstained: int  # prompts on which either score is missing
+    abstained: int  # prompts for which at least one score is missing
     rate: float | None  # a tie counts one half
     low: float | None
     high: float | None
@@ -26,7 +26,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """By how much our scores are higher on average. Without a prompt that has both scores there is no mean."""
+    """By how much our scores are higher on average. The mean is None if no prompt has both scores."""
 
     prompts: int
     mean: float | None
@@ -41,12 +41,12 @@ def win_rate(
     confidence: float,
     seed: int,
 ) -> WinRate:
-    """Count wins prompt by prompt. Where all outcomes are the same the interval has no width: read it with the counts.
+    """Count wins prompt by prompt. If all outcomes are the same the interval has width 0: read it with the counts.
 
     Args:
-        ours: scores of the policy in question, a prompt each; None, or what is no finite number: not judged.
-        theirs: scores of the other policy, of the same prompts.
-        confidence: of the interval, such as 0.95.
+        ours: our policy's scores, one for each prompt; None or a non-finite number means that it was not judged.
+        theirs: the other policy's scores for the same prompts.
+        confidence: confidence level of the interval, such as 0.95.
     """
     gaps = _differences(ours, theirs)
     wins, ties, losses = (int((np.sign(gaps) == sign).sum()) for sign in (1, 0, -1))
@@ -61,13 +61,13 @@ def mean_difference(
     confidence: float,
     seed: int,
 ) -> MeanDifference:
-    """Average ours - theirs prompt by prompt, such as of true rewards. The arguments are those of `win_rate`."""
+    """Average `ours - theirs` over the prompts, for example of true rewards. The arguments are those of `win_rate`."""
     gaps = _differences(ours, theirs)
     return MeanDifference(len(gaps), *_mean_interval(gaps, bootstrap_samples, confidence, seed))
 
 
 def _differences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> np.ndarray:
-    """Subtract the scores of prompts that have both."""
+    """Subtract the scores, ours - theirs, of the prompts that have both."""
     both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     return np.array([a - b for a, b in both if math.isfinite(a) and math.isfinite(b)], float)
 
@@ -75,7 +75,7 @@ def _differences(ours: Sequence[float | None], theirs: Sequence[float | None]) -
 def _mean_interval(
     values: np.ndarray, bootstrap_samples: int, confidence: float, seed: int
 ) -> tuple[float | None, float | None, float | None]:
-    """Give the mean and the percentile bootstrap interval of it, drawing prompts with replacement."""
+    """Return the mean and its percentile bootstrap interval, resampling prompts with replacement."""
     if not len(values):
         return None, None, None
     rng = np.random.default_rng(seed)

@@ -1,1 +1,1 @@
-"""Causal language models as the maths sees them: packed rows in, token log-probs out."""
+"""Causal language models as functions from packed rows to token log-probs: loading, adapters, attention, sharding."""

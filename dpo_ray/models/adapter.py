@@ -1,4 +1,4 @@
-"""A LoRA adapter in PEFT's format: read from its two files, checked against the model, merged into the model's weights."""
+"""A LoRA adapter in PEFT's format: reading its two files, checking it against the model, and merging it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dpo_ray.errors import ConfigError
 Shape = tuple[int, int]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Fields that are read here, and fields that change nothing about what the saved weights mean.
+# Fields that are read here, and fields that do not change the meaning of the saved weights.
 _READ = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
 )
@@ -34,7 +34,7 @@ _INERT = frozenset(
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
-        "fan_in_fan_out",  # of a layer that keeps its weight transposed; every target here is a plain linear layer
+        "fan_in_fan_out",  # for layers with a transposed weight; all targets here are plain linear layers
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",
@@ -46,19 +46,19 @@ _INERT = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",  # the weights' names say which modules are adapted
+        "target_modules",  # the names of the weights determine which modules are adapted
         "task_type",
     }
 )
-# These only say how the two matrices began; the others (pissa, olora, corda, loftq) changed the base's weights too.
+# These only initialise the two matrices; the others (pissa, olora, corda, loftq) change the base weights too.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
-MERGE_IT = "merge it into its base with PEFT (merge_and_unload) and give the result as model.path"
+MERGE_IT = "merge it into its base with PEFT (merge_and_unload) and set model.path to the result"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One linear layer of the model, for whose weight W the adapter puts W + scaling * B A."""
+    """One adapted linear layer of the model: the adapter replaces its weight W by W + scaling * B A."""
 
     in_features: int
     out_features: int
@@ -68,27 +68,28 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's files say."""
+    """The content of an adapter's files."""
 
     directory: Path
     where: str  # for errors
     layers: dict[str, AdaptedLayer]  # by the module's name in the model
 
     def identity(self) -> str:
-        """Identify it by what it computes: the weights' bytes and each layer's scaling.
+        """Return a digest of what the adapter computes: the bytes of its weights and the scaling of each layer.
 
-        Every other field of the configuration either has no effect on the weights (dropout, the base's name, the order of
-        the targets, PEFT's version) or is refused, so that adapters which compute the same share their log-probs.
+        All other fields of the configuration either have no effect on the weights (dropout, the name of the base, the
+        order of the targets, PEFT's version) or are rejected, so adapters that compute the same function share their
+        log-probs.
         """
         scaling = {name: layer.scaling for name, layer in self.layers.items()}
         return digest({"weights": cached_file_sha256(self.directory / WEIGHTS), "scaling": scaling})
 
 
 def adapter_directory(config: ModelConfig) -> Path | None:
-    """Return the absolute directory of the model's adapter, None where it has none.
+    """Return the absolute directory of the model's adapter, or None if it has none.
 
     Raises:
-        ConfigError: there is no such directory.
+        ConfigError: the directory does not exist.
     """
     if config.adapter is None:
         return None
@@ -106,12 +107,12 @@ def adapter_directory(config: ModelConfig) -> Path | None:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read an adapter's configuration and the shapes of its weights. Only JSON and safetensors are ever read.
+    """Read an adapter's configuration and the shapes of its weights. Only JSON and safetensors files are read.
 
     Source: https://huggingface.co/docs/peft/main/en/developer_guides/checkpoint
 
     Raises:
-        ConfigError: it is not there, or something other than LoRA of linear layers.
+        ConfigError: a file is missing, or the adapter is not LoRA of linear layers.
     """
     where = f"model.adapter={directory}"
     config = _read_config(directory / CONFIG, where)
@@ -121,26 +122,26 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def check_targets(adapter: Adapter, model_directory: Path) -> None:
-    """See that every adapted layer is in the model, with that shape; reads the model's configuration, not its weights.
+    """Check that the model has every adapted layer with the same shape; reads only the model's configuration.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a layer is missing or has another shape.
     """
     try:
         config = AutoConfig.from_pretrained(model_directory, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError):
-        return  # loading the model says what is wrong with it
+        return  # loading the model raises the error later
     targets(model, adapter)
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Add the adapter to a float32 model's weights, in place: a model like any other, for training and for export.
+    """Add the adapter to the weights of a float32 model, in place. The result is an ordinary model.
 
     Raises:
-        ConfigError: a layer that it adapts is not in the model, or has another shape.
+        ConfigError: an adapted layer is not in the model, or has another shape.
     """
     with safe_open(adapter.directory / WEIGHTS, framework="pt") as file:
         for name, linear in targets(model, adapter).items():
@@ -148,20 +149,20 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def product(file: Any, adapter: Adapter, name: str) -> torch.Tensor:
-    """Compute what is added to one layer's weight, from the adapter's opened file: float32 [out, in]."""
+    """Compute the matrix that is added to one layer's weight, from the opened adapter file: float32 [out, in]."""
     a, b = (file.get_tensor(f"base_model.model.{name}.lora_{m}.weight").to(torch.float32) for m in "AB")
     return (b @ a) * adapter.layers[name].scaling  # [out, rank] @ [rank, in]
 
 
 def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
-    """Find each adapted layer in the model.
+    """Return the model's layer for each adapted layer.
 
     Raises:
-        ConfigError: one is not in the model, has another shape, or is of a kind that is not supported.
+        ConfigError: a layer is not in the model, has another shape, or is of an unsupported kind.
     """
     modules = dict(model.named_modules())
-    base, merged = "name the model it was trained on in model.path", "train it without it, or " + MERGE_IT
-    found: dict[str, nn.Linear] = {}
+    base, merged = "name its base model in model.path", "train the adapter without that layer, or " + MERGE_IT
+    layers: dict[str, nn.Linear] = {}
     for name, layer in adapter.layers.items():
         linear = modules.get(name)
         if linear is None:
@@ -169,26 +170,26 @@ def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
         elif linear is model.get_output_embeddings() or linear is model.get_input_embeddings():
             problem, fix = f"it adapts `{name}`, and adapters of the head or the embeddings are not supported", merged
         elif not isinstance(linear, nn.Linear):
-            problem, fix = f"it adapts `{name}`, which is no linear layer", merged
+            problem, fix = f"it adapts `{name}`, which is not a linear layer", merged
         elif (linear.in_features, linear.out_features) != (layer.in_features, layer.out_features):
             is_, has = (f"{x.in_features} -> {x.out_features}" for x in (layer, linear))
-            problem, fix = f"it takes `{name}` for {is_} features, and the model's is {has}", base
+            problem, fix = f"it adapts `{name}` with {is_} features, but the model's layer has {has}", base
         else:
-            found[name] = linear
+            layers[name] = linear
             continue
         raise ConfigError(problem, where=adapter.where, fix=fix)
-    return found
+    return layers
 
 
 def _layer(config: dict[str, Any], name: str, a: Shape, b: Shape, where: str) -> AdaptedLayer:
-    """Describe one layer from the shapes of its A [rank, in] and B [out, rank]."""
+    """Build the description of one layer from the shapes of its A [rank, in] and B [out, rank]."""
     rank = _of_module(config, "rank_pattern", name, "r", where)
     alpha = _of_module(config, "alpha_pattern", name, "lora_alpha", where)
     if a[0] != rank or b[1] != rank:
         raise ConfigError(
             f"the weights of `{name}` have rank {a[0]} (A) and {b[1]} (B), and {CONFIG} says {rank:g}",
             where=where,
-            fix="save the adapter again: its two files do not belong together",
+            fix="save the adapter again: its two files do not match",
         )
     return AdaptedLayer(a[1], b[0], a[0], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -206,11 +207,11 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
-    """Refuse what is not plain LoRA: taken for it, it would give another model without any error."""
+    """Reject adapters that are not plain LoRA: read as such, they would give a wrong model without any error."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ConfigError(
-            f"it is an adapter of type {kind}, and only LORA is supported",
+            f"the adapter is of type {kind}, but only LORA is supported",
             where=where,
             fix=MERGE_IT,
         )
@@ -223,7 +224,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
     if used:
         shown = ", ".join(f"{name}={config[name]!r}"[:80] for name in sorted(used))
         raise ConfigError(
-            f"it is more than LoRA of linear layers: {shown}",
+            f"the adapter is more than LoRA of linear layers: {shown}",
             where=where,
             fix=MERGE_IT,
         )
@@ -234,18 +235,18 @@ def _read_shapes(path: Path, where: str) -> dict[str, tuple[Shape, Shape]]:
     if not path.is_file():
         pickled = path.with_suffix(".bin").is_file()
         raise ConfigError(
-            f"no {WEIGHTS} in it" + (", and pickled weights are not read" if pickled else ""),
+            f"the directory has no {WEIGHTS}" + (", and pickled weights are not read" if pickled else ""),
             where=where,
             fix="save the adapter with PEFT's save_pretrained(safe_serialization=True)",
         )
     matrices: dict[str, dict[str, Shape]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no dict
+            for key in file.keys():  # noqa: SIM118 - it is not a dict
                 named, shape = _NAME.fullmatch(key), tuple(file.get_slice(key).get_shape())
                 if named is None or len(shape) != 2:
                     raise ConfigError(
-                        f"the weight `{key}` is none of LoRA of a linear layer (embeddings, modules_to_save and others "
+                        f"the weight `{key}` is not part of LoRA of a linear layer (embeddings, modules_to_save and others "
                         "are not supported)",
                         where=where,
                         fix=MERGE_IT,
@@ -269,9 +270,9 @@ def _of_module(config: dict[str, Any], pattern: str, module: str, default: str, 
         matching = (k for k in config.get(pattern) or {} if re.fullmatch(rf"(.*\.)?({k})", module))
         key = next(matching, None)
     except re.error as error:
-        raise ConfigError(f"{CONFIG}, {pattern}: {error}", where=where, fix="mend the pattern") from None
+        raise ConfigError(f"{CONFIG}, {pattern}: {error}", where=where, fix="correct the pattern") from None
     value = config.get(default) if key is None else config[pattern][key]
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         field = default if key is None else f"{pattern}.{key}"
-        raise ConfigError(f"{CONFIG}: {field} is {value!r}, no number over 0", where=where, fix=f"mend {CONFIG}")
+        raise ConfigError(f"{CONFIG}: {field} is {value!r}, not a number over 0", where=where, fix=f"correct {CONFIG}")
     return value

@@ -1,4 +1,4 @@
-"""The policy of one rank: loaded, adapted, sharded, ready to train."""
+"""Construction of the policy on a rank: loading, adapters, sharding."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def build_policy(
     seed: int = 0,
     trained_adapter: Path | None = None,
 ) -> TokenLogps:
-    """Load the model, in a process group, sharded over its ranks; collective.
+    """Load the model sharded over the ranks of the process group. Collective.
 
-    Each rank reads its own rows from the files. Where they hold the weights otherwise than the model does, each rank loads
-    the whole model into CPU memory first, and a line says so. Weights that are quantized are whole on every rank.
+    Each rank reads its own rows from the files. If the files store the weights differently from the model, each rank
+    first loads the whole model into CPU memory, and logs this. Quantized weights are not sharded.
 
     Args:
-        adapter: directory of a LoRA adapter that is merged into the model; `config.lora` is trained on top of it.
-        dtype: of the forward pass; master weights are float32.
-        seed: of the adapter that is trained.
-        trained_adapter: directory of the one that `config.lora` goes on with; None: it begins anew.
+        adapter: directory of a LoRA adapter to merge into the model; `config.lora` is trained on top of it.
+        dtype: dtype of the forward pass; master weights are float32.
+        seed: seed of the trained adapter's initial values.
+        trained_adapter: directory of the adapter that `config.lora` continues from; None starts a new one.
 
     Raises:
-        ConfigError: as `load_policy` and `add_lora`; on all ranks alike.
+        ConfigError: as in `load_policy` and `add_lora`, on all ranks.
     """
     weights = None
     try:
@@ -55,7 +55,7 @@ def build_policy(
     if config.lora is not None:
         add_lora(policy.model, config.lora, seed)
     prepare_blocks(policy, config.activation_checkpointing, compiled=config.compile)
-    # Never moved to the device as a whole: sharding takes it there block by block.
+    # The model is never moved to the device as a whole: sharding moves it block by block.
     shard(policy, device.type, dist.get_world_size(), dtype, config.sharding)
     if weights is not None:
         place = torch.device("cpu") if config.sharding.cpu_offload else device

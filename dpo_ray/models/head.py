@@ -1,12 +1,12 @@
 """The language model's head: log-probs of target tokens without the [rows, vocabulary] matrix, forward or backward.
 
-Logits exist for one chunk of rows at a time. The backward pass makes them again from the hidden states, but for those of
-the last chunk, which are still there, as in cut cross-entropy (Wijmans et al. 2024, 2411.09009), and adds each chunk's part
-to one weight gradient.
+Logits exist for one chunk of rows at a time. The backward pass recomputes them from the hidden states, except those of
+the last chunk, which are still in memory, and adds each chunk's part to one weight gradient. This follows cut
+cross-entropy (Wijmans et al. 2024, 2411.09009).
 
-`torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used: it rounds log-probs to the
-weights' type (in bfloat16 to two or three digits, too few for differences of sums), knows neither soft caps nor scales nor
-entropies, and is no faster (`benchmarks/head.py`).
+`torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used: it rounds log-probs to
+the weights' type (in bfloat16 to two or three digits, too few for differences of sums), supports neither soft caps nor
+scales nor entropies, and is not faster (`benchmarks/head.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-VOCABULARY_BLOCK = 16_384  # rows of the weight whose gradient is rounded up to float32 at one time
+VOCABULARY_BLOCK = 16_384  # rows of the weight whose gradient is converted to float32 at a time
 
 
 class HeadScores(NamedTuple):
-    """Of each row, [rows], float32 (float64 for a float64 model). The last two have no gradient."""
+    """The scores of each row: [rows], float32 (float64 for a float64 model). The last two have no gradient."""
 
     logps: Tensor
     entropy: Tensor | None
@@ -41,8 +41,8 @@ def head_scores(
 ) -> HeadScores:
     """Score the target of each row under softmax(logits), logits = softcap * tanh(scale * (W h + b) / softcap).
 
-    The softmax is float32 whatever the weights are. Rows may be none: the weight's gradient is zero then, not missing, so
-    that all ranks of a sharded model reduce the same gradients.
+    The softmax is in float32 for all weight types. There may be no rows: the weight's gradient is then zero, not None,
+    so that all ranks of a sharded model reduce the same gradients.
     """
     return HeadScores(*_Head.apply(hidden, weight, bias, target, chunk_tokens, scale, softcap, with_statistics))
 
@@ -85,7 +85,7 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, largest, total = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        last, ctx.last = ctx.last, None  # it is written over: a second backward pass makes it again
+        last, ctx.last = ctx.last, None  # it is overwritten: a second backward pass recomputes it
         buffer = _buffer(hidden, weight, ctx.chunk_tokens) if last is None else last
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if for_weight else None
@@ -99,7 +99,7 @@ class _Head(torch.autograd.Function):
                 g = _logits(buffer, hidden[at], weight, bias, ctx.scale, ctx.softcap)
                 if ctx.softcap is not None:
                     slope = (g / ctx.softcap).square_().neg_().add_(1)
-                g.sub_(largest[at, None]).exp_()  # as forward does: a row's gradient does not depend on its chunk
+                g.sub_(largest[at, None]).exp_()  # as in forward, so that a row's gradient does not depend on its chunk
             g.mul_((-grad[at] / total[at])[:, None])
             g.scatter_add_(1, target[at, None], grad[at, None].to(g.dtype))  # [chunk, vocabulary]: w.r.t. the logits
             if slope is not None:
@@ -122,7 +122,7 @@ class _Head(torch.autograd.Function):
 
 
 def _buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
-    """Make room for one chunk's logits: to give it back and ask for it again costs CPUs a fault for every page."""
+    """Allocate one chunk's logits, once: freeing and allocating them per chunk costs page faults on CPUs."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=dtype)
 
@@ -130,11 +130,11 @@ def _buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
 def _logits(
     buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """Compute a chunk's logits in the buffer's type; the weight is never copied to it."""
+    """Compute a chunk's logits in the buffer's dtype, without converting the weight to it."""
     logits = buffer[: len(hidden)]
     if hidden.dtype == buffer.dtype:
         torch.mm(hidden, weight.t(), out=logits)
-    elif hidden.is_cuda:  # sums that are float32 in the kernel are written as such
+    elif hidden.is_cuda:  # the kernel accumulates in float32 and writes that without rounding
         torch.mm(hidden, weight.t(), out_dtype=buffer.dtype, out=logits)
     else:
         logits.copy_(torch.mm(hidden, weight.t()))
@@ -148,7 +148,7 @@ def _logits(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total` [vocabulary, hidden], which is float32 where they are narrower."""
+    """Add left @ right to `total` [vocabulary, hidden], which may be float32 while the factors are narrower."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
         return

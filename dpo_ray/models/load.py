@@ -1,4 +1,4 @@
-"""Find, identify and load a model in Hugging Face format, never running code from its directory."""
+"""Finding, identifying and loading a model in Hugging Face format; code from its directory is never run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .probe import check_segments
 from .token_logps import TokenLogps
 
 BUILTIN = "builtin:"
-OTHER_FORMATS = ["consolidated*"]  # Mistral's: the same weights once more
-LONGROPE = ("longrope", "su")  # and its old name
+OTHER_FORMATS = ["consolidated*"]  # Mistral's format, a second copy of the same weights
+LONGROPE = ("longrope", "su")  # "su" is its old name
 WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,17 +39,17 @@ TOKENIZER_FILES = (
 
 
 def is_hub_name(path: str) -> bool:
-    """Say whether `path` is meant as `organisation/name` on the hub rather than as a directory."""
+    """Return whether `path` means `organisation/name` on the hub rather than a directory."""
     return (
         not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
     )
 
 
 def model_directory(config: ModelConfig) -> Path:
-    """Return the local directory of a model; a hub name is downloaded (or found in the hub's cache).
+    """Return the local directory of a model; a hub model is downloaded unless it is in the hub's cache.
 
     Raises:
-        ConfigError: no such model, no safetensors, or it wants to run code of its own.
+        ConfigError: the model does not exist, has no safetensors, or contains its own code.
         InfrastructureError: the hub cannot be reached.
     """
     if config.path.startswith(BUILTIN):
@@ -68,11 +68,11 @@ def _check(directory: Path, where: str) -> None:
             where=where,
             fix="name a directory in Hugging Face format, ORGANISATION/NAME, or builtin:NAME",
         )
-    if (directory / lora.CONFIG).is_file():  # with PEFT installed, transformers would add it without a word
+    if (directory / lora.CONFIG).is_file():  # with PEFT installed, transformers would silently add it
         raise ConfigError(
-            f"there is an adapter in it ({lora.CONFIG})",
+            f"the model directory contains an adapter ({lora.CONFIG})",
             where=where,
-            fix="name its base in model.path, and a directory with the adapter in model.adapter",
+            fix="name its base model in model.path, and the adapter's directory in model.adapter",
         )
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -82,13 +82,13 @@ def _check(directory: Path, where: str) -> None:
         ) from None
     if "auto_map" in config:
         raise ConfigError(
-            "the model brings code of its own (auto_map), which is never run",
+            "the model contains its own code (auto_map), which is never run",
             where=where,
-            fix="use a model that transformers knows",
+            fix="use a model that transformers supports",
         )
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(
-            "no *.safetensors in it",
+            "the model directory has no *.safetensors",
             where=where,
             fix="convert the weights to safetensors; pickled weights are not read",
         )
@@ -108,9 +108,9 @@ def _download(config: ModelConfig) -> Path:
         )
     except LocalEntryNotFoundError:
         raise InfrastructureError(
-            "not in the hub's cache, and the hub cannot be reached",
+            "the model is not in the hub's cache, and the hub cannot be reached",
             where=where,
-            fix="check the network, or download it and give its directory",
+            fix="check the network, or download the model and name its directory",
         ) from None
     except (HfHubHTTPError, ValueError, OSError) as error:
         raise ConfigError(
@@ -121,9 +121,9 @@ def _download(config: ModelConfig) -> Path:
 
 
 def model_identity(config: ModelConfig) -> str:
-    """Identify a model by its bytes: configuration and weights, and those of its adapter.
+    """Return a digest of a model's configuration, weights and adapter.
 
-    A hub model that is not here is identified by name and revision.
+    A hub model is identified by name and revision.
     """
     base, adapter = _base_identity(config), lora.adapter_directory(config)
     return base if adapter is None else digest([base, lora.read_adapter(adapter).identity()])
@@ -138,7 +138,7 @@ def _base_identity(config: ModelConfig) -> str:
 
 
 def tokenizer_identity(config: ModelConfig) -> str:
-    """Identify a tokenizer by its files' bytes."""
+    """Return a digest of the tokenizer's files."""
     if is_hub_name(config.path):
         return digest(["hub tokenizer", config.path, config.revision or "main"])
     directory = model_directory(config)
@@ -146,11 +146,12 @@ def tokenizer_identity(config: ModelConfig) -> str:
 
 
 def context_tokens(directory: Path) -> int | None:
-    """Return the model's context length, where its configuration states one.
+    """Return the model's context length, or None if its configuration does not state one.
 
-    Of a model with longrope (Phi) it is the context before that: beyond, all positions turn otherwise, and of which kind
-    a sequence is would depend on others, on the longest beside it in a forward pass and on the context that vLLM was
-    started with, which is one token longer than the longest sequence.
+    For a model with longrope (Phi) it is the original context. Beyond it all positions are rotated differently, and
+    which
+    rotation a sequence gets would depend on other sequences: on the longest in the same forward pass, and on the
+    context with which vLLM was started, which is one token longer than the longest sequence.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
@@ -164,31 +165,31 @@ def context_tokens(directory: Path) -> int | None:
 def load_policy(
     directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter: Path | None = None, layout: Layout = "shared"
 ) -> TokenLogps:
-    """Load a causal language model ready to give token log-probs, in `layout` or the next that it computes exactly; no dropout.
+    """Load a causal language model that computes token log-probs, in `layout` or the next exact one; no dropout.
 
     A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
 
     Raises:
-        ConfigError: transformers does not know the architecture, the files do not hold exactly its weights, no layout serves
-            it, or the adapter is none of this model's.
+        ConfigError: transformers does not support the architecture, the files do not hold exactly its weights, no
+            layout is exact for it, or the adapter does not belong to this model.
     """
     model = _load(directory, dtype if adapter is None else torch.float32)
     if adapter is not None:
         lora.merge(model, lora.read_adapter(adapter))
-        for parameter in model.parameters():  # and no buffer: rotary frequencies stay as they are loaded
+        for parameter in model.parameters():  # not buffers: rotary frequencies keep the type in which they are loaded
             parameter.data = parameter.data.to(dtype)
     return as_policy(model, chunk_tokens, layout, f"model.path={directory}")
 
 
 def as_policy(model: PreTrainedModel, chunk_tokens: int, layout: Layout, where: str) -> TokenLogps:
-    """Have a model give token log-probs, without dropout.
+    """Build the policy that computes token log-probs with a model; dropout is disabled.
 
     Raises:
-        ConfigError: no layout serves its architecture.
+        ConfigError: no layout is exact for its architecture.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # preference losses compare two forward passes: both must see the same network
+            module.p = 0.0  # preference losses compare two forward passes, which must use the same network
     policy = TokenLogps(model, chunk_tokens, layout)
     check_segments(policy, where)
     return policy
@@ -201,27 +202,27 @@ def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            attn_implementation="eager",  # every model has it; `check_segments` sets that of the layout
+            attn_implementation="eager",  # every model supports it; `check_segments` sets the one of the layout
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # they are rejected below, by name
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(
-            f"transformers cannot load it: {str(error).splitlines()[0]}",
+            f"transformers cannot load the model: {str(error).splitlines()[0]}",
             where=where,
-            fix="use a causal language model that this version of transformers knows",
+            fix="use a causal language model that this version of transformers supports",
         ) from None
-    model, found = loaded
-    # Weights that are missing would be drawn at random, by every process anew.
+    model, report = loaded
+    # Missing weights would be drawn at random, differently in every process.
     for kind, problem in (
         ("missing_keys", "the files lack"),
         ("unexpected_keys", "the model has no place for"),
         ("mismatched_keys", "config.json gives another shape to"),
     ):
-        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in found[kind]):
+        if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ConfigError(
                 f"{problem} `{names[0]}`{more}",

@@ -1,6 +1,7 @@
-"""Training of LoRA adapters by PEFT: added to a loaded model, exported alone or merged.
+"""Training of LoRA adapters with PEFT: they are added to a loaded model, and exported separately or merged.
 
-The adapter's parameters alone are trained; at step 0 its product is zero, so that policy and reference are one model.
+Only the adapter's parameters are trained. At step 0 its product is zero, so that policy and reference are the same
+model.
 Source: https://huggingface.co/docs/peft/developer_guides/low_level_api (inject_adapter_in_model).
 """
 
@@ -28,12 +29,12 @@ ADAPTER_FORMAT_PREFIX = "base_model.model."
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    """Add a trainable adapter, in float32, to the linear layers that `config` names, and freeze all else.
+    """Add a trainable float32 adapter to the linear layers that `config` names, and freeze all other parameters.
 
-    On a model without memory (meta) the adapter has none either: `first_value` says what goes into it.
+    If the model is on the meta device, the adapter is too; `first_value` returns its initial values.
 
     Raises:
-        ConfigError: no layer has such a name, or it is the head's, which computes with its own weight alone.
+        ConfigError: no layer has such a name, or it is the head, which uses only its own weight.
     """
     from peft import inject_adapter_in_model
 
@@ -45,14 +46,14 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         raise ConfigError(
             f"no adapter can be added: {str(error).splitlines()[0]}",
             where=f"train.lora.target_modules={config.target_modules}",
-            fix="name linear layers of the model, such as q_proj, or say all-linear",
+            fix="name linear layers of the model, such as q_proj, or use all-linear",
         ) from None
     head = model.get_output_embeddings()
     if head is not None and any(is_lora(f".{name}") for name, _ in head.named_parameters()):
         raise ConfigError(
             "the head (the output embedding) cannot have an adapter",
             where=f"train.lora.target_modules={config.target_modules}",
-            fix="leave its name out; all-linear does",
+            fix="remove its name from the list, or use all-linear, which excludes it",
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora(name))
@@ -62,9 +63,9 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Make an adapter's matrix as training begins: B zero, A drawn by seed and name, so that every rank draws the same.
+    """Return the initial value of an adapter matrix: B is zero; A is drawn from seed and name, the same on every rank.
 
-    A [rank, in] is uniform within +-1/sqrt(in), as PEFT's (Kaiming with a = sqrt(5)).
+    A [rank, in] is uniform within +-1/sqrt(in), as in PEFT (Kaiming with a = sqrt(5)).
     """
     if ".lora_B." in name:
         return torch.zeros(shape)
@@ -79,7 +80,7 @@ def _peft_config(config: LoraConfig) -> peft.LoraConfig:
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     return PeftConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float is as good, and PEFT's own files hold some
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float works as well
         lora_dropout=config.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -87,12 +88,12 @@ def _peft_config(config: LoraConfig) -> peft.LoraConfig:
 
 
 def is_lora(name: str) -> bool:
-    """Say whether a parameter is an adapter's."""
+    """Return whether a parameter belongs to an adapter."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def matrices_of(name: str, names: Container[str]) -> tuple[str, str] | None:
-    """Name the matrices A and B that adapt a weight, None where there are none."""
+    """Return the names of the matrices A and B that adapt a weight, or None if there are none."""
     layer = name.removesuffix(".base_layer.weight")
     a, b = (f"{layer}.lora_{side}.{NAME}.weight" for side in "AB")
     return (a, b) if layer != name and a in names else None
@@ -104,7 +105,7 @@ def add_product(weight: Tensor, a: Tensor, b: Tensor, config: LoraConfig) -> Ten
 
 
 def write_adapter(weights: dict[str, Tensor], config: LoraConfig, base: str, target: Path) -> None:
-    """Write the adapter alone in PEFT's format; `base` is the model that it belongs to."""
+    """Write only the adapter, in PEFT's format; `base` is the name of its base model."""
     from safetensors.torch import save_file
 
     own = {
@@ -115,7 +116,7 @@ def write_adapter(weights: dict[str, Tensor], config: LoraConfig, base: str, tar
     described = _peft_config(config)
     described.base_model_name_or_path = base
     described.inference_mode = True
-    if described.target_modules == "all-linear":  # as it was resolved: readers need names
+    if described.target_modules == "all-linear":  # the resolved names, which readers need
         resolved = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in own}
-        described.target_modules = resolved  # pyright: ignore[reportAttributeAccessIssue] - PEFT makes sets of lists itself
+        described.target_modules = resolved  # pyright: ignore[reportAttributeAccessIssue] - PEFT converts it to a set
     described.save_pretrained(str(target))

@@ -1,7 +1,8 @@
-"""Frozen weights in 4 bits (NF4), under adapters that are trained: QLoRA, by bitsandbytes' kernels.
+"""Frozen weights in 4 bits (NF4) under trainable adapters: QLoRA, with bitsandbytes' kernels.
 
-The linear layers of all blocks keep half a byte a weight, and a scale of its own every 64 of them, which is quantized too. Each
-rank holds all of these, not a shard: at half a byte they are smaller than what FSDP2 would gather.
+The linear layers of all blocks store half a byte per weight, and a scale per 64 weights, which is quantized too. They
+are not
+sharded: each rank holds all of them, because at half a byte they are smaller than the weights that FSDP2 would gather.
 Source: Dettmers et al. 2023 (2305.14314); https://huggingface.co/docs/bitsandbytes/reference/functional
 """
 
@@ -16,10 +17,10 @@ WEIGHTS_A_BYTE = 2
 
 
 class Nf4Linear(nn.Linear):
-    """A linear layer with a frozen weight in 4 bits, multiplied out for each use in the type of the input."""
+    """A linear layer with a frozen 4-bit weight, which is dequantized for each use to the dtype of the input."""
 
     def __init__(self, like: nn.Linear) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight in full
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate the full weight
         self.in_features, self.out_features = like.in_features, like.out_features
         bytes_ = like.in_features * like.out_features // WEIGHTS_A_BYTE
         self.weight = nn.Parameter(torch.empty(bytes_, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
@@ -27,14 +28,14 @@ class Nf4Linear(nn.Linear):
         self._state: Any = None  # scales
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """Quantize a weight [out, in] and keep it where it is; `dtype` is that of what it is multiplied out to."""
+        """Quantize a weight [out, in] and store it on its device; `dtype` is the type to which it is dequantized."""
         from bitsandbytes.functional import quantize_4bit
 
         packed, self._state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def whole(self) -> Tensor:
-        """Multiply the weight out: [out, in]."""
+        """Return the dequantized weight: [out, in]."""
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.weight, self._state)
@@ -44,7 +45,7 @@ class Nf4Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, which keeps the 4 bits for the backward pass and multiplies them out again."""
+    """x W^T + b; the backward pass dequantizes the 4-bit weight again instead of keeping the full one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear, bias: Tensor | None) -> Tensor:
@@ -53,11 +54,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ ctx.layer.whole().to(grad.dtype), None, None  # nothing but adapters is trained
+        return grad @ ctx.layer.whole().to(grad.dtype), None, None  # only adapters are trained
 
 
 def quantize_blocks(layers: nn.ModuleList, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every linear layer of the blocks 4 bits a weight; of a model without memory (meta), room for them."""
+    """Replace every linear layer of the blocks by a 4-bit one; on the meta device the weights are filled in later."""
     linear = [(name, m) for name, m in layers.named_modules() if type(m) is nn.Linear]
     for name, module in linear:
         parent, _, leaf = name.rpartition(".")
@@ -68,6 +69,6 @@ def quantize_blocks(layers: nn.ModuleList, dtype: torch.dtype, device: torch.dev
 
 
 def nf4_weights(module: nn.Module) -> set[nn.Parameter]:
-    """List the weights that are not to be sharded."""
+    """Return the weights that must not be sharded."""
     layers = (m for m in module.modules() if isinstance(m, Nf4Linear))
     return {p for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "weight"}

@@ -1,4 +1,4 @@
-"""A micro-batch on the device: token ids, and the index tensors that attention, head and losses read."""
+"""A micro-batch on the device: token ids, and the index tensors for attention, head and losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Layout = Literal["shared", "packed", "padded"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one prompt, or of one completion together with the prompt it continues."""
+    """The token range of one prompt, or of one completion with a reference to its prompt's range."""
 
     start: int
     stop: int
@@ -33,35 +33,35 @@ class PackedRows:
     input_ids: Tensor  # int64 [1, tokens]; padded: [completions, longest]
     position_ids: Tensor  # the same shape
     segments: tuple[Segment, ...] | None  # padded: None
-    mask: Tensor | None  # padded alone: int64, 1 for tokens and 0 for padding
-    predictor: Tensor  # int64 [rows]: the token, of all, whose hidden state predicts this row
+    mask: Tensor | None  # only padded: int64, 1 for tokens and 0 for padding
+    predictor: Tensor  # int64 [rows]: index of the token whose hidden state predicts this row
     target: Tensor  # int64 [rows]
     completion_of_row: Tensor  # int64 [rows]
     lengths: Tensor  # int64 [completions]
     scores: Tensor  # float32 [completions]; NaN = a completion of another prompt
-    completion_weight: Tensor  # float32 [completions]: the group's; 0 = filler
+    completion_weight: Tensor  # float32 [completions]: weight of the group; 0 = filler
     group_of_completion: Tensor  # int64 [completions]
     chosen: Tensor  # int64 [pairs]: index of the preferred completion
     rejected: Tensor  # int64 [pairs]
     pair_weight: Tensor  # float32 [pairs]
     preference_probability: Tensor  # float32 [pairs]
-    pair_source: Tensor  # int64 [pairs]: number of the data's source, -1 where none was asked for
+    pair_source: Tensor  # int64 [pairs]: index of the data source, -1 if it is not measured
     reference_token_logps: Tensor  # float32 [rows]
 
     @property
     def tokens(self) -> int:
-        """Count the tokens that are computed, padding too."""
+        """Count the tokens that are computed, including padding."""
         return self.input_ids.numel()
 
 
 def packed_rows(
     batch: MicroBatch, device: torch.device | str = "cpu", layout: Layout = "shared", sources: Sequence[str] = ()
 ) -> PackedRows:
-    """Work out the index tensors of a micro-batch and put them on `device`.
+    """Compute the index tensors of a micro-batch and copy them to `device`.
 
-    The first token of every completion is predicted by the prompt's last token, every other by its predecessor. The rows and
-    all that counts completions and pairs are the same in every layout. Each pair carries the weight and the preference
-    probability of its group, and the number of its source among `sources`.
+    The first token of every completion is predicted by the prompt's last token, every other by its predecessor. The
+    rows and the tensors over completions and pairs are the same in every layout. Each pair has the weight and the
+    preference probability of its group, and the index of its source in `sources`.
     """
     segments = _segments(batch.group_index, batch.completion_index)
     completions = [s for s in segments if s.prompt_stop > s.prompt_start]
@@ -98,7 +98,7 @@ def packed_rows(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of a forward pass, and which of them predicts each row; int arrays, as in PackedRows."""
+    """The tokens of a forward pass, and the index of the token that predicts each row; arrays as in PackedRows."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -115,14 +115,14 @@ def _laid_out(
     lengths: np.ndarray,
     layout: Layout,
 ) -> _Tokens:
-    firsts = np.cumsum(lengths) - lengths  # [completions]: the first row of each
+    firsts = np.cumsum(lengths) - lengths  # [completions]: first row of each completion
     if layout == "shared":
         predictor = rows - 1
         predictor[firsts] = [s.prompt_stop - 1 for s in completions]
         return _Tokens(batch.input_ids[None], batch.position_ids[None], predictor, segments)
     sequences = [np.r_[s.prompt_start : s.prompt_stop, s.start : s.stop] for s in completions]
     width = max(map(len, sequences)) if layout == "padded" else 0
-    starts = np.cumsum([0, *(width or len(s) for s in sequences[:-1])])  # of each sequence among the tokens
+    starts = np.cumsum([0, *(width or len(s) for s in sequences[:-1])])  # start of each sequence among the tokens
     before = [start + len(s) - n - 1 for start, s, n in zip(starts, sequences, lengths, strict=True)]
     predictor = np.repeat(np.array(before) - firsts, lengths) + np.arange(len(rows))
     if layout == "packed":

@@ -1,8 +1,8 @@
-"""See in which layout an architecture is computed exactly, before any training depends on it.
+"""A check of which layout computes an architecture exactly, before training depends on it.
 
-Attention by segments is exact where tokens meet in attention alone and positions come from `position_ids`. A model that
-mixes neighbours otherwise (state-space layers, convolutions, ALiBi by row) would give wrong log-probs without any error, and
-gets a plainer layout.
+Attention by segments is exact if tokens interact only in attention and positions come from `position_ids`. A model in
+which neighbours interact in other ways (state-space layers, convolutions, ALiBi by row) would give wrong log-probs
+without any error, so it gets a simpler layout.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from dpo_ray.data.groups import Group
 from dpo_ray.errors import ConfigError
 from dpo_ray.schedule.micro_batch import pack
 
-from . import shared_prefix
+from . import attention
 from .packed_rows import Layout, packed_rows
 from .token_logps import TokenLogps
 
 logger = logging.getLogger(__name__)
 
-# Families whose exactness the tests show; the probe would only cost them a forward pass.
+# Families that the tests show to be exact; for these the probe would only cost a forward pass.
 KNOWN_EXACT = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
         *("granite", "cohere"),
     }
 )
-# What models raise that do not take their input so; each is told with its words.
+# Exceptions of models that do not accept this input; their messages are reported.
 FAILURES = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)
 WINDOWS = ("sliding_window", "attention_chunk_size")
 PROBE_WINDOW = 3  # tokens; shorter than the probe's sequences
-TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # of a token; wrong models are off by tenths and more
+TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # per token; the errors of wrong models are tenths and more
 
 
 @torch.no_grad()
 def check_segments(policy: TokenLogps, where: str) -> None:
-    """Have the policy compute its layout exactly, or set `policy.layout` to the next plainer one that it can compute.
+    """Set the model's attention so that `policy.layout` is exact, or choose the next simpler layout that is exact.
 
-    Log-probs of a few random tokens are compared with the model's own forward pass of each sequence alone. Where attention by
-    segments differs, the model's own attention finds the sequences of a packed row by their positions; where that differs too
-    (state-space layers, ALiBi by row), each sequence gets a padded row of its own.
+    Log-probs of a few random tokens are compared with the model's own forward pass on each single sequence. If
+    attention by segments differs, the model's own attention is tried, which finds the sequences of a packed row by
+    their positions. If that differs too (state-space layers, ALiBi by row), each sequence gets its own padded row.
 
     Raises:
-        ConfigError: log-probs differ in padded rows too, or tokens see those that follow them.
+        ConfigError: log-probs differ in padded rows too, or tokens see the tokens that follow them.
     """
     model_type = policy.model.config.model_type
     if getattr(policy.model.config, "use_bidirectional_attention", None) is True:
-        raise _refused(model_type, "its tokens see those that follow them (use_bidirectional_attention)", where)
+        raise _refused(model_type, "its tokens see the tokens that follow them (use_bidirectional_attention)", where)
     if model_type in KNOWN_EXACT:
         _set_attention(policy.model, by_segments=policy.layout != "padded")
         return
@@ -82,14 +82,14 @@ def check_segments(policy: TokenLogps, where: str) -> None:
 
 
 def _ways(wanted: Layout) -> list[tuple[Layout, bool]]:
-    """List layouts from the one wanted to the plainest, each with whether attention is by segments."""
+    """List layouts from the wanted one to the simplest, each with whether attention is by segments."""
     if wanted == "padded":
         return [("padded", False)]
     return [(wanted, True), ("packed", False), ("padded", False)]
 
 
 def _problem(policy: TokenLogps, by_segments: bool, groups: list[Group], expected: Tensor) -> str | None:
-    """Say what is wrong with log-probs in the policy's layout: None where they are `expected`, float32 [rows]."""
+    """Return the problem of log-probs in the policy's layout, or None if they match `expected`, float32 [rows]."""
     try:
         _set_attention(policy.model, by_segments)
         rows = packed_rows(pack(groups), policy.model.device, policy.layout)
@@ -98,19 +98,19 @@ def _problem(policy: TokenLogps, by_segments: bool, groups: list[Group], expecte
         return str(error).splitlines()[0]
     if difference <= TOLERANCE_NATS[policy.model.dtype]:
         return None
-    return f"log-probs are off by {difference:.2g} nats a token"
+    return f"log-probs differ by up to {difference:.2g} nats per token"
 
 
 def _set_attention(model: PreTrainedModel, by_segments: bool) -> None:
-    """Have the model attend by segments, or by its own attention: PyTorch's kernels, or the plain one where it needs that."""
+    """Set attention by segments, or the model's own: PyTorch's kernels, or the eager one if the model needs it."""
     if by_segments:
-        model.set_attn_implementation(shared_prefix.IMPLEMENTATION)
+        model.set_attn_implementation(attention.IMPLEMENTATION)
         return
-    # Transformers' `sdpa` leaves out the soft cap of scores (Gemma 2) without a word.
+    # Transformers' `sdpa` silently omits the soft cap of scores (Gemma 2).
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     try:
         model.set_attn_implementation("eager" if softcap else "sdpa")
-    except ValueError:  # the architecture does not have it
+    except ValueError:  # the architecture does not support it
         model.set_attn_implementation("eager")
 
 
@@ -125,10 +125,10 @@ def _random_groups(policy: TokenLogps) -> list[Group]:
 
 
 def _alone(policy: TokenLogps, groups: list[Group], where: str) -> Tensor:
-    """Score every completion by itself with the model's own attention: float32 [rows], in the packed order.
+    """Score every completion separately with the model's own attention: float32 [rows], in packed order.
 
     Raises:
-        ConfigError: the model cannot be run at all.
+        ConfigError: the model's forward pass fails.
     """
     rows = []
     policy.model.set_attn_implementation("eager")
@@ -147,7 +147,7 @@ def _alone(policy: TokenLogps, groups: list[Group], where: str) -> Tensor:
 
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Shorten all windows for a while, or a model that has them in its masks alone, which packed rows do without, passes."""
+    """Shorten all attention windows temporarily: else a model that applies them only in masks would pass the probe."""
     holders: list[Any] = [model.config, model.config.get_text_config(), *model.modules()]
     windows = [(h, name, getattr(h, name)) for h in holders for name in WINDOWS if type(getattr(h, name, None)) is int]
     try:
@@ -163,5 +163,5 @@ def _refused(model_type: str, reason: str, where: str) -> ConfigError:
     return ConfigError(
         f"the architecture `{model_type}` cannot be trained: {reason}",
         where=where,
-        fix="use a decoder whose tokens meet in attention alone, such as Llama, Mistral, Qwen, Gemma, Phi",
+        fix="use a decoder whose tokens interact only in attention, such as Llama, Mistral, Qwen, Gemma, Phi",
     )

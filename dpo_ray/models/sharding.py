@@ -1,4 +1,4 @@
-"""FSDP2: shard the policy over the ranks, block by block; what is done to each block before."""
+"""FSDP2: sharding of the policy over the ranks, block by block, and the preparation of each block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.attention.varlen  # makes torch_attn's operations
+import torch.nn.attention.varlen  # registers the operations of torch_attn
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +21,7 @@ from .token_logps import TokenLogps
 
 logger = logging.getLogger(__name__)
 
-# Results that `selective` keeps: they cost most to make again. The rest of a block is cheap.
+# Results that `selective` keeps because recomputing them is expensive. The rest of a block is cheap.
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -30,12 +30,12 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.aten._grouped_mm.default,  # of experts
+    torch.ops.aten._grouped_mm.default,  # mixtures of experts
 }
 
 
 def prepare_blocks(policy: TokenLogps, checkpointing: Literal["none", "selective", "full"], *, compiled: bool) -> None:
-    """Have each block recompute its activations in the backward pass, and compile it, before it is sharded."""
+    """Set up activation checkpointing and compilation of each block; call it before sharding."""
     layers = blocks(policy)
     for i, block in enumerate(layers):
         if checkpointing == "full":
@@ -58,15 +58,15 @@ def shard(
     compute_dtype: torch.dtype,
     config: ShardingConfig | None = None,
 ) -> TokenLogps:
-    """Shard each block and the root; float32 master weights and reductions, `compute_dtype` in forward.
+    """Shard each block and the root: float32 master weights and reductions, `compute_dtype` in the forward pass.
 
-    `hybrid` shards over `shard_workers` neighbouring ranks and replicates between such sets. While ranks are missing, so that
-    they make no whole sets, it shards over all of them.
+    With `shard_workers`, weights are sharded over that many neighbouring ranks and replicated between such sets. If
+    ranks are missing, so that their number is not divisible by `shard_workers`, weights are sharded over all ranks.
     Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html
     """
     config = config or ShardingConfig()
     if config.shard_workers is not None and world_size % config.shard_workers:
-        logger.warning("%d workers make no whole sets of %d: sharded over all", world_size, config.shard_workers)
+        logger.warning("%d workers are not divisible by %d: sharded over all", world_size, config.shard_workers)
         mesh = init_device_mesh(device_type, (world_size,))
     elif config.shard_workers is not None:
         shape = (world_size // config.shard_workers, config.shard_workers)
@@ -79,17 +79,17 @@ def shard(
     for block in blocks(policy):
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole)
     root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole)
-    assert isinstance(root, FSDPModule)  # noqa: S101 - fully_shard's type does not say so
-    # The loss is already divided by the whole step's weight: gradients are summed over ranks, not averaged.
+    assert isinstance(root, FSDPModule)  # noqa: S101 - fully_shard's return type is wider
+    # The loss is already divided by the weight of the whole step: gradients are summed over ranks, not averaged.
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows SUM only; on NCCL it is the same sum
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports SUM only; on NCCL it is the same sum
     return policy
 
 
 def blocks(policy: TokenLogps) -> nn.ModuleList:
-    """Find the transformer blocks, which every decoder of transformers keeps in `layers`."""
+    """Return the transformer blocks, which are in `layers` of every decoder in transformers."""
     layers = policy.model.get_decoder().layers
     assert isinstance(layers, nn.ModuleList)  # noqa: S101
     return layers

@@ -1,7 +1,8 @@
-"""Weights read slice by slice: a rank takes from the safetensors files the rows that it keeps, and never holds the model.
+"""Weights read slice by slice: a rank reads only its own rows from the safetensors files, never the full model.
 
-The model is made on the meta device, without memory; only its buffers (rotary frequencies) are real, made as `from_pretrained`
-makes them. It is sharded so, and then each rank's shards are filled. What it trains is bit for bit what `load_policy` loads.
+The model is built on the meta device, without memory; only its buffers (rotary frequencies) are real, and initialised
+as by `from_pretrained`. It is sharded in this state, and then each rank's shards are filled. The weights are bit for
+bit those of `load_policy`.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ INDEX = "model.safetensors.index.json"
 
 
 class WholeModelNeededError(Exception):
-    """The files do not hold the weights as the model has them; says why."""
+    """The files do not store the weights in the form of the model; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class SlicedWeights:
-    """A model without memory, and the file of each of its weights."""
+    """A model on the meta device, and the file of each of its weights."""
 
     model: PreTrainedModel
-    files: dict[str, Path]  # by the weight's name in model and file alike
-    adapter: lora_files.Adapter | None  # whose product is added
+    files: dict[str, Path]  # by the weight's name, which is the same in model and file
+    adapter: lora_files.Adapter | None  # its product is added to the weights
 
 
 def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeights:
-    """Make the model without memory and find each of its weights in the files.
+    """Build the model on the meta device and find each of its weights in the files.
 
     Raises:
-        WholeModelNeededError: `load_policy` has to load it; it also says what is wrong where something is.
-        ConfigError: the adapter is none of this model's.
+        WholeModelNeededError: `load_policy` has to load the model; it also raises the error if there is one.
+        ConfigError: the adapter does not belong to this model.
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -62,7 +63,7 @@ def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeight
     except (ValueError, KeyError, OSError) as error:
         raise WholeModelNeededError(str(error).splitlines()[0]) from None
     if model.config.model_type not in KNOWN_EXACT:
-        raise WholeModelNeededError(f"in which layout `{model.config.model_type}` is exact is tried on its weights")
+        raise WholeModelNeededError(f"the layout of `{model.config.model_type}` has to be checked with its weights")
     if get_model_conversion_mapping(model, add_legacy=False):
         raise WholeModelNeededError(f"transformers converts the weights of `{model.config.model_type}`")
     files = _files(model, directory)
@@ -74,33 +75,33 @@ def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeight
 
 
 def _files(model: PreTrainedModel, directory: Path) -> dict[str, Path]:
-    """Find the file of each weight, which must have the model's name and shape for it."""
+    """Return the file of each weight; its name and shape in the file must be those of the model."""
     index, names = directory / INDEX, {"model.safetensors"}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}  # of tied weights the first
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied weights once, under their first name
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()
     if missing := sorted(model.state_dict().keys() - own.keys() - tied):
-        raise WholeModelNeededError(f"`{missing[0]}` is no parameter")
+        raise WholeModelNeededError(f"`{missing[0]}` is not a parameter")
     files: dict[str, Path] = {}
     for path in (directory / name for name in sorted(names)):
         if not path.is_file():
-            raise WholeModelNeededError(f"there is no {path.name}")
+            raise WholeModelNeededError(f"{path.name} is missing")
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no dict
+            for key in file.keys():  # noqa: SIM118 - it is not a dict
                 if key in own and own[key] == tuple(file.get_slice(key).get_shape()):
                     files[key] = path
                 else:
-                    raise WholeModelNeededError(f"`{key}` in the files is not as in the model")
+                    raise WholeModelNeededError(f"`{key}` in the files differs from the model")
     if missing := sorted(own.keys() - files.keys()):
         raise WholeModelNeededError(f"`{missing[0]}` is not in the files under this name")
     return files
 
 
 def _make_buffers(model: PreTrainedModel) -> None:
-    """Make the buffers that no file holds, as `from_pretrained` does: the model's own initialisation writes them."""
+    """Create the buffers that are not in any file, as `from_pretrained` does: by the model's own initialisation."""
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - transformers' mark: leave it
+        parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - do not initialise it
     for name, buffer in model.named_non_persistent_buffers():
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
@@ -109,18 +110,18 @@ def _make_buffers(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device, dtype: torch.dtype, seed: int) -> int:
-    """Give a sharded policy its memory on `device`, and each parameter the rows that this rank holds.
+    """Allocate a sharded policy on `device`, and fill each parameter with the rows that this rank holds.
 
     Args:
-        dtype: of the forward pass, to which quantized weights are multiplied out.
-        seed: of the adapter that is trained.
+        dtype: dtype of the forward pass, to which quantized weights are dequantized.
+        seed: seed of the trained adapter's initial values.
 
     Returns:
-        Bytes of weights that were read.
+        The number of bytes of weights that were read.
     """
     policy._apply(
         lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t
-    )  # as to_empty, for these
+    )  # like to_empty, but only for meta tensors
     read = 0
     with ExitStack() as stack:
         opened = {p: stack.enter_context(safe_open(p, framework="pt")) for p in set(weights.files.values())}
@@ -143,7 +144,7 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
             part = opened[weights.files[key]].get_slice(key)[rows]
             read += part.numel() * part.element_size()
             if weights.adapter is not None and (layer := key.removesuffix(".weight")) in weights.adapter.layers:
-                # The whole product, then its rows: the product of some rows may be rounded otherwise.
+                # The full product, then its rows: a product of single rows may be rounded differently.
                 part = part.to(torch.float32).add_(lora_files.product(adapter, weights.adapter, layer)[rows])
             if quantized is None:
                 local.copy_(part)
@@ -154,10 +155,10 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
 
 @torch.no_grad()
 def fill_adapter(policy: TokenLogps, directory: Path) -> None:
-    """Give the adapter of a policy, sharded or not, the matrices of one in PEFT's format that was trained before.
+    """Load a trained adapter in PEFT's format into the adapter of a policy, sharded or not.
 
     Raises:
-        ConfigError: it adapts other layers, or has another rank.
+        ConfigError: the trained adapter adapts other layers, or has another rank.
     """
     with safe_open(directory / lora_files.WEIGHTS, framework="pt") as file:
         names = set(file.keys())
@@ -167,7 +168,7 @@ def fill_adapter(policy: TokenLogps, directory: Path) -> None:
             key = ADAPTER_FORMAT_PREFIX + name.replace(_CHECKPOINT_PREFIX, "").replace(f".{NAME}.weight", ".weight")
             if key not in names or tuple(file.get_slice(key).get_shape()) != tuple(parameter.shape):
                 raise ConfigError(
-                    f"the adapter that training goes on with has no {key} of shape {list(parameter.shape)}",
+                    f"the adapter that training continues from has no {key} of shape {list(parameter.shape)}",
                     where=str(directory),
                     fix="train.lora must be what it was when the adapter was trained",
                 )
@@ -177,7 +178,7 @@ def fill_adapter(policy: TokenLogps, directory: Path) -> None:
 
 
 def _held(parameter: nn.Parameter) -> tuple[slice, Tensor]:
-    """Return which rows of a parameter this rank holds, and the memory for them."""
+    """Return the rows of a parameter that this rank holds, and their tensor."""
     if not isinstance(parameter, DTensor):
         return slice(0, len(parameter)), parameter
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -1,4 +1,4 @@
-"""What a micro-batch asks of a model: tokens in each layout and floating-point operations, by which throughput is judged."""
+"""The work of a micro-batch: tokens in each layout and floating-point operations, from which throughput is computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_ray.schedule.micro_batch import MicroBatch
 from .lora import is_lora
 from .nf4 import WEIGHTS_A_BYTE
 
-# Dense bf16 operations per second, by the vendors' data sheets; the first name that a card's holds counts.
+# Dense bf16 operations per second from the vendors' data sheets; the first key that a card's name contains is used.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -30,17 +30,17 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that floating-point operations are counted by."""
+    """The sizes of a model from which floating-point operations are counted."""
 
-    frozen_weights: int  # in the matrices of all blocks, as far as a token meets them: of experts those that are chosen
-    trained_weights: int  # the same of what is trained
+    frozen_weights: int  # in the matrices of all blocks that a token uses: of experts only the chosen ones
+    trained_weights: int  # the same for trainable weights
     head_weights: int  # vocabulary * hidden
     head_is_trained: bool
     attention_width: int  # heads * head dimension, summed over the blocks
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
-        """Measure a model, sharded or not, on any device."""
+        """Compute the shape of a model, sharded or not, on any device."""
         config = model.config.get_text_config()
         layers, head = model.get_decoder().layers, model.get_output_embeddings()
         assert isinstance(layers, nn.ModuleList) and head is not None  # noqa: S101, PT018 - every decoder has both
@@ -58,11 +58,12 @@ class ModelShape:
         return cls(round(frozen), round(trained), head.weight.numel(), head.weight.requires_grad, width)
 
     def flops(self, prompt_tokens: int, completion_tokens: Sequence[int]) -> float:
-        """Count what a group needs at least, forward and backward.
+        """Count the minimum of operations for a group, forward and backward.
 
-        Each token goes once through the blocks, two operations a weight; completion tokens through the head; attention
-        over what each token sees. Backward is twice the forward, once where weights are frozen. Recomputation, padding and
-        prompts that are computed again do not count, so that a layout that needs more has a lower utilisation.
+        Each token passes once through the blocks, with two operations per weight; completion tokens pass through the
+        head; attention counts the visible tokens. Backward costs twice the forward, or once where weights are frozen.
+        Recomputation, padding and repeated prompts do not count, so a layout that computes more has a lower
+        utilisation.
         Source: PaLM, 2204.02311, appendix B (model FLOPs utilisation).
         """
         rows = sum(completion_tokens)
@@ -76,17 +77,17 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Work:
-    """What the groups of a micro-batch that count (no filler) ask for."""
+    """The work of the groups of a micro-batch, without fillers."""
 
-    shared_tokens: int = 0  # every prompt once
-    packed_tokens: int = 0  # a prompt with every completion
-    longest_tokens: int = 0  # of a prompt with a completion
-    sequences: int = 0  # completions
+    shared_tokens: int = 0  # with each prompt once
+    packed_tokens: int = 0  # with the prompt repeated for every completion
+    longest_tokens: int = 0  # of a prompt and one of its completions
+    sequences: int = 0  # number of completions
     flops: float = 0.0
 
     @classmethod
     def of(cls, batch: MicroBatch, shape: ModelShape) -> Work:
-        """Count a micro-batch."""
+        """Count the work of a micro-batch."""
         width = int(batch.completion_index.max()) + 1
         cell = batch.group_index.astype(np.int64) * width + batch.completion_index
         tokens = np.bincount(cell, minlength=len(batch.weight) * width).reshape(
@@ -106,7 +107,7 @@ class Work:
         return work
 
     def __add__(self, other: Work) -> Work:
-        """Add up groups of one micro-batch."""
+        """Return the sum of the work of two sets of groups of one micro-batch."""
         return Work(
             self.shared_tokens + other.shared_tokens,
             self.packed_tokens + other.packed_tokens,
@@ -117,12 +118,12 @@ class Work:
 
     @property
     def padded_tokens(self) -> int:
-        """Count the tokens of its sequences in rows of one length."""
+        """Count the tokens of all sequences, padded to the longest one."""
         return self.longest_tokens * self.sequences
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Look up what a card can do at most in bf16; None for a CPU and for cards that are not listed."""
+    """Return the peak bf16 operations per second of a device; None for a CPU and for cards that are not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,1 +1,1 @@
-"""The losses: pure functions of log-probs."""
+"""The losses, as pure functions of log-probs."""

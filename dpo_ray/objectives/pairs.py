@@ -1,4 +1,4 @@
-"""Losses over preference pairs against a reference. Pure functions on flat tensors; each returns float32 [pairs]."""
+"""Losses over preference pairs with a reference. Pure functions on flat tensors; each returns float32 [pairs]."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .shaping import divergence_score
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What a loss of pairs sees; all float32 [pairs]. `lengths` count completion tokens."""
+    """The input of a pairwise loss: tensors are float32 [pairs], and `*_tokens` count completion tokens."""
 
     policy_chosen: Tensor
     policy_rejected: Tensor
@@ -40,47 +40,47 @@ class PairLogps:
     reference_rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-    preference_probability: Tensor  # that chosen is really the better one
-    mean_chosen_tokens: float = 1.0  # over the whole step, by weight: makes a mean over its pairs one over its tokens
+    preference_probability: Tensor  # probability that chosen is really the better one
+    mean_chosen_tokens: float = 1.0  # weighted mean over the step: turns a mean over pairs into one over tokens
     divergence: Divergence = field(default_factory=ReverseKl)
 
     @property
     def chosen_logratio(self) -> Tensor:
-        """log pi(y+|x) - log pi_ref(y+|x)"""
+        """The log-ratio of chosen: log pi(y+|x) - log pi_ref(y+|x)."""
         return self.policy_chosen - self.reference_chosen
 
     @property
     def rejected_logratio(self) -> Tensor:
-        """log pi(y-|x) - log pi_ref(y-|x)"""
+        """The log-ratio of rejected: log pi(y-|x) - log pi_ref(y-|x)."""
         return self.policy_rejected - self.reference_rejected
 
     @property
     def chosen_score(self) -> Tensor:
-        """The log-ratio of chosen, or what the f-divergence makes of it."""
+        """The log-ratio of chosen, transformed by the f-divergence."""
         return divergence_score(self.chosen_logratio, self.divergence)
 
     @property
     def rejected_score(self) -> Tensor:
-        """The log-ratio of rejected, or what the f-divergence makes of it."""
+        """The log-ratio of rejected, transformed by the f-divergence."""
         return divergence_score(self.rejected_logratio, self.divergence)
 
     @property
     def margin(self) -> Tensor:
-        """Difference of the scores: DPO's margin over beta."""
+        """The difference of the scores, which is DPO's margin divided by beta."""
         return self.chosen_score - self.rejected_score
 
     @property
     def margin_per_token(self) -> Tensor:
-        """Difference of the scores, each over its completion's length."""
+        """The difference of the scores, each divided by its completion's length."""
         return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
 
     def of(self, chosen: Tensor) -> PairLogps:
-        """Pick some of the pairs, by a mask (bool [pairs])."""
+        """Return the pairs that a mask (bool [pairs]) selects."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: t[chosen] for name, t in tensors.items() if isinstance(t, Tensor)})
 
     def swapped(self) -> PairLogps:
-        """Prefer the other completion of each pair."""
+        """Return the pairs with chosen and rejected exchanged."""
         return replace(
             self,
             policy_chosen=self.policy_rejected,
@@ -96,7 +96,8 @@ class PairLogps:
 def smoothed(margin: Tensor, probability: Tensor | float, label_smoothing: float) -> Tensor:
     """Compute -q log sigmoid(margin) - (1 - q) log sigmoid(-margin), q = p (1 - e) + (1 - p) e.
 
-    The logistic loss of labels that are right with probability p and flipped with e (conservative DPO,
+    This is the logistic loss for labels that are right with probability p and flipped with probability e (conservative
+    DPO,
     https://ericmitchell.ai/cdpo.pdf, eq. 3).
     """
     q = probability * (1 - label_smoothing) + (1 - probability) * label_smoothing
@@ -104,22 +105,22 @@ def smoothed(margin: Tensor, probability: Tensor | float, label_smoothing: float
 
 
 def sigmoid(pairs: PairLogps, o: SigmoidObjective) -> Tensor:
-    """DPO: Rafailov et al. 2023 (2305.18290), eq. 7, in expectation over soft labels."""
+    """Compute DPO: Rafailov et al. 2023 (2305.18290), eq. 7, in expectation over soft labels."""
     return smoothed(o.beta * pairs.margin, pairs.preference_probability, o.label_smoothing)
 
 
 def sigmoid_norm(pairs: PairLogps, o: SigmoidNormObjective) -> Tensor:
-    """Length-normalised DPO: Lambert et al. 2024 (Tulu 3, 2411.15124), eq. 6."""
+    """Compute length-normalised DPO: Lambert et al. 2024 (Tulu 3, 2411.15124), eq. 6."""
     return smoothed(o.beta * pairs.margin_per_token, pairs.preference_probability, o.label_smoothing)
 
 
 def hinge(pairs: PairLogps, o: HingeObjective) -> Tensor:
-    """max(0, 1 - beta * margin): Liu et al. 2023 (2309.06657), eq. 8."""
+    """Compute max(0, 1 - beta * margin): Liu et al. 2023 (2309.06657), eq. 8."""
     return F.relu(1 - o.beta * pairs.margin)
 
 
 def ipo(pairs: PairLogps, o: IpoObjective) -> Tensor:
-    """IPO: Azar et al. 2023 (2310.12036), eq. 17, with log-ratios per token as TRL has it.
+    """Compute IPO: Azar et al. 2023 (2310.12036), eq. 17, with log-ratios per token as in TRL.
 
     With preference probability p the target of the margin is (2p - 1) / (2 beta), its expectation over the label.
     """
@@ -127,7 +128,7 @@ def ipo(pairs: PairLogps, o: IpoObjective) -> Tensor:
 
 
 def exo_pair(pairs: PairLogps, o: ExoPairObjective) -> Tensor:
-    """EXO: Ji et al. 2024 (2402.00856), eq. 16: KL(policy's preference || smoothed label)."""
+    """Compute EXO: Ji et al. 2024 (2402.00856), eq. 16: KL(policy's preference || smoothed label)."""
     m, e = o.beta * pairs.margin, o.label_smoothing
     log_chosen, log_rejected = F.logsigmoid(m), F.logsigmoid(-m)
     label = pairs.policy_chosen.new_tensor([1 - e, e]).log()
@@ -135,59 +136,59 @@ def exo_pair(pairs: PairLogps, o: ExoPairObjective) -> Tensor:
 
 
 def nca_pair(pairs: PairLogps, o: NcaPairObjective) -> Tensor:
-    """NCA: Chen et al. 2024 (2402.05369), eq. 11, for K = 2."""
+    """Compute NCA: Chen et al. 2024 (2402.05369), eq. 11, for K = 2."""
     chosen, rejected = o.beta * pairs.chosen_score, o.beta * pairs.rejected_score
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def robust(pairs: PairLogps, o: RobustObjective) -> Tensor:
-    """Robust DPO: Chowdhury et al. 2024 (2403.00409), eq. 12."""
+    """Compute robust DPO: Chowdhury et al. 2024 (2403.00409), eq. 12."""
     m, e = o.beta * pairs.margin, o.label_smoothing
     return (-(1 - e) * F.logsigmoid(m) + e * F.logsigmoid(-m)) / (1 - 2 * e)
 
 
 def bco_pair(pairs: PairLogps, o: BcoPairObjective) -> Tensor:
-    """BCO: Jung et al. 2024 (2404.04656), eq. 8, without the running shift, as TRL has it."""
+    """Compute BCO: Jung et al. 2024 (2404.04656), eq. 8, without the running shift, as in TRL."""
     return -F.logsigmoid(o.beta * pairs.chosen_score) - F.logsigmoid(-o.beta * pairs.rejected_score)
 
 
 def sppo_hard(pairs: PairLogps, o: SppoHardObjective) -> Tensor:
-    """SPPO: Wu et al. 2024 (2405.00675), eq. 4.8, with hard labels."""
+    """Compute SPPO: Wu et al. 2024 (2405.00675), eq. 4.8, with hard labels."""
     target = 1 / (2 * o.beta)
     return (pairs.chosen_score - target) ** 2 + (pairs.rejected_score + target) ** 2
 
 
 def apo_zero(pairs: PairLogps, o: ApoZeroObjective) -> Tensor:
-    """APO-zero: D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
+    """Compute APO-zero: D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
     return 1 - (o.beta * pairs.chosen_logratio).sigmoid() + (o.beta * pairs.rejected_logratio).sigmoid()
 
 
 def apo_down(pairs: PairLogps, o: ApoDownObjective) -> Tensor:
-    """APO-down: D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
+    """Compute APO-down: D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
     margin = pairs.chosen_logratio - pairs.rejected_logratio
     return (o.beta * pairs.chosen_logratio).sigmoid() + 1 - (o.beta * margin).sigmoid()
 
 
 def discopop(pairs: PairLogps, o: DiscopopObjective) -> Tensor:
-    """DiscoPOP, the log-ratio modulated loss: Lu et al. 2024 (2406.08414), eq. 5."""
+    """Compute DiscoPOP, the log-ratio modulated loss: Lu et al. 2024 (2406.08414), eq. 5."""
     m = o.beta * pairs.margin
     blend = (m / o.tau).sigmoid()
     return -(1 - blend) * F.logsigmoid(m) + blend * (-m).exp()
 
 
 def rpo(pairs: PairLogps, o: RpoObjective) -> Tensor:
-    """DPO with the likelihood of chosen per token: Pang et al. 2024 (2404.19733), eq. 1."""
+    """Compute DPO plus the likelihood of chosen per token: Pang et al. 2024 (2404.19733), eq. 1."""
     return -F.logsigmoid(o.beta * pairs.margin) - o.alpha * pairs.policy_chosen / pairs.chosen_tokens
 
 
 def dpop(pairs: PairLogps, o: DpopObjective) -> Tensor:
-    """DPO-Positive: Pal et al. 2024 (2402.13228), eq. 3."""
+    """Compute DPO-Positive: Pal et al. 2024 (2402.13228), eq. 3."""
     below_reference = F.relu(-pairs.chosen_logratio)
     return -F.logsigmoid(o.beta * (pairs.chosen_logratio - pairs.rejected_logratio - o.penalty * below_reference))
 
 
 def r_dpo(pairs: PairLogps, o: RDpoObjective) -> Tensor:
-    """Length-regularised DPO: Park et al. 2024 (2403.19159), eq. 9."""
+    """Compute length-regularised DPO: Park et al. 2024 (2403.19159), eq. 9."""
     return -F.logsigmoid(o.beta * pairs.margin + o.alpha * (pairs.chosen_tokens - pairs.rejected_tokens))
 
 

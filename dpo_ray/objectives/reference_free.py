@@ -1,7 +1,7 @@
 """Losses over preference pairs without a reference. Pure functions on flat tensors; each returns float32 [pairs].
 
-Their likelihood terms are means over all chosen tokens of the step, as TRL's are: a pair's share of such a mean is its
-summed log-prob over the step's mean length.
+Their likelihood terms are means over all chosen tokens of the step, as in TRL: a pair's share of such a mean is its
+summed log-prob divided by the step's mean length.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ def nll(pairs: PairLogps) -> Tensor:
 
 
 def sft(pairs: PairLogps, o: SftObjective) -> Tensor:
-    """Compute the likelihood of chosen alone."""
+    """Compute the negative log-likelihood of chosen only."""
     return nll(pairs)
 
 
 def simpo(pairs: PairLogps, o: SimpoObjective) -> Tensor:
-    """SimPO: Meng et al. 2024 (2405.14734), eq. 6."""
+    """Compute SimPO: Meng et al. 2024 (2405.14734), eq. 6."""
     difference = pairs.policy_chosen / pairs.chosen_tokens - pairs.policy_rejected / pairs.rejected_tokens
     return smoothed(o.beta * difference - o.gamma, 1.0, o.label_smoothing)
 
 
 def cpo(pairs: PairLogps, o: CpoObjective) -> Tensor:
-    """CPO: Xu et al. 2024 (2401.08417), eq. 5 to 8."""
+    """Compute CPO: Xu et al. 2024 (2401.08417), eq. 5 to 8."""
     preferred = smoothed(o.beta * (pairs.policy_chosen - pairs.policy_rejected), 1.0, o.label_smoothing)
     return preferred + o.alpha * nll(pairs)
 
 
 def slic(pairs: PairLogps, o: SlicObjective) -> Tensor:
-    """SLiC-HF: Zhao et al. 2023 (2305.10425), eq. 2, regularised by the likelihood of chosen."""
+    """Compute SLiC-HF: Zhao et al. 2023 (2305.10425), eq. 2, regularised by the likelihood of chosen."""
     return F.relu(o.delta - (pairs.policy_chosen - pairs.policy_rejected)) + o.alpha * nll(pairs)
 
 
 def orpo(pairs: PairLogps, o: OrpoObjective) -> Tensor:
-    """ORPO: Hong et al. 2024 (2403.07691), eq. 6 and 7, with P(y|x) the geometric mean of the tokens' probabilities."""
+    """Compute ORPO: Hong et al. 2024 (2403.07691), eq. 6 and 7, with P(y|x) the geometric mean over tokens."""
     chosen, rejected = pairs.policy_chosen / pairs.chosen_tokens, pairs.policy_rejected / pairs.rejected_tokens
     log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
     return nll(pairs) - o.beta * F.logsigmoid(log_odds)
@@ -51,9 +51,9 @@ def orpo(pairs: PairLogps, o: OrpoObjective) -> Tensor:
 
 def log_one_minus_exp(x: Tensor) -> Tensor:
     """Compute log(1 - exp(x)) for x < 0 without cancellation: Maechler 2012, `Rmpfr: log1mexp`, eq. 7."""
-    x = x.clamp(max=-1e-7)  # a certain completion has infinite odds; its gradient is not
+    x = x.clamp(max=-1e-7)  # a certain completion has infinite odds; its gradient stays finite
     near = x > -0.6931472
-    # Each branch is given a harmless argument where the other is taken, or its gradient there would be 0 * inf.
+    # Where one branch is not selected it gets a harmless argument; else its gradient would be 0 * inf there.
     return torch.where(
         near,
         torch.log(-torch.expm1(torch.where(near, x, -0.5))),

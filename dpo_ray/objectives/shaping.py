@@ -1,4 +1,4 @@
-"""What is made of log-probs before a loss sees them: f-divergences, length desensitisation, weights by the policy."""
+"""Transformations of log-probs before the loss: f-divergences, length desensitisation, and weights by the policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_ray.config.objective import AlphaDivergence, Divergence, ForwardKl, JsDivergence, ReverseKl
 
-LARGEST_EXPONENT = 80.0  # of a float32, with room for sums
+LARGEST_EXPONENT = 80.0  # safe for exp in float32, with room for sums
 
 
 def divergence_score(logratio: Tensor, divergence: Divergence) -> Tensor:
@@ -33,15 +33,15 @@ def _exp(x: Tensor) -> Tensor:
 
 
 def desensitised(
-    token_logps: Tensor,  # [rows], completions end to end
+    token_logps: Tensor,  # [rows], all completions concatenated
     lengths: Tensor,  # int64 [completions]
-    own: Tensor,  # int64 [pairs]: the completion that is summed
-    other: Tensor,  # int64 [pairs]: the one whose length it is compared with
+    own: Tensor,  # int64 [pairs]: the completion whose log-probs are summed
+    other: Tensor,  # int64 [pairs]: the completion that its length is compared with
     alpha: float,
 ) -> Tensor:
-    """Sum a completion's log-probs, those beyond its rival's length by `alpha`: float32 [pairs].
+    """Sum a completion's log-probs; those beyond the other one's length are weighted by `alpha`: float32 [pairs].
 
-    LD-DPO: Liu et al. 2024 (2409.06411), eq. 10. Sums run in float64, as `sum_by_completion`'s do.
+    LD-DPO: Liu et al. 2024 (2409.06411), eq. 10. Sums are in float64, as in `sum_by_completion`.
     """
     sums = F.pad(token_logps.double().cumsum(0), (1, 0))  # [rows + 1]
     stop = lengths.cumsum(0)
@@ -57,9 +57,10 @@ def policy_weight(
     completion_of_row: Tensor,  # int64 [rows]
     lengths: Tensor,  # int64 [completions]
 ) -> Tensor:
-    """Say how likely the policy itself would write each completion: float32 [completions], without gradient.
+    """Compute WPO's weight, how likely the policy is to write each completion: float32 [completions], no gradient.
 
-    exp of the mean over tokens of log p(token) - log sum p^2: WPO with sampled alignment, Zhou et al. 2024 (2406.11827), eq. 4.
+    It is exp of the mean over tokens of log p(token) - log sum p^2: WPO with sampled alignment, Zhou et al. 2024
+    (2406.11827), eq. 4.
     """
     excess = (token_logps - log_collision).detach().double()
     total = torch.zeros(len(lengths), dtype=torch.float64, device=excess.device)

@@ -1,4 +1,4 @@
-"""What losses see of a micro-batch, or of a whole step: flat tensors of completions and pairs, joined at will."""
+"""The input of losses for a micro-batch or a step: flat tensors over completions and pairs, which can be joined."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .shaping import desensitised, policy_weight
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums of weights over a global step, over all ranks and micro-batches: what losses are divided by."""
+    """Sums of weights over a global step (all ranks and micro-batches), by which losses are divided."""
 
     pairs: float
     labelled: float  # completions with a label
-    lists: float  # groups with completions of different scores
-    chosen_tokens: float  # of pairs, by their weight
-    tokens: float  # of the packed rows
+    lists: float  # groups whose completions have different scores
+    chosen_tokens: float  # of all pairs, weighted
+    tokens: float  # of all packed rows
 
     @classmethod
     def of(cls, sums: Sequence[float]) -> Totals:
-        """Make them of the sums in this order; none is 0, as what is divided by it then is."""
+        """Build the totals from sums in this order; 0 becomes 1, because the numerator is then 0 too."""
         return cls(*(value or 1.0 for value in sums))
 
     @property
@@ -53,7 +53,7 @@ class StepLogps:
 
     @property
     def logratio(self) -> Tensor:
-        """log pi(y|x) - log pi_ref(y|x)"""
+        """The log-ratio: log pi(y|x) - log pi_ref(y|x)."""
         return self.policy - self.reference
 
     @property
@@ -61,12 +61,12 @@ class StepLogps:
         return self.scores.isnan()
 
     def detached(self, device: torch.device | str) -> StepLogps:
-        """Copy it without gradients to a device."""
+        """Return a copy without gradients on a device."""
         return _mapped(self, lambda t: t.detach().to(device))
 
 
 def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, totals: Totals) -> StepLogps:
-    """Sum token log-probs over completions, and pick each pair's chosen and rejected one."""
+    """Compute the sums of token log-probs over completions, and select each pair's chosen and rejected completion."""
     policy = sum_by_completion(scores.logps, rows)  # [completions]
     reference = sum_by_completion(rows.reference_token_logps, rows)
     lengths = rows.lengths.float()
@@ -89,7 +89,7 @@ def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, to
     )
     weights = torch.ones_like(rows.pair_weight)
     if shaping.wpo:
-        assert scores.log_collision is not None  # noqa: S101 - asked for with the forward pass
+        assert scores.log_collision is not None  # noqa: S101 - the forward pass was run with statistics
         likely = policy_weight(scores.logps, scores.log_collision, rows.completion_of_row, rows.lengths)
         weights = likely[c] * likely[r]
     return StepLogps(
@@ -107,10 +107,10 @@ def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, to
 
 
 def labels(rows: PackedRows) -> Tensor:
-    """Label completions: 1 desirable, -1 undesirable, 0 neither: float32 [completions].
+    """Compute the label of each completion, 1 desirable, -1 undesirable, 0 neither: float32 [completions].
 
-    Of pairs, chosen is desirable and rejected is not; who is both, or a tie, is neither. A single completion goes by its score,
-    and of a ranking without pairs the best is desirable and the worst is not.
+    In pairs, chosen is desirable and rejected is undesirable; a completion that is both, or a tie, is neither. A single
+    completion is labelled by its score. In a ranking without pairs the best is desirable and the worst undesirable.
     """
     label = torch.zeros_like(rows.scores)
     judged = ~rows.scores.isnan()
@@ -126,7 +126,7 @@ def labels(rows: PackedRows) -> Tensor:
 
 
 def _above(rows: PackedRows) -> Tensor:
-    """Say which completion is ranked above which of its group: bool [completions, completions]."""
+    """Return which completion is ranked above which other one of its group: bool [completions, completions]."""
     same = rows.group_of_completion[:, None] == rows.group_of_completion[None, :]
     return same & (rows.scores[:, None] > rows.scores[None, :])
 
@@ -149,11 +149,11 @@ def weight_sums(rows: PackedRows) -> Tensor:
 
 
 def joined(parts: Sequence[StepLogps]) -> StepLogps:
-    """Lay the log-probs of several micro-batches end to end; their groups stay apart."""
+    """Concatenate the log-probs of several micro-batches; their groups remain distinct."""
     apart, offset = [], 0
     for part in parts:
         apart.append(replace(part, group=part.group + offset))
-        offset += len(part.group)  # more than its groups
+        offset += len(part.group)  # at least the number of its groups
     first = apart[0]
     pairs = replace(
         first.pairs, **{name: torch.cat([getattr(p.pairs, name) for p in apart]) for name in _tensors(first.pairs)}

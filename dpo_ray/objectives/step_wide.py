@@ -1,4 +1,4 @@
-"""Losses that look at a whole step at once, or at single completions and rankings. Pure functions on flat tensors."""
+"""Losses over a whole step, over single completions, or over rankings. Pure functions on flat tensors."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .step_logps import StepLogps
 
 
 def aot(pairs: PairLogps, o: AotObjective) -> Tensor:
-    """AOT: the sorted log-ratios of policy against those of reference, over all pairs of the step: float32 [pairs].
+    """Compute AOT: sorted log-ratios of policy against those of reference, over all pairs of the step: float32 [pairs].
 
-    Melnyk et al. 2024 (2406.05882), eq. 9, as TRL has it.
+    Melnyk et al. 2024 (2406.05882), eq. 9, as in TRL.
     """
     policy = (pairs.policy_chosen - pairs.policy_rejected).sort().values
     reference = (pairs.reference_chosen - pairs.reference_rejected).sort().values
@@ -22,16 +22,16 @@ def aot(pairs: PairLogps, o: AotObjective) -> Tensor:
 
 
 def aot_unpaired(pairs: PairLogps, o: AotUnpairedObjective) -> Tensor:
-    """AOT of sorted chosen log-ratios against sorted rejected ones, over all pairs of the step: float32 [pairs].
+    """Compute AOT of sorted chosen against sorted rejected log-ratios, over all pairs of the step: float32 [pairs].
 
-    Melnyk et al. 2024 (2406.05882), eq. 6, as TRL has it.
+    Melnyk et al. 2024 (2406.05882), eq. 6, as in TRL.
     """
     chosen, rejected = pairs.chosen_logratio.sort().values, pairs.rejected_logratio.sort().values
     return smoothed(o.beta * (chosen - rejected), 1.0, o.label_smoothing)
 
 
 def kl_estimate(logratio: Tensor, weight: Tensor, is_mismatched: Tensor) -> Tensor:
-    """Estimate KTO's z0: the mean log-ratio of completions under other prompts than their own, at least 0. No gradient.
+    """Estimate KTO's z0: the mean log-ratio of completions under another prompt, clamped to at least 0. No gradient.
 
     Args:
         logratio, weight: float32 [completions]; is_mismatched: bool [completions].
@@ -42,7 +42,7 @@ def kl_estimate(logratio: Tensor, weight: Tensor, is_mismatched: Tensor) -> Tens
 
 
 def kto(logratio: Tensor, label: Tensor, z0: Tensor, o: KtoObjective) -> Tensor:
-    """KTO: Ethayarajh et al. 2024 (2402.01306), eq. 8: float32 [completions], 0 where there is no label.
+    """Compute KTO: float32 [completions], 0 where there is no label. Ethayarajh et al. 2024 (2402.01306), eq. 8.
 
     Args:
         logratio: float32 [completions]; label: 1 desirable, -1 undesirable, 0 neither.
@@ -53,12 +53,12 @@ def kto(logratio: Tensor, label: Tensor, z0: Tensor, o: KtoObjective) -> Tensor:
 
 
 def listwise(logratio: Tensor, scores: Tensor, group: Tensor, o: ListwiseObjective) -> Tensor:
-    """Plackett-Luce: each completion's share of its ranking's negative log-likelihood: float32 [completions].
+    """Compute each completion's share of its ranking's negative log-likelihood (Plackett-Luce): float32 [completions].
 
     Rafailov et al. 2023 (2305.18290), eq. 18: a completion competes with those of its group that are ranked below it.
 
     Args:
-        logratio, scores: float32 [completions], NaN scores stand outside of any ranking; group: int64 [completions].
+        logratio, scores: float32 [completions]; a NaN score is not part of any ranking; group: int64 [completions].
     """
     reward = o.beta * logratio
     below = (group[:, None] == group[None, :]) & (scores[None, :] < scores[:, None])  # [completions, completions]

@@ -1,1 +1,1 @@
-"""What a run says: progress, metrics, report."""
+"""What a run reports while it runs and at its end: progress, metrics and the model card."""

@@ -1,4 +1,4 @@
-"""The model card that goes with an exported policy."""
+"""The model card of an exported policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model_card(
     recipe_yaml: str,
     versions: Mapping[str, str],
 ) -> str:
-    """Write a card in the hub's format: what was trained on what, with which figures, and the whole recipe."""
+    """Return the card in the hub's format: the model, its data, its figures and the full recipe."""
     measured = {**{k: v for k, v in final.items() if k.startswith(("loss", "rewards/"))}, **heldout}
     table = "\n".join(f"| `{k}` | {v:.4f} |" for k, v in measured.items())
     counts = ", ".join(
@@ -71,7 +71,7 @@ Made with {tools}.
 def _adapter_words(lora: LoraConfig | None) -> str:
     if lora is None:
         return ""
-    what = f"a LoRA adapter of rank {lora.rank} (alpha {lora.alpha:g}) was trained"
+    what = f"a LoRA adapter of rank {lora.rank} (alpha {lora.alpha:g})"
     if lora.merge:
-        return f"\nOf the model {what}, and then added to its weights."
-    return f"\nOf the model {what}: this directory holds it alone. Load it with PEFT on top of the base model."
+        return f"\nTraining updated only {what}, which was then merged into the model's weights."
+    return f"\nTraining updated only {what}. This directory has the adapter alone: load it with PEFT on the base model."

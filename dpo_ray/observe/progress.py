@@ -12,13 +12,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
 LOG_EVERY_SECONDS = 5.0
-BESIDE_EVERY_SECONDS = 60.0  # above the live bar of another stage
+BESIDE_EVERY_SECONDS = 60.0  # for lines above the live bar of another stage
 
 Clock = Callable[[], float]
 
 
 class Bar:
-    """One stage under way: how much is done of how much, at what rate, how long it will take, with what figures."""
+    """Progress of one running stage: the amount done and in total, the rate, the remaining time, and figures."""
 
     def __init__(
         self,
@@ -38,19 +38,19 @@ class Bar:
         self._show()
 
     def begin_at(self, done: float) -> None:
-        """Say what an earlier attempt has done: it counts as progress, not towards the rate."""
+        """Set the amount that a previous attempt has done: it counts as progress, but not towards the rate."""
         self._done = self._before = done
         self._began = self._clock()
         self._show()
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Count `amount` more units as done; `note` is shown behind them."""
+        """Count `amount` more units as done; `note` is shown after the figures."""
         self._done += amount
         self._note = note or self._note
         self._show()
 
     def close(self) -> None:
-        """Print the closing line: it stays in the log."""
+        """Print the closing line, which remains in the log."""
         earlier = f" ({self._before:,.0f} of them earlier)" if self._before else ""
         rate = f", {self._rate()}" if self._done > self._before else ""
         note = f"; {self._note}" if self._note else ""
@@ -58,7 +58,7 @@ class Bar:
         self._line(f"{self._done:,.0f} {self._unit}{earlier} in {took}{rate}{note}", bold=True)
 
     def say(self, text: str) -> None:
-        """Print a line that is not progress."""
+        """Print a line that is not about progress."""
         self._line(text)
 
     def _rate(self) -> str:
@@ -88,21 +88,21 @@ class Bar:
 
 
 class Reporter:
-    """Where a run says what it does: standard error, so that standard output carries results alone."""
+    """The output of a run's progress: standard error, so that standard output contains results only."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
 
     def say(self, text: str) -> None:
-        """Print one line; it may hold rich's markup."""
+        """Print one line, which may contain rich markup."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, unit: str, total: int | None = None, *, beside: bool = False) -> Iterator[Bar]:
-        """Show a stage while it runs; its closing line is printed if it ends well.
+        """Show a stage while it runs; its closing line is printed if it succeeds.
 
         Args:
-            beside: another stage runs at the same time, and has the terminal's live bar: this one says lines.
+            beside: another stage runs concurrently and uses the terminal's live bar, so this one prints lines.
         """
         if beside or not self.console.is_terminal:
             self.console.print(f"{title}: started", highlight=False, soft_wrap=True)
@@ -116,7 +116,7 @@ class Reporter:
             TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=10),
             TimeElapsedColumn(),
-            # The note has a line of its own: beside the figures it would be cut on a narrow terminal.
+            # The note is on a separate line: next to the figures it would be cut off on a narrow terminal.
             TextColumn(
                 "{task.fields[figures]}\n{task.fields[note]}",
                 table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
@@ -129,7 +129,7 @@ class Reporter:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as people say it: 4.2 s, 75 s, 12 min 30 s, 3 h 05 min."""
+    """Format a duration for people: 4.2 s, 75 s, 12 min 30 s, 3 h 05 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -1,75 +1,115 @@
-"""Where metrics go while training runs: metrics.jsonl, always, and TensorBoard where the recipe asks for it."""
+"""Outputs of live training metrics: always metrics.jsonl, and the trackers that the recipe names."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.config.extension import TRACKERS as ADDED
+from dpo_ray.config.extension import installed
 
 from .progress import Bar
+
+Row = dict[str, float]  # `step`, and the metrics of that step by name
+
+
+class Tracker(Protocol):
+    """Shows the metrics of a run somewhere else. It is created by the driver, once for each run."""
+
+    def begin(self, known: Sequence[Row]) -> None:
+        """Show exactly these rows, which are those of the checkpoint from which training resumes."""
+        ...
+
+    def write(self, row: Row) -> None:
+        """Show the metrics of one more step."""
+        ...
+
+    def close(self) -> None:
+        """Write pending data and release all resources."""
+        ...
+
+
+class TensorBoard:
+    """TensorBoard's event files in the run's directory; nothing is written if that is not a local directory."""
+
+    def __init__(self, run_dir: Storage) -> None:
+        self._run_dir = run_dir
+        self._writer: Any = None
+
+    def begin(self, known: Sequence[Row]) -> None:
+        if not self._run_dir.is_local:
+            return
+        from tensorboardX import SummaryWriter
+
+        self.close()
+        self._writer = SummaryWriter(
+            str(self._run_dir.local_path() / "tensorboard"),
+            purge_step=0,  # TensorBoard hides the rows of previous attempts: all rows are written again
+            filename_suffix=f".{time.time_ns()}",  # else two files of the same second would overwrite each other
+        )
+        for row in known:
+            self.write(row)
+
+    def write(self, row: Row) -> None:
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+TRACKERS: dict[str, Callable[[Storage], Tracker]] = {"tensorboard": TensorBoard, **installed(ADDED)}
+"""Constructors of trackers by their name in the recipe's `trackers`; each takes the run's directory."""
 
 
 class MetricsSinks:
     """The live metrics of one run, written by its driver.
 
     On a disk, metrics.jsonl grows line by line; on an object store, which cannot append, it is written as a whole when
-    training ends. What a resumed run measures again replaces what it had said before.
+    training ends. The rows of a resumed run replace those of the same steps from before.
     """
 
     def __init__(self, run_dir: Storage, trackers: Sequence[str]) -> None:
-        self._run_dir, self._trackers = run_dir, trackers
-        self._rows: dict[int, dict[str, float]] = {}
-        self._board: Any = None  # tensorboardX's writer
+        self._run_dir = run_dir
+        self._trackers = [TRACKERS[name](run_dir) for name in trackers]
+        self._rows: dict[int, Row] = {}
 
     def __enter__(self) -> MetricsSinks:
         return self
 
-    def begin(self, known: Sequence[dict[str, float]]) -> None:
-        """Begin with what the checkpoint that training goes on from has measured, and with nothing else.
+    def begin(self, known: Sequence[Row]) -> None:
+        """Start with exactly the rows of the checkpoint from which training resumes. Call this before `write`.
 
-        The checkpoint's rows are complete; what this file held may lack the last moments before a crash, or be of another
-        recipe under the same name. Call it before `write`.
+        The rows of the checkpoint are complete. The existing file may lack the last rows before a crash, or belong to
+        another recipe with the same name.
         """
         self._rows = {int(row["step"]): row for row in known}
         self._write_all()
-        if "tensorboard" in self._trackers and self._run_dir.is_local:
-            from tensorboardX import SummaryWriter
+        for tracker in self._trackers:
+            tracker.begin(known)
 
-            if self._board is not None:
-                self._board.close()
-            self._board = SummaryWriter(
-                str(self._run_dir.local_path() / "tensorboard"),
-                purge_step=0,  # TensorBoard hides what earlier attempts wrote: all of it is written again
-                filename_suffix=f".{time.time_ns()}",  # two within a second would be one file, the first one lost
-            )
-            for row in known:
-                self._add_to_board(row)
-
-    def write(self, row: dict[str, float]) -> None:
-        """Take one step's metrics."""
-        step = int(row["step"])
-        self._rows[step] = row
+    def write(self, row: Row) -> None:
+        """Write one step's metrics."""
+        self._rows[int(row["step"])] = row
         if self._run_dir.is_local:
             with Path(self._run_dir.local_path("metrics.jsonl")).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
-        self._add_to_board(row)
-
-    def _add_to_board(self, row: dict[str, float]) -> None:
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(row["step"]))
+        for tracker in self._trackers:
+            tracker.write(row)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._rows:
             self._write_all()
 
@@ -80,22 +120,22 @@ class MetricsSinks:
 
 
 def follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
-    """Show and keep one row of training metrics; a worker's first row says where it begins."""
+    """Show and write one row of training metrics; the first row of a worker contains the step at which it starts."""
     if "restored_step" in row:
         sinks.begin(row["known"])
         bar.begin_at(row["restored_step"])
         if row["restored_step"]:
-            bar.say(f"going on from the checkpoint of step {row['restored_step']:.0f}")
+            bar.say(f"resuming from the checkpoint of step {row['restored_step']:.0f}")
         return
     if "waiting_for" in row:
         what = (
             f"step {row['step']:.0f}" if row["waiting_for"] == "train" else f"the held-out data `{row['waiting_for']}`"
         )
-        bar.say(f"{what} is not scored yet: training waits for it")
+        bar.say(f"training waits until {what} is scored")
         return
     sinks.write(row)
     heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""
-    shown = {"loss": ".4f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}  # of unpaired data there are fewer
+    shown = {"loss": ".4f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}  # unpaired data has fewer
     names = {"rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     words = ", ".join(f"{names.get(n, n)} {row[n]:{form}}" for n, form in shown.items() if n in row)
     bar.advance(1, f"{words}{heldout}, {row['tokens_per_second']:,.0f} tokens/s")

@@ -1,4 +1,4 @@
-"""The stage `ema`: the running mean of promoted policies' weights, which is the reference of the next round."""
+"""The stage `ema`: the running mean of the promoted policies' weights, which is the reference of the next round."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from dpo_ray.artifacts.staging import Staging
 
 
 def run(mean: Path, policy: Path, decay: float, staging: Staging, provenance: Provenance) -> Artifact:
-    """Write decay * mean + (1 - decay) * policy, computed in float32 and kept in the policy's types, file by file.
+    """Write decay * mean + (1 - decay) * policy, computed in float32 and stored in the policy's dtypes, file by file.
 
     Args:
-        mean, policy: directories of one model in Hugging Face format; they may cut their weights into files differently.
+        mean, policy: directories of the same architecture in Hugging Face format; they may split their weights into
+            files differently.
     """
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-ema-") as scratch:

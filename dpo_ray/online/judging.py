@@ -1,4 +1,4 @@
-"""The stage `judge`: an actor pool of judges, each of which remembers what it was asked before it answers."""
+"""The stage `judge`: an actor pool of judges, each of which looks up stored answers before it computes new ones."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from dpo_ray.online.judges.protocol import Question, Spending, Usage, Verdict
 from dpo_ray.reference.pool import DEATHS
 
 SAY_WAITING_SECONDS = 60.0
-MAX_DEATHS = 5  # of judges' processes in a row, with nothing judged between
+MAX_DEATHS = 5  # of judge processes in a row, with no answer in between
 VERDICTS = pa.schema(
     [
         ("group_id", pa.binary(16)),
         ("scores", pa.list_(pa.float64())),
         ("agreement", pa.float64()),
         ("reason", pa.string()),
-        ("members", pa.string()),  # JSON: of an ensemble's members, each one's scores
+        ("members", pa.string()),  # JSON: the scores of each member of an ensemble
     ]
 )
 
 
 class JudgeActor:
-    """One judge in a process of its own."""
+    """One judge in its own process."""
 
     def __init__(self, config: Judge, memory: Storage, name: str, device: str) -> None:
         self._config, self._memory, self._name, self._device = config, memory, name, device
@@ -47,15 +47,15 @@ class JudgeActor:
         self._spending = Spending()
 
     def judge(self, questions: Sequence[Question], spent_usd: float) -> tuple[list[Verdict], Usage]:
-        """Answer all questions; with what that has cost.
+        """Answer all questions; return the verdicts, and what they have cost.
 
         Args:
-            spent_usd: what the round has cost before, with all judges.
+            spent_usd: what the round has spent before, on all judges.
 
         Raises:
-            JudgeError, ConfigError: the judge cannot work. What it has answered is remembered.
+            JudgeError, ConfigError: the judge cannot work. The answers so far are stored.
         """
-        if self._judge is None:  # what a method raises reaches the driver, a constructor's error does not
+        if self._judge is None:  # an error in a method reaches the driver, an error in a constructor does not
             journal = JournalMemory(self._memory, judge_digest(self._config), self._name)
             self._judge = make_judge(self._config, journal, self._device, self._spending)
         self._spending.set(spent_usd)
@@ -66,7 +66,7 @@ class JudgeActor:
 
 
 class Judges:
-    """The actors of one judge. They start with the first question, and live until `close`."""
+    """The actors of one judge. They start with the first question and live until `close`."""
 
     def __init__(
         self,
@@ -77,25 +77,25 @@ class Judges:
         device: str,
         on_event: Callable[[str], None],
     ) -> None:
-        """Make a pool that remembers in `memory`, which runs share; `run` makes the writers' names its own."""
+        """Create a pool that stores answers in `memory`, which runs share; `run` makes its writers' names unique."""
         self._config, self._memory, self._run, self._device, self._on_event = config, memory, run, device, on_event
         members = members_of(config)
         self._replicas, self._ask = replicas_of(config, role), judge_ask(config, role)
         self._batch = min(member.questions_per_batch for member in members)
-        self._actors: list[Any] = []  # all that live
+        self._actors: list[Any] = []  # all that are alive
         self._named = 0
         self._idle: list[Any] = []
 
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None], spent_usd: float = 0.0
     ) -> tuple[list[Verdict], Usage]:
-        """Judge all questions; a judge that dies is replaced, and asks only what was not remembered.
+        """Judge all questions; a judge that dies is replaced, and only answers that are not stored are computed again.
 
         Args:
-            spent_usd: what the round has cost before.
+            spent_usd: what the round has spent before.
 
         Raises:
-            JudgeError: the judge cannot work, or its processes die again and again.
+            JudgeError: the judge cannot work, or its processes die repeatedly.
         """
         chunks = [(i, questions[i : i + self._batch]) for i in range(0, len(questions), self._batch)]
         waiting, running, verdicts = deque(chunks), {}, dict[int, Verdict]()
@@ -108,13 +108,13 @@ class Judges:
             ready, _ = ray.wait(list(running), num_returns=1, timeout=SAY_WAITING_SECONDS)
             if not ready:
                 self._on_event(
-                    f"{len(running)} judges are at work, or wait for room; each asks for {self._ask.words()}"
+                    f"{len(running)} judges are at work, or wait for room; each requests {self._ask.words()}"
                 )
                 continue
             answer = ready[0]
             actor, (first, chunk) = running.pop(answer)
             try:
-                said, spent = ray.get(answer)
+                chunk_verdicts, spent = ray.get(answer)
             except RayTaskError as error:
                 cause = error.cause
                 raise (cause if isinstance(cause, DpoRayError) else error) from error
@@ -122,26 +122,26 @@ class Judges:
                 deaths += 1
                 if deaths > MAX_DEATHS:
                     raise JudgeError(
-                        f"its processes died {deaths} times in a row; the last: {str(error).splitlines()[0]}",
+                        f"its processes died {deaths} times in a row; the last error: {str(error).splitlines()[0]}",
                         where=f"online.judge (type {self._config.type})",
-                        fix="see its log (--verbose); what was judged before is kept, so run again once it is mended",
+                        fix="read its log (--verbose), fix the cause and run again: what was judged before is kept",
                     ) from error
-                self._on_event("a judge was lost; another takes over what it had not answered")
+                self._on_event("a judge was lost; another one takes over the questions that it has not answered")
                 waiting.appendleft((first, chunk))
                 continue
             self._idle.append(actor)
             deaths, usage = 0, usage + spent
-            verdicts |= {first + i: verdict for i, verdict in enumerate(said)}
+            verdicts |= {first + i: verdict for i, verdict in enumerate(chunk_verdicts)}
             advance(len(chunk))
         return [verdicts[i] for i in range(len(questions))], usage
 
     @property
     def gpus(self) -> float:
-        """Count the GPUs that each of its processes holds."""
+        """Return the number of GPUs that each of its processes holds."""
         return self._ask.gpus
 
     def close(self) -> None:
-        """Let all actors go; a later question starts others."""
+        """Stop all actors; a later question starts new ones."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors, self._idle = [], []
@@ -157,7 +157,7 @@ class Judges:
 def commit(
     keys: Sequence[bytes], verdicts: Sequence[Verdict], usage: Usage, staging: Staging, provenance: Provenance
 ) -> Artifact:
-    """Commit the artifact `judge`: a verdict of every sampled prompt."""
+    """Commit the artifact `judge`: one verdict for every sampled prompt."""
     columns = {
         "group_id": keys,
         "scores": [list(v.scores) for v in verdicts],

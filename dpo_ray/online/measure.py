@@ -1,4 +1,4 @@
-"""The stage `evaluate` of a round: what its policy says to held-out prompts, against the previous and the initial policy's words."""
+"""The stage `evaluate` of a round: compares its policy's completions with the previous and the initial policy's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Ask = Callable[[Sequence[Question]], tuple[list[Verdict], Usage]]
 
 @dataclass(frozen=True)
 class PolicySamples:
-    """What a policy says to each held-out prompt, in the order of the prompts."""
+    """A policy's completions of the held-out prompts, in the order of the prompts."""
 
     prompt_ids: list[tuple[int, ...]]
     completion_ids: list[tuple[int, ...]]
@@ -41,7 +41,7 @@ class PolicySamples:
 
 @dataclass(frozen=True)
 class Compared:
-    """A win rate and its interval."""
+    """A win rate with its interval, and what the judge's answers cost."""
 
     rate: WinRate
     usage: Usage
@@ -50,7 +50,7 @@ class Compared:
 def policy_samples(
     sampled: Artifact, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, reward: TrueReward | None
 ) -> PolicySamples:
-    """Read one completion a prompt.
+    """Read one completion per prompt.
 
     Raises:
         EngineError: a prompt has none, because no engine survived it.
@@ -58,9 +58,9 @@ def policy_samples(
     by_prompt = {p.prompt_ids: p for p in read_samples(sampled)}
     if len(by_prompt) < len(prompts):
         raise EngineError(
-            f"{len(prompts) - len(by_prompt)} held-out prompts cost every engine that sampled for them",
+            f"{len(prompts) - len(by_prompt)} held-out prompts have no sample: every engine that tried them died",
             where="online.evaluate",
-            fix="leave their rows out of data.eval, or give the engines more memory; `--verbose` shows their logs",
+            fix="remove their rows from data.eval, or give the engines more memory; `--verbose` shows their logs",
         )
     ids = list(by_prompt)
     completions = [p.completion_ids[0] for p in by_prompt.values()]
@@ -77,7 +77,7 @@ def compare(
     config: RoundEvaluationConfig,
     seed: int,
 ) -> Compared:
-    """Have the judge compare two policies' completions of every prompt."""
+    """Compare two policies' completions of every prompt with the judge."""
     pairs = zip(prompts, ours.texts, theirs.texts, strict=True)
     verdicts, usage = ask([Question(prompt, (a, b)) for prompt, a, b in pairs])
     a, b = ([v.scores[side] for v in verdicts] for side in (0, 1))
@@ -92,7 +92,7 @@ def figures_of(
     config: RoundEvaluationConfig,
     seed: int,
 ) -> dict[str, Any]:
-    """Work out all that needs no judge. `kl` is each completion's log-prob under the policy minus that under the initial one."""
+    """Compute what needs no judge; `kl` is each completion's log-prob under the policy minus under the initial one."""
     figures: dict[str, Any] = {
         "prompts": len(said.texts),
         "kl": float(kl.mean()),
@@ -107,7 +107,7 @@ def figures_of(
 
 
 def sample_figures(said: PolicySamples) -> dict[str, float | None]:
-    """Measure length and variety, and the mean true reward where it is known."""
+    """Compute length and diversity, and the mean true reward where it is known."""
     return {
         "mean_tokens": mean_tokens(said.completion_ids),
         "distinct_2": distinct_n(said.completion_ids, 2),
@@ -118,7 +118,7 @@ def sample_figures(said: PolicySamples) -> dict[str, float | None]:
 
 
 def round_figures(figures: dict[str, Any]) -> RoundFigures:
-    """Take out what the rules of promotion and of stopping look at."""
+    """Return the figures that the rules of promotion and of stopping use."""
     heldout = figures.get("heldout") or {}
     return RoundFigures(
         win_rate_against_previous=figures["against_previous"]["rate"],
@@ -144,7 +144,7 @@ def commit(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Commit the artifact `measure`: all figures, and the samples with their rewards, beside the initial policy's."""
+    """Commit the artifact `measure`: all figures, and the samples with their rewards, next to the initial policy's."""
     usage = sum((c.usage for c in against.values()), Usage())
     whole = figures | {name: asdict(c.rate) for name, c in against.items()} | {"usage": vars(usage)}
     if "heldout.parquet" in trained.names():

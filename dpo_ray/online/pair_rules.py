@@ -1,4 +1,4 @@
-"""From a prompt's judged completions to its pairs, or to the one reason why it has none."""
+"""The rules that turn a prompt's judged completions into pairs, or into the one reason why it has none."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ REASONS = {
     "too_few_completions": "fewer than two completions were sampled",
     "abstained": "the judge scored fewer than two completions",
     "low_agreement": "the judges agree less than pairing.min_agreement",
-    "truncated": "the limit cut so many completions off that fewer than two are left",
-    "identical": "the completions are the same",
+    "truncated": "fewer than two completions ended within the token limit",
+    "identical": "the completions are identical",
     "tie": "all completions have the same score",
-    "below_margin": "no scores are further apart than pairing.min_margin",
+    "below_margin": "no two scores differ by more than pairing.min_margin",
     "length_ratio": "one completion of each pair is more than pairing.max_length_ratio times as long as the other",
 }
-"""Why a prompt has no pairs, by reason code. Where several hold, the first is given."""
+"""Why a prompt has no pairs, by reason code. If several apply, the first one counts."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """What a prompt's completions, named by their indices, came to: pairs, or a list, or a reason."""
+    """The result for a prompt's completions, which are named by their indices: pairs, a list, or a reason."""
 
     pairs: tuple[tuple[int, int], ...] = ()  # (better, worse)
-    listed: tuple[int, ...] = ()  # best first; of pairs=list
+    listed: tuple[int, ...] = ()  # best first; with pairs=list
     dropped: str | None = None  # a key of REASONS
 
 
 def adjusted_scores(
     scores: Sequence[float | None], lengths: Sequence[int], config: RoundPairingConfig
 ) -> list[float | None]:
-    """Take the length penalty from the scores: what completions are ranked by. None: the judge abstains."""
+    """Subtract the length penalty from the scores; completions are ranked by the result. None: the judge abstains."""
     return [
         None if score is None or not math.isfinite(score) else score - config.length_penalty * length
         for score, length in zip(scores, lengths, strict=True)
@@ -51,15 +51,15 @@ def pairs_of(
     pair_truncated: bool,
     seed: int,
 ) -> Paired:
-    """Pair a prompt's completions as the recipe's `online.pairing` has it. A list has no pairs, so no length ratio either.
+    """Pair a prompt's completions by the recipe's `online.pairing`. A list has no pairs, so no length ratio is checked.
 
     Args:
-        scores: higher is better; None, or what is no finite number: the judge abstains.
+        scores: higher is better; None, or a number that is not finite: the judge abstains.
         lengths: in tokens.
-        truncated: whether the limit cut a completion off.
+        truncated: whether the token limit cut off a completion.
         completion_keys: equal for equal completions, of which the first that was judged stays.
         agreement: of the judges on this prompt.
-        pair_truncated: truncated completions may stand in pairs.
+        pair_truncated: whether truncated completions may be in pairs.
         seed: of the random choice; a function of the run's seed, the round and the prompt.
     """
     if len(scores) < 2:
@@ -98,14 +98,15 @@ def _paired(
     apart = [(i, j) for i, j in _candidates(ranked, config) if values[i] - values[j] > config.min_margin]
     fitting = [(i, j) for i, j in apart if _like_long(lengths[i], lengths[j], config.max_length_ratio)]
     if not fitting:
-        return Paired(dropped="length_ratio")  # the best and the worst are apart, and in every mode a candidate
+        # No other reason is left: the best and the worst are apart, and are a candidate in every mode.
+        return Paired(dropped="length_ratio")
     if config.pairs == "best_random":
         fitting = [fitting[int(random.Random(seed).random() * len(fitting))]]
     return Paired(pairs=tuple(fitting))
 
 
 def _candidates(ranked: Sequence[int], config: RoundPairingConfig) -> list[tuple[int, int]]:
-    """List the pairs that a mode knows, the better completion first. Of best_random, one of them is chosen."""
+    """List the candidate pairs of a mode, the better completion first. For best_random, one of them is then chosen."""
     match config.pairs:
         case "best_worst":
             return [(ranked[0], ranked[-1])]

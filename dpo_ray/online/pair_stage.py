@@ -1,6 +1,6 @@
-"""The stage `pair`: judged completions become preference groups, with a share of older ones; held-out groups come along.
+"""The stage `pair`: judged completions become preference groups, mixed with older ones; held-out groups are copied.
 
-What is committed has the form of the tokens artifact, so that all stages after it are those of an offline run.
+The artifact has the form of the tokens artifact, so that all later stages are those of an offline run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .pair_rules import REASONS, Paired, adjusted_scores, pairs_of
 from .sample import SampledPrompt, read_samples
 
 ROWS_PER_PART = 2048
-OWN = "round-{:03d}"  # source of the groups that a round made itself
+OWN = "round-{:03d}"  # source of the groups that a round built itself
 
 
 def run(
@@ -48,11 +48,12 @@ def run(
     """Pair round `number`, mix in older groups by `online.mix`, and commit the artifact `pair`.
 
     Args:
-        earlier: the pairs of the rounds before.
-        mismatched_tokens: give each group a completion of another prompt, up to so many tokens in all; None: do not.
+        earlier: the artifacts `pair` of the earlier rounds.
+        mismatched_tokens: add to each group a completion of another prompt, with up to this many tokens including the
+            group's own prompt; None: add none.
 
     Raises:
-        DataError: fewer pairs than `online.pairing.min_pairs`, with the reasons.
+        DataError: there are fewer pairs than `online.pairing.min_pairs`, with the reasons.
     """
     groups, dropped, pairs = [], Counter[str](), 0
     for prompt in read_samples(sampled):
@@ -65,7 +66,7 @@ def run(
         pairs += len(paired.pairs) or 1
     _check_enough(number, pairs, dropped, config)
     own = pa.Table.from_pylist(groups, schema=TOKENS)
-    if mismatched_tokens is not None:  # groups of the data and of earlier rounds have theirs
+    if mismatched_tokens is not None:  # groups of the data and of earlier rounds have theirs already
         own = with_mismatched(own, mismatched_tokens)
     tables, mixed = [own], {"own": len(own)}
     for name, share, parts in (
@@ -112,7 +113,7 @@ def _paired(prompt: SampledPrompt, verdict: Verdict, config: OnlineConfig, seed:
 def _group(
     prompt: SampledPrompt, verdict: Verdict, paired: Paired, config: RoundPairingConfig, source: str
 ) -> dict[str, Any]:
-    """Make the row of schema TOKENS: the completions that stand in a pair or in the list, best first, with what ranked them."""
+    """Build the row of schema TOKENS: the completions in a pair or in the list, best first, with the ranking scores."""
     adjusted = adjusted_scores(verdict.scores, [len(ids) for ids in prompt.completion_ids], config)
     scores = {i: score for i, score in enumerate(adjusted) if score is not None}
     used = list(paired.listed) or sorted({i for pair in paired.pairs for i in pair}, key=lambda i: (-scores[i], i))
@@ -133,7 +134,7 @@ def _group(
 
 
 def _label(scores: Mapping[int, float], paired: Paired, config: RoundPairingConfig) -> float:
-    """Give the probability that the better completion of the one pair is preferred (Bradley and Terry, 1952)."""
+    """Return the probability that the better completion of the only pair is preferred (Bradley and Terry, 1952)."""
     if config.labels == "hard":
         return 1.0
     ((better, worse),) = paired.pairs
@@ -166,7 +167,7 @@ def _chosen(parts: Sequence[tuple[Artifact, str]], count: int, purpose: str, who
     """Choose groups by a keyed hash of their ids, so that the choice depends neither on files nor on their order.
 
     Args:
-        whole: all groups are there to choose from; else those that a round made itself, of other rounds than `not_of`.
+        whole: choose from all groups; otherwise only from those that a round built itself, except the round `not_of`.
     """
     if not count:
         return TOKENS.empty_table()
@@ -190,12 +191,12 @@ def _chosen(parts: Sequence[tuple[Artifact, str]], count: int, purpose: str, who
 
 
 def _firsts(ids: Sequence[bytes]) -> list[int]:
-    """Number the rows whose id is not one of an earlier row."""
+    """List the indices of the rows whose id does not occur in an earlier row."""
     return sorted({key: i for i, key in reversed([*enumerate(ids)])}.values())
 
 
 def _heldout(prepared: Artifact, staging: Staging) -> Iterator[FileEntry]:
-    """Copy the held-out groups, on which every round's policy is evaluated."""
+    """Copy the held-out groups, on which every round's policy is evaluated; yield the entries of their files."""
     for split in splits(prepared):
         for name in prepared.names(f"{split}/") if split != "train" else ():
             yield staging.write(name, prepared.read_bytes(name), rows=prepared.entry(name).rows)

@@ -1,4 +1,4 @@
-"""Whether a round's policy becomes the policy, and whether its round is the last one."""
+"""The decisions after a round: whether its policy is promoted, and whether the round is the last one."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 
 from dpo_ray.config.online import PromotionConfig, StopConfig
 
-EVEN = 0.5  # the win rate of two policies that are as good
+EVEN = 0.5  # the win rate of two equally good policies
 
 
 @dataclass(frozen=True)
 class RoundFigures:
-    """What was measured of a round's policy; None: it was not."""
+    """The figures that were measured of a round's policy; None: not measured."""
 
     win_rate_against_previous: float | None = None
     win_rate_against_initial: float | None = None
     true_reward: float | None = None
     true_reward_gain: float | None = None  # over the previous policy
-    kl: float | None = None  # nats a completion, to the initial policy
+    kl: float | None = None  # to the initial policy, in nats per completion
     heldout_accuracy: float | None = None
-    mean_tokens: float | None = None  # of a completion
-    initial_mean_tokens: float | None = None  # of the initial policy's
+    mean_tokens: float | None = None  # per completion
+    initial_mean_tokens: float | None = None  # per completion of the initial policy
     distinct_2: float | None = None
     entropy: float | None = None  # nats, of the completions' tokens
 
     @property
     def length_growth(self) -> float | None:
-        """How many times as long as the initial policy's completions are."""
+        """Return the mean length of the completions divided by that of the initial policy's."""
         if self.mean_tokens is None or not self.initial_mean_tokens:
             return None
         return self.mean_tokens / self.initial_mean_tokens
@@ -35,24 +35,24 @@ class RoundFigures:
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of a round's policy."""
+    """The decision on a round's policy."""
 
     promoted: bool
-    reasons: tuple[str, ...]  # a sentence for each rule that is set, those that it breaks first
+    reasons: tuple[str, ...]  # a sentence for each rule that is set; broken rules come first
 
 
 @dataclass(frozen=True)
 class DecidedRound:
-    """A round that is over."""
+    """A round whose policy was promoted or rejected."""
 
     figures: RoundFigures
     promoted: bool
 
 
 def decide(figures: RoundFigures, rules: PromotionConfig) -> Decision:
-    """Hold a round's figures against the rules of `online.promote_if`: all that are set must hold.
+    """Check a round's figures against the rules of `online.promote_if`: all rules that are set must hold.
 
-    A figure that a rule needs and that was not measured breaks the rule.
+    A rule is broken if the figure that it needs was not measured.
     """
     f = figures
     least = {
@@ -81,7 +81,7 @@ def decide(figures: RoundFigures, rules: PromotionConfig) -> Decision:
 
 
 def stop_reason(history: Sequence[DecidedRound], rules: StopConfig) -> str | None:
-    """Say why no further round is run, by `online.stop_if`; None: none of its rules stops them.
+    """Return why no further round is run, according to `online.stop_if`; None: none of its rules stops the rounds.
 
     A figure that was not measured reaches no budget and no target, and shows no gain.
 

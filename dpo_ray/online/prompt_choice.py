@@ -1,4 +1,4 @@
-"""Which prompts a round samples completions for."""
+"""The choice of the prompts that a round samples completions for."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dpo_ray.schedule.order import epoch_order
 
 
 def prompts_of_round(ids: Sequence[bytes], excluded: Container[bytes], seed: int, number: int, count: int) -> list[int]:
-    """Choose the prompts of a round: all are seen once before any comes again, each pass in an order of its own.
+    """Choose the prompts of a round: every prompt is used once before any is used again, in a new order in each pass.
 
-    A function of the set of ids, the seed, `count` and the round's number alone. Where a pass ends within a round, the round
-    goes on with those of the next pass that it does not have yet.
+    The result depends only on the set of ids, the seed, `count` and the round's number. If a pass ends within a round,
+    the round continues with prompts of the next pass that it does not have yet.
 
     Args:
         ids: content hashes of the prompts; of equal ones the first counts.
         excluded: ids of prompts that evaluation uses.
         number: of the round; the first is 1.
-        count: prompts a round, in every round; where there are fewer, a round has them all.
+        count: prompts per round, in every round; if there are fewer, a round has them all.
 
     Returns:
         Indices into `ids`.
@@ -31,7 +31,7 @@ def prompts_of_round(ids: Sequence[bytes], excluded: Container[bytes], seed: int
         raise DataError(
             f"none of {len(ids):,} prompts is left to sample: evaluation uses them, or there are none",
             where="online.prompts",
-            fix="give more prompts, or fewer in data.eval",
+            fix="provide more prompts, or use fewer in data.eval",
         )
     pool, count, passes = list(index), min(count, len(index)), 0
     rest: list[bytes] = []

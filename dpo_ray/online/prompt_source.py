@@ -1,4 +1,4 @@
-"""The stage `prompts`: rows of a source of prompts, rendered and tokenized as those of the preference data are."""
+"""The stage `prompts`: rows of a source of prompts, rendered and tokenized like those of the preference data."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ from dpo_ray.errors import DataError
 from .prompts import Prompt
 
 ANSWERS = ("answer", "reference_answer", "ground_truth", "solution")
-"""Columns that hold a prompt's reference answer; the first that is there counts."""
+"""Columns that may hold a prompt's reference answer; the first that is present counts."""
 
 SOURCE = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("answer", pa.string())])
 FILE = "prompts.parquet"
-STAND_IN = "."  # in the place of a completion, which rendering wants
+STAND_IN = "."  # placeholder for the completion, which rendering requires
 
 
 def run(shards: Sequence[Shard], task: PrepareTask, staging: Staging, provenance: Provenance) -> Artifact:
     """Read all shards in Ray tasks, and commit the artifact `prompts`: each prompt once, with its answer.
 
     Raises:
-        DataError: more rows than data.max_quarantined_fraction are unsound, with the reasons; or there are none.
+        DataError: more rows than data.max_quarantined_fraction are not valid, with the reasons; or there are no rows.
     """
     read: Any = ray.remote(_read).options(label_selector=cpu_labels())
-    found: dict[tuple[int, ...], str | None] = {}
+    prompts: dict[tuple[int, ...], str | None] = {}
     reasons: Counter[str] = Counter()
     rows = 0
     for table, rejected, count in ray.get([read.remote(shard, task) for shard in shards]):
         reasons.update(rejected)
         rows += count
         for ids, answer in zip(table["prompt_ids"].to_pylist(), table["answer"].to_pylist(), strict=True):
-            found.setdefault(tuple(ids), answer)
+            prompts.setdefault(tuple(ids), answer)
     unsound = sum(reasons.values())
-    if not found or unsound > task.config.max_quarantined_fraction * rows:
+    if not prompts or unsound > task.config.max_quarantined_fraction * rows:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
         raise DataError(
-            f"{unsound:,} of {rows:,} rows are no sound prompts: {listed or 'there are no rows'}",
+            f"{unsound:,} of {rows:,} rows are not valid prompts: {listed or 'there are no rows'}",
             where="online.prompts",
-            fix="mend the rows or name the column (columns.prompt); or raise data.max_quarantined_fraction",
+            fix="fix the rows or name the column (columns.prompt); or raise data.max_quarantined_fraction",
         )
-    columns = {"prompt_ids": [list(ids) for ids in found], "answer": list(found.values())}
-    entry = staging.write(FILE, parquet_bytes(pa.table(columns, schema=SOURCE)), rows=len(found))
-    counts = {"rows_in": rows, "prompts": len(found), "quarantined": unsound}
-    counts["duplicates"] = rows - unsound - len(found)
+    columns = {"prompt_ids": [list(ids) for ids in prompts], "answer": list(prompts.values())}
+    entry = staging.write(FILE, parquet_bytes(pa.table(columns, schema=SOURCE)), rows=len(prompts))
+    counts = {"rows_in": rows, "prompts": len(prompts), "quarantined": unsound}
+    counts["duplicates"] = rows - unsound - len(prompts)
     return provenance.commit(staging, [entry], rows=counts, figures={"reasons": dict(sorted(reasons.items()))})
 
 
@@ -73,7 +73,7 @@ def read_prompts(artifact: Artifact) -> list[Prompt]:
 
 
 def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]:
-    """Read one shard: its prompts, why other rows have none, and how many rows it has."""
+    """Read one shard; return its prompts and answers, the reasons why other rows have none, and the number of rows."""
     tokenizer = load_tokenizer(task.tokenizer_dir)
     template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
     reasons: Counter[str] = Counter()
@@ -99,7 +99,7 @@ def _batches(shard: Shard, task: PrepareTask) -> Iterator[list[Any]]:
 
 
 def _text(row: Any, shard: Shard) -> TextGroup | Rejected:
-    """Take a row's prompt: from a column of its own, else from the completions of preference data, which may hold it."""
+    """Return a row's prompt: from its own column, else from the completions of preference data, which may hold it."""
     if isinstance(row, Rejected):
         return row
     if not isinstance(row, dict):

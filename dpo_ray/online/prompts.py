@@ -1,4 +1,4 @@
-"""The prompts that rounds sample for, and those that they are measured on, as token ids."""
+"""The prompts of online rounds as token ids: those to sample for, and those to measure by."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from dpo_ray.reference.sampling import prompt_key
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the answer that its row gives to it, where it gives one."""
+    """A prompt, and its reference answer if its row has one."""
 
     ids: tuple[int, ...]
     answer: str | None = None
 
     @property
     def key(self) -> bytes:
-        """Name it by its content, 16 bytes."""
+        """Return the hash of the prompt's content, 16 bytes."""
         return prompt_key(self.ids)
 
 
 def training_prompts(tokens: Artifact) -> list[Prompt]:
-    """List the different prompts of a tokens artifact's training groups, in their order."""
-    found: dict[tuple[int, ...], None] = {}
+    """List the distinct prompts of a tokens artifact's training groups, in order."""
+    prompts: dict[tuple[int, ...], None] = {}
     for name in tokens.names("train/"):
-        found |= dict.fromkeys(map(tuple, read_table(tokens, name, ["prompt_ids"])["prompt_ids"].to_pylist()))
-    return [Prompt(ids) for ids in found]
+        prompts |= dict.fromkeys(map(tuple, read_table(tokens, name, ["prompt_ids"])["prompt_ids"].to_pylist()))
+    return [Prompt(ids) for ids in prompts]
 
 
 def heldout_keys(tokens: Artifact) -> set[bytes]:
-    """Name all prompts of held-out groups: no round samples for them."""
+    """Return the keys of all prompts of held-out groups: no round samples for them."""
     names = [name for split in eval_splits(tokens) for name in tokens.names(f"{split}/")]
     return {prompt_key(ids) for n in names for ids in read_table(tokens, n, ["prompt_ids"])["prompt_ids"].to_pylist()}

@@ -1,4 +1,4 @@
-"""What the rounds of a recipe are: of each the policies, and the keys of its artifacts. Starts nothing, reads no data."""
+"""The plan of a recipe's rounds: the policies of each, and the keys of its artifacts. Starts nothing, reads no data."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .round_state import Action, Committed, Done, Stage, next_action, stages_of_
 
 VERSIONS = {"prompts": 1, "sample": 1, "judge": 1, "pair": 1, "evaluate": 1, "promote": 1, "ema": 1}
 ARTIFACT_STAGE: dict[Stage, str] = {"evaluate": "measure"}
-"""Names of artifacts where they are not the stage's: a round's evaluation is not the one of an offline run."""
+"""Artifact names that differ from the stage's name: a round's evaluation is not that of an offline run."""
 
 
 @dataclass(frozen=True)
 class PromptsPlan:
-    """A source of prompts of its own: its shards, and the key of the artifact that they become."""
+    """A separate source of prompts: its shards, and the key of the artifact that is built from them."""
 
     shards: tuple[Shard, ...]
     config: dict[str, Any]
@@ -41,7 +41,7 @@ class PromptsPlan:
 
 @dataclass(frozen=True)
 class Looked:
-    """What rounds depend on outside of the recipe, looked at once: a file that changes while they run changes no key."""
+    """What rounds depend on outside the recipe, read once: a file that changes while they run changes no key."""
 
     prompts: PromptsPlan | None  # None: the prompts of the training data
     judge: str  # digest
@@ -50,20 +50,20 @@ class Looked:
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that rounds start from, end with, or are held against."""
+    """A model that rounds start from, end with, or are compared with."""
 
-    key: str  # of the artifact that holds it; of the recipe's own model its digest
-    artifact: Artifact | None  # None: the recipe's own model, or one that is not made yet
-    mean_of: tuple[Policy, Policy] | None = None  # of a running mean: the mean before, and the policy that came to it
+    key: str  # of the artifact that holds it; for the recipe's own model, its digest
+    artifact: Artifact | None  # None: the recipe's own model, or one that does not exist yet
+    mean_of: tuple[Policy, Policy] | None = None  # for a running mean: the previous mean, and the policy added to it
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round: what it starts from, and its stages with the artifacts that are there."""
+    """One round: what it starts from, and its stages with the artifacts that exist."""
 
     number: int
     start: Policy
-    reference: Policy | None  # None: of an objective without one
+    reference: Policy | None  # None: the objective uses no reference
     stages: dict[Stage, StagePlan]
     artifacts: dict[Stage, Artifact]
 
@@ -74,39 +74,39 @@ class Round:
 
     @property
     def trained(self) -> Policy:
-        """The policy that the round made, or will make."""
+        """Return the policy that the round has trained, or will train."""
         return Policy(self.stages["train"].key, self.artifacts.get("train"))
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """All rounds that have begun, the next one where there is one, and what comes next."""
+    """All rounds that have begun, the next one if there is one, and the next action."""
 
     plan: Plan  # of the recipe: its data, its hardware
     looked: Looked
     initial: Policy
     rounds: tuple[Round, ...]
     action: Action
-    stopped: str | None  # the stop rule that ends the rounds
+    stopped: str | None  # the stop rule that ends the rounds; None: none does
 
     @property
     def promoted(self) -> Policy:
-        """The policy of the last promoted round; without one, the recipe's own model."""
+        """Return the policy of the last promoted round; without one, the recipe's own model."""
         last = starting_policy([r.committed for r in self.rounds], len(self.rounds) + 1)
         return self.initial if last is None else self.rounds[last - 1].trained
 
 
 def online_of(recipe: Recipe) -> OnlineConfig:
-    """Give the section of a recipe that is known to have it."""
+    """Return the section `online` of a recipe that is known to have it."""
     assert recipe.online is not None  # noqa: S101
     return recipe.online
 
 
 def derive(plan: Plan) -> Rounds:
-    """Derive where the rounds of a recipe stand.
+    """Derive the state of a recipe's rounds.
 
     Raises:
-        ConfigError: a path of online.prompts matches nothing, or a judge's function or model is not there.
+        ConfigError: a path of online.prompts matches nothing, or a judge's function or model is missing.
         ArtifactError: what is committed contradicts the order of a round's stages.
     """
     online = online_of(plan.recipe)
@@ -115,7 +115,7 @@ def derive(plan: Plan) -> Rounds:
 
 
 def derive_from(plan: Plan, looked: Looked) -> Rounds:
-    """Derive where the rounds stand from what is committed, and from what was looked at before.
+    """Derive the state of the rounds from what is committed, and from outside inputs that were read before.
 
     Raises:
         ArtifactError: what is committed contradicts the order of a round's stages.
@@ -141,10 +141,10 @@ def derive_from(plan: Plan, looked: Looked) -> Rounds:
 
 
 def prompts_plan(plan: Plan) -> PromptsPlan | None:
-    """Name the prompts that rounds sample for, where the recipe gives them a source of their own.
+    """Return the plan of the prompts that rounds sample for, if the recipe names a separate source; otherwise None.
 
     Raises:
-        ConfigError: a path that matches nothing.
+        ConfigError: a path matches nothing.
     """
     recipe, sources = plan.recipe, online_of(plan.recipe).prompts
     if sources is None:
@@ -156,7 +156,7 @@ def prompts_plan(plan: Plan) -> PromptsPlan | None:
 
 
 def next_mean(store: ArtifactStore, mean: Policy, promoted: Policy, decay: float) -> Policy:
-    """Name the running mean after a promotion."""
+    """Return the running mean after a promotion."""
     key = artifact_key("ema", VERSIONS["ema"], {"decay": decay}, {"mean": mean.key, "policy": promoted.key})
     return Policy(key, store.find("ema", key), (mean, promoted))
 
@@ -179,7 +179,7 @@ def _planned(
     reference: Policy | None,
     earlier: Sequence[Round],
 ) -> Round:
-    """Name the artifacts of the next round, and look up those that are there."""
+    """Plan the next round: compute the keys of its artifacts, and look up those that exist."""
     number = len(earlier) + 1
     configs = _configs(plan, looked, number, start, reference, earlier)
     keys = {"prepare": plan.stages["prepare"].key, "policy": start.key, "initial": initial.key}
@@ -211,14 +211,14 @@ def _planned(
 
 
 def version(stage: Stage) -> int:
-    """Give the version of a stage's code."""
+    """Return the version of a stage's code."""
     return VERSIONS[stage] if stage in VERSIONS else planning.VERSIONS[stage]
 
 
 def _configs(
     plan: Plan, looked: Looked, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
 ) -> dict[Stage, dict[str, Any]]:
-    """Say for each stage of a round what of the recipe its result depends on."""
+    """Return, for each stage of a round, what its result depends on in the recipe."""
     recipe, online = plan.recipe, online_of(plan.recipe)
     own = {"seed": recipe.seed, "round": number}
     scored = planning.stage_configs(recipe, {}, reference.key if reference else "", plan.numerics, plan.hardware)
@@ -253,29 +253,29 @@ def _configs(
 
 
 def carries(online: OnlineConfig, earlier: Sequence[Round]) -> Round | None:
-    """Name the round whose optimizer the next one goes on with: the last promoted one, where the recipe says so."""
+    """Return the round whose optimizer state the next one continues: the last promoted one, if the recipe says so."""
     last = starting_policy([r.committed for r in earlier], len(earlier) + 1)
     return earlier[last - 1] if online.optimizer == "carry" and last is not None else None
 
 
 def sampler_config(plan: Plan) -> dict[str, Any]:
-    """Say what of the engines samples depend on."""
+    """Return what samples depend on in the engines."""
     return {"engine": planning.engine_version("vllm"), "device": plan.hardware.device, "dtype": plan.hardware.dtype}
 
 
 def heldout_sampling_config(plan: Plan) -> dict[str, Any]:
-    """Say what a policy's samples of the held-out prompts depend on, besides the policy and the data."""
+    """Return what a policy's samples of the held-out prompts depend on, besides the policy and the data."""
     online = online_of(plan.recipe)
     sampling = online.sampling.model_dump(mode="json", exclude={"samples_per_prompt", "pair_truncated"})
     return {"seed": plan.recipe.seed, "heldout_prompts": online.evaluate.prompts, **sampling, **sampler_config(plan)}
 
 
 def training_plan(rounds: Rounds, one: Round, start: ModelConfig, *, audited: bool) -> Plan:
-    """Return the plan by which a round is scheduled and trained: an offline run from the policy that the round starts with.
+    """Return the plan to schedule and train a round: an offline run from the policy that the round starts with.
 
     Args:
-        start: where that policy is.
-        audited: whether training begins as the reference, so that the reference can be audited by it.
+        start: the location of that policy.
+        audited: whether training starts from the reference model, so that the reference can be audited by it.
     """
     recipe = rounds.plan.recipe
     audit = recipe.reference.audit if audited else recipe.reference.audit.model_copy(update={"groups": 0})

@@ -1,4 +1,4 @@
-"""The prompts of a run's rounds: those to sample for, those to measure by, and what they and their completions say as text."""
+"""The prompts of a run's rounds: those to sample for, those to measure by, and the text of prompts and completions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ class RoundPrompts:
     """All prompts of a run, read once."""
 
     def __init__(self, plan: Plan, prepared: Artifact, source: Artifact | None, say: Callable[[str], None]) -> None:
-        """Take the preference data, and the artifact `prompts` where rounds have a source of their own."""
+        """Store the inputs.
+
+        Args:
+            prepared: the preference data.
+            source: the artifact `prompts`, if the rounds have a separate source of prompts.
+            say: reports prompts that are left out.
+        """
         self._plan, self._online, self._prepared, self._source = plan, online_of(plan.recipe), prepared, source
         self._say = say
         self._model_directory = model_directory(plan.recipe.model)
@@ -44,10 +50,10 @@ class RoundPrompts:
         return tuple(sorted({*end_tokens(self._prepared, self.tokenizer), *self._online.sampling.stop_token_ids}))
 
     def of_round(self, number: int) -> list[tuple[int, ...]]:
-        """Choose the prompts of a round; none that a held-out group has.
+        """Return the prompts of a round; prompts of held-out groups are excluded.
 
         Raises:
-            DataError: there are none.
+            DataError: no prompt is left.
         """
         seed, count = self._plan.recipe.seed, self._online.prompts_per_round
         chosen = prompts_of_round(self._keys, self._heldout_keys, seed, number, count)
@@ -63,7 +69,7 @@ class RoundPrompts:
 
     @cached_property
     def answers(self) -> dict[tuple[int, ...], str | None]:
-        """Give the reference answer of each prompt, where its row has one."""
+        """Return the reference answer of each prompt; None where its row has none."""
         return {p.ids: p.answer for p in self._fitting}
 
     @cached_property
@@ -73,7 +79,7 @@ class RoundPrompts:
         fitting = [p for p in every if self._longest is None or len(p.ids) <= self._longest]
         if len(fitting) < len(every):
             left = len(every) - len(fitting)
-            self._say(f"{left:,} of {len(every):,} prompts leave no room for online.sampling.max_new_tokens: left out")
+            self._say(f"{left:,} of {len(every):,} prompts are left out: no room for online.sampling.max_new_tokens")
         return fitting
 
     @cached_property
@@ -88,14 +94,14 @@ class RoundPrompts:
         Raises:
             ConfigError: none leaves room for a completion.
         """
-        found = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest)
-        if not found:
+        prompts = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest)
+        if not prompts:
             raise ConfigError(
                 "no held-out prompt leaves room for a completion",
                 where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
-                fix=f"lower it: with it, a prompt may have {self._longest} tokens",
+                fix=f"lower it: at this value, a prompt may have at most {self._longest} tokens",
             )
-        return found
+        return prompts
 
     @cached_property
     def heldout_texts(self) -> list[str]:
@@ -103,6 +109,6 @@ class RoundPrompts:
 
     @property
     def true_reward(self) -> TrueReward | None:
-        """Give the reward that made the data's labels, where the data is made by us."""
+        """Return the reward that the labels were made with, if all data is synthetic."""
         is_synthetic = all(shard.kind == "synthetic" for shard in self._plan.checked.shards)
         return synthetic.true_reward if is_synthetic else None

@@ -1,4 +1,4 @@
-"""Where the rounds stand and what comes next: derived from what is committed, and stored nowhere."""
+"""The state of the rounds and the next action: derived from what is committed, and stored nowhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpo_ray.errors import ArtifactError
 Stage = Literal["sample", "judge", "pair", "reference", "schedule", "train", "evaluate", "promote"]
 
 STAGES: tuple[Stage, ...] = ("sample", "judge", "pair", "reference", "schedule", "train", "evaluate", "promote")
-"""Of a round, in the order in which they are committed."""
+"""The stages of a round, in the order in which they are committed."""
 
 
 class State(StrEnum):
-    """How far a round has come."""
+    """The progress of a round: the last stage that it has reached, or its outcome."""
 
     PLANNED = "planned"
     SAMPLED = "sampled"
@@ -42,7 +42,7 @@ REACHED_BY: dict[Stage, State] = {
     "train": State.TRAINED,
     "evaluate": State.EVALUATED,
 }
-"""The state that a stage's artifact brings. A schedule brings none: it is remade from what it reads, at no cost."""
+"""The state that a stage's artifact leads to. A schedule leads to none: it is rebuilt from its inputs at no cost."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Committed:
 
     def __post_init__(self) -> None:
         if ("promote" in self.stages) != (self.promoted is not None):
-            raise ValueError("a decision comes with the artifact of `promote`, and that with a decision")
+            raise ValueError("a decision and the artifact of `promote` must come together")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Run this stage of this round."""
+    """The next action: to run this stage of this round."""
 
     number: int
     stage: Stage
@@ -68,7 +68,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Done:
-    """Nothing is left to run."""
+    """The next action when nothing is left to run."""
 
     decided_rounds: int
     reason: str
@@ -83,13 +83,13 @@ def stages_of_round(uses_reference: bool) -> tuple[Stage, ...]:
 
 
 def state_of(committed: Committed, uses_reference: bool = True) -> State:
-    """Say how far a round has come.
+    """Return how far a round has come.
 
     Args:
-        uses_reference: the objective compares with a reference; else the round has no stage `reference`.
+        uses_reference: whether the objective uses a reference; otherwise the round has no stage `reference`.
 
     Raises:
-        ArtifactError: a stage is committed and one before it is not, or one is that the objective does not have.
+        ArtifactError: a stage is committed although an earlier one is not, or although the objective does not have it.
     """
     order = stages_of_round(uses_reference)
     _check_order(committed, order)
@@ -102,14 +102,15 @@ def state_of(committed: Committed, uses_reference: bool = True) -> State:
 def next_action(
     rounds: Sequence[Committed], wanted_rounds: int, stop: str | None = None, uses_reference: bool = True
 ) -> Action:
-    """Say which stage to run next, or why none is.
+    """Return which stage to run next, or why none is left.
 
     Args:
-        rounds: from the first; those that have no artifact yet may be left out.
+        rounds: from the first; rounds without any artifact may be left out.
         stop: why the decided rounds are the last (`promotion.stop_reason`). A round that has begun stays as it is.
 
     Raises:
-        ArtifactError: what is committed contradicts the order of the stages, or a round began before the last was decided.
+        ArtifactError: what is committed contradicts the order of the stages, or a round began before the previous one
+            was decided.
     """
     states = [state_of(r, uses_reference) for r in rounds]
     for (earlier, before), (later, state) in pairwise(zip(rounds, states, strict=True)):
@@ -117,19 +118,19 @@ def next_action(
             raise ArtifactError(
                 f"a skipped state: it has artifacts, but round {earlier.number} is {before} and not decided",
                 where=f"round {later.number}",
-                fix=f"put the missing artifacts of round {earlier.number} back; or delete those of round {later.number}",
+                fix=f"restore the missing artifacts of round {earlier.number}; or delete those of round {later.number}",
             )
     decided = sum(s.decided for s in states)
     if stop is not None:
         return Done(decided, stop)
     if decided >= wanted_rounds:
-        return Done(decided, f"all of online.rounds={wanted_rounds} are run")
+        return Done(decided, f"all online.rounds={wanted_rounds} rounds have run")
     begun = rounds[decided].stages if decided < len(rounds) else frozenset()
     return Run(decided + 1, next(s for s in stages_of_round(uses_reference) if s not in begun))
 
 
 def starting_policy(rounds: Sequence[Committed], number: int) -> int | None:
-    """Say which round's policy the round `number` starts from: that of the last promoted one before it. None: the initial model."""
+    """Return the round whose policy round `number` starts from: the last promoted before. None: the initial model."""
     return max((r.number for r in rounds if r.number < number and r.promoted), default=None)
 
 
@@ -139,7 +140,7 @@ def _check_order(committed: Committed, order: Sequence[Stage]) -> None:
         raise ArtifactError(
             f"it has an artifact of `{min(strange)}`, a stage that its objective does not have",
             where=where,
-            fix="look the round's artifacts up by this recipe's own keys",
+            fix="look up the round's artifacts by this recipe's own keys",
         )
     missing = next((k for k, s in enumerate(order) if s not in committed.stages), len(order))
     if later := [s for s in order[missing:] if s in committed.stages]:
@@ -147,5 +148,5 @@ def _check_order(committed: Committed, order: Sequence[Stage]) -> None:
         raise ArtifactError(
             f"a skipped state: `{later[0]}` is committed, but `{order[missing]}` before it is not",
             where=where,
-            fix=f"put the artifact of `{order[missing]}` back; or delete that of {listed}, and run again: both are made anew",
+            fix=f"restore the artifact of `{order[missing]}`; or delete that of {listed} and run again: all are then rebuilt",
         )

@@ -59,14 +59,14 @@ from .round_prompts import RoundPrompts
 from .round_state import Done, Stage
 from .sample import read_samples, sample
 
-JUDGEMENTS = "judgements"  # below the output: runs share them
+JUDGEMENTS = "judgements"  # a directory in the output, which runs share
 
 
 def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Rounds, bool]:
-    """Run the rounds that are not done; returns where they stand then, and whether anything had to run.
+    """Run the rounds that are not done; return their state afterwards, and whether anything had to run.
 
     Raises:
-        DpoRayError: one of its kinds, each with what, where and what to do. What was committed stays.
+        DpoRayError: a subclass of it, with what is wrong, where, and what to do. What was committed stays.
     """
     recipe = placed(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
@@ -85,18 +85,18 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
 
 
 def check_judges(config: OnlineConfig) -> None:
-    """See, before anything is sampled, that the judges can be made: keys are in the environment, patterns are patterns.
+    """Check, before anything is sampled, that the judges can be constructed: keys are set, patterns are valid.
 
     Raises:
-        ConfigError: one cannot.
+        ConfigError: one of them cannot.
     """
     for judge in config.judges():
-        if not judge.loads_weights:  # which is large, and whose files the plan has looked at
+        if not judge.loads_weights:  # weights take long to load, and the plan has checked their files
             make_judge(judge, NoMemory()).close()
 
 
 class _Driver:
-    """The rounds of one run under its lease, with the engines and judges that live through them."""
+    """The driver of one run's rounds under its lease, with the engines and judges that live through all rounds."""
 
     def __init__(self, run: RunContext) -> None:
         self._run, self._plan, self._recipe, self._reporter = run, run.plan, run.recipe, run.reporter
@@ -107,7 +107,7 @@ class _Driver:
         self._rounds = derive(run.plan)
 
     def run(self) -> Rounds:
-        """Run stage after stage until there is none left; each looks at what is committed, and nothing else."""
+        """Run stage after stage until none is left; each depends only on what is committed."""
         self._prepared = stages.prepare(self._run)
         steps: dict[Stage, Callable[[Round], Artifact]] = {
             "sample": self._sample,
@@ -128,7 +128,7 @@ class _Driver:
         return self._rounds
 
     def close(self) -> None:
-        """Let engines and judges go."""
+        """Stop the engines and the judges."""
         if "_pool" in vars(self):
             self._pool.close()
         for judges in self._judges.values():
@@ -181,12 +181,12 @@ class _Driver:
 
     @property
     def _mismatched_tokens(self) -> int | None:
-        """Give the longest that a group's completion of another prompt may be, where the objective needs those."""
+        """Return the maximum length of a prompt with another prompt's completion; None if the objective needs none."""
         longest = self._recipe.data.max_length_tokens + self._online.sampling.max_new_tokens
         return longest if planning.needs_mismatched(self._recipe) else None
 
     def _reference(self, one: Round) -> Artifact:
-        assert one.reference is not None  # noqa: S101 - the stage is one of objectives with a reference
+        assert one.reference is not None  # noqa: S101 - only objectives with a reference have this stage
         recipe, tokens = self._recipe, one.artifacts["pair"]
         provenance = self._provenance(one, "reference")
         model = self._engine_model(self._made(one.reference))
@@ -226,25 +226,25 @@ class _Driver:
         config, seed, number = self._online.evaluate, self._recipe.seed, one.number
         provenance, trained = self._provenance(one, "evaluate"), one.artifacts["train"]
         policies = {"policy": one.trained, "previous": one.start, "initial": self._rounds.initial}
-        said = {name: self._policy_samples(name, policy) for name, policy in policies.items()}
-        ours = said["policy"]
+        samples = {name: self._policy_samples(name, policy) for name, policy in policies.items()}
+        ours = samples["policy"]
         logps = {name: self._logps(policies[name], ours) for name in ("policy", "initial")}
         judge = config.judge or self._online.judge
         against = {
             f"against_{name}": measure.compare(
                 self._prompts.heldout_texts,
                 ours,
-                said[name],
-                lambda asked, name=name: self._ask(judge, f"round {number}: judge against the {name} policy", asked),
+                samples[name],
+                lambda batch, name=name: self._ask(judge, f"round {number}: judge against the {name} policy", batch),
                 config,
                 seed,
             )
             for name in ("previous", "initial")
         }
         kl = logps["policy"] - logps["initial"]
-        figures = measure.figures_of(ours, said["initial"], said["previous"], kl, config, seed)
-        figures["initial"] = measure.sample_figures(said["initial"])
-        staging, initial = self._begin(one, "evaluate"), said["initial"]
+        figures = measure.figures_of(ours, samples["initial"], samples["previous"], kl, config, seed)
+        figures["initial"] = measure.sample_figures(samples["initial"])
+        staging, initial = self._begin(one, "evaluate"), samples["initial"]
         return measure.commit(
             trained, self._prompts.heldout_texts, ours, initial, against, figures, staging, provenance
         )
@@ -252,8 +252,8 @@ class _Driver:
     def _promote(self, one: Round) -> Artifact:
         figures = measure.round_figures(one.artifacts["evaluate"].manifest.figures)
         decision = decide(figures, self._online.promote_if)
-        word = "promoted" if decision.promoted else "rejected"
-        self._reporter.say(f"round {one.number}: {word} ({'; '.join(decision.reasons)})")
+        outcome = "promoted" if decision.promoted else "rejected"
+        self._reporter.say(f"round {one.number}: {outcome} ({'; '.join(decision.reasons)})")
         return self._provenance(one, "promote").commit(
             self._begin(one, "promote"),
             [],
@@ -277,7 +277,7 @@ class _Driver:
         return self._run.policy_model(policy.artifact, extra_tokens)
 
     def _make_room(self) -> None:
-        """Stop engines and judges that hold GPUs where the cluster has not room for training beside them."""
+        """Stop engines and judges that hold GPUs if the cluster has no room for training besides them."""
         gpus, train = self._plan.hardware.train_gpus, self._recipe.train
         if gpus and not has_room(worker_ask(train, gpus), train.workers):
             self._pool.close()
@@ -297,7 +297,7 @@ class _Driver:
             return sample(self._pool, table, sampling, config.prompts_per_granule, kept, staging, provenance, bar)
 
     def _policy_samples(self, name: str, policy: Policy) -> PolicySamples:
-        """Have a policy complete every held-out prompt, with seeds that are the same for all policies."""
+        """Return a policy's completions of all held-out prompts, sampled with the same seeds for all policies."""
         if policy.key not in self._heldout_samples:
             config = heldout_sampling_config(self._plan)
             inputs = {"policy": policy.key, "prepare": self._plan.stages["prepare"].key}
@@ -326,7 +326,7 @@ class _Driver:
         return RoundPrompts(self._plan, self._prepared, self._prompts_artifact(), self._reporter.say)
 
     def _prompts_artifact(self) -> Artifact | None:
-        """Read the prompts' own source, where the recipe names one and that is not done."""
+        """Return the prompts of the recipe's separate source, read now if that is not done; None if it names none."""
         planned = self._rounds.looked.prompts
         if planned is None:
             return None
@@ -360,7 +360,7 @@ class _Driver:
     # ---- artifacts
 
     def _made(self, policy: Policy) -> Policy:
-        """Make the running mean that a round's reference is, where it is not there yet."""
+        """Build the running mean that a round uses as reference, if it does not exist yet; return its policy."""
         if policy.artifact is not None or policy.mean_of is None:
             return policy
         mean, promoted = self._made(policy.mean_of[0]), policy.mean_of[1]
@@ -373,7 +373,7 @@ class _Driver:
         return self._run.model_directory if policy.artifact is None else policy_directory(policy.artifact)
 
     def _context(self, one: Round) -> RunContext:
-        """Return the context of a round's stages `schedule` and `train`, which begin with the round's policy."""
+        """Return the context of a round's stages `schedule` and `train`, which start from the round's first policy."""
         start = self._recipe.model
         if one.start.artifact is not None and not is_adapter(one.start.artifact):
             start = ModelConfig(path=str(self._directory(one.start)), dtype=self._recipe.model.dtype)

@@ -1,4 +1,4 @@
-"""The stage `sample`: granules of prompts go to the living engines; each is kept as it comes, so a restart asks for the rest alone."""
+"""The stage `sample`: granules of prompts go to the live engines; each result is kept, so a restart resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpo_ray.observe.progress import Bar
 from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.sampling import SAMPLES, Sampled, Sampling
 
-PROMPTS_WITHOUT = "without"  # in the manifest's rows: prompts that have no samples, as engines died with them
+PROMPTS_WITHOUT = "without"  # in the manifest's rows: prompts without samples: every engine that tried them died
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SampledPrompt:
     key: bytes
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[tuple[int, ...], ...]
-    ended: tuple[bool, ...]  # with an end-of-turn token, rather than by the limit
+    ended: tuple[bool, ...]  # True: with an end-of-turn token; False: by the token limit
 
 
 def sample(
@@ -46,11 +46,11 @@ def sample(
 
     Args:
         prompts: of schema PROMPTS.
-        kept: where each granule is put when it is sampled; deleted once all are committed.
+        kept: where each granule is stored once it is sampled; deleted after all are committed.
     """
     granules = [prompts.slice(i, prompts_per_granule) for i in range(0, len(prompts), prompts_per_granule)]
-    have = set(kept.list_files())
-    todo = [i for i in range(len(granules)) if _name(i) not in have]
+    existing = set(kept.list_files())
+    todo = [i for i in range(len(granules)) if _name(i) not in existing]
     bar.begin_at(sum(len(g) for i, g in enumerate(granules) if i not in set(todo)))
     tokens, seconds, without = 0, 0.0, 0
     pieces: dict[int, list[Sampled]] = {}
@@ -65,7 +65,7 @@ def sample(
         left[number] -= rows
         if not left[number]:
             kept.write(_name(number), parquet_bytes(_whole(granules[number], pieces.pop(number, []))))
-        speed = f"{tokens / seconds:,.0f} tokens/s an engine" if seconds else ""
+        speed = f"{tokens / seconds:,.0f} tokens/s per engine" if seconds else ""
         bar.advance(rows, f"{speed}, engines {pool.ready}/{pool.size}")
     tables = [pq.read_table(io.BytesIO(kept.read_bytes(_name(i)))) for i in range(len(granules))]
     entries = [staging.write(f"samples/{_name(i)}", parquet_bytes(t), rows=len(t)) for i, t in enumerate(tables)]
@@ -80,7 +80,7 @@ def _name(granule: int) -> str:
 
 
 def _whole(granule: pa.Table, pieces: Sequence[Sampled]) -> pa.Table:
-    """Put the pieces of a granule together in its order; prompts that no engine survived are missing."""
+    """Join the pieces of a granule in its order; prompts that no engine survived are missing."""
     table = pa.concat_tables([SAMPLES.empty_table(), *(piece.table for piece in pieces)])
     row = {key: i for i, key in enumerate(table["group_id"].to_pylist())}
     return table.take([row[key] for key in granule["group_id"].to_pylist() if key in row])

@@ -1,1 +1,1 @@
-"""The pages of a run, its data and its rounds: what gathers their figures, and what draws them."""
+"""The HTML pages of a run, its data and its rounds: gathering of their figures, and rendering."""

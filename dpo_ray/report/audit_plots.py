@@ -1,4 +1,4 @@
-"""What the audit of the reference saw, drawn: how far single tokens drift, and whether a pair's error goes with its length."""
+"""Plots of the reference audit: the drift of single tokens, and the error of pairs over their difference in length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_DIFFERENCE = "No difference at all"
 
 
 def drift_plot(histogram: Mapping[str, Any]) -> Plot:
-    """Draw token drift counted in bins of equal width over -range_nats to range_nats; `beyond` are further off."""
+    """Draw the histogram of token drift from -range_nats to range_nats; `beyond` counts the tokens outside."""
     key, title = "token-drift", "Token drift"
     caption = "Stored minus trainer's log-prob of each completion token in the sample."
     if not histogram:
@@ -43,7 +43,7 @@ def drift_plot(histogram: Mapping[str, Any]) -> Plot:
 
 
 def pair_error_plot(errors: Mapping[str, Sequence[float]], pairs: int) -> Plot:
-    """Draw the error of each pair's reference margin over its difference in length; `pairs` were measured."""
+    """Draw the error of each pair's reference margin over its difference in length; `pairs` is the number measured."""
     key, title = "pair-error", "Pair error and length"
     caption = "Error of a pair's reference margin over the chosen completion's length minus the rejected one's. "
     caption += "A slope is a length reward."

@@ -1,4 +1,4 @@
-"""Which curves a report draws: of which metrics, in which panel, under which words."""
+"""Definitions of the report's curves: their metrics, panels and texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from dpo_ray.config.data import EVAL
 
 Colour = Literal["train", "eval", "chosen", "rejected", "prompt"]
-COLOURS: tuple[Colour, ...] = ("train", "eval", "chosen", "rejected", "prompt")  # of lines that only have names
+COLOURS: tuple[Colour, ...] = ("train", "eval", "chosen", "rejected", "prompt")  # for `_named` curves
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure: its panels stand above each other."""
+    """One figure, whose panels are stacked vertically."""
 
     key: str
     title: str
@@ -47,7 +47,7 @@ class Curve:
 
 
 def _both(label: str, metric: str, bounds: tuple[float | None, float | None] = (None, None)) -> Panel:
-    """Draw a metric of training, and the same one of held-out data."""
+    """Return a panel with a metric of training and the same metric of held-out data."""
     return Panel(label, (Line("training", metric, "train"), Line("held out", f"{EVAL}_{metric}", "eval")), bounds)
 
 
@@ -121,7 +121,7 @@ _WHERE_MEASURED = (
     Curve(
         "divergence",
         "Distance from the reference",
-        "Log-ratio of policy and reference on the data's completions, in nats a completion; and its size, in nats a token.",
+        "Log-ratio of policy and reference on the data's completions (nats per completion); its size (nats per token).",
         (
             _both("log-ratio", "logratio"),
             Panel("per token", (Line("size per token", "reference_drift", "prompt"),), (0.0, None)),
@@ -170,7 +170,7 @@ _WHERE_MEASURED = (
     Curve(
         "waiting",
         "Waiting for data, and memory",
-        "Seconds of a step that the trainer waits for its data; most memory that a worker held.",
+        "Seconds of a step that the trainer waits for its data; peak memory of a worker.",
         (
             Panel("wait (s)", (Line("waiting for data", "data_wait_seconds", "rejected"),), (0.0, None)),
             Panel("GiB", (Line("memory", "memory_gib", "train"),), (0.0, None)),
@@ -180,7 +180,7 @@ _WHERE_MEASURED = (
 
 
 def curves(train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]]) -> list[Curve]:
-    """List the curves of a run: those that every run has, then those for which there is any measurement."""
+    """List the curves of a run: those of every run, then those for which there are measurements."""
     names = {name for row in (*train, *held_out) for name, value in row.items() if value is not None}
     trained = bool(names & {"loss"})
     always = [
@@ -197,7 +197,7 @@ def _metrics(curve: Curve) -> set[str]:
 
 
 def _named(names: Iterable[str]) -> list[Curve]:
-    """Make the curves of which only the data or the model know the names: sources, sets, parts of the model."""
+    """Build the curves whose names depend on the data or the model: sources, held-out sets, parts of the model."""
     after = {
         p: sorted(n.removeprefix(p) for n in names if n.startswith(p)) for p in ("rewards/accuracies/", "grad_norm/")
     }
@@ -227,7 +227,7 @@ def _curve(
     metric: str,
     bounds: tuple[float | None, float | None] = (None, None),
 ) -> Curve:
-    """Draw a line for each label, as many as there are colours to tell them apart; `metric` has its place."""
+    """Return a curve with a line per label, as far as colours suffice; `metric` has a placeholder for the label."""
     lines = tuple(Line(n, metric.format(n), colour) for n, colour in zip(labels, COLOURS, strict=False))
     left = labels[len(lines) :]
     more = f" Not drawn: {', '.join(left[:10])}{' …' if len(left) > 10 else ''}." if left else ""

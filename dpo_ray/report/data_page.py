@@ -1,4 +1,4 @@
-"""The account of the data for a reader: what went in, what was left out and why, how long it is, what the model sees."""
+"""The data page: which rows were read, which were left out and why, their lengths, and what the model sees."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LENGTHS_CAPTION = "Tokens after the chat template; a completion counts its end-
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Count what became of a source's rows, or of all of a split's; `source` is empty for these."""
+    """Counts of what happened to the rows of a source, or of a whole split (then `source` is empty)."""
 
     split: str
     source: str
@@ -37,17 +37,17 @@ class RowCounts:
     faults: int
     rules: int
     duplicates: int
-    near_duplicates: int = 0  # of the duplicates
+    near_duplicates: int = 0  # included in duplicates
 
     @property
     def unaccounted(self) -> int:
-        """Return rows in - (admitted + unsound + left out + duplicates): 0 where every row is accounted for."""
+        """Return rows_in - (admitted + faults + rules + duplicates): 0 if every row is accounted for."""
         return self.rows_in - self.admitted - self.faults - self.rules - self.duplicates
 
 
 @dataclass(frozen=True)
 class Example:
-    """Hold one row that was left out: where it stood, what is wrong with it in particular, and how it begins."""
+    """One row that was left out: its position, the detail of what is wrong, and the beginning of its text."""
 
     where: str
     detail: str
@@ -56,7 +56,7 @@ class Example:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Hold one reason for leaving rows out; `sources` counts them by where they came from."""
+    """One reason for leaving rows out; `sources` counts these rows by source."""
 
     reason: str
     kind: Literal["fault", "rule"]
@@ -68,7 +68,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold the statistics of a source, or of all of a split; `counted` has those that are drawn."""
+    """The statistics of a source, or of a whole split; `counted` holds the histograms that are drawn."""
 
     split: str
     source: str
@@ -77,8 +77,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Hold the text of one token, or of the few tokens that make up one character."""
+class TextPiece:
+    """The text of one token, or of the few tokens that make up one character."""
 
     text: str
     tokens: int = 1
@@ -87,36 +87,36 @@ class Piece:
 
 @dataclass(frozen=True)
 class RenderedCompletion:
-    """Hold one completion as the model sees it; `hidden_tokens` are left out before its last pieces."""
+    """One completion as the model sees it; `hidden_tokens` are omitted before its last pieces."""
 
     label: str
     role: Literal["chosen", "rejected"]
     tokens: int
-    pieces: Sequence[Piece]
+    pieces: Sequence[TextPiece]
     hidden_tokens: int
-    last_pieces: Sequence[Piece]
+    last_pieces: Sequence[TextPiece]
     ended: bool  # with an end-of-turn token
 
 
 @dataclass(frozen=True)
 class RenderedSample:
-    """Hold one group as the model sees it; `hidden_tokens` are left out at the prompt's start."""
+    """One group as the model sees it; `hidden_tokens` are omitted at the start of the prompt."""
 
     split: str
     source: str
     note: str
     prompt_tokens: int
     hidden_tokens: int
-    prompt: Sequence[Piece]
+    prompt: Sequence[TextPiece]
     completions: Sequence[RenderedCompletion]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPage:
-    """Hold all that the page shows. All text may be foreign: it is escaped.
+    """All data that the page shows. All text may be untrusted: it is escaped.
 
-    sources, splits: the account; measured: statistics, of a whole split first and then of its sources.
-    max_quarantined_fraction, max_length_tokens: the recipe's limits.
+    sources, splits: row counts; measured: statistics of each whole split, followed by those of its sources.
+    max_quarantined_fraction, max_length_tokens: the limits in the recipe.
     samples_note: why there are no samples.
     """
 
@@ -131,7 +131,7 @@ class DataPage:
 
     @property
     def unaccounted(self) -> int:
-        """Count the rows that the account misses or has twice; these do not cancel out."""
+        """Count the rows that are missing from the counts or counted twice; the two do not cancel out."""
         return sum(abs(row.unaccounted) for row in self.sources)
 
     @property
@@ -146,14 +146,14 @@ class DataPage:
 
 
 def render_data_page(page: DataPage, *, name: str, created: str, what: str) -> str:
-    """Return the account as a page of its own; the same data gives the same bytes."""
+    """Return the data section as a separate HTML page; the same data results in the same bytes."""
     return render_page(
         "data.html.jinja", kind="data", name=name, created=created, what=what, **data_section_values(page)
     )
 
 
 def data_section_values(page: DataPage) -> dict[str, Any]:
-    """Name what the section's template shows."""
+    """Return the values that the section's template shows."""
     return {
         "page": page,
         "data_contents": CONTENTS,
@@ -170,8 +170,8 @@ def data_section_values(page: DataPage) -> dict[str, Any]:
     }
 
 
-def token_spans(pieces: Sequence[Piece]) -> Markup:
-    """Mark each token; a special one is boxed, a line break is shown by a sign before it."""
+def token_spans(pieces: Sequence[TextPiece]) -> Markup:
+    """Return the HTML of tokens: special tokens are boxed, and a line break is preceded by a visible sign."""
     spans = []
     for piece in pieces:
         if piece.special:
@@ -183,7 +183,7 @@ def token_spans(pieces: Sequence[Piece]) -> Markup:
 
 
 def _tiles(page: DataPage) -> list[tuple[str, str, str]]:
-    """List (label, value, note) of the figures to see first."""
+    """List the most important figures as (label, value, note)."""
     if not page.splits:
         return []
     rows, admitted, faults, rules, duplicates = (
@@ -203,8 +203,8 @@ def _tiles(page: DataPage) -> list[tuple[str, str, str]]:
     if (training := page.training) is None:
         return tiles
     if bias := training["length_bias"]:
-        said = "–" if bias["correlation"] is None else typographic(f"{bias['correlation']:+.3f}")
-        tiles.append(("length bias r", said, f"chosen longer in {100 * bias['chosen_longer']:.0f} % of pairs"))
+        r = "–" if bias["correlation"] is None else typographic(f"{bias['correlation']:+.3f}")
+        tiles.append(("length bias r", r, f"chosen longer in {100 * bias['chosen_longer']:.0f} % of pairs"))
     tokens = training["tokens"]
     tiles.append(
         (
@@ -217,7 +217,7 @@ def _tiles(page: DataPage) -> list[tuple[str, str, str]]:
 
 
 def _length_plots(measured: Sequence[Measured]) -> list[Plot]:
-    """Draw lengths of all training data, and, where there are several, of its largest sources."""
+    """Draw the lengths of all training data, and of its largest sources if there are several."""
     whole = [m for m in measured if m.split == "train" and not m.source]
     sources = [m for m in measured if m.split == "train" and m.source]
     title = "Token lengths, all training data" if len(sources) > 1 else "Token lengths"
@@ -244,7 +244,7 @@ def _difference_plot(measured: Sequence[Measured]) -> Plot:
 
 
 def _strip(row: RowCounts) -> Markup:
-    """Draw what became of rows as one strip; what is there at all is never too narrow to be seen."""
+    """Draw the shares of a source's rows as one strip; a non-empty part always has a visible width."""
     parts = (("train", row.admitted), ("prompt", row.duplicates), ("eval", row.rules), ("rejected", row.faults))
     widths = [(role, max(1.2, 100 * count / max(1, row.rows_in))) for role, count in parts if count]
     scale, x, rects = 100 / max(1e-9, sum(w for _, w in widths)), 0.0, []
@@ -259,7 +259,7 @@ def _strip(row: RowCounts) -> Markup:
 
 
 def _box(described: Mapping[str, float], role: str, longest: float) -> Markup:
-    """Draw a length's p5 to p95 as a line, p25 to p75 as a box and the median as a gap in it, up to `longest` tokens."""
+    """Draw lengths on an axis up to `longest` tokens: p5 to p95 as a line, p25 to p75 as a box, the median as a gap."""
     p5, p25, p50, p75, p95 = (100 * described[p] / max(1, longest) for p in ("p5", "p25", "p50", "p75", "p95"))
     return Markup(
         '<svg class="box" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'

@@ -1,4 +1,4 @@
-"""The account of a run's data, gathered from the tokens artifact: for the report, for `inspect data` and its page."""
+"""Gathering of a run's data page from the tokens artifact, for the report and for `inspect data`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .histograms import Counted
 from .samples import group_text, quarantine_examples, rendered_samples
 
 DATA_PAGE = "data.html"
-MAX_SOURCES = 40  # of a split, shown apart; the others are added up
-EXAMPLES = 3  # of each reason
+MAX_SOURCES = 40  # per split, shown separately; the others are summed
+EXAMPLES = 3  # per reason
 
 
 def data_page(plan: Plan, tokens: Artifact, samples: int) -> DataPage:
-    """Gather the page: what it shows follows from the artifact, and `samples` says how many groups are decoded."""
+    """Build the data page from the artifact; `samples` is the number of groups to decode."""
     tokenizer, note = tokenizer_of(plan)
     data, accounts = plan.recipe.data, tokens.manifest.figures["accounts"]
     return DataPage(
@@ -42,14 +42,14 @@ def data_page(plan: Plan, tokens: Artifact, samples: int) -> DataPage:
         reasons=_reasons(plan, tokens, tokenizer),
         measured=[m for split in splits(tokens) for m in _measured(tokens, split)],
         samples=rendered_samples(tokens, tokenizer, samples) if tokenizer is not None else [],
-        samples_note=note or "No sample was asked for.",
+        samples_note=note or "No samples were requested.",
         max_quarantined_fraction=data.max_quarantined_fraction,
         max_length_tokens=data.max_length_tokens,
     )
 
 
 def write_data_page(plan: Plan, tokens: Artifact, page: DataPage) -> str:
-    """Write data.html into the run's directory, unless it says the same already, and return its place."""
+    """Write data.html into the run's directory, unless it is up to date, and return its path."""
     rows = tokens.manifest.rows
     admitted = ", ".join(f"{rows[f'{split}/admitted']:,} {split}" for split in splits(tokens))
     html = render_data_page(
@@ -65,7 +65,7 @@ def write_data_page(plan: Plan, tokens: Artifact, page: DataPage) -> str:
 
 
 def tokenizer_of(plan: Plan) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """Load the run's tokenizer; where the model has gone since, say so: the account stands without it."""
+    """Return the run's tokenizer, or None and the reason if its model is gone: the page works without it."""
     try:
         return load_tokenizer(str(model_directory(plan.recipe.model))), ""
     except DpoRayError as error:
@@ -73,7 +73,7 @@ def tokenizer_of(plan: Plan) -> tuple[PreTrainedTokenizerBase | None, str]:
 
 
 def shown_sources(accounts: Sequence[Mapping[str, Any]], split: str) -> list[RowCounts]:
-    """Count by source; of very many, the largest apart and the others together."""
+    """Return the row counts by source; if there are very many, only the largest are separate."""
     by_source: dict[str, list[Mapping[str, Any]]] = {}
     for account in accounts:
         if account["split"] == split:
@@ -86,7 +86,7 @@ def shown_sources(accounts: Sequence[Mapping[str, Any]], split: str) -> list[Row
 
 
 def _largest(sizes: Mapping[str, int]) -> list[str]:
-    """Choose the largest sources, and leave them in their order."""
+    """Return the names of the largest sources, in their original order."""
     kept = set(sorted(sizes, key=lambda name: -sizes[name])[:MAX_SOURCES])
     return [name for name in sizes if name in kept]
 
@@ -130,7 +130,7 @@ def _reasons(plan: Plan, tokens: Artifact, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _example(plan: Plan, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example:
-    """Say where a row stood, counted from 1; of a group that a rule over all rows left out, its shard has the text."""
+    """Build an example with the row's position (from 1). A group left out by a global rule has its text in a shard."""
     index, part = PurePosixPath(row["part"]).name.split("-", 1)
     shard, config = next(
         (shard, config)
@@ -148,7 +148,7 @@ def _example(plan: Plan, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerB
 
 
 def _measured(tokens: Artifact, split: str) -> Iterator[Measured]:
-    """Work out the statistics of a split, then of its sources."""
+    """Yield the statistics of a split, then of its sources."""
     by_source: dict[str, Any] = tokens.manifest.figures["statistics"].get(split, {})
     by_source = {name: s for name, s in by_source.items() if s["groups"]}
     if not by_source:
@@ -159,7 +159,7 @@ def _measured(tokens: Artifact, split: str) -> Iterator[Measured]:
 
 
 def measured_of(split: str, source: str, statistics: Mapping[str, Any]) -> Measured:
-    """Work out what the page says of merged statistics, and lay out what it draws."""
+    """Compute the page's summary and histograms from merged statistics."""
     counted = {name: _counted(statistics[name]) for name in ("prompt", "chosen", "rejected", "completion")}
     return Measured(split, source, summary(statistics), {**counted, "difference": _difference(statistics)})
 
@@ -170,11 +170,11 @@ def _counted(histogram: Mapping[str, Any]) -> Counted:
 
 
 def _difference(statistics: Mapping[str, Any]) -> Counted:
-    """Lay the differences of both signs, and the pairs without one, on one axis."""
+    """Combine the positive and negative length differences, and the pairs of equal length, in one histogram."""
     longer, shorter, pairs = statistics["chosen_longer_by"], statistics["rejected_longer_by"], statistics["pairs"]
     right, left = (np.array(h["bins"], np.int64) for h in (longer, shorter))
     same = pairs - longer["count"] - shorter["count"]
-    # Bin 0 of each holds the zeros, which neither has. Whole numbers: -9..-8 lie from -9 to below -7.
+    # Bin 0 is for zeros, and is empty in both. Values are whole numbers: -9 and -8 lie from -9 to below -7.
     counts = np.concatenate([left[:0:-1], [same], right[1:]])
     edges = np.concatenate([1 - bin_edges(len(left))[:0:-1], bin_edges(len(right))[1:]])
     return Counted(edges, counts, (longer["sum"] - shorter["sum"]) / max(1, pairs))

@@ -1,4 +1,4 @@
-"""What the statistics of a data set mean, in plain words: for the page and for the terminal."""
+"""Explanations of a data set's statistics in plain words, for the page and for the terminal."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ _MAX_SOURCES = 6
 
 
 def bias_words(bias: Mapping[str, float | None] | None) -> str:
-    """Say in plain words what the length bias of a set of pairs is (`length_bias` of its statistics)."""
+    """Return an explanation of the length bias of a set of pairs (`length_bias` of its statistics)."""
     if bias is None:
         return "There are no pairs, so there is no length bias between chosen and rejected."
     pairs, difference = bias["pairs"] or 0, bias["mean_difference_tokens"] or 0.0
     which = "longer" if difference >= 0 else "shorter"
-    said = (
+    summary = (
         f"Chosen is the longer one in {100 * (bias['chosen_longer'] or 0):.1f} % of {pairs:,} pairs and the shorter one in "
         f"{100 * (bias['rejected_longer'] or 0):.1f} %; on average it is {abs(difference):,.1f} tokens {which} "
         f"({bias['chosen_mean_tokens']:,.1f} against {bias['rejected_mean_tokens']:,.1f})."
     )
     correlation, error = bias["correlation"], bias["standard_error"] or 0.0
     if correlation is None:
-        return f"{said} Either all lengths are the same or all pairs are ties, so they cannot be correlated."
-    return f"{said} Preference and length correlate by r = {typographic(f'{correlation:+.3f}')}: {_strength(correlation, error)}."
+        return f"{summary} Either all lengths are the same or all pairs are ties, so they cannot be correlated."
+    return f"{summary} Preference and length correlate by r = {typographic(f'{correlation:+.3f}')}: {_strength(correlation, error)}."
 
 
 def bias_by_source_words(biases: Sequence[tuple[str, Mapping[str, float | None] | None]]) -> str:
-    """Name the length bias of each (source, length bias), where there are several: opposite ones hide each other."""
+    """Return the length bias of each source if there are several, because opposite biases cancel out in the whole."""
     known = [(name, r) for name, bias in biases if bias and (r := bias["correlation"]) is not None]
     if len(known) < 2:
         return ""
     furthest = sorted(known, key=lambda item: -abs(item[1]))[:_MAX_SOURCES]
     listed = ", ".join(f"{name} {typographic(f'{r:+.3f}')}" for name, r in furthest)
     opposite = min(r for _, r in known) < -_CLEAR and max(r for _, r in known) > _CLEAR
-    return f"By source: {listed}{'; opposite biases, which the whole hides' if opposite else ''}."
+    return f"By source: {listed}{'; opposite biases, which cancel out in the total' if opposite else ''}."
 
 
 def _strength(correlation: float, error: float) -> str:
     size = abs(correlation)
     if size <= 2 * error:
-        return "no bias that could be told from chance"
+        return "no bias that can be distinguished from chance"
     towards = "longer" if correlation > 0 else "shorter"
     strength = "a slight" if size < _CLEAR else "a clear" if size < _STRONG else "a strong"
     warning = f"; a policy can win pairs by writing {towards}" if size >= _CLEAR else ""
@@ -50,7 +50,7 @@ def _strength(correlation: float, error: float) -> str:
 
 
 def label_words(probabilities: Mapping[float, int]) -> str:
-    """Say how sure the preferences are; nothing where all are certain."""
+    """Return how certain the preferences are; "" if all are certain."""
     total = sum(probabilities.values())
     if not total or set(probabilities) == {1.0}:
         return ""
@@ -60,7 +60,7 @@ def label_words(probabilities: Mapping[float, int]) -> str:
 
 
 def sharing_words(tokens: Mapping[str, float]) -> str:
-    """Say what reading each prompt once saves of an epoch (`tokens` of its statistics)."""
+    """Return how much of an epoch is saved by reading each prompt once (`tokens` of its statistics)."""
     saved = format_share(tokens["unshared"] - tokens["shared"], tokens["unshared"])
     return (
         f"an epoch has {format_number(tokens['shared'])} tokens with each prompt once, {saved} fewer than the "

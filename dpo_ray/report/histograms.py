@@ -16,13 +16,13 @@ from .plots import SIZE_INCHES, STYLE, TICK_STEPS, Plot, dress, typographic, wit
 from .svg import STAND_INS, embed
 
 _MOST_BINS = 36
-_COLOURS = {"completion": "train"}  # of parts that are not called like a colour
-_OUTLIERS = 0.005  # at either end, where an axis may end before them
+_COLOURS = {"completion": "train"}  # colours of parts whose name is not a colour
+_OUTLIERS = 0.005  # share of values at either end that may be outside of the axis
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Hold whole numbers counted in bins: those of bin i lie from edges[i] to below edges[i + 1]."""
+    """Whole numbers counted in bins: those in bin i are from edges[i] to below edges[i + 1]."""
 
     edges: np.ndarray  # int64 [bins + 1]
     counts: np.ndarray  # int64 [bins]
@@ -30,22 +30,22 @@ class Counted:
 
     @property
     def total(self) -> int:
-        """Return how many were counted."""
+        """Return the number of counted values."""
         return int(self.counts.sum())
 
     def quantile(self, share: float) -> int:
-        """Return the lower edge of the bin that `share` of the numbers reach."""
+        """Return the lower edge of the bin that contains the quantile `share`."""
         i = int(np.searchsorted(np.cumsum(self.counts), max(1, math.ceil(share * self.total))))
         return int(self.edges[min(i, len(self.counts) - 1)])
 
     def within(self, edges: np.ndarray) -> np.ndarray:
-        """Count anew in other bins (edges float64 [n]), as if the numbers of a bin were spread evenly over it."""
+        """Convert the counts to other bins (edges float64 [n]), with numbers spread evenly within a bin."""
         upto = np.concatenate([[0], np.cumsum(self.counts)])
         return np.diff(np.interp(edges, self.edges - 0.5, upto))
 
 
 def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequence[float]) -> list[Plot]:
-    """Draw how the rewards of held-out pairs and the KL of sampled completions are distributed."""
+    """Draw the distributions of the rewards of held-out pairs and of the KL of sampled completions."""
     return [
         _values_plot(
             "reward-distribution",
@@ -65,7 +65,7 @@ def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequenc
 
 
 def counted_plot(key: str, title: str, caption: str, x_label: str, parts: Mapping[str, Counted]) -> Plot:
-    """Draw numbers that come already counted, such as lengths in tokens; a part without any is left out."""
+    """Draw a histogram of counted numbers, such as lengths in tokens; empty parts are omitted."""
     kept = {colour: part for colour, part in parts.items() if part.total}
     if not kept:
         return Plot(key, title, caption)
@@ -87,18 +87,18 @@ def counted_plot(key: str, title: str, caption: str, x_label: str, parts: Mappin
 
 
 def _edges_of_whole_numbers(low: int, high: int, ends: Sequence[tuple[int, int]], largest: int) -> np.ndarray:
-    """Choose bins of one whole width; far outliers are cut off rather than flatten everything else."""
+    """Return bin edges of equal integer width; far outliers are cut off, so that they do not flatten the rest."""
     inner_low, inner_high = min(e[0] for e in ends), max(e[1] for e in ends)
     slack = max(8, inner_high - inner_low)
     low, high = max(low, inner_low - slack // 10), min(high, inner_high + slack // 10)
     width = max(1, math.ceil((high - low + 1) / _bin_count(largest)))
-    start = width * (low // width)  # so that zero, where it is within, begins a bin
+    start = width * (low // width)  # so that zero, if it is inside, begins a bin
     return np.arange(start, high + width + 1, width) - 0.5
 
 
 def _values_plot(key: str, title: str, caption: str, x_label: str, parts: Mapping[str, Sequence[float]]) -> Plot:
-    given = {colour: np.asarray(values, dtype=np.float64) for colour, values in parts.items()}
-    finite = {colour: values[np.isfinite(values)] for colour, values in given.items()}
+    arrays = {colour: np.asarray(values, dtype=np.float64) for colour, values in parts.items()}
+    finite = {colour: values[np.isfinite(values)] for colour, values in arrays.items()}
     kept = {colour: values for colour, values in finite.items() if values.size}
     if not kept:
         return Plot(key, title, caption)
@@ -112,12 +112,12 @@ def _values_plot(key: str, title: str, caption: str, x_label: str, parts: Mappin
     ]
     drawn = {c: (np.histogram(v, bins=edges)[0], float(v.mean())) for c, v in kept.items()}
     svg = _draw(key, title, x_label, edges, drawn, " ".join(described))
-    caption = with_losses(caption, sum(values.size for values in given.values()) - everything.size)
+    caption = with_losses(caption, sum(values.size for values in arrays.values()) - everything.size)
     return _plot(key, title, caption, svg, {c: (v.size, float(v.mean())) for c, v in kept.items()}, beyond)
 
 
 def _bin_edges(values: np.ndarray, largest_part: int) -> np.ndarray:
-    """Choose common bin edges; a few far outliers are cut off rather than flatten everything else."""
+    """Return common bin edges; a few far outliers are cut off, so that they do not flatten the rest."""
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = (float(q) for q in np.quantile(values, [_OUTLIERS, 1 - _OUTLIERS]))
     slack = inner_high - inner_low
@@ -138,7 +138,7 @@ def _draw(
     drawn: Mapping[str, tuple[np.ndarray, float]],
     described: str,
 ) -> str:
-    """Draw counts and mean of each part over common edges; a part has the colour of its name."""
+    """Draw the counts and the mean of each part over common edges; the name of a part sets its colour."""
     with style.context(["default", STYLE]):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axis = figure.subplots()
@@ -161,7 +161,7 @@ def _draw(
 def _plot(
     key: str, title: str, caption: str, svg: str, sizes_and_means: Mapping[str, tuple[int, float]], beyond: int
 ) -> Plot:
-    """Add the legend, and to the caption how many values there are and how many the axis leaves out."""
+    """Build the plot with its legend; the caption includes the number of values and of those beyond the axis."""
     several = len(sizes_and_means) > 1
     legend = tuple(
         (f"{f'{part}, ' if several else ''}mean {typographic(f'{mean:,.3g}')}", f"bar fill-{_COLOURS.get(part, part)}")

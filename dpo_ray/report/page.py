@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: the templates' environment, and how figures and foreign text are written in them."""
+"""Self-contained HTML pages: the template environment, and the formatting of figures and untrusted text."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dpo_ray import __version__
 
 from .plots import typographic
 
-# Control characters are not allowed in HTML; they are shown as Unicode's pictures of them.
+# Control characters are not allowed in HTML; they are shown as Unicode control pictures.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}
-# Embeddings and overrides of direction would turn round what follows them; the page isolates foreign text by itself.
+# Directional embeddings and overrides would reverse the text after them; the page isolates untrusted text by itself.
 _CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page as HTML that can be written as UTF-8; the same values give the same bytes.
+    """Return a page as HTML that can be encoded as UTF-8; the same values result in the same bytes.
 
-    Raises KeyError or jinja2.UndefinedError where a value lacks what the template shows of it.
+    Raises KeyError or jinja2.UndefinedError if a value lacks a field that the template shows.
     """
     html = _environment().get_template(template).render(generator=f"dpo_ray {__version__}", **values)
-    # A lone surrogate, which broken input can hold, has no UTF-8 form: the file could not be written.
+    # A lone surrogate, which broken input can contain, cannot be encoded as UTF-8: the file could not be written.
     return html.lstrip().translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
 
 
 def format_number(value: float | str | bool | None) -> str:
-    """Write a figure for a reader: four significant digits, thousands apart; text stays as it is."""
+    """Format a figure with four significant digits and thousands separators; text is returned unchanged."""
     if value is None or value == "":
         return "–"
     if isinstance(value, bool):
@@ -48,7 +48,7 @@ def format_number(value: float | str | bool | None) -> str:
 
 
 def format_share(part: float, whole: float) -> str:
-    """Write part / whole in per cent: never 0 % of something, never 100 % short of all."""
+    """Format part / whole in per cent: never 0 % if part is not 0, and never 100 % if part is less than whole."""
     if not whole:
         return "–"
     percent = 100 * part / whole
@@ -61,12 +61,12 @@ def format_share(part: float, whole: float) -> str:
 
 
 def format_signed(value: float | None, digits: int) -> str:
-    """Write a figure with its sign, since zero is what it is compared with."""
+    """Format a figure with its sign, because it is compared with zero."""
     return "–" if value is None else typographic(f"{value:+,.{digits}f}")
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Write a time of `seconds` in the units that one would say: 4.21 s, 3 min 05 s, 2 h 14 min."""
+    """Format a duration in common units: 4.21 s, 3 min 05 s, 2 h 14 min."""
     if seconds is None:
         return "–"
     if seconds < 60:
@@ -78,24 +78,24 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_time(iso: str) -> str:
-    """Write a time in ISO 8601 for a reader: 2025-01-02 03:04:05 UTC."""
+    """Format an ISO 8601 time for people: 2025-01-02 03:04:05 UTC."""
     return re.sub(r"(?<=\d)T(?=\d)", " ", iso).removesuffix("Z") + (" UTC" if iso.endswith("Z") else "")
 
 
 def excerpt(text: object, characters: int) -> str:
-    """Cut text to a number of characters and say how many more there were."""
+    """Return text cut to a number of characters, with the count of the omitted ones."""
     whole = str(text)
     left = len(whole) - characters
     return whole if left <= 0 else f"{whole[:characters]} … ({left:,} more characters)"
 
 
 def breakable(name: str) -> Markup:
-    """Let a long snake_case name break after its underscores."""
+    """Return a long snake_case name with line-break opportunities after its underscores."""
     return Markup("_<wbr>").join(str(name).split("_"))  # join escapes the parts
 
 
 def _csp_hash(style: object) -> str:
-    """Name a style sheet in a Content-Security-Policy, so that the page may use this one and no other."""
+    """Return a style sheet's hash for the Content-Security-Policy, which allows this style sheet and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(str(style).encode()).digest()).decode()}'"
 
 

@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG that follows the page's light or dark colours, one `Plot` per figure."""
+"""Curves of a run as inline SVG, in the light or dark colours of the page; one `Plot` per figure."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ STYLE = {
 }
 SIZE_INCHES = (5.0, 2.8)
 SMOOTHED_FROM_POINTS = 60
-_MAX_POINTS = 240  # more points than the plot has room for become bands of their range
+_MAX_POINTS = 240  # more points are drawn as bands of their range
 TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Hold one figure: without an `svg`, `instead` says why; `legend` pairs labels with CSS classes."""
+    """One figure. Without an `svg`, `instead` is the reason; `legend` pairs labels with CSS classes."""
 
     key: str
     title: str
@@ -61,7 +61,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Values:
-    """Hold the finite values of one metric by step, and how many were not finite."""
+    """The finite values of one metric by step, and the number of values that were not finite."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -73,10 +73,10 @@ def training_plots(
     held_out: Sequence[Mapping[str, float]],
     best_step: int | None = None,
 ) -> list[Plot]:
-    """Draw the curves of training over steps; a metric that no row has is left out of its plot.
+    """Draw the curves of training over steps; a metric that no row has is omitted from its plot.
 
     Args:
-        best_step: whose weights were kept; it is marked where held-out data is drawn.
+        best_step: the step whose weights were kept; it is marked in plots with held-out data.
     """
     return [_curve_plot(curve, train, held_out, best_step) for curve in curves(train, held_out)]
 
@@ -91,15 +91,15 @@ def _curve_plot(
         (
             panel,
             [
-                (line, found)
+                (line, series)
                 for line in panel.lines
-                if (found := _by_step(held_out if line.held_out else train, line.metric)).steps.size
+                if (series := _by_step(held_out if line.held_out else train, line.metric)).steps.size
             ],
         )
         for panel in curve.panels
     ]
     measured = [(panel, lines) for panel, lines in measured if lines]
-    not_finite = sum(found.not_finite for _, lines in measured for _, found in lines)
+    not_finite = sum(series.not_finite for _, lines in measured for _, series in lines)
     if not measured:
         return Plot(curve.key, curve.title, curve.caption, instead=curve.instead)
     marked = best_step if any(line.held_out for _, lines in measured for line, _ in lines) else None
@@ -107,14 +107,14 @@ def _curve_plot(
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axes = figure.subplots(len(measured), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (panel, lines) in zip(axes, measured, strict=True):
-            for line, found in lines:
-                _draw_line(axis, line, found)
+            for line, series in lines:
+                _draw_line(axis, line, series)
             if marked is not None:
                 axis.axvline(marked, color=STAND_INS["ink"], linewidth=0.8, linestyle=":")
             dress(axis, panel.y_label, panel.bounds, ticks=6 if len(measured) == 1 else 4)
-        _dress_steps(axes[-1], [found for _, lines in measured for _, found in lines])
+        _dress_steps(axes[-1], [series for _, lines in measured for _, series in lines])
         figure.align_ylabels()
-        described = " ".join(_describe(line.label, found) for _, lines in measured for line, found in lines)
+        described = " ".join(_describe(line.label, series) for _, lines in measured for line, series in lines)
         svg = embed(figure, curve.key, curve.title, described)
     drawn = [line for _, lines in measured for line, _ in lines]
     legend = tuple((line.label, f"{'dot' if line.held_out else 'bar'} fill-{line.colour}") for line in drawn)
@@ -125,7 +125,7 @@ def _curve_plot(
 
 
 def _by_step(rows: Sequence[Mapping[str, float]], metric: str) -> _Values:
-    """Pick one metric by step; of a step recorded twice (a run that went on) the later record counts."""
+    """Return one metric by step; if a step is recorded twice (in a resumed run), the later record counts."""
     by_step = {
         float(row.get("step", i + 1)): float(row[metric]) for i, row in enumerate(rows) if row.get(metric) is not None
     }
@@ -152,12 +152,12 @@ def _draw_line(axis: Axes, line: Line, found: _Values) -> None:
 
 
 def smoothing_window(points: int) -> int:
-    """Say over how many points the strong line of a curve averages: odd, 1 for a short curve."""
+    """Return the number of points that a curve's strong line averages: odd, and 1 for a short curve."""
     return (points // 30) | 1 if points >= SMOOTHED_FROM_POINTS else 1
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Average [N] values over a centred, odd `window` that shrinks at both ends."""
+    """Compute the mean of [N] values over a centred, odd `window` that shrinks at both ends."""
     half = window // 2
     total = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(values.size) - half, 0)
@@ -166,7 +166,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def with_losses(caption: str, not_finite: int) -> str:
-    """Let a caption say what could not be drawn."""
+    """Return the caption with the number of values that could not be drawn."""
     return f"{caption} Left out as not finite: {not_finite:,}." if not_finite else caption
 
 
@@ -180,7 +180,7 @@ def _describe(label: str, found: _Values) -> str:
 
 
 def dress(axis: Axes, y_label: str, bounds: tuple[float | None, float | None], ticks: int) -> None:
-    """Give an axis its label, its ticks and, where they are fixed, its bounds."""
+    """Set an axis' label, its ticks and, if they are fixed, its bounds."""
     axis.set_ylabel(y_label)
     axis.yaxis.set_major_formatter(FuncFormatter(_tick))
     axis.xaxis.set_major_formatter(FuncFormatter(_tick))
@@ -201,9 +201,9 @@ def _dress_steps(axis: Axes, drawn: Sequence[_Values]) -> None:
 
 
 def _tick(value: float, _position: int | None = None) -> str:
-    """Write a tick's value shortly: 25,000, 1.2M, 0.35, 5e-7."""
+    """Format a tick's value concisely: 25,000, 1.2M, 0.35, 5e-7."""
     size = abs(value)
-    if size < 1e-15:  # the ticks of tiny ranges miss zero by a rounding error
+    if size < 1e-15:  # with tiny ranges the tick at zero has a rounding error
         return "0"
     if size >= 1e6:
         return typographic(f"{value / 1e6:g}M")
@@ -211,5 +211,5 @@ def _tick(value: float, _position: int | None = None) -> str:
 
 
 def typographic(number: str) -> str:
-    """Give a formatted number a true minus and an exponent without zeros in front."""
+    """Replace the minus of a formatted number by a typographic one, and remove leading zeros of its exponent."""
     return re.sub(r"e([+-])0*", r"e\1", number).replace("e+", "e").replace("-", "\N{MINUS SIGN}")

@@ -1,4 +1,4 @@
-"""The account of the reference for a reader: who scored it and how fast, what was left out, and the audit's findings."""
+"""The report's section on the reference: who scored it and how fast, which groups were left out, and the audit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ WORDS = {"within": "within", "over": "over", "too few": "too few to tell", "not 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """Count what the stage `reference` did.
+    """Counts of the stage `reference`.
 
-    tokens: of prompts and completions that were scored, each prompt once a sequence; cached_tokens: of these, read from a
-    prompt's cache; tokens_per_second: of one engine; rescored: sequences sent again without the cache.
+    tokens: number of scored tokens in prompts and completions, with each prompt once per sequence; cached_tokens: those
+    of them that were read from the prompt cache; tokens_per_second: of one engine; rescored: sequences sent again
+    without the cache.
     """
 
     engine: str  # and its version
@@ -32,8 +33,8 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Unscored:
-    """Hold one reason for which groups have no log-probs, and details of some."""
+class UnscoredRow:
+    """One reason why groups have no log-probs, with details of some of them."""
 
     reason: str
     meaning: str
@@ -43,7 +44,7 @@ class Unscored:
 
 @dataclass(frozen=True)
 class Check:
-    """Hold one statistic of the audit; `verdict` is a key of WORDS."""
+    """One statistic of the audit; `verdict` is a key of WORDS."""
 
     name: str
     value: float
@@ -54,16 +55,16 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePage:
-    """Hold the section on the reference.
+    """The data of the section on the reference.
 
-    note: what happened to the reference that the recipe names, if it is not the one in use.
-    measured: the audit's counts, `worst_groups`, `drift_histogram` and `pair_errors`; empty where there was none.
-    audit_note: why there was none, or what followed from it.
+    note: why the reference that the recipe names is not the one in use, if so.
+    measured: the audit's counts, `worst_groups`, `drift_histogram` and `pair_errors`; empty if there was no audit.
+    audit_note: why there was no audit, or its consequence.
     """
 
     scoring: Scoring | None = None
     note: str = ""
-    unscored: Sequence[Unscored] = ()
+    unscored: Sequence[UnscoredRow] = ()
     checks: Sequence[Check] = ()
     passed: bool = False
     measured: Mapping[str, Any] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class ReferencePage:
 
 
 def reference_section_values(page: ReferencePage) -> dict[str, Any]:
-    """Return what the template of the section shows."""
+    """Return the values that the section's template shows."""
     m = page.measured
     return {
         "reference": page,

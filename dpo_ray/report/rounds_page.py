@@ -1,4 +1,4 @@
-"""The page of online rounds: what each of them gained, what it cost, and what became of its policy."""
+"""The page of online rounds: the gain and cost of each round, and whether its policy was promoted."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from .rounds_plots import Outcome, Point, by_round_plot, frontier_plot, stacked_
 
 SAMPLE_CHARACTERS = 1_200
 MAX_SAMPLES = 12
-_SHOWN_AT_EITHER_END = 3  # of a prompt's rounds, before those between are folded away
+_SHOWN_AT_EITHER_END = 3  # number of a prompt's rounds; those between are collapsed
 _EVEN = 0.5  # the win rate of the initial policy against itself
 
 Interval = tuple[float, float, float]
-"""A rate, and the low and the high end of its confidence interval."""
+"""A rate, and the lower and upper bound of its confidence interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
-    """Hold what is known of one round; None is not measured, or not yet.
+    """The figures of one round; None means not measured, or not yet.
 
-    number: from 1. starts_from: the round whose policy it starts from; None: the recipe's model.
-    pairs: that it trains on, `offline_pairs` and `earlier_pairs` of them from the recipe's data and from earlier rounds.
-    dropped: prompts without a pair, by reason.
-    kl: nats a completion, to the initial policy. entropy: nats, of the completions' tokens.
+    number: from 1. starts_from: the round whose policy it starts from; None means the recipe's model.
+    pairs: number of training pairs; of these `offline_pairs` are from the recipe's data, `earlier_pairs` from earlier
+    rounds.
+    dropped: number of prompts without a pair, by reason.
+    kl: nats per completion, to the initial policy. entropy: nats, of the completions' tokens.
     seconds, tokens: by stage.
     judge_usage: `calls`, `retries`, `input_tokens`, `output_tokens`, `usd`.
     """
@@ -61,7 +62,7 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class RoundSample:
-    """Hold one prompt and what was said to it: (round, text, score), where round 0 is the initial policy."""
+    """One prompt and its completions as (round, text, score), where round 0 is the initial policy."""
 
     prompt: str
     by_round: tuple[tuple[int, str, float | None], ...]
@@ -69,11 +70,12 @@ class RoundSample:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsPage:
-    """Hold all that the page shows. All text may be foreign: it is escaped, and samples are cut.
+    """All data that the page shows. All text may be untrusted: it is escaped, and samples are cut.
 
-    name, created, what: the run, its time (ISO 8601) and one sentence on it.
-    initial: `kl`, `true_reward`, `mean_tokens`, `distinct_2`, `entropy`, `truncated_fraction` of the initial policy, if known.
-    stopped: why the rounds ended; empty while they have not.
+    name, created, what: name of the run, its time (ISO 8601), and one sentence about it.
+    initial: `kl`, `true_reward`, `mean_tokens`, `distinct_2`, `entropy`, `truncated_fraction` of the initial policy, if
+    known.
+    stopped: why the rounds ended; empty if they have not ended.
     """
 
     name: str
@@ -92,7 +94,7 @@ class RoundsPage:
 
 
 def rounds_html(page: RoundsPage) -> str:
-    """Return the page as HTML; the same page gives the same bytes."""
+    """Return the page as HTML; the same page results in the same bytes."""
     return render_page(
         "rounds.html.jinja",
         kind="online rounds",
@@ -116,7 +118,7 @@ def rounds_html(page: RoundsPage) -> str:
 
 
 def rate_words(rate: Interval | None) -> str:
-    """Write a rate with its interval: 71.9 % (64.8–78.1)."""
+    """Format a rate with its interval: 71.9 % (64.8–78.1)."""
     if rate is None or not all(map(math.isfinite, rate)):
         return "–"
     value, low, high = (100 * r for r in rate)
@@ -124,12 +126,12 @@ def rate_words(rate: Interval | None) -> str:
 
 
 def reward_words(reward: float | None) -> str:
-    """Write a reward with its sign, since it has no unit and no end."""
+    """Format a reward with its sign, because it has no unit and no bounds."""
     return "–" if reward is None or not math.isfinite(reward) else format_signed(reward, 3)
 
 
 def cost_words(usd: float | None) -> str:
-    """Write an amount of money; what costs something is never written as nothing."""
+    """Format an amount of money; an amount over 0 is never shown as 0."""
     if usd is None:
         return "–"
     return "< $0.01" if 0 < usd < 0.005 else f"${usd:,.2f}"
@@ -156,7 +158,7 @@ def _headline(page: RoundsPage) -> list[tuple[str, str | float, str]]:
     known = rate is not None and all(map(math.isfinite, rate))
     low_to_high = f"{100 * rate[1]:.1f}–{100 * rate[2]:.1f} %, " if rate and known else ""
     tiles.append(("win rate", f"{100 * rate[0]:.1f} %" if rate and known else "–", low_to_high + since))
-    tiles.append(("KL", format_number(policy.kl if policy else None), "nats a completion, to the initial policy"))
+    tiles.append(("KL", format_number(policy.kl if policy else None), "nats per completion, to the initial policy"))
     going = len(page.rows) - len(decided)
     tiles.append(
         (
@@ -166,14 +168,14 @@ def _headline(page: RoundsPage) -> list[tuple[str, str | float, str]]:
         )
     )
     totals = _totals(page.rows)
-    tiles.append(("pairs trained on", totals["pairs"], f"{totals['dropped']:,} prompts gave none"))
+    tiles.append(("pairs trained on", totals["pairs"], f"{totals['dropped']:,} prompts without a pair"))
     calls = f"{format_number(totals['calls'])} judge calls, {cost_words(totals['usd'])}" if totals["calls"] else ""
     tiles.append(("time", format_seconds(totals["seconds"]), calls))
     return tiles
 
 
 def _standing(page: RoundsPage) -> str:
-    """Say in one sentence where the rounds stand."""
+    """Return the state of the rounds as one sentence."""
     if page.stopped:
         return f"The rounds have ended: {page.stopped.rstrip('.')}."
     if not page.rows:
@@ -183,7 +185,7 @@ def _standing(page: RoundsPage) -> str:
 
 
 def _frontier(page: RoundsPage) -> Plot:
-    """Show true reward where it is known, else the win rate against the initial policy."""
+    """Draw the true reward if it is known, else the win rate against the initial policy."""
     by_reward = _has_true_reward(page)
     start = page.initial.get("true_reward") if by_reward else _EVEN
     points = [] if start is None else [Point(0, "initial", 0.0, start)]
@@ -196,7 +198,7 @@ def _frontier(page: RoundsPage) -> Plot:
 
 
 def _steps(page: RoundsPage) -> Plot:
-    """Show what each round brought over the policy that it started from."""
+    """Draw the win rate of each round against the policy that it started from."""
     points = [
         Point(row.number, _outcome(row), row.number, row.win_rate_previous[0], row.win_rate_previous[1:])
         for row in page.rows
@@ -240,15 +242,15 @@ def _costs(page: RoundsPage) -> list[Plot]:
 
 
 def _cut_in_three(sample: RoundSample) -> dict[str, Any]:
-    """Part a prompt's rounds in those shown at the beginning, those folded away, and those shown at the end."""
-    said, n = sample.by_round, _SHOWN_AT_EITHER_END
-    folded = said[n:-n] if len(said) > 2 * n else ()
-    first, last = (said[:n], said[-n:]) if folded else (said, ())
+    """Split a prompt's rounds into the first ones, the collapsed ones, and the last ones."""
+    rounds, n = sample.by_round, _SHOWN_AT_EITHER_END
+    folded = rounds[n:-n] if len(rounds) > 2 * n else ()
+    first, last = (rounds[:n], rounds[-n:]) if folded else (rounds, ())
     return {"prompt": sample.prompt, "first": first, "folded": folded, "last": last}
 
 
 def _totals(rows: Sequence[RoundRow]) -> dict[str, Any]:
-    """Add up what all rounds took; None where no round has measured it."""
+    """Return the sums over all rounds; None if no round has measured a figure."""
 
     def whole(values: list[float | None]) -> Any:
         known = [v for v in values if v is not None]

@@ -1,4 +1,4 @@
-"""Rounds drawn: reward against distance, figures by round, and bars of what each stage took."""
+"""Plots of rounds: reward against distance, figures by round, and bars of the cost of each stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Outcome = Literal["initial", "promoted", "rejected", "undecided"]
 _COLOURS = {"initial": "ink", "promoted": "chosen", "rejected": "rejected", "undecided": "prompt"}
 _WORDS = {"initial": "initial policy", "promoted": "promoted", "rejected": "rejected", "undecided": "undecided"}
 _REST = "other stages"
-_AXIS_POINTS = (300.0, 145.0)  # about what axes of SIZE_INCHES measure
+_AXIS_POINTS = (300.0, 145.0)  # approximate size of the axes of a SIZE_INCHES figure
 _LABEL_HEIGHT, _DIGIT_WIDTH, _DOT = 9.0, 5.6, 6.0  # in points
 _LABEL_PLACES = ((8, 7), (8, -7), (-8, 7), (-8, -7), (11, 0), (-11, 0), (0, 10), (0, -10))
 
@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Point:
-    """One policy in a plot; round 0 is the initial one."""
+    """One policy in a plot; round 0 is the initial policy."""
 
     number: int
     outcome: Outcome
@@ -45,10 +45,10 @@ class Point:
 
 
 def frontier_plot(given: Sequence[Point], y_label: str, level: float | None = None) -> Plot:
-    """Draw what each policy reaches over how far it went from the initial one.
+    """Draw the reward or win rate of each policy over its distance from the initial policy.
 
     Args:
-        level: of y, where neither policy is better.
+        level: value of y at which neither policy is better.
     """
     key, title = "frontier", f"{y_label.capitalize()} against KL"
     caption = "Up is better, right is further from the initial policy. The line joins the promoted rounds in order."
@@ -65,7 +65,7 @@ def frontier_plot(given: Sequence[Point], y_label: str, level: float | None = No
         _draw_level(axis, level)
         _draw_points(axis, points)
         dress(axis, y_label, (None, None), ticks=6)
-        axis.set_xlabel("KL to the initial policy (nats a completion)")
+        axis.set_xlabel("KL to the initial policy (nats per completion)")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=TICK_STEPS))
         if not _number_points(axis, points):
             caption += " Where points crowd, only some have their number."
@@ -76,7 +76,7 @@ def frontier_plot(given: Sequence[Point], y_label: str, level: float | None = No
 def by_round_plot(
     key: str, title: str, caption: str, y_label: str, given: Sequence[Point], level: float | None = None
 ) -> Plot:
-    """Draw one figure of each round's policy, over rounds, and a line at `level`."""
+    """Draw one figure of each round's policy over the rounds, and a line at `level`."""
     points = [p for p in given if p.finite]
     caption = with_losses(caption, len(given) - len(points))
     if not points:
@@ -93,10 +93,10 @@ def by_round_plot(
 
 
 def stage_colours(*given: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
-    """Give stages their colours, the same in every plot: as many as there are, those first that took most of what comes first.
+    """Assign the available colours to stages, the same in every plot, first to the largest stages of the first plot.
 
     Args:
-        given: amounts by round and stage, of each plot.
+        given: amounts by round and stage, for each plot.
     """
     wanted: dict[str, None] = {}
     for by_round in given:
@@ -116,10 +116,10 @@ def stacked_plot(
     colours: Mapping[str, str],
     written: Callable[[float], str],
 ) -> Plot:
-    """Draw a bar for each round, of a piece for each stage; stages without a colour share one piece.
+    """Draw a bar for each round, with one piece per stage; stages without a colour share one piece.
 
     Args:
-        written: turns an amount into words, for the description.
+        written: formats an amount as text, for the description.
     """
     amounts = _by_stage(by_round)
     if not amounts:
@@ -143,7 +143,7 @@ def stacked_plot(
 
 
 def _by_stage(by_round: Mapping[int, Mapping[str, float]]) -> dict[str, list[float]]:
-    """List what each stage took, round by round, for the stages that took anything, in the order of the first that name them."""
+    """Return the amounts of each stage by round, without stages whose amounts are all 0, in order of appearance."""
     order = dict.fromkeys(s for stages in by_round.values() for s in stages)
     amounts = {s: [by_round[r].get(s, 0.0) for r in sorted(by_round)] for s in order}
     return {s: values for s, values in amounts.items() if any(values)}
@@ -170,7 +170,7 @@ def _draw_points(axis: Axes, points: Sequence[Point]) -> None:
 
 
 def _number_points(axis: Axes, points: Sequence[Point]) -> bool:
-    """Write each round's number beside its point, the promoted and late ones first; say whether all found room."""
+    """Write each round's number next to its point, promoted and late rounds first; return whether all fitted."""
     ends = [(v for p in points for v in (p.y, *(p.interval or ()))), (p.x for p in points)]
     (y_low, y_high), (x_low, x_high) = (_spread([*values]) for values in ends)
     axis.set_xlim(x_low, x_high)
@@ -199,7 +199,7 @@ def _number_points(axis: Axes, points: Sequence[Point]) -> bool:
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Leave room around values for the numbers beside them."""
+    """Return axis limits that leave room around values for the numbers next to them."""
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room
@@ -212,7 +212,7 @@ def _overlap(a: Box, b: Box) -> bool:
 def _dress_rounds(axis: Axes, rounds: Sequence[int]) -> None:
     axis.set_xlabel("round")
     axis.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=TICK_STEPS, integer=True))
-    room = 0.6 if len({*rounds}) > 1 else 1.0  # a whole number of rounds has to be in sight to be a tick
+    room = 0.6 if len({*rounds}) > 1 else 1.0  # a tick needs a whole number within the limits
     axis.set_xlim(min(rounds) - room, max(rounds) + room)
 
 

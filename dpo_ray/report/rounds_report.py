@@ -1,4 +1,4 @@
-"""What rounds came to, gathered from their committed artifacts alone."""
+"""Results of online rounds, gathered only from their committed artifacts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dpo_ray.run.context import recipe_yaml
 from .rounds_page import RoundRow, RoundSample, RoundsPage, rounds_html
 
 PAGE = "rounds.html"
-SHOWN_SAMPLES = 6  # prompts whose completions are shown through the rounds
+SHOWN_SAMPLES = 6  # prompts whose completions are shown for all rounds
 
 
 def rounds_page(rounds: Rounds) -> RoundsPage:
-    """Gather the page of rounds."""
+    """Build the page of rounds from committed artifacts."""
     recipe = rounds.plan.recipe
     measured = [r for r in rounds.rounds if "evaluate" in r.artifacts]
     created = [a.manifest.created_unix_seconds for r in rounds.rounds for a in r.artifacts.values()]
@@ -40,7 +40,7 @@ def rounds_page(rounds: Rounds) -> RoundsPage:
 
 
 def write_page(rounds: Rounds) -> str:
-    """Write rounds.html into the run's directory, unless it says the same already, and return its place."""
+    """Write rounds.html into the run's directory, unless it is up to date, and return its path."""
     place = run_storage(rounds.plan.recipe)
     page = rounds_html(rounds_page(rounds)).encode("utf-8", "replace")
     if not (place.exists(PAGE) and place.read_bytes(PAGE) == page):
@@ -49,7 +49,7 @@ def write_page(rounds: Rounds) -> str:
 
 
 def figures(rounds: Rounds) -> dict[str, Any]:
-    """Collect the figures of the last line that `dpo-ray run` prints."""
+    """Return the figures of the last line that `dpo-ray run` prints."""
     decided = [r for r in rounds.rounds if r.committed.promoted is not None]
     best = rounds.promoted.artifact
     last = next((r for r in decided if r.trained.key == rounds.promoted.key), None)
@@ -67,15 +67,15 @@ def figures(rounds: Rounds) -> dict[str, Any]:
 
 
 def _row(one: Round, rounds: Rounds) -> RoundRow:
-    found: dict[str, Artifact] = {str(stage): artifact for stage, artifact in one.artifacts.items()}
-    paired, measured = (found[s].manifest.figures if s in found else {} for s in ("pair", "evaluate"))
+    artifacts: dict[str, Artifact] = {str(stage): artifact for stage, artifact in one.artifacts.items()}
+    paired, measured = (artifacts[s].manifest.figures if s in artifacts else {} for s in ("pair", "evaluate"))
     promoted = one.committed.promoted
     numbers = {r.trained.key: r.number for r in rounds.rounds}
     return RoundRow(
         number=one.number,
         state=str(state_of(one.committed, one.reference is not None)),
         decision="" if promoted is None else "promoted" if promoted else "rejected",
-        reasons=tuple(found["promote"].manifest.figures["reasons"]) if "promote" in found else (),
+        reasons=tuple(artifacts["promote"].manifest.figures["reasons"]) if "promote" in artifacts else (),
         starts_from=numbers.get(one.start.key),
         pairs=paired.get("pairs"),
         dropped=paired.get("dropped", {}),
@@ -90,9 +90,9 @@ def _row(one: Round, rounds: Rounds) -> RoundRow:
         distinct_2=measured.get("distinct_2"),
         entropy=measured.get("entropy"),
         truncated_fraction=measured.get("truncated_fraction"),
-        seconds={stage: artifact.manifest.seconds for stage, artifact in found.items()},
-        tokens=_tokens(found),
-        judge_usage=_usage(found),
+        seconds={stage: artifact.manifest.seconds for stage, artifact in artifacts.items()},
+        tokens=_tokens(artifacts),
+        judge_usage=_usage(artifacts),
     )
 
 
@@ -106,13 +106,13 @@ def _tokens(found: dict[str, Artifact]) -> dict[str, int]:
 
 
 def _usage(found: dict[str, Artifact]) -> dict[str, float]:
-    """Add up what the round's judge and its evaluation's have cost."""
+    """Return the total usage of the judges of a round: for judging and for evaluation."""
     each = [found[s].manifest.figures["usage"] for s in ("judge", "evaluate") if s in found]
     return {name: sum(usage[name] for usage in each) for name in each[0]} if each else {}
 
 
 def _samples(measured: Sequence[Round]) -> list[RoundSample]:
-    """Follow some held-out prompts through the rounds, from what the initial policy says."""
+    """Return the completions of some held-out prompts in every round, starting with the initial policy."""
     rows = [[json.loads(x) for x in r.artifacts["evaluate"].read_bytes("samples.jsonl").splitlines()] for r in measured]
     return [
         RoundSample(

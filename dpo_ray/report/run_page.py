@@ -1,4 +1,4 @@
-"""The run report: one HTML file without scripts or outside requests, to read, print or send."""
+"""The run report: one HTML file without scripts or external requests, to read, print or send."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_SAMPLES = 40
 
 @dataclass(frozen=True)
 class Tile:
-    """Hold one figure of the headline; a number is formatted, a string is shown as it is."""
+    """One figure of the headline; a number is formatted, a string is shown unchanged."""
 
     label: str
     value: str | float
@@ -27,19 +27,19 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Hold all that a report shows; what is left empty is reported as not measured.
+    """All data that a report shows; empty fields are reported as not measured.
 
-    All text may be foreign: it is escaped, and samples and examples are cut to a length that a page can bear.
+    All text may be untrusted: it is escaped, and samples and examples are cut to a length that fits a page.
 
-    name, created, what: the run, its time (ISO 8601) and one sentence on it.
+    name, created, what: name of the run, its time (ISO 8601), and one sentence about it.
     headline, comparison: tiles, and rows of (measure, reference, policy).
-    train_metrics, eval_metrics: a row per measured step under TRL's names and `step`; some may be missing.
-    best_step: the step whose weights were kept, where that was asked for.
+    train_metrics, eval_metrics: one row per measured step with TRL's names and `step`; some may be missing.
+    best_step: the step whose weights were kept, if the recipe sets train.best.
     heldout_rewards: `chosen` and `rejected` rewards; kl_per_sample: nats per completion.
-    data: the account of the data.
-    reference: the account of the reference and of its audit.
-    samples: rows of prompt, reference, policy and, where judged, reference_score, policy_score.
-    stages: rows of stage, key, state and, where known, seconds, rows, note.
+    data: the section on the data.
+    reference: the section on the reference and its audit.
+    samples: rows of prompt, reference, policy and, if judged, reference_score, policy_score.
+    stages: rows of stage, key, state and, if known, seconds, rows, note.
     """
 
     name: str
@@ -62,9 +62,9 @@ class ReportData:
 
 
 def render_report(data: ReportData) -> str:
-    """Return the report as HTML; the same data gives the same bytes.
+    """Return the report as HTML; the same data results in the same bytes.
 
-    Raises KeyError or jinja2.UndefinedError where a row of `data` lacks a required field.
+    Raises KeyError or jinja2.UndefinedError if a row of `data` lacks a required field.
     """
     steps = len(data.train_metrics)
     return render_page(

@@ -1,4 +1,4 @@
-"""The report of a run, gathered from its committed artifacts alone."""
+"""Gathering of a run's report, only from its committed artifacts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dpo_ray.run.offline import Finished
 from dpo_ray.run.planning import Plan
 
 from .data_report import data_page
-from .reference_page import Check, ReferencePage, Scoring, Unscored
+from .reference_page import Check, ReferencePage, Scoring, UnscoredRow
 from .run_page import ReportData, Tile
 
 DECODED_SAMPLES = 3  # groups that the report shows as the model sees them
-EXAMPLES = 3  # of each reason for which groups have no log-probs
+EXAMPLES = 3  # per reason why groups have no log-probs
 SCORING = ("engines", "sequences", "found", "tokens", "cached_tokens", "tokens_per_second", "rescored")
 
 
 def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: Mapping[str, str]) -> ReportData:
-    """Gather the report from the committed artifacts alone, so that it can be written again at any time."""
+    """Build the report only from committed artifacts, so that it can be written again at any time."""
     recipe, trained, evaluated = run.plan.recipe, run.train.manifest.figures, run.evaluate.manifest.figures
     metrics = [json.loads(text) for text in run.train.read_bytes("metrics.jsonl").splitlines()]
     evaluations = [
@@ -72,7 +72,7 @@ def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: 
 
 
 def best_step(best: BestConfig | None, evaluations: Sequence[Mapping[str, float]]) -> int | None:
-    """Find the evaluation whose weights were kept, the first of equals; None where the last step's were."""
+    """Return the step of the best evaluation, whose weights were kept; None if those of the last step were kept."""
     known = [e for e in evaluations if best is not None and best.metric in e]
     if best is None or not known:
         return None
@@ -85,18 +85,18 @@ def _adapted(lora: LoraConfig | None) -> str:
 
 
 def reference_page(plan: Plan, reference: Artifact, measured: Mapping[str, Any]) -> ReferencePage:
-    """Gather the section on the reference; the audit is judged by the limits that the recipe has now."""
+    """Build the section on the reference; the audit is judged by the current limits of the recipe."""
     figures, n = reference.manifest.figures, plan.numerics
     parallel = f", {n.tensor_parallel} GPUs each" if n.tensor_parallel > 1 else ""
     judgement = audit_record.judged(measured, plan.recipe, plan.hardware.dtype) if measured else None
-    goes_on = "" if judgement is None or judgement.passed else "The recipe says to train all the same (on_drift: warn)."
+    goes_on = "" if judgement is None or judgement.passed else "Training continued, as the recipe sets on_drift: warn."
     return ReferencePage(
         scoring=Scoring(
             engine=n.version if n.engine == "vllm" else "the trainer",
             numerics=f"{n.dtype}, {n.device}{parallel}",
             **{name: figures[name] for name in SCORING},
         ),
-        note=f"The recipe names vllm, but its audit failed ({plan.drift}): the trainer scored all again."
+        note=f"The recipe names vllm, but its audit failed ({plan.drift}): the trainer scored all groups again."
         if plan.drift
         else "",
         unscored=_unscored(reference),
@@ -107,14 +107,14 @@ def reference_page(plan: Plan, reference: Artifact, measured: Mapping[str, Any])
     )
 
 
-def _unscored(reference: Artifact) -> list[Unscored]:
+def _unscored(reference: Artifact) -> list[UnscoredRow]:
     if QUARANTINE_FILE not in reference.names():
         return []
     table = read_table(reference, QUARANTINE_FILE, ["reason", "detail"])
     by_reason: dict[str, list[str]] = {}
     for reason, detail in zip(table["reason"].to_pylist(), table["detail"].to_pylist(), strict=True):
         by_reason.setdefault(reason, []).append(detail)
-    return [Unscored(r, REASONS[r], len(details), details[:EXAMPLES]) for r, details in sorted(by_reason.items())]
+    return [UnscoredRow(r, REASONS[r], len(details), details[:EXAMPLES]) for r, details in sorted(by_reason.items())]
 
 
 def _headline(rows: dict[str, int], trained: dict[str, Any], evaluated: dict[str, Any]) -> list[Tile]:
@@ -140,7 +140,7 @@ def _headline(rows: dict[str, int], trained: dict[str, Any], evaluated: dict[str
             )
         )
     if sampled:
-        tiles.append(Tile("KL", f"{sampled['kl']:.2f}", "nats a completion, to the reference"))
+        tiles.append(Tile("KL", f"{sampled['kl']:.2f}", "nats per completion, to the reference"))
     tiles.append(
         Tile(
             "rows",

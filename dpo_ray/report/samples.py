@@ -1,4 +1,4 @@
-"""A few rows to look at: admitted groups decoded from their token ids, and rows that were left out."""
+"""Sample rows for the report: admitted groups decoded from their token ids, and rows that were left out."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.tables import read_table
 from dpo_ray.data.schemas import splits
 
-from .data_page import Piece, RenderedCompletion, RenderedSample
+from .data_page import RenderedCompletion, RenderedSample, TextPiece
 
-PROMPT_TOKENS = 240  # shown of a prompt: its last ones
-COMPLETION_TOKENS = 200  # shown of a completion: its first ones,
-LAST_TOKENS = 12  # and its last
+PROMPT_TOKENS = 240  # number of a prompt's last tokens that are shown
+COMPLETION_TOKENS = 200  # number of a completion's first tokens that are shown
+LAST_TOKENS = 12  # number of a completion's last tokens that are shown
 MAX_COMPLETIONS = 4
-_CONTEXT_TOKENS = 4  # that a tokenizer may need before a token to decode it as it stands
-_CHARACTER_TOKENS = 8  # at most these make up one character
+_CONTEXT_TOKENS = 4  # preceding tokens that a tokenizer may need to decode a token correctly
+_CHARACTER_TOKENS = 8  # limit of the tokens that make up one character
 
 
 def rendered_samples(tokens: Artifact, tokenizer: PreTrainedTokenizerBase, count: int) -> list[RenderedSample]:
-    """Decode a few groups, spread over the sources: of each, from its first part, a fair sample that is always the same."""
+    """Decode a few groups, spread over the sources: a deterministic random sample of each source's first part."""
     sources = _first_parts(tokens)
     if not sources or count <= 0:
         return []
@@ -35,7 +35,7 @@ def rendered_samples(tokens: Artifact, tokenizer: PreTrainedTokenizerBase, count
     samples = []
     for (split, source, name), wanted in zip(shown, each, strict=True):
         table = read_table(tokens, name)
-        fair = table.sort_by("group_id").slice(0, wanted)  # group ids are hashes
+        fair = table.sort_by("group_id").slice(0, wanted)  # group ids are hashes, so their order is random
         samples += [_rendered(row, split, source, tokenizer) for row in fair.to_pylist()]
     return samples
 
@@ -49,7 +49,7 @@ def quarantine_examples(tokens: Artifact, per_reason: int = 1) -> dict[str, list
     examples: dict[str, list[dict[str, Any]]] = {}
     for name in tokens.names("quarantine/"):
         if not any(left.values()):
-            break  # a large set has thousands of files, and the first few say it all
+            break  # a large data set has thousands of files, and the first few suffice
         table = read_table(tokens, name)
         wanted = [reason for reason, count in left.items() if count]
         for row in table.filter(pc.field("reason").isin(wanted)).to_pylist():
@@ -60,21 +60,21 @@ def quarantine_examples(tokens: Artifact, per_reason: int = 1) -> dict[str, list
 
 
 def group_text(shard: Artifact, part: str, group_id: bytes, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode the end of the prompt and the beginning of the completions of a group of a shard's part; "" if it has gone."""
+    """Decode the end of a group's prompt and the beginning of its completions; "" if the group is missing."""
     name = f"groups/{part}"
     if name not in shard.names(name):
         return ""
     table = read_table(shard, name, ["group_id", "prompt_ids", "completion_ids"])
-    found = table.filter(pc.field("group_id") == pa.scalar(group_id, pa.binary(16))).slice(0, 1).to_pylist()
-    if not found:
+    matches = table.filter(pc.field("group_id") == pa.scalar(group_id, pa.binary(16))).slice(0, 1).to_pylist()
+    if not matches:
         return ""
-    texts = [_decoded(tokenizer, found[0]["prompt_ids"][-40:])]
-    texts += [_decoded(tokenizer, ids[:24]) for ids in found[0]["completion_ids"][:2]]
+    texts = [_decoded(tokenizer, matches[0]["prompt_ids"][-40:])]
+    texts += [_decoded(tokenizer, ids[:24]) for ids in matches[0]["completion_ids"][:2]]
     return " | ".join(" ".join(text.split()) for text in texts)
 
 
 def _first_parts(tokens: Artifact) -> list[tuple[str, str, str]]:
-    """Name the first part of each source, the splits in turn, training first: (split, source, file)."""
+    """List the first part of each source as (split, source, file), in the order of splits, training first."""
     by_split: dict[str, list[tuple[str, str, str]]] = {}
     for split in splits(tokens):
         seen = set()
@@ -107,7 +107,7 @@ def _rendered(row: dict[str, Any], split: str, source: str, tokenizer: PreTraine
 
 
 def _own_completions(row: dict[str, Any]) -> int:
-    """Count the completions without that of another prompt, which comes last and has no score."""
+    """Count the group's own completions: that of another prompt comes last, and has no score."""
     return sum(not math.isnan(score) for score in row["scores"])
 
 
@@ -139,12 +139,12 @@ def _label(row: dict[str, Any], k: int) -> str:
     return f"not in a pair · {place}" if row["chosen"] else place
 
 
-def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """Divide text at its tokens; where several tokens make one character (bytes of UTF-8), they stay together."""
+def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[TextPiece]:
+    """Split text into tokens; tokens that together make up one character (bytes of UTF-8) stay together."""
     special, pieces, begin = _special_ids(tokenizer), [], 0
     for end in range(1, len(ids) + 1):
         if ids[end - 1] in special and end - begin == 1:
-            pieces.append(Piece(str(tokenizer.convert_ids_to_tokens(ids[begin])), special=True))
+            pieces.append(TextPiece(str(tokenizer.convert_ids_to_tokens(ids[begin])), special=True))
             begin = end
             continue
         context = max(0, begin - _CONTEXT_TOKENS)
@@ -152,7 +152,7 @@ def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece
         follows = end < len(ids) and ids[end] not in special
         if text.endswith("\N{REPLACEMENT CHARACTER}") and follows and end - begin < _CHARACTER_TOKENS:
             continue
-        pieces.append(Piece(text, tokens=end - begin))
+        pieces.append(TextPiece(text, tokens=end - begin))
         begin = end
     return pieces
 

@@ -1,4 +1,4 @@
-"""What a finished run came to: the line of figures, the table for a person, and the report."""
+"""Results of a finished run: the line of figures, the table for people, and the report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ REPORT = "report.html"
 
 
 def figures(run: Finished) -> dict[str, Any]:
-    """Collect the figures of the last line that `dpo-ray run` prints."""
+    """Return the figures of the last line that `dpo-ray run` prints."""
     rows, trained, evaluated = run.prepare.manifest.rows, run.train.manifest.figures, run.evaluate.manifest.figures
     scoring, left_out = (run.reference.manifest.figures, run.reference.manifest.rows) if run.reference else ({}, {})
     heldout = evaluated.get("heldout", {})
-    unscored = left_out.get("train/unscored", 0)  # admitted, and then left out by the reference
+    unscored = left_out.get("train/unscored", 0)  # admitted, but left out because the reference could not score them
     return {
         "rows_in": rows["train/rows_in"],
         "admitted": rows["train/admitted"] - unscored,
@@ -42,7 +42,7 @@ def figures(run: Finished) -> dict[str, Any]:
 
 
 def audit_in_a_word(run: Finished) -> str:
-    """Say how the reference stands: passed, drifted (and the recipe went on), trainer (the engine's drifted), or off."""
+    """Return the audit's result: passed, drifted (training went on), trainer (the engine drifted), or off."""
     if run.plan.drift:
         return "trainer"
     if not (measured := run.train.manifest.figures["audit"]):
@@ -51,7 +51,7 @@ def audit_in_a_word(run: Finished) -> str:
 
 
 def line(values: dict[str, Any]) -> str:
-    """Write the figures as one line of key=value."""
+    """Return the figures as one line of key=value."""
     return " ".join(f"{k}={_plain(v)}" for k, v in values.items())
 
 
@@ -64,7 +64,7 @@ def _policy_prefix(trained: Artifact) -> str:
 
 
 def print_comparison(run: Finished, console: Console) -> None:
-    """Print what changed from the reference to the policy, as a table."""
+    """Print a table of the differences between reference and policy."""
     rows = comparison(run)
     if not rows:
         return
@@ -77,7 +77,7 @@ def print_comparison(run: Finished, console: Console) -> None:
 
 
 def comparison(run: Finished) -> list[tuple[str, str, str]]:
-    """List (measure, reference, policy) in words that need no training."""
+    """List (measure, reference, policy) in words that need no knowledge of training."""
     sampled, heldout = (
         run.evaluate.manifest.figures.get("samples", {}),
         run.evaluate.manifest.figures.get("heldout", {}),
@@ -99,7 +99,7 @@ def comparison(run: Finished) -> list[tuple[str, str, str]]:
                 f"{gain:+.2f} ± {error:.2f} ({sampled['true_reward_gain_in_sd']:+.1f} sd)",
             )
         )
-    if "rewards/accuracies" in heldout:  # of unpaired data there are none
+    if "rewards/accuracies" in heldout:  # unpaired data has none
         rows.append(
             (
                 "held-out pairs whose better completion is preferred",
@@ -107,13 +107,13 @@ def comparison(run: Finished) -> list[tuple[str, str, str]]:
                 f"{heldout['rewards/accuracies']:.1%} ± {heldout['accuracy_standard_error']:.1%}",
             )
         )
-        rows.append(("  what preferring the longer one would get", f"{heldout['longer_wins']:.1%}", ""))
+        rows.append(("  accuracy of always preferring the longer one", f"{heldout['longer_wins']:.1%}", ""))
     if "rewards/margins" in heldout:
         rows.append(("held-out reward margin", "0", f"{heldout['rewards/margins']:+.3f}"))
     if sampled:
         rows.append(
             (
-                "distance from the reference (KL, nats a completion)",
+                "distance from the reference (KL, nats per completion)",
                 "0",
                 f"{sampled['kl']:.2f} ± {sampled['kl_standard_error']:.2f}",
             )
@@ -132,7 +132,7 @@ def comparison(run: Finished) -> list[tuple[str, str, str]]:
 
 
 def write_report(run: Finished) -> str:
-    """Write report.html into the run's directory, unless it says the same already, and return its place."""
+    """Write report.html into the run's directory, unless it is up to date, and return its path."""
     place = run_storage(run.plan.recipe)
     page = render_report(report_data(run, comparison(run), _paths(run))).encode("utf-8", "replace")
     if not (place.exists(REPORT) and place.read_bytes(REPORT) == page):

@@ -1,7 +1,7 @@
-"""A matplotlib figure as an SVG element of a page.
+"""Conversion of a matplotlib figure to an SVG element of a page.
 
-Colours are written as CSS classes (`stroke-train`, `fill-chosen`) and never as values, so the page's style
-sheet decides them; there are no style attributes either, so the page can forbid them.
+Colours are written as CSS classes (`stroke-train`, `fill-chosen`) and never as values, so the page's style sheet
+sets them. There are no style attributes, so the page can forbid them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Stand-in values: matplotlib wants a colour, `embed` turns each into a class.
+# Placeholder values: matplotlib needs a colour, and `embed` converts each to a class.
 STAND_INS = {
     "ink": "#000001",
     "grid": "#000002",
@@ -27,7 +27,7 @@ _ROLES = {value: role for role, value in STAND_INS.items()}
 
 
 def embed(figure: Figure, key: str, title: str, description: str) -> str:
-    """Turn a figure into an SVG element for a page: ids of its own, classes for colours, a description."""
+    """Convert a figure to an SVG element with unique ids, classes for colours, and a description."""
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())  # noqa: S314 - matplotlib's output, not foreign text
@@ -58,18 +58,18 @@ def _local(name: str) -> str:
 
 def _plain_attributes(element: ElementTree.Element, key: str, used: set[str]) -> None:
     """Rewrite attributes in place: classes and attributes for `style`, ids under the plot's `key`."""
-    given = {_local(name): value for name, value in element.attrib.items()}
+    attributes = {_local(name): value for name, value in element.attrib.items()}
     element.attrib.clear()
     classes = []
-    for declaration in given.pop("style", "").split(";"):
+    for declaration in attributes.pop("style", "").split(";"):
         name, _, value = (part.strip() for part in declaration.partition(":"))
         if name in {"fill", "stroke"} and value in _ROLES:
             classes.append(f"{name}-{_ROLES[value]}")
         elif name and not name.startswith("font"):
-            given[name] = value
-    if (identifier := given.pop("id", None)) in used:
-        given["id"] = identifier or ""
-    for name, value in given.items():
+            attributes[name] = value
+    if (identifier := attributes.pop("id", None)) in used:
+        attributes["id"] = identifier or ""
+    for name, value in attributes.items():
         if name == "id":
             value = f"{key}-{value}"
         elif name == "d":

@@ -1,1 +1,1 @@
-"""What a run is, and what drives it: the plan, the checks before work begins, the stages in order."""
+"""A run and the code that drives it: the plan, the checks before work begins, and the stages in order."""

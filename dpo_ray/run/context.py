@@ -1,4 +1,4 @@
-"""A run under its lease: what its stages share, and the way into it."""
+"""The context of a run that holds its lease: what its stages share, and how a run is opened."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .planning import Plan
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run that holds its lease and is connected to Ray. A round of an online run has a context of its own plan."""
+    """A run that holds its lease and is connected to Ray. Each round of an online run has a context of its own."""
 
     plan: Plan
     reporter: Reporter
@@ -67,28 +67,28 @@ class RunContext:
         return ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
 
     def find(self, stage: str) -> Artifact | None:
-        """Open a stage's artifact, if it is committed and is what the recipe asks for."""
+        """Open a stage's artifact if it is committed and is what the recipe asks for; otherwise return None."""
         return planning.found(self.plan, stage)
 
     def begin(self, stage: str) -> Staging:
-        """Begin a stage's artifact, under the key that the plan has for it.
+        """Begin a stage's artifact, under its key in the plan.
 
         Raises:
-            LeaseError: another driver has taken the run over.
+            LeaseError: another driver has taken over the run.
         """
         return self.begin_key(stage, self.plan.stages[stage].key)
 
     def begin_key(self, stage: str, key: str) -> Staging:
-        """Begin an artifact that the plan does not name.
+        """Begin an artifact that is not in the plan.
 
         Raises:
-            LeaseError: another driver has taken the run over.
+            LeaseError: another driver has taken over the run.
         """
         self.lease.check()
         return self.artifacts.begin(stage, key, self.recipe.name)
 
     def provenance(self, stage: str) -> Provenance:
-        """Return what a stage's artifact is made of, by the plan."""
+        """Return the provenance of a stage's artifact, according to the plan."""
         planned = self.plan.stages[stage]
         return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
 
@@ -96,7 +96,7 @@ class RunContext:
         """Return the settings of an engine with the reference model, for this recipe's lengths.
 
         Args:
-            extra_tokens: how many more than `data.max_length_tokens` a sequence may have, which makes room for sampling.
+            extra_tokens: how many tokens a sequence may exceed `data.max_length_tokens` by, to leave room for sampling.
         """
         reference, hardware, adapter = self.recipe.reference, self.plan.hardware, self.adapter_directory
         return ScorerSettings(
@@ -114,15 +114,15 @@ class RunContext:
     def reference_model(self, extra_tokens: int = 0) -> EngineModel:
         """Return the reference model as vLLM's engines load it, to sample from and to score."""
         numerics = self.plan.numerics
-        if numerics.engine != "vllm":  # the reference is the trainer's: what vLLM computes of it is kept apart
+        if numerics.engine != "vllm":  # the trainer computes the reference: vLLM's log-probs are stored separately
             numerics = replace(numerics, engine="vllm", version=planning.engine_version("vllm"))
         store = ReferenceStore(reference_root(self.recipe), self.plan.model_digest, numerics)
         return EngineModel(self.scorer_settings(extra_tokens=extra_tokens), store)
 
     def policy_model(self, trained: Artifact, extra_tokens: int = 0) -> EngineModel:
-        """Return the policy that an artifact holds as vLLM's engines load it."""
+        """Return the policy that an artifact holds, as vLLM's engines load it."""
         reference, directory = self.reference_model(extra_tokens), policy_directory(trained)
-        if is_adapter(trained):  # of the recipe's model, which is the engines' base
+        if is_adapter(trained):  # it belongs to the recipe's model, which is the engines' base model
             settings = replace(reference.settings, adapter_dir=str(directory))
             model = self.recipe.model.model_copy(update={"adapter": str(directory)})
         else:
@@ -133,10 +133,10 @@ class RunContext:
 
 @contextmanager
 def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -> Iterator[RunContext]:
-    """Take the run's lease, connect to Ray, clear what earlier attempts left, and write the recipe beside the results.
+    """Acquire the run's lease, connect to Ray, remove what previous attempts left, and write the recipe to the run.
 
     Raises:
-        LeaseError: another driver runs it.
+        LeaseError: another driver holds the lease.
         InfrastructureError: Ray does not answer, or the output cannot be written.
     """
     directory = run_storage(recipe)
@@ -148,7 +148,7 @@ def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Write the resolved recipe as YAML."""
+    """Return the resolved recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -159,5 +159,5 @@ def policy_directory(trained: Artifact) -> Path:
 
 
 def is_adapter(trained: Artifact) -> bool:
-    """Return whether the policy that an artifact holds is an adapter alone."""
+    """Return whether the policy that an artifact holds is only an adapter."""
     return f"policy/{ADAPTER_CONFIG}" in trained.names()

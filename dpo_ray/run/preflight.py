@@ -1,4 +1,4 @@
-"""What can be checked of a recipe before anything starts: places, devices, files, model, template, lengths."""
+"""The checks of a recipe before anything starts: places, devices, files, model, template, lengths."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapte
 from dpo_ray.models.load import context_tokens, is_hub_name, model_directory
 from dpo_ray.reference.vllm.engine import lora_options
 
-BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")  # optimizers by its kernels
+BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")  # optimizers that use its kernels
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the stages run on, decided before anything starts."""
+    """The hardware that the stages run on, decided before anything starts."""
 
     device: Literal["cpu", "cuda"]
     train_gpus: float
@@ -36,15 +36,15 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a look at everything that a recipe names has found."""
+    """The results of checking everything that a recipe names."""
 
     shards: tuple[Shard, ...]
-    template: str  # the chat template's text; of a hub model that is not here: its name in the recipe
+    template: str  # the chat template's text; for a hub model that is not on this machine, its name in the recipe
     filters: tuple[Filter, ...]
 
 
 def hardware(recipe: Recipe) -> Hardware:
-    """Decide device and type: as the recipe says, else by whether this machine has CUDA."""
+    """Return the device and the dtype: from the recipe, or else from whether this machine has CUDA."""
     gpu_here = 1.0 if torch.cuda.is_available() else 0.0
     train_gpus = recipe.train.gpus_per_worker if recipe.train.gpus_per_worker is not None else gpu_here
     r = recipe.reference
@@ -55,10 +55,10 @@ def hardware(recipe: Recipe) -> Hardware:
 
 
 def preflight(recipe: Recipe) -> Checked:
-    """Check all of a recipe that can be checked without starting: files, model, template, lengths, filters.
+    """Check everything in a recipe that can be checked without a start: files, model, template, lengths, filters.
 
     Raises:
-        ConfigError, InfrastructureError: the first thing that is wrong.
+        ConfigError, InfrastructureError: the first problem that is found.
     """
     _check_places(recipe)
     _check_gpus(recipe)
@@ -79,7 +79,7 @@ def preflight(recipe: Recipe) -> Checked:
     context = context_tokens(directory)
     if context is not None and recipe.data.max_length_tokens > context:
         raise ConfigError(
-            f"longer than the model's context of {context} tokens (of a model with longrope, its original context)",
+            f"longer than the model's context of {context} tokens (for a model with longrope, its original context)",
             where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
             fix=f"set at most {context}",
         )
@@ -87,10 +87,10 @@ def preflight(recipe: Recipe) -> Checked:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """See that the packages are installed which only some recipes need.
+    """Check that the packages are installed that only some recipes need.
 
     Raises:
-        InfrastructureError: names the one that is not.
+        InfrastructureError: one is not installed; the message names it.
     """
     scores = uses_reference(recipe.train.objective) and recipe.reference.engine == "vllm"
     if (scores or recipe.evaluate.sample_prompts) and find_spec("vllm") is None:
@@ -104,12 +104,12 @@ def check_packages(recipe: Recipe) -> None:
         raise InfrastructureError(
             "bitsandbytes is not installed",
             where=f"train.optimizer.type={recipe.train.optimizer.type}, train.quantization={recipe.train.quantization}",
-            fix="pip install 'dpo-ray[quantized]'; or take another optimizer, and no quantization",
+            fix="pip install 'dpo-ray[quantized]'; or use another optimizer and no quantization",
         )
 
 
 def _check_places(recipe: Recipe) -> None:
-    """See that the places to write to can be directories; leaves no trace, as `plan` and `validate` promise."""
+    """Check that the output places can be directories. Leaves no trace, as `plan` and `validate` promise."""
     for field, place in (("output", run_storage(recipe)), ("reference.store", reference_root(recipe))):
         if not place.is_local:
             continue
@@ -125,7 +125,7 @@ def _check_places(recipe: Recipe) -> None:
 
 
 def _check_adapter(recipe: Recipe, model: Path | None) -> None:
-    """See that the adapter is one, that vLLM can hold it, and that it is of this model, where the model is here."""
+    """Check that the adapter is valid, that vLLM can load it, and that it fits the model if that is on this machine."""
     directory = adapter_directory(recipe.model)
     if directory is None:
         return
@@ -137,17 +137,17 @@ def _check_adapter(recipe: Recipe, model: Path | None) -> None:
 
 
 def _check_gpus(recipe: Recipe) -> None:
-    """Refuse what this machine can never grant: Ray would wait for it without end."""
+    """Raise an error for GPUs that this machine can never provide: Ray would wait for them for ever."""
     where = hardware(recipe)
     wanted = {"train.workers": recipe.train.workers * where.train_gpus}
     if recipe.reference.engine == "vllm":
         wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
     if recipe.reference.mode == "streaming":
-        wanted["train.workers and reference.replicas, side by side in reference.mode=streaming"] = sum(wanted.values())
+        wanted["train.workers and reference.replicas, concurrently in reference.mode=streaming"] = sum(wanted.values())
     for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
         if gpus > torch.cuda.device_count():
             raise ConfigError(
-                f"asks for {gpus:g} GPUs, and this machine has {torch.cuda.device_count()}",
+                f"requests {gpus:g} GPUs, and this machine has {torch.cuda.device_count()}",
                 where=field,
-                fix="lower it, or the GPUs of each; or name a cluster in ray.address",
+                fix="lower it, or the GPUs per worker or replica; or name a cluster in ray.address",
             )

@@ -1,4 +1,4 @@
-"""What the evaluation of an offline run compares: samples of policy and reference, each scored under both."""
+"""The comparison in the evaluation of an offline run: samples of policy and reference, each scored under both."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def compare_models(
 ) -> Comparison:
     """Sample a completion of every prompt from policy and reference, and score all of them under both.
 
-    One pool of engines does it: they load the reference, then the policy, then the reference again.
+    One pool of engines does all of this: they load the reference, then the policy, then the reference again.
 
     Raises:
-        EngineError: no engine survives a prompt, or a model gives a sample no finite log-probs.
+        EngineError: no engine survives a prompt, or a log-prob of a sample is not finite.
     """
     config, granule = run.recipe.evaluate, run.recipe.reference.groups_per_granule
     sampling = Sampling(config.temperature, config.max_new_tokens, stop_token_ids)

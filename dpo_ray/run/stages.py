@@ -1,4 +1,4 @@
-"""The stages of a run. Each returns its artifact: the committed one, or what it makes now."""
+"""The stages of a run. Each returns its artifact: the committed one, or one that it creates."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .samples import compare_models
 
 
 def prepare(run: RunContext) -> Artifact:
-    """Tokenize what is new, choose among all groups, and commit the artifact `tokens`.
+    """Tokenize the new shards, select among all groups, and commit the artifact `tokens`.
 
     Raises:
         DataError: more rows are unsound than `data.max_quarantined_fraction` allows.
@@ -83,7 +83,7 @@ def _prepare(run: RunContext) -> Artifact:
 
 
 def reference(run: RunContext, tokens: Artifact) -> Artifact:
-    """Score what the store lacks, and join the store to the groups by key."""
+    """Score the groups that the store lacks, and join the store to all groups by key."""
     if (done := run.find("reference")) is not None:
         return done
     recipe, hardware, provenance = run.recipe, run.plan.hardware, run.provenance("reference")
@@ -124,24 +124,24 @@ def train(
     moments: Artifact | None = None,
     keep_moments: bool = False,
 ) -> Artifact:
-    """Train the policy, from the newest checkpoint where there is one.
+    """Train the policy, from the newest checkpoint if there is one.
 
     Args:
-        scheduled: the steps; one that is still being written is waited for.
-        tokens: what the steps were made of.
-        before_commit: is called when training has ended and its artifact is not yet committed.
-        trained_adapter: the LoRA adapter that training goes on with.
-        moments: the training whose optimizer this one goes on with.
+        scheduled: the steps; training waits for steps that are still being written.
+        tokens: the groups that the steps were built from.
+        before_commit: called when training has ended and its artifact is not yet committed.
+        trained_adapter: the LoRA adapter that training continues with.
+        moments: the training whose optimizer state this one continues.
         keep_moments: keep the optimizer's state in the artifact, for the next training.
 
     Raises:
-        AuditError: the reference is over the audit's limits, and the recipe does not say to go on.
-        TrainError, StoppedError: as the workers end.
+        AuditError: the reference exceeds the audit's limits, and the recipe does not allow training to continue.
+        TrainError, StoppedError: from the workers.
     """
     recipe, plan = run.recipe, run.plan
     places = checkpoints(run, left_out=tokens.rows["train/admitted"] - scheduled.rows["train/groups"])
     if (done := run.find("train")) is not None:
-        places.delete_tree()  # of a driver that was killed between its commit and this
+        places.delete_tree()  # left by a driver that was killed between its commit and this deletion
         return done
     if (refused := run.artifacts.find("train", plan.stages["train"].key)) is not None:
         judge_audit(run, refused.manifest.figures["audit"])
@@ -180,27 +180,27 @@ def train(
         planning.versions(),
     )
     before_commit()
-    run.lease.check()  # training takes hours: a driver that lost its run must not delete checkpoints
+    run.lease.check()  # training takes hours: a driver that lost its lease must not delete checkpoints
     return train_stage.commit(task, result, card, provenance)
 
 
 def checkpoints(run: RunContext, left_out: int) -> Storage:
-    """Return the place of the checkpoints. Where groups have no reference, and so are left out, the steps are others."""
+    """Return the place of the checkpoints; it differs if groups without a reference are left out of the steps."""
     key = run.plan.resume_key
     return run.directory.child("checkpoints", f"{key}-without-{left_out}" if left_out else key)
 
 
 def _audit_task(run: RunContext) -> AuditTask | None:
-    """Return how the workers audit the reference before step 1; None where the recipe turns it off, or has no reference."""
+    """Return how the workers audit the reference before step 1; None if the audit is off or there is no reference."""
     groups = run.recipe.reference.audit.groups if "reference" in run.plan.stages else 0
     return AuditTask(groups, measure, audit_record.rule(run.recipe, run.plan.hardware.dtype)) if groups else None
 
 
 def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
-    """Judge what the audit measured; where it is over its limits, remember that, and stop or report it.
+    """Judge the audit's measurements; if they exceed the limits, record that, and stop or report it.
 
     Raises:
-        AuditError: over the limits, and the recipe does not say to go on.
+        AuditError: they exceed the limits, and the recipe does not allow training to continue.
     """
     recipe, plan = run.recipe, run.plan
     judgement = audit_record.judged(measured, recipe, plan.hardware.dtype)
@@ -209,13 +209,13 @@ def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
         audit_record.remember(run.artifacts, reference_key, trainer, recipe.name, measured, planning.versions())
         check_drift(judgement, recipe.reference.audit, recipe.reference.engine)
         run.reporter.say(
-            f"[bold yellow]audit[/bold yellow]: {judgement.summary()}; reference.audit.on_drift is warn, so training goes on"
+            f"[bold yellow]audit[/bold yellow]: {judgement.summary()}; reference.audit.on_drift is warn, so training continues"
         )
     return judgement.figures()
 
 
 def _model_for_workers(run: RunContext) -> ModelConfig:
-    """Name the model so that a process with another working directory, or on another node, finds it."""
+    """Return the model with paths that a process in another working directory, or on another node, can find."""
     model = run.recipe.model
     is_found_anywhere = is_hub_name(model.path) or model.path.startswith(BUILTIN)
     places = {

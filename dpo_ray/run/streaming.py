@@ -1,4 +1,4 @@
-"""Scoring, scheduling and training concurrently (`reference.mode: streaming`). The artifacts are those of `ahead`."""
+"""Scoring, scheduling and training concurrently (`reference.mode: streaming`). The artifacts equal those of `ahead`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 
 def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, Artifact, Artifact] | None:
-    """Run `reference`, `schedule` and `train` concurrently; return None, with nothing left behind, where that cannot be.
+    """Run `reference`, `schedule` and `train` concurrently; return None, and leave nothing, if that is not possible.
 
     Raises:
-        DpoRayError: as scoring or training raise it; the other is ended first.
+        DpoRayError: from scoring or from training; the other one is ended first.
     """
     if not _is_wanted(run):
         return None
@@ -48,7 +48,9 @@ def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, A
         return _score_and_train(run, tokens, oldest_step(checkpoints))
     except UnscorableError as error:
         run.reporter.say(f"[bold yellow]reference[/bold yellow]: {escape(str(error))}")
-        run.reporter.say("without them the steps hold other groups: all is scored now, and training begins again")
+        run.reporter.say(
+            "without them the steps hold other groups: all groups are scored first, and training starts again"
+        )
         checkpoints.delete_tree()
         return None
 
@@ -62,13 +64,13 @@ def _is_wanted(run: RunContext) -> bool:
 
 
 def _score_and_train(run: RunContext, tokens: Artifact, first_step: int) -> tuple[Artifact, Artifact, Artifact]:
-    """Score and pack in the order of the steps, in a thread, and train on what is there; return the three artifacts.
+    """Score and pack in the order of the steps, in a thread, and train on what is ready; return the three artifacts.
 
     Args:
-        first_step: that training may go on from; what lies before is not waited for.
+        first_step: the step from which training may resume; training does not wait for earlier ones.
 
     Raises:
-        UnscorableError: a group cannot be scored; the steps are then others, and nothing that was trained counts.
+        UnscorableError: a group cannot be scored; the steps then change, and nothing that was trained counts.
     """
     orders, staging = order_splits(tokens, run.recipe.train, run.recipe.seed), run.begin("schedule")
     live = LiveSchedule.start(count_rows(orders), staging.storage, start_inbox())
@@ -128,7 +130,7 @@ def _score(
         settings, engine_gpus = run.scorer_settings(), run.plan.hardware.engine_gpus
         pool = EnginePool(settings, run.reference_store, config, engine_gpus, bar.say)
         for scored in in_order.run(pool.run, stop):
-            began.set()  # the pool has an engine by now: training may take what is left
+            began.set()  # the pool has an engine by now, so training may take the remaining resources
             tally.add(scored)
             bar.advance(scored.groups, f"{tally.describe()}, engines {pool.ready}/{pool.size}")
         return tally, in_order.entries()
@@ -139,15 +141,15 @@ def run_side_by_side(
     train: Callable[[Callable[[], S]], T],
     fail: Callable[[str], None],
 ) -> tuple[S, T]:
-    """Run `score` in a thread, and `train` in this one from when `score` has set its first event; return both results.
+    """Run `score` in a thread, and `train` in this one as soon as `score` sets its first event; return both results.
 
     Args:
-        score: is given that event, and one that tells it to stop with `Stopped`.
-        train: is given what waits for the result of `score`.
-        fail: is told why `score` failed, so that `train` ends.
+        score: called with that event, and with a second one that requests it to stop by raising `Stopped`.
+        train: called with a function that waits for the result of `score` and returns it.
+        fail: called with the reason why `score` failed, so that `train` ends.
 
     Raises:
-        What `score` raised, or else what `train` raised; the other has ended by then.
+        What `score` raised, or else what `train` raised; the other one has ended by then.
     """
     began, stop, scoring = threading.Event(), threading.Event(), Future()
 

@@ -1,7 +1,7 @@
-"""A recipe in miniature: what it does stays, on a tiny random model and made-up data, in a minute and without a network.
+"""Miniature recipes: the same steps on a tiny random model and synthetic data, in a minute and without a network.
 
-It answers whether a recipe's objective, optimizer, schedule, adapters, sharding, layout and types go together, before
-GPUs are asked for. What it learns means nothing.
+A miniature shows whether a recipe's objective, optimizer, schedule, adapters, sharding, layout and types work together,
+before GPUs are requested. What it learns means nothing.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.models.load import is_hub_name, model_directory
 
-VERSION = 1  # raised when the model that is made of a family changes
+VERSION = 1  # increased when the tiny model of a family changes
 STEPS, GROUPS_PER_STEP, EVAL_PAIRS = 3, 8, 16
 MAX_LENGTH_TOKENS, CONTEXT_TOKENS, TOKENS_PER_MICRO_BATCH = 192, 256, 1024
 AUDIT_GROUPS, SAMPLE_PROMPTS, NEW_TOKENS = 8, 4, 16
 ROUNDS, SAMPLES_PER_PROMPT = 2, 4
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
-"""By `model_type`; all attend alike in vLLM and in the trainer."""
+"""By `model_type`; the attention of all is the same in vLLM and in the trainer."""
 
-FAMILY_OF_NAME = (  # the first that stands in the name: what a model was made of goes before who made it
+FAMILY_OF_NAME = (  # the first that occurs in the name counts: base models stand before the makers of fine-tuned ones
     ("zephyr", "mistral"),
     ("mistral", "mistral"),
     ("llama", "llama"),
@@ -74,13 +74,13 @@ TEMPLATE = (  # Zephyr's: turns that end with EOS
 
 
 def tiny_recipe(recipe: Recipe) -> Recipe:
-    """Shrink a recipe: another name, a tiny model of the same family, synthetic data, few steps, this machine alone.
+    """Shrink a recipe: another name, a tiny model of the same family, synthetic data, few steps, only this machine.
 
-    Objective, shaping, optimizer, adapters, sharding mode, layout, types, template and limits of the audit stay. Makes the
-    model, if it is not made yet, in $XDG_CACHE_HOME/dpo_ray/tiny.
+    Objective, shaping, optimizer, adapters, sharding mode, layout, types, template and limits of the audit stay. Builds
+    the model in $XDG_CACHE_HOME/dpo_ray/tiny if it is not there yet.
 
     Raises:
-        ConfigError: the model's family is not known, or its directory is not sound.
+        ConfigError: the model's family is not known, or its directory is not valid.
     """
     family, template = _family(recipe.model), _template(recipe.model)
     values = recipe.model_dump(mode="json")
@@ -101,13 +101,13 @@ def tiny_recipe(recipe: Recipe) -> Recipe:
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
-    """Put synthetic pairs in the place of each source, so that mixtures stay mixtures and named sets have their names."""
+    """Replace each source by synthetic pairs, so that mixtures stay mixtures and named sets keep their names."""
     data, pairs = recipe.data, STEPS * min(recipe.train.groups_per_step, GROUPS_PER_STEP)
     sets = {name: _synthetic(sources, EVAL_PAIRS) for name, sources in data.eval_sets.items()}
     named = isinstance(data.eval, dict)
     return {
         "train": _synthetic(data.train, pairs),
-        "eval": {name.removeprefix("eval_"): made for name, made in sets.items()} if named else sets.get("eval", []),
+        "eval": {name.removeprefix("eval_"): rows for name, rows in sets.items()} if named else sets.get("eval", []),
         "max_length_tokens": min(data.max_length_tokens, MAX_LENGTH_TOKENS),
         "max_prompt_tokens": data.max_prompt_tokens and min(data.max_prompt_tokens, MAX_LENGTH_TOKENS),
     }
@@ -127,11 +127,11 @@ def _reference(recipe: Recipe) -> dict[str, Any]:
         "max_replicas": None,
         "tensor_parallel": 1,
         "cpus_per_replica": 1,
-        "gpus_per_replica": None,  # as this machine has it
+        "gpus_per_replica": None,  # decided by this machine's hardware
         "memory_gib_per_replica": None,
         "node_labels": {},
         "max_batched_tokens": None,
-        "store": None,  # what random models score is no use to others
+        "store": None,  # scores of random models are of no use to other runs
         "audit": audit.model_dump(mode="json") | {"groups": min(audit.groups, AUDIT_GROUPS)},
     }
 
@@ -143,7 +143,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
         "workers": workers,
         "cpus_per_worker": 1,
         "min_workers": None,
-        "gpus_per_worker": None,  # as this machine has it
+        "gpus_per_worker": None,  # decided by this machine's hardware
         "memory_gib_per_worker": None,
         "node_labels": {},
         "steps": min(t.steps or STEPS, STEPS),
@@ -156,7 +156,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _online(online: OnlineConfig) -> dict[str, Any]:
-    """Judge by the known reward of the made-up data: endpoints, reward models and answers are of the real run."""
+    """Judge by the known reward of the synthetic data: endpoints, reward models and answers belong to the real run."""
     sampling = online.sampling.model_dump(mode="json")
     samples = min(online.sampling.samples_per_prompt, SAMPLES_PER_PROMPT)
     return {
@@ -173,7 +173,7 @@ def _online(online: OnlineConfig) -> dict[str, Any]:
 
 
 def _workers(recipe: Recipe) -> tuple[int, int | None]:
-    """Choose workers, and how many share one copy in hybrid sharding: two by two where this machine has room for four."""
+    """Return the number of workers, and how many share a copy in hybrid sharding: 2 of 4 if four have room here."""
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     room = gpus or max(2, cpus)  # CPUs can be shared, GPUs not
     if recipe.train.sharding.mode == "hybrid" and recipe.train.workers >= 4 and room >= 4:
@@ -182,20 +182,20 @@ def _workers(recipe: Recipe) -> tuple[int, int | None]:
 
 
 def _family(config: ModelConfig) -> str:
-    """Name the model's family by its config.json, where that is here (in the hub's cache, too); else by the model's name."""
+    """Return the model's family by its config.json, if that is here (or in the hub's cache); else by its name."""
     if (file := _config_file(config)) is not None:
         model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
         family = {"gemma3": "gemma3_text"}.get(model_type, model_type)
-        told = f"model_type is {model_type} in {file}"
+        reason = f"model_type is {model_type} in {file}"
     else:
         name = config.path.rsplit("/", 1)[-1].lower()
         family = next((family for part, family in FAMILY_OF_NAME if part in name), None)
-        told = "it is not on this machine, and its name tells no family"
+        reason = "it is not on this machine, and its name shows no family"
     if family not in FAMILIES:
         raise ConfigError(
-            f"--tiny has no model of this kind: {told}",
+            f"--tiny has no model of this kind: {reason}",
             where=f"model.path={config.path}",
-            fix=f"it can be made of {', '.join(FAMILIES)}: let model.path name one, such as model.path=tiny/llama",
+            fix=f"the families are {', '.join(FAMILIES)}: set model.path to a model of one, such as model.path=tiny/llama",
         )
     return family
 
@@ -208,25 +208,25 @@ def _config_file(config: ModelConfig) -> Path | None:
 
 
 def _template(config: ModelConfig) -> str:
-    """Give the chat template of a model that is here and has one; else one that any tokenizer can write."""
+    """Return the chat template of a model on this machine, if it has one; else one that works with any tokenizer."""
     own = None if is_hub_name(config.path) else load_tokenizer(str(model_directory(config))).chat_template
     template = own.get("default") if isinstance(own, dict) else own
     return template or TEMPLATE
 
 
 def tiny_model(family: str, template: str) -> Path:
-    """Make a random model of a family, the same each time, and return its directory: made once, in the user's cache."""
+    """Build a random model of a family, always the same, and return its directory: built once, in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_ray" / "tiny"
     place = cache / f"{family}-{digest([VERSION, family, template])[:12]}"
     if place.is_dir():
         return place
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as making:
-        unfinished = Path(making) / "model"
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as scratch:
+        unfinished = Path(scratch) / "model"
         _write_model(family, template, unfinished)
         try:
             unfinished.rename(place)
-        except OSError:  # another command made it meanwhile: the same
+        except OSError:  # another command has built the same model in the meantime
             if not place.is_dir():
                 raise
     return place
@@ -247,7 +247,7 @@ def _write_model(family: str, template: str, directory: Path) -> None:
 
 
 def family_config(family: str, vocabulary: int, pad: int, bos: int, eos: int) -> PreTrainedConfig:
-    """Configure a family's tiny model: two layers, 128 wide, heads of 32 (the least that vLLM takes on every device)."""
+    """Return a family's tiny configuration: two layers, 128 wide, heads of 32 (vLLM's minimum on every device)."""
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 128,

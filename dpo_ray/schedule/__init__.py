@@ -1,1 +1,1 @@
-"""Which groups each optimizer step sees, packed for every rank. Pure and deterministic."""
+"""The groups of each optimizer step, packed for every rank. Pure and deterministic."""

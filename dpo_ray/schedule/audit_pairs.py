@@ -1,4 +1,4 @@
-"""The same tokens' log-probs twice, group by group: as they are stored, and as the policy gives them itself."""
+"""Two log-probs of each token, group by group: the stored one, and the one that the policy itself computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .micro_batch import MicroBatch
 
 @dataclass(frozen=True)
 class ComparedGroup:
-    """One preference group's stored log-probs beside the trainer's own. Pair p prefers `chosen[p]` to `rejected[p]`."""
+    """One preference group's stored log-probs and the trainer's own. Pair p prefers `chosen[p]` to `rejected[p]`."""
 
     group_id: bytes
     stored: tuple[np.ndarray, ...]  # K x float32 [completion tokens]
@@ -21,9 +21,12 @@ class ComparedGroup:
 
 
 def compared_groups(micro_batch: MicroBatch, token_logps: np.ndarray) -> list[ComparedGroup]:
-    """Cut a micro-batch's reference log-probs and others of the same tokens, float32 [completion tokens], into groups.
+    """Split a micro-batch's reference log-probs, and `token_logps` of the same tokens, into groups.
 
     Fillers, whose weight is 0, are left out.
+
+    Args:
+        token_logps: float32 [completion tokens].
     """
     in_completion = micro_batch.completion_index > 0
     owner = np.stack([micro_batch.group_index, micro_batch.completion_index])[

@@ -1,7 +1,8 @@
-"""Buckets: runs of consecutive steps of a split, and their rows, dealt to a file for each on local disk.
+"""Buckets: runs of consecutive steps of a split, whose rows are written to one file per bucket on local disk.
 
-Rows come in the order of files and are wanted in the order of a permutation. Neither all rows nor all buckets' files fit:
-rows pass through memory a few at a time, and where buckets are many, runs of them are dealt first and each run again.
+Rows arrive in the order of the files and are needed in the order of a permutation. All rows do not fit in memory, and too
+many buckets' files cannot be open at once. So rows pass through memory a few at a time; if there are many buckets, rows
+are first written to one file per run of buckets, and each of these is then split into the files of its buckets.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import pyarrow as pa
 
 from .files import bucket_ranges, most_bucket_steps
 
-ROW = "row"  # the column that numbers a bucket's rows through all parts of the split
-MOST_OPEN_FILES = 256  # that rows are dealt to at once; many systems allow a process 1,024
-DEALT_BYTES = 64 << 20  # of rows that are dealt at once: the more, the fewer and larger the pieces that a file has
+ROW = "row"  # the column with the number of each row, counted through all parts of the split
+MOST_OPEN_FILES = 256  # files that are written at the same time; many systems allow a process 1,024
+DEALT_BYTES = 64 << 20  # bytes of rows that are distributed at once: more makes a file's pieces fewer and larger
 
 Steps = Sequence[Sequence[int]]
 """For each step, the row numbers of its groups."""
@@ -39,25 +40,25 @@ class Bucket:
 
     @property
     def rows(self) -> np.ndarray:
-        """Return the numbers of the rows that its steps hold, ascending, each once: int64 [rows]."""
+        """Return the numbers of the rows in the bucket's steps, ascending and without duplicates: int64 [rows]."""
         return np.unique(np.concatenate([np.asarray(step, np.int64) for step in self.steps]))
 
 
 def buckets_of(split: str, steps: Steps) -> list[Bucket]:
-    """Cut a split's steps to buckets."""
+    """Cut a split's steps into buckets."""
     ranges = bucket_ranges(len(steps), most_bucket_steps(steps))
     return [Bucket(split, b.start, steps[b.start : b.stop]) for b in ranges]
 
 
 def deal_rows(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[Bucket], scratch: Path) -> list[Path]:
-    """Write every bucket's rows to a file of its own below `scratch`, with the column `row`, reading each part once."""
+    """Write every bucket's rows, with the column `row`, to its own file below `scratch`; each part is read once."""
     files = [scratch / f"{i}.arrow" for i in range(len(buckets))]
     _deal(_numbered(parts), [bucket.rows for bucket in buckets], files)
     return files
 
 
 def read_rows(file: Path) -> pa.Table:
-    """Read what `deal_rows` wrote for one bucket, in the order of `Bucket.rows`."""
+    """Read the rows that `deal_rows` wrote for one bucket, in the order of `Bucket.rows`."""
     with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
         return reader.read_all()
 
@@ -71,7 +72,7 @@ def _numbered(parts: Iterable[Callable[[], pa.Table]]) -> Iterator[pa.Table]:
 
 
 def _deal(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
-    """Write the rows that each file wants; both they and the tables' rows ascend."""
+    """Write to each file the rows listed for it in `wanted`; both these and the tables' rows are in ascending order."""
     if len(files) > MOST_OPEN_FILES:
         _deal_twice(tables, wanted, files)
         return
@@ -80,22 +81,22 @@ def _deal(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Seque
     by_row = np.argsort(rows, kind="stable")
     rows, owners = rows[by_row], owners[by_row]
     writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         for batch in _gathered(tables):
             numbers = batch[ROW].to_numpy()
             low, high = np.searchsorted(rows, [numbers[0], numbers[-1] + 1])
-            by_owner = low + np.argsort(owners[low:high], kind="stable")  # stable: each file's rows still ascend
-            taken = batch.take(pa.array(np.searchsorted(numbers, rows[by_owner])))
+            by_owner = low + np.argsort(owners[low:high], kind="stable")  # stable: each file's rows stay ascending
+            batch_rows = batch.take(pa.array(np.searchsorted(numbers, rows[by_owner])))
             pieces = np.unique(owners[by_owner], return_index=True, return_counts=True)
             for owner, start, count in zip(*(of_piece.tolist() for of_piece in pieces), strict=True):
                 if owner not in writers:
-                    sink = opened.enter_context(pa.OSFile(str(files[owner]), "wb"))
-                    writers[owner] = opened.enter_context(pa.ipc.new_stream(sink, taken.schema))
-                writers[owner].write_batch(taken.slice(start, count))
+                    sink = stack.enter_context(pa.OSFile(str(files[owner]), "wb"))
+                    writers[owner] = stack.enter_context(pa.ipc.new_stream(sink, batch_rows.schema))
+                writers[owner].write_batch(batch_rows.slice(start, count))
 
 
 def _deal_twice(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
-    """Deal to files that hold what several want, then each of these to the files themselves."""
+    """Write intermediate files, each with the rows of several final files, then split each of them into its files."""
     size = math.ceil(len(files) / MOST_OPEN_FILES)
     runs = [slice(first, first + size) for first in range(0, len(files), size)]
     shared = [files[run][0].with_name(f"{files[run][0].stem}-of-{size}.arrow") for run in runs]
@@ -112,14 +113,14 @@ def _tables_of(file: Path) -> Iterator[pa.Table]:
 
 
 def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
-    """Join tables to batches of about `DEALT_BYTES`, none of them empty."""
-    held: list[pa.Table] = []
-    held_bytes = 0
+    """Join tables into non-empty batches of about `DEALT_BYTES`."""
+    buffer: list[pa.Table] = []
+    buffer_bytes = 0
     for table in tables:
-        held.append(table)
-        held_bytes += table.nbytes
-        if held_bytes >= DEALT_BYTES:
-            yield from pa.concat_tables(held).combine_chunks().to_batches()
-            held, held_bytes = [], 0
-    if held:
-        yield from pa.concat_tables(held).combine_chunks().to_batches()
+        buffer.append(table)
+        buffer_bytes += table.nbytes
+        if buffer_bytes >= DEALT_BYTES:
+            yield from pa.concat_tables(buffer).combine_chunks().to_batches()
+            buffer, buffer_bytes = [], 0
+    if buffer:
+        yield from pa.concat_tables(buffer).combine_chunks().to_batches()

@@ -1,8 +1,8 @@
-"""Build the schedule: from tokens and reference log-probs to packed micro-batches in the order of the steps.
+"""Building the schedule: from tokens and reference log-probs to packed micro-batches in the order of the steps.
 
-Groups come in the order of files and leave in the order of a permutation. To do that without holding the data, they are
-first dealt to buckets (runs of consecutive steps) on local disk; then each bucket, which fits in memory, is packed step by
-step.
+Groups are read in the order of the files and written in the order of a permutation. To do this without holding all data in
+memory, they are first distributed to buckets (runs of consecutive steps) on local disk; then each bucket, which fits in
+memory, is packed step by step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .order import deal, estimate_work
 
 @dataclass(frozen=True)
 class Packing:
-    """What shapes the micro-batches."""
+    """The parameters that determine how groups are packed into micro-batches."""
 
     ranks: int
     tokens_per_micro_batch: int
@@ -46,8 +46,8 @@ def build_split(
     """Write one split's micro-batches and return its files.
 
     Args:
-        parts: loaders of the parts' tables; rows are numbered through all of them, in this order.
-        to_groups: makes groups of a table's rows.
+        parts: loaders of the parts' tables; rows are numbered consecutively through all of them, in this order.
+        to_groups: converts a table's rows to groups.
         steps: for each step, the row numbers of its groups.
     """
     buckets, entries = buckets_of(split, steps), []
@@ -65,7 +65,7 @@ def write_bucket(
     packing: Packing,
     staging: Staging,
 ) -> list[FileEntry]:
-    """Pack a bucket's steps and write a file for every rank; the same bucket gives the same bytes.
+    """Pack a bucket's steps and write one file for every rank; the same bucket gives the same bytes.
 
     Args:
         table: the bucket's rows, with the column `row`.
@@ -74,10 +74,10 @@ def write_bucket(
     place = {row: i for i, row in enumerate(table[ROW].to_pylist())}
     rows = table.drop_columns([ROW])
     sinks = [io.BytesIO() for _ in range(packing.ranks)]
-    with ExitStack() as opened:
-        writers = [opened.enter_context(pq.ParquetWriter(s, MICRO_BATCHES, compression="zstd")) for s in sinks]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pq.ParquetWriter(s, MICRO_BATCHES, compression="zstd")) for s in sinks]
         for number, step in enumerate(bucket.steps, bucket.first_step):
-            # One step at a time: as Python objects groups take many times their bytes.
+            # One step at a time: as Python objects, groups take many times their size in the table.
             groups = list(to_groups(rows.take([place[row] for row in step])))
             weight, tokens, ranks = pack_step(groups, packing)
             for writer, micro_batches in zip(writers, ranks, strict=True):
@@ -88,14 +88,18 @@ def write_bucket(
 
 
 def pack_step(groups: Sequence[Group], packing: Packing) -> tuple[float, int, list[list[MicroBatch]]]:
-    """Pack the groups of one global step: its pair weight, its tokens, and every rank's micro-batches (equally many)."""
+    """Pack the groups of one global step.
+
+    Returns:
+        The step's pair weight, its tokens, and the micro-batches of each rank, equally many for all ranks.
+    """
     tokens = [g.tokens for g in groups]
     work = [estimate_work(len(g.prompt_ids), [len(c) for c in g.completion_ids]) for g in groups]
-    dealt = deal(tokens, work, packing.ranks, packing.tokens_per_micro_batch)
-    ranks = [[pack([groups[i] for i in batch]) if batch else filler() for batch in batches] for batches in dealt]
+    members = deal(tokens, work, packing.ranks, packing.tokens_per_micro_batch)
+    ranks = [[pack([groups[i] for i in batch]) if batch else filler() for batch in batches] for batches in members]
     return sum(pair_weight(g) for g in groups), sum(tokens), ranks
 
 
 def pair_weight(group: Group) -> float:
-    """Add up the weight of a group's pairs: each has the group's."""
+    """Sum the weights of a group's pairs; each pair has the group's weight."""
     return float(group.weight) * len(group.chosen)

@@ -1,4 +1,4 @@
-"""Packed micro-batches on storage: one Parquet row each, one row group per step, one file per rank and bucket of steps."""
+"""Packed micro-batches in storage: one Parquet row each, one row group per step, one file per rank and bucket of steps."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ _ARRAYS = (
 
 
 FIRST_BUCKET_STEPS, MOST_BUCKET_STEPS = 4, 128
-MOST_BUCKET_GROUPS = 262_144  # a bucket is packed in memory; a step is never cut
+MOST_BUCKET_GROUPS = 262_144  # a bucket is packed in memory; a step is never divided between buckets
 
 
 class Schedule(Protocol):
-    """Where steps are read: the committed artifact, or one that is being written, whose files are waited for."""
+    """A source of steps: the committed artifact, or one that is still being written, whose files the reader waits for."""
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """`SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps` (the most of a bucket) of every split."""
+        """`SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps` (maximum steps of a bucket) of every split."""
         ...
 
     def open(self, name: str) -> BinaryIO: ...
@@ -65,7 +65,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's share of a global step; weight (of pairs) and tokens are the whole step's, over all ranks."""
+    """One rank's share of a global step; the weight (of pairs) and the tokens are those of all ranks together."""
 
     step: int
     step_weight: float
@@ -74,15 +74,15 @@ class RankStep:
 
 
 def most_bucket_steps(steps: Sequence[Sequence[int]]) -> int:
-    """Say how many steps a bucket has at most, given the groups of each: large steps share a file with fewer others."""
+    """Compute the maximum number of steps of a bucket from the groups of each step: large steps make it smaller."""
     largest = max(map(len, steps), default=1)
     return max(1, min(MOST_BUCKET_STEPS, MOST_BUCKET_GROUPS // largest))
 
 
 def bucket_ranges(steps: int, most: int = MOST_BUCKET_STEPS) -> list[range]:
-    """Cut a split's steps to buckets, the runs of steps that share a file: each twice the one before, up to `most` steps.
+    """Cut a split's steps into buckets, runs of steps that share a file: each twice the previous one, up to `most` steps.
 
-    The first file is therefore there early, and a long schedule has few files.
+    So the first file is ready early, and a long schedule has few files.
     """
     buckets: list[range] = []
     start, size = 0, min(FIRST_BUCKET_STEPS, most)
@@ -93,7 +93,7 @@ def bucket_ranges(steps: int, most: int = MOST_BUCKET_STEPS) -> list[range]:
 
 
 def file_name(split: str, rank: int, first_step: int) -> str:
-    """Name the file of a rank that begins with `first_step`."""
+    """Build the name of a rank's file that begins with `first_step`."""
     return f"{split}/rank-{rank:05d}/step-{first_step:09d}.parquet"
 
 
@@ -104,7 +104,7 @@ def parse_file_name(name: str) -> tuple[str, int, int]:
 
 
 def step_table(share: RankStep) -> pa.Table:
-    """Make the rows of one rank's share of a step."""
+    """Build the table rows of one rank's share of a step."""
     whole = {"step": share.step, "step_weight": share.step_weight, "step_tokens": share.step_tokens}
     columns: dict[str, list] = {name: [value] * len(share.micro_batches) for name, value in whole.items()}
     columns |= {name: [getattr(m, name) for m in share.micro_batches] for name in _ARRAYS}
@@ -119,11 +119,12 @@ def _micro_batch(table: pa.Table, row: int) -> MicroBatch:
 
 
 def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -> Iterator[RankStep]:
-    """Yield a rank's steps in order, from `start_step` on. The cursor is that one integer.
+    """Yield a rank's steps in order, beginning with `start_step`. That one integer is the whole reading position.
 
-    Of a schedule that is being written, a step comes when its file is there; files before `start_step` are not waited for.
+    If the schedule is still being written, a step is yielded once its file is ready; files before `start_step` are not
+    waited for.
     """
-    most = schedule.rows.get(f"{split}/bucket_steps", MOST_BUCKET_STEPS)  # a schedule that does not say has the default
+    most = schedule.rows.get(f"{split}/bucket_steps", MOST_BUCKET_STEPS)  # the default where it is not recorded
     for bucket in bucket_ranges(schedule.rows.get(f"{split}/steps", 0), most):
         if bucket.stop <= start_step:
             continue
@@ -142,21 +143,21 @@ def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -
 def read_share(
     schedule: Schedule, split: str, rank: int, ranks: int, packed_ranks: int, start_step: int = 0
 ) -> Iterator[RankStep]:
-    """Yield what one of `ranks` ranks does of each step of a schedule that was packed for `packed_ranks`, which are no fewer.
+    """Yield one rank's share of each step when `ranks` ranks read a schedule packed for `packed_ranks` >= `ranks`.
 
-    It takes the micro-batches of every `ranks`-th packed rank; all ranks get equally many, some of them fillers. The loss is
-    normalised by the whole step, so the number of ranks does not change it.
+    The rank reads the micro-batches of every `ranks`-th packed rank; all ranks get equally many, some of them fillers. The
+    loss is normalised by the whole step, so the number of ranks does not change it.
     """
-    taken = range(rank, packed_ranks, ranks)
-    most = -(-packed_ranks // ranks)  # packed ranks of the rank that has most
-    for parts in zip(*(read_steps(schedule, split, r, start_step) for r in taken), strict=True):
+    own_ranks = range(rank, packed_ranks, ranks)
+    most = -(-packed_ranks // ranks)  # the largest number of packed ranks that one rank reads
+    for parts in zip(*(read_steps(schedule, split, r, start_step) for r in own_ranks), strict=True):
         micro_batches = [m for part in parts for m in part.micro_batches]
-        missing = (most - len(parts)) * len(parts[0].micro_batches)  # each packed rank has equally many
+        missing = (most - len(parts)) * len(parts[0].micro_batches)  # all packed ranks have equally many
         yield replace(parts[0], micro_batches=(*micro_batches, *(filler() for _ in range(missing))))
 
 
 def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
-    """Read ahead in a thread, so that storage does not make the step wait; errors come out where the step would."""
+    """Read ahead in a thread, so that a step does not wait for storage; an error is raised in place of its step."""
     ready: queue.Queue[RankStep | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
@@ -189,14 +190,14 @@ def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
 
 
 def heldout_splits(schedule: Schedule) -> list[str]:
-    """List the held-out splits that a schedule has steps of, in one order for all ranks: `eval`, or `eval_NAME`s."""
+    """List the held-out splits with steps in a schedule, in the same order on all ranks: `eval`, or each `eval_NAME`."""
     counts = (name.partition("/") for name, count in schedule.rows.items() if count)
     return sorted(split for split, _, what in counts if what == "steps" and split != "train")
 
 
 def filler() -> MicroBatch:
-    """Make the smallest micro-batch that counts for nothing: a rank without work still takes part in collectives."""
-    one = np.zeros(1, np.int32)
+    """Build the smallest micro-batch, of weight 0: a rank without work must still take part in collectives."""
+    zero_weight = np.zeros(1, np.int32)
     return MicroBatch(
         input_ids=np.zeros(3, np.int32),
         position_ids=np.array([0, 1, 1], np.int32),
@@ -207,7 +208,7 @@ def filler() -> MicroBatch:
         rejected=np.array([1], np.int32),
         reference_token_logps=np.zeros(2, np.float32),
         preference_probability=np.ones(1, np.float32),
-        weight=one.astype(np.float32),
+        weight=zero_weight.astype(np.float32),
         group_ids=(bytes(16),),
         sources=("",),
     )

@@ -1,4 +1,4 @@
-"""A schedule that is being written, and the workers that read it already: they wait for a file until it is there."""
+"""A schedule that workers read while it is still being written: they wait for each file until it is ready."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dpo_ray.errors import TrainError
 
 from .files import parse_file_name
 
-ASK_SECONDS = 5.0  # that one question waits for its answer; then the worker says that it waits, and asks again
-MOST_WAITING = 10_000  # ranks
-MOVE_SECONDS = 60.0  # within which a file that a commit has moved is found at its new place
+ASK_SECONDS = 5.0  # how long one request waits for its answer; then the worker reports that it waits and asks again
+MOST_WAITING = 10_000  # ranks that may wait concurrently
+MOVE_SECONDS = 60.0  # how long to look for a file that a commit has moved until it is found at its new place
 
 
 class Feed:
-    """An actor that knows which files are ready and where. Its home is the driver's node: it dies only when the run does.
+    """An actor that knows which files are ready and where. It runs on the driver's node, so it lives as long as the run.
 
-    All ranks read the same buckets before they meet a failure: a bucket of which one rank has had its file stays open to
-    the others, and none is opened after that.
+    All ranks read the same buckets before they see a failure: once one rank has received its file of a bucket, that bucket
+    stays available to the other ranks, and after a failure no other bucket becomes available.
     """
 
     def __init__(self, staging: Storage) -> None:
-        """Begin with no file ready; all will be written to `staging`."""
+        """Begin with no file ready; all files will be written to `staging`."""
         self._place: Storage | Artifact = staging
         self._ready: set[str] = set()
         self._given: set[tuple[str, int]] = set()  # buckets, by split and first step, of which a rank has a file
@@ -38,26 +38,26 @@ class Feed:
         self._changed = asyncio.Condition()
 
     async def announce(self, names: Sequence[str]) -> None:
-        """Make files known that are written: of a bucket, those of all ranks at once."""
+        """Mark written files as ready; a bucket's files for all ranks are announced at once."""
         async with self._changed:
             self._ready.update(names)
             self._changed.notify_all()
 
     async def move(self, artifact: Artifact) -> None:
-        """Make known that the files were committed, and where they are now."""
+        """Record that the files were committed, and where they are now."""
         async with self._changed:
             self._place = artifact
             self._changed.notify_all()
 
     async def fail(self, reason: str) -> None:
-        """Make known that scoring has failed: training is to end with the bucket that it is at."""
+        """Record that scoring has failed: training must end after its current bucket."""
         async with self._changed:
             self._failure = reason
             self._ready = {name for name in self._ready if _bucket(name) in self._given}
             self._changed.notify_all()
 
     async def locate(self, name: str, wait_seconds: float) -> Storage | Artifact | TrainError | None:
-        """Say where a file is, after at most `wait_seconds`; None: not there yet. An error is returned, not raised."""
+        """Return where a file is, waiting at most `wait_seconds`; None: not ready yet. An error is returned, not raised."""
         async with self._changed:
             if name not in self._ready and not self._failure:
                 try:
@@ -84,33 +84,33 @@ class LiveSchedule:
 
     rows: Mapping[str, int]
     feed: Any  # handle of the Feed
-    inbox: Any  # handle of the driver's inbox: what rank 0 waits for is told there
+    inbox: Any  # handle of the driver's inbox, to which rank 0 reports what it waits for
 
     @classmethod
     def start(cls, rows: Mapping[str, int], staging: Storage, inbox: Any) -> LiveSchedule:
-        """Start a feed, which ends with the driver."""
+        """Start a feed on the driver's node; it ends with the driver."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": MOST_WAITING}
         return cls(rows, ray.remote(Feed).options(**options).remote(staging), inbox)
 
     def announce(self, names: Sequence[str]) -> None:
-        """Driver: the files of a bucket, of all ranks, are written."""
+        """Announce that a bucket's files for all ranks are written; called by the driver."""
         ray.get(self.feed.announce.remote(names))
 
     def move(self, artifact: Artifact) -> None:
-        """Driver: all files were committed."""
+        """Announce that all files were committed; called by the driver."""
         ray.get(self.feed.move.remote(artifact))
 
     def fail(self, reason: str) -> None:
-        """Driver: no further file will come."""
+        """Announce that no further file will be written; called by the driver."""
         ray.get(self.feed.fail.remote(reason))
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file as soon as it is there.
+        """Open a file as soon as it is ready.
 
         Raises:
-            TrainError: it will not come, because scoring has ended; every rank meets it at the same file.
-            ArtifactError: it was there and is lost.
+            TrainError: the file will never be written because scoring has failed; every rank gets this at the same file.
+            ArtifactError: the file was written and is lost.
         """
         missed_since = None
         while True:
@@ -121,17 +121,17 @@ class LiveSchedule:
                 missed_since = missed_since or time.monotonic()
                 if time.monotonic() - missed_since > MOVE_SECONDS:
                     raise
-                time.sleep(0.1)  # a commit has moved it, and the feed is about to hear of it
+                time.sleep(0.1)  # a commit has moved it, and the feed is about to be told
 
     def _located(self, name: str) -> Storage | Artifact:
         split, rank, first_step = parse_file_name(name)
-        told = rank != 0
+        is_reported = rank != 0
         while True:
             place: Any = ray.get(self.feed.locate.remote(name, ASK_SECONDS))
             if isinstance(place, TrainError):
                 raise place
             if place is not None:
                 return place
-            if not told:
+            if not is_reported:
                 self.inbox.put.remote({"waiting_for": split, "step": first_step + 1})
-                told = True
+                is_reported = True

@@ -14,7 +14,7 @@ from dpo_ray.data.groups import Group
 class MicroBatch:
     """Groups packed as `[prompt | completion 1 | ... | completion K] [prompt | ...] ...`.
 
-    Token q sees token k iff both are of one group, k <= q, and k is of the prompt or of q's own completion.
+    Token q attends to token k iff both belong to the same group, k <= q, and k is in the prompt or in q's own completion.
     `position_ids` of every completion begin at its prompt's length; `completion_index` is 0 in the prompt and
     1..K in the completions. The per-completion and per-token arrays follow the order of the row.
     """
@@ -24,23 +24,23 @@ class MicroBatch:
     group_index: np.ndarray  # int32 [tokens]
     completion_index: np.ndarray  # int32 [tokens]
     scores: np.ndarray  # float32 [completions]
-    chosen: np.ndarray  # int32 [pairs]: the place among the row's completions of the one that is preferred
+    chosen: np.ndarray  # int32 [pairs]: index of the preferred completion among all completions of the row
     rejected: np.ndarray  # int32 [pairs]
     reference_token_logps: np.ndarray  # float32 [completion tokens]
     preference_probability: np.ndarray  # float32 [groups]
-    weight: np.ndarray  # float32 [groups]; 0 = filler that keeps the ranks in step
+    weight: np.ndarray  # float32 [groups]; 0 = filler, which keeps the ranks' number of micro-batches equal
     group_ids: tuple[bytes, ...]
     sources: tuple[str, ...]
 
 
 def pack(groups: Sequence[Group]) -> MicroBatch:
-    """Lay groups end to end in the order given.
+    """Concatenate groups in the order given.
 
     Groups without reference log-probs get zeros (reference-free objectives, and scoring itself).
     """
     ids, positions, group_index, completion_index, references = [], [], [], [], []
     counts = [len(g.completion_ids) for g in groups]
-    firsts = np.cumsum(counts) - counts  # [groups]: where each group's completions begin among the row's
+    firsts = np.cumsum(counts) - counts  # [groups]: index of each group's first completion among those of the row
     for index, group in enumerate(groups):
         prompt_tokens = len(group.prompt_ids)
         segments = [group.prompt_ids, *group.completion_ids]
@@ -50,8 +50,8 @@ def pack(groups: Sequence[Group]) -> MicroBatch:
             positions.append(np.arange(start, start + len(segment), dtype=np.int32))
             group_index.append(np.full(len(segment), index, np.int32))
             completion_index.append(np.full(len(segment), k, np.int32))
-        known = group.reference_token_logps
-        references += known if known is not None else [np.zeros(len(c), np.float32) for c in group.completion_ids]
+        logps = group.reference_token_logps
+        references += logps if logps is not None else [np.zeros(len(c), np.float32) for c in group.completion_ids]
     return MicroBatch(
         input_ids=np.concatenate(ids).astype(np.int32),
         position_ids=np.concatenate(positions),

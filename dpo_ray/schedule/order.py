@@ -1,4 +1,4 @@
-"""Order and packing: which groups a step holds, and how they are dealt to ranks. Pure and deterministic."""
+"""Order and packing: which groups a step contains, and how they are distributed to ranks. Pure and deterministic."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from dpo_ray.errors import DataError
 
 # Attention's share of a token's work grows with its position. One unit is a token's work in the linear layers; a token at
-# position p adds p / ATTENTION_SCALE. 12 x hidden size is the ratio for a standard block; 8,192 stands for a mid-size model.
+# position p adds p / ATTENTION_SCALE. The ratio is 12 x hidden size for a standard block; 8,192 is that of a mid-size model.
 ATTENTION_SCALE = 8192 * 12
 
 
 def epoch_order(group_ids: Sequence[bytes], seed: int, epoch: int) -> list[int]:
-    """Permute groups by a keyed hash of their ids, so that the order does not depend on how files lay them out.
+    """Permute groups by a keyed hash of their ids, so that the order does not depend on their order in the files.
 
     Returns:
         Indices into `group_ids`. Ties (equal ids) are impossible: ids are unique in an artifact.
@@ -26,17 +26,17 @@ def epoch_order(group_ids: Sequence[bytes], seed: int, epoch: int) -> list[int]:
 
 
 def count_steps(groups: int, groups_per_step: int, epochs: int, steps: int | None) -> int:
-    """Count the optimizer steps: `steps` where given, else as many as `epochs` passes need (the last may be short)."""
+    """Count the optimizer steps: `steps` if it is set, else as many as `epochs` passes need (the last may be smaller)."""
     return steps if steps is not None else math.ceil(groups * epochs / groups_per_step)
 
 
 def step_groups(group_ids: Sequence[bytes], seed: int, groups_per_step: int, epochs: int, steps: int | None):
-    """Yield, for every optimizer step, the indices of its groups: consecutive slices of the epochs laid end to end.
+    """Yield the indices of the groups of every optimizer step: consecutive slices of the concatenated epochs.
 
     The batch of a step is a function of (group ids, seed, step) alone.
 
     Raises:
-        DataError: steps are asked for, and there is no group to fill them.
+        DataError: steps are requested, but there are no groups to fill them.
     """
     total = count_steps(len(group_ids), groups_per_step, epochs, steps) * groups_per_step
     if total and not group_ids:
@@ -65,13 +65,14 @@ def estimate_work(prompt_tokens: int, completion_tokens: Sequence[int]) -> float
 def deal(
     tokens: Sequence[int], work: Sequence[float], ranks: int, tokens_per_micro_batch: int
 ) -> list[list[list[int]]]:
-    """Deal a step's groups to ranks as micro-batches of at most `tokens_per_micro_batch` tokens.
+    """Distribute a step's groups to ranks as micro-batches of at most `tokens_per_micro_batch` tokens.
 
     Every rank gets the same number of micro-batches (collectives need it), so some may be empty: the caller fills them.
-    Groups go, longest first, to the least loaded rank, then into that rank's micro-batches first-fit.
+    Groups are assigned in order of decreasing work, each to the rank with the least work so far; each rank's groups are
+    then packed into its micro-batches first-fit.
 
     Args:
-        tokens: packed length of each group; one that exceeds the budget gets a micro-batch of its own.
+        tokens: packed length of each group; a group that exceeds the budget gets its own micro-batch.
         work: estimated work of each group, in any unit.
 
     Returns:
@@ -85,8 +86,8 @@ def deal(
         shares[rank].append(i)
         load[rank] += work[i]
     packed = [_first_fit(share, tokens, tokens_per_micro_batch) for share in shares]
-    most = max(len(bins) for bins in packed)
-    return [[sorted(b) for b in bins] + [[] for _ in range(most - len(bins))] for bins in packed]
+    count = max(len(bins) for bins in packed)
+    return [[sorted(b) for b in bins] + [[] for _ in range(count - len(bins))] for bins in packed]
 
 
 def _first_fit(share: Sequence[int], tokens: Sequence[int], budget: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The stage `schedule`: which groups each optimizer step sees, packed for every rank."""
+"""The stage `schedule`: the groups of each optimizer step, packed for every rank."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from .build import Packing, build_split, write_bucket
 from .files import most_bucket_steps
 from .order import step_groups
 
-NAMED_GROUPS = 3  # group ids that an error names
-MOST_GROUPS_HERE = 10_000  # of a split that is packed in this process: that takes no longer than to start others
-MOST_PACKED_AT_ONCE = 8  # buckets, each some GiB of memory at most
+NAMED_GROUPS = 3  # limit of the group ids in an error text
+MOST_GROUPS_HERE = 10_000  # up to so many, a split is packed in this process: starting others would take as long
+MOST_PACKED_AT_ONCE = 8  # buckets packed concurrently; each needs up to a few GiB of memory
 
 
 def run(
@@ -44,11 +44,11 @@ def run(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Order, deal and pack the groups of training and of every held-out set, and commit the artifact `schedule`.
+    """Order, distribute and pack the groups of training and of every held-out set, and commit the artifact `schedule`.
 
     Raises:
-        DataError: groups that the objective cannot learn from; or no groups for the steps asked for.
-        ArtifactError: the reference's groups are not those of the tokens.
+        DataError: the objective cannot learn from some groups, or there are no groups for the requested steps.
+        ArtifactError: the groups of `reference` are not those of `tokens`.
     """
     packing = Packing(train.workers, train.tokens_per_micro_batch)
     orders, entries = order_splits(tokens, train, seed, reference), []
@@ -67,7 +67,7 @@ def build_in_tasks(
     packing: Packing,
     staging: Staging,
 ) -> list[FileEntry]:
-    """Do what `build_split` does, to the byte, with the buckets packed in Ray tasks, several at a time."""
+    """Write the same bytes as `build_split`, but pack the buckets in Ray tasks, several concurrently."""
     write: Any = ray.remote(write_bucket).options(label_selector=cpu_labels())
     at_once = max(1, min(MOST_PACKED_AT_ONCE, int(ray.cluster_resources().get("CPU", 0))))
     buckets, entries = buckets_of(split, steps), []
@@ -84,28 +84,28 @@ def build_in_tasks(
                 entries += ray.get(running[0])
                 running.popleft()
         finally:
-            for written in running:  # after an error: what they write is for nobody
-                ray.cancel(written)
+            for task in running:  # after an error nobody needs what they write
+                ray.cancel(task)
     return entries
 
 
 @dataclass(frozen=True)
 class SplitOrder:
-    """The steps of one split, and the files of the tokens artifact that hold their groups."""
+    """The steps of one split, and the files of the tokens artifact that contain their groups."""
 
     split: str
     parts: Sequence[str]
-    groups: int  # that are ordered
-    steps: Steps  # of each step, the numbers of its groups' rows through all parts
+    groups: int  # number of groups that are ordered
+    steps: Steps  # for each step, the row numbers of its groups, counted through all parts
 
 
 def order_splits(
     tokens: Artifact, train: TrainConfig, seed: int, reference: Artifact | None = None
 ) -> list[SplitOrder]:
-    """Order the groups of every split that has any, training first; those that `reference` has not scored are left out.
+    """Order the groups of every split that has any, training first; groups that `reference` has not scored are left out.
 
     Raises:
-        DataError: groups that the objective cannot learn from; or no groups for the steps asked for.
+        DataError: the objective cannot learn from some groups, or there are no groups for the requested steps.
     """
     orders = []
     for split in splits(tokens):
@@ -119,13 +119,13 @@ def order_splits(
 
 
 def _scored_rows(reference: Artifact, names: Sequence[str]) -> np.ndarray:
-    """Number the rows, through all parts, whose groups have log-probs: int64 [rows]."""
+    """Return the numbers of the rows, counted through all parts, whose groups have log-probs: int64 [rows]."""
     scored = [read_table(reference, name, ["token_logps"])["token_logps"].is_valid().to_numpy() for name in names]
     return np.flatnonzero(np.concatenate(scored))
 
 
 def count_rows(orders: Sequence[SplitOrder]) -> dict[str, int]:
-    """Count the steps and the groups of every split, and the most steps of a bucket, as the artifact's manifest names them."""
+    """Count the steps, the groups and the maximum steps of a bucket of every split, keyed as in the artifact's manifest."""
     counts = {}
     for order in orders:
         counts[f"{order.split}/steps"] = len(order.steps)
@@ -135,20 +135,20 @@ def count_rows(orders: Sequence[SplitOrder]) -> dict[str, int]:
 
 
 def check_usable(tokens: Artifact, objective: Objective) -> None:
-    """See, before anything expensive, that the objective can use every group.
+    """Check, before anything expensive runs, that the objective can use every group.
 
     Raises:
-        DataError: groups that the objective cannot learn from.
+        DataError: the objective cannot learn from some groups.
     """
     for split in splits(tokens):
         _group_ids(tokens, split, tokens.names(f"{split}/"), objective)
 
 
 def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Objective) -> list[bytes]:
-    """Read the ids of a split's groups, and see that the objective can use every group.
+    """Read the ids of a split's groups, and check that the objective can use every group.
 
     Raises:
-        DataError: groups that the objective cannot learn from.
+        DataError: the objective cannot learn from some groups.
     """
     ids: list[bytes] = []
     unusable: list[bytes] = []
@@ -165,12 +165,12 @@ def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Ob
 
 
 def _usable(table: pa.Table, kinds: set[str]) -> np.ndarray:
-    """Say which groups an objective that learns from `kinds` can use, all kinds of a sum: bool [groups]."""
+    """Return which groups an objective can use that learns from all of `kinds` (a sum has several): bool [groups]."""
     pairs = _lengths(table["chosen"]) > 0
     usable = np.ones(len(table), bool)
     if "pairs" in kinds:
         usable &= pairs
-    if "completions" in kinds:  # with a label: of a pair both have one, a single completion goes by its score
+    if "completions" in kinds:  # labelled ones: both of a pair have a label, and a single completion's is its score
         usable &= pairs | (_judged(table["scores"]) == 1)
     if "lists" in kinds:
         scores = table["scores"].combine_chunks()
@@ -186,7 +186,7 @@ def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
 
 
 def _judged(scores: pa.ChunkedArray) -> np.ndarray:
-    """Count the completions of each group that are its own: those of other prompts have NaN. int64 [groups]."""
+    """Count each group's own completions; those taken from other prompts have the score NaN. int64 [groups]."""
     lists = scores.combine_chunks()
     known = np.cumsum([0, *~np.isnan(lists.values.to_numpy())])
     return np.diff(known[np.asarray(lists.offsets)])
@@ -200,18 +200,18 @@ LEARNS_FROM = {
 
 
 def _unusable(split: str, idle: Sequence[bytes], groups: int, objective: Objective, sizes: set[int]) -> DataError:
-    named = ", ".join(group.hex() for group in idle[:NAMED_GROUPS])
+    examples = ", ".join(group.hex() for group in idle[:NAMED_GROUPS])
     more = ", ..." if len(idle) > NAMED_GROUPS else ""
     lacking, needed = (
         " or ".join(words) for words in zip(*(LEARNS_FROM[k] for k in sorted(kinds_of_groups(objective))), strict=True)
     )
     fixes = {
-        "of ranked lists, set data.pairing.pairs=best_worst, all or adjacent": max(sizes) > 1,
-        "of single completions, choose an objective for unpaired data or leave their sources out": 1 in sizes,
+        "for ranked lists, set data.pairing.pairs=best_worst, all or adjacent": max(sizes) > 1,
+        "for single completions, choose an objective for unpaired data or remove their sources": 1 in sizes,
     }
     return DataError(
-        f"{len(idle):,} of {groups:,} groups hold {lacking}, and the objective "
-        f"`{objective.type}` learns from {needed} alone: {named}{more}",
+        f"{len(idle):,} of {groups:,} groups have {lacking}, but the objective "
+        f"`{objective.type}` learns only from {needed}: {examples}{more}",
         where=f"schedule, {split} data",
         fix="; ".join(fix for fix, applies in fixes.items() if applies),
     )
@@ -224,15 +224,15 @@ def _load(tokens: Artifact, reference: Artifact | None, name: str) -> pa.Table:
     scored = read_table(reference, name)
     if scored["group_id"] != table["group_id"]:
         raise ArtifactError(
-            "the groups are not those of the tokens",
+            "the groups of the artifact `reference` are not those of the artifact `tokens`",
             where=f"{reference.storage.uri}/{name}",
-            fix="delete this artifact's directory; the stage runs again",
+            fix="delete this artifact's directory and run again; the stage will be repeated",
         )
     return table.append_column("token_logps", scored["token_logps"])
 
 
 def to_groups(table: pa.Table) -> Iterator[Group]:
-    """Yield the groups of a table of tokens, with the log-probs of its column `token_logps` where it has one."""
+    """Yield the groups of a table of tokens, with the log-probs of its column `token_logps` if it has one."""
     if "token_logps" not in table.column_names:
         return groups_of(table)
     return groups_of(table.drop_columns(["token_logps"]), table["token_logps"])

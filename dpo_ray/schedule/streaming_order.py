@@ -1,4 +1,4 @@
-"""In which order buckets are scored and written while training reads them already. Pure, but for the dealing of rows."""
+"""The order in which buckets are scored and written while training already reads them. Pure, except `deal_turns`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import pyarrow as pa
 
 from .buckets import Bucket, Steps, buckets_of, deal_rows
 
-SPARE_ROWS = 8192  # rows of one turn that no step holds
+SPARE_ROWS = 8192  # size of a turn of rows that are in no step
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The rows of a bucket, which are scored together; `file` holds them, with the column `row`."""
+    """The rows of a bucket, which are scored together; `file` contains them, with the column `row`."""
 
     bucket: Bucket
     file: Path
-    is_scheduled: bool  # False: no step holds these rows; their log-probs are for the artifact `reference` alone
+    is_scheduled: bool  # False: these rows are in no step; only the artifact `reference` needs their log-probs
 
 
 def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every_steps: int | None) -> list[Bucket]:
-    """Order the buckets of all splits as training from `start_step` on reads them.
+    """Order the buckets of all splits as training that begins at `start_step` reads them.
 
-    Held-out splits come before the steps that follow the first evaluation. What lies before `start_step` comes last: a
-    training that goes on from a checkpoint does not read it, and the artifact needs it all the same.
+    Held-out splits come before the steps that follow the first evaluation. Buckets before `start_step` come last: training
+    that resumes from a checkpoint does not read them, but the artifact still needs them.
     """
     evaluation = None if eval_every_steps is None else (start_step // eval_every_steps + 1) * eval_every_steps
     behind = [b for b in buckets["train"] if b.stop_step <= start_step]
@@ -38,11 +38,11 @@ def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every
 
 
 def spare_rows(split: str, steps: Steps, groups: int) -> list[Bucket]:
-    """Gather the rows that no step holds, as where `train.steps` ends before the first epoch does."""
-    held = np.zeros(groups, bool)
+    """Collect the rows that are in no step, for example if `train.steps` ends before the first epoch does."""
+    in_steps = np.zeros(groups, bool)
     for step in steps:
-        held[np.asarray(step, np.int64)] = True
-    spare = np.flatnonzero(~held)
+        in_steps[np.asarray(step, np.int64)] = True
+    spare = np.flatnonzero(~in_steps)
     return [Bucket(split, len(steps), [spare[i : i + SPARE_ROWS].tolist()]) for i in range(0, len(spare), SPARE_ROWS)]
 
 
@@ -52,10 +52,10 @@ def deal_turns(
     eval_every_steps: int | None,
     scratch: Path,
 ) -> list[Turn]:
-    """Deal the rows of all splits to files below `scratch`, and return the turns in their order.
+    """Write the rows of all splits to one file per turn below `scratch`, and return the turns in order.
 
     Args:
-        splits: of each its name, the loaders of its parts, its steps, and how many groups it has.
+        splits: for each split, its name, the loaders of its parts, its steps, and its number of groups.
     """
     buckets: dict[str, list[Bucket]] = {}
     spare: list[Bucket] = []

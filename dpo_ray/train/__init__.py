@@ -1,1 +1,1 @@
-"""Preference optimisation under FSDP2: step, loop, checkpoints, and the Ray Train stage."""
+"""Preference optimisation under FSDP2: the step, the loop, checkpoints, and the stage that runs on Ray Train."""

@@ -1,4 +1,4 @@
-"""Held-out evaluation inside training: every set by its name, the same measures as a step's, and a row per pair."""
+"""Held-out evaluation during training: the measures of a training step for each named set, and one row per pair."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dpo_ray.schedule.files import RankStep
 from .measures import accurate, empty, figures, pair_rewards, rewards
 from .step import losses, over_ranks
 
-# Columns of the held-out table: one row per pair; of unpaired data one per completion, NaN on the side it is not of.
+# Columns of the held-out table: one row per pair. Unpaired data has one row per completion, with NaN on the other side.
 HELDOUT = (
-    "loss",  # of the pair's step: its mean by weight is that of the set
+    "loss",  # of the pair's step; the weighted mean over steps is the loss of the set
     "reward_chosen",
     "reward_rejected",
     "accurate",
@@ -32,20 +32,20 @@ HELDOUT = (
     "weight",
 )
 
-# Readers of the held-out splits by name, `eval` or `eval_NAME` of each set; all ranks have them in the same order.
+# Readers of the held-out splits by name: `eval`, or `eval_NAME` for a named set. The order is the same on all ranks.
 Heldout = Mapping[str, Callable[[], Iterable[RankStep]]]
 
 
 def evaluate(policy: TokenLogps, heldout: Heldout, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Measure the held-out sets: figures over all of them with `eval_` before, those of a named set `eval_NAME_`.
+    """Measure the held-out sets: figures over all sets have the prefix `eval_`, those of a named set `eval_NAME_`.
 
-    The loss of a set is the mean of its steps' losses by their weight. Collective.
+    The loss of a set is the weighted mean of its steps' losses. Collective.
     """
     return heldout_figures({name: heldout_sums(policy, read(), config, device)[0] for name, read in heldout.items()})
 
 
 def heldout_figures(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Name the figures of each set's sums, and those of all together."""
+    """Return the named figures of each set, computed from its sums, and those of all sets together."""
     if not sums:
         return {}
     means = _named(EVAL, torch.stack(list(sums.values())).sum(dim=0))
@@ -65,8 +65,8 @@ def heldout_sums(
     """Measure a held-out set.
 
     Returns:
-        Sums over all ranks as `measures.measure` gives them, with the loss weighted by the steps' weights; and this rank's
-        rows, float64 [pairs, HELDOUT] on the CPU, without fillers.
+        Sums over all ranks as `measures.measure` returns them, with the loss weighted by the steps' weights; and the
+        rows of this rank, float64 [pairs, HELDOUT] on the CPU, without fillers.
     """
     policy.eval()
     total, tables = empty(0), [torch.zeros(0, len(HELDOUT), dtype=torch.float64)]
@@ -88,7 +88,7 @@ def heldout_sums(
 
 
 def table(config: TrainConfig, logps: StepLogps) -> Tensor:
-    """Lay out a micro-batch's pairs, or labelled completions where it has none: float64
+    """Build the rows of a micro-batch's pairs, or of its labelled completions if it has no pairs: float64
     [pairs, HELDOUT without loss] on the CPU."""
     p = logps.pairs
     if len(logps.pair_weight):

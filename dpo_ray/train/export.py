@@ -1,4 +1,4 @@
-"""The finished policy in Hugging Face format: safetensors, tokenizer, chat template, generation config, model card."""
+"""Export of the trained policy in Hugging Face format: safetensors, tokenizer, chat template, generation config."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from .dtensor import gathered
 
 
 def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | None = None) -> dict[str, Tensor]:
-    """Gather what is exported on rank 0's CPU, one weight at a time; collective. Other ranks get an empty dict.
+    """Gather the weights to export on rank 0's CPU, one at a time; other ranks get an empty dict. Collective.
 
-    Of an adapter that is not to be merged its matrices alone, in float32. All else in `dtype`, in which it is served: float32
-    masters are rounded once, an adapter that is merged is added before.
+    If an adapter is not merged, only its matrices are exported, in float32. Otherwise all weights are exported in
+    `dtype`,
+    the type for serving: float32 master weights are rounded once, after a merged adapter has been added.
     """
     held = {  # this rank's shards
         name.removeprefix("model."): w for name, w in get_model_state_dict(policy).items() if isinstance(w, Tensor)
@@ -37,11 +38,11 @@ def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | Non
             continue
         if (pair := matrices_of(name, held.keys())) is not None and lora is not None:
             a, b = (gathered(held[matrix]) for matrix in pair)
-            one = add_product(gathered(weight), a, b, lora).to(dtype)
+            full = add_product(gathered(weight), a, b, lora).to(dtype)
         else:
-            one = gathered(weight.to(dtype) if weight.is_floating_point() and not alone else weight)
+            full = gathered(weight.to(dtype) if weight.is_floating_point() and not alone else weight)
         if keeps:
-            whole[name.replace(".base_layer.", ".")] = one.cpu()
+            whole[name.replace(".base_layer.", ".")] = full.cpu()
     return whole
 
 
@@ -55,12 +56,12 @@ def write_policy(
     lora: LoraConfig | None = None,
     base: str = "",
 ) -> None:
-    """Write the model directory, or the adapter's where one was trained and is not to be merged.
+    """Write the model directory, or the adapter's directory if an adapter was trained and is not merged.
 
     Args:
-        weights: as `gather_policy` gathers them on rank 0.
-        template: the chat template's text that training used, `plain`, or `auto`.
-        base: what an adapter names as its model.
+        weights: the result of `gather_policy` on rank 0.
+        template: the text of the chat template that training used, or `plain`, or `auto`.
+        base: the base model that the adapter's configuration names.
     """
     model = policy.model
     if lora is not None and not lora.merge:
@@ -68,10 +69,10 @@ def write_policy(
         _write_tokenizer(source, template, target)
         return
     if lora is not None:
-        with torch.device("meta"):  # a model without the adapter's modules, for its names alone
+        with torch.device("meta"):  # a model without the adapter's modules: only its parameter names are needed
             model = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     model.save_pretrained(target, state_dict=weights, max_shard_size="5GB")
-    model.config.dtype = dtype  # save_pretrained writes the type of the module's parameters, not that of `weights`
+    model.config.dtype = dtype  # save_pretrained writes the dtype of the module's parameters, not of `weights`
     model.config.save_pretrained(target)
     _write_tokenizer(source, template, target)
 
@@ -80,5 +81,5 @@ def _write_tokenizer(source: Path, template: str, target: Path) -> None:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if template not in ("plain", "auto"):  # auto: the tokenizer's own, which its files hold
+    if template not in ("plain", "auto"):  # auto: the tokenizer's own template, which is in its files
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Gradient norms over all shards, and clipping."""
+"""Gradient norms over all shards, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 
 
 def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, dict[str, float]]:
-    """Scale gradients down to `max_norm` over all shards; collective.
+    """Clip the gradient norm over all shards to `max_norm`. Collective.
 
     Returns:
-        The norm before, and that of each group of parameters as `grad_norm/GROUP`; groups without gradients are left out.
+        The norm before clipping, and the norm of each parameter group as `grad_norm/GROUP`; groups without gradients
+        are omitted.
     """
     squares = torch.zeros(len(GROUPS), dtype=torch.float64)
     with_gradients = [(name, p.grad) for name, p in policy.named_parameters() if p.grad is not None]
     norms = [torch.linalg.vector_norm(own_part(gradient), dtype=torch.float32) for _, gradient in with_gradients]
-    own = torch.stack(norms).tolist() if norms else []  # all at once: every read of a GPU's number waits for the GPU
+    own = torch.stack(norms).tolist() if norms else []  # one transfer: each read of a GPU value synchronises
     for (name, gradient), norm in zip(with_gradients, own, strict=True):
         squares[GROUPS.index(group_of(name))] += norm**2 / _copies(gradient)
     sharded = any(isinstance(gradient, DTensor) for _, gradient in with_gradients)
@@ -33,7 +34,7 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
         squares = placed.cpu()
     norm = float(squares.sum().sqrt())
     if max_norm is not None:
-        scale = max_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+        scale = max_norm / (norm + 1e-6)  # the same epsilon as torch.nn.utils.clip_grad_norm_
         if scale < 1.0:
             for _, gradient in with_gradients:
                 own_part(gradient).mul_(scale)
@@ -41,7 +42,7 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
 
 
 def _copies(gradient: Tensor) -> int:
-    """Count the ranks that hold the same part of a gradient (replicas of HSDP)."""
+    """Count the ranks that hold the same shard of a gradient (the replicas of HSDP)."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh
@@ -49,7 +50,7 @@ def _copies(gradient: Tensor) -> int:
 
 
 def group_of(name: str) -> str:
-    """Name the part of the model that a parameter is of, by the names that transformers' decoders give."""
+    """Return the part of the model that a parameter belongs to, from its name in transformers' decoders."""
     parts = name.lower().split(".")
     if any("embed" in part or part == "wte" for part in parts):
         return "embed"

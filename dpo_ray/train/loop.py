@@ -1,4 +1,4 @@
-"""The training loop: steps in the schedule's order, evaluation and checkpoints in between. Knows nothing of Ray."""
+"""The training loop: steps in the order of the schedule, with evaluation and checkpoints. It does not depend on Ray."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from .throughput import throughput, work_of_step
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The extent of a run, known before it starts."""
+class Extent:
+    """The extent of a training run, which is known before it starts."""
 
     total_steps: int
     groups: int  # training groups in an epoch
     device: torch.device
-    sources: tuple[str, ...] = ()  # of the data, whose accuracies are measured apart
+    sources: tuple[str, ...] = ()  # names of the data sources; accuracy is measured for each
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked of training between two steps, of all ranks alike."""
+    """A request to training between two steps; it is the same on all ranks."""
 
-    checkpoint: bool = False  # now: a machine is about to go away
-    stop: bool = False  # after a checkpoint
+    checkpoint: bool = False  # write one now: a machine is about to be removed
+    stop: bool = False  # after writing a checkpoint
 
 
 def no_wish() -> Wish:
-    """Train on."""
+    """Return the empty request: training continues."""
     return Wish()
 
 
@@ -53,22 +53,23 @@ def train(
     optimizer: torch.optim.Optimizer,
     steps: Iterable[RankStep],
     heldout: Heldout,
-    plan: Plan,
+    plan: Extent,
     config: TrainConfig,
     checkpoints: Checkpoints,
     progress: Progress,
     report: Callable[[dict[str, float]], None],
     wish: Callable[[], Wish] = no_wish,
 ) -> Progress:
-    """Run the steps that are left, from `progress` on; collective. Ends with all checkpoints committed.
+    """Run the remaining steps, starting at `progress`; on return all checkpoints are committed. Collective.
 
     Args:
-        report: gets a row per step; one in which the held-out data was measured has these figures too.
-        wish: is asked after every step.
+        report: called with one row per step; the row includes held-out figures if they were measured in that step.
+        wish: called after every step; returns what the driver or Ray requests.
 
     Raises:
-        TrainError: a loss or gradient is not finite; no checkpoint holds that update. Or train.best.metric is not measured.
-        StoppedError: that was wished for; a checkpoint holds every step that was done.
+        TrainError: a loss or gradient is not finite (no checkpoint contains that update), or train.best.metric is not
+            measured.
+        StoppedError: a stop was requested; a checkpoint contains every finished step.
         ArtifactError: a checkpoint could not be written.
     """
     rows: list[dict[str, float]] = []
@@ -78,7 +79,7 @@ def train(
         try:
             measured = _step(policy, optimizer, share, plan, config)
         except TrainError:
-            checkpoints.finish()  # all ranks see this error
+            checkpoints.finish()  # a collective call: all ranks raise this error
             raise
         progress = replace(progress, step=share.step + 1, num_tokens=progress.num_tokens + share.step_tokens)
         seconds, began = time.monotonic() - began, time.monotonic()
@@ -95,8 +96,8 @@ def train(
         }
         last = progress.step == plan.total_steps
         if heldout and config.eval_every_steps and (progress.step % config.eval_every_steps == 0 or last):
-            row |= (found := evaluate(policy, heldout, config, plan.device))
-            progress = judged(progress, found, config.best)
+            row |= (measures := evaluate(policy, heldout, config, plan.device))
+            progress = judged(progress, measures, config.best)
             began = time.monotonic()
         rows.append(row)
         report(row)
@@ -113,7 +114,7 @@ def train(
             raise StoppedError(
                 f"training was asked to stop, and has, after step {progress.step} of {plan.total_steps}",
                 where="train",
-                fix="the same command goes on from there",
+                fix="run the same command again: it resumes from there",
             )
         if last:
             break
@@ -122,9 +123,9 @@ def train(
 
 
 def _step(
-    policy: TokenLogps, optimizer: torch.optim.Optimizer, share: RankStep, plan: Plan, config: TrainConfig
+    policy: TokenLogps, optimizer: torch.optim.Optimizer, share: RankStep, plan: Extent, config: TrainConfig
 ) -> dict[str, float]:
-    """Update the policy, and return what was measured; an error names the groups that it was about."""
+    """Update the policy and return the step's metrics; an error names the groups of the step."""
     learning_rate = set_learning_rate(optimizer, share.step, plan.total_steps, config.optimizer)
     micro_batches = [packed_rows(m, plan.device, policy.layout, plan.sources) for m in share.micro_batches]
     every = config.entropy_every_steps
@@ -136,13 +137,13 @@ def _step(
         raise TrainError(
             error.what,
             where=f"step {share.step + 1}, groups {groups[:400]}",
-            fix="lower train.optimizer.learning_rate, or look at these groups; the last checkpoint is sound",
+            fix="lower train.optimizer.learning_rate, or inspect these groups; the last checkpoint is intact",
         ) from None
     return measured | {"learning_rate": learning_rate}
 
 
 def _timed(steps: Iterable[RankStep]) -> Iterator[tuple[RankStep, float]]:
-    """Yield each step with the seconds that it was waited for."""
+    """Yield each step with the time spent waiting for it, in seconds."""
     iterator = iter(steps)
     while True:
         began = time.monotonic()
@@ -154,35 +155,38 @@ def _timed(steps: Iterable[RankStep]) -> Iterator[tuple[RankStep, float]]:
 
 
 def judged(progress: Progress, found: Mapping[str, float], config: BestConfig | None) -> Progress:
-    """Compare an evaluation, of the step that `progress` is at, with the best so far; of equals the first is best.
+    """Compare the evaluation at the current step with the best so far; the first of equal values counts as the best.
+
+    Args:
+        found: the figures of the evaluation by name.
 
     Raises:
-        TrainError: it has no figure of the name that is compared.
+        TrainError: the evaluation has no figure with the name of `config.metric`.
     """
     if config is None:
         return progress
     if config.metric not in found:
         known = ", ".join(sorted(found))
-        what = f"the evaluation has no figure {config.metric!r}"
-        raise TrainError(what, where="train.best.metric", fix=f"name one of {known}")
+        what = f"the evaluation has no metric {config.metric!r}"
+        raise TrainError(what, where="train.best.metric", fix=f"use one of {known}")
     value, best = found[config.metric], progress.best
     if best is None or (math.isnan(best.value) and not math.isnan(value)):
         is_better = True
     else:
-        is_better = value > best.value if config.mode == "max" else value < best.value  # a NaN never is
+        is_better = value > best.value if config.mode == "max" else value < best.value  # never true for a NaN
     if is_better or best is None:
         return replace(progress, best=Best(progress.step, value))
     return replace(progress, best=replace(best, since=best.since + 1))
 
 
 def has_ended(progress: Progress, config: BestConfig | None) -> bool:
-    """Say whether training ends before its last step, as no evaluation gets better any more."""
+    """Return whether early stopping applies: the last `patience` evaluations brought no improvement."""
     return config is not None and config.patience is not None and (progress.best or Best(0, 0)).since >= config.patience
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Measure the most memory so far in GiB: of a GPU what its tensors took, else what this process had in RAM."""
+    """Return the peak memory so far in GiB: allocated tensors on a GPU, else the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # in bytes on macOS, in KiB on Linux

@@ -1,4 +1,4 @@
-"""What a step is measured by: each figure a sum and the weight it is divided by, so that ranks and micro-batches add up."""
+"""The measures of a step. Each is a sum and a weight to divide by, so ranks and micro-batches can be added up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_ray.objectives.step_logps import StepLogps, Totals
 
 ROUNDING = 1e-6  # relative error of a float32 sum of log-probs, with room for another engine's order of operations
 
-# Under TRL's names; what has no weight in a step (accuracies of unpaired data, say) is left out of its figures.
+# TRL's names. A measure without weight in a step (for example accuracies of unpaired data) is omitted from its figures.
 MEASURES = (
     "loss",
     "rewards/chosen",
@@ -24,18 +24,18 @@ MEASURES = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
-    "logratio",  # policy against reference, nats a completion
-    "reference_drift",  # its size, nats a token
-    "kl",  # KTO's estimate, before it is cut off at 0
-    "entropy",  # nats a token
+    "logratio",  # policy against reference, nats per completion
+    "reference_drift",  # absolute log-ratio, nats per token
+    "kl",  # KTO's estimate, before clamping at 0
+    "entropy",  # nats per token
 )
 
 
 def rewards(objective: Objective, logps: StepLogps) -> Tensor:
     """Compute the implicit reward of every completion: float32 [completions].
 
-    beta * (policy - reference log-prob); without a reference beta * policy; averaged over tokens where the loss does so
-    and has no reference.
+    This is beta * (policy - reference log-prob), or beta * policy without a reference; the latter is averaged over
+    tokens if the loss is.
     """
     beta = reward_beta(objective)
     if uses_reference(objective):
@@ -44,7 +44,7 @@ def rewards(objective: Objective, logps: StepLogps) -> Tensor:
 
 
 def pair_rewards(objective: Objective, logps: StepLogps) -> tuple[Tensor, Tensor]:
-    """Compute the implicit rewards of the pairs' chosen and rejected: float32 [pairs] each."""
+    """Compute the implicit rewards of the chosen and the rejected completions: float32 [pairs] each."""
     beta, p = reward_beta(objective), logps.pairs
     if uses_reference(objective):
         return beta * p.chosen_logratio, beta * p.rejected_logratio
@@ -54,9 +54,9 @@ def pair_rewards(objective: Objective, logps: StepLogps) -> tuple[Tensor, Tensor
 
 
 def accurate(objective: Objective, logps: StepLogps) -> Tensor:
-    """Say for which pairs the implicit reward prefers chosen: bool [pairs]. A tie within float32 rounding is no success.
+    """Return for which pairs the implicit reward prefers chosen: bool [pairs]. A tie up to float32 rounding is False.
 
-    Without that allowance the accuracy of an untrained policy would be rounding noise instead of 0.
+    Without that tolerance the accuracy of an untrained policy would be rounding noise instead of 0.
     """
     p = logps.pairs
     sides = [p.policy_chosen, p.policy_rejected]
@@ -73,9 +73,10 @@ def accurate(objective: Objective, logps: StepLogps) -> Tensor:
 def measure(
     objective: Objective, loss: Tensor, logps: StepLogps, scores: TokenScores, rows: PackedRows, sources: int
 ) -> Tensor:
-    """Sum what a micro-batch contributes to the step's figures: float64 [measures + sources + 3, 2] on the CPU.
+    """Compute a micro-batch's contribution to the step's figures: float64 [measures + sources + 3, 2] on the CPU.
 
-    Rows of (sum, weight): MEASURES, each source's accuracy, and in the last three the moments of reward margin and length.
+    Rows are (sum, weight): first MEASURES, then the accuracy of each source. The last three rows hold the moments of
+    reward margin and length difference.
 
     Args:
         loss: this micro-batch's contribution to the step's loss.
@@ -84,7 +85,7 @@ def measure(
     chosen, rejected = (side.double() for side in pair_rewards(objective, logps))
     hits = accurate(objective, logps).double()
     paired = bool(len(pair_weight))
-    one = loss.new_ones((), dtype=torch.float64)
+    unit = loss.new_ones((), dtype=torch.float64)
 
     def mean(values: Tensor, by: Tensor) -> Tensor:
         counted = by > 0  # fillers may hold anything
@@ -104,9 +105,9 @@ def measure(
     token_weight = own[rows.completion_of_row]
     has_reference = float(uses_reference(objective))
     drift = (scores.logps - rows.reference_token_logps).abs()
-    nothing = one.new_zeros(2)
+    nothing = unit.new_zeros(2)
     figures = [
-        torch.stack([loss.double(), 0 * one]),
+        torch.stack([loss.double(), 0 * unit]),
         *sides,
         mean(chosen - rejected, pair_weight),
         mean(hits, pair_weight),
@@ -123,18 +124,16 @@ def measure(
 
 
 def figures(sums: Tensor, sources: Sequence[str]) -> dict[str, float]:
-    """Turn a step's sums [measures + sources + 3, 2] into means by name; what has no weight is left out.
+    """Convert a step's sums [measures + sources + 3, 2] into named means; measures without weight are omitted.
 
-    `length_bias` is the correlation of a pair's reward margin with the difference of its lengths.
+    `length_bias` is the correlation between a pair's reward margin and its difference in length.
     """
     names = [*MEASURES, *(f"rewards/accuracies/{source}" for source in sources)]
     values, moments = sums[: len(names)].tolist(), sums[len(names) :].flatten().tolist()
     means = {name: total / weight for name, (total, weight) in zip(names, values, strict=True) if weight > 0}
     means = {"loss": values[0][0]} | means
     if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
-        means["rewards/margins"] = (
-            means["rewards/chosen"] - means["rewards/rejected"]
-        )  # of unpaired data, as TRL has it
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]  # for unpaired data, as in TRL
     w, sx, sy, sxx, syy, sxy = moments
     if w > 0:
         spread = (w * sxx - sx * sx) * (w * syy - sy * sy)
@@ -145,10 +144,10 @@ def figures(sums: Tensor, sources: Sequence[str]) -> dict[str, float]:
 
 
 def empty(sources: int) -> Tensor:
-    """Make sums of nothing: float64 [measures + sources + 3, 2]."""
+    """Return zero sums: float64 [measures + sources + 3, 2]."""
     return torch.zeros(len(MEASURES) + sources + 3, 2, dtype=torch.float64)
 
 
 def totals_of(sums: Tensor) -> Totals:
-    """Make the totals of a step from its weights, summed over ranks and micro-batches: float64 [5]."""
+    """Build a step's totals from its weights, which are summed over ranks and micro-batches: float64 [5]."""
     return Totals.of(sums.tolist())

@@ -1,6 +1,6 @@
-"""The random generators of a training process: Python's, numpy's, torch's on the CPU and on its GPU.
+"""The random generators of a training process: Python, numpy, and torch on the CPU and on the GPU.
 
-Dropout draws from them, so a run that goes on draws what it would have drawn.
+Dropout draws from them: with their state restored, a resumed run draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the state of all generators, of types that JSON has."""
+    """Return the state of all generators as JSON-serialisable types."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -24,7 +24,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put all generators where `rng_state` found them; the GPU's only where both have one."""
+    """Restore the generators from the result of `rng_state`; the GPU's only if the state and this machine have one."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
@@ -43,8 +43,8 @@ def _tensor(text: str) -> torch.Tensor:
 
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:
-    """Seed all generators by what identifies a process's place in a run: the same place, the same draws."""
+    """Seed all generators from seed, rank and step, so that the same position in a run draws the same numbers."""
     words = np.random.SeedSequence((seed, rank, step)).generate_state(2, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[0]) % 2**32)
-    torch.manual_seed(int(words[1]) >> 1)  # seeds the GPU's too
+    torch.manual_seed(int(words[1]) >> 1)  # also seeds the GPU generator

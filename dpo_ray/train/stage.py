@@ -1,4 +1,4 @@
-"""The stage `train`: Ray Train runs the workers; the driver follows their metrics and commits the policy."""
+"""The stage `train`: Ray Train runs the workers; the driver collects their metrics and commits the policy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLL_SECONDS = 0.5
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
     """Run one training process.
 
-    What it needs is imported here, in the process that needs it: torch and transformers take seconds, and Ray's controller
+    Imports are inside the function because torch and transformers take seconds to import, and Ray's controller
     unpickles this function as well.
     """
     from .worker import train_and_export
@@ -40,21 +40,21 @@ def run(
     on_row: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = logger.warning,
 ) -> dict[str, Any]:
-    """Train to the end and return rank 0's account.
+    """Run training to the end and return the result of rank 0.
 
     Args:
-        on_row: is called on this side with every row of metrics.
-        say: is told of workers that were lost, and of what is waited for.
+        on_row: called in this process with every row of metrics.
+        say: called with a line about lost workers or about missing resources.
 
     Raises:
         TrainError: the workers failed more often than train.max_failures allows.
-        AuditError, TrainError: as the workers found.
-        StoppedError: SIGTERM came. The workers have made a checkpoint after the step that they were at, if they still could.
+        AuditError, TrainError: raised by the workers.
+        StoppedError: SIGTERM was received. If possible, the workers wrote a checkpoint after their current step.
     """
     stopping = threading.Event()
     with _sigterm(stopping), _following(task.inbox, on_row, stopping):
         try:
-            account = run_workers(
+            result = run_workers(
                 train_worker,
                 task,
                 task.config,
@@ -67,19 +67,19 @@ def run(
                 gives_up=stopping.is_set,
             )
         except (DpoRayError, ray.exceptions.RayError) as error:
-            if stopping.is_set():  # the signal came to the workers or to Ray itself as well
-                raise _stopped(f"before the workers had made a checkpoint ({type(error).__name__})") from error
+            if stopping.is_set():  # the workers or Ray itself received the signal as well
+                raise _stopped(f"before the workers had written a checkpoint ({type(error).__name__})") from error
             raise
-    if stopping.is_set() and "error" not in account:
+    if stopping.is_set() and "error" not in result:
         raise _stopped("as training ended")
-    assert isinstance(account, dict)  # noqa: S101 - what train_worker returns
-    if "error" in account:
-        raise account["error"]
-    return account
+    assert isinstance(result, dict)  # noqa: S101 - what train_worker returns
+    if "error" in result:
+        raise result["error"]
+    return result
 
 
 def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Provenance) -> Artifact:
-    """Commit the policy, its model card, metrics and held-out table; the checkpoints are then no longer needed."""
+    """Commit the policy, its model card, metrics and held-out table, then delete the checkpoints."""
     entries = [*account["entries"], task.staging.write("policy/README.md", card.encode())]
     figures = {name: account[name] for name in ("audit", "steps", "num_tokens", "final", "final_evaluation")}
     artifact = provenance.commit(task.staging, entries, rows={"steps": account["steps"]}, figures=figures)
@@ -89,8 +89,8 @@ def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Prov
 
 @contextmanager
 def _sigterm(stopping: threading.Event) -> Iterator[None]:
-    """Set the event at the first SIGTERM, in place of what Ray does, which is to exit; the second ends the process."""
-    if threading.current_thread() is not threading.main_thread():  # of a program that handles its signals itself
+    """Set the event at the first SIGTERM, where Ray's own handler would exit; a second SIGTERM ends the process."""
+    if threading.current_thread() is not threading.main_thread():  # the calling program handles signals itself
         yield
         return
 
@@ -106,12 +106,12 @@ def _sigterm(stopping: threading.Event) -> Iterator[None]:
 
 
 def _stopped(when: str) -> StoppedError:
-    fix = "the same command goes on from the newest checkpoint"
+    fix = "run the same command again: it resumes from the newest checkpoint"
     return StoppedError(f"stopped by SIGTERM {when}", where="train", fix=fix)
 
 
 class _following:
-    """Poll the inbox in a thread while training runs, and once more at the end; pass on the word to stop."""
+    """Context manager that polls the inbox in a thread during training and once at the end, and forwards a stop."""
 
     def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None], stopping: threading.Event) -> None:
         self._inbox, self._on_row, self._stopping = inbox, on_row, stopping
@@ -129,11 +129,11 @@ class _following:
             self._drain()
 
     def _poll(self) -> None:
-        told = False
+        is_sent = False
         while not self._stop.wait(POLL_SECONDS):
-            if self._stopping.is_set() and not told:
+            if self._stopping.is_set() and not is_sent:
                 self._inbox.stop.remote()
-                told = True
+                is_sent = True
             if not self._lost:
                 self._drain()
 
@@ -142,5 +142,5 @@ class _following:
             for row in ray.get(self._inbox.take.remote()):
                 self._on_row(row)
         except (ray.exceptions.RayError, OSError, DpoRayError) as error:
-            self._lost = True  # training goes on, and its metrics are safe with the checkpoints
-            logger.warning("the live metrics stop here: %s", error)
+            self._lost = True  # training continues, and its metrics are stored with the checkpoints
+            logger.warning("live metrics are no longer available: %s", error)

@@ -1,4 +1,4 @@
-"""One optimizer step of preference optimisation; the same code for one process and for FSDP2 over many."""
+"""One optimizer step of preference optimisation: the same code for a single process and for FSDP2 with many."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def train_step(
     *,
     with_statistics: bool = False,
 ) -> dict[str, float]:
-    """Update the policy once: the loss of the step's pairs, its gradient, a clipped optimizer step.
+    """Update the policy once: compute the step's loss and gradient, clip the gradient, run the optimizer.
 
-    The loss is normalised by the weights of the global step, over all ranks and micro-batches, so neither packing nor the
-    number of ranks changes it. Collective: every rank calls it with the same number of micro-batches.
+    The loss is normalised by the weights of the global step, over all ranks and micro-batches, so it depends neither on
+    packing nor on the number of ranks. Collective: every rank calls it with the same number of micro-batches.
 
     Args:
-        sources: names of the data's sources, whose accuracies are measured.
-        with_statistics: measure the entropy too.
+        sources: names of the data sources; accuracy is measured for each.
+        with_statistics: also measure the entropy.
 
     Returns:
-        Means over the global step under TRL's names, and `grad_norm` before clipping, also by group of parameters.
+        Means over the global step under TRL's names, and `grad_norm` before clipping, in total and by parameter group.
 
     Raises:
-        TrainError: the loss or the gradient is not finite. The optimizer has not stepped: the state is that before.
+        TrainError: the loss or the gradient is not finite. The optimizer has not stepped, so the state is unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = empty(len(sources))
@@ -63,10 +63,10 @@ def train_step(
 def losses(
     policy: nn.Module, micro_batches: Sequence[PackedRows], config: TrainConfig, sources: int, with_statistics: bool
 ) -> Iterator[tuple[Tensor, Tensor, StepLogps]]:
-    """Yield of each micro-batch its contribution to the step's loss, its measures and log-probs; backward runs in between.
+    """Yield each micro-batch's contribution to the step's loss, its measures and log-probs; the caller runs backward.
 
-    Where the loss of one pair depends on others of the step, all log-probs of the step are gathered: those of other
-    micro-batches and ranks as constants, so that the gradients of all of them add up to that of the step's loss.
+    If the loss of one pair depends on others of the step, all log-probs of the step are gathered. Those of other
+    micro-batches and ranks are constants, so that all gradients add up to the gradient of the step's loss.
     """
     totals = totals_of(over_ranks(torch.stack([weight_sums(rows).cpu() for rows in micro_batches]).sum(dim=0)))
     statistics = with_statistics or config.shaping.wpo
@@ -82,7 +82,7 @@ def losses(
         if wide:
             known = known or _gathered([own])
             loss = step_loss(config.objective, _with_own(known, own, i, len(micro_batches)), totals)
-            share = loss / len(known)  # all see the same loss; their shares of it add up in the measures
+            share = loss / len(known)  # every micro-batch has the same loss; the shares add up in the measures
         else:
             loss = share = step_loss(config.objective, own, totals)
         if scores.router_loss is not None:
@@ -92,7 +92,7 @@ def losses(
 
 
 def _gathered(own: Sequence[StepLogps]) -> list[StepLogps]:
-    """Gather all ranks' log-probs as constants, in the order of ranks."""
+    """Gather the log-probs of all ranks as constants, in rank order."""
     parts = [logps.detached("cpu") for logps in own]
     if dist.is_initialized() and dist.get_world_size() > 1:
         ranks: list[list[StepLogps]] = [[] for _ in range(dist.get_world_size())]
@@ -102,13 +102,13 @@ def _gathered(own: Sequence[StepLogps]) -> list[StepLogps]:
 
 
 def _with_own(known: Sequence[StepLogps], own: StepLogps, i: int, micro_batches: int) -> StepLogps:
-    """Join the whole step, with the gradients of this rank's micro-batch `i`."""
+    """Join the log-probs of the whole step, with gradients only for micro-batch `i` of this rank."""
     at = i + micro_batches * (dist.get_rank() if dist.is_initialized() else 0)
     return joined([*known[:at], own, *known[at + 1 :]])
 
 
 def over_ranks(sums: Tensor) -> Tensor:
-    """Add up a CPU tensor over all ranks; collective."""
+    """Sum a CPU tensor over all ranks. Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         sums = sums.to("cuda" if "nccl" in dist.get_backend() else "cpu")
         dist.all_reduce(sums)
@@ -116,7 +116,7 @@ def over_ranks(sums: Tensor) -> Tensor:
 
 
 def _reduce_gradients_after(policy: nn.Module, *, last: bool) -> None:
-    """Reduce gradients over ranks once a step, after the last micro-batch."""
+    """Configure FSDP to reduce gradients over ranks once per step, after the last micro-batch."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(last)
         policy.set_is_last_backward(last)

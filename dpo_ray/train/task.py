@@ -1,4 +1,4 @@
-"""What a training run is told. Light to import: Ray's controller loads it too."""
+"""The input of a training run. The module imports quickly because Ray's controller loads it too."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dpo_ray.schedule.files import Schedule
 
 @dataclass(frozen=True)
 class AuditTask:
-    """How the reference is audited before step 1. Given by the pipeline, which knows the reference. Pickles."""
+    """The audit of the reference before step 1. Built by the pipeline, which knows the reference. Can be pickled."""
 
-    groups: int  # at least so many are compared, where there are as many
+    groups: int  # minimum number of groups to compare, if there are as many
     measure: Callable[[list[ComparedGroup]], dict[str, Any]]
-    goes_on: Callable[[dict[str, Any]], bool]  # whether to train, given what was measured now or by an earlier attempt
+    goes_on: Callable[[dict[str, Any]], bool]  # whether to train, from the figures of this or a previous attempt
 
 
 @dataclass(frozen=True)
 class TrainTask:
-    """Everything that a worker needs. Pickles."""
+    """Everything that a worker needs. Can be pickled."""
 
     model: ModelConfig
     config: TrainConfig
@@ -37,9 +37,9 @@ class TrainTask:
     staging: Staging
     inbox: Any  # handle of the driver's inbox
     audit: AuditTask | None
-    sources: tuple[str, ...] = ()  # of the training data
+    sources: tuple[str, ...] = ()  # names of the training data's sources
     seed: int = 0
-    trained_adapter: str | None = None  # directory of the LoRA adapter that training goes on with
-    moments: Artifact | None = None  # of the training before, whose optimizer this one goes on with
-    keep_moments: bool = False  # in the artifact, for the training after
-    identity: str = ""  # of what determines the weights; checkpoints of another are not used
+    trained_adapter: str | None = None  # directory of the LoRA adapter that training continues from
+    moments: Artifact | None = None  # optimizer state of the previous training, to continue from
+    keep_moments: bool = False  # store the optimizer state in the artifact, for the next training
+    identity: str = ""  # digest of all that determines the weights; checkpoints with another are not used

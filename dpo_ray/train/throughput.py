@@ -1,4 +1,4 @@
-"""How well a step used the hardware: operations per second, and tokens that were not computed."""
+"""Hardware utilisation of a step: operations per second, and tokens that did not have to be computed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from .step import over_ranks
 
 
 def work_of_step(micro_batches: Sequence[MicroBatch], shape: ModelShape) -> Tensor:
-    """Add up what a step asks for over all ranks: float64 [4] of shared, packed and padded tokens, and operations; collective."""
+    """Sum the work of a step over all ranks: float64 [4], shared, packed and padded tokens, operations. Collective."""
     works = [Work.of(batch, shape) for batch in micro_batches]
     own = [[w.shared_tokens, w.packed_tokens, w.padded_tokens, w.flops] for w in works]
     return over_ranks(torch.tensor(own, dtype=torch.float64).sum(dim=0))
 
 
 def throughput(work: Tensor, layout: Layout, seconds: float, peak_flops: float | None) -> dict[str, float]:
-    """Turn a step's work [4] into figures.
+    """Convert a step's work [4] into figures.
 
-    `tflops` is a worker's 10^12 useful operations per second, `mfu` their share of what its device can do; `sharing_saved`
-    the share of tokens that prompts would have added without sharing, `padding_saved` that of a padded batch.
+    `tflops` is 10^12 useful operations per second and worker, and `mfu` is their share of the device's peak.
+    `sharing_saved` is the share of tokens that is saved by computing shared prompts once, `padding_saved` the share of
+    a padded batch's tokens that would be padding.
     """
     shared, packed, padded, flops = work.tolist()
     per_second = flops / seconds / (dist.get_world_size() if dist.is_initialized() else 1)

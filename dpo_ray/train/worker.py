@@ -1,4 +1,4 @@
-"""What each training process runs under Ray Train."""
+"""The code that each training process runs under Ray Train."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dpo_ray.train.optimizers.moments import gather_moments, scatter_moments
 
 from .evaluation import HELDOUT, heldout_figures, heldout_sums
 from .export import gather_policy, write_policy
-from .loop import Plan, Wish, train
+from .loop import Extent, Wish, train
 from .rng import seed_rank
 from .step import over_ranks
 from .task import AuditTask, TrainTask
@@ -44,27 +44,27 @@ from .task import AuditTask, TrainTask
 logger = logging.getLogger(__name__)
 MOMENTS = "moments.safetensors"
 
-# Errors that every rank sees alike, because what they follow from was gathered: all ranks return, none waits for another.
+# Errors that all ranks raise together, because they result from gathered values: all ranks return, and none waits.
 COLLECTIVE = (AuditError, StoppedError, TrainError)
 
 
 def train_and_export(task: TrainTask) -> dict[str, Any]:
-    """Train, export, and return rank 0's account; an error that all ranks see alike comes back as `error`.
+    """Run training and export, and return the result of rank 0; an error that all ranks raise is returned as `error`.
 
     Raises:
-        TrainError: another rank was waited for in vain. Ray Train then ends all of them and starts them again.
+        TrainError: another rank did not respond in time. Ray Train then stops and restarts all workers.
     """
     try:
         return _run(task)
     except COLLECTIVE as error:
         return {"error": error}
-    except RuntimeError as error:  # as gloo raises it; NCCL's watchdog ends the process by itself
+    except RuntimeError as error:  # raised by gloo; with NCCL the watchdog ends the process
         if "timed out" not in str(error).lower():
             raise
         raise TrainError(
             f"rank {dist.get_rank()} waited {task.config.hang_seconds:g} s for another rank: {error}",
             where="train",
-            fix="look for what holds up a worker; train.hang_seconds says how long may be waited",
+            fix="find out what blocks a worker; train.hang_seconds limits how long a rank waits",
         ) from error
 
 
@@ -92,15 +92,15 @@ def _run(task: TrainTask) -> dict[str, Any]:
     if task.moments is not None and not progress.step:
         scatter_moments(policy, optimizer, load(task.moments.read_bytes(MOMENTS)) if rank == 0 else {})
     counts = task.schedule.rows
-    sources = task.sources if len(task.sources) > 1 else ()  # of a single one it is the accuracy of all
-    plan = Plan(counts["train/steps"], counts["train/groups"], device, sources)
+    sources = task.sources if len(task.sources) > 1 else ()  # a single source has the accuracy of all data
+    plan = Extent(counts["train/steps"], counts["train/groups"], device, sources)
 
     def report(row: dict[str, Any]) -> None:
         if rank == 0:
             task.inbox.put.remote(row)
 
     if progress.step:
-        logger.info("going on from the checkpoint of step %d", progress.step)
+        logger.info("resuming from the checkpoint of step %d", progress.step)
     elif task.audit is not None:
         progress = replace(progress, figures=_audited(policy, task.audit, task, rank, device))
     if task.audit is not None and progress.figures is not None and not task.audit.goes_on(progress.figures):
@@ -130,33 +130,33 @@ def _run(task: TrainTask) -> dict[str, Any]:
     moments = gather_moments(policy, optimizer) if task.keep_moments else {}
     if rank:
         return {}
-    account = _written(policy, weights, source, tables, checkpoints, progress, task)
+    result = _written(policy, weights, source, tables, checkpoints, progress, task)
     if task.keep_moments:
-        account["entries"].append(task.staging.write(MOMENTS, save(moments)))
-    return account | {"final_evaluation": final}
+        result["entries"].append(task.staging.write(MOMENTS, save(moments)))
+    return result | {"final_evaluation": final}
 
 
 class _Wishes:
-    """What the driver and Ray ask of training, joined over the ranks: all see it after the same step."""
+    """Requests of the driver and of Ray, combined over ranks so that all ranks see them after the same step."""
 
     def __init__(self, inbox: Any, rank: int) -> None:
         self._stopped = inbox.stopped.remote() if rank == 0 else None
-        self._preemption: Any = None  # the last that was heeded
+        self._preemption: Any = None  # the last one that was handled
 
     def __call__(self) -> Wish:
-        """Look, without a message to anybody, and tell the other ranks; collective."""
+        """Return the current request, combined over all ranks, without sending Ray messages. Collective."""
         stop = False
         if self._stopped is not None and ray.wait([self._stopped], timeout=0)[0]:
-            ray.get(self._stopped)  # raises where the actor is gone instead
+            ray.get(self._stopped)  # raises if the actor has died instead
             stop = True
-        preemption = ray.train.get_preemption_info()  # a machine of this group drains, as on SIGTERM to `ray start`
+        preemption = ray.train.get_preemption_info()  # a node is draining, e.g. after SIGTERM to `ray start`
         leaves, self._preemption = preemption not in (None, self._preemption), preemption
         wishes = over_ranks(torch.tensor([leaves, stop], dtype=torch.int64))
         return Wish(checkpoint=bool(wishes[0]), stop=bool(wishes[1]))
 
 
 def _audited(policy: TokenLogps, audit: AuditTask, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
-    """Score the schedule's first groups, a random sample, with the policy as it is before step 1; measure; collective."""
+    """Score the first groups of the schedule (a random sample) before step 1; measure the drift. Collective."""
     compared: list[ComparedGroup] = []
     policy.eval()
     steps = math.ceil(audit.groups / task.config.groups_per_step)
@@ -187,7 +187,7 @@ def _written(
     progress: Progress,
     task: TrainTask,
 ) -> dict[str, Any]:
-    """Write the artifact's files into the staging place (rank 0) and return their entries with the account."""
+    """Write the artifact's files to the staging place (rank 0); return their entries and the figures of training."""
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-policy-") as scratch:
         dtype, lora = getattr(torch, task.dtype), task.config.lora
@@ -210,7 +210,7 @@ def _written(
 
 
 def heldout_pairs(heldout: dict[str, np.ndarray]) -> pa.Table:
-    """Lay the splits' pairs end to end, a row each, with the name of the split: `eval`, or `eval_NAME` of a set."""
+    """Build the table of all splits' pairs, one row each; `split` is `eval`, or `eval_NAME` for a named set."""
     splits = np.repeat(list(heldout), [len(table) for table in heldout.values()])
     pairs = np.concatenate(list(heldout.values()))
     return pa.table({"split": splits, **{name: pairs[:, i] for i, name in enumerate(HELDOUT)}})

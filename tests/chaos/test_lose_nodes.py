@@ -100,7 +100,7 @@ def test_a_killed_training_node_is_done_without_and_used_again_when_it_is_back(
     assert ended.code == 0, text
     assert "training workers were lost" in text
     assert "there is room for more training workers" in text
-    assert text.count("going on from the checkpoint of step") >= 2
+    assert text.count("resuming from the checkpoint of step") >= 2
     check_same(output, undisturbed)
 
 
@@ -133,6 +133,6 @@ def test_after_the_loss_of_the_head_the_same_submission_goes_on(
     with local_cluster(tmp_path, *CLUSTER) as cluster:
         code, out, err = cluster.call("submit", str(recipe(tmp_path, output)), "--wait")
     assert code == 0, out + err
-    assert "going on from the checkpoint of step" in out
+    assert "resuming from the checkpoint of step" in out
     assert "prepare: started" not in out
     check_same(output, undisturbed)

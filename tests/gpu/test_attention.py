@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dpo_ray.models.attention import SegmentIndex, shared_prefix_attention
 from dpo_ray.models.packed_rows import Segment
-from dpo_ray.models.segment_index import SegmentIndex
-from dpo_ray.models.shared_prefix import shared_prefix_attention
 
 pytestmark = [
     pytest.mark.gpu,

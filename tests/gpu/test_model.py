@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.helpers.families import SERVED, make_group, write_family
 
 from dpo_ray.models.head import head_scores
 from dpo_ray.models.load import load_policy
 from dpo_ray.models.packed_rows import Layout, packed_rows
 from dpo_ray.schedule.micro_batch import pack
+from tests.helpers.families import SERVED, make_group, write_family
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,9 +9,17 @@ import pyarrow as pa
 
 from dpo_ray.data.schemas import TOKENS
 from dpo_ray.data.statistics import measure, merged
-from dpo_ray.report.data_page import DataPage, Example, LeftOut, Piece, RenderedCompletion, RenderedSample, RowCounts
+from dpo_ray.report.data_page import (
+    DataPage,
+    Example,
+    LeftOut,
+    RenderedCompletion,
+    RenderedSample,
+    RowCounts,
+    TextPiece,
+)
 from dpo_ray.report.data_report import measured_of
-from dpo_ray.report.reference_page import Check, ReferencePage, Scoring, Unscored
+from dpo_ray.report.reference_page import Check, ReferencePage, Scoring, UnscoredRow
 
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 
@@ -103,12 +111,12 @@ def data_page(text: str = "plain") -> DataPage:
                 note="chosen better with probability 0.67",
                 prompt_tokens=312,
                 hidden_tokens=72,
-                prompt=[Piece("<s>", special=True), Piece("Cook"), Piece(" an"), Piece(text)],
+                prompt=[TextPiece("<s>", special=True), TextPiece("Cook"), TextPiece(" an"), TextPiece(text)],
                 completions=[
                     RenderedCompletion(
-                        "chosen", "chosen", 3, [Piece(" Boil"), Piece("\n"), Piece("</s>", special=True)], 0, [], True
+                        "chosen", "chosen", 3, [TextPiece(" Boil"), TextPiece("\n"), TextPiece("</s>", special=True)], 0, [], True
                     ),
-                    RenderedCompletion("rejected", "rejected", 300, [Piece(text)], 298, [Piece(" so")], False),
+                    RenderedCompletion("rejected", "rejected", 300, [TextPiece(text)], 298, [TextPiece(" so")], False),
                 ],
             )
         ],
@@ -134,7 +142,7 @@ def reference_page(text: str = "plain") -> ReferencePage:
             rescored=12,
         ),
         note=text,
-        unscored=[Unscored("kills_engine", "an engine died twice while it scored this group", 2, [text, "group 07"])],
+        unscored=[UnscoredRow("kills_engine", "an engine died twice while it scored this group", 2, [text, "group 07"])],
         checks=[
             Check("max_token_drift", 0.21, 0.5, "within", "Largest difference of one token."),
             Check("signed_bias", 0.0021, 0.002, "too few", "Mean difference with its sign."),

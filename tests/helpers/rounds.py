@@ -41,7 +41,7 @@ def rounds_page(
         rows=rows,
         initial={"kl": 0.0, "true_reward": -0.4375 if true_reward else None, **words},
         samples=[RoundSample(f"{text}: what is asked {i}?", tuple(said)) for i in range(2)],
-        stopped="" if under_way else f"{text}: all of online.rounds={count} are run",
+        stopped="" if under_way else f"{text}: all online.rounds={count} rounds have run",
         recipe_yaml=f"online:\n  rounds: {count}\n  note: {text}\n",
     )
 

@@ -104,7 +104,7 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
     finished, ran = results[0]
     assert ran
     assert "mean_token_drift 0.01 over 1e-05" in printed
-    assert "on_drift is warn, so training goes on" in printed
+    assert "on_drift is warn, so training continues" in printed
     assert finished.reference.manifest.figures["sequences"] == 0
     assert finished.train.manifest.figures["steps"] == 3
     audit = finished.train.manifest.figures["audit"]
@@ -114,7 +114,7 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
     assert abs(first_loss(finished) - math.log(2)) > 1e-5  # the fault is felt: longer completions were rewarded
     html = Path(summary.write_report(finished)).read_text(encoding="utf-8")
     assert "over its limits" in html
-    assert "The recipe says to train all the same" in html
+    assert "Training continued, as the recipe sets on_drift: warn." in html
     assert " audit=drifted " in summary.line(summary.figures(finished))
 
     # The policy is there, and is not what a recipe asks for that stops; nothing is trained to say that.
@@ -136,7 +136,7 @@ def test_use_trainer_scores_all_again_and_is_then_done(output: Path, files_of) -
     finished, ran = results[0]
     assert ran
     assert "mean_token_drift 0.01, over 1e-05" in printed
-    assert "the trainer scores all again" in printed
+    assert "the trainer scores all groups again" in printed
     assert finished.plan.numerics.engine == "trainer"
     assert finished.reference.manifest.figures["found"] == 0  # no value of the engine's is among them
     assert finished.reference.manifest.figures["sequences"] == 2 * (96 + 24)

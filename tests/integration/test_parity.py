@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tests.helpers.families import SERVED, plain_model, plain_token_logps, write_family
 
 from dpo_ray.data.groups import Group
 from dpo_ray.models.load import load_policy
@@ -24,6 +23,7 @@ from dpo_ray.models.token_logps import TokenLogps
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
 from dpo_ray.reference.trainer_scorer import TrainerScorer
 from dpo_ray.schedule.micro_batch import pack
+from tests.helpers.families import SERVED, plain_model, plain_token_logps, write_family
 
 TOLERANCE_NATS = 1e-4  # of a token, in float32
 FAMILIES = [

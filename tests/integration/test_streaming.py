@@ -94,6 +94,6 @@ def test_a_group_that_cannot_be_scored_sends_it_back_to_ahead(
     monkeypatch.setattr(streaming, "EnginePool", partial(EnginePool, start=start))
     streamed, said = run(recipe_of(tmp_path, "streaming"))
     assert "1 groups cannot be scored" in said
-    assert "training begins again" in said
+    assert "training starts again" in said
     check_same(streamed, ahead)
     assert list((tmp_path / "small" / "checkpoints").rglob("step-*.json")) == []

@@ -82,7 +82,7 @@ def test_stopped_by_way_of_a_checkpoint_and_gone_on_with(cluster: Cluster) -> No
     code, out, err = cluster.call("submit", recipe, "--wait")
     assert code == 0, out + err
     assert "submitted long-2" in out
-    assert f"going on from the checkpoint of step {stopped[1]}" in out
+    assert f"resuming from the checkpoint of step {stopped[1]}" in out
     assert f"steps={STEPS}" in out
     assert "prepare: started" not in out
     assert "-stop" not in cluster.call("list")[1]

@@ -1,4 +1,4 @@
-"""All formats: those that dpo_ray has, and those that installed packages add."""
+"""All formats: those that dpo_ray includes, and those that installed packages add."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMATS: dict[str, Format] = {
 
 
 def fields_of(row: Mapping[str, Any], row_format: str, columns: Columns) -> Fields:
-    """Return a row's fields by a format's names of columns, or by the recipe's where it has any."""
+    """Return a row's fields by the format's column names, or by those that the recipe sets."""
     names = _names(columns)[row_format]  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     return Fields(row, names, columns)
 
@@ -42,20 +42,23 @@ def _names(columns: Columns) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
 
 
 def wanted(names: Sequence[str], columns: Columns) -> list[str]:
-    """Return the columns of a table that any format could need; all where no format is complete, so that an error names them."""
+    """Return the columns of a table that any format could need.
+
+    If no format is complete, return all columns, so that the error names them.
+    """
     accepted: dict[str, set[str]] = {}
     for each in FORMATS.values():
         for role, patterns in each.columns.items():
             accepted.setdefault(role, set()).update(named(role, columns) or patterns)
-    there = {role: _matching(names, patterns) for role, patterns in accepted.items()}
+    present = {role: _matching(names, patterns) for role, patterns in accepted.items()}
     complete = (
-        (there["chosen"] and there["rejected"])
-        or (there["label"] and (there["completion"] or there["prompt"]))
-        or (there["completions"] and (there["annotators"] or there["prompt"]))
+        (present["chosen"] and present["rejected"])
+        or (present["label"] and (present["completion"] or present["prompt"]))
+        or (present["completions"] and (present["annotators"] or present["prompt"]))
     )
     if not complete:
         return list(names)
-    needed = set().union(*there.values())
+    needed = set().union(*present.values())
     return [name for name in names if name in needed]
 
 

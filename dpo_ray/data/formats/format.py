@@ -1,4 +1,4 @@
-"""What a data format is: its name in a recipe, its columns, and how a row becomes a preference group."""
+"""The definition of a data format: its name in a recipe, its columns, and how a row becomes a preference group."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Format:
     """One format of rows.
 
     Args:
-        name: what a recipe's `format` calls it.
-        columns: what the format calls its columns, by their names in the recipe's `columns` (`prompt`, `chosen`, ...); the
-            first that is not null counts. A name with NUMBERED at its end stands for several columns.
-        read: makes a group of a row, given the weights of several ratings; raises `Rejected` with the reason that fits best.
-        matches: returns whether a row without its null columns has this format, for `format: auto`. It is asked before the
-            formats that are recognised together (`recognise`); None leaves it to these.
+        name: its name in a recipe's `format`.
+        columns: the format's own column names, by their names in the recipe's `columns` (`prompt`, `chosen`, ...); the
+            first one that is not null is used. A name that ends with NUMBERED represents several columns.
+        read: builds a group from a row and the weights of several ratings; raises `Rejected` with the best fitting reason.
+        matches: returns whether a row without its null columns has this format, for `format: auto`. It is called before
+            the formats that are recognised together (`recognise`); with None, only `recognise` decides.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Transcripts: text with turns of a human and an assistant, as HH-RLHF and Nectar have them.
+"""Transcripts: text with turns of a human and an assistant, as in HH-RLHF and Nectar.
 
 HH-RLHF: github.com/anthropics/hh-rlhf, README.md. Nectar: the card of huggingface.co/datasets/berkeley-nest/Nectar.
 """
@@ -16,7 +16,7 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # white space at the ve
 
 
 def hh_pair(chosen: str, rejected: str) -> TextGroup:
-    """Split two dialogues at the last turn of the assistant; everything before is the prompt."""
+    """Split two dialogues at the last turn of the assistant; everything before it is the prompt."""
     cuts = [text.rfind(ASSISTANT) for text in (chosen, rejected)]
     require(min(cuts) >= 0, "LAST_TURN_NOT_ASSISTANT", "no turn of the assistant")
     for text, cut, name in ((chosen, cuts[0], "chosen"), (rejected, cuts[1], "rejected")):
@@ -28,12 +28,12 @@ def hh_pair(chosen: str, rejected: str) -> TextGroup:
 
 
 def is_transcript(prompt: str) -> bool:
-    """Tell a prompt that begins with a turn of the human and ends where the assistant's begins."""
+    """Return whether a prompt begins with a turn of the human and ends where the assistant's turn begins."""
     return prompt.lstrip().startswith("Human:") and prompt.rstrip().endswith(ASSISTANT)
 
 
 def turns_of(prompt: str) -> Conversation:
-    """Split at the turns; what stands before the first is the system's."""
+    """Split a transcript into its turns; text before the first turn is the system message."""
     before, *pieces = _TURN.split(prompt.rstrip().removesuffix(ASSISTANT))
     turns = [{"role": "system", "content": before.strip()}] if before.strip() else []
     for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):

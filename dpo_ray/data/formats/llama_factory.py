@@ -1,4 +1,4 @@
-"""The layouts of other trainers that are not TRL's.
+"""The layouts of other trainers that differ from TRL's.
 
 LLaMA-Factory: data/README.md, "Alpaca Format" and "Sharegpt Format". Axolotl: docs/rlhf.qmd, "DPO".
 """
@@ -26,7 +26,7 @@ def alpaca(fields: Fields) -> TextGroup:
 
 
 def _alpaca_prompt(fields: Fields) -> str | Conversation:
-    """Join instruction and input by a line end, as LLaMA-Factory does (src/llamafactory/data/converter.py)."""
+    """Join instruction and input with a line end, as LLaMA-Factory does (src/llamafactory/data/converter.py)."""
     instruction = sound_text(fields.need("prompt", "MISSING_PROMPT"), fields.column("prompt"))
     more = fields.get("input")
     parts = (instruction, "" if more is None else sound_text(more, fields.column("input")))

@@ -1,4 +1,4 @@
-"""Messages: conversations as lists of turns, and completions as the last of them."""
+"""Messages: conversations as lists of turns, with the completion as the last turn."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .soundness import require, sound_text, sound_value
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""What chat templates read of a message beside its role and content."""
+"""What chat templates read from a message in addition to its role and content."""
 
-# ShareGPT's roles as LLaMA-Factory has them (data/README.md there, "tags"), and the usual names beside them.
+# ShareGPT's roles as LLaMA-Factory defines them (data/README.md there, "tags"), and the usual names.
 _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -31,7 +31,7 @@ def conversation(value: Any, name: str) -> Conversation:
     """Read a list of messages, `{role, content}` or `{from, value}`.
 
     Raises:
-        Rejected: WRONG_TYPE, BAD_MESSAGE or BAD_ROLE, or what is wrong with a text.
+        Rejected: WRONG_TYPE, BAD_MESSAGE or BAD_ROLE, or the reason why a text is not sound.
     """
     if not isinstance(value, list | tuple):
         raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not a list of messages")
@@ -39,7 +39,7 @@ def conversation(value: Any, name: str) -> Conversation:
 
 
 def _message(message: Any, i: int, name: str) -> Message:
-    if type(message) is dict and len(message) == 2:  # role and content, as nearly all have: millions come through here
+    if type(message) is dict and len(message) == 2:  # fast path: nearly all of millions have only role and content
         role, content = message.get("role"), message.get("content")
         if type(role) is str and role in ROLES and type(content) is str:
             sound_text(content, name)
@@ -55,7 +55,7 @@ def _message(message: Any, i: int, name: str) -> Message:
     calls = message.get("tool_calls")
     require(not calls or _is_list_of_objects(calls), "BAD_MESSAGE", f"{where}: tool_calls are not a list of objects")
     if content is None and role == "assistant" and calls:
-        content = ""  # what templates can print: many would write None
+        content = ""  # many templates would print None as text
     require(isinstance(content, str), "BAD_MESSAGE", f"{where}: no text content")
     kept = {key: sound_value(message[key], name, "BAD_MESSAGE") for key in KEPT if message.get(key)}
     return {"role": role, "content": sound_text(content, name), **kept}
@@ -72,7 +72,7 @@ def _from_sharegpt(message: Mapping[str, Any], where: str) -> Message:
 
 
 def _function_calls(value: Any, where: str) -> list[Message]:
-    """Read the JSON text of a call, or of a list of calls, each with name and arguments."""
+    """Read the JSON text of a function call, or of a list of calls, each with name and arguments."""
     try:
         calls = json.loads(value)
     except (TypeError, ValueError, RecursionError):
@@ -91,14 +91,14 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def answer(value: Any, name: str) -> str | Message:
-    """Take a completion given as text, as the assistant's message, or as a list of that one message."""
+    """Read a completion: text, the assistant's message, or a list that contains only that message."""
     if isinstance(value, str):
         return sound_text(value, name)
     return only_turn(conversation([value] if isinstance(value, Mapping) else value, name), name)
 
 
 def only_turn(turns: Conversation, name: str) -> str | Message:
-    """Take the completion that is a conversation of one message."""
+    """Return the completion from a conversation of one message."""
     completion = last_turn(turns, name)
     if len(turns) != 1:
         raise Rejected("PROMPT_MISMATCH", f"`{name}` holds {len(turns)} turns beside an explicit prompt")
@@ -106,7 +106,7 @@ def only_turn(turns: Conversation, name: str) -> str | Message:
 
 
 def last_turn(turns: Conversation, name: str) -> str | Message:
-    """Take the completion that a conversation ends with: its text, or the message where that holds more than text."""
+    """Return the completion at the end of a conversation: its text, or the message if that contains more than text."""
     if not turns:
         raise Rejected(f"EMPTY_{name.upper()}", f"`{name}` has no messages")
     last = turns[-1]
@@ -116,7 +116,7 @@ def last_turn(turns: Conversation, name: str) -> str | Message:
 
 
 def prompt_of(fields: Fields) -> str | Conversation:
-    """Read an explicit prompt, text or messages, with the system's text where the row has one."""
+    """Read an explicit prompt, text or messages, with the system text if the row has one."""
     value = fields.need("prompt", "MISSING_PROMPT")
     name = fields.column("prompt")
     prompt = conversation(value, name) if isinstance(value, list | tuple) else sound_text(value, name)
@@ -124,7 +124,7 @@ def prompt_of(fields: Fields) -> str | Conversation:
 
 
 def with_system(prompt: str | Conversation, fields: Fields) -> str | Conversation:
-    """Put the row's system text, where it has any, before a prompt that does not begin with one of its own."""
+    """Put the row's system text, if there is any, before a prompt that does not begin with a system message."""
     system = fields.get("system")
     if system is None or not sound_text(system, fields.column("system")).strip():
         return prompt
@@ -135,14 +135,17 @@ def with_system(prompt: str | Conversation, fields: Fields) -> str | Conversatio
 
 
 def user_turn(text: str) -> Conversation:
-    """Make the conversation of one user's turn."""
+    """Build a conversation that consists of one user turn."""
     return ({"role": "user", "content": text},)
 
 
 def check_alternation(turns: Conversation) -> None:
-    """Reject turns of the user, or of the assistant, that follow one another; a completion follows the last.
+    """Check that no two turns of the user, or of the assistant, follow each other; a completion follows the last turn.
 
-    A tool's turn stands between two of the assistant; system and developer stand beside the dialogue.
+    A tool's turn comes between two turns of the assistant; system and developer messages are not part of the dialogue.
+
+    Raises:
+        Rejected: NON_ALTERNATING_ROLES.
     """
     spoken = [turn["role"] for turn in turns if turn["role"] not in ("system", "developer")]
     for before, after in zip(spoken, [*spoken[1:], "assistant"], strict=False):

@@ -1,4 +1,4 @@
-"""Chosen and rejected: TRL's preference types, which OpenRLHF and most data sets of pairs have too.
+"""Chosen and rejected: TRL's preference types, which OpenRLHF and most data sets of pairs also use.
 
 TRL: docs/source/dataset_formats.md, "Preference". OpenRLHF: openrlhf/datasets/reward_dataset.py, with prompt_key,
 chosen_key and rejected_key. NeMo-RL's BinaryPreferenceDataset is `text`.
@@ -22,7 +22,7 @@ PairFormat = Literal["text", "messages", "implicit_messages", "implicit_text", "
 
 
 def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
-    """Read a row with chosen and rejected by one of TRL's formats, or HH-RLHF's."""
+    """Read a row with chosen and rejected in one of TRL's formats or in HH-RLHF's."""
     chosen, rejected = both(fields)
     match row_format:
         case "text":
@@ -32,7 +32,7 @@ def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
         case "messages":
             prompt = conversation(fields.need("prompt", "MISSING_PROMPT"), "prompt")
             return preference(prompt, chosen, rejected, fields)
-        case "implicit_messages":  # a table has every column in every row: a null prompt is none
+        case "implicit_messages":  # a table has every column in every row: a null prompt counts as missing
             return _implicit_messages(fields.get("prompt"), chosen, rejected, fields)
         case "hh":
             return hh_pair(sound_text(chosen, "chosen"), sound_text(rejected, "rejected"))
@@ -41,7 +41,7 @@ def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
 
 
 def both(fields: Fields) -> tuple[Any, Any]:
-    """Return chosen and rejected as the row has them."""
+    """Return chosen and rejected unchanged from the row."""
     return fields.need("chosen", "MISSING_CHOSEN"), fields.need("rejected", "MISSING_REJECTED")
 
 
@@ -52,21 +52,21 @@ def explicit_pair(fields: Fields) -> TextGroup:
 
 
 def preference(prompt: str | Conversation, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
-    """Put a prompt and two answers together; the prompt may be repeated at the beginning of both."""
+    """Combine a prompt and two answers; the prompt may be repeated at the beginning of both."""
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return TextGroup(prompt, (sound_text(chosen, "chosen"), sound_text(rejected, "rejected")), (1.0, 0.0))
     if isinstance(prompt, str):
         return _implicit_messages(prompt, chosen, rejected, fields)
-    given = {"chosen": chosen, "rejected": rejected}
-    turns = {name: conversation(v, name) for name, v in given.items() if isinstance(v, list | tuple)}
-    if prompt and turns and all(whole[: len(prompt)] == prompt for whole in turns.values()):  # as UltraFeedback has it
+    values = {"chosen": chosen, "rejected": rejected}
+    turns = {name: conversation(v, name) for name, v in values.items() if isinstance(v, list | tuple)}
+    if prompt and turns and all(whole[: len(prompt)] == prompt for whole in turns.values()):  # as in UltraFeedback
         return _implicit_messages(None, chosen, rejected, fields)
-    answers = [only_turn(turns[name], name) if name in turns else answer(v, name) for name, v in given.items()]
+    answers = [only_turn(turns[name], name) if name in turns else answer(v, name) for name, v in values.items()]
     return TextGroup(with_system(prompt, fields), tuple(answers), (1.0, 0.0))
 
 
 def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
-    """Take the turns that two conversations share as the prompt; or of two single answers, the prompt's text."""
+    """Build a group whose prompt is the turns that two conversations share, or the prompt's text for two single answers."""
     chosen, rejected = ([v] if isinstance(v, Mapping) else v for v in (chosen, rejected))
     turns = conversation(chosen, "chosen"), conversation(rejected, "rejected")
     answers = last_turn(turns[0], "chosen"), last_turn(turns[1], "rejected")
@@ -80,7 +80,7 @@ def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) 
 
 
 def _implicit_text(chosen: str, rejected: str) -> TextGroup:
-    """Take the longest common beginning as the prompt, cut back to the last white space so that no word is split."""
+    """Build a group whose prompt is the longest common beginning, cut back to white space so that no word is split."""
     shared = os.path.commonprefix([chosen, rejected])
     if len(shared) < max(len(chosen), len(rejected)):
         shared = shared[: max(shared.rfind(c) for c in " \n\t") + 1].rstrip()

@@ -1,6 +1,6 @@
 """Two completions and the verdicts of several annotators.
 
-PandaLM: github.com/WeOpenML/PandaLM, data/testset-v1.json: 0 is a tie, 1 and 2 the number of the better response.
+PandaLM: github.com/WeOpenML/PandaLM, data/testset-v1.json: 0 is a tie, 1 and 2 are the number of the better response.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from .soundness import require, sound_text
 
 
 def verdicts(fields: Fields) -> TextGroup:
-    """Read two completions and who prefers which; an annotator whose verdict is null gave none."""
+    """Read two completions and the annotators' verdicts; a null verdict means that the annotator gave none."""
     items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
     require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
     require(len(items) > 1, "MISSING_COMPLETION", "verdicts are on two completions")
     require(len(items) == 2, "WRONG_TYPE", f"{len(items)} completions: verdicts are on two")
     require(None not in items, "NULL_FIELD", "a completion is null")
-    given = fields.several("annotators", "BAD_LABEL") or []
-    votes = tuple(_verdict(value) for value in given if value is not None)
+    values = fields.several("annotators", "BAD_LABEL") or []
+    votes = tuple(_verdict(value) for value in values if value is not None)
     require(bool(votes), "BAD_LABEL", "no annotator gave a verdict")
     completions = tuple(answer(item, "completion") for item in items)
     return TextGroup(_prompt(fields), completions, (), chosen=(), rejected=(), verdicts=votes)
 
 
 def _prompt(fields: Fields):
-    """Join the instruction and what it is about by a blank line."""
+    """Join the instruction and its input with a blank line."""
     prompt, more = prompt_of(fields), fields.get("input")
     if more is None or not sound_text(more, fields.column("input")).strip():
         return prompt
@@ -42,7 +42,7 @@ def _prompt(fields: Fields):
 
 
 def _verdict(value: Any) -> int:
-    text = str(value).strip().removesuffix(".0")  # CSV has text alone, and a column with nulls may have floats
+    text = str(value).strip().removesuffix(".0")  # CSV only has text, and a column with nulls may contain floats
     if isinstance(value, bool) or text not in ("0", "1", "2"):
         raise Rejected("BAD_LABEL", f"a verdict is {value!r}, not 0 (a tie), 1 or 2"[:200])
     return int(text)

@@ -23,13 +23,13 @@ TEXTS = ("response", "answer", "completion", "text")
 SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 RANKS = ("rank",)
 RATINGS = ("annotations", "ratings", "scores")
-"""Names within a completion: of its text; of its score and of its rank; and of what holds several ratings."""
+"""Names within a completion: of its text, of its score, of its rank, and of the field that holds several ratings."""
 
-LARGEST = 3.4e38  # of float32, in which scores are stored
+LARGEST = 3.4e38  # the largest float32; scores are stored as float32
 
 
 def scored(fields: Fields, criteria: Mapping[str, float]) -> TextGroup:
-    """Read a prompt, its completions in the order of the row, and their scores as given; ranks count down to 0.
+    """Read a prompt, its completions in the row's order, and their scores unchanged; ranks become scores down to 0.
 
     Args:
         criteria: weights of ratings, whose weighted mean is the score; empty for the row's own score.
@@ -39,7 +39,7 @@ def scored(fields: Fields, criteria: Mapping[str, float]) -> TextGroup:
     require(len(items) > 1, "MISSING_COMPLETION", f"{len(items)} completion(s); a preference needs two")
     completions = tuple(_completion(item, i) for i, item in enumerate(items))
     scores = tuple(_weighted(item, i, criteria) for i, item in enumerate(items)) if criteria else _scores(fields, items)
-    # Models often give the same short answer: of a list the first of those counts, since no preference lies between them.
+    # Models often give the same short answer: only the first of equal ones counts, since they express no preference.
     first = [i for i, completion in enumerate(completions) if completion not in completions[:i]]
     require(len(first) > 1, "IDENTICAL_PAIR", f"all {len(completions)} completions are the same")
     return _with_prompt(fields, tuple(completions[i] for i in first), tuple(scores[i] for i in first))
@@ -49,7 +49,7 @@ def _with_prompt(fields: Fields, completions: tuple[str | Message, ...], scores:
     prompt = prompt_of(fields)
     if not isinstance(prompt, str) or not is_transcript(prompt) or not all(isinstance(c, str) for c in completions):
         return TextGroup(prompt, completions, scores, chosen=(), rejected=())
-    # As in HH-RLHF, white space before an answer goes with it: it is one token with the first word.
+    # As in HH-RLHF, white space before an answer belongs to the answer: it forms one token with the first word.
     text = prompt.rstrip()
     spaced = tuple(prompt[len(text) :] + str(c) for c in completions)
     return TextGroup(text, spaced, scores, chosen=(), rejected=(), messages=turns_of(text))
@@ -67,7 +67,7 @@ def _completion(item: Any, i: int) -> str | Message:
 
 
 def _scores(fields: Fields, items: Sequence[Any]) -> tuple[float, ...]:
-    """Find the scores: where the recipe says; beside the completions; or within them, by the first name that all have."""
+    """Return the scores: from the recipe's columns, beside the completions, or within them by the first name all have."""
     if (beside := fields.several("scores", "BAD_SCORE")) is not None:
         return _beside(beside, items)
     for role, signed in (("scores", 1), ("ranks", -1)):
@@ -91,18 +91,18 @@ def _beside(values: Any, items: Sequence[Any]) -> tuple[float, ...]:
 
 
 def _best_highest(values: tuple[float, ...], signed: int) -> tuple[float, ...]:
-    """Turn ranks, of which the lowest is best, into scores: 0 for the last, one more for each rank above it."""
+    """Convert ranks, of which the lowest is best, to scores: 0 for the last, and one more for each rank above it."""
     return values if signed == 1 else tuple(max(values) - v for v in values)
 
 
 def _weighted(item: Any, i: int, criteria: Mapping[str, float]) -> float:
-    """Take the weighted mean of a completion's ratings; of one that has no number ("N/A") the others count alone."""
+    """Compute the weighted mean of a completion's ratings; a rating that is not a number ("N/A") is ignored."""
     require(isinstance(item, Mapping), "BAD_SCORE", f"completion {i} has no ratings")
     ratings = next((item[name] for name in RATINGS if isinstance(item.get(name), Mapping)), item)
     absent = sorted(criteria.keys() - ratings.keys())
     require(not absent, "BAD_SCORE", f"completion {i} has no `{', '.join(absent)}`")
-    found = {name: _number(_rating(ratings[name])) for name in criteria}
-    known = {name: value for name, value in found.items() if value is not None}
+    values = {name: _number(_rating(ratings[name])) for name in criteria}
+    known = {name: value for name, value in values.items() if value is not None}
     require(bool(known), "BAD_SCORE", f"completion {i}: none of {', '.join(criteria)} is a number")
     return sum(criteria[n] * v for n, v in known.items()) / sum(criteria[n] for n in known)
 
@@ -119,7 +119,7 @@ def _need_number(value: Any, where: str) -> float:
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number, also given as text; None for anything else."""
+    """Return a finite number, also from text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Text and nested values that a template and a tokenizer can take."""
+"""Checks that text and nested values can be used by a template and a tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sound_text(value: Any, name: str) -> str:
     """Return the value if it is text that a tokenizer can read.
 
     Raises:
-        Rejected: WRONG_TYPE, INVALID_UTF8 (a lone surrogate) or CONTROL_CHARS (C0 but tab and line ends, and DEL).
+        Rejected: WRONG_TYPE, INVALID_UTF8 (a lone surrogate) or CONTROL_CHARS (C0 except tab and line ends, and DEL).
     """
     if not isinstance(value, str):
         raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not text")
@@ -29,17 +29,17 @@ def sound_text(value: Any, name: str) -> str:
         encoded = value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Rejected("INVALID_UTF8", f"`{name}` holds a lone surrogate at character {error.start}") from None
-    if len(encoded.translate(None, _CONTROL)) != len(encoded):  # in UTF-8 these bytes are nothing but the characters
-        found = next(byte for byte in encoded if byte in _CONTROL)
-        raise Rejected("CONTROL_CHARS", f"`{name}` holds U+{found:04X}")
+    if len(encoded.translate(None, _CONTROL)) != len(encoded):  # in UTF-8 these bytes only encode these characters
+        control = next(byte for byte in encoded if byte in _CONTROL)
+        raise Rejected("CONTROL_CHARS", f"`{name}` holds U+{control:04X}")
     return value
 
 
 def sound_value(value: Any, name: str, reason: str, depth: int = 0) -> Any:
-    """Return what a message or a tool holds beside text, without nulls: a table gives each object the fields of all.
+    """Return a nested value of a message or a tool without its nulls: in a table each object has the fields of all others.
 
     Raises:
-        Rejected: as of `sound_text`, for text within it; `reason` where it is nested deeper than anything sound is.
+        Rejected: as in `sound_text`, for text within it; `reason` if it is nested deeper than DEEPEST levels.
     """
     require(depth < DEEPEST, reason, f"`{name}` is nested deeper than {DEEPEST} levels")
     if isinstance(value, str):

@@ -14,11 +14,11 @@ from .fields import Fields
 from .format import TEMPLATE, Format
 from .messages import answer, conversation, last_turn, prompt_of, with_system
 
-_LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}  # CSV has text alone
+_LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}  # CSV only has text
 
 
 def unpaired(fields: Fields) -> TextGroup:
-    """Read a row with one completion; the prompt stands beside it, or is the turns before its last."""
+    """Read a row with one completion; the prompt is a separate field, or the turns before the completion's last turn."""
     completion = fields.need("completion", "MISSING_COMPLETION")
     implicit = isinstance(completion, list | tuple) and len(completion) > 1
     if implicit and fields.get("prompt") is None:
@@ -27,7 +27,7 @@ def unpaired(fields: Fields) -> TextGroup:
 
 
 def whole_conversation(turns: Conversation, fields: Fields) -> TextGroup:
-    """Take the last turn of a labelled conversation as the completion."""
+    """Build a group from a labelled conversation, whose last turn is the completion."""
     completion = last_turn(turns, "completion")
     if len(turns) == 1:
         raise Rejected("MISSING_PROMPT", "the conversation holds a single message")
@@ -35,7 +35,7 @@ def whole_conversation(turns: Conversation, fields: Fields) -> TextGroup:
 
 
 def labelled(prompt: str | Conversation, completion: Any, fields: Fields) -> TextGroup:
-    """Give a completion the row's label: 1 good, 0 bad."""
+    """Build a group of one completion, with the row's label as its score: 1 good, 0 bad."""
     if fields.column("label") not in fields.row:
         raise Rejected("BAD_LABEL", "the row has no label")
     score = _LABELS.get(str(fields.get("label")).strip().lower())

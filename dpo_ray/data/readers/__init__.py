@@ -1,1 +1,1 @@
-"""Read rows from files of any kind and place: JSON, CSV, Parquet and Arrow, on disks, object stores and the hub."""
+"""Readers of rows from files of any kind and location: JSON, CSV, Parquet and Arrow, on disks, object stores, the hub."""

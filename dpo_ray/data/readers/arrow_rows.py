@@ -1,4 +1,4 @@
-"""Rows of Parquet, Arrow and hub data: only the columns that rows are made of are decoded."""
+"""Rows of Parquet, Arrow and hub data; only the columns that a format needs are decoded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STREAM_BYTES = 1 << 20
 _PARQUET_MAGIC = (b"PAR1", b"PARE")
 _FILE_MAGIC, _STREAM_MAGIC = b"ARROW1", b"\xff\xff\xff\xff"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-_PLAIN_EXTENSIONS = ("arrow.json",)  # text by another name
+_PLAIN_EXTENSIONS = ("arrow.json",)  # extension types that are stored as plain text
 
 
 def parquet_rows(raw: Any, columns: Columns, start: int, stop: int | None) -> Iterator[tuple[Any, int]]:
@@ -34,8 +34,8 @@ def parquet_rows(raw: Any, columns: Columns, start: int, stop: int | None) -> It
     """
     _check_ends(raw, _PARQUET_MAGIC, _PARQUET_MAGIC)
     try:
-        # A local file's pages are read one by one, so that a large row group is not held whole; of a remote one each
-        # column is fetched in one request.
+        # A local file's pages are read one by one, so that a large row group is not held in memory as a whole; from a
+        # remote file each column is fetched in one request.
         buffer_bytes = STREAM_BYTES if hasattr(raw, "fileno") else 0
         file = pq.ParquetFile(raw, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True)
         chosen = _checked_columns(file.schema_arrow, columns)
@@ -52,33 +52,33 @@ def arrow_rows(raw: Any, columns: Columns) -> Iterator[tuple[Any, int]]:
     """Yield (row or Rejected, size in bytes) of an Arrow stream (`datasets` writes these) or an Arrow file.
 
     Raises:
-        Rejected: as of Parquet.
+        Rejected: the same reasons as for Parquet.
     """
     _check_ends(raw, (_FILE_MAGIC, _STREAM_MAGIC), ())
     try:
         for batch in _arrow_batches(raw):
             chosen = batch.select(_checked_columns(batch.schema, columns))
-            _check_structure(chosen)  # a damaged offset would otherwise be followed out of its buffer
+            _check_structure(chosen)  # otherwise a damaged offset would be followed out of its buffer
             for part in _slices(chosen):
                 yield from _records(part)
     except (pa.ArrowInvalid, OSError) as error:
-        if not raw.read(1):  # it broke off where the file ends
+        if not raw.read(1):  # decoding failed at the end of the file
             raise Rejected("SHARD_TRUNCATED", str(error)) from error
         raise _damaged(error) from error
 
 
 def hub_rows(what: Mapping[str, Any], columns: Columns) -> Iterator[tuple[Any, int]]:
-    """Yield (row or Rejected, size in bytes) of a data set of the hub, which is downloaded to its cache at first.
+    """Yield (row or Rejected, size in bytes) of a hub data set, which is first downloaded to the local cache.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: it cannot be loaded.
         Rejected: SHARD_DUPLICATE_COLUMN or SHARD_ARROW_EXTENSION.
     """
     import datasets
 
     try:
         loaded = datasets.load_dataset(what["path"], what["subset"], split=what["split"], revision=what["revision"])
-    except Exception as error:  # the hub's client raises many kinds; all mean that the data cannot be had
+    except Exception as error:  # the hub's client raises many kinds; all mean that the data cannot be loaded
         raise DataError(
             f"cannot be loaded: {error}", where=f"hub:{what['path']}", fix="check name, split, network and HF_TOKEN"
         ) from error
@@ -90,7 +90,7 @@ def hub_rows(what: Mapping[str, Any], columns: Columns) -> Iterator[tuple[Any, i
 
 
 def _check_ends(raw: Any, begins: tuple[bytes, ...], ends: tuple[bytes, ...]) -> None:
-    """Look for the marks with which a kind of file begins and ends."""
+    """Check that the file begins and ends with the magic bytes of its kind."""
     head = raw.read(8)
     if not head:
         raise Rejected("SHARD_EMPTY", "a file of zero bytes")
@@ -107,21 +107,21 @@ def _check_ends(raw: Any, begins: tuple[bytes, ...], ends: tuple[bytes, ...]) ->
 
 
 def _damaged(error: Exception) -> Exception:
-    """Tell damage, of which a decoder speaks, from the failure of the file itself, which has a number."""
+    """Convert a decoder's error to Rejected; return an error of reading the file, which has an errno, unchanged."""
     return error if getattr(error, "errno", None) is not None else Rejected("SHARD_DAMAGED", str(error))
 
 
 def _checked_columns(schema: pa.Schema, columns: Columns) -> list[str]:
-    """Choose the columns to read; raise Rejected where there is a reason not to read them."""
+    """Return the columns to read; raise Rejected if one of them must not be read."""
     chosen = columns_to_read(schema.names, columns)
     for name in chosen:
-        if found := _extension(schema.field(name)):
-            raise Rejected("SHARD_ARROW_EXTENSION", f"column `{name}`: {found}"[:300])
+        if extension := _extension(schema.field(name)):
+            raise Rejected("SHARD_ARROW_EXTENSION", f"column `{name}`: {extension}"[:300])
     return chosen
 
 
 def _extension(field: pa.Field) -> str:
-    """Name an extension type at any depth; one that nobody registered shows in its field's metadata alone."""
+    """Return the name of an extension type at any depth, or ""; an unregistered one only shows in the field's metadata."""
     if isinstance(field.type, pa.BaseExtensionType):
         name = field.type.extension_name
         return "" if name in _PLAIN_EXTENSIONS else name
@@ -131,9 +131,9 @@ def _extension(field: pa.Field) -> str:
 
 
 def _batch_rows(file: pq.ParquetFile, group: int) -> int:
-    """Choose how many rows to decode at once, by the mean size of the group's rows."""
-    about = file.metadata.row_group(group)
-    mean_bytes = max(about.total_byte_size, 1) / max(about.num_rows, 1)
+    """Compute how many rows to decode at once from the mean size of the group's rows."""
+    metadata = file.metadata.row_group(group)
+    mean_bytes = max(metadata.total_byte_size, 1) / max(metadata.num_rows, 1)
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / mean_bytes)))
 
 
@@ -157,7 +157,7 @@ def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _check_structure(batch: pa.RecordBatch) -> None:
-    """Raise ArrowInvalid where an offset leads out of its buffer; text that is not UTF-8 is a matter of its row alone."""
+    """Raise ArrowInvalid if an offset leads out of its buffer; text that is not UTF-8 only affects its own row."""
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid:
@@ -166,7 +166,7 @@ def _check_structure(batch: pa.RecordBatch) -> None:
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """Return the type of the same layout that has bytes where this one has text."""
+    """Return the type with the same layout in which text is replaced by bytes."""
     if pa.types.is_string(kind):
         return pa.binary()
     if pa.types.is_large_string(kind):
@@ -181,7 +181,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[tuple[Any, int]]:
-    """Convert a batch to rows; where that fails, one by one, so that a bad value costs its own row alone."""
+    """Convert a batch to rows; if that fails, convert them one by one, so that a bad value only costs its own row."""
     rows = _at_once(batch)
     if rows is not None:
         mean_bytes = batch.nbytes // max(len(rows), 1)
@@ -197,7 +197,7 @@ def _at_once(batch: pa.RecordBatch) -> list[Any] | None:
         return None
     try:
         return batch.to_pylist()
-    except Exception:  # text that is not UTF-8, a time that Python has no value for: found again in its row
+    except Exception:  # text that is not UTF-8, or a time that Python cannot represent: handled again for its row
         return None
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a text shard, chunk by chunk and decompressed; where they break off, the cause is said."""
+"""The bytes of a text shard, chunk by chunk and decompressed; if they end early, the error names the cause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from dpo_ray.data.admission import Rejected
 
 PLAIN_CHUNK_BYTES = 1 << 20
-COMPRESSED_CHUNK_BYTES = 64 << 10  # what is read at once; where a file breaks off, at most this much before it is lost
+COMPRESSED_CHUNK_BYTES = 64 << 10  # read at once; if a file ends early, at most this much before the break is lost
 _ZSTD_SKIPPABLE = tuple(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))  # RFC 8878, 3.1.2
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -24,9 +24,9 @@ _MAGIC = {
 
 
 def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """Yield the bytes of a file that was opened; what lies before a break is given out before it raises.
+    """Yield the bytes of an open file; if it is damaged, the bytes before the damage are yielded before it raises.
 
-    Of a plain file, those lines that begin at the bytes [start, stop); a compressed one is read whole.
+    For a plain file these are the lines that begin at the bytes [start, stop); a compressed file is read completely.
 
     Raises:
         Rejected: SHARD_EMPTY, SHARD_COMPRESSION, SHARD_TRUNCATED or SHARD_DAMAGED.
@@ -36,10 +36,10 @@ def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) ->
     compression = {".gz": "gzip", ".zst": "zstd"}.get(name[name.rfind(".") :].lower())
     if compression and not head:
         raise Rejected("SHARD_EMPTY", f"a {compression} file of zero bytes")
-    found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
-    found = "zstd" if head.startswith(_ZSTD_SKIPPABLE) else found
-    if found != compression:
-        raise Rejected("SHARD_COMPRESSION", f"{found or 'no known compression'} in a file named {name}: {head!r}")
+    actual = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+    actual = "zstd" if head.startswith(_ZSTD_SKIPPABLE) else actual
+    if actual != compression:
+        raise Rejected("SHARD_COMPRESSION", f"{actual or 'no known compression'} in a file named {name}: {head!r}")
     match compression:
         case "gzip":
             yield from _gunzipped(raw)
@@ -73,9 +73,9 @@ def _unzstd(raw: Any) -> Iterator[bytes]:
 
 
 def _plain(raw: Any, start: int, stop: int | None) -> Iterator[bytes]:
-    """Read the lines that begin at the bytes [start, stop): from behind a line's end to behind a line's end."""
+    """Yield the complete lines that begin at the bytes [start, stop)."""
     begun = start == 0
-    after = max(start - 1, 0)  # the byte before tells whether a line begins at `start`
+    after = max(start - 1, 0)  # the byte before `start` shows whether a line begins there
     if after:
         raw.seek(after)
     while chunk := raw.read(PLAIN_CHUNK_BYTES):
@@ -84,7 +84,7 @@ def _plain(raw: Any, start: int, stop: int | None) -> Iterator[bytes]:
             first = chunk.find(b"\n") + 1
             begun = first > 0
             if stop is not None and (at + first if begun else after) >= stop:
-                return  # the line that lies across `start` ends behind `stop`
+                return  # the line that contains `start` ends behind `stop`
             if not begun:
                 continue
             chunk, at = chunk[first:], at + first

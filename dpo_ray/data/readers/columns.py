@@ -1,4 +1,4 @@
-"""Which columns of a shard its rows are made of."""
+"""The choice of the columns of a shard that its rows are made of."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dpo_ray.data.formats.catalog import wanted
 
 
 def columns_to_read(names: Sequence[str], columns: Columns) -> list[str]:
-    """Choose among a shard's columns those that any format needs.
+    """Return those of a shard's columns that any format needs.
 
     Raises:
-        Rejected: SHARD_DUPLICATE_COLUMN where one of them stands there twice.
+        Rejected: SHARD_DUPLICATE_COLUMN if one of them occurs twice.
     """
     chosen = list(wanted(list(dict.fromkeys(names)), columns))
     for name in chosen:

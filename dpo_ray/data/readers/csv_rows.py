@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV: fields of text under the names of the first line."""
+"""Rows of CSV and TSV: text fields, named by the first line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_ray.data.admission import Rejected
 from .columns import columns_to_read
 from .json_rows import MAX_ROW_BYTES, lines, without_bom
 
-RETRY_BYTES = 256 << 20  # of a file: what is read again because a row of several lines proved to be no CSV
+RETRY_BYTES = 256 << 20  # per file: how much may be read again after a row of several lines was not valid CSV
 
 
 def csv_rows(
@@ -20,13 +20,13 @@ def csv_rows(
 ) -> Iterator[tuple[dict[str, str] | Rejected, int]]:
     """Yield (row or Rejected, size in bytes) for each row after the header.
 
-    A quoted field may hold line ends. A quote that is never closed would swallow the rows below it: then its own line
-    alone is given up.
+    A quoted field may contain line ends. A quote that is never closed would swallow the rows below it: in that case only
+    the line of the quote is rejected.
 
     Raises:
-        Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, or SHARD_UNREADABLE where the header cannot be read.
+        Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, or SHARD_UNREADABLE if the header cannot be read.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))  # rows are bounded here; the default is for fields
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))  # the default limits fields; here rows are limited
     rows = _rows(chunks, delimiter)
     header, _ = next(rows, (None, 0))
     if header is None:
@@ -71,7 +71,7 @@ def _rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[list[str] |
 
 
 class _Lines:
-    """The lines that a csv.reader takes, remembered for the row that it is at, so that they can be given again."""
+    """The lines that a csv.reader consumes; those of the current row are kept, so that they can be read again."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._lines = lines(chunks)
@@ -101,11 +101,11 @@ class _Lines:
         return line.decode("utf-8", "surrogateescape") + "\n"
 
     def begin_row(self) -> None:
-        """Forget the lines of the row before."""
+        """Discard the lines of the previous row."""
         self.taken, self.size = [], 0
 
     def give_back(self) -> None:
-        """Give all lines of this row but its first again."""
+        """Return all lines of this row except the first to the input, so that they are read again."""
         if self._retry_bytes >= self.size:
             self._retry_bytes -= self.size
             self._again.extendleft(reversed(self.taken[1:]))

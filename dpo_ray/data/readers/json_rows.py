@@ -1,4 +1,4 @@
-"""Rows of JSON Lines and of JSON lists, each parsed by itself, so that a damaged one costs no more than itself."""
+"""Rows of JSON Lines and of JSON lists, each parsed separately, so that a damaged row does not affect the others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CLOSER = {ord("["): ord("]"), ord("{"): ord("}")}
 
 
 def json_rows(chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
-    """Yield (value or Rejected, size in bytes) for each line, or for each element where the text is a list `[...]`.
+    """Yield (value or Rejected, size in bytes) for each line, or for each element if the text is a list `[...]`.
 
     Raises:
-        Rejected: SHARD_TRUNCATED or SHARD_DAMAGED where the list itself breaks off.
+        Rejected: SHARD_TRUNCATED or SHARD_DAMAGED if the list itself ends early or is damaged.
     """
     chunks, head = iter(chunks), b""
     for chunk in chunks:
@@ -36,7 +36,7 @@ def json_rows(chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
 
 
 def begins_list(head: bytes) -> bool:
-    """Say whether the text that begins so is a JSON list rather than JSON Lines."""
+    """Return whether a text with this beginning is a JSON list rather than JSON Lines."""
     return without_bom(head).lstrip().startswith(b"[")
 
 
@@ -46,13 +46,13 @@ def without_bom(text: bytes) -> bytes:
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
-    """Split into lines without their `\\n`, empty ones too, never holding more than a chunk and a line of bounded length."""
+    """Split into lines without their `\\n`, including empty ones; at most a chunk and a line of limited length are held."""
     rest, skipping = b"", False
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             if skipping:
-                skipping = False  # this is the end of a line that was reported already
+                skipping = False  # the end of a line that was already reported
             elif len(line) > MAX_ROW_BYTES:
                 yield _too_long(line), 0
             else:
@@ -70,12 +70,12 @@ def _filled(items: Iterable[tuple[bytes | Rejected, int]]) -> Iterator[tuple[byt
 
 
 def _list_items(chunks: Iterator[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
-    """Cut a list's text into its elements' texts; what follows the list is taken as lines.
+    """Split a list's text into its elements' texts; text after the list is treated as lines.
 
-    Only strings and brackets are looked at here. The element that begins at `start` goes on at least to `position`.
+    Only strings and brackets are parsed here. The element that begins at `start` extends at least to `position`.
     """
     text, start, position = next(chunks), 1, 1
-    closers: list[int] = []  # the brackets that are to come until the element ends
+    closers: list[int] = []  # the closing brackets that must follow before the element ends
     in_string = skipping = False
     while True:
         if in_string:
@@ -94,13 +94,13 @@ def _list_items(chunks: Iterator[bytes]) -> Iterator[tuple[bytes | Rejected, int
                 raise Rejected("SHARD_TRUNCATED", "the list is not closed")
             text, position, start = text[start:] + more, position - start, 0
             continue
-        found, position = text[position], position + 1
-        if found == _QUOTE:
+        symbol, position = text[position], position + 1
+        if symbol == _QUOTE:
             in_string = True
-        elif found in _CLOSER:
-            closers.append(_CLOSER[found])
-        elif closers or found == ord("}"):
-            if not closers or found != closers.pop():
+        elif symbol in _CLOSER:
+            closers.append(_CLOSER[symbol])
+        elif closers or symbol == ord("}"):
+            if not closers or symbol != closers.pop():
                 raise Rejected(
                     "SHARD_DAMAGED", f"brackets do not match: {text[max(start, position - 99) : position]!r}"
                 )
@@ -109,13 +109,13 @@ def _list_items(chunks: Iterator[bytes]) -> Iterator[tuple[bytes | Rejected, int
             if not skipping and item and not item.isspace():
                 yield (_too_long(item), 0) if len(item) > MAX_ROW_BYTES else (item, len(item))
             skipping = False
-            if found == ord("]"):
+            if symbol == ord("]"):
                 yield from _filled(lines(chain([text[position:]], chunks)))
                 return
 
 
 def _string_end(text: bytes, position: int) -> tuple[bool, int]:
-    """Find the quote that closes a string; return whether there is one, and where to look on."""
+    """Find the quote that closes a string; return whether there is one, and where to continue."""
     begin = position
     while (at := text.find(b'"', position)) >= 0:
         before = at
@@ -125,7 +125,7 @@ def _string_end(text: bytes, position: int) -> tuple[bool, int]:
         if (at - before) % 2 == 0:
             return True, position
         begin = position
-    return False, max(begin, len(text.rstrip(b"\\")))  # whether they escape what comes is not known yet
+    return False, max(begin, len(text.rstrip(b"\\")))  # whether the backslashes escape the next byte is not known yet
 
 
 def _too_long(line: bytes) -> Rejected:

@@ -1,4 +1,4 @@
-"""Where shards lie: local files and those that fsspec reaches (s3://, gs://, hf://, https://), found and opened."""
+"""The locations of shards: local files and those that fsspec can access (s3://, gs://, hf://, https://)."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ def file_system(location: str) -> tuple[Any, str]:
     """Return the file system of a path or URI, and the path in it.
 
     Raises:
-        InfrastructureError: the package that reaches it is not installed.
-        ValueError: there is no such protocol.
+        InfrastructureError: the package that accesses it is not installed.
+        ValueError: the protocol is not known.
     """
     try:
         fs, path = fsspec.core.url_to_fs(location)
     except ImportError as error:
         extra = _EXTRAS.get(location.partition("://")[0])
-        fix = f"install the extra: pip install '{extra}'" if extra else "install that package beside dpo-ray"
+        fix = f"install the extra: pip install '{extra}'" if extra else "install that package next to dpo-ray"
         raise InfrastructureError(
-            f"the package that reads it is missing: {error}", where=shown(location), fix=fix
+            f"the package that reads this location is missing: {error}", where=shown(location), fix=fix
         ) from None
     return fs, str(path)
 
 
 def is_local(fs: Any) -> bool:
-    """Say whether a file system is the machine's own."""
+    """Return whether a file system is the machine's own."""
     protocols: Sequence[str] = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
     return "file" in protocols
 
 
 def is_http(location: str) -> bool:
-    """Say whether a location is a URL of the web, which has no directories and may end with a query."""
+    """Return whether a location is an HTTP(S) URL, which has no directories and may end with a query."""
     return location.startswith(HTTP)
 
 
 def file_name(location: str) -> str:
-    """Name the file alone: of a URL without its query."""
+    """Return the file name of a location; the query of a URL is not part of it."""
     if is_http(location):
         location = unquote(urlsplit(location).path)
     return PurePosixPath(location).name
 
 
 def shown(location: str) -> str:
-    """Write a location for people and manifests: the query of a URL is left out, since signatures stand there."""
+    """Return a location for people and manifests: without the query of a URL, which may contain signatures."""
     if not is_http(location):
         return location
     parts = urlsplit(location)
@@ -65,25 +65,25 @@ def shown(location: str) -> str:
 
 
 def content_tag(info: dict[str, Any]) -> str:
-    """Return what a remote storage says of a file's content: a checksum where it has one, else the time of its change."""
+    """Return a remote storage's tag of a file's content: a checksum if it has one, else the modification time."""
     return next((str(info[key]) for key in _TAGS if info.get(key)), "")
 
 
 @contextmanager
 def opened(location: str, *, at_random: bool = False) -> Iterator[Any]:
-    """Open a file for reading in bytes, from its beginning on or, `at_random`, for seeking as well.
+    """Open a file for reading bytes, sequentially or, with `at_random`, for seeking as well.
 
     Raises:
         InfrastructureError: a remote storage failed, here or while the file is read; the data itself may be sound.
-        OSError: a local file cannot be read, or the file is not there.
+        OSError: a local file cannot be read, or the file does not exist.
     """
     fs, path = file_system(location)
     if is_local(fs):
         with open(path, "rb") as raw:
             yield raw
         return
-    # What is read once from the beginning comes as one stream, which every server can give; Parquet is read in ranges
-    # of its own, to which a cache would only add.
+    # Sequential reads use one stream, which every server supports; Parquet reads its own byte ranges, for which a cache
+    # would only cause overhead.
     options: dict[str, Any] = {"cache_type": "none"} if at_random else {}
     if is_http(location) and not at_random:
         options = {"block_size": 0, "headers": {"Accept-Encoding": "identity"}}
@@ -99,42 +99,42 @@ def opened(location: str, *, at_random: bool = False) -> Iterator[Any]:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a remote storage, whose failures are the storage's: rows must not be given up for them."""
+    """A file on a remote storage. Its failures are those of the storage, so rows must not be rejected because of them."""
 
     def __init__(self, raw: Any, location: str) -> None:
         self._raw, self._location = raw, location
 
     def read(self, size: int = -1) -> bytes:
-        """Read; raise InfrastructureError where the storage fails."""
+        """Read bytes; raise InfrastructureError if the storage fails."""
         try:
             return self._raw.read(size)
         except Exception as error:
             raise failing_storage(self._location, error) from error
 
     def readinto(self, buffer: Any) -> int:
-        """Read as many bytes as the buffer takes, or fewer."""
+        """Read at most as many bytes as the buffer holds."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place in the file."""
+        """Move to a position in the file."""
         return self._raw.seek(offset, whence)
 
     def tell(self) -> int:
-        """Return the place in the file."""
+        """Return the position in the file."""
         return self._raw.tell()
 
     def readable(self) -> bool:
-        """Say yes."""
+        """Return True: the file was opened for reading."""
         return True
 
     def seekable(self) -> bool:
-        """Say no of a stream from a web server."""
+        """Return whether the file supports seeking; a stream from a web server does not."""
         return getattr(self._raw, "blocksize", 1) != 0
 
 
 def failing_storage(location: str, error: Exception) -> InfrastructureError:
-    """Make the error that says that not the data is at fault."""
+    """Build the error for a failure of the storage, not of the data."""
     what = f"reading failed: {type(error).__name__}: {error}".replace(location, shown(location))
     return InfrastructureError(what[:300], where=shown(location), fix="run the same command again")

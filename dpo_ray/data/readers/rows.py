@@ -1,4 +1,4 @@
-"""The rows of a shard, piece by piece, read so that what is damaged costs no more than itself."""
+"""The rows of a shard, piece by piece; damaged rows do not affect the others."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Batch = list[tuple[int, Any]]
 
 
 def read_batches(piece: Piece, max_rows: int, max_bytes: int = 64 << 20) -> Iterator[Batch]:
-    """Yield lists of (ordinal in the piece, row): a dict, another JSON value, or `Rejected` where it cannot be read.
+    """Yield lists of (ordinal in the piece, row): a dict, another JSON value, or `Rejected` if it cannot be read.
 
-    A row that cannot be read leaves its neighbours as they are. Where the shard itself breaks off, the last row is a
-    `Rejected` with one of the reasons SHARD_*; it counts as one.
+    A row that cannot be read does not affect its neighbours. If the shard itself ends early, the last row is a `Rejected`
+    with one of the reasons SHARD_*, which counts as one row.
 
     Args:
-        max_rows: of a list.
-        max_bytes: of the input that a list is made of (about, where it lies in columns); a single row may have more.
+        max_rows: the maximum number of rows in a list.
+        max_bytes: the maximum input bytes that a list is made of (estimated for columnar files); a single row may exceed it.
 
     Raises:
         InfrastructureError: a remote storage failed while it was read; the data itself may be sound.
-        DataError: a data set of the hub cannot be had.
+        DataError: a data set of the hub cannot be loaded.
     """
     batch: Batch = []
     held_bytes = 0
@@ -53,7 +53,7 @@ def _to_the_break(piece: Piece) -> Iterator[tuple[Any, int]]:
         raise
     except Rejected as rejected:  # the cause is known
         yield rejected, 0
-    except Exception as error:  # a damaged file can raise anything; its account says what
+    except Exception as error:  # a damaged file can raise anything; its account records what
         what = f"{type(error).__name__}: {error}".replace(piece.shard.location, shown(piece.shard.location))
         yield Rejected("SHARD_UNREADABLE", what[:300]), 0
 

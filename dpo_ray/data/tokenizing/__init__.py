@@ -1,1 +1,1 @@
-"""From a group of texts to token ids: chat templates in a sandbox, encoding, truncation."""
+"""The conversion of a group of texts to token ids: chat templates in a sandbox, encoding, truncation."""

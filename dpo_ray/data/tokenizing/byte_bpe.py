@@ -1,10 +1,10 @@
-"""Byte-level BPE at the speed of a dictionary: text is cut into words as the tokenizer cuts it, each encoded once.
+"""Fast byte-level BPE with a dictionary: text is split into words as the tokenizer splits it, and each is encoded once.
 
-Byte-level BPE never merges across the words that its pre-tokenizer's regular expression cuts. Most words of a corpus
-have been seen before, so cutting with Python's `re` and looking the words up is several times as fast as encoding the
-text anew. It must also be exact, so everything about the tokenizer that is not understood here makes `Words.of` return
-None, a text with any character whose class could differ between versions of Unicode is left to the tokenizer, and the
-cuts are compared with the tokenizer's own on random text before the first use.
+Byte-level BPE never merges across the words that its pre-tokenizer's regular expression splits. Most words of a corpus
+have been seen before, so splitting with Python's `re` and looking the words up is several times faster than encoding
+the text again. The result must also be exact. Therefore `Words.of` returns None if anything about the tokenizer is not
+supported here, a text with any character whose class could differ between versions of Unicode is left to the tokenizer,
+and the splits are compared with the tokenizer's own on random text before the first use.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from tokenizers import Tokenizer, models
 from .special_tokens import Spelled
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel's use_regex means
-MAX_PIECES = 2**17  # kept at once; some 20 MiB
-_LONG_CHARACTERS = 64  # a piece as long as this does not come again, and is not kept
-_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \\s as the tokenizers understand it
+MAX_PIECES = 2**17  # in the cache at once; some 20 MiB
+_LONG_CHARACTERS = 64  # a piece of this length rarely occurs again, and is not cached
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \\s in the tokenizers' sense
 _ODD_SPACES = ("   ", " \n", "\n ", *"\t\r\v\f\x1c\x1d\x1e\x1f")
 _ALL_ODD_SPACES = (
     *_ODD_SPACES,
     *"\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000",
     *map(chr, range(0x2000, 0x200B)),
 )
-"""Where spaces are other than one or two between what is no space, words may begin elsewhere than at the space."""
+"""Around these spaces, words need not begin at the space, as they do at one or two plain spaces between other text."""
 
 _CLASS = re.compile(r"\\p\{([LNM][a-z]?)\}|\\s|\\S")
 _PROBES, _PROBE_CHARACTERS = 96, 160
 
 
 class _Cache(dict[str, bytes]):
-    """The ids (int32) of each piece of text met; what is missing is encoded. `fixed` is never forgotten."""
+    """A cache of the ids (int32) of pieces of text; a missing piece is encoded. `fixed` entries are never evicted."""
 
     def __init__(self, encode: Callable[[str], bytes], fixed: Mapping[str, bytes] | None = None) -> None:
         super().__init__(fixed or {})
@@ -57,9 +57,9 @@ class _Cache(dict[str, bytes]):
 
 
 class Words:
-    """Encode text of one byte-level BPE tokenizer, word by word.
+    """An encoder for one byte-level BPE tokenizer that works word by word.
 
-    Between two single spaces, words need not even be cut: what stands between them is looked up whole.
+    Text between two single spaces need not even be split into words: it is looked up as a whole.
     """
 
     def __init__(self, backend: Tokenizer, pattern: str) -> None:
@@ -79,24 +79,24 @@ class Words:
 
         self._words = _Cache(encode)
         self._spaced = _Cache(lambda follow: self._cut_ids(f" {follow}"))
-        self._starts = _Cache(self._cut_ids, fixed=added_ids)  # of text up to a space, or all of it; added tokens
+        self._starts = _Cache(self._cut_ids, fixed=added_ids)  # for text up to the first space, and for added tokens
 
     @classmethod
     def of(cls, backend: Tokenizer) -> Words | None:
-        """Return the words of a tokenizer, or None where it is not of the kind that is understood here."""
+        """Return the word encoder of a tokenizer, or None if the tokenizer is not of the supported kind."""
         pattern = _pattern(backend)
         if pattern is None or not _is_understood(backend):
             return None
         try:
             words = cls(backend, pattern)
-        except re.error:  # the tokenizer's expressions have syntax that `re` has not
+        except re.error:  # the tokenizer's expression uses syntax that `re` does not have
             return None
         return words if words._agrees_with(backend.pre_tokenizer) else None
 
     def encode(self, text: str) -> bytes | None:
-        """Return the ids (int32) of text that may hold added tokens; None where the tokenizer must be asked."""
+        """Return the ids (int32) of text that may contain added tokens; None if only the tokenizer can encode it."""
         encoded: list[bytes] = []
-        odd_spaces: list[str] | None = None  # that the text has; not looked for yet
+        odd_spaces: list[str] | None = None  # those in the text; None until they are searched for
         for part in self._added.split(text):  # text, token, text, ..., text
             known = self._starts.get(part)
             if known is not None:
@@ -115,17 +115,17 @@ class Words:
         return b"".join(encoded)
 
     def _is_understood(self, text: str) -> bool:
-        """Say whether the tokenizer takes text as it is, and its characters for what they are in every Unicode."""
+        """Return whether the tokenizer leaves text unchanged, and its characters' classes are the same in every Unicode."""
         if text.isascii():
             return True
         return bool(self._is_stable(text)) and not (self._is_nfc and not unicodedata.is_normalized("NFC", text))
 
     def settled(self, text: str) -> int:
-        """Return the last place where text can be cut whatever follows the text: behind added tokens, before a word.
+        """Return the last place where text can be cut whatever follows it: behind added tokens, before a word.
 
-        0 where there is none.
+        Return 0 if there is none.
         """
-        place = len(text) - max(self.longest_added, 1)  # no added token that begins before it can reach beyond the text
+        place = len(text) - max(self.longest_added, 1)  # no added token that begins before it can extend beyond the text
         last_added = self._added.last(text)
         first = 0 if last_added is None else last_added.end()
         while (place := text.rfind(" ", first + 1, max(place, 0))) > 0:
@@ -137,11 +137,11 @@ class Words:
         return b"".join(map(self._words.__getitem__, self._cut(text)))
 
     def _cut(self, text: str) -> list[str]:
-        """Cut text into words as the tokenizer does."""
+        """Split text into words as the tokenizer does."""
         return (self._ascii if text.isascii() else self._wide)(text)
 
     def _agrees_with(self, pre_tokenizer: Any) -> bool:
-        """Compare the cuts with the tokenizer's own on random text, at single spaces and at settled places too."""
+        """Compare the words with the tokenizer's own on random text, also when cut at single spaces and settled places."""
         chance = random.Random(0)
         for _ in range(_PROBES):
             text = _random_text(chance)
@@ -160,14 +160,14 @@ class Words:
 
 
 def _letters_of_bytes() -> dict[int, str]:
-    """Map each byte to the letter that byte-level vocabularies write it as: printable ones as they are, others from 256."""
+    """Map each byte to its letter in byte-level vocabularies: printable bytes to themselves, others to 256 and above."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _pattern(backend: Tokenizer) -> str | None:
-    """Return the regular expression that cuts words, where it is all that does."""
+    """Return the regular expression that splits words; None if anything else does so too."""
     if backend.pre_tokenizer is None:
         return None
     state = json.loads(backend.pre_tokenizer.__getstate__())
@@ -185,7 +185,7 @@ def _pattern(backend: Tokenizer) -> str | None:
 
 
 def _is_local(pattern: str) -> bool:
-    """Say whether where a word ends depends on the word and the next character alone, and `re` reads it alike."""
+    """Return whether a word's end depends only on the word and the next character, and `re` reads the pattern the same."""
     rest = pattern.replace(r"(?!\S)", "").replace("(?i:", "").replace("(?:", "")
     rest = _CLASS.sub("", rest).replace(r"\r", "").replace(r"\n", "")
     return "(?" not in rest and "\\" not in rest and "&&" not in rest and "[:" not in rest
@@ -200,12 +200,12 @@ def _is_understood(backend: Tokenizer) -> bool:
         and normalizer in (None, "NFC")
         and not backend.encode_special_tokens
         and not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        and len({token.normalized for token in added}) <= 1  # of two kinds, one is matched before the other
+        and len({token.normalized for token in added}) <= 1  # if there are both kinds, one is matched before the other
     )
 
 
 def _in_classes(pattern: str, *, ascii_only: bool) -> str:
-    """Write out the classes of Unicode that `re` does not know or takes otherwise; others' syntax is the same."""
+    """Write out the Unicode classes that `re` does not have or defines differently; the rest of the syntax is the same."""
 
     def written(match: re.Match[str]) -> str:
         name = match[0]
@@ -221,19 +221,20 @@ def _in_classes(pattern: str, *, ascii_only: bool) -> str:
 
 @functools.cache
 def _ranges(name: str, ascii_only: bool) -> str:
-    """List the characters of a class: `s` as the tokenizers understand it, or a category's beginning such as L or Lu."""
+    """Return the characters of a class: `s` in the tokenizers' sense, or the beginning of a category, such as L or Lu."""
     if name == "s":
         return r"\t-\r " if ascii_only else _SPACE
     limit = 128 if ascii_only else 65536
-    none = "\ud800"  # which no text holds
+    none = "\ud800"  # occurs in no text
     return _as_ranges(c for c in range(limit) if unicodedata.category(chr(c)).startswith(name)) or none
 
 
 @functools.cache
 def _stable() -> Callable[[str], object]:
-    """Match text whose characters are of the same class in every version of Unicode: those assigned long ago, and emoji.
+    """Return a matcher for text whose characters have the same class in every version of Unicode.
 
-    Characters assigned since (other symbols: emoji) are no letters, digits, marks or spaces before and after.
+    These are the characters assigned long ago, and emoji: characters assigned since then that are "other symbols" count
+    as neither letters, digits, marks nor spaces, before and after.
     """
     old, codes = unicodedata.ucd_3_2_0, []
     for code in (*range(65536), *range(0x1F300, 0x1FB00)):
@@ -245,13 +246,13 @@ def _stable() -> Callable[[str], object]:
 
 def _as_ranges(codes: Iterable[int]) -> str:
     """Write ascending code points as a regular expression's ranges, such as `A-Za-z`."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for code in codes:
-        if found and found[-1][1] == code - 1:
-            found[-1][1] = code
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
         else:
-            found.append([code, code])
-    return "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in found)
+            ranges.append([code, code])
+    return "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in ranges)
 
 
 _ALPHABETS = (
@@ -274,7 +275,7 @@ _ALPHABETS = (
 
 
 def _random_text(chance: random.Random) -> str:
-    """Make text of short and long runs of each class of characters that words are cut by."""
+    """Build text from short and long runs of each class of characters that matters for splitting words."""
     text = ""
     while len(text) < _PROBE_CHARACTERS:
         alphabet = chance.choice(_ALPHABETS)

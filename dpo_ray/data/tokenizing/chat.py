@@ -1,4 +1,4 @@
-"""Chat templates: from a conversation to the text that the model reads."""
+"""Chat templates, which convert a conversation to the text that the model reads."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .watchdog import Watchdog
 
 PLAIN = "plain"
 AUTO = "auto"
-RENDER_SECONDS = 1.0  # of CPU, for one text: a thousand times what long conversations take
+RENDER_SECONDS = 1.0  # CPU time for one text: a thousand times as long as long conversations need
 
 
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local directory, never running code from it.
 
     Raises:
-        ConfigError: there is none, or it has no end-of-sequence token.
+        ConfigError: there is no tokenizer, or it has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
@@ -42,7 +42,7 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "the tokenizer has no eos_token",
             where=f"model.path={model_dir}",
-            fix="set eos_token in tokenizer_config.json: completions end with it",
+            fix="set eos_token in tokenizer_config.json, because completions end with it",
         )
     return tokenizer
 
@@ -50,10 +50,10 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
 def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
 
-    Without a tokenizer, that of a hub model which is not here yet, `auto` stays as it is.
+    Without a tokenizer, because a hub model has not been downloaded yet, `auto` stays `auto`.
 
     Raises:
-        ConfigError: `auto` and the tokenizer has none; no such file, or not UTF-8; not valid Jinja.
+        ConfigError: `auto` is set and the tokenizer has no template; the file is missing or not UTF-8; not valid Jinja.
     """
     if choice == PLAIN or (choice == AUTO and tokenizer is None):
         return choice
@@ -62,7 +62,7 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> 
         compile_template(text, datetime.date.min)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
-            f"not a valid template: {error.message} (line {error.lineno})",
+            f"the template is not valid: {error.message} (line {error.lineno})",
             where=f"data.chat_template={choice}",
             fix="correct the template",
         ) from None
@@ -104,7 +104,7 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Render preference groups by one template. Compiled once; each text within bounds of time and length."""
+    """A renderer of preference groups with one template, compiled once; each text is limited in time and length."""
 
     def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self._plain = template == PLAIN
@@ -114,7 +114,7 @@ class Renderer:
             **config.chat_template_kwargs,
         }
         own = tokenizer.chat_template
-        # of several templates by name, transformers takes `tool_use` for conversations with tools
+        # if there are several named templates, transformers uses `tool_use` for conversations with tools
         with_tools = (
             own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
         )
@@ -126,8 +126,8 @@ class Renderer:
         """Render one group.
 
         Raises:
-            Rejected: the template refuses the conversation, takes too long or makes too much text over it; the prompt
-                is not how the whole begins; or the text is no Unicode.
+            Rejected: the template refuses the conversation, takes too long or produces too much text; the whole
+                conversation does not begin with the prompt; or the text is not valid Unicode.
         """
         if self._plain:
             prompt = _plain_prompt(group)
@@ -145,7 +145,7 @@ class Renderer:
         return Rendered(prompt, wholes)
 
     def user_turn(self) -> str:
-        """Render a user's turn alone: `x`, and what the template writes around it. Empty where there is no such thing."""
+        """Render a single user turn: `x`, and what the template writes around it. Empty if the template cannot do so."""
         if self._plain:
             return ""
         group = TextGroup("x", ("y",), (1.0,))
@@ -171,7 +171,7 @@ class Renderer:
             return watchdog.run(lambda: render(variables))
         except (TextTooLong, TimeoutError, MemoryError) as error:
             raise Rejected("TEMPLATE_LIMIT", f"the template {error}") from None
-        except Exception as error:  # a template is a program, and its row can make it raise anything
+        except Exception as error:  # a template is a program, and a row can make it raise anything
             raise Rejected("TEMPLATE_ERROR", f"{type(error).__name__}: {error}"[:200]) from None
 
 
@@ -182,7 +182,7 @@ def _sound(text: str) -> str:
     try:
         if not text.isascii():
             text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell one, in the arguments of a tool call for instance
+    except UnicodeEncodeError as error:  # JSON can encode one, for instance in the arguments of a tool call
         raise Rejected("INVALID_UTF8", f"rendered, a lone surrogate at character {error.start}") from None
     return text
 
@@ -204,7 +204,7 @@ def _plain_text(spoken: str | Mapping[str, Any]) -> str:
 
 
 def _answer(completion: str | Message, *, strip: bool) -> Message:
-    """Make the assistant's message. In a conversation that text stood for, white space around it was the format's."""
+    """Build the assistant's message. With `strip`, the white space around it belongs to the text format and is removed."""
     if isinstance(completion, str):
         return {"role": "assistant", "content": completion.strip() if strip else completion}
     return completion

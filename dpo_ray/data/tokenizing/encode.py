@@ -1,8 +1,8 @@
-"""From rendered text to token ids: those that the tokenizer gives the whole, and the prompt encoded once.
+"""The encoding of rendered text: the ids that the tokenizer gives the whole text, with the prompt encoded only once.
 
-Where a text can be cut without changing its ids, only what follows the cut is encoded for each completion. Such places
-are the words of a byte-level BPE tokenizer (`words`), and the start of an added token, at which every tokenizer divides
-text before it does anything else. Where there is none, wholes are encoded whole.
+If a text can be cut without changing its ids, only what follows the cut is encoded for each completion. Such places
+are the words of a byte-level BPE tokenizer (`byte_bpe`), and the start of an added token, at which every tokenizer
+splits text before anything else. If there is no such place, whole conversations are encoded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .byte_bpe import Words
 from .chat import Rendered
 from .special_tokens import Spelled
 
-_CHECKED_PER_BATCH = 2  # groups whose ids are compared with the tokenizer's own, where `words` made them
+_CHECKED_PER_BATCH = 2  # groups encoded by `Words` whose ids are compared with the tokenizer's own
 
 _log = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encode batches of rendered groups with one tokenizer, which must not be changed meanwhile."""
+    """An encoder of batches of rendered groups with one tokenizer, which must not be changed meanwhile."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         added = []
         if self._backend is not None:
-            tokenizer("a")  # sets the backend to cut and pad nothing
+            tokenizer("a")  # makes the backend neither truncate nor pad
             if not self._backend.encode_special_tokens:
                 added = list(self._backend.get_added_tokens_decoder().values())
         self._words = None if self._backend is None else Words.of(self._backend)
@@ -48,18 +48,18 @@ class Encoder:
         clean = clean_starts(token.content for token in added)
         cuts = [t.content for t in added if not (t.lstrip or t.single_word or (normalizes and t.normalized))]
         self._cuts = Spelled(content for content in cuts if content in clean)
-        # A template writes its own special tokens; plain text gets the tokenizer's at its start, such as BOS.
+        # A template writes its own special tokens; plain text gets the tokenizer's own, such as BOS, at its start.
         self._before = _ids_before(tokenizer) if plain else b""
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | Rejected]:
-        """Encode a batch; in place of a group whose prompt's tokens are not how its wholes' begin stands `Rejected`."""
+        """Encode a batch; the result is `Rejected` for a group whose conversations do not begin with the prompt's tokens."""
         words = self._words
         by_words = [None if words is None else self._by_words(words, r) for r in rendered]
         mine = [i for i, group in enumerate(by_words) if group is not None]
         checked = self._by_tokenizer([rendered[i] for i in mine[:_CHECKED_PER_BATCH]], may_cut=False)
         if any(_differ(by_words[i], group) for i, group in zip(mine, checked, strict=False)):
             _log.warning(
-                "the tokenizer cuts words otherwise than expected; it encodes all text itself, which takes longer"
+                "the tokenizer splits words differently than expected; it encodes all text itself, which takes longer"
             )
             self._words, by_words = None, [None] * len(rendered)
         missing = [i for i, group in enumerate(by_words) if group is None]
@@ -67,7 +67,7 @@ class Encoder:
         return [next(others) if group is None else group for group in by_words]
 
     def _by_words(self, words: Words, rendered: Rendered) -> Encoded | Rejected | None:
-        """Encode a group word by word; None where the tokenizer must be asked."""
+        """Encode a group word by word; return None if only the tokenizer can encode it."""
         cut = words.settled(rendered.prompt) or self._last_cut(rendered.prompt)
         head, tail = words.encode(rendered.prompt[:cut]), words.encode(rendered.prompt[cut:])
         if head is None or tail is None:
@@ -83,13 +83,13 @@ class Encoder:
         return Encoded(self._before + head + tail, completions)
 
     def _last_cut(self, prompt: str) -> int:
-        """Find where the last added token starts at which text can be cut; 0 without one."""
+        """Return the start of the last added token at which text can be cut; 0 if there is none."""
         last = self._cuts.last(prompt)
         return 0 if last is None else last.start()
 
     def _by_tokenizer(self, rendered: Sequence[Rendered], *, may_cut: bool) -> list[Encoded | Rejected]:
         cuts = [self._last_cut(r.prompt) if may_cut else 0 for r in rendered]
-        places: dict[str, int] = {}  # equal texts, such as what follows the last added token of a prompt, once
+        places: dict[str, int] = {}  # equal texts, such as those after the last added token of a prompt, occur once
         for r, cut in zip(rendered, cuts, strict=True):
             for text in (r.prompt, r.prompt[cut:], *(whole[cut:] for whole in r.wholes)):
                 places.setdefault(text, len(places))
@@ -99,7 +99,7 @@ class Encoder:
     def _joined(self, rendered: Rendered, cut: int, places: dict[str, int], ids: list[bytes]) -> Encoded | Rejected:
         prompt, tail = ids[places[rendered.prompt]], ids[places[rendered.prompt[cut:]]]
         wholes = [ids[places[whole[cut:]]] for whole in rendered.wholes]
-        if not prompt.endswith(tail):  # it should not be: encode the wholes then
+        if not prompt.endswith(tail):  # should not happen: encode the whole conversations then
             wholes, tail = self._ids(rendered.wholes), prompt
         if not all(whole.startswith(tail) for whole in wholes):
             return _broken()
@@ -126,7 +126,7 @@ def _differ(one: Encoded | Rejected | None, other: Encoded | Rejected) -> bool:
 
 
 def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Return the special tokens that the tokenizer puts before text. What it puts behind would part prompt and answer."""
+    """Return the special tokens that the tokenizer puts before text; those after it would separate prompt and answer."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     dressed: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
     starts = (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare)
@@ -134,7 +134,7 @@ def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:
 
 
 def clean_starts(tokens: Iterable[str]) -> frozenset[str]:
-    """Name the added tokens of whose occurrences in text none begins within an occurrence of another, or of itself."""
+    """Return the added tokens that can never begin within an occurrence of another added token, or of themselves."""
     tokens = frozenset(tokens)
     within = {token[i:j] for token in tokens for i in range(1, len(token)) for j in range(i + 1, len(token) + 1)}
     ends = {token[i:] for token in tokens for i in range(1, len(token))}

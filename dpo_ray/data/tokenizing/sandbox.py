@@ -1,8 +1,8 @@
-"""Jinja as chat templates know it, within bounds: the sandbox of transformers, and no text beyond a limit.
+"""Jinja for chat templates, with limits: the sandbox of transformers, which also bounds the length of texts.
 
-What could come to gigabytes in one step (repeating, joining, padding, powers) is measured before it is made.
-Endless loops are the watchdog's to stop. This holds off templates and rows that run away; it is no wall against
-a template that was written to attack the machine.
+The result of anything that could produce gigabytes in one step (repeating, joining, padding, powers) is measured before
+it is built. The watchdog stops endless loops. This protects against templates and rows that get out of hand; it does
+not protect against a template that was written to attack the machine.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import jinja2.runtime
 import jinja2.sandbox
 
 MAX_CHARACTERS = 16 * 2**20
-"""Of one rendered text, and of any text on the way to it: a few million tokens, beyond every model's context."""
+"""The limit for a rendered text and for any intermediate text: a few million tokens, more than any model's context."""
 
 MAX_INTEGER_BITS = 2**16
 
 
 class TextTooLong(Exception):
-    """Say that a template made, or was about to make, more text than it may."""
+    """Raised if a template produced, or was about to produce, more text than allowed."""
 
 
 def compile_template(text: str, date: datetime.date) -> Callable[[Mapping[str, Any]], str]:
     """Compile a chat template to a function from its variables to text.
 
-    `date` is what `strftime_now` formats. The function raises TextTooLong, and whatever else the template may.
+    `date` is what `strftime_now` formats. The function raises TextTooLong, and any exception that the template raises.
 
     Raises:
-        jinja2.TemplateSyntaxError: it is not valid.
+        jinja2.TemplateSyntaxError: the template is not valid.
     """
     template = _environment(date).from_string(text)
     start = template.root_render_func
-    # `a ~ b` is compiled to this name, which the environment cannot replace
+    # `a ~ b` is compiled to a call of this name, which the environment cannot replace
     start.__globals__["str_join"] = lambda pieces: _concat(map(str, pieces))
     shared = dict(template.globals)
 
@@ -64,7 +64,7 @@ def _environment(date: datetime.date) -> jinja2.Environment:
     environment.globals["raise_exception"] = _raise_exception
     midnight = datetime.datetime.combine(date, datetime.time())
     environment.globals["strftime_now"] = lambda layout: midnight.strftime(layout)
-    del environment.globals["lipsum"]  # random text, as much as one asks for
+    del environment.globals["lipsum"]  # produces random text of any length
     return environment
 
 
@@ -79,14 +79,14 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON without Jinja's escapes for HTML, as templates expect it."""
+    """Convert a value to JSON without Jinja's HTML escapes, as templates expect it."""
     if isinstance(indent, int) and indent > 100:
         raise TextTooLong(f"an indentation of {indent}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """Take `{% generation %}`, with which some templates mark the assistant's tokens; it renders its content."""
+    """The block `{% generation %}`, with which some templates mark the assistant's tokens; it renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own way of declaring them
 
@@ -103,7 +103,7 @@ def _concat(pieces: Iterable[str]) -> str:
     kept, characters = [], 0
     for piece in pieces:
         characters += len(piece)
-        if characters > MAX_CHARACTERS:  # as `_check` does, without a call for each piece
+        if characters > MAX_CHARACTERS:  # the same as `_check`, without a call for each piece
             raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")
         kept.append(piece)
     return "".join(kept)
@@ -113,9 +113,9 @@ _MEASURED = (str, list, tuple)
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):
-    """Compile the sums that are written out, `{{ a + b }}`, to Python's own: `_concat` measures what they make.
+    """A code generator that compiles sums that are written out, `{{ a + b }}`, to Python's `+`; `_concat` measures them.
 
-    A sum that is kept in a variable can double with each round of a loop, one that is written out cannot.
+    A sum that is stored in a variable can double with each iteration of a loop; one that is written out cannot.
     """
 
     def visit_Output(self, node: jinja2.nodes.Output, frame: Any) -> None:
@@ -136,7 +136,7 @@ class _CodeGenerator(jinja2.compiler.CodeGenerator):
 
 
 def _summands(node: jinja2.nodes.Expr) -> Iterator[jinja2.nodes.Expr]:
-    """Yield an expression, and where it is a sum, all that it is a sum of."""
+    """Yield an expression and, if it is a sum, all its summands."""
     yield node
     if isinstance(node, jinja2.nodes.Add):
         yield from _summands(node.left)
@@ -144,18 +144,18 @@ def _summands(node: jinja2.nodes.Expr) -> Iterator[jinja2.nodes.Expr]:
 
 
 class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Measure what operators and methods of text would make before they make it."""
+    """An environment that measures the results of operators and text methods before they are built."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     code_generator_class = _CodeGenerator
     concat = staticmethod(_concat)  # type: ignore[assignment]
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":  # most templates do little else; it doubles at most, so it may be measured when it is made
-            made = left + right
-            if isinstance(made, _MEASURED) and len(made) > MAX_CHARACTERS:
+        if operator == "+":  # the most frequent operator; a sum at most doubles, so it can be measured afterwards
+            result = left + right
+            if isinstance(result, _MEASURED) and len(result) > MAX_CHARACTERS:
                 raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")
-            return made
+            return result
         if operator == "*":
             _check_product(left, right)
         elif operator == "**":
@@ -173,13 +173,13 @@ class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """Measure before filtering. Only the evaluation context stands before the value, where a filter takes it."""
+    """Wrap a filter so that its result is measured first. Only an evaluation context may precede the value."""
     first = 1 if hasattr(filter_, "jinja_pass_arg") else 0
 
     @functools.wraps(filter_)
     def checked(*args: Any, **kwargs: Any) -> Any:
         value, others = args[first], (*args[first + 1 :], *kwargs.values())
-        if name == "join":  # here the pieces stand first, and what joins them follows
+        if name == "join":  # here the pieces come first, and the separator follows
             value = list(value)
             args = (*args[:first], value, *args[first + 1 :])
             separator = next((o for o in others if isinstance(o, str)), "")
@@ -195,7 +195,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 def _grown(method: str, text: str, args: tuple[Any, ...]) -> int:
-    """Bound from above the length of what a method of text makes; 0 where it makes no more than there is."""
+    """Return an upper bound for the length of a text method's result; 0 if it is no longer than its input."""
     widths = [a for a in args if isinstance(a, int)]
     texts = [a for a in args if isinstance(a, str)]
     match method:
@@ -219,7 +219,7 @@ def _grown(method: str, text: str, args: tuple[Any, ...]) -> int:
 
 
 def _formatted(text: str, args: tuple[Any, ...]) -> int:
-    """Bound the length of formatted text by its widths, and by its longest argument in each of its places."""
+    """Return a bound for the length of formatted text: its widths, plus its longest argument in each of its places."""
     values = [v for a in args for v in (a.values() if isinstance(a, Mapping) else (a,))]
     widths = [int(n[:12]) for n in _NUMBER.findall(text)] + [v for v in values if isinstance(v, int)]
     places = text.count("{") + text.count("%")

@@ -1,4 +1,4 @@
-"""Special tokens: which the tokenizer has, and rows whose text spells one."""
+"""Special tokens: those that the tokenizer has, and the search for rows whose text contains one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dpo_ray.data.groups import TextGroup
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, user_turn: str) -> list[str]:
-    """Name the tokens that no row may spell: whoever writes them ends turns, or begins them in another's name.
+    """Return the tokens that no row may contain: with them a row could end a turn, or begin one in another role.
 
-    These are all that the tokenizer marks as special or gives a role (BOS, EOS, ...), and of its other added tokens
-    those that the template writes around a user's turn: some models mark ChatML's tokens in no other way. Added tokens
-    that stand in no turn's frame (`<think>`, `<tool_call>`, runs of spaces) are content, and answers hold them.
+    These are all tokens that the tokenizer marks as special or gives a role (BOS, EOS, ...), and those of its other added
+    tokens that the template writes around a user's turn: some models do not mark ChatML's tokens in any other way. Added
+    tokens that do not frame a turn (`<think>`, `<tool_call>`, runs of spaces) are content, and answers contain them.
     """
     added = tokenizer.added_tokens_decoder.values()
     marked = [token.content for token in added if token.special]
@@ -29,31 +29,31 @@ def _looks_like_markup(token: str) -> bool:
 
 
 class InjectionScan:
-    """Search rows for text that the tokenizer would read as a special token."""
+    """A search for text in rows that the tokenizer would read as a special token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
         self._spelled = Spelled(tokens)
-        # Some tokens are matched in normalised text, and can be spelled in whatever normalisation turns into theirs.
+        # Some tokens are matched in normalised text, so any text that is normalised to the token's text counts.
         self._normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         added = tokenizer.added_tokens_decoder.values() if self._normalizer is not None else ()
         normalized = [t.content for t in added if t.normalized and t.content in tokens]
         self._spelled_normalized = Spelled(map(self._normalized, normalized)) if normalized else None
 
     def first(self, group: TextGroup) -> str | None:
-        """Return the first special token that a row's text spells, where it spells one."""
+        """Return the first special token that a row's text contains, or None."""
         text = _text(group)
-        found = self._spelled.first(text)
-        if found is None and self._spelled_normalized is not None:
-            found = self._spelled_normalized.first(self._normalized(text))
-        return found
+        token = self._spelled.first(text)
+        if token is None and self._spelled_normalized is not None:
+            token = self._spelled_normalized.first(self._normalized(text))
+        return token
 
     def _normalized(self, text: str) -> str:
-        sound = text.encode("utf-8", "replace").decode()  # lone surrogates are rejected, but elsewhere
+        sound = text.encode("utf-8", "replace").decode()  # lone surrogates are rejected elsewhere
         return self._normalizer.normalize_str(sound) if self._normalizer is not None else text
 
 
 class Spelled:
-    """Find tokens spelled in text: from left to right, of several at one place the longest."""
+    """A search for tokens in text: from left to right; if several match at one place, the longest."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         longest_first = sorted(tokens, key=lambda token: (-len(token), token))
@@ -61,29 +61,29 @@ class Spelled:
         self._firsts = {token[0] for token in longest_first}
 
     def may_be_in(self, text: str) -> bool:
-        """Say quickly whether any token can be in the text at all."""
+        """Return quickly whether the text can contain any token at all."""
         return any(map(text.__contains__, self._firsts))
 
     def first(self, text: str) -> str | None:
-        """Return the first token that the text spells."""
-        found = self._pattern.search(text) if self._pattern and self.may_be_in(text) else None
-        return None if found is None else found[0]
+        """Return the first token that the text contains, or None."""
+        match = self._pattern.search(text) if self._pattern and self.may_be_in(text) else None
+        return None if match is None else match[0]
 
     def last(self, text: str) -> re.Match[str] | None:
-        """Return where the last token stands."""
-        found = None
+        """Return the match of the last token in the text, or None."""
+        last = None
         if self._pattern and self.may_be_in(text):
             for match in self._pattern.finditer(text):
-                found = match
-        return found
+                last = match
+        return last
 
     def split(self, text: str) -> list[str]:
-        """Divide text at its tokens: text, token, text, ..., text. Joined it is the text."""
+        """Split text at its tokens: text, token, text, ..., text. Joined, the parts are the text."""
         return self._pattern.split(text) if self._pattern and self.may_be_in(text) else [text]
 
 
 def _text(group: TextGroup) -> str:
-    """Join all text of a row, down to the arguments of tool calls, by a character that no token holds."""
+    """Join all text of a row, including the arguments of tool calls, by a character that no token contains."""
     texts: list[str] = []
     turns = (group.prompt,) if isinstance(group.prompt, str) else group.prompt
     for turn in (*turns, *group.completions):
@@ -91,9 +91,9 @@ def _text(group: TextGroup) -> str:
             texts.append(turn)
         elif len(turn) == 2 and type(turn.get("content")) is str:  # role and content, as nearly all have
             texts.append(turn["content"])
-        else:  # the role is one of a few that are known
+        else:  # the role is one of a few known values and need not be searched
             _collect([value for key, value in turn.items() if key != "role"], texts)
-    if group.tools or group.template_kwargs:  # `messages` are the text of `prompt`, divided
+    if group.tools or group.template_kwargs:  # `messages` have the same text as `prompt`
         _collect((group.tools, group.template_kwargs), texts)
     return "\0".join(texts)
 

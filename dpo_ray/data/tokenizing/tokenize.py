@@ -1,4 +1,4 @@
-"""From preference groups of text to token ids: rendered, tokenized, checked, truncated."""
+"""The tokenization of preference groups: text is rendered, encoded, checked and truncated."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .watchdog import Watchdog
 def tokenize_groups(
     groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig
 ) -> list[TokenGroup | Rejected]:
-    """Tokenize a batch; an item that was or becomes rejected stands in its place as `Rejected`.
+    """Tokenize a batch; an item that was or becomes rejected is returned at its position as `Rejected`.
 
-    `template` is the chat template's text, or `plain`. The ids are those that the tokenizer gives the rendered
+    `template` is the chat template's text, or `plain`. The ids are those that the tokenizer produces for the rendered
     conversation, up to the token that ends the answer's turn. The tokenizer must not be changed between calls.
     """
     rendered = _rendered(groups, tokenizer, template, config)
@@ -38,7 +38,7 @@ def tokenize_groups(
         if isinstance(ids, Rejected):
             results.append(ids)
             continue
-        assert isinstance(group, TextGroup)  # noqa: S101 - what was rejected stays so
+        assert isinstance(group, TextGroup)  # noqa: S101 - rejected groups stay rejected
         try:
             results.append(_token_group(group, ids, ending, config))
         except Rejected as rejected:
@@ -93,7 +93,7 @@ def _token_group(group: TextGroup, encoded: Encoded, ending: TurnEnding, config:
 
 
 class TurnEnding:
-    """Know the tokens that can end a turn: any special one that a template writes, EOS alone in plain text."""
+    """The tokens that can end a turn: with a template any special token, in plain text only EOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
         self._tokenizer = tokenizer
@@ -104,10 +104,10 @@ class TurnEnding:
         self._blank: dict[bytes, bool] = {}
 
     def ended(self, ids: bytes) -> bytes:
-        """Let a completion (int32) end with its end-of-turn token: what a template writes after it is no part.
+        """Return a completion (int32) that ends with its end-of-turn token; what a template writes after it is removed.
 
         That is the first end token after which there are only end tokens and white space, as in
-        `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. Where there is none, EOS is added.
+        `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. If there is none, EOS is appended.
         """
         end = None
         for behind in range(len(ids), 0, -_ID_BYTES):
@@ -131,7 +131,7 @@ def _as_bytes(token: int) -> bytes:
     return np.int32(token).tobytes()
 
 
-# What takes longer to make than a batch to tokenize; a worker has one tokenizer, or two.
+# Building these takes longer than tokenizing a batch, so they are cached; a worker has one or two tokenizers.
 _encoder = functools.lru_cache(maxsize=2)(lambda tokenizer, plain: Encoder(tokenizer, plain=plain))
 _turn_ending = functools.lru_cache(maxsize=2)(lambda tokenizer, plain: TurnEnding(tokenizer, plain=plain))
 _injection_scan = functools.lru_cache(maxsize=2)(

@@ -13,12 +13,12 @@ from dpo_ray.data.admission import Rejected
 def truncate(
     prompt: np.ndarray, completions: Sequence[np.ndarray], config: DataConfig
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Bring prompt + completion within the recipe's limits, the prompt alike for all completions.
+    """Truncate prompt + completion to the recipe's limits; the prompt is the same for all completions.
 
     keep_start cuts the completions' ends; keep_end cuts the prompt's start; drop cuts nothing.
 
     Raises:
-        Rejected: what may be cut is not enough.
+        Rejected: cutting what may be cut is not sufficient.
     """
     limit, prompt_limit = config.max_length_tokens, config.max_prompt_tokens
     if prompt_limit is not None and len(prompt) > prompt_limit:

@@ -1,4 +1,4 @@
-"""Stop Python code that runs too long, in whichever thread it runs: templates are programs, and may never end."""
+"""A watchdog that stops Python code that runs too long, in any thread: templates are programs, and may never end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
 class _OverTime(BaseException):
-    """Raised in the watched thread from outside; no `except Exception` of what it interrupts may keep it."""
+    """Raised in the watched thread from outside; a BaseException, so that no `except Exception` there catches it."""
 
 
 class Watchdog:
-    """Bound each call made in the thread that enters this context. Holds one thread, however many calls there are.
+    """A time limit for each call made in the thread that enters this context. It uses one thread for all calls.
 
-    Time is that of the thread's own CPU where the system tells it, so that a busy machine makes no sound row late;
-    elsewhere it is the clock's. A single step within C code is not interrupted.
+    Time is the thread's own CPU time if the system provides it, so that a busy machine does not cause sound rows to be
+    rejected; otherwise it is wall time. A single step within C code is not interrupted.
     """
 
     def __init__(self, limit_seconds: float) -> None:
@@ -44,10 +44,10 @@ class Watchdog:
         self._thread.join()
 
     def run(self, call: Callable[[], T]) -> T:
-        """Return what `call` returns.
+        """Run `call` and return its result.
 
         Raises:
-            TimeoutError: it took longer than the limit.
+            TimeoutError: the call took longer than the limit.
         """
         try:
             with self._lock:
@@ -57,13 +57,13 @@ class Watchdog:
             finally:
                 self._end()
         except _OverTime:
-            self._end()  # where it came while the call was ending
+            self._end()  # it may have been raised while the call was ending
             raise TimeoutError(f"took longer than {self._limit:g} s") from None
 
     def _end(self) -> None:
         with self._lock:  # from here on nothing is raised
             self._deadline = None
-            if self._raised:  # and what was, but has not arrived, never does
+            if self._raised:  # cancels an exception that was raised but has not arrived yet
                 _raise_in(ctypes.c_ulong(self._watched), None)
                 self._raised = False
 
@@ -76,4 +76,4 @@ class Watchdog:
                 if self._deadline is not None and self._now() > self._deadline:
                     _raise_in(ctypes.c_ulong(self._watched), ctypes.py_object(_OverTime))
                     self._raised = True
-                    self._deadline += 1.0  # a callback of the garbage collector may have swallowed it: once more
+                    self._deadline += 1.0  # raise it again later: a garbage collector callback may have swallowed it

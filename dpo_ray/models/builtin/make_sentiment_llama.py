@@ -1,10 +1,10 @@
-"""Make `sentiment_llama`: a byte-level BPE and a 0.36 M-parameter Llama for the reviews of data/synthetic.
+"""Script to build `sentiment_llama`: a byte-level BPE and a 0.36 M-parameter Llama for the reviews of data/synthetic.
 
     python -m dpo_ray.models.builtin.make_sentiment_llama [output directory]
 
-It is the reference model of the quickstart, standing where supervised fine-tuning stands in a real run:
-trained on unlabelled reviews, each ended by EOS, until its loss nears the grammar's entropy. It takes about a
-minute on two cores.
+It is the reference model of the quickstart, and takes the place of a supervised fine-tuned model in a real run: it is
+trained on unlabelled reviews, each ended by EOS, until its loss is close to the grammar's entropy. The script takes
+about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOCUMENTS_OF_THE_TOKENIZER, HELD_OUT_DOCUMENTS = 8_000, 2_048
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Train the byte-level BPE: any text can be encoded, and nothing (no BOS, no space) is added to it.
 
-    Words are split before their space, so where a completion begins with a space, the encoding of
+    Words are split before their space, so if a completion begins with a space, the encoding of
     prompt + completion is the concatenation of their encodings.
     """
     bpe = Tokenizer(models.BPE())
@@ -84,7 +84,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Train on fresh documents by next-token prediction; none is seen twice."""
+    """Train by next-token prediction on new documents; no document is seen twice."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_factor)
     started = time.monotonic()
@@ -116,7 +116,7 @@ def document_nats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, s
 
 
 def floor_nats(tokenizer: PreTrainedTokenizerFast) -> float:
-    """Give the grammar's entropy less that of the first token: the least that `document_nats` can be."""
+    """Return the grammar's entropy minus that of the first token: the lower bound of `document_nats`."""
     first = [tokenizer.encode(text)[0] for text in RULES["when"]]
     counts = [first.count(token) for token in set(first)]
     return entropy_nats() + sum(c / len(first) * math.log(c / len(first)) for c in counts)
@@ -129,7 +129,7 @@ def main(directory: Path) -> None:
     train(model, tokenizer, SEED)
     model.eval()
     nats, floor = document_nats(model, tokenizer, SEED + 1), floor_nats(tokenizer)
-    logger.info("%d parameters, %.3f nats a document, floor %.3f", model.num_parameters(), nats, floor)
+    logger.info("%d parameters, %.3f nats per document, floor %.3f", model.num_parameters(), nats, floor)
     model.generation_config = GenerationConfig(
         do_sample=True,
         pad_token_id=PAD_ID,
@@ -141,7 +141,7 @@ def main(directory: Path) -> None:
 
 
 def _learning_rate_factor(step: int) -> float:
-    """Rise over the warm-up, then fall as a cosine to nearly 0."""
+    """Return the learning-rate factor: it rises over the warm-up, then falls as a cosine to nearly 0."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))

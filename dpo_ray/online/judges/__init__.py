@@ -1,1 +1,1 @@
-"""The judges of online rounds: what they are asked, how each answers, and the memory of what they said."""
+"""The judges of online rounds: their questions, how each of them answers, and the memory of their answers."""

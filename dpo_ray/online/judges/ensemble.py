@@ -1,4 +1,4 @@
-"""Several judges as one: the weighted mean of their ranks within a prompt, and how far they agree."""
+"""Several judges combined into one: the weighted mean of their ranks within a prompt, and how far they agree."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Scores = Sequence[float | None]
 
 
 class Ensemble:
-    """Asks its members one after the other; each has its own memory and costs."""
+    """A judge that asks its members one after the other; each has its own memory and costs."""
 
     def __init__(self, members: Mapping[str, tuple[Judge, float]]) -> None:
-        """Take the members by name, each with its weight."""
+        """Store the members by name, each with its weight."""
         self._members = members
 
     @property
@@ -22,12 +22,12 @@ class Ensemble:
         return sum((judge.usage for judge, _ in self._members.values()), Usage())
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield what all say together. Raises JudgeError where a member does."""
+        """Yield the combined verdicts of all members. Raises JudgeError if a member does."""
         *earlier, last = self._members
-        said = {name: dict(self._members[name][0].judge(questions)) for name in earlier}
+        verdicts = {name: dict(self._members[name][0].judge(questions)) for name in earlier}
         weights = {name: weight for name, (_, weight) in self._members.items()}
         for number, verdict in self._members[last][0].judge(questions):
-            yield number, combined({**{name: said[name][number] for name in earlier}, last: verdict}, weights)
+            yield number, combined({**{name: verdicts[name][number] for name in earlier}, last: verdict}, weights)
 
     def close(self) -> None:
         for judge, _ in self._members.values():
@@ -35,16 +35,16 @@ class Ensemble:
 
 
 def combined(verdicts: Mapping[str, Verdict], weights: Mapping[str, float]) -> Verdict:
-    """Make one verdict of the members' on one question.
+    """Combine the members' verdicts on one question into one.
 
-    A completion's score is the weighted mean of its ranks (`ranks`) with those members that rank it; None where none does. For the
-    members' own scores see `members`; for `agreement`, `concordance`.
+    A completion's score is the weighted mean of its ranks (`ranks`) from those members that rank it; None if none does.
+    `members` holds the members' own scores; `concordance` defines `agreement`.
     """
     ranked = {name: ranks(v.scores) for name, v in verdicts.items()}
     scores = []
     for places in zip(*ranked.values(), strict=True):
-        told = [(weights[name], place) for name, place in zip(ranked, places, strict=True) if place is not None]
-        scores.append(sum(w * p for w, p in told) / sum(w for w, _ in told) if told else None)
+        weighted = [(weights[name], place) for name, place in zip(ranked, places, strict=True) if place is not None]
+        scores.append(sum(w * p for w, p in weighted) / sum(w for w, _ in weighted) if weighted else None)
     reasons = [f"{name}: {v.reason or 'has nothing to rank'}" for name, v in verdicts.items() if None in ranked[name]]
     return Verdict(
         tuple(scores),
@@ -55,9 +55,9 @@ def combined(verdicts: Mapping[str, Verdict], weights: Mapping[str, float]) -> V
 
 
 def ranks(scores: Scores) -> list[float | None]:
-    """Put scores in ranks from 0, the worst, to 1, the best; equal ones share the mean of their places.
+    """Convert scores to ranks from 0, the worst, to 1, the best; equal scores share the mean of their ranks.
 
-    Missing scores stay missing and take no place; a single score has nothing to be ranked against, and is missing too.
+    Missing scores stay missing and take no rank; a single score has nothing to be ranked against, and is missing too.
     """
     present = [s for s in scores if s is not None]
     if len(present) < 2:
@@ -69,11 +69,12 @@ def ranks(scores: Scores) -> list[float | None]:
 
 
 def concordance(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> float:
-    """Return how far members order the same way, 0 to 1: (1 + Kendall's tau) / 2 where nothing is tied or missing.
+    """Return how far members agree on the order, 0 to 1: (1 + Kendall's tau) / 2 if nothing is tied or missing.
 
-    Every two members, weighted by the product of their weights, and every two completions that both score, count 1 where both order
-    them alike or both call them equal, 0 where they order them against each other, 1/2 where one of them calls them equal. The mean
-    of these; 1 where no two members score the same two completions, for then nobody contradicts.
+    Each two members, weighted by the product of their weights, and each two completions that both members score count 1
+    if both order them alike or both call them equal, 0 if they order them in opposite ways, and 1/2 if only one calls
+    them equal. The result is the mean of these; it is 1 if no two members score the same two completions, because then
+    nobody contradicts.
     """
     agreed = total = 0.0
     for a, b in combinations(scores, 2):

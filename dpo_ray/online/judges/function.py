@@ -1,4 +1,4 @@
-"""A user's Python function as judge: how it is found, called and checked."""
+"""A user's Python function as judge: how it is imported, called and checked."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Function = Callable[[list[str], list[str]], Sequence[float | None]]
 
 
 class FunctionScorer:
-    """Calls the function on batches; what it said of a question is remembered."""
+    """A judge that calls the function on batches; its answers are stored."""
 
     def __init__(self, config: FunctionJudge, memory: Memory) -> None:
-        """Raises ConfigError where the function cannot be imported."""
+        """Import the function. Raises ConfigError if it cannot be imported."""
         self._config, self._memory = config, memory
         self._function = import_function(config.function)
 
@@ -32,7 +32,7 @@ class FunctionScorer:
         return Usage()
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield verdicts as batches are done. Raises JudgeError where the function fails."""
+        """Yield verdicts as batches are done. Raises JudgeError if the function fails."""
         return remembered(questions, self._memory, self._config.questions_per_batch, self._ask)
 
     def close(self) -> None: ...
@@ -51,7 +51,7 @@ class FunctionScorer:
         try:
             scores = list(answer)
         except TypeError:
-            raise self._failed(f"returned no list of scores but {type(answer).__name__}") from None
+            raise self._failed(f"returned {type(answer).__name__} instead of a list of scores") from None
         if len(scores) != len(completions):
             raise self._failed(f"returned {len(scores)} scores for {len(completions)} completions")
         return [self._score(score, completion) for score, completion in zip(scores, completions, strict=True)]
@@ -59,11 +59,11 @@ class FunctionScorer:
     def _score(self, score: Any, completion: str) -> float | None:
         if score is None:
             return None
-        if hasattr(score, "__float__"):  # also NumPy's and torch's
+        if hasattr(score, "__float__"):  # also NumPy's and torch's scalars
             value = float(score)
             if math.isfinite(value):
                 return value
-        raise self._failed(f"gave the score {score!r} to the completion {completion[:80]!r}")
+        raise self._failed(f"returned the score {score!r} for the completion {completion[:80]!r}")
 
     def _failed(self, what: str) -> JudgeError:
         return JudgeError(
@@ -78,15 +78,15 @@ def _verdict(scores: Sequence[float | None]) -> Verdict:
 
 
 def import_function(path: str) -> Function:
-    """Import `package.module.function`. Raises ConfigError where there is no such function."""
+    """Import `package.module.function`. Raises ConfigError if there is no such function."""
     module_name, _, name = path.rpartition(".")
     where = f"online.judge.function={path}"
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code
-        fix = "give it as package.module.function, and let Python find it: install its package, or set PYTHONPATH"
+        fix = "write it as package.module.function, and make it importable: install its package, or set PYTHONPATH"
         if not isinstance(error, ModuleNotFoundError) or error.name not in _parents(module_name):
-            fix = f"mend the module, so that `python -c 'import {module_name}'` works"
+            fix = f"fix the module, so that `python -c 'import {module_name}'` works"
         what = f"cannot import {module_name}: {type(error).__name__}: {error}"
         raise ConfigError(what, where=where, fix=fix) from error
     function: Any = getattr(module, name, None)
@@ -94,7 +94,7 @@ def import_function(path: str) -> Function:
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
         known = ", ".join(own) or "nothing"
         what = f"{module_name} has no function `{name}`"
-        raise ConfigError(what, where=where, fix=f"what can be called there: {known[:300]}")
+        raise ConfigError(what, where=where, fix=f"the functions there: {known[:300]}")
     return cast(Function, function)
 
 
@@ -104,11 +104,11 @@ def _parents(module_name: str) -> set[str]:
 
 
 def source_digest(path: str) -> str:
-    """Hash the source file of a function's module, without running it; empty where it has none or is not found."""
+    """Hash the source file of a function's module, without running it; return "" if it has none or is not found."""
     try:
         spec = importlib.util.find_spec(path.rpartition(".")[0])
     except (ImportError, ValueError):
-        return ""  # `import_function` says what is wrong
+        return ""  # `import_function` raises the error with the reason
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return ""
     return file_sha256(Path(spec.origin))

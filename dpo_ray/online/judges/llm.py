@@ -1,4 +1,4 @@
-"""A language model as judge: preferences asked in both orders, or scores, over an OpenAI-compatible endpoint."""
+"""A language model as judge, at an OpenAI-compatible endpoint: it compares pairs in both orders, or gives scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .llm_limits import Account, Pace
 from .protocol import Memory, Question, Spending, Usage, Verdict
 
 FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 0.5, 30.0
-LONGEST_WAIT_SECONDS = 600.0  # an endpoint that wants more is not waited for
+LONGEST_WAIT_SECONDS = 600.0  # the judge does not wait for an endpoint that requests more
 
 Outcome = Answer | Unanswered
 SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
@@ -26,10 +26,10 @@ POINTS = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}
 
 
 class LlmAsker:
-    """Asks the endpoint; each single answer is remembered before it counts, and no remembered one is asked for again."""
+    """A judge that asks the endpoint; each answer is stored before it counts, and no stored one is asked for again."""
 
     def __init__(self, config: LlmJudge, memory: Memory, spending: Spending) -> None:
-        """Raises ConfigError where the environment lacks the key. Nothing is sent yet."""
+        """Prepare the endpoint; nothing is sent yet. Raises ConfigError if the key is missing from the environment."""
         self._config, self._memory = config, memory
         where = f"online.judge ({config.base_url}, model {config.model})"
         self._account = Account(config, spending, where)
@@ -45,8 +45,8 @@ class LlmAsker:
         """Yield verdicts as their calls are answered.
 
         Raises:
-            JudgeError: the endpoint refuses the request or stays away, or `max_usd` is spent. Calls that are open then are
-                waited for and kept.
+            JudgeError: the endpoint refuses the request or does not respond, or `max_usd` is spent. Calls that are open
+                then are completed, and their answers kept.
         """
         with asyncio.Runner() as runner:
             asking = _Asking(self._config, self._endpoint, self._pace, self._account, self._memory)
@@ -61,14 +61,14 @@ class LlmAsker:
 
 
 class _Asking:
-    """The calls of one round of questions, in one event loop."""
+    """The calls for one batch of questions, in one event loop."""
 
     def __init__(self, config: LlmJudge, endpoint: Endpoint, pace: Pace, account: Account, memory: Memory) -> None:
         self._config, self._endpoint, self._pace, self._account, self._memory = config, endpoint, pace, account, memory
         self._client = endpoint.client()
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._calls: dict[str, asyncio.Task[Outcome]] = {}  # by what is asked: nothing is open twice
-        self._open: set[asyncio.Task[Any]] = set()  # requests that are on their way
+        self._calls: dict[str, asyncio.Task[Outcome]] = {}  # by the request's digest: no request is open twice
+        self._open: set[asyncio.Task[Any]] = set()  # requests in flight
         self._waiting: set[asyncio.Task[tuple[int, Verdict]]] = set()
         self._failure: JudgeError | None = None
 
@@ -76,14 +76,14 @@ class _Asking:
         self._waiting = {asyncio.create_task(self._judged(n, q)) for n, q in enumerate(questions)}
 
     async def next(self) -> list[tuple[int, Verdict]]:
-        """Wait until questions are done; [] when none is left. Raises what stopped one."""
+        """Wait until questions are done and return them; [] if none is left. Raises the error that stopped one."""
         if not self._waiting:
             return []
         done, self._waiting = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
         return [task.result() for task in done]
 
     async def stop(self) -> None:
-        """Begin no other call; let those that are on their way, and paid for, be kept."""
+        """Start no more calls; wait for those in flight, which are paid for, so that their answers are kept."""
         tasks = [*self._waiting, *self._calls.values()]
         for task in tasks:
             task.cancel()
@@ -92,21 +92,21 @@ class _Asking:
         await self._client.aclose()
 
     async def _judged(self, number: int, question: Question) -> tuple[int, Verdict]:
-        distinct = list(dict.fromkeys(question.completions))  # equal texts are equally good, and cost one
+        distinct = list(dict.fromkeys(question.completions))  # equal texts are equally good, and cost one call
         if self._config.mode == "pairwise":
             pairs = list(combinations(range(len(distinct)), 2))
-            asked = [
-                pair_request(self._config, question.prompt, distinct[one], distinct[other])
+            requests = [
+                pair_request(self._config, question.prompt, distinct[first], distinct[second])
                 for i, j in pairs
-                for one, other in ((i, j), (j, i))
+                for first, second in ((i, j), (j, i))
             ]
-            outcomes = await asyncio.gather(*map(self._outcome, asked))
+            outcomes = await asyncio.gather(*map(self._outcome, requests))
             verdict = by_pairs(
                 len(distinct), dict(zip(pairs, zip(outcomes[::2], outcomes[1::2], strict=True), strict=True))
             )
         else:
-            asked = [score_request(self._config, question.prompt, completion) for completion in distinct]
-            verdict = by_scores(await asyncio.gather(*map(self._outcome, asked)))
+            requests = [score_request(self._config, question.prompt, completion) for completion in distinct]
+            verdict = by_scores(await asyncio.gather(*map(self._outcome, requests)))
         of_text = dict(zip(distinct, verdict.scores, strict=True))
         return number, Verdict(tuple(map(of_text.get, question.completions)), verdict.agreement, verdict.reason)
 
@@ -119,8 +119,8 @@ class _Asking:
         return await self._calls[key]
 
     async def _asked(self, key: str, request: dict[str, Any]) -> Outcome:
-        """Ask until there is an answer or the retries are used up."""
-        async with self._slots:  # held while waiting, too: an endpoint in trouble gets fewer calls
+        """Call until there is an answer or the retries are used up."""
+        async with self._slots:  # the slot is held during waits, too: an endpoint in trouble gets fewer calls
             try:
                 return await self._tried(key, request)
             except JudgeError as error:
@@ -130,7 +130,7 @@ class _Asking:
     async def _tried(self, key: str, request: dict[str, Any]) -> Outcome:
         for attempt in range(self._config.max_retries + 1):
             await asyncio.sleep(self._pace.reserve())
-            if self._failure is not None:  # the others wait for nothing any more
+            if self._failure is not None:  # another call has ended the batch
                 raise self._failure
             self._account.check()
             if attempt:
@@ -158,20 +158,20 @@ class _Asking:
 
 
 def _back_off(attempt: int) -> float:
-    """Return seconds that double with each attempt, from a half of them to all at random, so that calls spread."""
+    """Return a delay in seconds that doubles with each attempt, times a random 0.5 to 1, so that calls spread out."""
     return min(FIRST_BACK_OFF_SECONDS * 2**attempt, LONGEST_BACK_OFF_SECONDS) * random.uniform(0.5, 1.0)
 
 
 def by_pairs(completions: int, outcomes: Mapping[tuple[int, int], tuple[Outcome, Outcome]]) -> Verdict:
     """Score each completion by the share of its comparisons that it wins; a tie is half a win.
 
-    A pair whose two orders contradict each other, or of which one has no answer, counts for neither. `agreement` is the share of
-    pairs whose orders agree.
+    A pair whose two orders contradict each other, or one of whose orders has no answer, counts for neither completion.
+    `agreement` is the share of pairs whose orders agree.
 
     Args:
-        outcomes: by pair (i, j): with i first, and with j first.
+        outcomes: by pair (i, j): the outcome with i first, and the one with j first.
     """
-    if completions < 2:  # all are the same text: nothing was asked
+    if completions < 2:  # all texts are equal, so nothing was asked
         return Verdict((0.5,) * completions)
     points: list[list[float]] = [[] for _ in range(completions)]
     contradictions, unanswered = 0, []
@@ -193,6 +193,6 @@ def by_pairs(completions: int, outcomes: Mapping[tuple[int, int], tuple[Outcome,
 
 
 def by_scores(outcomes: Sequence[Outcome]) -> Verdict:
-    """Take each completion's score as it was given."""
+    """Return each completion's score as the model gave it."""
     scores = tuple(float(o.score) if isinstance(o, ScoreAnswer) else None for o in outcomes)
     return Verdict(scores, reason="; ".join(dict.fromkeys(o.why for o in outcomes if isinstance(o, Unanswered))))

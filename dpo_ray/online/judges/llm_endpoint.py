@@ -1,4 +1,4 @@
-"""One call of an OpenAI-compatible endpoint: what comes back is an answer, a trouble that may pass, or an error that stays."""
+"""Calls of an OpenAI-compatible endpoint: the result is an answer, a temporary trouble, or a permanent error."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ TOO_LONG = (
     "maximum context length",
     "context window",
 )  # OpenAI's code; what vLLM and others write
-BUSY = (408, 429)  # and 5xx: the same request may do later
+BUSY = (408, 429)  # and 5xx: the same request may succeed later
 SHOWN_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a try gave no answer, where another may."""
+    """Why a call gave no answer, although another call may."""
 
     what: str
-    with_answer: bool = False  # the endpoint did its part; the model's text is not what was asked for
-    wait_seconds: float = 0.0  # that the endpoint asks for
+    with_answer: bool = False  # the endpoint worked, but the model's text is not a valid answer
+    wait_seconds: float = 0.0  # requested by the endpoint
 
 
 @dataclass(frozen=True)
 class Unanswered:
-    """Why a question stays without an answer."""
+    """Why a question remains without an answer."""
 
     why: str
 
@@ -57,25 +57,25 @@ class _Choice(BaseModel):
 
 
 class _Reply(BaseModel):
-    """The parts of a chat completion that count here."""
+    """The parts of a chat completion that are used here."""
 
     choices: list[_Choice]
     usage: _Usage | None = None
 
 
 class Endpoint:
-    """Where the judge's model is served."""
+    """The endpoint that serves the judge's model."""
 
     def __init__(self, config: LlmJudge, account: Account, where: str) -> None:
-        """Raises ConfigError where the environment lacks the key."""
+        """Read the key. Raises ConfigError if it is missing from the environment."""
         self._config, self._account, self._where = config, account, where
         self._url = f"{config.base_url.rstrip('/')}/chat/completions"
         self._key = _key(config)
 
     def client(self) -> httpx.AsyncClient:
-        """Make a client; it belongs to the event loop in which it is first used."""
+        """Create a client; it belongs to the event loop in which it is first used."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        # The time limit is that of the whole call, set below; httpx's own is of each piece.
+        # The time limit of the whole call is set below; httpx's own limit applies to each piece of it.
         limits = httpx.Limits(max_connections=self._config.concurrency)
         return httpx.AsyncClient(headers=headers, limits=limits, timeout=None)  # noqa: S113
 
@@ -83,7 +83,7 @@ class Endpoint:
         """Send one request.
 
         Raises:
-            JudgeError: the endpoint refuses it for a reason that will not pass.
+            JudgeError: the endpoint refuses it for a permanent reason.
         """
         seconds = self._config.timeout_seconds
         try:
@@ -95,30 +95,30 @@ class Endpoint:
             return Trouble(self._shown(f"{type(error).__name__}: {error}"))
         if response.status_code == 200:
             return self._read(response)
-        said = f"HTTP {response.status_code}: {self._shown(response.text)}"
+        message = f"HTTP {response.status_code}: {self._shown(response.text)}"
         if response.status_code in BUSY or response.status_code >= 500:
-            return Trouble(said, wait_seconds=_retry_after(response))
+            return Trouble(message, wait_seconds=_retry_after(response))
         if response.status_code in (400, 413) and any(words in response.text for words in TOO_LONG):
             return Unanswered("longer than the context of the endpoint's model")
-        raise JudgeError(said, where=self._where, fix=self._advice(response.status_code))
+        raise JudgeError(message, where=self._where, fix=self._advice(response.status_code))
 
     def given_up(self, trouble: Trouble, retries: int) -> JudgeError:
-        """Make the error for an endpoint that stays away."""
+        """Return the error for an endpoint that does not respond."""
         what = f"no answer after {retries} retries; the last: {trouble.what}"
         if trouble.wait_seconds:
             what = f"{what}; it asks to wait {trouble.wait_seconds:.0f} s"
-        fix = "look whether it is up; where it needs more time, raise timeout_seconds or max_retries, or lower concurrency"
+        fix = "check that it is running; if it needs more time, raise timeout_seconds or max_retries, or lower concurrency"
         return JudgeError(what, where=self._where, fix=f"{fix}. Every answer so far is kept")
 
     def _read(self, response: httpx.Response) -> Answer | Trouble:
         try:
             reply = _Reply.model_validate_json(response.content)
         except ValidationError:
-            return Trouble(f"it answers with no chat completion: {self._shown(response.text)}")
+            return Trouble(f"its reply is not a chat completion: {self._shown(response.text)}")
         if reply.usage is None and self._config.max_usd is not None:
-            fix = "leave max_usd out, or use an endpoint whose answers hold `usage`"
+            fix = "remove max_usd, or use an endpoint whose replies contain `usage`"
             raise JudgeError(
-                "it does not say what an answer costs, so max_usd cannot be held", where=self._where, fix=fix
+                "its replies do not contain `usage`, so max_usd cannot be enforced", where=self._where, fix=fix
             )
         usage = reply.usage or _Usage()
         self._account.answered(usage.prompt_tokens, usage.completion_tokens)
@@ -129,7 +129,7 @@ class Endpoint:
             return Trouble(str(error), with_answer=True)
 
     def _shown(self, text: str) -> str:
-        """Shorten what the endpoint says to one line without the key, which some repeat."""
+        """Shorten the endpoint's text to one line without the key, which some endpoints repeat."""
         line = " ".join(text.split())
         return (line.replace(self._key, "***") if self._key else line)[:SHOWN_CHARACTERS]
 
@@ -137,13 +137,13 @@ class Endpoint:
         variable = self._config.api_key_env
         if status in (401, 403):
             if variable is None:
-                return "name the environment variable that holds the key in online.judge.api_key_env"
+                return "set online.judge.api_key_env to the name of the environment variable that holds the key"
             return f"put a key that may use this model into the environment variable {variable}"
         if status == 404:
             return "check online.judge.base_url (up to and with the version, as in http://host:8000/v1) and online.judge.model"
         if status in (400, 422):
-            return "where it cannot hold answers to a schema, set online.judge.structured_output=none; else correct the field it names"
-        return "check online.judge.base_url and what the endpoint's own log says"
+            return "if it does not support JSON schemas, set online.judge.structured_output=none; else correct the field it names"
+        return "check online.judge.base_url and the endpoint's own log"
 
 
 def _key(config: LlmJudge) -> str | None:
@@ -154,12 +154,12 @@ def _key(config: LlmJudge) -> str | None:
     if not key:
         raise ConfigError("the environment variable is not set, or empty", where=where, fix=fix)
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError("what the environment variable holds cannot be a key", where=where, fix=fix)
+        raise ConfigError("the value of the environment variable cannot be a key", where=where, fix=fix)
     return key
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Return the seconds that the header asks to wait, given as a number or as a date; 0 without it."""
+    """Return the seconds to wait that the header requests, as a number or as a date; 0 without it."""
     value = response.headers.get("retry-after", "")
     try:
         return max(0.0, float(value))

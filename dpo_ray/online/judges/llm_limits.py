@@ -1,4 +1,4 @@
-"""What a judge's calls may cost and how fast they may come: shared by all its threads."""
+"""The limits on the cost and the rate of a judge's calls, shared by all its threads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .protocol import Spending, Usage
 
 
 class Pace:
-    """Gives each call its moment, so that calls come no faster than the rate, and none while the endpoint wants peace."""
+    """The pacing of calls: they come no faster than the rate, and none comes while the endpoint requests a pause."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._interval_seconds = 60.0 / per_minute if per_minute else 0.0
         self._next, self._lock = 0.0, threading.Lock()
 
     def reserve(self) -> float:
-        """Take the next moment; returns how many seconds to wait for it."""
+        """Reserve the next moment for a call; return how many seconds to wait for it."""
         with self._lock:
             now = time.monotonic()
             moment = max(self._next, now)
@@ -28,13 +28,13 @@ class Pace:
             return moment - now
 
     def hold(self, seconds: float) -> None:
-        """Let no call begin for so long."""
+        """Delay all calls by at least `seconds` from now."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Account:
-    """Counts what answers cost, and says when the money is spent."""
+    """The cost of a judge's answers so far, and the check against its limit."""
 
     def __init__(self, config: LlmJudge, spending: Spending, where: str) -> None:
         self._config, self._spending, self._where = config, spending, where
@@ -57,7 +57,7 @@ class Account:
             self._usage = replace(self._usage, retries=self._usage.retries + 1)
 
     def check(self) -> None:
-        """Raises JudgeError where `max_usd` is spent. Calls that are open by then are still paid for, and kept."""
+        """Raise JudgeError if `max_usd` is spent. Calls that are open by then are still paid for, and kept."""
         limit = self._config.max_usd
         if limit is not None and self._spending.usd >= limit:
             raise JudgeError(

@@ -1,4 +1,4 @@
-"""What judges have answered, kept so that nothing is asked twice: by several writers, through crashes."""
+"""The memory of judges' answers, so that nothing is asked twice: safe with several writers and across crashes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from dpo_ray.artifacts.storage import Storage
 
 from .protocol import Memory, Question, Verdict
 
-READERS = 16  # objects that are fetched at once; what a bucket answers takes tens of milliseconds
+READERS = 16  # objects that are fetched concurrently; a bucket takes tens of milliseconds to answer
 
 
 class JournalMemory:
-    """Answers of one judge in a directory or bucket, one JSON line each. Safe for threads.
+    """The answers of one judge in a directory or bucket, one JSON line each. Safe for threads.
 
-    Each writer has files of its own and reads those of all when it opens; what others write later it does not see. Threads that
-    put at the same time share one write.
+    Each writer has its own files, and reads the files of all writers when it opens; it does not see what others write
+    later. Threads that put at the same time share one write.
     """
 
     def __init__(self, storage: Storage, digest: str, writer: str) -> None:
-        """Read all that is known of a judge.
+        """Read all stored answers of a judge.
 
         Args:
-            digest: of the judge (`make.judge_digest`): another one's answers are not this one's.
+            digest: of the judge (`make.judge_digest`): answers of another judge do not count.
             writer: a name that no other process uses at the same time.
 
         Raises:
@@ -46,18 +46,18 @@ class JournalMemory:
         return len(self._answers)
 
     def get(self, key: str) -> Any | None:
-        """Return the answer, or None where there is none that is safe."""
+        """Return the answer, or None if none is safely stored."""
         return self._answers.get(key)
 
     def put(self, key: str, answer: Any) -> None:
-        """Keep one answer; the first that is kept for a key counts."""
+        """Store one answer; the first that is stored for a key counts."""
         self.put_all({key: answer})
 
     def put_all(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers with one write.
+        """Store answers with one write.
 
         Raises:
-            ArtifactError, InfrastructureError: they are not safe, so they must not count.
+            ArtifactError, InfrastructureError: the answers are not safely stored, so they must not count.
         """
         with self._state:
             self._pending |= {key: answer for key, answer in answers.items() if key not in self._answers}
@@ -69,7 +69,7 @@ class JournalMemory:
             try:
                 self._write([canonical_json({"key": key, "answer": answer}) for key, answer in batch.items()])
             except BaseException:
-                with self._state:  # the threads whose answers these are find them here and fail, or not, themselves
+                with self._state:  # the threads that put these find them here, and write them or fail themselves
                     self._pending = batch | self._pending
                 raise
             self._answers |= batch
@@ -94,12 +94,12 @@ def _read(place: Storage) -> dict[str, Any]:
             entry = json.loads(line)
             answers.setdefault(entry["key"], entry["answer"])
         except (ValueError, KeyError, TypeError):
-            continue  # a disk that lost power may fill a block with zeros: that answer is asked for again
+            continue  # a disk that lost power may fill a block with zeros: that question is asked again
     return answers
 
 
 class NoMemory:
-    """The memory of a judge that is made to see whether it can be, and is asked nothing."""
+    """The memory of a judge that is constructed only to check that this is possible, and is asked nothing."""
 
     def get(self, key: str) -> Any | None:
         return None
@@ -110,7 +110,7 @@ class NoMemory:
 
 
 class Section:
-    """A part of a memory, whose keys cannot meet those of other parts: of one member of an ensemble."""
+    """A part of a memory, for one member of an ensemble; its keys cannot collide with those of other parts."""
 
     def __init__(self, memory: Memory, name: str) -> None:
         self._memory, self._name = memory, name
@@ -131,10 +131,10 @@ def remembered(
     questions_per_batch: int,
     ask: Callable[[Sequence[Question]], Sequence[Verdict]],
 ) -> Iterator[tuple[int, Verdict]]:
-    """Yield the verdicts that are known, then ask for the others in batches and keep each batch before it is yielded.
+    """Yield the stored verdicts, then ask for the others in batches, and store each batch before it is yielded.
 
     Args:
-        ask: from a list of distinct questions to a list of their verdicts, without members.
+        ask: maps a list of distinct questions to a list of their verdicts, without members.
     """
     places: dict[str, list[int]] = {}
     for number, question in enumerate(questions):

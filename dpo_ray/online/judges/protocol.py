@@ -1,4 +1,4 @@
-"""What a judge is asked, what it says, and what it is."""
+"""The protocol of judges: questions, verdicts, costs, the memory of answers, and the interface of a judge."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ class Question:
 
     prompt: str
     completions: tuple[str, ...]
-    answer: str | None = None  # the prompt's reference answer, where its row has one: for verifiers
+    answer: str | None = None  # for verifiers: the prompt's reference answer, if its row has one
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of a question."""
+    """A judge's answer to a question."""
 
     scores: tuple[float | None, ...]  # of each completion, higher is better; None: the judge abstains on it
     agreement: float = 1.0  # 0 to 1: of an ensemble's members, or of both orders of a pairwise judge
-    reason: str = ""  # why it abstains, where it does
-    members: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # of an ensemble: each one's scores
+    reason: str = ""  # why the judge abstains, if it does
+    members: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # the scores of an ensemble's members
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What answers have cost. Those that were remembered cost nothing."""
+    """The cost of answers. Stored answers cost nothing."""
 
-    calls: int = 0  # that were answered
+    calls: int = 0  # only those that were answered
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
@@ -42,7 +42,7 @@ class Usage:
 
 
 class Memory(Protocol):
-    """Answers that a judge has given, by the digest of what was asked. `put` returns when the answer is safe on disk."""
+    """The stored answers of a judge, by the digest of the question. `put` returns when the answer is safe on disk."""
 
     def get(self, key: str) -> Any | None: ...
 
@@ -52,10 +52,10 @@ class Memory(Protocol):
 
 
 class Spending:
-    """What a round's answers have cost so far, in all processes: judges add to it, and hold it against `max_usd`.
+    """The cost of a round's answers so far, in all processes: judges add to it, and compare it with `max_usd`.
 
-    Whoever knows what other processes have spent says so with `set` before a call of `judge`, and sets 0 for a new round. Without
-    that it counts all that this process has spent.
+    A caller that knows what other processes have spent reports it with `set` before a call of `judge`, and sets 0 for a
+    new round. Without that, it counts everything that this process has spent.
     """
 
     def __init__(self) -> None:
@@ -75,24 +75,24 @@ class Spending:
 
 
 class Judge(Protocol):
-    """A judge in the process where it works. Made by `dpo_ray.online.judges.make.make_judge`."""
+    """A judge in the process where it works. Constructed by `dpo_ray.online.judges.make.make_judge`."""
 
     @property
     def usage(self) -> Usage:
-        """What all answers so far have cost."""
+        """Return the cost of all answers so far."""
         ...
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Yield the number of a question and its verdict as each is reached, in any order.
 
-        What one question costs is remembered before its verdict is yielded; a question (or, of an LLM, each single call)
-        that the memory knows is not asked again.
+        An answer that costs something is stored before its verdict is yielded; a question (or, for an LLM, each single
+        call) that the memory knows is not asked again.
 
         Raises:
-            JudgeError: the judge cannot work: a function that raises, an endpoint that refuses the key or stays away.
+            JudgeError: the judge cannot work: a function raises, or an endpoint refuses the key or does not respond.
         """
         ...
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release the judge's resources."""
         ...

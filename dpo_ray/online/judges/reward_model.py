@@ -24,10 +24,10 @@ from .protocol import Memory, Question, Usage, Verdict
 
 
 class RewardModelScorer:
-    """Holds the model. A score depends on its own conversation alone, whatever else is in the batch."""
+    """A judge that holds a reward model. A score depends only on its conversation, whatever else is in the batch."""
 
     def __init__(self, config: RewardModelJudge, memory: Memory, device: str) -> None:
-        """Load the model: float32 on CPU, bfloat16 on CUDA. Raises ConfigError where it is no reward model."""
+        """Load the model: float32 on CPU, bfloat16 on CUDA. Raises ConfigError if it is not a reward model."""
         self._config, self._memory, self._device = config, memory, device
         with _named(config):
             directory = model_directory(ModelConfig(path=config.path, revision=config.revision))
@@ -41,7 +41,7 @@ class RewardModelScorer:
         return Usage()
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield verdicts as batches are done. Raises JudgeError where a score is not finite."""
+        """Yield verdicts as batches are done. Raises JudgeError if a score is not finite."""
         return remembered(questions, self._memory, self._config.questions_per_batch, self._ask)
 
     def close(self) -> None:
@@ -73,19 +73,19 @@ class RewardModelScorer:
         ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], device=self._device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
         try:
-            config.pad_token_id = padding  # transformers finds a row's last token by it
+            config.pad_token_id = padding  # transformers uses it to find a row's last token
             logits = self._model(input_ids=ids, attention_mask=mask).logits
         finally:
             config.pad_token_id = own_padding
         scores = logits[:, 0].float().tolist()
         if not all(map(math.isfinite, scores)):
-            fix = "look whether its weights are whole, and whether it computes in this type"
+            fix = "check that its weights are complete, and that it works in this dtype"
             raise JudgeError("the reward model gave a score that is not finite", where=_where(self._config), fix=fix)
         return scores
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    """Tokenize a conversation by the model's chat template, else as one text; encoders (BERT's kind) take it as two."""
+    """Tokenize a conversation by the model's chat template, else as one text, or as two for encoders (like BERT)."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -96,9 +96,9 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str)
 
 
 def _absent(rows: Sequence[Sequence[int]]) -> int:
-    """Return a token that no row holds: to a model without padding of its own, any other could look like a row's end."""
-    held = {token for row in rows for token in row}
-    return next(token for token in range(len(held) + 1) if token not in held)
+    """Return a token that no row contains: without a padding token, any other could look like the end of a row."""
+    present = {token for row in rows for token in row}
+    return next(token for token in range(len(present) + 1) if token not in present)
 
 
 def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
@@ -113,20 +113,20 @@ def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        fix = "use a sequence classifier that this version of transformers knows"
+        fix = "use a sequence classifier that this version of transformers supports"
         raise ConfigError(f"transformers cannot load it: {str(error).splitlines()[0]}", where=where, fix=fix) from None
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # they would be drawn at random
-        fix = "name a reward model: a language model has no head that scores"
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers would initialise them at random
+        fix = "use a reward model: a language model has no head that scores"
         raise ConfigError(f"the files lack `{missing[0]}`", where=where, fix=fix)
     if model.config.num_labels != 1:
-        fix = "name a reward model: a classifier with one output (num_labels 1)"
+        fix = "use a reward model: a classifier with one output (num_labels 1)"
         raise ConfigError(f"the classifier has {model.config.num_labels} outputs, not 1", where=where, fix=fix)
     return model
 
 
 def reward_model_identity(config: RewardModelJudge) -> str:
-    """Identify the model and its tokenizer by their bytes; one on the hub, that is not here, by name and revision."""
+    """Return a digest of the model and tokenizer: of their bytes, or of name and revision for a hub model not here."""
     model = ModelConfig(path=config.path, revision=config.revision)
     with _named(config):
         return digest([model_identity(model), tokenizer_identity(model)])
@@ -134,7 +134,7 @@ def reward_model_identity(config: RewardModelJudge) -> str:
 
 @contextmanager
 def _named(config: RewardModelJudge) -> Iterator[None]:
-    """Say of a model that cannot be used that it is the judge's, not the policy."""
+    """Re-raise a ConfigError about the model with the judge's field as its location, because it is not the policy."""
     try:
         yield
     except ConfigError as error:

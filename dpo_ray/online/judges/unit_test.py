@@ -1,7 +1,7 @@
-"""Run a completion's Python code against tests in a process of its own, with limits.
+"""Unit tests of a completion's Python code, run in a separate process with limits.
 
-The limits hold off code that runs away. They are no sandbox: the code can read what this user can read, use the network, and leave
-processes behind that moved to a session of their own.
+The limits stop code that runs away. They are not a sandbox: the code can read what this user can read, use the network,
+and leave processes behind that moved to their own session.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 POLL_SECONDS = 0.01
 
-# Limits are set by the process itself before it reads the code: between fork and exec nothing may run in a parent with threads.
-# The token says that all of it ran: code that exits, with whatever status, has passed no test.
+# The process sets its limits itself before it reads the code: between fork and exec, nothing may run in a parent with
+# threads. The token proves that all of the code ran: code that exits early, with whatever status, has passed no test.
 _RUN = """
 import os, resource, sys
 seconds, size, descriptor, token = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].encode()
@@ -36,11 +36,11 @@ os.write(descriptor, token)
 
 
 def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int) -> bool:
-    """Say whether the tests, which follow the code in one namespace, end without an exception.
+    """Return whether the tests, which follow the code in one namespace, end without an exception.
 
     Args:
-        timeout_seconds: of the whole process, by the clock and, rounded up, of CPU.
-        memory_mib: of address space, and of each file that it writes.
+        timeout_seconds: limit of the whole process, in wall-clock time and, rounded up, in CPU time.
+        memory_mib: limit of the address space, and of each file that the process writes.
     """
     token = secrets.token_hex(16)
     reading, writing = os.pipe()
@@ -50,7 +50,7 @@ def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int) -> bo
             Path(directory, "completion.py").write_text(code, encoding="utf-8", errors="replace")
             Path(directory, "tests.py").write_text(tests, encoding="utf-8", errors="replace")
             limits = [str(int(timeout_seconds) + 1), str(memory_mib << 20), str(writing)]
-            process = subprocess.Popen(  # noqa: S603 - running the code is what was asked for
+            process = subprocess.Popen(  # noqa: S603 - running the code is the purpose
                 [sys.executable, "-I", "-c", _RUN, *limits, token],
                 cwd=directory,
                 env={"PATH": os.defpath, "HOME": directory, "TMPDIR": directory, "LANG": "C.UTF-8"},
@@ -68,10 +68,10 @@ def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int) -> bo
 
 
 def _end(process: subprocess.Popen[bytes], timeout_seconds: float) -> None:
-    """Wait until the process ends, or make it; then kill what it left in its group."""
+    """Wait until the process ends or its time is up; then kill it, and what it left in its process group."""
     deadline = time.monotonic() + timeout_seconds
     try:
-        # It is reaped last: until then no other process can have its number, which is the group's.
+        # The process is reaped last: until then no other process can get its id, which is also the group's.
         while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if time.monotonic() > deadline:
                 break

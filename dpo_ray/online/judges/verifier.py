@@ -1,4 +1,4 @@
-"""Checks against a prompt's reference answer: the same text, the same number, a pattern, or tests that pass."""
+"""Checks against a prompt's reference answer: the same text, the same number, a matching pattern, or passing tests."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .memory import remembered
 from .protocol import Memory, Question, Usage, Verdict
 from .unit_test import passes
 
-# A sign after a word or a number is a minus or a hyphen; commas group thousands; `1.5.2` is no number behind its first dot.
+# A sign directly after a word or a number is a minus operator or a hyphen, not part of a number; commas group
+# thousands; `1.5.2` holds no number after its first dot.
 NUMBER = re.compile(
     r"(?<!\w)(?<!\d\.)[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII
 )
 
 
 class Verifier:
-    """Gives 1 to a completion that holds, else 0. Only the tests, which cost time, are remembered."""
+    """A judge that scores 1 if a completion passes its check, else 0. Only the results of slow checks (tests) are stored."""
 
     def __init__(self, config: VerifierJudge, memory: Memory) -> None:
-        """Raises ConfigError where `extract` is no pattern with one group."""
+        """Compile `extract`. Raises ConfigError if it is not a pattern with one group."""
         self._config, self._memory = config, memory
         self._extract = None if config.extract is None else _extracting(config.extract)
 
@@ -66,15 +67,15 @@ class Verifier:
                 return passes(text, answer, self._config.timeout_seconds, self._config.memory_mib)
 
     def _extracted(self, completion: str) -> str | None:
-        """Return what the last match took out, or None where there is no match: the answer is not in the form asked for."""
-        assert self._extract is not None  # noqa: S101 - the caller has looked
-        found = None
+        """Return what the last match captured; None if nothing matches: the answer does not have the requested form."""
+        assert self._extract is not None  # noqa: S101 - the caller has checked
+        answer = None
         try:
             for match in self._extract.finditer(completion, timeout=self._config.timeout_seconds):
-                found = match[1]
+                answer = match[1]
         except TimeoutError:
             raise _Unknown(f"`extract` took over {self._config.timeout_seconds:g} s on a completion") from None
-        return found
+        return answer
 
     def _matches(self, pattern: str, text: str) -> bool:
         try:
@@ -86,7 +87,7 @@ class Verifier:
 
 
 class _Unknown(Exception):
-    """It cannot be said whether a completion holds."""
+    """Raised if it cannot be determined whether a completion passes."""
 
 
 def _extracting(pattern: str) -> regex.Pattern[str]:
@@ -94,9 +95,9 @@ def _extracting(pattern: str) -> regex.Pattern[str]:
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise ConfigError(f"no regular expression: {error}", where=where, fix="correct it") from None
+        raise ConfigError(f"not a regular expression: {error}", where=where, fix="correct it") from None
     if compiled.groups != 1:
-        fix = "put the answer's part, and it alone, in plain brackets: (?:...) groups without taking out"
+        fix = "put only the answer's part in a capturing group (...), and use (?:...) for all other groups"
         raise ConfigError(f"the pattern has {compiled.groups} groups, not 1", where=where, fix=fix)
     return compiled
 
@@ -106,13 +107,13 @@ def _plain(text: str) -> str:
 
 
 def _same_number(text: str, answer: str, tolerance: float) -> bool:
-    wanted, found = _last_number(answer), _last_number(text)
-    if wanted is None:
+    expected, actual = _last_number(answer), _last_number(text)
+    if expected is None:
         raise _Unknown("the reference answer holds no number")
-    return found is not None and abs(found - wanted) <= tolerance
+    return actual is not None and abs(actual - expected) <= tolerance
 
 
 def _last_number(text: str) -> float | None:
-    """Return the last number in a text: `1,234.5`, `-3`, `2e-4`, `.5`; of a fraction the part below."""
+    """Return the last number in a text: `1,234.5`, `-3`, `2e-4`, `.5`; of a fraction, the denominator."""
     numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return float(numbers[-1].replace(",", "")) if numbers else None

@@ -1,12 +1,12 @@
-"""Training checkpoints: sharded files by PyTorch DCP, written while training goes on, committed by a manifest.
+"""Training checkpoints: sharded files of PyTorch DCP, written while training continues, and committed by a manifest.
 
     <place>/step-000000010/<attempt>/__0_0.distcp, ..., .metadata, rng.json
     <place>/step-000000010.json                      the commit
-    <place>/metrics/000000000-000000010.jsonl        what the steps since the last checkpoint measured
+    <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the last checkpoint
 
-Each rank hashes what it wrote, and verifies a share of all files before they are loaded. The newest checkpoint that
-verifies wins; a damaged one is set aside. Loading reshards, so the number of ranks may change.
-DCP's `.metadata` is a pickle, which runs code when it is read: only files whose digests we wrote are ever loaded.
+Each rank hashes the files that it wrote, and verifies a share of all files before they are loaded. The newest intact
+checkpoint is used; a damaged one is moved to `damaged/`. Loading reshards, so the number of ranks may change.
+DCP's `.metadata` is a pickle, which can run code when it is read: only files with a recorded digest are ever loaded.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ from .planner import SharedPlanner
 from .ranks import Ranks
 from .verify import Soundness
 
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # of an adapter, its parameters alone
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # when an adapter is trained, only its parameters
 _RNG = "rng.json"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The evaluation that was best so far, whose checkpoint is kept."""
+    """The best evaluation so far; its checkpoint is kept."""
 
     step: int
     value: float
-    since: int = 0  # evaluations after it, none of them better
+    since: int = 0  # number of evaluations since then, none of which was better
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint says besides weights, optimizer state and random generators: the data cursor and running totals."""
+    """The data cursor and running totals, which a checkpoint stores besides weights, optimizer state and generators."""
 
-    step: int = 0  # steps done == index of the next step
+    step: int = 0  # finished steps == index of the next step
     num_tokens: int = 0
     figures: dict[str, Any] | None = None  # of the audit before step 1
     best: Best | None = None
 
 
 def oldest_step(place: Storage) -> int:
-    """Return the step of the oldest checkpoint that is kept, which training may have to go on from; 0 without any."""
+    """Return the step of the oldest checkpoint, from which training may have to resume; 0 if there is none."""
     return min(committed_steps(place), default=0)
 
 
 class Checkpoints:
-    """The checkpoints of one training run. Every rank makes one, at the same time; save, finish and load are collective."""
+    """The checkpoints of one training run. All ranks construct it together; save, finish and load are collective."""
 
     def __init__(
         self,
@@ -76,17 +76,17 @@ class Checkpoints:
         seed: int = 0,
         hang_seconds: float = 1800,
     ) -> None:
-        """Write to `place` as `attempt`, and keep the newest `keep`.
+        """Write checkpoints to `place` under the name `attempt`, and keep the newest `keep` of them.
 
         Args:
-            identity: of what determines the weights; a checkpoint of another identity is not loaded.
-            seed: of the random generators where a checkpoint is of another number of ranks.
-            hang_seconds: most that one rank waits for another.
+            identity: digest of all that determines the weights; a checkpoint with another identity is not loaded.
+            seed: seeds the random generators if a checkpoint was written by another number of ranks.
+            hang_seconds: limit of the time that one rank waits for another.
         """
         self._place, self._attempt, self._keep = place, attempt, keep
         self._identity, self._seed = identity, seed
         self._ranks = Ranks(hang_seconds)
-        self._plans = uuid4().hex  # whose plans those of its saves are
+        self._plans = uuid4().hex  # key of the cached DCP plans of this object
         cuda = torch.cuda.is_available()
         options = StagingOptions(
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
@@ -98,12 +98,12 @@ class Checkpoints:
     def save(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]
     ) -> None:
-        """Copy the state of all ranks; write and commit it while training goes on, once the one before is committed.
+        """Copy the state of all ranks, then write and commit it in the background, after the previous checkpoint.
 
         `metrics` are the rows of the steps since the last checkpoint, or since the one that was loaded.
 
         Raises:
-            ArtifactError: the one before could not be written.
+            ArtifactError: the previous checkpoint could not be written.
         """
         self._wait()
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
@@ -118,10 +118,10 @@ class Checkpoints:
             async_stager=self._stager,
         )
         if not isinstance(written, Future):
-            raise TypeError(f"a stager that copies at once gives a future, not {type(written).__name__}")
+            raise TypeError(f"a synchronous stager must return a future, not {type(written).__name__}")
         if self._ranks.rank:
             self._in_flight = written
-        else:  # rank 0's write ends when all ranks' have: DCP's coordinator gathers their results, digests among them
+        else:  # rank 0's write ends after those of all ranks: DCP's coordinator gathers their results and digests
             self._in_flight = self._committer.submit(
                 self._commit, written, writer, directory, generators, progress, metrics
             )
@@ -145,12 +145,12 @@ class Checkpoints:
         prune(self._place, self._keep)
 
     def check(self) -> None:
-        """Raise what went wrong with a checkpoint in flight, if that is known by now. Costs nothing; not collective."""
+        """Raise the error of a background checkpoint if it has already failed. Does not wait; not collective."""
         if self._in_flight is not None and self._in_flight.done():
             self._wait()
 
     def finish(self) -> None:
-        """Wait until no checkpoint is in flight and all are committed; collective."""
+        """Wait until all checkpoints are committed. Collective."""
         self._wait()
         self._ranks.meet()
 
@@ -161,14 +161,14 @@ class Checkpoints:
         try:
             written.result()
         except (CheckpointException, RuntimeError, OSError) as error:
-            place, fix = self._place.uri, "mend the storage; training goes on from the checkpoint before"
+            place, fix = self._place.uri, "repair the storage; training resumes from the previous checkpoint"
             raise ArtifactError(f"a checkpoint could not be written: {error}", where=place, fix=fix) from error
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Restore the newest checkpoint that verifies; without one, say so by step 0.
+        """Restore the newest intact checkpoint and return its progress, which is at step 0 if there is none.
 
-        The random generators go on where they were; where the number of ranks is another, they are seeded by seed, rank
-        and step.
+        The random generators are restored too; if the number of ranks has changed, they are seeded from seed, rank and
+        step instead.
         """
         manifest = Soundness(self._place, self._identity, self._ranks).newest()
         if self._ranks.rank == 0:
@@ -185,10 +185,10 @@ class Checkpoints:
         return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"], best)
 
     def load(self, policy: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Restore weights and optimizer state of the checkpoint of a step; collective.
+        """Restore weights and optimizer state from the checkpoint of a step. Collective.
 
         Raises:
-            ArtifactError: on every rank, if it does not verify. `load_newest` then goes back to before it.
+            ArtifactError: on every rank, if the checkpoint is damaged. `load_newest` then returns an earlier one.
         """
         self._restore(policy, optimizer, Soundness(self._place, self._identity, self._ranks).read(step))
 
@@ -198,15 +198,15 @@ class Checkpoints:
         directory = self._place.child(manifest["directory"])
         try:
             state_dict_loader.load(state, storage_reader=_reader(directory), process_group=self._ranks.group)
-        except CheckpointException as error:  # a BaseException, which not everybody catches
-            fix = "mend the storage; the files were what was written when they were verified"
+        except CheckpointException as error:  # a BaseException: `except Exception` does not catch it
+            fix = "repair the storage; the files were intact when they were verified"
             raise ArtifactError(f"a checkpoint could not be read: {error}", where=directory.uri, fix=fix) from error
         set_state_dict(
             policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"], options=TRAINED
         )
 
     def metrics(self, until_step: int) -> list[dict[str, float]]:
-        """Return what the steps up to a committed checkpoint measured, in order, each step once."""
+        """Return the metrics of all steps up to a committed checkpoint, in order and each step once."""
         rows: dict[int, dict[str, float]] = {}
         for start, stop in self._segments():
             if stop <= until_step:
@@ -216,7 +216,7 @@ class Checkpoints:
         return [rows[step] for step in sorted(rows)]
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Delete what steps measured that no sound checkpoint holds: they are done again, perhaps cut otherwise."""
+        """Delete the metrics of later steps, which are run again, perhaps in files with other step ranges."""
         for start, stop in self._segments():
             if stop > step:
                 self._place.delete(f"metrics/{start:09d}-{stop:09d}.jsonl")

@@ -1,13 +1,14 @@
-"""Digests of a checkpoint's files, each by the rank that wrote the file: as many hash at a time as write.
+"""Digests of a checkpoint's files: the rank that wrote a file hashes it, so hashing is as parallel as writing.
 
-They reach rank 0 with what DCP gathers there when all have written: no message, no file and no moment of their own.
+The digests reach rank 0 with the write results that DCP gathers there: they need no extra message, file or
+synchronisation.
 """
 
 from __future__ import annotations
 
 import hashlib
 
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # torch's own; not exported yet
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # part of torch, but not exported yet
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -20,7 +21,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 def digest(directory: Storage, name: str) -> str:
-    """Read a file, and return its sha256."""
+    """Return the sha256 of a file's content."""
     h = hashlib.sha256()
     with directory.open_input(name) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -29,20 +30,20 @@ def digest(directory: Storage, name: str) -> str:
 
 
 class _Digests(WriteResult):
-    """A rank's digests by file name, as `storage_data`, among the results of its writes."""
+    """The digests of a rank's files by name, as `storage_data`; passed along with the results of its writes."""
 
 
 class HashingWriter(FileSystemWriter):
-    """Writes files to a disk as DCP does, reads them back and hashes them, in the thread that writes."""
+    """A DCP writer for disks that reads its files back and hashes them, in the writing thread."""
 
     def __init__(self, directory: Storage) -> None:
         """Write to `directory`."""
         super().__init__(directory.full_path(), sync_files=True)
-        self.digests: dict[str, str] = {}  # of all ranks' files; on rank 0, once all have written
+        self.digests: dict[str, str] = {}  # of all ranks' files; only on rank 0, after `finish`
         self._directory = directory
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file; its results say its digest too."""
+        """Write this rank's files; the results include their digests."""
         results = super().write_data(plan, planner).wait()
         names = sorted({result.storage_data.relative_path for result in results})
         digests = {name: digest(self._directory, name) for name in names}
@@ -51,7 +52,7 @@ class HashingWriter(FileSystemWriter):
         return hashed
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Take all ranks' digests out of their results, and write `.metadata` of the rest; on rank 0."""
+        """Remove the digests from the results of all ranks and write `.metadata` from the rest; runs on rank 0."""
         for of_rank in results:
             for result in of_rank:
                 if isinstance(result, _Digests):
@@ -60,9 +61,9 @@ class HashingWriter(FileSystemWriter):
 
 
 class HashingObjectWriter(HashingWriter, FsspecWriter):
-    """Does the same on an object store."""
+    """The same writer for an object store."""
 
 
 def hashing_writer(directory: Storage) -> HashingWriter:
-    """Make a writer for a directory, wherever that is."""
+    """Build a writer for a directory on a disk or in an object store."""
     return HashingWriter(directory) if directory.is_local else HashingObjectWriter(directory)

@@ -1,8 +1,8 @@
-"""What commits a training checkpoint: its manifest, with the digests of its files. Which are kept, and which set aside.
+"""The manifest that commits a training checkpoint, with the digests of its files; pruning and removal of damaged ones.
 
 <place>/step-000000010.json                      the commit
 <place>/step-000000010/<attempt>/...             its files
-<place>/damaged/step-000000010.json, .reason     one that was set aside, and why
+<place>/damaged/step-000000010.json, .reason     a damaged checkpoint, and the reason
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from .hashing import digest
 
 logger = logging.getLogger(__name__)
 _PREFIX = "step-"
-# What reading damaged JSON, or a place that cannot be read, raises.
+# Exceptions that are raised when JSON is damaged or a place cannot be read.
 UNSOUND = (ValueError, KeyError, TypeError, AttributeError, OSError, ArtifactError)
 
 
 def step_name(step: int) -> str:
-    """Name a checkpoint; names sort as the steps do."""
+    """Return the name of a checkpoint; names sort in the order of steps."""
     return f"{_PREFIX}{step:09d}"
 
 
 def committed_steps(place: Storage) -> list[int]:
-    """List the steps that have a checkpoint, sound or not, from the oldest on."""
+    """List the steps that have a checkpoint, intact or damaged, oldest first."""
     names = [name for name in place.list_files() if name.startswith(_PREFIX) and "/" not in name]
     return sorted(int(n.removeprefix(_PREFIX).removesuffix(".json")) for n in names if n.endswith(".json"))
 
 
 def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[str, str]) -> None:
-    """Make the files in `directory` the checkpoint of `facts["step"]`; those not among `digests` are hashed here.
+    """Commit the files in `directory` as the checkpoint of `facts["step"]`; files not in `digests` are hashed here.
 
-    A file of which another rank has told the digest is named even where this one does not see it.
+    A file whose digest came from another rank is listed even if this rank does not see the file.
     """
     files = place.child(directory)
     own = {name: digest(files, name) for name in files.list_files() if name not in digests}
@@ -47,10 +47,10 @@ def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[
 
 
 def read_manifest(place: Storage, step: int, identity: str) -> dict[str, Any]:
-    """Return a checkpoint's manifest; its files are another matter.
+    """Return a checkpoint's manifest; its files are not checked.
 
     Raises:
-        ArtifactError: it is not what was written, or of another configuration than `identity`.
+        ArtifactError: the manifest is damaged, or belongs to another configuration than `identity`.
     """
     name = f"{step_name(step)}.json"
     try:
@@ -60,31 +60,31 @@ def read_manifest(place: Storage, step: int, identity: str) -> dict[str, Any]:
         if manifest["step"] != step:
             raise ValueError(f"the manifest is of step {manifest['step']}")
         if manifest["identity"] != identity:
-            raise ValueError("it is of another configuration")
+            raise ValueError("it belongs to another configuration")
     except UNSOUND as error:
         raise ArtifactError(reason_of(error), where=place.full_path(name)) from error
     return manifest
 
 
 def reason_of(error: BaseException) -> str:
-    """Say why something is not sound, in a line."""
+    """Return the reason of an error as one line."""
     return error.what if isinstance(error, ArtifactError) else str(error) or repr(error)
 
 
 def set_aside(place: Storage, name: str, reason: str) -> None:
-    """Move a manifest away, with the reason: its checkpoint does not count any more."""
+    """Move a manifest to `damaged/`, with the reason: its checkpoint is ignored from then on."""
     place.write(f"damaged/{name}.reason", reason.encode())
     try:
         place.write(f"damaged/{name}.json", place.read_bytes(f"{name}.json"))
         place.delete(f"{name}.json")
     except ArtifactError as error:
-        logger.warning("its manifest cannot be moved there: %s", error)
+        logger.warning("the manifest of the damaged checkpoint cannot be moved: %s", error)
 
 
 def prune(place: Storage, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best ones that these refer to.
+    """Delete all checkpoints except the newest `keep` and the best ones that these refer to.
 
-    Never what is newer than those, which another attempt may be writing.
+    Newer files are never deleted, because another attempt may be writing them.
     """
     steps = committed_steps(place)
     newest = steps[-keep:]
@@ -103,7 +103,7 @@ def _best_step(place: Storage, step: int) -> int | None:
         best = json.loads(place.read_bytes(f"{step_name(step)}.json"))["best"]
         return None if best is None else int(best["step"])
     except UNSOUND:
-        return None  # damaged since it was written: it is set aside when it is needed
+        return None  # damaged after it was written: it is moved away when it is needed
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

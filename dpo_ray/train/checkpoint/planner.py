@@ -1,4 +1,4 @@
-"""DCP's plans of what each rank writes, made once in a run: rank 0 alone makes them, for all ranks' tensors."""
+"""DCP's plans of what each rank writes, made once per run: only rank 0 makes them, for the tensors of all ranks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 
 class SharedPlanner(DefaultSavePlanner):
-    """Plans a save as DCP does; where no rank's tensors are others than in the save before, that one's plans hold.
+    """DCP's planner, which reuses the plans of the previous save if the tensors have not changed on any rank.
 
-    Nothing is gathered then. What it keeps for that is no more than planning takes at its peak.
+    In that case nothing is gathered. The cached plans take no more memory than planning takes at its peak.
     """
 
     def __init__(self, owner: str) -> None:
-        """Share the plans of all saves that name the same `owner` in this process."""
+        """Share plans between all saves with the same `owner` in this process."""
         super().__init__(enable_plan_caching=True)
-        self._cached_plans_key = owner  # by default all planners of a process share, those of another world too
+        self._cached_plans_key = owner  # by default all planners of a process share one key
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Plan for all ranks; on rank 0.
+        """Build the plans of all ranks; runs on rank 0.
 
         Raises:
-            RuntimeError: a rank means plans that are not here. DCP would write a checkpoint without its tensors.
+            RuntimeError: a rank refers to cached plans that rank 0 does not have. DCP would then write a checkpoint
+                without that rank's tensors.
         """
         if self._cached_plans_key not in SavePlanner._cached_all_plans and not all(plan.usable for plan in all_plans):
             raise RuntimeError("a rank refers to plans of a save that rank 0 has not seen")

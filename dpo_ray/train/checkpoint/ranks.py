@@ -1,4 +1,4 @@
-"""The ranks of a run, and what they tell each other about its checkpoints."""
+"""The ranks of a run, and their communication about checkpoints."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All ranks, or this process alone. Every rank makes one, at the same time; every method is collective."""
+    """All ranks, or a single process. All ranks construct it together, and every method is collective."""
 
     def __init__(self, hang_seconds: float) -> None:
-        """Let one rank wait for another for at most `hang_seconds`."""
+        """Create the process group, in which a rank waits for another for at most `hang_seconds`."""
         self.rank, self.count = 0, 1
         self.group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
-            # A group of its own: writing talks to the other ranks in a thread, while training does so in another.
+            # A separate group: checkpoint writing communicates in one thread while training does so in another.
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=hang_seconds))
-            self.group = group if isinstance(group, dist.ProcessGroup) else None  # an int for ranks outside it: none
+            self.group = group if isinstance(group, dist.ProcessGroup) else None  # it is an int only on ranks outside
 
     def gathered(self, value: T) -> list[T]:
-        """Return the value of every rank, to every rank."""
+        """Return the values of all ranks, on every rank."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.count
@@ -35,7 +35,7 @@ class Ranks:
         return values
 
     def first_does(self, act: Callable[[], T]) -> T:
-        """Let rank 0 alone act; what it returns or raises (of the project's errors) is returned or raised on every rank."""
+        """Run `act` on rank 0 only; every rank returns its result, or raises its error if that is a DpoRayError."""
         outcome: Any = None
         if self.rank == 0:
             try:
@@ -51,6 +51,6 @@ class Ranks:
         return outcome
 
     def meet(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this (a barrier)."""
         if self.group is not None:
             dist.barrier(group=self.group)

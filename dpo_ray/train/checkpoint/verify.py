@@ -1,4 +1,4 @@
-"""Which checkpoints are sound: all ranks verify, each a share of the files, and come to one verdict."""
+"""Verification of checkpoints: each rank verifies a share of the files, and all ranks reach the same verdict."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class Soundness:
-    """The verdicts of one restore: no checkpoint is verified twice. Every rank makes one; every method is collective."""
+    """The verdicts of one restore: each checkpoint is verified once. All ranks construct it; methods are collective."""
 
     def __init__(self, place: Storage, identity: str, ranks: Ranks) -> None:
-        """Judge the checkpoints in `place`; those of another configuration than `identity` are not sound."""
+        """Verify the checkpoints in `place`; those with another identity than `identity` do not count."""
         self._place, self._identity, self._ranks = place, identity, ranks
         self._verdicts: dict[int, dict[str, Any] | ArtifactError] = {}
 
     def newest(self) -> dict[str, Any] | None:
-        """Return the manifest of the newest checkpoint that is sound; newer ones are set aside, with the reason.
+        """Return the manifest of the newest intact checkpoint; newer, damaged ones are moved to `damaged/`.
 
         Raises:
-            InfrastructureError: on every rank, if one cannot read what rank 0 can. Nothing is set aside for that.
+            InfrastructureError: on every rank, if one rank cannot read what rank 0 can. No checkpoint is moved then.
         """
         for step in self._ranks.first_does(lambda: committed_steps(self._place)[::-1]):
             verdict = self._verdict(step)
@@ -37,11 +37,11 @@ class Soundness:
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """Return a checkpoint's manifest, all files of it and of the best one that it refers to having been read.
+        """Return a checkpoint's manifest after verifying its files and those of the best checkpoint that it refers to.
 
         Raises:
-            ArtifactError: on every rank, if it is not what was written, or of another configuration.
-            InfrastructureError: on every rank, if one cannot read what rank 0 can.
+            ArtifactError: on every rank, if the checkpoint is damaged or belongs to another configuration.
+            InfrastructureError: on every rank, if one rank cannot read what rank 0 can.
         """
         verdict = self._verdict(step)
         if isinstance(verdict, ArtifactError):
@@ -60,10 +60,10 @@ class Soundness:
             best = manifest["best"]
             if best is not None and best["step"] != step:
                 self.read(best["step"])
-        except UNSOUND as error:  # all ranks see this alike
+        except UNSOUND as error:  # raised on all ranks
             where, fix = (
                 self._place.full_path(f"{step_name(step)}.json"),
-                "the same command goes on from the one before it",
+                "run the same command again: it resumes from the previous checkpoint",
             )
             return ArtifactError(reason_of(error), where=where, fix=fix)
         return manifest
@@ -79,22 +79,26 @@ class Soundness:
 
     def _set_aside(self, step: int, error: ArtifactError) -> None:
         what, where = error.what, error.where
-        logger.warning("checkpoint %s is damaged (%s): set aside; the one before it is used", where, what)
+        logger.warning("checkpoint %s is damaged (%s): it is moved to damaged/, the previous one is used", where, what)
         set_aside(self._place, step_name(step), what)
 
 
 def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | None]) -> str | None:
-    """Let rank 0 read what ranks suspect: else one node with a bad mount would have every checkpoint set aside.
+    """Return the fault of a suspect file that rank 0 confirms; runs on rank 0.
+
+    Without this check, one node with a bad mount would cause every checkpoint to be rejected.
 
     Raises:
-        InfrastructureError: it finds nothing wrong.
+        InfrastructureError: rank 0 finds nothing wrong with the files that other ranks suspect.
     """
-    found = {name: rank for rank, name in enumerate(suspects) if name is not None}
-    for name in found:
+    rank_of = {name: rank for rank, name in enumerate(suspects) if name is not None}
+    for name in rank_of:
         if (fault := _fault(directory, name, files[name])) is not None:
             return fault
-    for name, rank in found.items():
-        fix = f"look at the storage as the node of rank {rank} sees it; the checkpoints are sound, and the same command goes on"
+    for name, rank in rank_of.items():
+        fix = (
+            f"check the storage on the node of rank {rank}, then run the same command again; the checkpoints are intact"
+        )
         raise InfrastructureError(f"rank {rank} cannot read what rank 0 can", where=directory.full_path(name), fix=fix)
     return None
 
@@ -102,7 +106,7 @@ def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | N
 def _is_suspect(directory: Storage, name: str, known: str) -> bool:
     try:
         return _fault(directory, name, known) is not None
-    except InfrastructureError:  # if rank 0 has the same trouble, it says so when it looks
+    except InfrastructureError:  # if rank 0 has the same problem, it raises when it confirms
         return True
 
 

@@ -1,1 +1,1 @@
-"""The optimizers, and their state that is carried from round to round."""
+"""The optimizers, and their state, which is carried from round to round."""

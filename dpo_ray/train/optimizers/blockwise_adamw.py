@@ -1,7 +1,7 @@
-"""AdamW whose state is 8 bits wide, or in memory that pages between GPU and CPU: bitsandbytes' kernels on each rank's shards.
+"""AdamW with 8-bit state, or with state that is paged between GPU and CPU: bitsandbytes' kernels on each rank's shards.
 
-bitsandbytes' own optimizers know plain tensors alone. Here its kernels get the shards, and the state is sharded as the weights
-are, so that checkpoints are too, at any number of ranks.
+The optimizers of bitsandbytes support plain tensors only. Here its kernels get the shards, and the state is sharded as
+the weights are. So checkpoints are sharded too, and can be loaded with any number of ranks.
 Source: Dettmers et al. 2021 (2110.02861); https://huggingface.co/docs/bitsandbytes/reference/functional
 """
 
@@ -19,16 +19,16 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from dpo_ray.config.train import OptimizerConfig
 from dpo_ray.train.dtensor import own_part
 
-BLOCK = 256  # values that share a scale, in bitsandbytes' kernels
-FEWEST_VALUES = 4096  # of a parameter with 8-bit state: small ones are worth more than the memory
-FEWEST_PAGED_VALUES = 100_000  # of a shard whose state is paged
+BLOCK = 256  # number of values that share a scale in bitsandbytes' kernels
+FEWEST_VALUES = 4096  # in a parameter with 8-bit state: for small ones precision matters more than memory
+FEWEST_PAGED_VALUES = 100_000  # in a shard whose state is paged
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):
-    """AdamW with 8-bit state (`bits`), or paged, or both.
+    """AdamW with 8-bit state (`bits`), or paged state, or both.
 
-    8-bit state is kept of matrices whose rows are whole blocks, wherever they are cut into shards: so the result does not
-    depend on the number of ranks. All others have 32-bit state. On a CPU nothing is paged.
+    Only matrices whose rows consist of whole blocks have 8-bit state: so the result does not depend on where they are
+    cut into shards, and thus not on the number of ranks. All others have 32-bit state. On a CPU nothing is paged.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, *, bits: int, paged: bool) -> None:
@@ -37,7 +37,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps})
         self._kernels, self._paged = kernels, paged
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        for group in self.param_groups:  # made now, so that a checkpoint has something to fill
+        for group in self.param_groups:  # built now, so that loading a checkpoint has tensors to fill
             for p in group["params"]:
                 self.state[p] = self._new_state(p, bits)
 
@@ -75,7 +75,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
                     self._update(shard, gradient, state, group)
                     device = shard.device
         if self._paged and device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)  # pages are moved in the background
+            torch.cuda.synchronize(device)  # pages are moved asynchronously
 
     def _update(self, shard: Tensor, gradient: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
         first, second = state["exp_avg"], state["exp_avg_sq"]
@@ -97,7 +97,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         )
 
     def _maps_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the values that 8 bits stand for, of the first moment and of the second, which has no sign."""
+        """Return the quantization maps of the first moment (signed) and of the second (unsigned)."""
         if device not in self._maps:
             signed, unsigned = (self._kernels.create_dynamic_map(signed=s).to(device) for s in (True, False))
             self._maps[device] = signed, unsigned
@@ -105,9 +105,9 @@ class BlockwiseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Fill the state: torch's own way would make floats of its bytes, and other memory of its pages."""
+        """Copy the values into the existing state: torch's own method would convert bytes and replace paged memory."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, name in zip(group["params"], saved["params"], strict=True):  # an index, or a name in checkpoints
+            for p, name in zip(group["params"], saved["params"], strict=True):  # an index; in checkpoints a name
                 for what, value in state_dict["state"].get(name, {}).items():
                     if (own := self.state[p][what]) is not value:
                         own_part(own).copy_(own_part(value))
@@ -115,9 +115,9 @@ class BlockwiseAdamW(torch.optim.Optimizer):
 
 
 def _sharded_as(p: Tensor, local: Tensor, shape: torch.Size) -> Tensor:
-    """Say that `local` is this rank's part of a tensor that is sharded by rows as `p` is.
+    """Build the DTensor of `shape`, sharded by rows as `p` is, whose local shard is `local`.
 
-    `DTensor.from_local` would move what is on the CPU beside a GPU.
+    `DTensor.from_local` is not used because it would move offloaded shards from the CPU to the GPU.
     """
     if not isinstance(p, DTensor):
         return local

@@ -15,9 +15,9 @@ from .gathered_adafactor import GatheredAdafactor
 
 
 def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Make the optimizer over all parameters that are trained; matrices decay, vectors (norms, biases) do not.
+    """Build the optimizer of all trainable parameters; matrices have weight decay, vectors (norms, biases) do not.
 
-    RMSprop is the DPO paper's (2305.18290, appendix B).
+    RMSprop is the optimizer of the DPO paper (2305.18290, appendix B).
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -38,11 +38,11 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Compute the factor on the learning rate for 0-based `step`: linear warm-up, then the decay.
+    """Compute the factor of the learning rate at the 0-based `step`: linear warm-up, then decay.
 
-    As in transformers' schedules (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules), the first step
-    of a warm-up has rate 0; cosine, linear and wsd end just above 0, and inverse_sqrt falls with the square root of the step
-    over the warm-up's length (10,000 steps without a warm-up).
+    As in transformers' schedules (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules), the first
+    step of a warm-up has rate 0; cosine, linear and wsd end just above 0, and inverse_sqrt falls with the square root
+    of the step over the warm-up's length (10,000 steps without a warm-up).
     """
     warmup_steps = (
         config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_fraction * total_steps)
@@ -66,7 +66,7 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Set the rate of `step` and return it. A pure function of the step: nothing to save, nothing to restore."""
+    """Set the learning rate of `step` and return it. It depends on the step alone, so checkpoints need not store it."""
     rate = config.learning_rate * learning_rate_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,7 +1,8 @@
-"""Adafactor over sharded weights: torch's own, on one whole parameter at a time.
+"""Adafactor for sharded weights: torch's implementation, applied to one full parameter at a time.
 
-Its means over rows and columns need all of a matrix, and torch's knows plain tensors alone. Each parameter is gathered for its
-update, so a rank needs room for the largest one three times; the state is a row and a column a matrix, the same on all ranks.
+Its means over rows and columns need the full matrix, and torch's implementation supports plain tensors only. Each
+parameter is gathered for its update, so a rank needs memory for three copies of the largest one. The state of a matrix
+is one row and one column, the same on all ranks.
 Source: Shazeer & Stern 2018 (1804.04235); https://docs.pytorch.org/docs/2.13/generated/torch.optim.Adafactor.html
 """
 
@@ -18,14 +19,14 @@ from dpo_ray.train.dtensor import gathered
 
 
 class GatheredAdafactor(torch.optim.Optimizer):
-    """Adafactor with relative steps: a parameter moves by the learning rate times its own size."""
+    """Adafactor with relative steps: the size of an update is the learning rate times the size of the parameter."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         super().__init__(groups, {"lr": config.learning_rate})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update all parameters that have a gradient; collective."""
+        """Update all parameters that have a gradient. Collective."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -35,15 +36,15 @@ class GatheredAdafactor(torch.optim.Optimizer):
                 library = torch.optim.Adafactor(
                     [whole], lr=group["lr"], weight_decay=group["weight_decay"], foreach=False
                 )
-                library.state[whole] = self.state[p]  # which it fills at the first step
+                library.state[whole] = self.state[p]  # filled by the first step
                 library.step()
                 _take(p, whole)
 
 
 def _take(p: Tensor, whole: Tensor) -> None:
-    """Put this rank's part of a whole parameter, the same on all ranks, in its place."""
+    """Copy this rank's shard of `whole`, which is the same on all ranks, into the parameter."""
     if isinstance(p, DTensor):
-        part = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # without sending anything
+        part = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # None: without communication
         p.to_local().copy_(part.to_local())
     else:
         p.copy_(whole)

@@ -1,4 +1,4 @@
-"""The optimizer's moments in whole: what a training hands to the next one, which may have another number of ranks."""
+"""The optimizer state in full (unsharded): one training passes it to the next, which may have other ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 SCATTERED = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, ignore_frozen_params=True)
-SEPARATOR = "//"  # no name of a parameter holds it
+SEPARATOR = "//"  # does not occur in parameter names
 
 
 def gather_moments(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Gather the state of every parameter, as `PARAMETER//STATE`, on rank 0; empty elsewhere; collective."""
+    """Gather the state of every parameter, as `PARAMETER//STATE`, on rank 0; others get an empty dict. Collective."""
     state: Any = get_optimizer_state_dict(policy, optimizer, options=GATHERED).get("state", {})
     return {
         f"{name}{SEPARATOR}{kind}": torch.as_tensor(value).contiguous()
@@ -28,10 +28,10 @@ def gather_moments(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def scatter_moments(policy: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Give the optimizer, which has not stepped, moments as `gather_moments` made them; collective.
+    """Load the result of `gather_moments` into an optimizer that has not stepped yet. Collective.
 
     Args:
-        moments: on rank 0; other ranks' are not looked at.
+        moments: read on rank 0 only.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for name, value in moments.items():

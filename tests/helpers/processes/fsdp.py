@@ -12,11 +12,11 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.models.sharding import shard
 from dpo_ray.train.checkpoint.checkpoint import Checkpoints
 from dpo_ray.train.export import gather_policy
-from dpo_ray.train.loop import Plan, train
+from dpo_ray.train.loop import Extent, train
 from dpo_ray.train.optimizers.build import build_optimizer
 from tests.helpers.training import GROUPS_PER_STEP, STEPS, heldout_sets, make_config, make_policy, rank_steps
 
-PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
+PLAN = Extent(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
 CONFIG = make_config(checkpoint_every_steps=4, eval_every_steps=3)
 
 

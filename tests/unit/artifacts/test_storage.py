@@ -157,7 +157,7 @@ def test_a_missing_bucket_and_missing_credentials_say_what_to_do(s3_server: S3Se
     for act in (absent.check_writable, lambda: absent.write("f", b"")):
         with pytest.raises(InfrastructureError) as caught:
             act()
-        assert "make the bucket" in caught.value.fix
+        assert "create the bucket" in caught.value.fix
     assert absent.list_files() == []
     assert not absent.exists("f")
 
@@ -185,7 +185,7 @@ def test_check_writable_says_who_may_not_write(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(ArtifactError, match="Permission denied") as caught:
         storage.check_writable()
-    assert "right" in caught.value.fix
+    assert "permission" in caught.value.fix
 
     def no_links(*_, **__):
         raise OSError(95, "Operation not supported")

@@ -117,14 +117,14 @@ def test_commit_refuses_what_was_not_written_as_listed(storage: Storage) -> None
     cases = {
         "missing": [entry, FileEntry(name="absent", path="absent", bytes=1, sha256="0" * 64)],
         "twice": [entry, entry],
-        "5 bytes where": [entry.model_copy(update={"bytes": 6})],
+        "5 bytes, but": [entry.model_copy(update={"bytes": 6})],
         "is not that of": [entry.model_copy(update={"path": "elsewhere/f"})],
-        "own": [entry, FileEntry(name="manifest.json", path="manifest.json", bytes=1, sha256="0" * 64)],
+        "reserved": [entry, FileEntry(name="manifest.json", path="manifest.json", bytes=1, sha256="0" * 64)],
     }
     for message, entries in cases.items():
         with pytest.raises(ArtifactError, match=message):
             commit(staging, entries)
-    with pytest.raises(ArtifactError, match="JSON cannot"):
+    with pytest.raises(ArtifactError, match="JSON cannot represent"):
         commit(staging, [entry], figures={"margin": float("nan")})
     commit(staging, [entry]).verify()
 
@@ -285,7 +285,7 @@ def test_an_artifact_below_another_name_is_refused(disk: Storage) -> None:
     staging = ArtifactStore(disk).begin("tokens", "k1", "run")
     commit(staging, [staging.write("f", b"data")])
     os.symlink(disk.local_path("tokens-k1"), disk.local_path() / "tokens-k2")
-    with pytest.raises(ArtifactError, match="is that of tokens-k1"):
+    with pytest.raises(ArtifactError, match="belongs to tokens-k1"):
         ArtifactStore(disk).find("tokens", "k2")
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from benchmarks import scale_data
-from benchmarks.scale_checkpoints import LLAMA_7B, Checkpoint, Measured, committing, metadata_writing, planning
-from benchmarks.scale_data import Plane
-from benchmarks.scale_failures import Training, daly_interval, mtbf_seconds, young_interval
-from benchmarks.scale_indexes import indexing, selecting
-from benchmarks.scale_schedule import dealing, ordering, token_table
-from benchmarks.scale_steps import HH, ULTRAFEEDBACK, Case, Lengths, dealt, measure, replay
+from benchmarks.scale import data as scale_data
+from benchmarks.scale.checkpoints import LLAMA_7B, Checkpoint, Measured, committing, metadata_writing, planning
+from benchmarks.scale.data import Plane
+from benchmarks.scale.failures import Training, daly_interval, mtbf_seconds, young_interval
+from benchmarks.scale.indexes import indexing, selecting
+from benchmarks.scale.schedule import dealing, ordering, token_table
+from benchmarks.scale.steps import HH, ULTRAFEEDBACK, Case, Lengths, dealt, measure, replay
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.groups import Group
-from dpo_ray.models import shared_prefix
+from dpo_ray.models.attention import IMPLEMENTATION, shared_prefix_attention, varlen
 from dpo_ray.models.load import as_policy
 from dpo_ray.models.lora import add_lora
 from dpo_ray.models.packed_rows import PackedRows, packed_rows
@@ -120,10 +120,10 @@ def _with_cuda_attention() -> Iterator[None]:
         module: Any, query: Any, key: Any, value: Any, mask: Any, segments: Any, scaling: Any = None,
         sliding_window: Any = None, **_: Any,
     ) -> Any:  # fmt: skip
-        return shared_prefix.varlen(query, key, value, segments, scaling, sliding_window), None
+        return varlen(query, key, value, segments, scaling, sliding_window), None
 
-    AttentionInterface.register(shared_prefix.IMPLEMENTATION, attention)
+    AttentionInterface.register(IMPLEMENTATION, attention)
     try:
         yield
     finally:
-        AttentionInterface.register(shared_prefix.IMPLEMENTATION, shared_prefix.shared_prefix_attention)
+        AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)

@@ -31,7 +31,7 @@ from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.models.load import model_directory
 from dpo_ray.report.data_page import (
     DataPage,
-    Piece,
+    TextPiece,
     bias_by_source_words,
     bias_words,
     label_words,
@@ -124,7 +124,7 @@ def test_samples_are_spread_over_sources_and_decode_to_what_is_trained_on(tokens
     assert first.note == "chosen better with probability 0.67"
     chosen, rejected = first.completions
     assert (chosen.label, rejected.label) == ("chosen", "rejected")
-    assert chosen.pieces[-1] == Piece(tokenizer.eos_token, special=True)
+    assert chosen.pieces[-1] == TextPiece(tokenizer.eos_token, special=True)
     assert chosen.ended
     assert "".join(p.text for p in rejected.pieces[:-1]).strip() == "bad"
     assert sum(p.tokens for p in chosen.pieces) == chosen.tokens
@@ -244,7 +244,7 @@ def test_harmless_text_is_left_as_it_is() -> None:
 def test_an_empty_account_is_printed_and_written() -> None:
     assert "what went in" in printed(DataPage())
     page = Page(render_data_page(DataPage(), name="x", created=CREATED, what="y"))
-    assert "no account of rows" in page.words()
+    assert "rows were not counted" in page.words()
 
 
 def test_json_holds_what_the_page_shows() -> None:
@@ -287,7 +287,7 @@ def test_the_page_answers_what_it_is_asked() -> None:
 
 
 def test_tokens_are_marked_one_by_one_and_escaped() -> None:
-    spans = token_spans([Piece("<b>"), Piece("a\nb"), Piece("</s>", special=True)])
+    spans = token_spans([TextPiece("<b>"), TextPiece("a\nb"), TextPiece("</s>", special=True)])
     assert str(spans) == (
         '<span>&lt;b&gt;</span><span>a<i class="break">⏎</i>\nb</span><span class="special">&lt;/s&gt;</span>'
     )
@@ -298,7 +298,7 @@ def test_tokens_are_marked_one_by_one_and_escaped() -> None:
     [
         ([(5, 20, 10)] * 500, "r = +1.000: a strong bias towards longer completions; a policy can win"),
         ([(5, 10, 20)] * 500, "10.0 tokens shorter (10.0 against 20.0)"),
-        ([(5, 20, 10), (5, 10, 20)] * 200, "r = +0.000: no bias that could be told from chance"),
+        ([(5, 20, 10), (5, 10, 20)] * 200, "r = +0.000: no bias that can be distinguished from chance"),
         ([(5, 20, 10), (5, 10, 20)] * 1000 + [(5, 20, 10)] * 160, "a slight bias towards longer completions."),
         ([(5, 9, 9)] * 4, "cannot be correlated"),
         ([], "no pairs"),
@@ -313,7 +313,7 @@ def test_opposite_biases_of_two_sources_are_not_hidden_by_the_whole() -> None:
         return measured_of("train", "", measure(pairs([(5, chosen, rejected)] * 9))).summary["length_bias"]
 
     assert bias_by_source_words([("a", bias(20, 10)), ("b", bias(10, 20))]) == (
-        "By source: a +1.000, b \N{MINUS SIGN}1.000; opposite biases, which the whole hides."
+        "By source: a +1.000, b \N{MINUS SIGN}1.000; opposite biases, which cancel out in the total."
     )
     assert bias_by_source_words([("a", bias(20, 10)), ("b", bias(30, 10))]).endswith("b +1.000.")
     assert bias_by_source_words([("a", bias(20, 10)), ("b", None), ("c", bias(10, 10))]) == ""

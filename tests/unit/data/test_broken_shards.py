@@ -128,7 +128,7 @@ def test_sound_shards_beside_bad_ones_are_whole(tmp_path: Path, prepare):
 
 def test_data_set_that_names_a_file_outside_of_itself_is_refused(tmp_path: Path):
     write_escaping_data_set(tmp_path)
-    with pytest.raises(ConfigError, match=r"outside of the data set: '\.\./secret\.arrow'"):
+    with pytest.raises(ConfigError, match=r"outside the data set: '\.\./secret\.arrow'"):
         shards_of(tmp_path / "saved")
 
 

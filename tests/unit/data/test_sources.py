@@ -154,7 +154,7 @@ def test_what_matches_nothing_is_a_config_error(tmp_path: Path, path: str):
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows.jsonl.xz", "rows.parquet.gz", "rows"])
 def test_unknown_suffix_is_a_config_error(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ConfigError, match="not a kind of file"):
+    with pytest.raises(ConfigError, match="kind of file is not known"):
         shards_of(str(tmp_path / name))
 
 

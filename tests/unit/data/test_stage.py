@@ -100,7 +100,7 @@ def test_unsound_rows_over_the_limit_stop_and_rules_do_not_count(prepare, jsonl)
     with pytest.raises(DataError) as caught:
         check_quarantined(tokens, 0.05)
     assert caught.value.where == "data.train"
-    assert "3 of 52 rows (5.8%) are unsound, over the 5.0% that are allowed: 2 IDENTICAL_PAIR" in caught.value.what
+    assert "3 of 52 rows (5.8%) are unsound, more than the allowed 5.0%: 2 IDENTICAL_PAIR" in caught.value.what
     check_quarantined(tokens, 3 / 52)
     with pytest.raises(DataError, match=r"data\.eval\.one: 1 of 2 rows"):
         check_quarantined(

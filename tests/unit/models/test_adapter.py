@@ -186,7 +186,7 @@ def test_more_than_lora_that_peft_wrote_is_refused(
     """The configuration says it; without what it says there, the weights do."""
     place = write_adapter(family("phi"), tmp_path / "adapter", target_modules=ATTENTION, r=2, **form)
     assert "more than LoRA of linear layers" in refusal(place)
-    assert "none of LoRA of a linear layer" in refusal(
+    assert "not part of LoRA of a linear layer" in refusal(
         rewrite(place, use_dora=False, modules_to_save=None, bias="none")
     )
 
@@ -194,7 +194,7 @@ def test_more_than_lora_that_peft_wrote_is_refused(
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_head_and_embeddings_are_refused(target: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     place = write_adapter(family("llama"), tmp_path / "adapter", target_modules=[target], r=2)
-    assert "none of LoRA of a linear layer (embeddings" in refusal(place)
+    assert "not part of LoRA of a linear layer (embeddings" in refusal(place)
 
 
 def test_a_head_that_is_adapted_like_any_layer_is_refused(copy: Path, family: Callable[[str], Path]) -> None:
@@ -224,11 +224,12 @@ def test_broken_files_are_refused(copy: Path) -> None:
 
 def test_an_adapter_of_another_model_is_refused(adapter: Path, copy: Path, family: Callable[[str], Path]) -> None:
     assert "no module `model.layers.0.self_attn.q_proj`" in refusal(adapter, family("phi3"))
-    assert "features, and the model's is" in refusal(adapter, family("qwen3"))
-    with pytest.raises(ConfigError, match="features, and the model's is"):  # also where only loading sees the model
+    assert "features, but the model's layer has" in refusal(adapter, family("qwen3"))
+    # This is also found if only loading sees the model.
+    with pytest.raises(ConfigError, match="features, but the model's layer has"):
         load_policy(family("qwen3"), torch.float32, 16, adapter)
     reweigh(copy, lambda w: {n.replace("self_attn.q_proj", "input_layernorm"): t for n, t in w.items()})
-    assert "no linear layer" in refusal(copy, family("llama"))
+    assert "not a linear layer" in refusal(copy, family("llama"))
 
 
 def test_an_adapter_is_no_model(adapter: Path, family: Callable[[str], Path], tmp_path: Path) -> None:
@@ -236,5 +237,5 @@ def test_an_adapter_is_no_model(adapter: Path, family: Callable[[str], Path], tm
     both = Path(shutil.copytree(family("llama"), tmp_path / "both"))
     shutil.copyfile(adapter / CONFIG, both / CONFIG)
     for place in (adapter, both):
-        with pytest.raises(ConfigError, match=r"model.path=.*there is an adapter in it"):
+        with pytest.raises(ConfigError, match=r"model.path=.*the model directory contains an adapter"):
             model_directory(ModelConfig(path=str(place)))

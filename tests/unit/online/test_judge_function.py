@@ -105,9 +105,9 @@ def test_none_abstains_and_arrays_count(tmp_path: Path) -> None:
     ("name", "said"),
     [
         ("too_few", "returned 1 scores for 3 completions"),
-        ("nan", "gave the score nan to the completion 'a'"),
-        ("text", "gave the score 'good'"),
-        ("one_number", "returned no list of scores but float"),
+        ("nan", "returned the score nan for the completion 'a'"),
+        ("text", "returned the score 'good'"),
+        ("one_number", "returned float instead of a list of scores"),
         ("raises", "raised KeyError: 'no such prompt'"),
     ],
 )
@@ -129,7 +129,7 @@ def test_what_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         judged(tmp_path, "NOT_CALLABLE", [])
     (tmp_path / "broken_judge.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="mend the module"):
+    with pytest.raises(ConfigError, match="fix the module"):
         judged(tmp_path, "broken_judge.scores", [])
 
 

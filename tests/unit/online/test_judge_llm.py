@@ -172,7 +172,7 @@ def test_an_answer_that_stays_unusable_abstains_and_is_paid_for(tmp_path: Path) 
         (Reply(status=429, body="busy"), "HTTP 429"),
         (Reply(status=502, body="gone"), "HTTP 502"),
         (Reply(drop=True), "RemoteProtocolError"),
-        (Reply(body="<html>a login page</html>"), "no chat completion"),
+        (Reply(body="<html>a login page</html>"), "not a chat completion"),
         (Reply("{}", after_seconds=1.0), "no answer within 0.3 s"),
     ],
 )
@@ -310,7 +310,7 @@ def test_a_limit_needs_prices_and_an_endpoint_that_counts(tmp_path: Path) -> Non
         with pytest.raises(ValueError, match="usd_per_million"):
             config(endpoint, max_usd=1.0)
         judge = config(endpoint, mode="score", max_usd=1.0, usd_per_million_input_tokens=1.0)
-        with pytest.raises(JudgeError, match="max_usd cannot be held"):
+        with pytest.raises(JudgeError, match="max_usd cannot be enforced"):
             asked(tmp_path, judge, [ABC])
         (verdict,), usage = asked(tmp_path, config(endpoint, mode="score"), [ABC])
         assert (verdict.scores, usage.calls, usage.input_tokens) == ((3.0, 3.0, 3.0), 3, 0)

@@ -99,7 +99,7 @@ def test_a_pattern_that_runs_away_abstains_in_time(tmp_path: Path) -> None:
 
 
 def test_a_wrong_extract_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a regular expression"):
         verdict(tmp_path, "x", "x", check="exact", extract="(")
     with pytest.raises(ConfigError, match="has 2 groups"):
         verdict(tmp_path, "x", "x", check="exact", extract="(a)(b)")

@@ -79,7 +79,7 @@ def test_a_hole_is_named_with_what_to_do() -> None:
         "round 3: a skipped state: `reference` is committed, but `pair` before it is not"
     )
     assert (
-        "put the artifact of `pair` back; or delete that of `reference` and `schedule` and `train`" in caught.value.fix
+        "restore the artifact of `pair`; or delete that of `reference` and `schedule` and `train`" in caught.value.fix
     )
 
 
@@ -95,11 +95,11 @@ def test_no_round_begins_before_the_last_is_decided() -> None:
 
 def test_what_ends_the_rounds() -> None:
     rounds = [decided(1, True), decided(2, False)]
-    assert next_action(rounds, 2) == Done(2, "all of online.rounds=2 are run")
+    assert next_action(rounds, 2) == Done(2, "all online.rounds=2 rounds have run")
     assert next_action(rounds, 3) == Run(3, "sample")  # `rounds` was raised
     assert next_action(rounds, 3, "enough") == Done(2, "enough")
     assert next_action([*rounds, with_stages("sample", 3)], 3, "enough") == Done(2, "enough")
-    assert next_action(rounds, 1) == Done(2, "all of online.rounds=1 are run")
+    assert next_action(rounds, 1) == Done(2, "all online.rounds=1 rounds have run")
 
 
 def test_a_rejected_round_keeps_the_old_policy() -> None:

@@ -90,7 +90,7 @@ def test_figures_of_the_rounds_are_shown(html: str) -> None:
         "The rounds go on: round 8 is judged.",
         "6 of 7",
         "1 rejected, 1 not decided",
-        "2,716119 prompts gave none",  # 7 × 400 − 3 × 28 pairs; 7 × 13 + 28 dropped
+        "2,716119 prompts without a pair",  # 7 × 400 − 3 × 28 pairs; 7 × 13 + 28 dropped
         "4,992 judge calls, $0.44",  # 7 × 640 + 512; 7 × 0.0625 + 0.004
         "56.0 % (49.0–62.0)",
         "42.0 % (35.0–48.0)",
@@ -122,7 +122,7 @@ def test_the_win_rate_stands_in_where_no_true_reward_is_known() -> None:
     assert "Initial policy: KL 0, win rate 0.5." in words
     assert "rue reward" not in words
     assert "Bars are confidence intervals. Dotted: neither policy is better." in words
-    assert "The rounds have ended: plain: all of online.rounds=3 are run." in words
+    assert "The rounds have ended: plain: all online.rounds=3 rounds have run." in words
 
 
 def test_a_round_that_is_evaluated_but_not_decided_is_marked_so() -> None:

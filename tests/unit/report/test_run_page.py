@@ -415,8 +415,8 @@ def test_the_best_step_is_marked_where_held_out_data_is_drawn() -> None:
     [
         (TrainConfig(), ["library_name: transformers", "The reference model is the base model."], ["LoRA"]),
         (TrainConfig(objective=OrpoObjective()), ["needs no reference"], ["The reference model is"]),
-        (TrainConfig(lora=LoraConfig(rank=8)), ["library_name: peft", "rank 8", "with PEFT"], ["added to its weights"]),
-        (TrainConfig(lora=LoraConfig(merge=True)), ["library_name: transformers", "added to its weights"], ["PEFT"]),
+        (TrainConfig(lora=LoraConfig(rank=8)), ["library_name: peft", "rank 8", "with PEFT"], ["merged into"]),
+        (TrainConfig(lora=LoraConfig(merge=True)), ["library_name: transformers", "merged into"], ["PEFT"]),
     ],
 )
 def test_the_card_says_what_the_directory_holds(train: TrainConfig, said: list[str], not_said: list[str]) -> None:

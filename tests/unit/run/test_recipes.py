@@ -201,7 +201,7 @@ def test_a_model_is_made_once_and_always_the_same(monkeypatch: pytest.MonkeyPatc
 def test_a_model_of_no_known_family_is_refused_with_those_that_are_known() -> None:
     recipe = validate_recipe({"name": "r", "model": {"path": "lab/secret"}, "data": {"train": "synthetic"}})
     assert is_hub_name(recipe.model.path)
-    with pytest.raises(ConfigError, match="its name tells no family") as refused:
+    with pytest.raises(ConfigError, match="its name shows no family") as refused:
         tiny_recipe(recipe)
     assert "llama, mistral, qwen2" in str(refused.value)
 

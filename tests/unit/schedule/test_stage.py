@@ -143,7 +143,7 @@ def test_a_completion_of_another_prompt_does_not_count_towards_what_an_objective
     single, pair, unjudged = row(1, 1, ()), row(2), row(3, 2, ())
     kto, ranked = KtoObjective(), ListwiseObjective()
     stage.check_usable(tokens_of(tmp_path / "kto", train=[[with_another(single), with_another(pair), single]]), kto)
-    with pytest.raises(DataError, match="1 of 2 groups hold no completion with a label"):
+    with pytest.raises(DataError, match="1 of 2 groups have no completion with a label"):
         stage.check_usable(tokens_of(tmp_path / "no", train=[[with_another(unjudged), with_another(pair)]]), kto)
     with pytest.raises(DataError, match="no two completions of different scores"):
         stage.check_usable(tokens_of(tmp_path / "list", train=[[with_another(single)]]), ranked)

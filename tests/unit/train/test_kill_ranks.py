@@ -18,7 +18,7 @@ from dpo_ray.models.sharding import shard
 from dpo_ray.schedule.files import RankStep
 from dpo_ray.train.checkpoint.checkpoint import Checkpoints
 from dpo_ray.train.export import gather_policy
-from dpo_ray.train.loop import Plan, train
+from dpo_ray.train.loop import Extent, train
 from dpo_ray.train.optimizers.build import build_optimizer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import GROUPS_PER_STEP, STEPS, make_config, make_policy, rank_steps
@@ -26,7 +26,7 @@ from tests.helpers.traps import POINTS, arm_trap, armed_traps, set_next_trap
 
 EVERY = 2  # steps from checkpoint to checkpoint
 CONFIG = make_config(checkpoint_every_steps=EVERY)
-PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
+PLAN = Extent(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
 
 
 def train_rank(rank: int, world: int, root: Path, attempt: str, steps: list[list[RankStep]]) -> None:

@@ -18,7 +18,7 @@ from dpo_ray.errors import StoppedError, TrainError
 from dpo_ray.train.checkpoint.checkpoint import Checkpoints, Progress
 from dpo_ray.train.checkpoint.manifest import committed_steps
 from dpo_ray.train.evaluation import HELDOUT, evaluate, heldout_sums
-from dpo_ray.train.loop import Plan, Wish, has_ended, judged, no_wish, train
+from dpo_ray.train.loop import Extent, Wish, has_ended, judged, no_wish, train
 from dpo_ray.train.optimizers.build import build_optimizer, learning_rate_factor
 from tests.helpers.training import (
     GROUPS_PER_STEP,
@@ -31,7 +31,7 @@ from tests.helpers.training import (
     weights_of,
 )
 
-PLAN = Plan(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
+PLAN = Extent(total_steps=STEPS, groups=STEPS * GROUPS_PER_STEP, device=torch.device("cpu"))
 CLOCK = ("seconds_per_step", "tokens_per_second", "data_wait_seconds", "memory_gib", "tflops")
 CONFIG = make_config(checkpoint_every_steps=3, eval_every_steps=2)
 
@@ -197,7 +197,7 @@ def test_the_first_of_the_best_evaluations_is_best() -> None:
 def test_a_metric_that_is_not_measured_is_named_with_those_that_are() -> None:
     with pytest.raises(TrainError, match="eval_los'") as refused:
         judged(Progress(1), {"eval_loss": 1.0, "eval_kl": 0.1}, BestConfig(metric="eval_los"))
-    assert refused.value.fix == "name one of eval_kl, eval_loss"
+    assert refused.value.fix == "use one of eval_kl, eval_loss"
 
 
 def test_training_ends_early_at_the_same_step_however_often_it_is_interrupted(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.frontier_policy import PROMPTS, aligned, exact, make_reference, make_reward, token_table
-from benchmarks.frontier_world import World
+from benchmarks.frontier.policy import PROMPTS, aligned, exact, make_reference, make_reward, token_table
+from benchmarks.frontier.world import World
 
 BETA, PAIRS, EPOCHS = 0.3, 20_000, 10
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.frontier_policy import aligned, exact, make_reward, policy_of, token_table
-from benchmarks.frontier_world import World
+from benchmarks.frontier.policy import aligned, exact, make_reward, policy_of, token_table
+from benchmarks.frontier.world import World
 
 PROBABILITY = [[0.4, 0.3, 0.15, 0.1, 0.05], [0.05, 0.05, 0.2, 0.3, 0.4]]
 REWARD = [[0.0, 2.0, -1.0, 2.0, 3.0], [1.0, 1.0, 1.0, -2.0, 0.5]]  # with equals, also at the top
