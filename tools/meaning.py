@@ -38,7 +38,9 @@ def collect(target: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
 
     def output(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
         return done.stdout
 
     app = "dpo_ray.cli.app" if Path("dpo_ray/cli").is_dir() else "dpo_ray.cli"
@@ -49,13 +51,17 @@ def collect(target: Path) -> None:
     for recipe in RECIPES:
         with tempfile.TemporaryDirectory(prefix="meaning-") as place:
             output("-m", "dpo_ray", "run", recipe, f"output={place}")
-            meaning[recipe] = {name: value for path in Path(place).rglob("manifest.json") for name, value in [_artifact(path)]}
+            meaning[recipe] = {
+                name: value for path in Path(place).rglob("manifest.json") for name, value in [_artifact(path)]
+            }
     target.write_text(json.dumps(meaning, indent=1, sort_keys=True))
 
 
 def _without_descriptions(schema: Any) -> Any:
     if isinstance(schema, dict):
-        return {k: _without_descriptions(v) for k, v in schema.items() if not (k == "description" and isinstance(v, str))}
+        return {
+            k: _without_descriptions(v) for k, v in schema.items() if not (k == "description" and isinstance(v, str))
+        }
     return [_without_descriptions(v) for v in schema] if isinstance(schema, list) else schema
 
 
@@ -77,7 +83,9 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         return [d for k in sorted({*before, *after}) for d in differences(before.get(k), after.get(k), f"{path}/{k}")]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in differences(b, a, f"{path}[{i}]")]
+        return [
+            d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in differences(b, a, f"{path}[{i}]")
+        ]
     return [] if before == after else [f"{path}: {str(before)[:100]} -> {str(after)[:100]}"]
 
 

@@ -5,7 +5,7 @@
     python -m benchmarks.prepare --measure speed --count 2000 --rounds 1          # a quick look
 
 Both sides read the same JSON Lines files with the same tokenizer and chat template, each run in a fresh process with an
-empty cache, in turns, on the same cores. `prepare_trl.py` and `prepare_dpo_ray.py` say what exactly is timed.
+empty cache, in turns, on the same cores. `trl_side.py` and `dpo_ray_side.py` say what exactly is timed.
 """
 
 from __future__ import annotations

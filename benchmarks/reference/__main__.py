@@ -5,7 +5,7 @@
     python -m benchmarks.reference --pairs-per-turn 64 --turns 2                    # a quick look
 
 All sides score the same token ids with the same weights in float32 on the same cores, in turns of some pairs each, one right
-after the other; `reference_pool.py`, `reference_engine.py` and `reference_trl.py` say what exactly is timed.
+after the other; `pool_side.py`, `engine_side.py` and `trl_side.py` say what exactly is timed.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     python -m benchmarks.train --gpu --device cpu --shape tiny      # the same code, tiny
 
 Without --end-to-end and --gpu, sides take turns for some rounds, each turn in a fresh process on the same cores;
-`train_dpo_ray.py` and `train_trl.py` say what exactly is timed.
+`dpo_ray_side.py` and `trl_side.py` say what exactly is timed.
 """
 
 from __future__ import annotations

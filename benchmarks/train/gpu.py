@@ -1,8 +1,8 @@
 """Llama shapes with random weights on one device, in bf16: tokens/s and MFU of dpo_ray's step, and of TRL's where it is.
 
 Everything is in this process, one side after the other, on the same weights and rows. It imports torch, transformers, numpy
-and pydantic alone (and TRL, if that is installed): neither Ray, vLLM nor pyarrow. What is timed is what `train_dpo_ray.py`
-and `train_trl.py` say; master weights are bf16 on both sides.
+and pydantic alone (and TRL, if that is installed): neither Ray, vLLM nor pyarrow. What is timed is what `dpo_ray_side.py`
+and `trl_side.py` say; master weights are bf16 on both sides.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Lengths(NamedTuple):
 def made_rows(lengths: Lengths, count: int, vocabulary: int, longest: int, seed: int = 0) -> list[PairRow]:
     """Draw pairs of random tokens whose parts have such lengths; no pair is longer than `longest` in either completion.
 
-    The reference's log-probs are 0 until `train_dpo_ray.add_reference` fills them in.
+    The reference's log-probs are 0 until `dpo_ray_side.add_reference` fills them in.
     """
     rng = np.random.default_rng(seed)
     rows = []

@@ -12,7 +12,7 @@ from .disk import make_dirs, sync_dir
 
 
 class Journal:
-    """The writer of a journal. Each line ends with a newline; a crash may leave text after the last one: it is cut off."""
+    """The writer of a journal. Each line ends with a newline; text that a crash left after the last one is cut off."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file. Raises ArtifactError if that fails."""

@@ -25,7 +25,7 @@ class Provenance:
     def commit(
         self, staging: Staging, files: Iterable[FileEntry], *, rows: dict[str, int], figures: dict[str, Any]
     ) -> Artifact:
-        """Commit a staging place with this provenance."""
+        """Commit a staged artifact with this provenance."""
         return staging.commit(
             files,
             stage_version=self.stage_version,

@@ -1,1 +1,1 @@
-"""The planner: does a recipe fit on a cluster, how long does it take, and what would change that."""
+"""The capacity planner: whether a recipe fits on a cluster, how long it takes, and which changes would help."""

@@ -1,6 +1,6 @@
-"""What the forward pass keeps for the backward pass: the bytes that autograd saves, operation by operation.
+"""The activations that the forward pass keeps for the backward pass: the bytes that autograd saves, for each operation.
 
-Everything here follows from the operations of transformers' decoders as this project runs them; `docs/capacity.md` lists them
+The counts follow from the operations of transformers' decoders as this project runs them. `docs/capacity.md` lists them
 with what each saves, and the tests compare the sums with what PyTorch's memory tracker counts.
 """
 
@@ -13,46 +13,48 @@ from dpo_ray.config.train import LoraConfig
 from .model_sizes import ModelSizes
 
 FLOAT32_BYTES = 4
-MASK_BYTES = 1  # of dropout
+MASK_BYTES = 1  # per element of a dropout mask
 
 
 @dataclass(frozen=True)
 class Rows:
     """The tokens of one forward pass of one rank."""
 
-    tokens: int  # that go through the blocks
-    keys: int  # that attention gathers: a prompt's once for each completion
+    tokens: int  # tokens that go through the blocks
+    keys: int  # keys that attention gathers: those of a prompt once for each completion
     scored: int  # completion tokens, which go through the head
 
     @classmethod
     def of(cls, tokens: int, prompt_share: float, completions: float, layout: str) -> Rows:
-        """Estimate a micro-batch of whole groups, of whose tokens `prompt_share` is the prompt's."""
+        """Estimate a micro-batch of whole groups; `prompt_share` is the share of prompt tokens among its tokens."""
         prompts = tokens * prompt_share
         scored = tokens - prompts
-        if layout != "shared":  # a prompt stands before each completion, and keys are taken as they stand
+        if layout != "shared":  # each completion has its own copy of the prompt, and keys are not gathered
             return cls(round(prompts * completions + scored), round(prompts * completions + scored), round(scored))
         return cls(tokens, round(tokens + prompts * completions), round(scored))
 
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """Bytes of one block, for one micro-batch."""
+    """The bytes of one block for one micro-batch."""
 
     input: int
-    saved: int  # by autograd, without checkpointing
-    products: int  # results of matrix products and attention, which selective checkpointing keeps besides the input
-    products_also_saved: int  # of these, what autograd saves anyway
-    products_taken_early: (
-        int  # of these, what the recomputation has taken, and dropped, when the block's backward begins
+    saved: int  # saved by autograd without checkpointing
+    products: (
+        int  # results of matrix products and attention, which selective checkpointing keeps in addition to the input
     )
-    feed_forward_gradients: int  # beyond what is saved, at the widest moment of the backward pass
+    products_also_saved: int  # the part of `products` that autograd saves in any case
+    products_taken_early: (
+        int  # the part of `products` that recomputation has used and freed when the block's backward pass begins
+    )
+    feed_forward_gradients: int  # in addition to what is saved, at the peak of the backward pass
 
     def kept(self, checkpointing: str) -> int:
-        """Return what is kept from the forward to the backward pass."""
+        """Return the bytes that are kept from the forward to the backward pass."""
         return {"none": self.saved, "selective": self.input + self.products, "full": self.input}[checkpointing]
 
     def recomputed(self, checkpointing: str) -> int:
-        """Return what the block's own backward pass holds besides what is kept."""
+        """Return the bytes that the block's own backward pass holds in addition to those that are kept."""
         match checkpointing:
             case "full":
                 return self.saved
@@ -65,10 +67,10 @@ class BlockActivations:
 def block_activations(
     sizes: ModelSizes, rows: Rows, value_bytes: int, lora: LoraConfig | None = None
 ) -> BlockActivations:
-    """Count a block's activations.
+    """Compute the activations of a block.
 
     Args:
-        value_bytes: of one number in the forward pass: 2 in bfloat16, 4 in float32.
+        value_bytes: The bytes of one number in the forward pass: 2 in bfloat16, 4 in float32.
     """
     v, tokens = value_bytes, rows.tokens
     hidden, queries, keys = sizes.hidden * tokens, sizes.query_width * tokens, sizes.kv_width * tokens
@@ -78,10 +80,12 @@ def block_activations(
     statistics = FLOAT32_BYTES * sizes.heads * tokens
     saved += v * (2 * queries + 2 * sizes.kv_width * rows.keys) + statistics
     if v == FLOAT32_BYTES:
-        saved += v * queries  # without the kernel of half precision, segments' results are joined: held once more
-    # Feed-forward: down(act(gate) * up). Saved are gate, act(gate), up, and their product.
+        saved += (
+            v * queries
+        )  # without the half-precision kernel the results of segments are concatenated, which is a second copy
+    # Feed-forward: down(act(gate) * up). Autograd saves gate, act(gate), up, and their product.
     saved += v * 4 * wide
-    if sizes.experts:  # tokens are copied for each of their experts, and the results weighted
+    if sizes.experts:  # tokens are copied for each of their experts, and the results are weighted
         saved += v * 2 * hidden * sizes.experts_per_token
     products = v * (2 * queries + 2 * keys + hidden + 2 * wide + hidden * max(1, sizes.experts_per_token)) + statistics
     adapters, adapter_products = _adapters(sizes, tokens, v, lora)
@@ -91,27 +95,28 @@ def block_activations(
         products=products + adapter_products,
         products_also_saved=v * (queries + 2 * wide) + statistics,
         products_taken_early=v * (queries + 2 * keys + hidden),
-        # Gradients of product, act(gate) and up are there at once, when the product itself is not any more.
+        # The gradients of product, act(gate) and up exist at the same time, when the product itself has been freed.
         feed_forward_gradients=v * 2 * wide,
     )
 
 
 def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool) -> int:
-    """Count what RMS norms save: their input in float32, what it is scaled to (for the weight's gradient), the result.
+    """Count the bytes that RMS norms save: the input in float32, the normalised input (for the weight's gradient), the
+    result.
 
-    Gemma scales in float32. The result of a norm after attention or feed-forward (the third and fourth of a block) is only
-    added to the residual, and a head's turned by its position: neither is saved.
+    Gemma scales in float32. The result of a norm after attention or feed-forward (the third and fourth norm of a block)
+    is only added to the residual, and that of a norm of heads is rotated by its position (RoPE): neither is saved.
     """
     scaled = FLOAT32_BYTES if sizes.gemma_norms else v
-    one = FLOAT32_BYTES + (scaled if trained else 0)
-    return sizes.norms * one * hidden + 2 * v * hidden + (one * heads if sizes.head_norms else 0)
+    per_value = FLOAT32_BYTES + (scaled if trained else 0)
+    return sizes.norms * per_value * hidden + 2 * v * hidden + (per_value * heads if sizes.head_norms else 0)
 
 
 def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -> tuple[int, int]:
-    """Count what adapters save, and the results of their matrix products.
+    """Return the bytes that adapters save, and those of the results of their matrix products.
 
-    Of each adapted layer its low-rank result; with dropout also a copy of its input and the mask. That the layer's own input is
-    then not needed is not counted: a little more than there is.
+    Each adapted layer saves its low-rank result and, with dropout, a copy of its input and the mask. The layer's own
+    input is then not needed, which is not taken into account: the estimate is slightly too high.
     """
     if lora is None:
         return 0, 0
@@ -121,18 +126,18 @@ def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -
 
 
 def adapted(sizes: ModelSizes, lora: LoraConfig) -> list[tuple[int, int]]:
-    """List the linear layers of a block that get an adapter, [in, out]; experts' weights are no linear layers."""
+    """List the linear layers of a block that get an adapter, [in, out]; weights of experts are not linear layers."""
     named = sizes.linear_layers
     targets = list(named) if lora.target_modules == "all-linear" else [n for n in named if n in lora.target_modules]
     return [named[name] for name in targets]
 
 
 def between_blocks_bytes(sizes: ModelSizes, rows: Rows, value_bytes: int) -> int:
-    """Return what is kept outside the blocks until the backward pass is over: the cosines and sines of positions."""
+    """Return the bytes kept outside the blocks until the backward pass is over: the cosines and sines of positions."""
     return 2 * rows.tokens * sizes.head_dim * value_bytes
 
 
 def after_blocks_bytes(sizes: ModelSizes, rows: Rows, value_bytes: int) -> int:
-    """Return what the last norm and the head keep, without the logits: see `_norms`; the rows that are scored."""
+    """Return the bytes that the last norm (see `_norms`) and the head (the scored rows) keep, without the logits."""
     norm = (FLOAT32_BYTES + (FLOAT32_BYTES if sizes.gemma_norms else value_bytes)) * rows.tokens * sizes.hidden
     return norm + value_bytes * rows.scored * sizes.hidden

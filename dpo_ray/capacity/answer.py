@@ -1,7 +1,7 @@
-"""What a recipe needs of a cluster, before anything is spent on it: memory, time, storage, and what to change where it does not fit.
+"""The resources that a recipe needs on a cluster: memory, time, storage, and what to change if it does not fit.
 
-Everything is worked out from the recipe, the model's sizes and the GPU's data sheet; nothing is started. How, with every
-assumption and what was measured against it: docs/capacity.md.
+Everything is computed from the recipe, the sizes of the model and the data sheet of the GPU; nothing is started. The
+method, all assumptions and the measurements that they were compared with are in docs/capacity.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .workload import Workload, steps_of
 
 @dataclass(frozen=True)
 class StorageNeeds:
-    """Bytes on the shared storage, without compression."""
+    """The bytes on the shared storage, without compression."""
 
     tokens: float
     reference: float
@@ -35,7 +35,7 @@ class StorageNeeds:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The answer."""
+    """The result of planning a recipe on a cluster."""
 
     recipe: Recipe
     cluster: Cluster
@@ -44,11 +44,11 @@ class Capacity:
     workload: Workload
     steps: int
     training: Training
-    engine: EngineMemory | None  # None: no stage has one
-    problems: tuple[str, ...]  # why it does not fit; empty where it does
+    engine: EngineMemory | None  # None: no stage uses an engine
+    problems: tuple[str, ...]  # why it does not fit; empty if it fits
     remarks: tuple[str, ...]
     changes: tuple[Change, ...]
-    nearest: Cluster | None  # the fewest nodes of this shape that fit, where this one does not
+    nearest: Cluster | None  # the fewest nodes of this shape that fit, if this cluster does not
     stages: tuple[StageTime, ...]
     traffic: Traffic
     storage: StorageNeeds
@@ -59,7 +59,7 @@ class Capacity:
 
 
 def work_out(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Capacity:
-    """Work out what a recipe needs of a cluster of GPUs."""
+    """Compute what a recipe needs on a cluster of GPUs."""
     training = training_on(recipe, sizes, workload, cluster)
     engine = engine_on(recipe, sizes, cluster)
     problems = problems_of(recipe, sizes, cluster, training, engine)
@@ -130,11 +130,12 @@ def _stages(
 
 
 def _storage(recipe: Recipe, sizes: ModelSizes, workload: Workload, steps: int, trained: int) -> StorageNeeds:
-    """Count files before compression: 4 bytes a token id and a log-prob; a schedule has four numbers a token."""
+    """Compute the sizes of files before compression: 4 bytes per token id and log-prob; a schedule has four numbers per
+    token."""
     t, tokens = recipe.train, workload.groups * workload.group_tokens
     scored = workload.groups * workload.completions * workload.completion_tokens
     taken = steps * t.groups_per_step / workload.groups  # epochs
-    kept = t.keep_checkpoints + 1 + (t.best is not None)  # the one that is written is beside those that are kept
+    kept = t.keep_checkpoints + 1 + (t.best is not None)  # a new checkpoint is written before an old one is deleted
     state = (FLOAT32_BYTES + STATE_BYTES[t.optimizer.type]) * trained
     alone = t.lora is not None and not t.lora.merge
     return StorageNeeds(

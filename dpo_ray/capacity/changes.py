@@ -1,4 +1,4 @@
-"""What to change where a recipe does not fit, and the fewest nodes on which it does."""
+"""The changes that help if a recipe does not fit, and the fewest nodes on which it fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_NODES = 1024
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the recipe, and the memory of a rank with it alone."""
+    """A change of the recipe, and the memory of a rank with only this change."""
 
     overrides: str
     total_bytes: float
@@ -29,14 +29,14 @@ class Change:
 
 
 def changes_of(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Iterator[Change]:
-    """Yield changes in the order in which they are worth trying: first those that leave the result as it is."""
+    """Yield changes in the order in which to try them: first those that do not change the result of training."""
     t, now = recipe.train, training_on(recipe, sizes, workload, cluster)
     free = max(1, cluster.gpus - gpus_beside(recipe))
 
     def tried(overrides: str, remark: str = "", **sections: dict[str, Any]) -> Iterator[Change]:
         if (other := _overridden(recipe, **sections)) is not None:
-            found = training_on(other, sizes, workload, cluster)
-            yield Change(overrides, found.memory.peak.total, found.fits, remark)
+            training = training_on(other, sizes, workload, cluster)
+            yield Change(overrides, training.memory.peak.total, training.fits, remark)
 
     if t.activation_checkpointing != "full":
         yield from tried("train.activation_checkpointing=full", train={"activation_checkpointing": "full"})
@@ -53,24 +53,27 @@ def changes_of(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: C
     if not now.batches.is_single_for_sure:
         larger = now.batches.most_tokens
         yield from tried(
-            f"train.tokens_per_micro_batch={larger}", "one micro-batch a rank", train={"tokens_per_micro_batch": larger}
+            f"train.tokens_per_micro_batch={larger}",
+            "one micro-batch per rank",
+            train={"tokens_per_micro_batch": larger},
         )
         if t.groups_per_step > now.workers:
             yield from tried(
                 f"train.groups_per_step={now.workers}",
-                "one micro-batch a rank, and another batch: the learning rate may need a change",
+                "one micro-batch per rank, but a smaller batch: the learning rate may have to be changed",
                 train={"groups_per_step": now.workers},
             )
     if t.optimizer.type == "adamw":
         yield from tried("train.optimizer.type=adamw_8bit", optimizer={"type": "adamw_8bit"})
     if t.lora is None:
-        yield from tried("train.lora.rank=16", "an adapter is trained, not all weights", train={"lora": {"rank": 16}})
+        yield from tried("train.lora.rank=16", "trains an adapter instead of all weights", train={"lora": {"rank": 16}})
     if not t.sharding.cpu_offload and t.quantization is None:
         yield from tried("train.sharding.cpu_offload=true", "slow", sharding={"cpu_offload": True})
 
 
 def _overridden(recipe: Recipe, **sections: dict[str, Any]) -> Recipe | None:
-    """Replace values of `train`, and of `sharding` and `optimizer` in it; None where the recipe is then no valid one."""
+    """Return the recipe with values of `train`, `train.sharding` and `train.optimizer` replaced; None if it is then
+    invalid."""
     values = recipe.model_dump(mode="json")
     train = values["train"]
     train |= sections.get("train", {})
@@ -83,7 +86,7 @@ def _overridden(recipe: Recipe, **sections: dict[str, Any]) -> Recipe | None:
 
 
 def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Cluster | None:
-    """Find the fewest nodes of this shape on which the recipe fits, all of them training."""
+    """Return the fewest nodes of this shape on which the recipe fits, if it trains on all of them."""
 
     def fits(nodes: int) -> bool:
         other = replace(cluster, nodes=nodes)
@@ -102,6 +105,7 @@ def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, clu
 
 
 def _first(fits: Callable[[int], bool], cluster: Cluster) -> Cluster | None:
-    """Try one node after another up to 64, then doublings: memory does not fall evenly, as micro-batches are whole."""
-    tried = [*range(1, 65), *(2**i for i in range(7, MOST_NODES.bit_length()))]
-    return next((replace(cluster, nodes=n) for n in tried if fits(n)), None)
+    """Return the first cluster that fits, of 1 to 64 nodes, then powers of 2: memory does not fall evenly with the
+    nodes."""
+    counts = [*range(1, 65), *(2**i for i in range(7, MOST_NODES.bit_length()))]
+    return next((replace(cluster, nodes=n) for n in counts if fits(n)), None)

@@ -1,4 +1,5 @@
-"""The GPU memory of a vLLM engine that scores or samples: weights, prompt log-probs, and what is left for the KV cache."""
+"""The GPU memory of a vLLM engine that scores or samples: weights, prompt log-probs, and what is left for the KV
+cache."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ BFLOAT16_BYTES = 2
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes on each GPU of one engine. `problem` is empty where it fits."""
+    """The bytes on each GPU of one engine. `problem` is empty if they fit."""
 
     weights: float
-    step: float  # activations of a step of `step_tokens`
-    logits: float  # of prompts, outside of what vLLM reserves
+    step: float  # the activations of a step of `step_tokens`
+    logits: float  # the logits of prompts, which are not part of the memory that vLLM reserves
     kv_cache: float
     kv_tokens: int
     step_tokens: int
@@ -29,16 +30,16 @@ class EngineMemory:
 def engine_memory(
     sizes: ModelSizes, config: ReferenceConfig, gpu: Gpu, max_length_tokens: int, value_bytes: int
 ) -> EngineMemory:
-    """Share a GPU's memory out as vLLM does: `gpu_memory_fraction` of it for weights, a step and the KV cache.
+    """Divide a GPU's memory as vLLM does: `gpu_memory_fraction` of it is for weights, a step and the KV cache.
 
-    The tokens of a step are those that the scorer itself chooses (`reference/vllm/engine.py`), by the costlier of vLLM's two
-    runners.
+    The tokens of a step are those that the scorer itself chooses (`reference/vllm/engine.py`), for the runner of vLLM's
+    two that needs more memory.
     """
     from dpo_ray.reference.scorer import ScorerSettings
     from dpo_ray.reference.vllm.engine import EngineFacts, logits_bytes_per_row, step_tokens
 
     tp = config.tensor_parallel
-    kv_heads = max(1, sizes.kv_heads // tp)  # fewer heads than GPUs are held more than once
+    kv_heads = max(1, sizes.kv_heads // tp)  # if there are fewer heads than GPUs, they are replicated
     kv_values = 2 * sizes.layers * kv_heads * sizes.head_dim
     facts = EngineFacts(sizes.vocabulary, value_bytes, kv_values, False, tp, gpu.memory_bytes)
     settings = ScorerSettings(
@@ -58,13 +59,13 @@ def engine_memory(
     except ConfigError as error:
         tokens, problem = 256, error.what
     weights = value_bytes * sizes.parameters / tp
-    # At its widest a block holds the residual twice, and gate and up of the feed-forward part, which the GPUs share.
+    # At its peak a block holds the residual twice, and gate and up of the feed-forward part, split over the GPUs.
     wide = sizes.intermediate * max(1, sizes.experts_per_token) / tp
     step = value_bytes * tokens * (2 * sizes.hidden + 3 * wide)
     room = gpu.memory_bytes * config.gpu_memory_fraction - weights - step
     kv_tokens = max(0, int(room / (kv_values * value_bytes)))
     if not problem and kv_tokens < max_length_tokens + 1:
-        have = f"{config.gpu_memory_fraction:.0%} of {gpu.memory_bytes / 1e9:.0f} GB"
-        problem = f"weights of {weights / 1e9:.1f} GB leave no room in {have} for the KV cache of one sequence"
+        limit = f"{config.gpu_memory_fraction:.0%} of {gpu.memory_bytes / 1e9:.0f} GB"
+        problem = f"weights of {weights / 1e9:.1f} GB leave no room in {limit} for the KV cache of one sequence"
     logits = logits_bytes_per_row(facts) * min(tokens, max_length_tokens)
     return EngineMemory(weights, step, logits, max(0.0, room), kv_tokens, tokens, problem)

@@ -1,4 +1,4 @@
-"""How training and engines lie on a cluster, whether they fit, and why not."""
+"""The placement of training and engines on a cluster: whether they fit and, if not, why."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .memory import FLOAT32_BYTES, RankMemory, Setup, Weights, training_memory
 from .model_sizes import ModelSizes
 from .workload import MicroBatches, Workload, micro_batches
 
-# The CUDA context and the communicators' buffers are outside of what is followed here, and memory that is free is not all in one
-# piece. An assumption, on top of a card's memory being read as 10^9 bytes a GB.
+# The CUDA context and the communicators' buffers are not part of this model, and free memory is fragmented. This is
+# an assumption, in addition to counting a GB of a GPU's memory as 10^9 bytes.
 RESERVED_BYTES, RESERVED_SHARE = 1.5e9, 0.04
 
 
 @dataclass(frozen=True)
 class Training:
-    """How training lies on the cluster."""
+    """The placement of training on the cluster."""
 
     workers: int
     shard_ranks: int
     batches: MicroBatches
     memory: RankMemory
-    room_bytes: float  # of a GPU, for training
+    room_bytes: float  # the memory of a GPU that training can use
 
     @property
     def fits(self) -> bool:
@@ -46,11 +46,11 @@ def gpus_beside(recipe: Recipe) -> int:
 
 
 def training_on(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Training:
-    """Lay training on the cluster: the workers of the recipe, or as many as there are GPUs for."""
+    """Place training on the cluster: with the workers of the recipe, or as many as there are GPUs for."""
     free = max(1, cluster.gpus - gpus_beside(recipe))
     workers = min(recipe.train.workers, free)
     shard = recipe.train.sharding.shard_workers or workers
-    if workers % shard:  # of a smaller cluster: the copies that are left, or a single one
+    if workers % shard:  # on a smaller cluster: a single copy of the weights
         shard = workers
     t = recipe.train
     batches = micro_batches(workload, t.groups_per_step, workers, t.tokens_per_micro_batch)
@@ -70,26 +70,28 @@ def engine_on(recipe: Recipe, sizes: ModelSizes, cluster: Cluster) -> EngineMemo
 def problems_of(
     recipe: Recipe, sizes: ModelSizes, cluster: Cluster, training: Training, engine: EngineMemory | None
 ) -> tuple[str, ...]:
-    found = []
+    problems = []
     if not training.fits:
-        found.append(
+        problems.append(
             f"training needs {training.memory.peak.total / 1e9:.1f} GB on each of {training.workers} GPUs, which have "
             f"{training.room_bytes / 1e9:.1f} GB for it"
         )
-        found += _reasons(recipe, sizes, training)
+        problems += _reasons(recipe, sizes, training)
     if engine is not None and engine.problem:
-        found.append(f"an engine of {recipe.reference.tensor_parallel} GPUs does not fit: {engine.problem}")
+        problems.append(f"an engine of {recipe.reference.tensor_parallel} GPUs does not fit: {engine.problem}")
     if engine is not None and recipe.reference.tensor_parallel > cluster.gpus_per_node:
-        found.append(
-            f"reference.tensor_parallel={recipe.reference.tensor_parallel}, and a node has {cluster.gpus_per_node} GPUs"
+        problems.append(
+            f"reference.tensor_parallel={recipe.reference.tensor_parallel}, but a node has {cluster.gpus_per_node} GPUs"
         )
     if gpus_beside(recipe) >= cluster.gpus:
-        found.append(f"engines hold {gpus_beside(recipe)} GPUs beside training, and there are {cluster.gpus}")
-    return tuple(found)
+        problems.append(
+            f"engines hold {gpus_beside(recipe)} GPUs while training runs, and the cluster has {cluster.gpus}"
+        )
+    return tuple(problems)
 
 
 def _reasons(recipe: Recipe, sizes: ModelSizes, training: Training) -> list[str]:
-    """Name what takes the memory: each part that is more than a third of the room, or all where none is."""
+    """List what takes the memory: each part above a third of the available memory, or all parts if there is none."""
     peak, third = training.memory.peak, training.room_bytes / 3
     trained = Weights.of(sizes, recipe.train).trained(sizes.layers)
     state = peak.weights + peak.optimizer
@@ -98,8 +100,8 @@ def _reasons(recipe: Recipe, sizes: ModelSizes, training: Training) -> list[str]
     work = peak.activations + peak.logits + peak.work
     parts = {
         f"weights, gradients and optimizer state, sharded over {training.shard_ranks} ranks": state,
-        "whole float32 gradients on every rank, as a step has more than one micro-batch a rank": peak.whole_gradients,
-        f"activations and work of {training.batches.tokens:,} tokens": work,
+        "whole float32 gradients on every rank, as a step has more than one micro-batch per rank": peak.whole_gradients,
+        f"activations and the block being computed for {training.batches.tokens:,} tokens": work,
         "weights gathered for the forward pass": peak.gathered,
     }
     large = {what: value for what, value in parts.items() if value > third} or parts
@@ -110,22 +112,22 @@ def remarks_of(recipe: Recipe, cluster: Cluster, training: Training) -> tuple[st
     remarks, free = [], cluster.gpus - gpus_beside(recipe)
     if recipe.train.workers > training.workers:
         remarks.append(
-            f"the recipe asks for train.workers={recipe.train.workers}; there are GPUs for {training.workers}, which this plan takes"
+            f"the recipe sets train.workers={recipe.train.workers}; there are GPUs for {training.workers}, which this plan uses"
         )
     elif free > training.workers:
         remarks.append(
-            f"{training.workers} of {free} GPUs train; train.workers={free} would use all, with the same result"
+            f"{training.workers} of {free} GPUs train; train.workers={free} would use all of them, with the same result"
         )
     if recipe.train.sharding.shard_workers not in (None, training.shard_ranks):
         remarks.append(
-            f"shard_workers={training.shard_ranks} is planned with, as that of the recipe does not divide the workers"
+            f"this plan uses shard_workers={training.shard_ranks}, as that of the recipe does not divide the number of workers"
         )
     batches = training.batches
     if batches.is_single_for_sure:
-        remarks.append("one micro-batch a rank and step, whatever the lengths: gradients are never held in whole")
+        remarks.append("one micro-batch per rank and step, whatever the lengths: no rank ever holds whole gradients")
     else:
         remarks.append(
-            f"a step may have more than one micro-batch a rank (of mean lengths: {batches.usual}), and every rank then holds whole float32 "
-            f"gradients, {FLOAT32_BYTES} bytes a trained parameter; they are counted"
+            f"a step may have more than one micro-batch per rank (for mean lengths: {batches.usual}); every rank then holds whole float32 "
+            f"gradients, {FLOAT32_BYTES} bytes per trained parameter, which are counted here"
         )
     return tuple(remarks)

@@ -1,4 +1,4 @@
-"""GPUs as their vendor describes them, and clusters made of them: `4x8xH100` is four nodes of eight."""
+"""GPUs by the data sheets of their vendors, and clusters of them: `4x8xH100` is four nodes with eight H100 each."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Gpu:
-    """What one card has, by its data sheet.
+    """One GPU, by its data sheet.
 
-    Memory is read as 10^9 bytes a GB, of which drivers report as much or up to 7 % more: so plans err on the safe side.
+    A GB of memory is counted as 10^9 bytes. Drivers report as much or up to 7 % more, so plans err on the safe side.
     """
 
     name: str
     memory_bytes: int
     bf16_flops: float  # dense, per second
     memory_bytes_per_second: float
-    link_bytes_per_second: float  # to the other GPUs of its node, in one direction
-    network_bytes_per_second: float  # its share of its node's network, in one direction
+    link_bytes_per_second: float  # to the other GPUs of the node, in one direction
+    network_bytes_per_second: float  # its share of the node's network, in one direction
 
 
-# Sources. Dense bf16 is half of what a sheet gives with sparsity; NVLink's bandwidth is given for both directions together.
-# The network is that of the vendor's own node, or of the cloud's instance where there is none.
+# Sources. Dense bf16 is half of the number with sparsity; the data sheets give NVLink's bandwidth for both directions
+# together. The network is that of the vendor's own node or, if there is none, that of a cloud instance.
 # A100: nvidia.com, "A100 Tensor Core GPU Datasheet" (2021): 312 TFLOPS, 1,555 and 2,039 GB/s, NVLink 600 GB/s.
 #       DGX A100 datasheet: eight 200 Gb/s adapters.
 # H100: "H100 Tensor Core GPU Datasheet", SXM: 1,979 TFLOPS with sparsity, 3.35 TB/s, NVLink 900 GB/s.
@@ -59,7 +59,7 @@ _SHAPE = re.compile(r"(?:(\d+)[xX])?(\d+)[xX]([A-Za-z][\w-]*)(?::(\d+))?")
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes that are alike."""
+    """A number of identical nodes."""
 
     nodes: int
     gpus_per_node: int
@@ -74,18 +74,18 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Read NODESxGPUSxGPU, such as `4x8xH100`; a single node may be left out (`8xH100`).
+    """Read NODESxGPUSxGPU, such as `4x8xH100`; for a single node, NODES may be left out (`8xH100`).
 
-    `:GB` at the end sets the memory of each GPU, for a card that comes in several sizes: `1x8xH100:94`.
+    `:GB` at the end sets the memory of each GPU, for a GPU that exists in several sizes: `1x8xH100:94`.
 
     Raises:
-        ConfigError: it is not of this form, or no such GPU is known.
+        ConfigError: the text has another form, or the GPU is not known.
     """
     where, known = f"--cluster {text}", ", ".join(GPUS)
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            "not a cluster's shape",
+            "this is not the shape of a cluster",
             where=where,
             fix=f"write NODESxGPUSxGPU, such as 4x8xH100, where GPU is one of {known}",
         )
@@ -93,9 +93,9 @@ def parse_cluster(text: str) -> Cluster:
     name = match[3].upper()
     gpu = GPUS.get(_OTHER_NAMES.get(name, name))
     if gpu is None:
-        raise ConfigError(f"no GPU `{match[3]}` is known", where=where, fix=f"it is one of {known}")
+        raise ConfigError(f"the GPU `{match[3]}` is not known", where=where, fix=f"use one of {known}")
     if not nodes or not gpus or memory == "0":
-        raise ConfigError("a cluster without anything in it", where=where, fix="every number is at least 1")
+        raise ConfigError("this cluster is empty", where=where, fix="every number must be at least 1")
     if memory is not None:
         gpu = replace(gpu, memory_bytes=int(memory) * GB)
     return Cluster(nodes, gpus, gpu)

@@ -1,12 +1,13 @@
-"""The GPU memory of one training rank, followed through a step: it is largest in the head, in some block, or at the root.
+"""The GPU memory of one training rank over the course of a step: its peak is in the head, in some block, or at the
+root.
 
-Weights, their gradients and the optimizer's state are shards in float32 (`models/sharding.py`). A block's weights are gathered
-in the type of the forward pass while it is at work, and the next one's besides; those of the root (embedding, last norm, head)
-from the beginning of a forward pass to the end of the backward pass.
+Weights, their gradients and the optimizer state are shards in float32 (`models/sharding.py`). The weights of a block
+are gathered in the type of the forward pass while it is computed, together with those of the next block; those of the
+root (embedding, last norm, head) from the beginning of a forward pass to the end of the backward pass.
 
-Gradients are reduced once a step, after its last micro-batch (`train/step.py`). With more than one micro-batch a rank, each
-holds the gradients of the whole model until then, unsharded and in float32: four bytes a trained parameter, whatever the
-number of ranks.
+Gradients are reduced once per step, after its last micro-batch (`train/step.py`). With more than one micro-batch per
+rank, each rank holds the gradients of the whole model until then, unsharded and in float32: four bytes per trained
+parameter, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from dpo_ray.config.train import LoraConfig, TrainConfig
 from .activations import FLOAT32_BYTES, Rows, adapted, after_blocks_bytes, between_blocks_bytes, block_activations
 from .model_sizes import ModelSizes
 
-# Of one trained parameter, in float32 or as bitsandbytes' kernels keep it: a byte for each moment and a float32 scale for
-# every 256 (`train/optimizers/blockwise_adamw.py`).
+# Bytes per trained parameter, in float32 or as bitsandbytes' kernels keep it: one byte for each moment and a float32
+# scale for every 256 of them (`train/optimizers/blockwise_adamw.py`).
 STATE_BYTES = {
     "adamw": 8.0,
     "adamw_8bit": 2 + 2 * 4 / 256,
@@ -28,36 +29,36 @@ STATE_BYTES = {
     "rmsprop": 4.0,
     "adafactor": 0.0,
 }
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits, a byte for every 64 weights, a float32 for every 256 of these
-HEAD_BLOCK_ROWS = 16_384  # `models/head.py`: rows of the head's gradient that are rounded up at one time
+NF4_BYTES = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # 4 bits, one byte for every 64 weights, a float32 for every 256 of these bytes
+HEAD_BLOCK_ROWS = 16_384  # `models/head.py`: the rows of the head's gradient that are converted at a time
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a rank's memory depends on."""
+    """Everything that the memory of a rank depends on."""
 
     sizes: ModelSizes
     train: TrainConfig
-    shard_ranks: int  # that share one copy of the weights
-    value_bytes: int  # of a number in the forward pass
+    shard_ranks: int  # the ranks that share one copy of the weights
+    value_bytes: int  # the bytes of a number in the forward pass
     rows: Rows
-    micro_batches: int  # of a rank in a step; more than one means whole gradients, however many
+    micro_batches: int  # of a rank in a step; with more than one, however many, gradients are held whole
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of one rank at one moment, by what they are for."""
+    """The bytes of one rank at one moment, by their purpose."""
 
     weights: float = 0
     optimizer: float = 0
     gradients: float = 0  # shards
-    whole_gradients: float = 0  # of micro-batches that are not reduced yet
+    whole_gradients: float = 0  # gradients of micro-batches that are not reduced yet
     gathered: float = 0
     activations: float = 0
     logits: float = 0  # of one chunk
-    work: float = (
-        0  # the block or head that is at work: recomputation, gradients not reduced yet, buffers of reductions
-    )
+    work: float = 0  # the block or head being computed: recomputation, gradients not reduced yet, buffers of reductions
 
     @property
     def total(self) -> float:
@@ -66,7 +67,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """A rank's memory at its peak, and what it has in the CPU's memory."""
+    """The memory of a rank at its peak, and what it keeps in CPU memory."""
 
     peak: Parts
     moment: str
@@ -75,17 +76,17 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters by where they are and whether they are trained."""
+    """The numbers of parameters, by where they are and whether they are trained."""
 
-    block: int  # that are sharded, of one block
+    block: int  # the sharded parameters of one block
     block_trained: int
     root: int
     root_trained: int
-    quantized: int  # of one block, whole on every rank
+    quantized: int  # the quantized parameters of one block, whole on every rank
 
     @classmethod
     def of(cls, sizes: ModelSizes, train: TrainConfig) -> Weights:
-        """Count a model's parameters as `train` has them."""
+        """Count the parameters of a model that is trained as `train` says."""
         if train.lora is None:
             return cls(sizes.block_parameters, sizes.block_parameters, sizes.root_parameters, sizes.root_parameters, 0)
         own = adapter_parameters(sizes, train.lora)
@@ -93,7 +94,7 @@ class Weights:
         return cls(sizes.block_parameters - linear + own, own, sizes.root_parameters, 0, linear)
 
     def trained(self, layers: int) -> int:
-        """Count what is trained in all."""
+        """Count all trained parameters."""
         return layers * self.block_trained + self.root_trained
 
 
@@ -103,7 +104,7 @@ def adapter_parameters(sizes: ModelSizes, lora: LoraConfig) -> int:
 
 
 def training_memory(setup: Setup) -> RankMemory:
-    """Follow a rank through a step and return its memory where it is largest."""
+    """Compute the memory of a rank at each moment of a step, and return its peak."""
     sizes, train = setup.sizes, setup.train
     weights = Weights.of(sizes, train)
     trained = weights.trained(sizes.layers)
@@ -127,17 +128,14 @@ def _moments(setup: Setup, weights: Weights, fixed: Parts):
     sizes, train, rows, v = setup.sizes, setup.train, setup.rows, setup.value_bytes
     block = block_activations(sizes, rows, v, train.lora)
     kept, layers = block.kept(train.activation_checkpointing), sizes.layers
-    outside = between_blocks_bytes(sizes, rows, v)
-    chunk = min(train.logprob_chunk_tokens, rows.scored)
-    head_trained = weights.root_trained > 0
+    outside, chunk = between_blocks_bytes(sizes, rows, v), min(train.logprob_chunk_tokens, rows.scored)
     root_gathered, block_gathered = v * weights.root, v * weights.block
     whole = FLOAT32_BYTES if setup.micro_batches > 1 else 0
     shard = 0 if train.sharding.cpu_offload else FLOAT32_BYTES / setup.shard_ranks
-
-    # The head, backward: its float32 gradient, that in the weights' type or a block of products, a chunk's gradient, that of
-    # the scored rows. The first block's weights are on their way.
+    # Backward pass of the head: its gradient in float32 and in the weights' type (or a block of products), those of a
+    # chunk and of the scored rows. The weights of the first block are already being gathered.
     head = v * chunk * sizes.vocabulary + v * rows.scored * sizes.hidden
-    if head_trained:
+    if weights.root_trained:
         products = FLOAT32_BYTES * min(HEAD_BLOCK_ROWS, sizes.vocabulary) * sizes.hidden
         head += FLOAT32_BYTES * sizes.head_parameters
         head += max(v * sizes.head_parameters, products) if v < FLOAT32_BYTES else 0
@@ -152,11 +150,11 @@ def _moments(setup: Setup, weights: Weights, fixed: Parts):
             work=head,
         ),
     )
-    # A block, backward: the head's gradient waits, and that of the residual goes along.
-    waiting = (v * sizes.head_parameters if head_trained else 0) + v * rows.tokens * sizes.hidden
-    widest = v * sizes.intermediate * sizes.hidden
+    # Backward pass of a block: the head's gradient is still held, and so is that of the residual.
+    waiting = (v * sizes.head_parameters if weights.root_trained else 0) + v * rows.tokens * sizes.hidden
     at_work = block.recomputed(train.activation_checkpointing) + block.feed_forward_gradients
-    at_work += widest if train.lora is None or train.quantization else 0  # a weight's gradient, or a weight in full
+    if train.lora is None or train.quantization:  # the gradient of a weight, or a dequantized weight
+        at_work += v * sizes.intermediate * sizes.hidden
     taken = block.products_taken_early if train.activation_checkpointing == "selective" else 0
     for i in reversed(range(layers)):
         reduced = layers - 1 - i
@@ -175,7 +173,7 @@ def _moments(setup: Setup, weights: Weights, fixed: Parts):
                 work=waiting + at_work + sending,
             ),
         )
-        yield (  # its weights are let go before
+        yield (  # the weights of the block are freed before
             f"the reduction of block {i + 1} of {layers}",
             _plus(
                 fixed,
@@ -198,7 +196,11 @@ def _moments(setup: Setup, weights: Weights, fixed: Parts):
 
 
 def _optimizer_step(setup: Setup, trained: int, fixed: Parts) -> Parts:
-    """The fused step works in place; Adafactor's has the largest parameter in whole: weight, gradient, update."""
+    """Return the memory during the optimizer's step.
+
+    A fused step works in place; that of Adafactor holds the whole of the largest parameter: weight, gradient and
+    update.
+    """
     sizes, work = setup.sizes, 0.0
     if setup.train.optimizer.type == "adafactor":
         largest = max(sizes.head_parameters, *(a * b for a, b in sizes.linear_layers.values()))

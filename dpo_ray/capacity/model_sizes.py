@@ -1,4 +1,5 @@
-"""The sizes of a causal language model, by its configuration alone: parameters, and what a token costs in each block."""
+"""The sizes of a causal language model, from its configuration alone: parameters, and the cost of a token in each
+block."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from dpo_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A decoder of transformers: an embedding, blocks that are alike, a norm and a head."""
+    """The sizes of a decoder of transformers: an embedding, identical blocks, a norm and a head."""
 
     name: str
     hidden: int
@@ -20,13 +21,13 @@ class ModelSizes:
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int  # of the feed-forward part; of one expert where there are several
+    intermediate: int  # of the feed-forward part, or of one expert in a mixture of experts
     vocabulary: int
-    tied: bool = False  # the head is the embedding
-    attention_bias: int = 0  # of queries, keys and values: 1 or 0
-    head_norms: bool = False  # of each head's queries and keys (Qwen3, Gemma 3)
-    norms: int = 2  # of a block
-    gemma_norms: bool = False  # which compute (1 + weight) in float32
+    tied: bool = False  # the head uses the weights of the embedding
+    attention_bias: int = 0  # 1 if queries, keys and values have biases, else 0
+    head_norms: bool = False  # norms of each head's queries and keys (Qwen3, Gemma 3)
+    norms: int = 2  # per block
+    gemma_norms: bool = False  # norms that compute (1 + weight) in float32
     experts: int = 0
     experts_per_token: int = 0
 
@@ -40,7 +41,7 @@ class ModelSizes:
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Give the linear layers of a block, [in, out], without those of experts."""
+        """Return the linear layers of a block, [in, out], without those of experts."""
         layers = {
             "q_proj": (self.hidden, self.query_width),
             "k_proj": (self.hidden, self.kv_width),
@@ -59,14 +60,14 @@ class ModelSizes:
 
     @property
     def expert_parameters(self) -> int:
-        """Count the weights of one expert; without experts 0."""
+        """Count the weights of one expert; 0 if there are no experts."""
         return 3 * self.hidden * self.intermediate if self.experts else 0
 
     @property
     def block_matrices(self) -> int:
         """Count the weights of a block's matrices."""
         own = sum(a * b for a, b in self.linear_layers.values())
-        return own + self.experts * (self.expert_parameters + self.hidden)  # and a router
+        return own + self.experts * (self.expert_parameters + self.hidden)  # each expert has a row of the router
 
     @property
     def block_vectors(self) -> int:
@@ -84,7 +85,7 @@ class ModelSizes:
 
     @property
     def root_parameters(self) -> int:
-        """Count what is in no block: embedding, head, last norm."""
+        """Count the parameters outside the blocks: embedding, head and last norm."""
         return self.head_parameters * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -93,7 +94,7 @@ class ModelSizes:
 
     @property
     def active_block_matrices(self) -> int:
-        """Count the weights of a block's matrices that one token meets."""
+        """Count the weights of a block's matrices that are used for one token."""
         return self.block_matrices - max(0, self.experts - self.experts_per_token) * self.expert_parameters
 
     @property
@@ -105,8 +106,8 @@ def _llama(name: str, hidden: int, layers: int, heads: int, kv: int, intermediat
     return ModelSizes(name, hidden, layers, heads, kv, hidden // heads, intermediate, vocabulary)
 
 
-# Models that recipes name on the hub, by what stands in the name; the first that does counts. Source of each: the file
-# config.json of the repository that is named, as published.
+# Hub models, by parts of their names; the first entry that matches is used. The source of each is the published
+# config.json of the repository that is named.
 KNOWN: tuple[tuple[tuple[str, ...], ModelSizes], ...] = (
     (("llama-3.1-tulu-3-70b", "llama-3.1-70b", "llama-3.3-70b", "meta-llama-3-70b"),  # meta-llama/Llama-3.1-70B
      _llama("Llama 3 70B", 8192, 80, 64, 8, 28672, 128256)),
@@ -120,7 +121,7 @@ KNOWN: tuple[tuple[tuple[str, ...], ModelSizes], ...] = (
      ModelSizes("Llama 3.2 1B", 2048, 16, 32, 8, 64, 8192, 128256, tied=True)),
     (("mixtral-8x7b",),  # mistralai/Mixtral-8x7B-v0.1
      ModelSizes("Mixtral 8x7B", 4096, 32, 32, 8, 128, 14336, 32000, experts=8, experts_per_token=2)),
-    (("openhermes-2.5-mistral-7b",),  # teknium/OpenHermes-2.5-Mistral-7B: two tokens more
+    (("openhermes-2.5-mistral-7b",),  # teknium/OpenHermes-2.5-Mistral-7B: has two more tokens
      _llama("Mistral 7B", 4096, 32, 32, 8, 14336, 32002)),
     (("mistral-7b-v0.3", "mistral-7b-instruct-v0.3"),  # mistralai/Mistral-7B-v0.3
      _llama("Mistral 7B v0.3", 4096, 32, 32, 8, 14336, 32768)),
@@ -159,10 +160,10 @@ _UNLIKE = (
 
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
-    """Find a model's sizes without loading it and without a network: by config.json where it is here, else by its name.
+    """Find a model's sizes without loading it and without network: from a local config.json, else by its name.
 
     Raises:
-        ConfigError: it is on the hub alone and its name is not known, or its blocks are not as Llama's.
+        ConfigError: it is only on the hub and its name is not known, or its blocks are not like those of Llama.
     """
     where = f"model.path={config.path}"
     if (file := _config_file(config)) is not None:
@@ -179,39 +180,39 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
         if any(part in name for part in parts):
             return sizes
     raise ConfigError(
-        "it is not on this machine, and no sizes are known by its name",
+        "the model is not on this machine, and its name is not among the known models",
         where=where,
-        fix="download it, and give its directory in model.path: its config.json is enough to plan",
+        fix="download it, and set model.path to its directory; for planning, its config.json is enough",
     )
 
 
 def _config_file(config: ModelConfig) -> Path | None:
-    """Find the model's config.json on this machine, in the hub's cache too; weights need not be there."""
+    """Find the model's config.json on this machine, also in the hub's cache; the weights are not needed."""
     from dpo_ray.models.load import is_hub_name, model_directory
 
     if (file := Path(config.path).expanduser() / "config.json").is_file():
         return file
     if not is_hub_name(config.path):
-        return model_directory(config) / "config.json"  # builtin, or not there, which it says
+        return model_directory(config) / "config.json"  # builtin; if the model is missing, this raises an error
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def sizes_of_config(values: dict[str, Any], where: str) -> ModelSizes:
     """Read the sizes from the values of a config.json.
 
     Raises:
-        ConfigError: it is of an architecture whose blocks have other parts.
+        ConfigError: the architecture has blocks of another kind.
     """
     values = values.get("text_config", values)
     kind = str(values.get("model_type"))
     if kind in _UNLIKE or "hidden_size" not in values or "intermediate_size" not in values:
         raise ConfigError(
-            f"the planner does not know the blocks of `{kind}`",
+            f"the planner does not support the architecture `{kind}`",
             where=where,
-            fix="it knows Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma, Phi-3, and what is built like them",
+            fix="supported are Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma, Phi-3, and models with the same blocks",
         )
     gemma, heads = kind in _GEMMAS, values["num_attention_heads"]
     experts = values.get("num_local_experts") or values.get("num_experts") or 0

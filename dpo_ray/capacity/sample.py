@@ -1,4 +1,5 @@
-"""The workload of a recipe whose data is here but not prepared: by the first rows of each shard, tokenized as `prepare` does."""
+"""The workload of a recipe whose data is local but not prepared: from the first rows of each shard, tokenized as in
+`prepare`."""
 
 from __future__ import annotations
 
@@ -28,9 +29,10 @@ SYNTHETIC = "synthetic"
 
 
 def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
-    """Tokenize the first rows of some training shards; None where the tokenizer or no shard is on this machine.
+    """Tokenize the first rows of some training shards; return None if the tokenizer or all shards are not on this
+    machine.
 
-    Filters are not applied, and duplicates not looked for.
+    Filters are not applied, and duplicates are not removed.
     """
     shards = [s for s in plan.checked.shards if s.split == "train" and _is_here(s)]
     if is_hub_name(recipe.model.path) or not shards:
@@ -41,8 +43,8 @@ def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
     for shard in shards[:MOST_SHARDS]:
         batch = [row for _, row in next(read_batches(Piece(shard), SAMPLE_ROWS), [])]
         texts = [_text(row, shard, recipe) for row in batch]
-        made = tokenize_groups(texts, tokenizer, plan.checked.template, recipe.data)
-        sampled += [group for group in made if isinstance(group, TokenGroup)]
+        tokenized = tokenize_groups(texts, tokenizer, plan.checked.template, recipe.data)
+        sampled += [group for group in tokenized if isinstance(group, TokenGroup)]
         rows += len(batch)
         count = _rows_of(shard, batch)
         known, unknown = known + (count or 0), unknown + (count is None)
@@ -51,8 +53,10 @@ def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
     total = (known + unknown * ASSUMED_ROWS) * len(shards) / min(len(shards), MOST_SHARDS)
     completions = [len(c) for group in sampled for c in group.completion_ids]
     each = len(completions) / len(sampled)
-    guessed = (
-        f" ({ASSUMED_ROWS:,} assumed for each of {unknown} whose rows cannot be counted quickly)" if unknown else ""
+    note = (
+        f" ({ASSUMED_ROWS:,} assumed for each of {unknown} shards whose rows cannot be counted quickly)"
+        if unknown
+        else ""
     )
     return Workload(
         groups=max(1, round(total * len(sampled) / rows)),
@@ -60,7 +64,7 @@ def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
         prompt_tokens=sum(len(group.prompt_ids) for group in sampled) / len(sampled),
         completion_tokens=sum(completions) / len(completions),
         longest_group_tokens=longest_group_tokens(recipe, each),
-        source=f"the first {rows:,} rows of {min(len(shards), MOST_SHARDS)} of {len(shards)} shards{guessed}",
+        source=f"the first {rows:,} rows of {min(len(shards), MOST_SHARDS)} of {len(shards)} shards{note}",
     )
 
 
@@ -78,13 +82,14 @@ def _text(row: Any, shard: Shard, recipe: Recipe) -> TextGroup | Rejected:
 
 
 def _rows_of(shard: Shard, batch: Sequence[Any]) -> int | None:
-    """Count a shard's rows, of JSON Lines by the size of those that were read; None where that would take reading all."""
+    """Count the rows of a shard, those of JSON Lines by the size of the rows read; None if the whole shard must be
+    read."""
     if shard.kind == SYNTHETIC:
         return json.loads(shard.location)["pairs"]
     if shard.kind == "parquet":
         return pq.ParquetFile(shard.location).metadata.num_rows
     if len(batch) < SAMPLE_ROWS:
-        return len(batch)  # all of them
+        return len(batch)  # the batch holds all rows
     if shard.kind == "json" and not shard.location.endswith((".gz", ".zst")):
         read = sum(len(json.dumps(row, ensure_ascii=False).encode()) for row in batch if isinstance(row, dict))
         return round(Path(shard.location).stat().st_size / max(1, read) * len(batch))

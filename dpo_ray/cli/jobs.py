@@ -40,14 +40,20 @@ def submit(
     ] = None,
     working_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also upload this directory of code, without the files that its ignore files name."),
+        typer.Option(
+            metavar="DIR", help="Also upload this directory of code, without the files that its ignore files name."
+        ),
     ] = None,
     pip: Annotated[
-        list[str] | None, typer.Option(metavar="REQ|FILE", help="Install this first, in addition to the packages of the image.")
+        list[str] | None,
+        typer.Option(metavar="REQ|FILE", help="Install this first, in addition to the packages of the image."),
     ] = None,
-    uv: Annotated[list[str] | None, typer.Option(metavar="REQ|FILE", help="The same as --pip, but installed by uv.")] = None,
+    uv: Annotated[
+        list[str] | None, typer.Option(metavar="REQ|FILE", help="The same as --pip, but installed by uv.")
+    ] = None,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set an environment variable; the dashboard shows its value.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Set an environment variable; the dashboard shows its value."),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job, and exit with its own exit code.")] = False,
 ) -> None:
@@ -79,11 +85,11 @@ def submit(
 
 @jobs.command()
 def status(job: JobId, address: Address, as_json: AsJson = False) -> None:
-    """Say what state a job is in, and what to do about it."""
+    """Show the state of a job, and what to do next."""
     from dpo_ray.deploy.ray_jobs.jobs import look
 
-    found = look(_client(address), job)
-    typer.echo(json.dumps(_values(found)) if as_json else f"{found.id}: {found.words}{_times(found)}")
+    state = look(_client(address), job)
+    typer.echo(json.dumps(_values(state)) if as_json else f"{state.id}: {state.words}{_times(state)}")
 
 
 @jobs.command()
@@ -108,7 +114,10 @@ def stop(
     job: JobId,
     address: Address,
     grace_seconds: Annotated[
-        float, typer.Option(min=0, help="Time to finish the step and write a checkpoint; 0: stop at once, without a checkpoint.")
+        float,
+        typer.Option(
+            min=0, help="Time to finish the step and write a checkpoint; 0: stop at once, without a checkpoint."
+        ),
     ] = 600,
 ) -> None:
     """Stop a job after it has written a checkpoint; submitted again, it goes on from there."""

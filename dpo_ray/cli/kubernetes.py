@@ -18,13 +18,17 @@ kubernetes = typer.Typer(help="Run recipes on Kubernetes with the KubeRay operat
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that override those of the recipe: cluster.kubernetes.image=..."),
+    typer.Argument(
+        metavar="KEY.PATH=VALUE", help="Values that override those of the recipe: cluster.kubernetes.image=..."
+    ),
 ]
 Kind = Annotated[
     Literal["RayJob", "RayCluster"],
     typer.Option(help="RayJob runs the recipe and is then deleted; RayCluster stays, for Ray's own job submission."),
 ]
-Context = Annotated[str | None, typer.Option(metavar="NAME", help="A context of the kubeconfig. Default: its current context.")]
+Context = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A context of the kubeconfig. Default: its current context.")
+]
 
 
 @kubernetes.command()
@@ -39,7 +43,7 @@ def render(recipe: RecipeFile, overrides: Overrides = None, kind: Kind = "RayJob
 def validate(
     manifests: Annotated[list[str], typer.Argument(metavar="FILE", help="YAML files, or - for standard input.")],
 ) -> None:
-    """Check manifests against KubeRay's schemas, where unknown fields are errors, and the operator's rules. Works offline."""
+    """Check manifests offline, against KubeRay's schemas (unknown fields are errors) and the operator's rules."""
     wrong, checked = [], 0
     for file in manifests:
         for manifest in _documents(file):
@@ -57,9 +61,14 @@ def apply(
     kind: Kind = "RayJob",
     context: Context = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="First delete an existing RayJob or RayCluster of this name; its run goes on afterwards.")
+        bool,
+        typer.Option(
+            "--replace", help="First delete an existing RayJob or RayCluster of this name; its run goes on afterwards."
+        ),
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the RayJob until it ends, and exit with its exit code.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the RayJob until it ends, and exit with its exit code.")
+    ] = False,
 ) -> None:
     """Render a recipe's manifests, check them, and apply them to a cluster."""
     from dpo_ray.deploy.kubernetes import client
@@ -124,7 +133,9 @@ def _documents(file: str) -> list[Any]:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         return [document for document in yaml.safe_load_all(text) if document is not None]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", where=file, fix="name a YAML file, or - for standard input") from None
+        raise ConfigError(
+            f"cannot be read: {error}", where=file, fix="name a YAML file, or - for standard input"
+        ) from None
     except yaml.YAMLError as error:
         what = f"not valid YAML: {' '.join(str(error).split())[:200]}"
         raise ConfigError(what, where=file, fix="correct the line") from None

@@ -73,7 +73,7 @@ def _fixed(value: float | None, digits: int) -> str:
 
 
 def _rate(rate: Interval | None) -> str:
-    """Write a rate and its interval, short enough for a terminal."""
+    """Return a rate and its interval as text that is short enough for a terminal."""
     if rate is None or not all(map(math.isfinite, rate)):
         return "–"
     return f"{rate[0]:.1%} ({100 * rate[1]:.0f}–{100 * rate[2]:.0f})"

@@ -1,1 +1,1 @@
-"""The recipe: pydantic models only; imports neither torch nor ray."""
+"""The recipe, as pydantic models; this package imports neither torch nor ray."""

@@ -1,4 +1,4 @@
-"""The base of every configuration model: frozen, and strict about unknown keys and about what is a number."""
+"""The base of every configuration model: frozen, and strict about unknown keys and types."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic_core import PydanticCustomError
 
 
 def field_error(field: str, what: str) -> PydanticCustomError:
-    """Make the error that a section's validator raises about one of its fields (`a.b` for one further below)."""
+    """Build the error that a section's validator raises about one of its fields (`a.b` for a nested field)."""
     return PydanticCustomError("field_error", "{what}", {"field": field, "what": what})
 
 
 class StrictModel(BaseModel):
-    """Refuse unknown keys, NaN and later changes; take field descriptions from the strings under the fields."""
+    """A model that refuses unknown keys, NaN and later changes; the strings below the fields are their descriptions."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -27,10 +27,11 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _truth_is_no_number(cls, values: Any) -> Any:
-        """Refuse yes, no, on and off, which YAML reads as truth values, where a number or text is meant."""
+        """Refuse yes, no, on and off, which YAML reads as booleans, for fields that hold a number or text."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
             value, kind = values.get(name), field.annotation
             if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
-                said = str(value).lower()
-                raise field_error(name, f"{said} is not allowed here (YAML reads yes, no, on, off so: quote text)")
+                text = str(value).lower()
+                what = f"{text} is not allowed here (YAML reads yes, no, on and off as booleans: quote text)"
+                raise field_error(name, what)
         return values

@@ -1,4 +1,4 @@
-"""Where a recipe runs when it is not this machine: its roles, and the profile of a Kubernetes cluster."""
+"""The section `cluster`: the roles of a run on a cluster, and the profile of a Kubernetes cluster."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from .base import StrictModel, field_error
 from .roles import RolesConfig
 
-MAX_RAYJOB_NAME = 47  # KubeRay adds a suffix, and 63 characters are all that a label holds
+MAX_RAYJOB_NAME = 47  # KubeRay adds a suffix, and a label has at most 63 characters
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
-"""A name of Kubernetes (DNS-1123 label)."""
+"""A Kubernetes name (DNS-1123 label)."""
 
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-"""A name of an object (DNS-1123 subdomain)."""
+"""The name of a Kubernetes object (DNS-1123 subdomain)."""
 
 Label = Annotated[
     str,
@@ -27,25 +27,25 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Toleration(StrictModel):
-    """A taint of nodes that pods accept."""
+    """A taint of nodes that pods tolerate."""
 
     key: str = Field(min_length=1)
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = None
-    """Of Equal."""
+    """The value of the taint; only for operator=Equal."""
 
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """null: all of them."""
+    """null: all effects."""
 
     @model_validator(mode="after")
     def _value_is_of_equal(self) -> Toleration:
         if (self.operator == "Equal") != (self.value is not None):
-            raise field_error("value", "is needed for operator=Equal, and for nothing else")
+            raise field_error("value", "is required for operator=Equal, and not allowed otherwise")
         return self
 
 
 class PlacementConfig(StrictModel):
-    """The nodes that take a group's pods."""
+    """The nodes on which the pods of a group may run."""
 
     node_selector: dict[Label, LabelValue] = Field(default_factory=dict)
     """Labels of Kubernetes nodes, such as {cloud.google.com/gke-accelerator: nvidia-h100-80gb}."""
@@ -53,11 +53,11 @@ class PlacementConfig(StrictModel):
     tolerations: tuple[Toleration, ...] = ()
 
     topology_key: Label | None = None
-    """Keep all pods of the group where nodes agree in this label, such as topology.kubernetes.io/zone."""
+    """Place all pods of the group on nodes with the same value of this label, such as topology.kubernetes.io/zone."""
 
 
 class HeadConfig(StrictModel):
-    """The pod of Ray's head, which also runs the driver; no work of the stages lands there."""
+    """The pod of Ray's head, which also runs the driver; the stages do not run on it."""
 
     cpus: Count = 2
     memory_gib: Count = 8
@@ -65,28 +65,29 @@ class HeadConfig(StrictModel):
 
 
 class GroupConfig(StrictModel):
-    """Pods that are alike. What is left out follows from what the recipe asks for."""
+    """A group of identical pods. Fields that are not set follow from what the recipe requests."""
 
     replicas: Count | None = None
-    """Pods. Default: as many as the recipe's workers need."""
+    """Number of pods. Default: as many as the recipe's workers need."""
 
     min_replicas: int | None = Field(default=None, ge=0)
-    """Autoscaling only: pods that stay while there is no work. Default: 0."""
+    """Autoscaling only: pods that are kept while there is no work. Default: 0."""
 
     max_replicas: Count | None = None
-    """Autoscaling only. Default: replicas, or what the recipe may grow to."""
+    """Autoscaling only: the limit. Default: replicas, or the number up to which the recipe may grow."""
 
     cpus: Count | None = None
-    """Of one pod. Default: what the recipe's workers on it need."""
+    """CPUs of one pod. Default: what the recipe's workers on it need."""
 
     memory_gib: Count | None = None
-    """Of one pod, of which half may be shared memory. Default: 4 for each CPU, and 64 for each GPU."""
+    """Memory of one pod, half of which may be shared memory. Default: 4 for each CPU, and 64 for each GPU."""
 
     gpus: int | None = Field(default=None, ge=0)
-    """Of one pod. Default: what the recipe's workers need, up to 8."""
+    """GPUs of one pod. Default: what the recipe's workers need, up to 8."""
 
     devices: dict[Label, Count] = Field(default_factory=dict)
-    """Further devices of one pod, by the name of their plugin, such as {rdma/ib: 8} or {vpc.amazonaws.com/efa: 4}."""
+    """Further devices of one pod, by the resource name of their plugin, such as {rdma/ib: 8} or {vpc.amazonaws.com/efa:
+    4}."""
 
     placement: PlacementConfig = PlacementConfig()
 
@@ -97,33 +98,33 @@ class GroupConfig(StrictModel):
             raise field_error("replicas", f"at least min_replicas={low} is expected")
         if high is not None and high < max(self.replicas or 0, low):
             raise field_error(
-                "max_replicas", f"at least {max(self.replicas or 0, low)} is expected, as many as there are"
+                "max_replicas", f"at least {max(self.replicas or 0, low)} is expected, the number of pods"
             )
         return self
 
 
 class StorageConfig(StrictModel):
-    """A persistent volume that every pod mounts (ReadWriteMany); relative outputs of a recipe are put in it."""
+    """A persistent volume that every pod mounts (ReadWriteMany); relative outputs of a recipe are written to it."""
 
     claim: ObjectName = "dpo-ray"
-    """The PersistentVolumeClaim."""
+    """The name of the PersistentVolumeClaim."""
 
     mount: str = Field(default="/mnt/shared", pattern=r"^/[\w.-]+(/[\w.-]+)*$")
     create_gib: Count | None = None
-    """Render the claim as well, of this size; null: it is there."""
+    """Also render the claim, with this size; null: the claim exists already."""
 
     storage_class: ObjectName | None = None
-    """Of a claim that is created. Default: the cluster's."""
+    """Storage class of a claim that is created. Default: that of the cluster."""
 
     @model_validator(mode="after")
     def _class_is_of_a_new_claim(self) -> StorageConfig:
         if self.storage_class is not None and self.create_gib is None:
-            raise field_error("storage_class", "is for a claim that is created: set create_gib")
+            raise field_error("storage_class", "is only for a claim that is created: set create_gib")
         return self
 
 
 class SecretVariable(StrictModel):
-    """An environment variable whose value a Secret holds; the value never stands in a recipe."""
+    """An environment variable whose value is in a Secret; the value is never part of a recipe."""
 
     variable: Variable
     secret: ObjectName
@@ -131,111 +132,115 @@ class SecretVariable(StrictModel):
 
 
 class QueueConfig(StrictModel):
-    """The scheduler that starts all pods of a run together or none."""
+    """The scheduler that starts either all pods of a run or none (gang scheduling)."""
 
     type: Literal["kueue", "volcano", "yunikorn"]
     name: LabelValue = Field(min_length=1)
-    """The queue (of Kueue: the LocalQueue)."""
+    """The queue (for Kueue: the LocalQueue)."""
 
     priority_class: ObjectName | None = None
-    """Of Kueue a WorkloadPriorityClass, else a PriorityClass."""
+    """For Kueue a WorkloadPriorityClass, otherwise a PriorityClass."""
 
 
 class NetworkConfig(StrictModel):
-    """Who may talk to the pods, and to whom they may."""
+    """The network connections from and to the pods that are allowed."""
 
     policy: bool = True
-    """Render a NetworkPolicy: pods of the run among themselves, the operator, DNS, and `egress_ports` anywhere."""
+    """Render a NetworkPolicy that allows connections among the pods of the run, with the operator, to DNS, and to
+    `egress_ports` of any address."""
 
     operator_namespace: Name = "kuberay-system"
-    """Where the KubeRay operator runs, which submits the job."""
+    """Namespace of the KubeRay operator, which submits the job."""
 
     monitoring_namespace: Name = "monitoring"
-    """Where Prometheus runs, which reads the metrics."""
+    """Namespace of Prometheus, which reads the metrics."""
 
     egress_ports: tuple[Annotated[int, Field(gt=0, lt=65536)], ...] = (443, 6443)
-    """Hubs, object stores and the API server of Kubernetes; the ports of a recipe's LLM judges are added."""
+    """Ports of hubs, object stores and the Kubernetes API server; those of the recipe's LLM judges are added."""
 
 
 class KubernetesConfig(StrictModel):
-    """What `dpo-ray kubernetes render` writes into its manifests."""
+    """The profile from which `dpo-ray kubernetes render` writes its manifests."""
 
     name: str | None = Field(default=None, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=MAX_RAYJOB_NAME)
-    """Of the RayJob. Default: the recipe's name, with - for _."""
+    """Name of the RayJob. Default: the recipe's name, with - instead of _."""
 
     namespace: Name = "default"
     image: str | None = Field(default=None, min_length=1)
-    """Of every pod. Default: dpo-ray:VERSION-gpu where the recipe uses GPUs, dpo-ray:VERSION-cpu otherwise."""
+    """Image of every pod. Default: dpo-ray:VERSION-gpu if the recipe uses GPUs, dpo-ray:VERSION-cpu otherwise."""
 
     image_pull_secrets: tuple[ObjectName, ...] = ()
     service_account: ObjectName | None = None
-    """One that is there, such as one that an object store knows. Default: one of the run's own. No pod gets its token,
-    except the autoscaler's container."""
+    """An existing service account, such as one with access to an object store. Default: a new one for the run. Only the
+    autoscaler's container gets its token."""
 
     head: HeadConfig = HeadConfig()
     cpu: GroupConfig = GroupConfig()
     """Pods that prepare data and run judges without GPUs."""
 
     engines: GroupConfig | None = GroupConfig()
-    """Pods that score with the reference and sample. null: they share those of `training`."""
+    """Pods that score with the reference and sample. null: engines run on the pods of `training`."""
 
     training: GroupConfig = GroupConfig()
-    """Pods that train: a fixed number, which start together."""
+    """Pods that train: a fixed number, which are started together."""
 
     gpu_resource: Label = "nvidia.com/gpu"
     scratch_gib: Count = 32
-    """Local disk of each pod: Ray's logs, spilled objects, caches."""
+    """Local disk of each pod, for Ray's logs, spilled objects and caches."""
 
     autoscaling: bool = True
-    """Engines and CPU pods come and go with the work. Not with Kueue, which admits a fixed number."""
+    """Add and remove engine and CPU pods as the work requires. Not possible with Kueue, which admits a fixed number."""
 
     idle_seconds: Count = 300
-    """Autoscaling only: a pod without work goes after so long."""
+    """Autoscaling only: a pod is removed after it was idle for this time."""
 
     storage: StorageConfig | None = StorageConfig()
-    """null: outputs are at s3:// or gs://."""
+    """The volume that all pods share; null: outputs are at s3:// or gs://."""
 
     environment: dict[Variable, str] = Field(default_factory=dict)
-    """Of every pod, such as {NCCL_SOCKET_IFNAME: eth0}. Secrets do not belong here."""
+    """Environment variables of every pod, such as {NCCL_SOCKET_IFNAME: eth0}. Secrets do not belong here."""
 
     secrets: tuple[SecretVariable, ...] = ()
     queue: QueueConfig | None = None
     network: NetworkConfig = NetworkConfig()
     pod_monitor: bool = False
-    """Render a PodMonitor; the Prometheus operator must be there."""
+    """Render a PodMonitor; the Prometheus operator must be installed."""
 
     retries: int = Field(default=3, ge=0)
-    """Times a failed run is started again, on a new Ray cluster; it goes on from what was committed."""
+    """How often a failed run is restarted on a new Ray cluster; it goes on from what was committed."""
 
     ttl_seconds: int = Field(default=3600, ge=0)
-    """The Ray cluster is deleted so long after the run's end; until then its dashboard has the logs."""
+    """The Ray cluster is deleted this long after the end of the run; until then its dashboard shows the logs."""
 
     deadline_seconds: Count | None = None
-    """The run is ended after so long. Default: never."""
+    """The run is stopped after this time. Default: never."""
 
     start_deadline_seconds: Count | None = None
-    """The run is given up if it does not begin within this time. Default: never."""
+    """The run is abandoned if it does not start within this time. Default: never."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> KubernetesConfig:
         for field in ("min_replicas", "max_replicas"):
             if getattr(self.training, field) is not None:
-                raise field_error(f"training.{field}", "training pods are a fixed number: set training.replicas")
+                raise field_error(f"training.{field}", "the number of training pods is fixed: set training.replicas")
         if self.queue is not None and self.queue.type == "kueue" and self.autoscaling:
-            raise field_error("autoscaling", "Kueue admits a fixed number of pods: say false")
+            raise field_error("autoscaling", "Kueue admits a fixed number of pods: set it to false")
         if not self.autoscaling:
             groups = {"cpu": self.cpu, "engines": self.engines}
             for name, group in groups.items():
                 if group is not None and (group.min_replicas is not None or group.max_replicas is not None):
-                    raise field_error(f"{name}.replicas", "without autoscaling this alone counts; leave out the bounds")
+                    raise field_error(
+                        f"{name}.replicas",
+                        "without autoscaling only this is used: leave out min_replicas and max_replicas",
+                    )
         twice = {s.variable for s in self.secrets} & set(self.environment)
         if twice:
-            raise field_error("environment", f"{sorted(twice)[0]} is one of `secrets` as well: name it once")
+            raise field_error("environment", f"{sorted(twice)[0]} is also one of `secrets`: set it only once")
         return self
 
 
 class ClusterConfig(StrictModel):
-    """Profiles of where the recipe runs; its result does not depend on them."""
+    """Profiles of the cluster on which the recipe runs; the result does not depend on them."""
 
     roles: RolesConfig = RolesConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()

@@ -1,4 +1,4 @@
-"""What is measured on the finished policy."""
+"""The section `evaluate`: what is measured on the finished policy."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .base import StrictModel
 
 
 class EvaluateConfig(StrictModel):
-    """Sample from policy and reference on held-out prompts, and compare."""
+    """Sampling from the policy and the reference on held-out prompts, to compare them."""
 
     sample_prompts: int = Field(default=64, ge=0)
-    """Held-out prompts to sample from; 0: no sampling (then no KL and no side-by-side)."""
+    """Held-out prompts to sample completions for; 0: no sampling, so no KL estimate and no comparison of samples."""
 
     max_new_tokens: int = Field(default=128, gt=0)
     temperature: float = Field(default=1.0, gt=0)
-    """1 samples the policy itself, which is what makes the KL estimate unbiased."""
+    """1 samples from the policy itself; only then is the KL estimate unbiased."""
 
     shown_samples: int = Field(default=8, ge=0)
-    """Prompts whose two completions are printed side by side in the report."""
+    """Prompts whose two completions are shown side by side in the report."""

@@ -1,4 +1,4 @@
-"""Turn pydantic's errors into lines that a person can act on: the field's path, what is wrong, what is allowed."""
+"""Pydantic's errors as readable lines: the path of the field, what is wrong, and what is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 
 SHOWN_CHARACTERS = 80
-_KINDS = {  # pydantic's kind of error -> what is expected, in words of YAML
+_KINDS = {  # pydantic's type of error -> what is expected, in terms of YAML
     "model_type": "a section (a mapping of keys) is expected",
     "model_attributes_type": "a section (a mapping of keys) is expected",
     "tuple_type": "a list is expected",
@@ -26,7 +26,8 @@ _KINDS = {  # pydantic's kind of error -> what is expected, in words of YAML
 
 
 def explain_all(root: type[BaseModel], problems: Iterable[Any]) -> list[str]:
-    """Write the entries of `ValidationError.errors()`, one for each place: a value may be wrong for each type it may have."""
+    """Return a line for each place in `ValidationError.errors()`, which lists a wrong value once for each possible
+    type."""
     lines: dict[str, str] = {}
     for problem in problems:
         line = explain(root, problem)
@@ -35,17 +36,17 @@ def explain_all(root: type[BaseModel], problems: Iterable[Any]) -> list[str]:
 
 
 def explain(root: type[BaseModel], problem: Any) -> str:
-    """Write one entry of `ValidationError.errors()` as `path: what is wrong; what is allowed; got VALUE`."""
+    """Return one entry of `ValidationError.errors()` as `path: what is wrong; what is allowed; got VALUE`."""
     model, path = _walk(root, problem["loc"])
     value, kind, place = problem["input"], problem["type"], ".".join(path)
     if kind == "extra_forbidden":
         return f"{place}: unknown key; {_hint(root, model, path)}"
     if kind == "missing":
-        return f"{place}: required, and not given"
+        return f"{place}: is required, but missing"
     if kind == "union_tag_invalid":
         return f"{place}.type: {value.get('type')!r} is not known; allowed: {problem['ctx']['expected_tags']}"
     if kind == "union_tag_not_found":
-        return f"{place}.type: required, and not given"
+        return f"{place}.type: is required, but missing"
     if kind == "field_error":  # raised by a section's own validator
         return f"{'.'.join([*path, problem['ctx']['field']])}: {problem['msg']}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -57,7 +58,8 @@ def explain(root: type[BaseModel], problem: Any) -> str:
 
 
 def _hint(root: type[BaseModel], model: type[BaseModel] | None, path: list[str]) -> str:
-    """Suggest the nearest key of the section, else where in the recipe a field of that name stands, else list all."""
+    """Suggest the most similar key of the section, else the field of that name elsewhere in the recipe, else all
+    keys."""
     key, section = path[-1], ".".join(path[:-1]) or "the recipe"
     known = sorted(model.model_fields) if model else []
     elsewhere = next((p for p in _field_paths(root) if p.rpartition(".")[2] == key), None)
@@ -69,7 +71,7 @@ def _hint(root: type[BaseModel], model: type[BaseModel] | None, path: list[str])
 
 
 def _field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the paths of all fields, those of a section after the section itself."""
+    """Yield the paths of all fields; the fields of a section follow the section itself."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for below in _models_in(field.annotation):
@@ -77,15 +79,17 @@ def _field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 class _Kind(NamedTuple):
-    """One of the types that a value may have, and the tag that stands for it in an error's location."""
+    """One of the types that a value may have, and the tag that represents it in the location of an error."""
 
     tag: str
     type: Any
 
 
 def _walk(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel] | None, list[str]]:
-    """Follow an error's location; drop what names one type of several, which is no key; return the last section's model
-    and the path."""
+    """Follow the location of an error and return the model of the last section, and the path.
+
+    Parts of the location that name one of several types are left out, because they are not keys.
+    """
     owner: type[BaseModel] | None = root
     kinds, path = [_Kind("", root)], []
     for part in loc:
@@ -113,11 +117,11 @@ def _walk(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel] 
 def _kinds(annotation: Any) -> list[_Kind]:
     """List the types that an annotation allows; a section's tag is its `type`."""
     if get_origin(annotation) is Annotated:
-        inner, *said = get_args(annotation)
-        tag = next((s.tag for s in said if isinstance(s, Tag)), "")
+        inner, *metadata = get_args(annotation)
+        tag = next((m.tag for m in metadata if isinstance(m, Tag)), "")
         return [_Kind(tag or kind.tag, kind.type) for kind in _kinds(inner)]
     if get_origin(annotation) in (Union, UnionType):
-        return [kind for one in get_args(annotation) for kind in _kinds(one)]
+        return [kind for part in get_args(annotation) for kind in _kinds(part)]
     field = annotation.model_fields.get("type") if _is_model(annotation) else None
     return [_Kind(next(iter(get_args(field.annotation)), "") if field else "", annotation)]
 
@@ -129,4 +133,4 @@ def _is_model(annotation: Any) -> bool:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if _is_model(annotation):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _models_in(part)]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

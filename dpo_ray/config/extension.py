@@ -53,7 +53,8 @@ class ObjectiveConfig(StrictModel):
     """LD-DPO's weights of tokens apply."""
 
     takes_soft_labels: ClassVar[bool] = False
-    """The loss takes `preference_probability` into account itself; otherwise it is mixed with the loss of the swapped pair."""
+    """The loss takes `preference_probability` into account itself; otherwise it is mixed with the loss of the swapped
+    pair."""
 
 
 class JudgeConfig(StrictModel):

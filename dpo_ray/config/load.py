@@ -1,4 +1,4 @@
-"""Read a recipe: YAML, then `key.path=value` overrides, then validation with errors that a person can act on."""
+"""Loading of a recipe: YAML, then `key.path=value` overrides, then validation with errors that explain the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MAX_RECIPE_BYTES = 1 << 20
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuse what makes a recipe ambiguous or a bomb: repeated keys, and aliases altogether."""
+    """A loader that refuses repeated keys, which are ambiguous, and all aliases, which can make a small file expand
+    hugely."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -35,7 +36,7 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` stands twice", key_node.start_mark
+                    None, None, f"the key `{key}` appears twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -51,7 +52,7 @@ _StrictLoader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506, TID251 - a SafeLoader, and the one place that reads YAML
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506, TID251 - a SafeLoader; the only place that reads YAML
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}" if mark else where
@@ -59,25 +60,27 @@ def _parse_yaml(text: str, where: str) -> Any:
         fix = "quote text that begins with * or &" if "alias" in what or "alphabetic" in what else "correct the line"
         raise ConfigError(f"not valid YAML: {what}", where=place, fix=fix) from None
     except RecursionError:
-        raise ConfigError("nested too deeply", where=where, fix="a recipe is a page of YAML; is this data?") from None
-    except ValueError as error:  # YAML's own constructors: a date that is none, a number of thousands of digits
+        raise ConfigError(
+            "the YAML is nested too deeply", where=where, fix="a recipe is a page of YAML: check that this is not data"
+        ) from None
+    except ValueError as error:  # raised by YAML's constructors: an invalid date, a number of thousands of digits
         raise ConfigError(f"a value cannot be read: {error}", where=where, fix="quote it if it is text") from None
 
 
 def read_recipe_values(path: Path) -> dict[str, Any]:
-    """Read the mapping that a recipe file holds.
+    """Read the mapping in a recipe file.
 
     Raises:
-        ConfigError: no such file, too large, not UTF-8, not YAML, a repeated key, or not a mapping.
+        ConfigError: the file is missing, too large, not UTF-8, not YAML, not a mapping, or has a repeated key.
     """
     where = str(path)
     values = _parse_yaml(_read_text(path, where), where)
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
-            f"a recipe is a mapping of sections, this is {kind}",
+            f"a recipe must be a mapping of sections, this is {kind}",
             where=where,
-            fix="begin with `name:`, `model:`, `data:`",
+            fix="start with `name:`, `model:`, `data:`",
         )
     return values
 
@@ -85,13 +88,15 @@ def read_recipe_values(path: Path) -> dict[str, Any]:
 def _read_text(path: Path, where: str) -> str:
     if not path.exists():
         raise ConfigError(
-            "no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented one to begin with"
+            "no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented recipe to start with"
         )
     if path.is_dir():
-        raise ConfigError("this is a directory, not a recipe", where=where, fix="name the YAML file in it")
+        raise ConfigError("this is a directory, not a recipe", where=where, fix="name a YAML file in it")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise ConfigError(
-            f"larger than {MAX_RECIPE_BYTES} bytes", where=where, fix="a recipe is a page of YAML; is this data?"
+            f"the file is larger than {MAX_RECIPE_BYTES} bytes",
+            where=where,
+            fix="a recipe is a page of YAML: check that this is not data",
         )
     try:
         return path.read_text(encoding="utf-8")
@@ -102,10 +107,10 @@ def _read_text(path: Path, where: str) -> str:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Set `key.path=value` pairs (the value is YAML) in a copy of `values`; the last one wins.
+    """Return a copy of `values` with `key.path=value` pairs set (the value is YAML); the last one wins.
 
     Raises:
-        ConfigError: an override without `=`, with an empty key, or that goes through something that is no section.
+        ConfigError: an override has no `=`, an empty key, or a path through something that is not a section.
     """
     result = _copy_mappings(values)
     for override in overrides:
@@ -117,7 +122,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             )
         section = result
         for depth, part in enumerate(parts[:-1]):
-            if section.get(part) is None:  # absent, or a section that is left empty
+            if section.get(part) is None:  # the section is missing or empty
                 section[part] = {}
             below = section[part]
             if not isinstance(below, dict):
@@ -136,13 +141,13 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """Read, override and validate a recipe.
 
     Raises:
-        ConfigError: with every wrong field: its path, its value, and what is allowed.
+        ConfigError: fields are wrong; the message lists each with its path, its value, and what is allowed.
     """
     return validate_recipe(apply_overrides(placed(read_recipe_values(path)), overrides), where=str(path))
 
 
 def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Make a Recipe of plain values; see `load_recipe`."""
+    """Build a Recipe from plain values; see `load_recipe`."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The model that is aligned; its untouched weights are the reference."""
+"""The section `model`: the model that is aligned; its original weights are the reference."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 
 class ModelConfig(StrictModel):
-    """Say which model is the policy at step 0 and, frozen, the reference."""
+    """The model that is the policy at step 0 and, frozen, the reference."""
 
     path: str = Field(min_length=1)
     """A directory in Hugging Face format (config.json, *.safetensors, tokenizer), a hub name, or `builtin:NAME`."""
 
     revision: str | None = None
-    """Hub names only: a branch, tag or, best, a 40-hex commit."""
+    """Hub names only: a branch, a tag or, preferably, a commit of 40 hex digits."""
 
     adapter: str | None = Field(default=None, min_length=1)
     """A directory with a LoRA adapter in PEFT's format: policy and reference are then the model with this adapter."""

@@ -1,4 +1,4 @@
-"""Rounds of online preference optimisation: sample, judge, pair, train, evaluate, promote."""
+"""The section `online`: rounds of sampling, judging, pairing, training, evaluating and promoting."""
 
 from __future__ import annotations
 
@@ -21,151 +21,161 @@ class SamplingConfig(StrictModel):
     min_p: float = Field(default=0.0, ge=0, lt=1)
     max_new_tokens: int = Field(default=256, gt=0)
     stop_token_ids: tuple[int, ...] = ()
-    """Besides the end-of-turn tokens that the model and the data have."""
+    """Further stop tokens, in addition to the end-of-turn tokens of the model and the data."""
 
     prompts_per_granule: int = Field(default=64, gt=0)
-    """Prompts that are sampled, and kept, together: what a lost engine costs."""
+    """Prompts that are sampled and committed together: the work that is lost with an engine."""
 
     pair_truncated: bool = False
-    """Whether completions that the limit cut off may be paired."""
+    """Also use completions that were cut off at the limit in pairs."""
 
 
 class RoundPairingConfig(StrictModel):
-    """Which pairs are made of a prompt's judged completions."""
+    """How pairs are made of the judged completions of a prompt."""
 
     pairs: Literal["best_worst", "best_random", "top_bottom", "margin", "list"] = "best_worst"
-    """top_bottom: each of the best `k` with each of the worst `k`. margin: every two that are `min_margin` apart. list: the whole
-    ranked list as one group, for objectives that learn from lists."""
+    """top_bottom: each of the best `k` with each of the worst `k`. margin: every two whose scores differ by
+    `min_margin`. list: the whole ranked list as one group, for objectives that learn from lists."""
 
     k: int = Field(default=2, gt=0)
-    """Of top_bottom."""
+    """Only for top_bottom."""
 
     min_margin: float = Field(default=0.0, ge=0)
-    """Pairs whose scores are not further apart are dropped; 0: ties alone."""
+    """Pairs whose scores differ by this or less are dropped; 0: only ties are dropped."""
 
     min_agreement: float = Field(default=0.0, ge=0, le=1)
-    """Prompts on which the judges agree less are dropped."""
+    """Prompts on which the agreement of the judges is lower than this are dropped."""
 
     length_penalty: float = Field(default=0.0, ge=0)
-    """Taken from a completion's score for each token: among completions of like quality the shorter one then wins."""
+    """Subtracted from a completion's score for each token, so that of two equally good completions the shorter one
+    wins."""
 
     max_length_ratio: float | None = Field(default=None, gt=1)
-    """Pairs of which one completion is more than so many times as long as the other are dropped."""
+    """Pairs are dropped if one completion is more than this many times as long as the other."""
 
     labels: Literal["hard", "bradley_terry"] = "hard"
-    """bradley_terry: the scores are log-odds, as reward models learn them, and a pair's label is the probability
-    sigmoid(better - worse) that they give; of best_worst and best_random."""
+    """bradley_terry: the scores are log-odds, as reward models learn them, and the label of a pair is the probability
+    sigmoid(better - worse) that follows from them; only for best_worst and best_random."""
 
     min_pairs: int = Field(default=1, gt=0)
-    """Fewer pairs stop the round, with the reasons."""
+    """If there are fewer pairs, the round stops and reports the reasons."""
 
     @model_validator(mode="after")
     def _labels_are_of_one_pair(self) -> RoundPairingConfig:
         if self.labels == "bradley_terry" and self.pairs not in ("best_worst", "best_random"):
-            raise field_error("labels", f"pairs={self.pairs} makes several of a prompt: say hard, or pairs=best_worst")
+            raise field_error(
+                "labels", f"pairs={self.pairs} makes several pairs of a prompt: set labels=hard, or pairs=best_worst"
+            )
         return self
 
 
 class MixConfig(StrictModel):
-    """What a round learns from besides its own pairs, as shares of all its groups."""
+    """What a round trains on in addition to its own pairs, as shares of all its groups."""
 
     offline: float = Field(default=0.0, ge=0, lt=1)
-    """Of the preference data (data.train), a fresh seeded choice each round."""
+    """Share of preference data (data.train), a new seeded selection in each round."""
 
     earlier_rounds: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _leaves_room(self) -> MixConfig:
         if self.offline + self.earlier_rounds >= 1:
-            raise field_error("offline", "with earlier_rounds it takes all: leave a share for the round's own pairs")
+            raise field_error(
+                "offline", "together with earlier_rounds it is 1 or more: leave a share for the round's own pairs"
+            )
         return self
 
 
 class RoundEvaluationConfig(StrictModel):
-    """How each round's policy is measured, on prompts that no round trains on."""
+    """How the policy of each round is evaluated, on prompts that no round trains on."""
 
     prompts: int = Field(default=128, gt=0)
-    """Held-out prompts (data.eval): one completion each of the policy, the previous one and the initial one."""
+    """Held-out prompts (data.eval): the policy, the previous and the initial policy each sample one completion per
+    prompt."""
 
     judge: Judge | None = None
-    """Who compares; None: the judge of the rounds."""
+    """The judge that compares; null: the judge of the rounds."""
 
     bootstrap_samples: int = Field(default=2000, gt=0)
     confidence: float = Field(default=0.95, gt=0, lt=1)
 
 
 class PromotionConfig(StrictModel):
-    """What a round's policy must show to become the policy; all that are set must hold. None set: it always does."""
+    """The conditions under which a round's policy is promoted; all that are set must hold. If none is set, it always
+    is."""
 
     min_win_rate_against_previous: float | None = Field(default=None, ge=0, le=1)
     min_win_rate_against_initial: float | None = Field(default=None, ge=0, le=1)
     min_true_reward_gain: float | None = None
-    """Over the previous policy, where the true reward is known."""
+    """Gain over the previous policy, if the true reward is known."""
 
     max_kl: float | None = Field(default=None, gt=0)
-    """Nats a completion, to the initial policy."""
+    """KL divergence from the initial policy, in nats per completion."""
 
     min_heldout_accuracy: float | None = Field(default=None, ge=0, le=1)
     max_length_growth: float | None = Field(default=None, gt=1)
-    """Mean tokens of a completion, over the initial policy's."""
+    """Mean tokens of a completion, divided by those of the initial policy."""
 
 
 class StopConfig(StrictModel):
-    """When the rounds end before all are run."""
+    """When the rounds end early."""
 
     kl_budget: float | None = Field(default=None, gt=0)
-    """Nats a completion, to the initial policy: the first promoted round that reaches it is the last."""
+    """KL divergence from the initial policy, in nats per completion: the first promoted round that reaches it is the
+    last."""
 
     rounds_without_gain: int | None = Field(default=None, gt=0)
-    """So many rounds in a row that were rejected, or whose win rate against the previous policy is not above one half."""
+    """End after this many rounds in a row that were rejected, or whose win rate against the previous policy is not
+    above 1/2."""
 
     target_win_rate: float | None = Field(default=None, gt=0, le=1)
-    """Against the initial policy."""
+    """End when the win rate against the initial policy reaches this."""
 
 
 class OnlineConfig(StrictModel):
-    """Iterative online DPO. With this section `dpo-ray run` runs rounds instead of one offline training."""
+    """Iterative online DPO. With this section, `dpo-ray run` runs rounds instead of one offline training."""
 
     rounds: int = Field(default=3, gt=0)
-    """Raise it, and a finished run goes on."""
+    """Number of rounds. A finished run goes on if it is increased."""
 
     prompts: Sources | None = None
-    """Where prompts come from: rows of the formats of data.train, of which the prompt alone is used (and `answer`, for the
-    verifier). None: the prompts of data.train."""
+    """The source of prompts: rows in the formats of data.train, of which only the prompt is used (and `answer`, for the
+    verifier). null: the prompts of data.train."""
 
     prompts_per_round: int = Field(default=512, gt=0)
-    """A fresh seeded subset each round; all prompts are seen before any comes again."""
+    """A new seeded subset in each round; all prompts are used before any is repeated."""
 
     sampling: SamplingConfig = SamplingConfig()
     judge: Judge
     pairing: RoundPairingConfig = RoundPairingConfig()
     mix: MixConfig = MixConfig()
     reference: Literal["initial", "previous", "ema"] = "initial"
-    """The reference of a round: the model of the recipe, the policy that the round starts from, or the running mean of these."""
+    """The reference of a round: the model of the recipe, the policy that the round starts from, or the running mean of
+    these policies."""
 
     ema_decay: float = Field(default=0.9, gt=0, lt=1)
-    """Of reference=ema: the mean is decay * mean + (1 - decay) * policy, after each promotion."""
+    """For reference=ema: after each promotion the mean is decay * mean + (1 - decay) * policy."""
 
     optimizer: Literal["restart", "carry"] = "restart"
-    """carry: a round's optimizer begins with the last one's moments."""
+    """carry: the optimizer of a round starts with the moments of the previous round."""
 
     evaluate: RoundEvaluationConfig = RoundEvaluationConfig()
     promote_if: PromotionConfig = PromotionConfig()
     stop_if: StopConfig = StopConfig()
 
     def judges(self) -> list[SingleJudge]:
-        """List all single judges, also those of ensembles and of the evaluation."""
-        return [one for judge in self.named_judges() for one in members_of(judge)]
+        """List all single judges, including those of ensembles and of the evaluation."""
+        return [member for judge in self.named_judges() for member in members_of(judge)]
 
     def judge_environment(self) -> set[str]:
         """Return the environment variables that the judges need, such as those with API keys."""
         return set().union(*(judge.environment() for judge in self.judges()))
 
     def judges_cpus(self, role: RoleConfig) -> float:
-        """Count the CPUs that all judges hold while rounds run."""
+        """Return the CPUs that all judges hold while rounds run."""
         return sum(cpus_of(judge, role) for judge in self.named_judges())
 
     def named_judges(self) -> list[Judge]:
-        """List the judge of the rounds, and that of the evaluation where it is another."""
+        """List the judge of the rounds and, if it is a different one, that of the evaluation."""
         other = self.evaluate.judge
         return [self.judge, *([other] if other not in (None, self.judge) else [])]

@@ -1,4 +1,4 @@
-"""The root of a recipe: everything that a run depends on."""
+"""The root of the recipe: everything that a run depends on."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ RESERVED_NAMES = ("artifacts", "reference-store", "judgements")
 
 
 class RayConfig(StrictModel):
-    """Where the work runs."""
+    """The Ray cluster on which the work runs."""
 
     address: str = "local"
-    """local: a Ray of its own on this machine. Otherwise the address of a running cluster, or `auto` inside one."""
+    """local: start a new Ray on this machine. Otherwise the address of a running cluster, or `auto` on one of its
+    nodes."""
 
     cpus: int | None = Field(default=None, gt=0)
-    """Local only: CPUs that Ray may use; default: the cores of this machine, at least what the recipe asks for."""
+    """Local only: CPUs that Ray may use. Default: the cores of this machine, and at least what the recipe requests."""
 
 
 class Recipe(StrictModel):
     """One run, from preference data to an aligned policy."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
-    """The run: its directory is OUTPUT/NAME."""
+    """Name of the run; its directory is OUTPUT/NAME."""
 
     output: str = Field(default="runs", min_length=1)
-    """A directory or a URI (s3://bucket/prefix, gs://...). Runs under one output share finished artifacts."""
+    """A directory or a URI (s3://bucket/prefix, gs://...). Runs with the same output share finished artifacts."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     model: ModelConfig
@@ -53,10 +54,10 @@ class Recipe(StrictModel):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     online: OnlineConfig | None = None
-    """Rounds of sampling, judging, pairing and training, in place of one training on data.train."""
+    """Rounds of sampling, judging, pairing and training, instead of one training on data.train."""
 
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Besides metrics.jsonl, which is always written."""
+    """Trackers in addition to metrics.jsonl, which is always written."""
 
     ray: RayConfig = RayConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -77,31 +78,39 @@ class Recipe(StrictModel):
         if self.model.adapter is not None and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
                 "train.lora.merge",
-                "an adapter of a model that has one itself (model.adapter) cannot stand alone: say true",
+                "an adapter on top of another one (model.adapter) cannot be exported alone: set it to true",
             )
         if self.train.quantization and uses_reference(self.train.objective) and self.reference.engine != "trainer":
             raise field_error(
                 "reference.engine",
-                "say trainer: with train.quantization the reference is the quantized model, and an engine would score another",
+                "must be trainer: with train.quantization the reference is the quantized model, which engines cannot score",
             )
         if self.online is not None:
             self._check_online(self.online)
         if self.ray.cpus is not None and self.ray.address == "local" and self.ray.cpus < self.cpus_needed():
             raise field_error(
                 "ray.cpus",
-                f"{self.ray.cpus} cannot hold what the recipe asks for at once: set at least {self.cpus_needed()}",
+                f"{self.ray.cpus} CPUs are fewer than the recipe requests at the same time: set at least {self.cpus_needed()}",
             )
         return self
 
     def _check_online(self, online: OnlineConfig) -> None:
         if not self.data.eval:
-            raise field_error("data.eval", "rounds are measured on held-out prompts, and there are none; name some")
+            raise field_error(
+                "data.eval", "rounds are evaluated on held-out prompts, and there are none: set data.eval"
+            )
         if self.reference.engine != "vllm":
-            raise field_error("reference.engine", "the engines that sample score as well: rounds need vllm")
+            raise field_error(
+                "reference.engine", "rounds need vllm, as the engines that sample also score the reference"
+            )
         if self.reference.mode != "ahead":
-            raise field_error("reference.mode", "a round's pairs are there before training begins: say ahead")
+            raise field_error(
+                "reference.mode", "must be ahead: the pairs of a round are complete before its training starts"
+            )
         if self.reference.audit.on_drift == "use_trainer":
-            raise field_error("reference.audit.on_drift", "rounds need the engines' scores: say stop or warn")
+            raise field_error(
+                "reference.audit.on_drift", "rounds need the scores of the engines: set it to stop or warn"
+            )
         if self.train.quantization is not None:
             raise field_error("train.quantization", "engines do not sample from the quantized model; leave it out")
         kinds = kinds_of_groups(self.train.objective)
@@ -112,29 +121,32 @@ class Recipe(StrictModel):
             raise field_error("online.pairing.pairs", f"{what}: choose another, or the objective listwise")
         if online.reference == "ema" and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
-                "online.reference", "the mean of adapters is no adapter: set train.lora.merge, or another"
+                "online.reference", "the mean of adapters is not an adapter: set train.lora.merge, or another reference"
             )
         if online.optimizer == "carry" and self.train.optimizer.type not in ("adamw", "rmsprop"):
-            raise field_error("online.optimizer", "only the moments of adamw and rmsprop are carried over: say restart")
+            raise field_error(
+                "online.optimizer", "only the moments of adamw and rmsprop can be carried over: set it to restart"
+            )
 
     def cpus_needed(self) -> int:
-        """Count the CPUs that the recipe's widest moment asks Ray for."""
+        """Return the largest number of CPUs that the recipe requests from Ray at the same time."""
         return self._cpus(self.train.workers)
 
     def least_cpus(self) -> int:
-        """Count the CPUs without which the recipe would wait for ever: with as few workers as it may train with."""
+        """Return the CPUs without which the recipe would wait forever: those for the fewest workers that it may train
+        with."""
         return self._cpus(self.train.min_workers or self.train.workers)
 
     def _cpus(self, workers: int) -> int:
         training = workers * self.train.cpus_per_worker
-        by_trainer = training + 1  # and one task that reads
+        by_trainer = training + 1  # plus one task that reads data
         by_engines = self.reference.replicas * self.reference.cpus_per_replica + 1
         scoring = by_trainer if self.reference.engine == "trainer" else by_engines
         if self.reference.audit.on_drift == "use_trainer":
             scoring = max(scoring, by_trainer)
         if self.reference.mode == "streaming":
-            training += scoring  # side by side
-        if self.online is not None:  # engines and judges live on while the policy trains, or a task reads
+            training += scoring  # both run concurrently
+        if self.online is not None:  # engines and judges keep running while the policy trains or a task reads data
             living = self.reference.replicas * self.reference.cpus_per_replica + self.online.judges_cpus(
                 self.cluster.roles.judge
             )

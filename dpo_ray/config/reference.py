@@ -1,4 +1,4 @@
-"""How the frozen reference model's log-probs are computed and checked."""
+"""The section `reference`: how the log-probs of the frozen reference model are computed and checked."""
 
 from __future__ import annotations
 
@@ -11,70 +11,76 @@ from .roles import NodeLabels
 
 
 class AuditConfig(StrictModel):
-    """Compare stored reference log-probs with the training stack's own forward pass before step 1."""
+    """The comparison of stored reference log-probs with the training stack's own forward pass, before step 1."""
 
     groups: int = Field(default=64, ge=0)
-    """Preference groups that are scored again, rounded up to whole steps: the first of training's random order. 0: no audit."""
+    """Preference groups that are scored again: the first in training's random order, rounded up to whole steps. 0: no
+    audit."""
 
     max_token_drift: float | None = Field(default=None, gt=0)
-    """Largest |difference| of one token's log-prob, in nats. Default: 1e-4 in float32, 0.5 in bfloat16."""
+    """Largest |difference| of the log-prob of a token, in nats. Default: 1e-4 in float32, 0.5 in bfloat16."""
 
     max_mean_drift: float | None = Field(default=None, gt=0)
     """Largest mean |difference|. Default: 1e-5 in float32, 0.05 in bfloat16."""
 
     max_bias: float | None = Field(default=None, gt=0)
-    """Largest |mean difference|: a bias rewards length. Default: 5e-6 in float32, 2e-3 in bfloat16. Judged from 16 groups."""
+    """Largest |mean difference|: a bias rewards length. Default: 5e-6 in float32, 2e-3 in bfloat16. Needs 16 groups or
+    more."""
 
     max_margin_error: float | None = Field(default=None, gt=0)
-    """Largest beta * standard deviation of a pair's margin error. Default: 1e-3 in float32, 0.1 in bfloat16. From 16 pairs."""
+    """Largest beta * standard deviation of a pair's margin error. Default: 1e-3 in float32, 0.1 in bfloat16. Needs 16
+    pairs or more."""
 
     on_drift: Literal["stop", "use_trainer", "warn"] = "stop"
-    """Out of tolerance: stop before the first update; score all again with the trainer, which is exact; or only say so."""
+    """If a tolerance is exceeded: stop before the first update, score all again with the trainer, which is exact, or
+    only warn."""
 
 
 class ReferenceConfig(StrictModel):
-    """Say which engine scores, how many there are, and where their results are kept."""
+    """Which engine scores the reference, how many engines there are, and where their results are stored."""
 
     engine: Literal["vllm", "trainer"] = "vllm"
     """vllm: a pool of vLLM engines. trainer: the training workers' own sharded forward pass, without gradients."""
 
     mode: Literal["ahead", "streaming"] = "ahead"
-    """ahead: all is scored, then training begins. streaming: training begins as soon as its first steps are scored, and the
-    engines need resources of their own. The weights are the same."""
+    """ahead: everything is scored before training starts. streaming: training starts as soon as its first steps are
+    scored, and the engines need resources of their own. The resulting weights are the same."""
 
     replicas: int = Field(default=1, gt=0)
-    """Engines in the pool."""
+    """Number of engines in the pool."""
 
     max_replicas: int | None = Field(default=None, gt=0)
-    """Grow the pool up to this while there is work and the cluster has room. Default: replicas."""
+    """The pool grows up to this number while there is work and the cluster has free resources. Default: replicas."""
 
     tensor_parallel: int = Field(default=1, gt=0)
-    """GPUs that share one engine's model, on one node; more than 1 only where the model does not fit on one."""
+    """GPUs of one node over which the model of an engine is split; use more than 1 only if the model does not fit on
+    one GPU."""
 
     cpus_per_replica: float = Field(default=1, gt=0)
     gpus_per_replica: float | None = Field(default=None, ge=0)
-    """Default: tensor_parallel where the machine that runs the command has CUDA, 0 otherwise."""
+    """Default: tensor_parallel if the machine that runs the command has CUDA, 0 otherwise."""
 
     memory_gib_per_replica: float | None = Field(default=None, gt=0)
-    """Memory that Ray sets aside for each engine."""
+    """Memory that Ray reserves for each engine."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
     """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
-    """Share of a GPU's memory that an engine takes; the rest is headroom for logits, which vLLM does not profile."""
+    """Share of a GPU's memory that an engine uses; the rest is headroom for logits, which vLLM does not profile."""
 
     max_batched_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of one engine step. Default: as many as the logits of such a step leave room for."""
+    """Tokens of one engine step. Default: as many as the memory for the logits of a step allows."""
 
     share_prompt: bool = True
-    """Reuse a prompt's KV cache between its completions (guarded: a hit that reaches a completion is scored again)."""
+    """Reuse the KV cache of a prompt for all its completions (guarded: a cache hit that extends into a completion is
+    scored again)."""
 
     store: str | None = None
-    """Where token log-probs are kept for all runs. Default: OUTPUT/reference-store."""
+    """Where the token log-probs of all runs are stored. Default: OUTPUT/reference-store."""
 
     groups_per_granule: int = Field(default=1024, gt=0)
-    """Groups scored and committed to the store at once: what a lost engine costs."""
+    """Groups that are scored and committed to the store together: the work that is lost with an engine."""
 
     audit: AuditConfig = AuditConfig()
 
@@ -87,5 +93,5 @@ class ReferenceConfig(StrictModel):
         if self.gpus_per_replica and self.gpus_per_replica < self.tensor_parallel:
             raise field_error("gpus_per_replica", f"at least tensor_parallel={self.tensor_parallel} is expected")
         if self.tensor_parallel > 1 and self.engine == "trainer":
-            raise field_error("tensor_parallel", "is for engine=vllm; the trainer shards over train.workers")
+            raise field_error("tensor_parallel", "is only for engine=vllm; the trainer shards over train.workers")
         return self

@@ -1,4 +1,4 @@
-"""The roles of a run on a cluster: how many workers each has, what one asks for, and on which nodes it may be."""
+"""The roles of a run on a cluster: how many workers each has, what each requests, and on which nodes it may run."""
 
 from __future__ import annotations
 
@@ -13,53 +13,57 @@ NodeLabels = dict[
     Annotated[str, Field(pattern=rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_NAME}$")],
     Annotated[str, Field(pattern=rf"^(!?({_NAME})?|!?in\({_NAME}(, *{_NAME})*\))$")],
 ]
-"""Labels of Ray nodes, and the value that each must have, or `!value`, `in(a, b)`, `!in(a, b)`."""
+"""Labels of Ray nodes with the value that each must have, or a condition: `!value`, `in(a, b)`, `!in(a, b)`."""
 
 
 class RoleConfig(StrictModel):
-    """What a role asks the cluster for. What is left out is as the recipe says elsewhere, or as the role has it by itself."""
+    """The resources that a role requests. Fields that are not set come from other sections of the recipe or from
+    defaults."""
 
     count: int | None = Field(default=None, gt=0)
-    """Workers, engines or tasks at once."""
+    """Workers, engines or concurrent tasks."""
 
     cpus: float | None = Field(default=None, gt=0)
-    """Of each."""
+    """CPUs of each."""
 
     gpus: float | None = Field(default=None, ge=0)
     memory_gib: float | None = Field(default=None, gt=0)
-    """Memory that Ray sets aside for each; more than it says is not prevented."""
+    """Memory that Ray reserves for each; using more is not prevented."""
 
     node_labels: NodeLabels | None = None
-    """Only nodes with these Ray labels, such as {dpo/role: train}. On a Ray of this machine alone they do not count."""
+    """Only nodes with these Ray labels, such as {dpo/role: train}. A local Ray ignores them."""
 
 
 class RolesConfig(StrictModel):
-    """One entry for each role. It takes the place of what the role's own section says, so a profile can be exchanged as a whole;
-    what the command line sets of that section goes before it."""
+    """One entry for each role. It replaces the values of the role's own section, so that a profile can be exchanged as
+    a whole; values of that section that are set on the command line take precedence."""
 
     prepare: RoleConfig = RoleConfig()
-    """Tasks that read, tokenize, look up and join. count: tokenizing tasks at once; default: as the cluster has CPUs."""
+    """Tasks that read, tokenize, look up and join. count: concurrent tokenizing tasks; default: as many as there are
+    CPUs."""
 
     reference: RoleConfig = RoleConfig()
-    """Engines, which in rounds sample as well: `reference.replicas`, `reference.cpus_per_replica`, ..."""
+    """Engines, which also sample in online rounds: `reference.replicas`, `reference.cpus_per_replica`, ..."""
 
     train: RoleConfig = RoleConfig()
     """Training workers: `train.workers`, `train.cpus_per_worker`, ..."""
 
     sample: RoleConfig = RoleConfig()
-    """The engines that sample for an evaluation; default: what an engine of `reference` asks for."""
+    """The engines that sample for an evaluation. Default: what an engine of `reference` requests."""
 
     judge: RoleConfig = RoleConfig()
-    """Processes of each judge."""
+    """The processes of each judge."""
 
     @model_validator(mode="after")
     def _fields_are_of_the_role(self) -> RolesConfig:
         if self.prepare.gpus:
-            raise field_error("prepare.gpus", "this work uses no GPU: leave it out")
+            raise field_error("prepare.gpus", "this role uses no GPU: leave it out")
         if self.sample.count is not None:
-            raise field_error("sample.count", "an evaluation has as many engines as `reference`: leave it out")
+            raise field_error("sample.count", "an evaluation uses as many engines as `reference`: leave it out")
         if self.sample.gpus is not None:
-            raise field_error("sample.gpus", "as many as an engine of `reference` has: leave it out")
+            raise field_error(
+                "sample.gpus", "an evaluation engine has as many as an engine of `reference`: leave it out"
+            )
         return self
 
 
@@ -79,26 +83,29 @@ SECTIONS = {
         "node_labels": "node_labels",
     },
 }
-"""Fields of a role that a section of the recipe has as well, by the section's name for them."""
+"""The fields of a role that also exist in a section of the recipe, with their names in that section."""
 
 
 def placed(values: dict[str, Any]) -> dict[str, Any]:
-    """Move what `cluster.roles` says of roles with a section into that section; what is wrong is left to its own validation."""
+    """Move the values in `cluster.roles` of roles that have a section into that section.
+
+    Wrong values are left in place, for the validation of `cluster.roles` to report.
+    """
     cluster = values.get("cluster")
-    given = cluster.get("roles") if isinstance(cluster, dict) else getattr(cluster, "roles", None)
+    entries = cluster.get("roles") if isinstance(cluster, dict) else getattr(cluster, "roles", None)
     try:
-        roles = RolesConfig.model_validate(given or {})
+        roles = RolesConfig.model_validate(entries or {})
     except ValidationError:
         return values
     result = dict(values)
     for name, fields in SECTIONS.items():
-        said = getattr(roles, name).model_dump(exclude_none=True)
+        role = getattr(roles, name).model_dump(exclude_none=True)
         section = result.get(name) or {}
         if isinstance(section, StrictModel):
             section = section.model_dump(exclude_unset=True)
-        if said and isinstance(section, dict):
-            result[name] = section | {fields[field]: value for field, value in said.items()}
-    if not cluster or not given:
+        if role and isinstance(section, dict):
+            result[name] = section | {fields[field]: value for field, value in role.items()}
+    if not cluster or not entries:
         return values
     left = roles.model_dump(exclude_unset=True, exclude=set(SECTIONS))
     others = cluster.model_dump(exclude_unset=True) if isinstance(cluster, StrictModel) else cluster

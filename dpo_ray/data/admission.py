@@ -6,7 +6,10 @@ from typing import Literal, NamedTuple
 
 
 class Reason(NamedTuple):
-    """The meaning of a code. A `fault` lies in the data and counts toward data.max_quarantined_fraction; a `rule` is set by the recipe."""
+    """The meaning of a code.
+
+    A `fault` lies in the data and counts toward data.max_quarantined_fraction; a `rule` is set by the recipe.
+    """
 
     kind: Literal["fault", "rule"]
     meaning: str
@@ -33,8 +36,8 @@ REASONS: dict[str, Reason] = {
     "SHARD_BAD_MAGIC": _fault("the file does not begin as its kind does: its name is wrong, or it was overwritten"),
     "SHARD_COMPRESSION": _fault("the file is not compressed as its name says"),
     "SHARD_TRUNCATED": _fault("the end of the file is missing"),
-    "SHARD_DAMAGED": _fault("the content cannot be decoded, or does not match its checksum: bytes of the file were changed"),
-    "SHARD_DUPLICATE_COLUMN": _fault("the file has two columns of the same name, which rows are made of"),
+    "SHARD_DAMAGED": _fault("the content cannot be decoded, or does not match its checksum: the file was changed"),
+    "SHARD_DUPLICATE_COLUMN": _fault("a column that rows are made of occurs more than once in the file"),
     "SHARD_ARROW_EXTENSION": _fault("a column that rows are made of has an Arrow extension type"),
     "SHARD_UNREADABLE": _fault("the file could not be read, or could not be read beyond this row"),
     # layout
@@ -67,7 +70,7 @@ REASONS: dict[str, Reason] = {
     "PREFIX_BROKEN": _fault("the rendered conversation does not begin with the rendered prompt, as text or as tokens"),
     "NO_RESPONSE_TOKENS": _rule("after truncation nothing is left of a completion, or nothing differs"),
     "PROMPT_TOO_LONG": _rule("the prompt is longer than data.max_prompt_tokens, or fills data.max_length_tokens"),
-    "TOO_LONG": _rule("longer than data.max_length_tokens, and data.truncation does not allow to cut it"),
+    "TOO_LONG": _rule("longer than data.max_length_tokens, and data.truncation does not allow cutting it"),
     # preferences
     "TIE": _rule("no completion is better than another, and data.pairing.ties is `drop`"),
     "LOW_MARGIN": _rule("no scores differ by data.pairing.min_margin"),

@@ -130,7 +130,7 @@ def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Reject
 def commit_shard(staging: Staging, parts: Sequence[tuple[int, PartAccount]], provenance: Provenance) -> Artifact:
     """Commit the artifact of a shard from its parts, each with its piece's index.
 
-    The figure `piece_rows` holds the rows of each piece, so that readers know where in the shard a piece's ordinals begin.
+    The figure `piece_rows` is the number of rows of each piece: it shows where in the shard a piece's ordinals begin.
     """
     piece_rows = [0] * (max((piece for piece, _ in parts), default=-1) + 1)
     for piece, part in parts:

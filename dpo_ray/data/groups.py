@@ -60,12 +60,15 @@ class TokenGroup:
 
     @property
     def group_id(self) -> bytes:
-        """Return a hash (16 bytes) of the prompt and the completions in their order of preference, whatever the scores."""
+        """Return a hash (16 bytes) of the prompt and the completions in their order of preference.
+
+        It does not depend on the scores, except the label of a single completion.
+        """
         return _group_id(self.prompt_ids, self.completion_ids, self.scores)
 
     @property
     def opposite_id(self) -> bytes | None:
-        """Return the group_id of the opposite preference (the reversed pair, the other label); None for longer lists."""
+        """Return the group_id of the opposite preference (reversed pair, other label); None for longer lists."""
         if len(self.completion_ids) > 2:
             return None
         return _group_id(self.prompt_ids, self.completion_ids[::-1], [1.0 - s for s in self.scores])

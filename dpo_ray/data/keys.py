@@ -20,7 +20,7 @@ SHARD_VERSION = 1
 def shard_configs(
     shards: Sequence[Shard], data: DataConfig, tokenizer: str, template: str, filters: Sequence[Filter]
 ) -> list[dict[str, Any]]:
-    """Return, for each shard, what its groups depend on: its content and how it is read, not its location or its use."""
+    """Return, for each shard, what its groups depend on: its content and how it is read, not its location or use."""
     common = {
         "tokenizer": tokenizer,
         "tokenizers": importlib.metadata.version("tokenizers"),

@@ -1,4 +1,4 @@
-"""Completions of other prompts, for KTO's estimate of the KL divergence: each group gets the first one of another group.
+"""Completions of other prompts, for KTO's estimate of the KL divergence: each group gets another group's first one.
 
 They are part of the data, so the reference engine scores them like any completion, once for all runs, and the
 computation of the prompt is shared. Their score is NaN, which keeps them out of every pair and label.

@@ -41,7 +41,7 @@ def minhash(token_ids: np.ndarray) -> bytes:
 
 
 def minhashes(groups: Sequence[TokenGroup]) -> list[bytes]:
-    """Compute the signature of each group: its prompt and completions as one text, with ranks in the completions' tokens.
+    """Compute the signature of each group: its prompt and completions as one text, with ranks in the tokens.
 
     Each completion's tokens are offset by its rank (or label), so a preference and its opposite are only as similar as
     their prompts make them, and so are two groups that differ in the rejected completions.
@@ -66,7 +66,8 @@ def _signatures(texts: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the signatures of texts: [n, PERMUTATIONS] of SIGNATURE_DTYPE.
 
     "Fast Similarity Sketching" (Dahlgaard, Knudsen, Thorup; arXiv 1704.04370): the share of places in which two
-    signatures agree estimates the sets' similarity J, with a standard error of at most sqrt(J * (1 - J) / PERMUTATIONS).
+    signatures agree estimates the sets' similarity J with a standard error of at most
+    sqrt(J * (1 - J) / PERMUTATIONS).
     """
     grams, offsets = _gram_hashes(texts)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(grams, offsets, num_perm=PERMUTATIONS, seed=SEED)

@@ -75,7 +75,7 @@ def _by_scores(group: TextGroup, config: PairingConfig) -> TextGroup:
 
 
 def _all_equal(group: TextGroup, order: list[int], config: PairingConfig) -> TextGroup:
-    """Pair the first completion with the last as a tie; raise Rejected unless the recipe keeps ties and makes one pair."""
+    """Pair the first completion with the last as a tie; raise Rejected if the recipe drops ties or pairs otherwise."""
     if config.ties == "drop" or (len(order) > 2 and config.pairs != "best_worst"):
         raise Rejected("TIE", f"all {len(order)} scores are {group.scores[0]:g}")
     return _reduced(group, order, [(0, len(order) - 1)], TIE)

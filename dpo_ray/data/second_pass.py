@@ -287,7 +287,7 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
 
 
 def broken_shards(tokens: Artifact) -> list[str]:
-    """Return a message for each shard that ended early or could not be read; each counts as one row, whatever it held."""
+    """Return a message for each shard that could not be read, or not to its end; the lost rest counts as one row."""
     return [
         f"the shard {a['source']} ({field_of(a['split'])}, file {a['index'] + 1}) is damaged: {reason} "
         f"({REASONS[reason].meaning}); {a['rows_in'] - n:,} rows were read before that, and the rest is lost"

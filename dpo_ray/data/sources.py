@@ -203,7 +203,7 @@ def _content(shard: Shard) -> str:
 
 
 def pieces(shard: Shard, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """Divide a shard for parallel reading: plain JSON Lines by bytes, Parquet by row groups; anything else is one piece.
+    """Divide a shard for parallel reading: plain JSON Lines by bytes, Parquet by row groups, others not at all.
 
     The rows of all pieces, one after the other, are the rows of the shard. A damaged shard is one piece: reading it
     reports what is wrong.

@@ -1,7 +1,8 @@
 """The stage `prepare`: shards -> preference groups -> token ids, with an account of every row.
 
-Each shard becomes a separate artifact, so that adding a shard later only requires work on that shard. Then the rules over
-all rows (duplicates, conflicts, leakage, caps, mixture) select among their groups; those admitted are the tokens artifact.
+Each shard becomes a separate artifact, so that adding a shard later only requires work on that shard. Then the rules
+over all rows (duplicates, conflicts, leakage, caps, mixture) select among their groups; the admitted groups are the
+tokens artifact.
 """
 
 from __future__ import annotations

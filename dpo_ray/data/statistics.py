@@ -202,9 +202,9 @@ def _length_bias(statistics: Mapping[str, Any]) -> dict[str, float | None] | Non
 
 
 def _tokens(statistics: Mapping[str, Any]) -> dict[str, float]:
-    """Compute an epoch's tokens with each prompt counted once per group, per completion or per side of a pair, and padded.
+    """Compute an epoch's tokens, with prompts counted once per group, per completion or per side of a pair; and padded.
 
-    Padded is the expectation for batches of PADDED_BATCH_GROUPS randomly drawn groups, every completion with its prompt.
+    Padded is the expectation for batches of PADDED_BATCH_GROUPS randomly drawn groups, each completion with its prompt.
     """
     shared, unshared = statistics["tokens_shared"], statistics["tokens_unshared"]
     return {

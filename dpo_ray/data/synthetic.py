@@ -186,7 +186,7 @@ def true_reward(prompt: str, completion: str) -> float:
 
 
 def true_rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """Give the true reward of each completion: the judge of online rounds in this world."""
+    """Return the true reward of each completion: the judge of online rounds in this world."""
     return [true_reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
@@ -196,7 +196,7 @@ def length_rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[f
 
 
 def preference_probability(prompt: str, first: str, second: str) -> float:
-    """Give the Bradley-Terry probability that `first` is preferred: sigmoid(reward of first - of second)."""
+    """Return the Bradley-Terry probability that `first` is preferred: sigmoid(reward of first - of second)."""
     return 1.0 / (1.0 + math.exp(true_reward(prompt, second) - true_reward(prompt, first)))
 
 
@@ -234,14 +234,14 @@ def documents(count: int, seed: int) -> Iterator[str]:
 
 
 def entropy_nats(symbol: str = "document") -> float:
-    """Give the exact entropy of the choices behind one text of `symbol`: no model's mean loss is lower."""
+    """Return the exact entropy of the choices behind one text of `symbol`: no model's mean loss is lower."""
     expansions = RULES[symbol]
     inner = sum(entropy_nats(name) for text in expansions for name in _SYMBOL.findall(text))
     return math.log(len(expansions)) - _repeated(expansions) + inner / len(expansions)
 
 
 def is_grammatical(text: str, symbol: str = "document") -> bool:
-    """Say whether the grammar can write `text`: the test of fluency."""
+    """Return whether the grammar can write `text`: the test of fluency."""
     return _pattern(symbol).fullmatch(text) is not None
 
 
@@ -264,7 +264,7 @@ def _expand(symbol: str, rng: random.Random) -> str:
 
 
 def _repeated(expansions: tuple[str, ...]) -> float:
-    """Give the entropy lost because an expansion is listed more than once (the empty degree is)."""
+    """Return the entropy lost because an expansion is listed more than once (the empty degree is)."""
     counts = [expansions.count(text) for text in set(expansions)]
     return sum(c * math.log(c) for c in counts) / len(expansions)
 

@@ -1,1 +1,2 @@
-"""Where a run goes: Ray Jobs on a cluster, manifests for Kubernetes, and the paths that all nodes must see."""
+"""The ways to deploy a run: as a Ray job on a cluster or by Kubernetes manifests; and the paths that all nodes must
+see."""

@@ -1,4 +1,4 @@
-"""What in a recipe names a place: a path or an address that the cluster's nodes must see as well."""
+"""The fields of a recipe that hold a path or a URI, which the nodes of the cluster must be able to access as well."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 MADE_BY_THE_RUN = ("output", "reference.store")
-OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # the keys in these are the user's
+OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # their keys are chosen by the user
 
 
 def named_places(values: dict[str, Any], at: str = "") -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Find what names a place: (section, key in it, dotted name of the field)."""
+    """Find every path or URI in a recipe: (section, key in it, dotted name of the field)."""
     for key, value in values.items():
         field = f"{at}.{key}" if at else key
         if key in OPEN_MAPPINGS or value is None:

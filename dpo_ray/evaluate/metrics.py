@@ -46,9 +46,9 @@ def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
 def heldout_figures(table: pa.Table) -> dict[str, float]:
     """Average held-out pairs by weight: loss, rewards, margin, accuracy with its standard error, and "longer wins".
 
-    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains. A row of unpaired data
-    is one completion, with NaN on the side to which it does not belong: such data has neither accuracy nor `longer_wins`,
-    and its margin is the difference between the two sides' means.
+    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains. A row of unpaired
+    data is one completion, with NaN on the side to which it does not belong: such data has neither accuracy nor
+    `longer_wins`, and its margin is the difference between the two sides' means.
     """
     column = {name: table[name].to_numpy() for name in table.column_names if name != "split"}
     column["longer"] = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5
@@ -81,8 +81,8 @@ def heldout_figures(table: pa.Table) -> dict[str, float]:
 def sample_figures(comparison: Comparison) -> dict[str, float]:
     """Estimate KL(policy || reference) per completion from the policy's own samples, and compare lengths.
 
-    KL = E[log pi(y) - log pi_ref(y)], y ~ pi: unbiased at temperature 1. For completions cut off at the token limit it is
-    the KL of the sampled part. `kl_standard_error` is the standard error of the mean.
+    KL = E[log pi(y) - log pi_ref(y)], y ~ pi: unbiased at temperature 1. For completions cut off at the token limit it
+    is the KL of the sampled part. `kl_standard_error` is the standard error of the mean.
     """
     ratios = np.array([s.policy_logp - s.reference_logp for s in comparison.policy])
     return {

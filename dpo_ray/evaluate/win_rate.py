@@ -1,4 +1,4 @@
-"""Comparison of two policies' completions of the same prompts: win rate and mean difference, with bootstrap intervals."""
+"""Comparison of two policies' completions of the same prompts: win rate, mean difference and bootstrap intervals."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The frozen reference model's log-probs: scored, stored by content, joined by key, audited."""
+"""Log-probs of the frozen reference model: scoring, a store addressed by content, the join by key, and the audit."""

@@ -1,6 +1,7 @@
-"""The audit: by how much do the stored reference log-probs differ from the training stack's own forward pass?
+"""The audit: how much the stored reference log-probs differ from the training stack's own forward pass.
 
-What is measured here depends on neither limits nor beta, so a recipe that changes them judges it anew (`verdict.py`).
+The measurement depends neither on limits nor on beta, so a recipe that changes them judges it again
+(`audit_limits.py`).
 """
 
 from __future__ import annotations
@@ -13,28 +14,29 @@ import numpy as np
 from dpo_ray.errors import AuditError
 from dpo_ray.schedule.audit_pairs import ComparedGroup
 
-WORST_GROUPS = 3  # that drift most, named
+WORST_GROUPS = 3  # number of groups with the largest drift that are listed by id
 MAX_POINTS = 64  # pairs whose errors are kept for the report
-HISTOGRAM_BINS = 41  # odd: the middle one is around no difference
-_LARGEST_EXPONENT = 600.0  # keeps a hopeless drift finite, as JSON needs it
-_INNER = 0.995  # share of the tokens that the histogram's axis holds; a few far ones would flatten all others
+HISTOGRAM_BINS = 41  # odd: the middle bin is centred on zero difference
+_LARGEST_EXPONENT = 600.0  # keeps even an extreme drift finite, as JSON requires
+_INNER = 0.995  # share of the tokens within the histogram's axis; a few outliers would flatten all other bins
 
 
 def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
-    """Work out the statistics of d = stored - own log-prob, in nats, over a sample's tokens and pairs, as JSON can hold them.
+    """Compute the statistics of d = stored - own log-prob, in nats, over a sample's tokens and pairs, as JSON values.
 
-    A group that comes twice (a second epoch) counts once, and the order of the sample does not matter. The error of a pair
-    is the d of its chosen completion, summed, less that of its rejected one: what training would see in its reference margin.
+    A group that occurs twice (a second epoch) counts once, and the order of the sample does not matter. The error of a
+    pair is the sum of d over its chosen completion minus that over its rejected one: the error of its reference margin
+    in training.
 
     Returns:
-        Counts `groups`, `paired_groups`, `pairs`, `tokens`; over tokens `mean_token_drift` and `max_token_drift` (of |d|),
-        `signed_bias` (mean d) with `signed_bias_error` (its standard error; groups are independent, their tokens are not;
-        null for one group), `multiplicative_error` (mean exp |d|); over pairs `margin_error_nats` (standard deviation),
-        `margin_error_nats_per_token` (of the error per token) and `length_correlation` (with the difference in length);
-        and for a reader `worst_groups`, `drift_histogram` and `pair_errors`.
+        Counts `groups`, `paired_groups`, `pairs`, `tokens`; over tokens `mean_token_drift` and `max_token_drift` (of
+        |d|), `signed_bias` (mean d) with `signed_bias_error` (its standard error; groups are independent, their tokens
+        are not; null for one group), `multiplicative_error` (mean exp |d|); over pairs `margin_error_nats` (standard
+        deviation), `margin_error_nats_per_token` (of the error per token) and `length_correlation` (with the difference
+        in length); and for the report `worst_groups`, `drift_histogram` and `pair_errors`.
 
     Raises:
-        AuditError: a value is not finite; no training can begin with such a model, whatever the recipe says of drift.
+        AuditError: a value is not finite; training cannot start with such a model, whatever `on_drift` is.
     """
     groups = [g for _, g in sorted({g.group_id: g for g in sample}.items())]
     drift = [_drift(g) for g in groups]
@@ -70,20 +72,20 @@ def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
 
 
 def _drift(group: ComparedGroup) -> list[np.ndarray]:
-    """Subtract: K x float64 [completion tokens]."""
+    """Compute d = stored - own log-prob for each completion: K x float64 [completion tokens]."""
     drift = [s.astype(np.float64) - o.astype(np.float64) for s, o in zip(group.stored, group.own, strict=True)]
     if not all(np.isfinite(d).all() for d in drift):
-        broken = "trainer" if not all(np.isfinite(o).all() for o in group.own) else "stored reference"
+        owner = "trainer" if not all(np.isfinite(o).all() for o in group.own) else "stored reference"
         raise AuditError(
-            f"log-probs of the {broken} are not finite in group {group.group_id.hex()}",
+            f"log-probs of the {owner} are not finite in group {group.group_id.hex()}",
             where="reference.audit",
-            fix="look at the model's weights (inf, NaN) and at model.dtype; bfloat16 and float32 hold what float16 does not",
+            fix="check the model's weights (inf, NaN) and model.dtype; bfloat16 and float32 can hold larger values than float16",
         )
     return drift
 
 
 def _error_of_mean(by_group: Sequence[np.ndarray]) -> float | None:
-    """Estimate the standard error of the mean over all tokens, of groups that are a random sample of all groups."""
+    """Estimate the standard error of the mean over all tokens, taking the groups as a random sample of all groups."""
     if len(by_group) < 2:
         return None
     sums, counts = np.array([g.sum() for g in by_group]), np.array([len(g) for g in by_group])
@@ -105,7 +107,7 @@ def _worst(groups: Sequence[ComparedGroup], by_group: Sequence[np.ndarray]) -> l
 
 
 def _histogram(flat: np.ndarray) -> dict[str, Any]:
-    """Count d in bins of equal width over -range_nats to range_nats; range 0 and no bins where nothing differs."""
+    """Count d in bins of equal width from -range_nats to range_nats; range 0 and no bins if nothing differs."""
     size = np.abs(flat)
     if not size.any():
         return {"range_nats": 0.0, "counts": [], "beyond": 0}

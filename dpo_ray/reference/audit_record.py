@@ -1,13 +1,13 @@
-"""Reference log-probs that drift from the trainer's: how that is judged, remembered, and who scores instead.
+"""Records of reference log-probs that drift from the trainer's: how they are judged and stored, and who scores instead.
 
-A measurement that was over its limits is committed as an artifact `audit`, so that later plans know of it without measuring
-again: with `on_drift: use_trainer` they plan with the trainer's own scores, from the first stage that uses them. What is
-remembered is the measurement and not the verdict: a recipe with other limits, or another beta, judges it anew.
+A measurement that was over its limits is committed as an artifact `audit`, so that later plans use it without measuring
+again: with `on_drift: use_trainer` they plan with the trainer's own scores, from the first stage that uses them. The
+record holds the measurement and not the verdict: a recipe with other limits, or another beta, judges it again.
 
-A record speaks of one committed reference, by its key and by the attempt that made it. So it is void when data, model,
-engine, version, dtype or parallelism change, and when the reference artifact is deleted and made again. One that streaming
-made, before the reference was committed, speaks of the key alone: the commit may come while training already stops. All are
-void when the trainer's libraries change.
+A record applies to one committed reference, identified by its key and by the attempt that created it. So it is void
+when data, model, engine, version, dtype or parallelism change, and when the reference artifact is deleted and created
+again. A record that streaming wrote before the reference was committed identifies it by the key alone, since the commit
+may come while training is already stopping. All records are void when the trainer's libraries change.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from .audit_limits import Judgement, goes_on, judge
 
 STAGE = "audit"
 VERSION = 1
-NOT_COMMITTED = ""  # in place of an attempt
+NOT_COMMITTED = ""  # stands for the attempt of a reference that is not committed
 
 
 def judged(measured: Mapping[str, Any], recipe: Recipe, dtype: str) -> Judgement:
-    """Judge a measurement by a recipe's limits and objective."""
+    """Compare a measurement with a recipe's limits, for its objective."""
     objective = recipe.train.objective
     return judge(measured, recipe.reference.audit, dtype, reward_beta(objective), is_per_token(objective))
 
 
 def rule(recipe: Recipe, dtype: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Give the rule that says whether to train after a measurement. Pickles, and is light to unpickle."""
+    """Return the function that decides whether to train after a measurement. It pickles and is cheap to unpickle."""
     objective = recipe.train.objective
     return partial(goes_on, recipe.reference.audit, dtype, reward_beta(objective), is_per_token(objective))
 
@@ -47,7 +47,7 @@ def remember(
     """Commit a measurement that was over its limits, for later plans.
 
     Args:
-        trainer: version of the forward pass that the stored log-probs were compared with.
+        trainer: version of the forward pass with which the stored log-probs were compared.
         run: name of the run that measured.
     """
     config = {"trainer": trainer}
@@ -58,13 +58,13 @@ def remember(
 
 
 def remembered(store: ArtifactStore, reference_key: str, trainer: str, recipe: Recipe, dtype: str) -> Judgement | None:
-    """Find a measurement of this reference that is over the recipe's limits; of several, any."""
+    """Find a measurement of this reference that is over the recipe's limits; if there are several, any one of them."""
     attempts = (NOT_COMMITTED, _attempt(store, reference_key))
     for m in store.manifests(STAGE):
-        ours = (
+        matches = (
             m.stage_version == VERSION and m.config == {"trainer": trainer} and m.inputs["reference"] == reference_key
         )
-        if ours and m.inputs["attempt"] in attempts:
+        if matches and m.inputs["attempt"] in attempts:
             judgement = judged(m.figures, recipe, dtype)
             if not judgement.passed:
                 return judgement
@@ -77,6 +77,6 @@ def _attempt(store: ArtifactStore, reference_key: str) -> str:
 
 
 def with_trainer(recipe: Recipe) -> Recipe:
-    """Let the trainer score, ahead of training, in place of the engine that the recipe names."""
+    """Return a copy of the recipe in which the trainer scores, ahead of training, instead of the recipe's engine."""
     reference = recipe.reference.model_copy(update={"engine": "trainer", "mode": "ahead", "tensor_parallel": 1})
     return recipe.model_copy(update={"reference": reference})

@@ -1,4 +1,4 @@
-"""Completions that a pool's engines sample from a model, and their log-probs under one: what evaluations compare by."""
+"""Sampling of completions with a pool's engines, and their log-probs under a model, as evaluations compare them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .pool import EnginePool
 from .sampling import Sampled, Sampling, prompt_key
 from .scorer import ScorerSettings
 
-SampledCompletion = tuple[tuple[int, ...], bool]  # token ids, and whether they end with an end-of-turn token
+SampledCompletion = tuple[tuple[int, ...], bool]  # token ids; True if they end with an end-of-turn token
 
 
 @dataclass(frozen=True)
 class EngineModel:
-    """A model as engines load it, and the store of its log-probs."""
+    """A model as engines load it, and the store for its log-probs."""
 
     settings: ScorerSettings
     store: ReferenceStore
@@ -32,19 +32,19 @@ class EngineModel:
 def sample_completions(
     pool: EnginePool, model: EngineModel, table: pa.Table, sampling: Sampling, groups_per_granule: int
 ) -> list[SampledCompletion]:
-    """Sample one completion of each prompt of a table of schema PROMPTS, in its order.
+    """Sample one completion for each prompt of a table of schema PROMPTS, in the order of its rows.
 
     Raises:
-        EngineError: no engine survived a prompt.
+        EngineError: every engine that sampled for some prompt died.
     """
     pool.load(model.settings, model.store)
     by_prompt: dict[bytes, SampledCompletion] = {}
     for answer in pool.sample((ray.put(granule) for granule in cut([table], groups_per_granule)), sampling):
         if not isinstance(answer, Sampled):
             raise EngineError(
-                f"{answer.groups} held-out prompts cost every engine that sampled for them",
+                f"every engine died that sampled for {answer.groups} held-out prompts",
                 where=model.settings.model_dir,
-                fix="leave their rows out of data.eval, or give the engines more memory; --verbose shows their logs",
+                fix="remove their rows from data.eval, or give the engines more memory; --verbose shows their logs",
             )
         for row in answer.table.to_pylist():
             by_prompt[row["group_id"]] = tuple(row["completion_ids"][0]), row["ended"][0]
@@ -58,10 +58,13 @@ def completion_logps(
     completions: Sequence[Sequence[int]],
     groups_per_granule: int,
 ) -> np.ndarray:
-    """Score one completion of each prompt, through the store; float64 [prompts], nats summed over each; 0 for an empty one.
+    """Score one completion of each prompt, using the store.
+
+    Returns:
+        float64 [prompts], in nats: the sum over each completion's tokens; 0 for an empty completion.
 
     Raises:
-        EngineError: the model has no finite log-probs for one of them.
+        EngineError: the model has no finite log-probs for a completion.
     """
     rows = [i for i, completion in enumerate(completions) if len(completion)]
     columns = {
@@ -78,7 +81,7 @@ def completion_logps(
                 raise EngineError(
                     f"a sampled completion has no log-probs ({scored.unscored[0].detail})",
                     where=model.settings.model_dir,
-                    fix="look at the model: training may have broken it",
+                    fix="check the model: training may have broken it",
                 )
     for row, logps in zip(rows, store.fetch(store.index(), store.keys(table)).to_pylist(), strict=True):
         sums[row] = np.sum(np.array(logps, np.float64))

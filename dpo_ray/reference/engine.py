@@ -1,4 +1,4 @@
-"""One engine of the pool: scores granules, and commits each to the store while the next is being scored."""
+"""One engine of the pool: it scores granules, and commits each to the store while the next is being scored."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ StartScorer = Callable[[ScorerSettings], Scorer]
 
 def start_vllm(settings: ScorerSettings) -> Scorer:
     """Start a vLLM engine in this process."""
-    from dpo_ray.reference.vllm.scorer import VllmScorer  # vLLM is imported where an engine runs, and nowhere else
+    from dpo_ray.reference.vllm.scorer import VllmScorer  # vLLM is imported only in processes that run an engine
 
     return VllmScorer(settings)
 
 
 def start_sampling_vllm(settings: ScorerSettings) -> Scorer:
-    """Start a vLLM engine in this process that is to sample as well."""
+    """Start a vLLM engine in this process that can also sample."""
     from dpo_ray.reference.vllm.scorer import VllmScorer
 
     return VllmScorer(settings, enable_sampling=True)
@@ -43,9 +43,9 @@ class _Computed:
 
 
 class Engine:
-    """A scorer and a store. Two calls of `score` may run at once: one computes while the other writes.
+    """A scorer and a store. Two calls of `score` may run concurrently: one computes while the other writes.
 
-    All that the scorer does, it does in one thread, as the number of its compute threads and torch's modes are a thread's.
+    The scorer always runs in the same thread, as its number of compute threads and torch's modes are set per thread.
     """
 
     def __init__(self, name: str, settings: ScorerSettings, store: ReferenceStore, start: StartScorer) -> None:
@@ -56,15 +56,15 @@ class Engine:
         """Start the scorer.
 
         Raises:
-            EngineError: it does not start.
+            EngineError: the scorer does not start.
         """
         self._scorer = self._computing.submit(self._start, self._settings).result()
 
     def load(self, settings: ScorerSettings, store: ReferenceStore) -> None:
-        """Score and sample with another model from now on, in the scorer that there is where it can take its weights.
+        """Switch to another model for scoring and sampling; the running scorer is kept if it can load the weights.
 
         Raises:
-            EngineError: the scorer cannot be started with it.
+            EngineError: a scorer cannot be started with the model.
         """
         self._store = store
         if settings != self._settings:
@@ -77,7 +77,7 @@ class Engine:
             self._scorer = self._start(self._settings)
 
     def sample(self, granule: pa.Table, first: int, last: int | None, sampling: Sampling) -> Sampled:
-        """Sample completions for the prompts `first` to `last` of a granule of schema PROMPTS."""
+        """Sample completions for the prompts `first` to `last` (exclusive; None: the end) of a granule of PROMPTS."""
         table = granule.slice(first, None if last is None else last - first)
         began = time.monotonic()
         prompts, seeds = table["prompt_ids"].to_pylist(), table["seeds"].to_pylist()
@@ -90,19 +90,19 @@ class Engine:
         return Sampled(sampled, tokens, time.monotonic() - began, self._name)
 
     def alive(self) -> bool:
-        """Answer."""
+        """Return True; used to probe that the process is up."""
         return True
 
     def score(self, granule: pa.Table, first: int, last: int | None, known: Sequence[str] | None) -> Scored:
         """Score the groups `first` to `last` of a granule and commit their log-probs as one segment.
 
         Args:
-            last: None, to the end.
-            known: segments whose keys are not in the granule; given for a granule that an engine has died with, to
-                leave out what that engine committed before. None: nothing of it can have been committed.
+            last: exclusive; None means to the end.
+            known: segments whose keys are not in the granule; passed for a granule during which an engine died, to
+                leave out what that engine had committed. None: nothing of the granule can have been committed.
 
         Raises:
-            EngineError: the engine breaks its contract.
+            EngineError: the scorer's answer violates its contract.
             ArtifactError: the store cannot be written.
         """
         table = granule.slice(first, None if last is None else last - first)
@@ -143,12 +143,12 @@ class Engine:
         )
 
     def _requests(self, table: pa.Table) -> tuple[list[ScoreRequest], list[list[int]], np.ndarray]:
-        """Make a request for each different sequence; with it, the rows of the groups that ask for it, and its key."""
+        """Build one request per distinct sequence; also return the rows of the groups that contain it, and its key."""
         keys = self._store.keys(table)
         firsts: dict[bytes, int] = {}  # by key, the number of its request
         requests: list[ScoreRequest] = []
         owners: list[list[int]] = []
-        chosen: list[int] = []  # of each request, the first completion that it stands for
+        first_completions: list[int] = []  # for each request, the first completion with its sequence
         completion = 0
         prompts, lists = table["prompt_ids"], table["completion_ids"]
         for row in range(len(table)):
@@ -158,7 +158,7 @@ class Engine:
                 if number == len(requests):
                     requests.append(ScoreRequest(row, prompt, ids.values.to_numpy()))
                     owners.append([])
-                    chosen.append(completion)
+                    first_completions.append(completion)
                 owners[number].append(row)
                 completion += 1
-        return requests, owners, keys[chosen]
+        return requests, owners, keys[first_completions]

@@ -1,4 +1,4 @@
-"""Letting go of devices: engines' processes gone, and their memory seen free, before others take them."""
+"""Release of GPUs: the engines' processes have ended and their memory is free before others use the devices."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class Place:
 
     pid: int
     node: str  # Ray's id
-    gpus: tuple[str, ...]  # that Ray gave it, by index on its node
+    gpus: tuple[str, ...]  # the GPUs that Ray assigned to it, by index on its node
 
 
 def place_of_this_process() -> Place:
-    """Say where an actor runs; called in it."""
+    """Return where the current process runs; called inside an actor."""
     context = ray.get_runtime_context()
     return Place(os.getpid(), context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ())))
 
 
 def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until Ray has marked killed actors as dead; from then on their resources are for others.
+    """Wait until Ray has marked killed actors as dead; from then on others can use their resources.
 
     Args:
         actors: each has a method `alive`.
 
     Raises:
-        InfrastructureError: one is not dead in time.
+        InfrastructureError: an actor is not dead before the deadline.
     """
     end = time.monotonic() + deadline_seconds
     for actor in actors:
@@ -53,9 +53,9 @@ def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SE
                 break
             if time.monotonic() > end:
                 raise InfrastructureError(
-                    f"an engine that was told to end lives on after {deadline_seconds:.0f} s",
+                    f"an engine that was stopped is still running after {deadline_seconds:.0f} s",
                     where="reference",
-                    fix="run the same command again: what was scored is in the store",
+                    fix="run the same command again: finished scores are in the store",
                 )
             time.sleep(POLL_SECONDS / 10)
 
@@ -63,36 +63,36 @@ def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SE
 def wait_until_memory_is_free(
     places: Sequence[Place], share: float, deadline_seconds: float = DEADLINE_SECONDS
 ) -> None:
-    """Wait until the GPUs that engines had show `share` of their memory as free: what an engine needs to start.
+    """Wait until the GPUs that engines used have `share` of their memory free: what an engine needs to start.
 
-    A GPU's memory comes back some time after its process has gone; a training run that starts before then dies.
+    A GPU's memory becomes free some time after its process has ended; a training run that starts before then fails.
 
     Raises:
-        InfrastructureError: it is not free in time.
+        InfrastructureError: the memory is not free before the deadline.
     """
     by_node: dict[str, set[str]] = {}
     for place in places:
         by_node.setdefault(place.node, set()).update(place.gpus)
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if any(by_node.values()) else set()
-    looks = [
-        # No GPUs are asked for: Ray has given them back, and a task without any sees all that its node has.
+    checks = [
+        # The task requests no GPU: Ray has released them, and a task without GPUs sees all GPUs of its node.
         ray.remote(num_cpus=0, max_calls=1)(_least_free_share)
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote(sorted(gpus), share, deadline_seconds)
         for node, gpus in by_node.items()
         if gpus and node in alive
     ]
-    for free in ray.get(looks):
+    for free in ray.get(checks):
         if free < share:
             raise InfrastructureError(
-                f"the engines have ended, and {free:.0%} of a GPU's memory is free after {deadline_seconds:.0f} s, not {share:.0%}",
+                f"{deadline_seconds:.0f} s after the engines ended, only {free:.0%} of a GPU's memory is free, not {share:.0%}",
                 where="reference",
-                fix="look for other processes on the GPU (nvidia-smi) and run again: what was scored is in the store",
+                fix="look for other processes on the GPU (nvidia-smi) and run again: finished scores are in the store",
             )
 
 
 def _least_free_share(gpus: Sequence[str], share: float, deadline_seconds: float) -> float:
-    """Poll this node's GPUs until each has `share` of its memory free; return the least share seen last."""
+    """Poll this node's GPUs until each has `share` of its memory free; return the smallest share at the last poll."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     import torch
 

@@ -1,4 +1,4 @@
-"""The join of the reference store to the groups: by key, never by position, one log-prob for each completion token."""
+"""The join of the reference store to the groups: by key, never by position; one log-prob for each completion token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFERENCE = pa.schema(
 
 @dataclass(frozen=True)
 class JoinedPart:
-    """The reference part that belongs to one tokens part, and its groups without log-probs."""
+    """The reference part that corresponds to one tokens part, and its groups without log-probs."""
 
     entry: FileEntry
     quarantine: pa.Table  # of schema QUARANTINE
@@ -43,13 +43,13 @@ def join_part(
     unscored: Mapping[bytes, Unscored],
     staging: Staging,
 ) -> JoinedPart:
-    """Write the reference part that belongs to a tokens part: the same groups in the same order.
+    """Write the reference part that corresponds to a tokens part: the same groups in the same order.
 
     Args:
-        unscored: by group_id, those that get null.
+        unscored: groups that cannot be scored, by group_id; their log-probs become null.
 
     Raises:
-        ArtifactError: a completion has no log-probs, or not as many as it has tokens.
+        ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.
     """
     table = read_table(tokens, name, ["group_id", "source", "prompt_ids", "completion_ids"]).combine_chunks()
     ids = table["group_id"].to_pylist()
@@ -68,7 +68,7 @@ def join_part(
             "detail": f"group {group_id.hex()}: {unscored[group_id].detail}",
             "split": name.partition("/")[0],
             "source": source,
-            "ordinal": None,  # what the row was in its shard, the tokens do not say
+            "ordinal": None,  # the tokens do not record the row's position in its shard
             "sample": "",
         }
         for group_id, source in zip(ids, table["source"].to_pylist(), strict=True)
@@ -79,15 +79,15 @@ def join_part(
 
 
 def _check_lengths(table: pa.Table, values: pa.ListArray, store: ReferenceStore) -> None:
-    """See that each completion has one log-prob for each of its tokens."""
+    """Check that each completion has one log-prob for each of its tokens."""
     inner = [chunk.flatten() for chunk in table["completion_ids"].chunks]
     tokens = np.concatenate([np.empty(0, np.int32), *(np.diff(lists.offsets) for lists in inner)])
-    found = np.diff(values.offsets)
-    if (wrong := np.flatnonzero(tokens != found)).size:
+    logps = np.diff(values.offsets)
+    if (wrong := np.flatnonzero(tokens != logps)).size:
         raise ArtifactError(
-            f"{found[wrong[0]]} log-probs for a completion of {tokens[wrong[0]]} tokens",
+            f"there are {logps[wrong[0]]} log-probs for a completion of {tokens[wrong[0]]} tokens",
             where=store.partition.uri,
-            fix="delete this directory of the store; it is made again",
+            fix="delete this directory of the store and run again; its log-probs will be computed again",
         )
 
 

@@ -1,4 +1,4 @@
-"""Which completions the reference store lacks, and how they are cut to granules."""
+"""Finding the completions that the reference store lacks, and cutting them into granules."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .granule import GRANULE
 
 
 def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> tuple[pa.Table, int]:
-    """Take out of a table of groups those with completions that the store lacks.
+    """Select from a table of groups those with completions that the store lacks.
 
     Args:
-        table: rows with group_id, prompt_ids and completion_ids; other columns are passed over.
+        table: rows with group_id, prompt_ids and completion_ids; other columns are ignored.
 
     Returns:
-        A table of schema GRANULE in the order of the rows, with the missing completions alone, and the number of
-        completions that were found.
+        A table of schema GRANULE in the order of the rows, with only the missing completions, and the number of
+        completions that the store has.
     """
     groups = table.select(GRANULE.names).combine_chunks().cast(GRANULE)
     if not len(groups):
@@ -31,7 +31,7 @@ def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> t
     completions = groups["completion_ids"].chunk(0)
     first, last = completions.offsets.to_numpy()[[0, -1]]
     offsets = completions.offsets.to_numpy() - first
-    before = np.concatenate([[0], np.cumsum(missing)])  # [completions + 1]: missing ones before each
+    before = np.concatenate([[0], np.cumsum(missing)])  # [completions + 1]: number of missing ones before each
     counts = np.diff(before[offsets])  # [groups]
     kept = np.flatnonzero(counts)
     lists = completions.values.slice(first, last - first).filter(pa.array(missing))
@@ -45,33 +45,33 @@ def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> t
 
 
 def cut(tables: Iterable[pa.Table], groups: int) -> Iterator[pa.Table]:
-    """Cut tables, laid end to end, to tables of `groups` rows each; the last may be shorter, none is empty."""
-    held: list[pa.Table] = []
+    """Cut the concatenation of tables into tables of `groups` rows; the last may be shorter, none is empty."""
+    buffer: list[pa.Table] = []
     rows = 0
     for table in tables:
-        held.append(table)
+        buffer.append(table)
         rows += len(table)
         while rows >= groups:
-            whole = pa.concat_tables(held)
+            whole = pa.concat_tables(buffer)
             yield whole.slice(0, groups)
-            held, rows = [whole.slice(groups)], rows - groups
+            buffer, rows = [whole.slice(groups)], rows - groups
     if rows:
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(buffer)
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What a look-up has come to since it was last told of."""
+    """Progress of a look-up since its last report."""
 
-    known_groups: int  # groups of which the store has all
-    found: int  # completions
-    granule: bool  # a granule follows
+    known_groups: int  # groups of which the store has all completions
+    found: int  # completions that the store has
+    granule: bool  # True: a granule follows
 
 
 def look_up(
     tables: Iterable[pa.Table], store: ReferenceStore, index: StoreIndex, groups_per_granule: int
 ) -> Iterator[Looked | pa.Table]:
-    """Yield counts and a granule in turns, and at the end counts alone."""
+    """Yield counts and granules alternately, and at the end only counts."""
     known_groups = found = 0
 
     def missing() -> Iterator[pa.Table]:

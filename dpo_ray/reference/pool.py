@@ -1,7 +1,7 @@
-"""The pool of engines: hands out granules in order, replaces engines that die, and finds the groups that kill them.
+"""The pool of engines: it hands out granules in order, replaces engines that die, and finds the groups that kill them.
 
-A pool scores granules of groups, or samples for granules of prompts. One that is to live on keeps its engines when a run
-has ended, and has them load the next model.
+A pool scores granules of groups, or samples for granules of prompts. A pool with `living=True` keeps its engines when a
+run has ended, and its engines then load the next model.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ from .sampling import Sampled, Sampling
 from .scorer import ScorerSettings
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
-"""What Ray raises of an actor that is gone: its process, or its node."""
+"""The exceptions that Ray raises if an actor's process or node has died."""
 MAX_FAILED_STARTS = 3  # in a row
-MAX_FRUITLESS_DEATHS = 12  # in a row, with nothing scored in between; and two more for each engine of the pool
-DEATHS_OF_A_GRANULE = 2
-PIECES = 8  # of a granule that has cost so many engines
-CALLS_OF_AN_ENGINE = 2  # one computes while the other writes, or waits for its turn
+MAX_FRUITLESS_DEATHS = 12  # in a row, with nothing scored in between; plus two for each engine of the pool
+DEATHS_OF_A_GRANULE = 2  # after so many engine deaths a granule is split
+PIECES = 8  # number of pieces into which it is split
+CALLS_OF_AN_ENGINE = 2  # one call computes while the other writes, or waits for its turn
 SAY_WAITING_SECONDS = 60.0
 CLOSING_SECONDS = 30.0
 
 
 @dataclass(frozen=True, order=True)
 class _Work:
-    """A run of a granule's groups. Works are done in the order of their granules."""
+    """Consecutive groups of a granule. Works are done in the order of their granules."""
 
     number: int  # of the granule
     first: int
-    last: int | None = field(compare=False)  # None: to its end
+    last: int | None = field(compare=False)  # exclusive; None: to the granule's end
     table: ray.ObjectRef = field(compare=False)
-    deaths: int = field(default=0, compare=False)  # of engines that had it
-    alone: bool = field(default=False, compare=False)  # an engine died with it: no other is given beside it
+    deaths: int = field(default=0, compare=False)  # number of engines that died while they had it
+    alone: bool = field(default=False, compare=False)  # an engine died with it: its next engine gets no other work
 
 
 @dataclass
 class _Engine:
-    """An actor as the driver sees it."""
+    """The driver's view of an engine's actor."""
 
     name: str
     actor: Any
-    awaited: ray.ObjectRef  # while it starts, or leaves: the answer to that
+    awaited: ray.ObjectRef  # the pending call that starts or closes the engine
     state: Literal["starting", "idle", "busy", "leaving", "dead"] = "starting"
     place: Place | None = None
-    work: dict[ray.ObjectRef, _Work] = field(default_factory=dict)  # by the answer that is awaited, oldest first
+    work: dict[ray.ObjectRef, _Work] = field(default_factory=dict)  # by the pending call, oldest first
 
 
 class EnginePool:
-    """Engines on the cluster. They start with the first granule, and are gone when a `run` has ended, or at `close`.
+    """Engines on the cluster. They start with the first granule, and are stopped when a `run` has ended, or by `close`.
 
     Args:
-        gpus_per_engine: what each asks Ray for; tensor parallelism is inside of an engine.
-        on_event: is told, in a sentence, what a person should know: an engine lost, a group left out.
-        start: starts the scorer in an engine's process; pickles.
-        living: keep the engines until `close`, or until a run is broken off while they are at work.
-        ask: what each asks Ray for, where that is not what the section `reference` says.
+        gpus_per_engine: GPUs that each engine requests from Ray; tensor parallelism is inside an engine.
+        on_event: called with a sentence about what a person should know: an engine lost, a group left out.
+        start: starts the scorer in an engine's process; must pickle.
+        living: keep the engines until `close`, or until a run is interrupted while they are working.
+        ask: resources that each engine requests from Ray, if they are not those of the section `reference`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class EnginePool:
     ) -> None:
         self._settings, self._store, self._start, self._on_event = settings, store, start, on_event
         self._living = living
-        self._sampling: Sampling | None = None  # of the run: None where it scores
+        self._sampling: Sampling | None = None  # of the current run; None: the run scores
         self._least, self._most = config.replicas, config.max_replicas or config.replicas
         self._ask = ask or engine_ask(config, gpus_per_engine)
         self._options: dict[str, Any] = {
@@ -96,10 +96,10 @@ class EnginePool:
             "max_concurrency": CALLS_OF_AN_ENGINE,
         }
         self._engines: list[_Engine] = []  # those that are not dead
-        self._places: list[Place] = []  # where engines were, for their memory
+        self._places: list[Place] = []  # where engines ran, to check that their memory is free again
         self._waiting: list[_Work] = []  # a heap
         self._source: Iterator[ray.ObjectRef] | None = None
-        self._known: tuple[str, ...] = ()  # segments that the granules' look-up has seen
+        self._known: tuple[str, ...] = ()  # segments that existed when the granules were looked up
         self._named = self._granules = self._failed_starts = self._fruitless_deaths = self._lost_engines = 0
 
     @property
@@ -109,36 +109,36 @@ class EnginePool:
 
     @property
     def size(self) -> int:
-        """Count the engines, with those that are starting or wait for a place."""
+        """Count the engines, including those that are starting or waiting for resources."""
         return len(self._in("starting", "idle", "busy"))
 
     @property
     def processes(self) -> dict[str, int]:
-        """Give the process of each engine that is ready, by the engine's name."""
+        """Return the process id of each engine that is ready, by the engine's name."""
         return {e.name: e.place.pid for e in self._in("idle", "busy") if e.place is not None}
 
     @property
     def nodes(self) -> dict[str, str]:
-        """Give the node (Ray's id) of each engine that is ready, by the engine's name."""
+        """Return the node (Ray's id) of each engine that is ready, by the engine's name."""
         return {e.name: e.place.node for e in self._in("idle", "busy") if e.place is not None}
 
     def run(self, granules: Iterable[ray.ObjectRef]) -> Generator[Scored, None, None]:
-        """Score granules (references to tables of GRANULE), taken as there is room and handed out in order.
+        """Score granules (references to tables of GRANULE), consumed as engines have capacity and handed out in order.
 
-        Yields what each came to, in the order in which they end; one that was split comes in several parts. What is
-        yielded is in the store.
+        Yields the result of each granule, in the order in which they finish; a granule that was split gives several
+        results. The log-probs of a yielded result are in the store.
 
         Raises:
-            EngineError: an engine does not start, or breaks its contract.
-            InfrastructureError: engines die again and again, or do not let go of their memory.
+            EngineError: an engine does not start, or its answer violates its contract.
+            InfrastructureError: engines die again and again, or do not release their memory.
             ArtifactError: the store cannot be written.
         """
-        yield from self._run(granules, None)  # pyright: ignore[reportReturnType] - who scores gets no samples
+        yield from self._run(granules, None)  # pyright: ignore[reportReturnType] - a run that scores yields no samples
 
     def sample(self, granules: Iterable[ray.ObjectRef], sampling: Sampling) -> Generator[Sampled | Scored, None, None]:
-        """Sample for granules of schema PROMPTS; yields what each gave, as each ends.
+        """Sample for granules of schema PROMPTS; yields the result of each granule as it finishes.
 
-        A prompt that costs engines by itself comes as a `Scored` with the prompt in `unscored`.
+        A prompt that kills engines by itself is reported as a `Scored` with the prompt in `unscored`.
 
         Raises:
             EngineError, InfrastructureError: as `run` does.
@@ -146,10 +146,10 @@ class EnginePool:
         yield from self._run(granules, sampling)
 
     def load(self, settings: ScorerSettings, store: ReferenceStore) -> None:
-        """Have all engines, those that live and those to come, work with another model; its log-probs go into `store`.
+        """Switch all engines, current and future ones, to another model, whose log-probs are written to `store`.
 
         Raises:
-            EngineError: an engine cannot be started with it.
+            EngineError: an engine cannot be started with the model.
         """
         self._settings, self._store = settings, store
         loading = {engine.actor.load.remote(settings, store): engine for engine in self._in("idle")}
@@ -157,7 +157,7 @@ class EnginePool:
             try:
                 ray.get(answer)
             except DEATHS as error:
-                for _ in self._lost(engine, _why(error)):  # it had no work
+                for _ in self._lost(engine, _why(error)):  # yields nothing: the engine had no work
                     pass
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, DpoRayError) else error) from error
@@ -176,16 +176,16 @@ class EnginePool:
         finally:
             if self._living and not self._in("busy"):
                 self._waiting, self._source = [], None
-                for engine in self._in("starting"):  # there was nothing left for it
+                for engine in self._in("starting"):  # no granule is left for it
                     self._drop(engine)
             else:
                 self.close()
 
     def close(self) -> None:
-        """Let all engines go, and see that their processes are gone and their GPUs' memory is free.
+        """Stop all engines, and wait until their processes have ended and their GPUs' memory is free.
 
         Raises:
-            InfrastructureError: they are not in time.
+            InfrastructureError: that takes longer than the deadline.
         """
         engines, self._engines, self._waiting, self._source = self._engines, [], [], None
         closing = [e.awaited for e in engines if e.state == "leaving"]
@@ -201,10 +201,10 @@ class EnginePool:
     def _in(self, *states: str) -> list[_Engine]:
         return [e for e in self._engines if e.state in states]
 
-    # ---- work to engines
+    # ---- sending work to engines
 
     def _place_work(self) -> None:
-        """Take granules as far as there is room, start engines for them, hand them out, let surplus engines go."""
+        """Fetch as many granules as the pool can use, start engines, hand granules out, and stop surplus engines."""
         self._grow()
         self._hand_out()
         while self._source is not None and len(self._waiting) <= self._most:
@@ -220,9 +220,9 @@ class EnginePool:
             self._shrink()
 
     def _grow(self) -> None:
-        """Start engines: up to `replicas` for granules that none is free for, up to the most for more than there are.
+        """Start engines for granules without a free engine: up to `replicas`, or `max_replicas` if more granules wait.
 
-        An actor that no node has room for stays pending, which is what makes Ray's autoscaler add a node.
+        An actor that fits on no node stays pending, which makes Ray's autoscaler add a node.
         """
         while len(self._waiting) > len(self._in("starting", "idle")) and (
             self.size < self._least or self.size < min(self._most, len(self._waiting))
@@ -235,7 +235,7 @@ class EnginePool:
             self._engines.append(_Engine(name, actor, actor.__ray_call__.remote(_start)))
 
     def _hand_out(self) -> None:
-        """Give each idle engine a granule; while there are plenty, a busy one gets its next, so that it never waits."""
+        """Send each idle engine a granule; while enough wait, also send busy engines their next, so they never idle."""
         for engine in self._in("idle"):
             if self._waiting:
                 self._give(engine)
@@ -255,7 +255,7 @@ class EnginePool:
         engine.state = "busy"
 
     def _shrink(self) -> None:
-        """Let engines go that no granule is left for, those first that have not started."""
+        """Stop engines for which no granule is left, beginning with those that have not started."""
         free = [*reversed(self._in("starting")), *self._in("idle")]
         for engine in free[: max(0, len(free) - len(self._waiting))]:
             if engine.state == "starting":
@@ -263,23 +263,25 @@ class EnginePool:
             else:
                 engine.state, engine.awaited = "leaving", engine.actor.close.remote()
 
-    # ---- answers of engines
+    # ---- receiving results from engines
 
     def _answers(self) -> Iterator[Sampled | Scored]:
-        """Wait for an engine to say something, and act on it."""
+        """Wait until an engine's call returns, and handle the result."""
         awaited: dict[ray.ObjectRef, _Engine] = {}
         for engine in self._in("starting", "busy", "leaving"):
             awaited |= dict.fromkeys(engine.work or [engine.awaited], engine)
         ready, _ = ray.wait(list(awaited), num_returns=1, timeout=SAY_WAITING_SECONDS)
         if not ready and not self.ready:
-            words = self._ask.words()
-            self._on_event(f"{self.size} engines are starting, or wait for a node with room; each asks for {words}")
+            resources = self._ask.words()
+            self._on_event(
+                f"{self.size} engines are starting or waiting for a node with free resources; each requests {resources}"
+            )
         for answer in ready:
             yield from self._heard(awaited[answer], answer)
 
     def _heard(self, engine: _Engine, answer: ray.ObjectRef) -> Iterator[Sampled | Scored]:
         try:
-            said = ray.get(answer)
+            result = ray.get(answer)
         except RayTaskError as error:
             if isinstance(error.cause, DpoRayError):
                 raise error.cause from error
@@ -289,16 +291,16 @@ class EnginePool:
             yield from self._lost(engine, _why(error))
         else:
             if engine.state == "starting":
-                self._started(engine, said)
+                self._started(engine, result)
             elif engine.state == "leaving":
                 self._drop(engine)
             else:
-                yield self._done(engine, answer, said)
+                yield self._done(engine, answer, result)
 
     def _started(self, engine: _Engine, place: Place) -> None:
         if self._lost_engines:
             self._lost_engines -= 1
-            self._on_event(f"{engine.name} is ready in the place of one that was lost")
+            self._on_event(f"{engine.name} is ready and replaces an engine that was lost")
         engine.state, engine.place, self._failed_starts = "idle", place, 0
         self._places.append(place)
 
@@ -308,40 +310,40 @@ class EnginePool:
         self._fruitless_deaths = 0
         return replace(scored, granule=work.number)
 
-    # ---- deaths
+    # ---- handling engine deaths
 
     def _lost(self, engine: _Engine, why: str) -> Iterator[Sampled | Scored]:
-        """Give what a lost engine had to others, looked up again; what it has answered before counts."""
-        was, place = engine.state, engine.place
+        """Queue a lost engine's work again, with a new look-up in the store; yield the results that it had returned."""
+        state, place = engine.state, engine.place
         for answer in ray.wait(list(engine.work), num_returns=len(engine.work), timeout=0)[0] if engine.work else ():
             try:
                 yield self._done(engine, answer, ray.get(answer))
             except (RayTaskError, *DEATHS):
                 continue
         self._drop(engine)
-        if was == "leaving":
+        if state == "leaving":
             return
-        on = f" (process {place.pid} on node {place.node[:8]})" if place else ""
+        location = f" (process {place.pid} on node {place.node[:8]})" if place else ""
         self._lost_engines += 1
-        self._on_event(f"{engine.name}{on} was lost: {why}")
-        if was == "starting":
+        self._on_event(f"{engine.name}{location} was lost: {why}")
+        if state == "starting":
             self._count_failed_start(why)
         else:
             self._count_fruitless_death(why)
         for work in engine.work.values():
-            again = replace(work, deaths=work.deaths + 1, alone=True)
-            if again.deaths < DEATHS_OF_A_GRANULE:
-                heapq.heappush(self._waiting, again)
+            retry = replace(work, deaths=work.deaths + 1, alone=True)
+            if retry.deaths < DEATHS_OF_A_GRANULE:
+                heapq.heappush(self._waiting, retry)
             else:
-                yield from self._split(again, engine, why)
+                yield from self._split(retry, engine, why)
 
     def _split(self, work: _Work, engine: _Engine, why: str) -> Iterator[Scored]:
-        """Try a granule that has cost two engines in pieces; a single group is left out."""
+        """Split a granule with which two engines have died into pieces; leave it out if it is a single group."""
         table = ray.get(work.table)
         last = len(table) if work.last is None else work.last
         if last - work.first == 1:
             group = table["group_id"][work.first].as_py()
-            self._on_event(f"the group {group.hex()} has cost {DEATHS_OF_A_GRANULE} engines by itself: it is left out")
+            self._on_event(f"{DEATHS_OF_A_GRANULE} engines died with the group {group.hex()} alone: it is left out")
             yield Scored(1, 0, 0, 0, 0, 0.0, engine.name, (Unscored(group, "kills_engine", why),), work.number)
             return
         step = ceil((last - work.first) / PIECES)
@@ -349,7 +351,7 @@ class EnginePool:
         for first in firsts:
             heapq.heappush(self._waiting, replace(work, first=first, last=min(first + step, last), deaths=0))
         self._on_event(
-            f"a granule of {last - work.first:,} groups has cost {DEATHS_OF_A_GRANULE} engines: "
+            f"{DEATHS_OF_A_GRANULE} engines died with a granule of {last - work.first:,} groups: "
             f"it is tried again in {len(firsts)} pieces"
         )
 
@@ -362,31 +364,31 @@ class EnginePool:
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             raise InfrastructureError(
-                f"{self._failed_starts} engines in a row died while they started; the last: {why}",
+                f"{self._failed_starts} engines in a row died while they started; the last one: {why}",
                 where="reference",
-                fix="see the engines' logs (--verbose): memory is the usual cause, which reference.gpu_memory_fraction, "
-                "reference.cpus_per_replica and reference.tensor_parallel change; then run again",
+                fix="see the engines' logs (--verbose); the usual cause is memory: change reference.gpu_memory_fraction, "
+                "reference.cpus_per_replica or reference.tensor_parallel, then run again",
             )
 
     def _count_fruitless_death(self, why: str) -> None:
         self._fruitless_deaths += 1
         if self._fruitless_deaths > MAX_FRUITLESS_DEATHS + 2 * self._most:
             raise InfrastructureError(
-                f"{self._fruitless_deaths} engines in a row died, and nothing was scored between; the last: {why}",
+                f"{self._fruitless_deaths} engines in a row died, and nothing was scored in between; the last one: {why}",
                 where="reference",
-                fix="see the engines' logs (--verbose); what was scored before is in the store, so run again once it is mended; "
+                fix="see the engines' logs (--verbose), fix the cause and run again: earlier scores are in the store; "
                 "or set reference.engine=trainer",
             )
 
 
 def _start(engine: Engine) -> Place:
-    """Start the scorer of an engine, in its process, and say where that is."""
+    """Start an engine's scorer; runs in the engine's process and returns where that is."""
     engine.start()
     return place_of_this_process()
 
 
 def _why(error: Exception) -> str:
-    """Take the cause out of Ray's report of a death, which goes on with guesses."""
+    """Extract the cause from Ray's report of a death, which continues with a list of common causes."""
     text = " ".join(str(error).split())
     cause = text.rsplit("because ", 1)[-1].split(" Some common causes", 1)[0]
     return cause.replace("Worker exit type: SYSTEM_ERROR Worker exit detail: ", "")[:240] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Sampling as the engines do it: whole granules of prompts, each with the seeds of its samples."""
+"""Data types and seeds of sampling: engines sample for granules of prompts, each with the seeds of its samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPTS = pa.schema(
     [
         ("group_id", pa.binary(16)),  # of the prompt
         ("prompt_ids", pa.list_(pa.int32())),
-        ("seeds", pa.list_(pa.int64())),  # of each sample
+        ("seeds", pa.list_(pa.int64())),  # one for each sample
     ]
 )
 SAMPLES = pa.schema(
@@ -21,14 +21,14 @@ SAMPLES = pa.schema(
         ("group_id", pa.binary(16)),
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.list_(pa.int32()))),
-        ("ended", pa.list_(pa.bool_())),  # with an end-of-turn token, rather than by the limit
+        ("ended", pa.list_(pa.bool_())),  # True: with an end-of-turn token; False: at the token limit
     ]
 )
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample."""
+    """Sampling parameters."""
 
     temperature: float
     max_new_tokens: int
@@ -39,17 +39,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What sampling a granule, or a piece of one, gave."""
+    """The result of sampling for a granule, or for a piece of one."""
 
     table: pa.Table  # of schema SAMPLES
-    tokens: int  # that were sampled
+    tokens: int  # number of sampled tokens
     seconds: float
     engine: str
     granule: int = 0
 
 
 def sample_seed(run_seed: int, round_number: int, prompt_id: bytes, sample: int) -> int:
-    """Hash what makes a sample itself to a seed of 63 bits: a restart gives the same samples, and no two share a stream."""
+    """Hash a sample's identity to a seed of 63 bits: restarts give the same samples, and no two share a stream."""
     content = f"{run_seed}/{round_number}/{sample}/".encode() + prompt_id
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
@@ -60,10 +60,10 @@ def prompt_key(ids: Sequence[int]) -> bytes:
 
 
 def prompt_table(prompts: Sequence[Sequence[int]], seed: int, number: int, samples: int) -> pa.Table:
-    """Make the table that engines sample for, of schema PROMPTS: `samples` completions of each prompt.
+    """Build the table of schema PROMPTS that engines sample for: `samples` completions of each prompt.
 
     Args:
-        number: of the round, which the samples' seeds depend on; 0 for what policies are measured by.
+        number: number of the round, on which the samples' seeds depend; 0 for the samples that evaluate policies.
     """
     keys = [prompt_key(ids) for ids in prompts]
     seeds = [[sample_seed(seed, number, key, k) for k in range(samples)] for key in keys]

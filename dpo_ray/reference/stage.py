@@ -1,4 +1,4 @@
-"""The stage `reference`: what the store lacks is scored; then the store is joined to the groups by key."""
+"""The stage `reference`: it scores the completions that the store lacks, then joins the store to the groups by key."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from .pool import EnginePool
 from .scorer import ScorerSettings
 from .trainer_pool import score_with_trainer
 
-PARTS_OF_A_LOOK_UP = 4  # parts that one task looks up; granules are cut across them
-MAX_LOOK_UPS = 8  # tasks that look up at once
-RESULTS_AHEAD = 8  # of each: four granules, and their counts
+PARTS_OF_A_LOOK_UP = 4  # parts that one task looks up; a granule may contain groups of several of them
+MAX_LOOK_UPS = 8  # limit of look-up tasks that run concurrently
+RESULTS_AHEAD = 8  # results that each task may be ahead: four granules and their counts
 QUARANTINE_FILE = "quarantine.parquet"
 
 
 @dataclass
 class ScoringTally:
-    """What looking up and scoring have come to so far."""
+    """Running totals of looking up and scoring."""
 
     groups: int  # of all splits
-    done: int = 0  # groups that were looked up and found, or scored, or left out
+    done: int = 0  # groups that were found in the store, scored, or left out
     found: int = 0  # completions that the store had
     sequences: int = 0  # completions that were scored
     tokens: int = 0
     cached_tokens: int = 0
     rescored: int = 0
-    seconds: float = 0.0  # of all engines
+    seconds: float = 0.0  # computing time, summed over all engines
     engines: set[str] = field(default_factory=set)
     unscored: dict[bytes, Unscored] = field(default_factory=dict)
 
     def add(self, scored: Scored) -> None:
-        """Count what scoring a granule came to."""
+        """Add the result of scoring a granule."""
         self.done += scored.groups
         for name in ("sequences", "tokens", "cached_tokens", "rescored", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(scored, name))
@@ -66,21 +66,21 @@ class ScoringTally:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def describe(self) -> str:
-        """Say it in a line."""
+        """Describe the totals in one line."""
         cached = self.cached_tokens / self.tokens if self.tokens else 0.0
         return (
-            f"{self.sequences:,} sequences scored, {self.found:,} known, {self.tokens_per_second:,.0f} tokens/s an engine, "
+            f"{self.sequences:,} sequences scored, {self.found:,} known, {self.tokens_per_second:,.0f} tokens/s per engine, "
             f"{cached:.0%} of the tokens cached"
         )
 
     def figures(self) -> dict[str, Any]:
-        """Return what the artifact's manifest keeps."""
+        """Return the figures for the artifact's manifest."""
         names = ("sequences", "found", "tokens", "cached_tokens", "rescored", "seconds", "tokens_per_second")
         return {**{name: getattr(self, name) for name in names}, "engines": len(self.engines)}
 
 
 def token_parts(tokens: Artifact) -> list[str]:
-    """Name the artifact's parts of admitted groups, training ones first."""
+    """List the artifact's parts of admitted groups, those for training first."""
     return [name for split in splits(tokens) for name in tokens.names(f"{split}/")]
 
 
@@ -96,17 +96,18 @@ def score(
     say: Callable[[str], None],
     pool: EnginePool | None = None,
 ) -> ScoringTally:
-    """Score all completions that the store lacks. Engines start only where there are any, and are gone afterwards.
+    """Score all completions that the store lacks. Engines start only if there are any, and are stopped afterwards.
 
     Args:
-        gpus: of each engine, or of each training worker where the trainer scores.
-        advance: is told how many more groups are done, and the figures in words.
-        say: is told what happened to the engines, and which groups are left out.
-        pool: engines that live, and are to load the model; None: a pool of this call's own.
+        gpus: GPUs of each engine, or of each training worker if the trainer scores.
+        advance: called with the number of groups done since the last call, and a description of the totals.
+        say: called with messages about the engines and about the groups that are left out.
+        pool: running engines, which load the model; None: this call starts its own pool.
 
     Raises:
-        DataError: more groups than `max_unscored_fraction` of all cannot be scored.
-        EngineError, InfrastructureError, TrainError, ArtifactError: as the pool of engines, or the trainer's, raises them.
+        DataError: more than the fraction `max_unscored_fraction` of all groups cannot be scored.
+        EngineError, InfrastructureError, TrainError, ArtifactError: as raised by the pool of engines, or by the
+            trainer.
     """
     tally = ScoringTally(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
 
@@ -135,19 +136,19 @@ def score(
 
 
 def check_unscored(tally: ScoringTally, limit: float) -> None:
-    """Stop where more groups cannot be scored than data.max_quarantined_fraction allows.
+    """Check that no more groups remain without scores than data.max_quarantined_fraction allows.
 
     Raises:
-        DataError: with the reasons.
+        DataError: there are more; the error lists the reasons.
     """
     count = len(tally.unscored)
     if count > limit * tally.groups:
         reasons = sorted({f"{REASONS[u.reason]} ({u.detail})" for u in tally.unscored.values()})
         raise DataError(
-            f"{count:,} of {tally.groups:,} groups have no reference log-probs, over the {limit:.1%} that are allowed: "
+            f"{count:,} of {tally.groups:,} groups have no reference log-probs, more than the limit of {limit:.1%}: "
             + "; ".join(reasons[:3]),
             where="reference",
-            fix="look at the groups that were named above, mend or leave out their rows; set reference.engine=trainer; "
+            fix="check the groups listed above and correct or remove their rows; set reference.engine=trainer; "
             "or raise data.max_quarantined_fraction",
         )
 
@@ -157,12 +158,12 @@ def look_up_all(
 ) -> Iterator[ray.ObjectRef]:
     """Look up every part in Ray tasks, and yield granules of what the store lacks, in the order of the parts.
 
-    The tasks run ahead of who takes the granules, a little: each holds a few and waits.
+    The tasks run slightly ahead of the consumer of the granules: each produces a few and then waits.
     """
-    segments = store.segments()  # once: a task that is run again must give the same granules
+    segments = store.segments()  # listed once: a task that is run again must give the same granules
     make_index: Any = ray.remote(_index).options(label_selector=cpu_labels())
     index = make_index.remote(store, segments)
-    # One task's CPU is left beside the engines whatever the cluster; a task that waits keeps its own.
+    # At least one task runs beside the engines, whatever the cluster's size; a waiting task keeps its CPU.
     room = ray.cluster_resources().get("CPU", 0) - config.replicas * config.cpus_per_replica
     task: Any = ray.remote(_look_up).options(
         num_returns="streaming", _generator_backpressure_num_objects=RESULTS_AHEAD, label_selector=cpu_labels()
@@ -183,7 +184,7 @@ def look_up_all(
                     yield next(running[0])
             running.popleft()
     finally:
-        for results in running:  # of who wants no more: the tasks would wait for ever
+        for results in running:  # if the consumer stops early, the tasks would otherwise wait for ever
             ray.cancel(results)
 
 
@@ -204,7 +205,7 @@ def join(
     """Join the store to every group by key, part by part in Ray tasks, and commit the artifact `reference`.
 
     Raises:
-        ArtifactError: a completion has no log-probs, or not as many as it has tokens.
+        ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.
     """
     make_index: Any = ray.remote(_index).options(label_selector=cpu_labels())
     index, unscored = make_index.remote(store), ray.put(tally.unscored)
@@ -216,8 +217,8 @@ def join(
     quarantine = pa.concat_tables(part.quarantine for part in parts) if parts else None
     rows = {"groups": sum(entry.rows or 0 for entry in entries)}
     for split in splits(tokens):
-        mine = zip(parts, entries, strict=True)
-        rows[f"{split}/unscored"] = sum(len(p.quarantine) for p, e in mine if e.name.startswith(f"{split}/"))
+        pairs = zip(parts, entries, strict=True)
+        rows[f"{split}/unscored"] = sum(len(p.quarantine) for p, e in pairs if e.name.startswith(f"{split}/"))
     if quarantine is not None and len(quarantine):
         entries.append(_write_quarantine(quarantine, staging))
     return provenance.commit(staging, entries, rows=rows, figures=tally.figures())

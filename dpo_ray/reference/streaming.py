@@ -1,4 +1,4 @@
-"""Scoring in the order of the steps (`reference.mode: streaming`): a bucket of steps is written as soon as it is scored."""
+"""Scoring in step order (`reference.mode: streaming`): each bucket of steps is written as soon as it is scored."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ RunPool = Callable[[Iterable[ray.ObjectRef]], Iterator[Scored]]
 
 
 class Stopped(Exception):
-    """Nobody waits for the log-probs any more: training has ended with an error."""
+    """Scoring was stopped because nobody needs the log-probs any more: training has ended with an error."""
 
 
 class UnscorableError(Exception):
-    """Groups cannot be scored. Without them the steps hold other groups, so what training has done by then is void."""
+    """Some groups cannot be scored. Without them the steps contain other groups, so all training so far is void."""
 
     def __init__(self, unscored: Sequence[Unscored]) -> None:
         super().__init__(f"{len(unscored)} groups cannot be scored ({unscored[0].reason}: {unscored[0].detail})")
@@ -42,15 +42,16 @@ class UnscorableError(Exception):
 
 
 class InOrder:
-    """Scores what turns need, in their order, and writes each turn's files when it and those before it are scored.
+    """Scoring of turns in order; a turn's files are written when it and all turns before it are scored.
 
-    Looking up, fetching and packing are Ray tasks that ask for no CPU: training waits for them, so they must never wait
+    Looking up, fetching and packing are Ray tasks that request no CPU: training waits for them, so they must never wait
     for a CPU that training holds.
 
     Args:
-        granule_groups: groups of a granule; fewer where a bucket holds too few for all `engines`.
-        announce: is told the files of a turn when they are written, in another thread.
-        looked: is told of each turn how many completions the store had, and how many groups' completions all.
+        granule_groups: groups of a granule; fewer if a bucket has too few groups for all `engines`.
+        announce: called, in another thread, with the files of a turn when they are written.
+        looked: called for each turn with the number of completions that the store had, and of groups that it had in
+            full.
     """
 
     def __init__(
@@ -66,24 +67,24 @@ class InOrder:
     ) -> None:
         self._turns, self._store, self._granule_groups, self._engines = turns, store, granule_groups, engines
         self._packing, self._staging, self._announce, self._looked = packing, staging, announce, looked
-        self._index = ray.remote(num_cpus=0)(_index).remote(store)  # of what was scored before this began
-        self._turn_of: list[int] = []  # of each granule, in the order in which they were handed out
-        self._groups_left = [0] * len(turns)  # handed to the pool and not scored yet
-        self._handed_out = 0  # turns that the pool has all groups of
+        self._index = ray.remote(num_cpus=0)(_index).remote(store)  # of what was scored before this run
+        self._turn_of: list[int] = []  # turn of each granule, in the order in which they were handed out
+        self._groups_left = [0] * len(turns)  # for each turn, groups handed to the pool and not scored yet
+        self._handed_out = 0  # number of turns whose groups have all been handed to the pool
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="schedule-writer")
-        self._writes: list[Future[list[FileEntry]]] = []  # of the first turns
+        self._writes: list[Future[list[FileEntry]]] = []  # one for each turn so far, in order
 
     def run(self, run_pool: RunPool, stop: threading.Event) -> Iterator[Scored]:
-        """Do all turns; yields what each granule came to.
+        """Run all turns; yields the result of each granule.
 
         Args:
             run_pool: `EnginePool.run`.
-            stop: ends it at the next granule.
+            stop: when set, scoring ends at the next granule.
 
         Raises:
-            UnscorableError: the pool has given up a group.
+            UnscorableError: the pool could not score a group.
             Stopped: `stop` was set.
-            EngineError, InfrastructureError, ArtifactError: as the pool and the store raise them.
+            EngineError, InfrastructureError, ArtifactError: as raised by the pool and the store.
         """
         try:
             answers = run_pool(self._granules(stop))
@@ -120,7 +121,7 @@ class InOrder:
             self._write_scored()
 
     def _write_scored(self) -> None:
-        """Have the turns written that are scored, in order: a later one may need groups that are an earlier one's to score."""
+        """Start writing scored turns, in order: a later turn may need groups that are scored with an earlier one."""
         while (number := len(self._writes)) < self._handed_out and not self._groups_left[number]:
             self._writes.append(self._writer.submit(self._write, self._turns[number]))
 
@@ -132,7 +133,7 @@ class InOrder:
             raise Stopped
 
     def _look_ups(self) -> Iterator[Any]:
-        """Have it looked up what the store lacks of each turn, of groups that no turn before has: None without any."""
+        """Start a look-up for each turn's groups that no earlier turn contains; yield None for a turn without any."""
         look_up = ray.remote(num_cpus=0, num_returns="streaming")(_look_up)
         seen: dict[str, np.ndarray] = {}  # by split: bool [rows]
         for turn in self._turns:
@@ -158,13 +159,13 @@ class InOrder:
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Pass items on, each when the one behind it has been taken from `items` already."""
-    held: list[Item] = []
+    """Yield items, each only after the following one has been taken from `items`."""
+    buffer: list[Item] = []
     for item in items:
-        held.append(item)
-        if len(held) == 2:
-            yield held.pop(0)
-    yield from held
+        buffer.append(item)
+        if len(buffer) == 2:
+            yield buffer.pop(0)
+    yield from buffer
 
 
 # ---- in Ray's workers
@@ -177,12 +178,12 @@ def _index(store: ReferenceStore) -> StoreIndex:
 def _look_up(
     table: pa.Table, store: ReferenceStore, index: StoreIndex, granule_groups: int, engines: int
 ) -> Iterator[tuple[int, int, list[int]] | pa.Table]:
-    """Yield the completions that the store has, the groups that lack none, and the granules' sizes; then the granules."""
+    """Yield counts (completions in the store, groups in it in full, the granules' sizes), then the granules."""
     missing, found = find_missing(table, store, index)
     size = min(granule_groups, max(1, ceil(len(missing) / engines)))
     granules = list(cut([missing], size))
     yield found, len(table) - len(missing), [len(granule) for granule in granules]
-    for granule in granules:  # noqa: UP028 - Ray drives this generator with `send`, which a list's iterator has not
+    for granule in granules:  # noqa: UP028 - Ray drives this generator with `send`, which a list's iterator lacks
         yield granule
 
 
@@ -198,7 +199,7 @@ def token_logps_of(table: pa.Table, store: ReferenceStore, index: StoreIndex) ->
     """Fetch the log-probs of a table's completions by key: [groups] lists of [completions] lists of float32.
 
     Raises:
-        ArtifactError: a completion has none, or not as many as it has tokens.
+        ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.
     """
     flat = store.fetch(index, store.keys(table))
     completions = table["completion_ids"].combine_chunks()
@@ -207,7 +208,7 @@ def token_logps_of(table: pa.Table, store: ReferenceStore, index: StoreIndex) ->
         raise ArtifactError(
             "a completion has more or fewer log-probs than tokens",
             where=store.partition.uri,
-            fix="delete this directory of the store; it is made again",
+            fix="delete this directory of the store and run again; its log-probs will be computed again",
         )
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
 

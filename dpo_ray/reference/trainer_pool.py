@@ -1,6 +1,7 @@
-"""Score on the training workers: a Ray Train run in which every rank holds its shard of the model, without gradients.
+"""Scoring on the training workers: a Ray Train run in which every rank holds its shard of the model, without gradients.
 
-Light to import, as Ray's controller loads it: torch and what needs it are imported in the workers.
+This module is cheap to import, as Ray's controller loads it: torch and modules that need it are imported in the
+workers.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """Everything that a worker needs. Pickles."""
+    """All inputs of a scoring worker. Pickles."""
 
     settings: ScorerSettings
     store: ReferenceStore
     train: TrainConfig
     granules: tuple[ray.ObjectRef, ...]
-    known: tuple[str, ...]  # segments of the store that can hold nothing of the granules
-    inbox: Any  # handle of the driver's inbox, which takes a Scored of each granule
+    known: tuple[str, ...]  # segments of the store that cannot contain anything of the granules
+    inbox: Any  # handle of the driver's inbox, which receives a Scored for each granule
 
 
 def score_with_trainer(
@@ -48,19 +49,19 @@ def score_with_trainer(
     gpus_per_worker: float,
     say: Callable[[str], None] = logger.warning,
 ) -> Generator[Scored, None, None]:
-    """Score granules (tables of GRANULE) on `train.workers` training workers; yields each granule once, as it ends.
+    """Score granules (tables of GRANULE) on `train.workers` training workers; yields each result once, as it is ready.
 
-    The log-probs are in the store by then. A worker that dies costs its group of workers the granule that they are at:
-    all start again, and they go on with what the store lacks. Starts nothing where there are no granules. An
-    iterator that is closed early makes the workers end after the granule that they are at.
+    The log-probs are in the store by then. If a worker dies, its group of workers loses only the current granule: all
+    workers start again and continue with what the store lacks. Nothing is started if there are no granules. If the
+    iterator is closed early, the workers end after their current granule.
 
     Args:
-        granules: with completions that the store lacked when they were cut.
-        say: is told of workers that were lost, and of what is waited for.
+        granules: tables with completions that the store lacked when they were cut.
+        say: called with messages about workers that were lost, and about what the run waits for.
 
     Raises:
         TrainError: the workers died more often than train.max_failures allows.
-        ConfigError, ArtifactError: as the workers found.
+        ConfigError, ArtifactError: as raised in the workers.
     """
     if not granules:
         return
@@ -73,7 +74,7 @@ def score_with_trainer(
         while not ended:
             ended = bool(wait([run], POLL_SECONDS).done)
             for scored in ray.get(inbox.take.remote()):
-                if scored.granule not in yielded:  # else workers that were started again have passed over it
+                if scored.granule not in yielded:  # restarted workers report a granule again, though they skip it
                     yielded.add(scored.granule)
                     yield scored
         if (error := run.result()) is not None:
@@ -81,13 +82,13 @@ def score_with_trainer(
         assert len(yielded) == len(granules)  # noqa: S101
     finally:
         unwanted.set()
-        ray.kill(inbox)  # so that workers that still score know that nobody listens
+        ray.kill(inbox)  # tells workers that are still scoring that nobody needs the results
 
 
 def _in_background(
     task: ScoringTask, gpus_per_worker: float, say: Callable[[str], None], unwanted: threading.Event
 ) -> Future[ConfigError | None]:
-    """Run the workers in a thread, as the driver follows them in its own; gives what `score_worker` returns."""
+    """Run the workers in a thread, since the driver follows them in its own; the result is that of `score_worker`."""
     future: Future[ConfigError | None] = Future()
 
     def run() -> None:
@@ -99,7 +100,7 @@ def _in_background(
                 gpus_per_worker,
                 name=f"reference-{uuid.uuid4().hex[:12]}",
                 where="reference",
-                goes_on="with what the store lacks",
+                goes_on="with the completions that the store lacks",
                 say=say,
                 gives_up=unwanted.is_set,
             )
@@ -113,7 +114,7 @@ def _in_background(
 
 
 def score_worker(settings: dict[str, ScoringTask]) -> ConfigError | None:
-    """Run one scoring process; returns an error that all ranks see alike, and that no restart would mend."""
+    """Run one scoring process; returns an error that is the same on all ranks and that no restart would fix."""
     import torch
     from ray.train.torch import get_device
 

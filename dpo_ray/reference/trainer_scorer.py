@@ -1,4 +1,4 @@
-"""Score with the training stack's own forward pass, without gradients: exact, and slower than an engine."""
+"""Scoring with the training stack's own forward pass, without gradients: exact, but slower than an engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainerScorer:
     def __init__(
         self, settings: ScorerSettings, train: TrainConfig | None = None, device: torch.device | None = None
     ) -> None:
-        """Load the model. `train` bounds the forward passes; `device` is this rank's where there are several.
+        """Load the model. `train` limits the size of forward passes; `device` is this rank's if there are several.
 
         Raises:
             ConfigError: the model or its adapter cannot be loaded.
@@ -50,7 +50,7 @@ class TrainerScorer:
         adapter = None if settings.adapter_dir is None else Path(settings.adapter_dir)
         dtype = getattr(torch, settings.dtype)
         directory = Path(settings.model_dir)
-        if grouped:  # as for training: float32 weights, of which FSDP2 makes `dtype` for the forward pass
+        if grouped:  # as for training: float32 weights, which FSDP2 casts to `dtype` for the forward pass
             plain = {"lora": None, "layout": "shared", "activation_checkpointing": "none", "compile": False}
             policy = build_policy(directory, adapter, train.model_copy(update=plain), dtype, self._device)
         else:
@@ -59,10 +59,11 @@ class TrainerScorer:
 
     @torch.no_grad()
     def score_share(self, groups: Sequence[Group]) -> dict[int, list[np.ndarray]]:
-        """Score this rank's share of the groups, the same list on every rank; collective.
+        """Score this rank's share of the groups. This is a collective call: `groups` is the same list on every rank.
 
         Returns:
-            By index into `groups`: float32 [completion tokens] of each completion. The ranks' shares make up the whole.
+            By index into `groups`: float32 [completion tokens] of each completion. The ranks' shares together are
+                complete.
         """
         tokens = [g.tokens for g in groups]
         work = [estimate_work(len(g.prompt_ids), [len(c) for c in g.completion_ids]) for g in groups]
@@ -77,9 +78,9 @@ class TrainerScorer:
         return scores
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
-        """Return float32 [completion tokens] for each request, in the order given; None where one is not finite.
+        """Return float32 [completion tokens] for each request, in the order given; None if a value is not finite.
 
-        For a process that is alone: `Scorer.score`.
+        This is `Scorer.score`, for a single process only.
         """
         members: dict[tuple[int, bytes], list[int]] = {}
         for i, request in enumerate(requests):
@@ -108,13 +109,13 @@ def score_granules(
     granules: Iterable[pa.Table],
     report: Callable[[Scored], bool],
 ) -> None:
-    """Score granules (tables of GRANULE), the same on every rank; collective. Each rank commits a segment a granule.
+    """Score granules (tables of GRANULE), the same on every rank; collective. Each rank commits a segment per granule.
 
-    What a group of workers before this one has committed is not scored again. Rank 0 reports each granule when all of it
-    is in the store, and all ranks end where `report` says that nobody listens.
+    Completions that a previous attempt has committed are not scored again. Rank 0 reports each granule when all of it
+    is in the store, and all ranks end when `report` returns False because nobody needs the results.
 
     Args:
-        known: segments of the store that can hold nothing of the granules.
+        known: segments of the store that cannot contain anything of the granules.
 
     Raises:
         ArtifactError: the store cannot be read or written.
@@ -124,7 +125,7 @@ def score_granules(
     for number, granule in enumerate(granules):
         began, keys = time.monotonic(), store.keys(granule)
         different = first_of_equal(keys)
-        # Rank 0 says for all: another writer could make the ranks' own look-ups differ, and then they would wait for ever.
+        # Rank 0 decides for all: other writers could make the ranks' look-ups differ, and the ranks would deadlock.
         missing = _from_rank_0(different & ~index.find(keys) if index is not None and listening else None)
         if missing is None:
             return
@@ -147,7 +148,7 @@ def score_granules(
 
 
 def _commit(store: ReferenceStore, scores: dict[int, list[np.ndarray]], keys: Sequence[np.ndarray]) -> list[bytes]:
-    """Append a rank's log-probs to the store; returns the keys of the completions without finite ones, left out."""
+    """Append a rank's finite log-probs to the store; return the keys of the completions without finite log-probs."""
     finite: dict[bytes, np.ndarray] = {}
     failed: list[bytes] = []
     for g, token_logps in scores.items():
@@ -162,7 +163,7 @@ def _commit(store: ReferenceStore, scores: dict[int, list[np.ndarray]], keys: Se
 
 
 def _unscored(granule: pa.Table, keys: np.ndarray, failed: Sequence[bytes]) -> tuple[Unscored, ...]:
-    """Name the groups that a completion without log-probs is of."""
+    """List the groups that contain a completion without log-probs."""
     counts = granule["completion_ids"].combine_chunks().value_lengths().to_numpy()
     group_of = np.repeat(np.arange(len(granule)), counts)  # [completions]
     without = set(failed)
@@ -172,10 +173,10 @@ def _unscored(granule: pa.Table, keys: np.ndarray, failed: Sequence[bytes]) -> t
 
 
 def _missing_groups(granule: pa.Table, missing: np.ndarray) -> tuple[list[Group], list[np.ndarray]]:
-    """Take out the groups with completions that are `missing` (bool [completions]), with these alone.
+    """Select the groups with `missing` completions (bool [completions]), each with only these completions.
 
     Returns:
-        The groups, and for each the positions of its completions among all of the granule's.
+        The groups, and for each the positions of its completions among all completions of the granule.
     """
     groups, positions, first = [], [], 0
     for row in range(len(granule)):
@@ -183,8 +184,8 @@ def _missing_groups(granule: pa.Table, missing: np.ndarray) -> tuple[list[Group]
         of_group = first + np.flatnonzero(missing[first : first + len(completions)])
         if len(of_group):
             prompt = granule["prompt_ids"][row].values.to_numpy()
-            chosen = [completions[i - first] for i in of_group]
-            groups.append(_group(granule["group_id"][row].as_py(), prompt, chosen))
+            selection = [completions[i - first] for i in of_group]
+            groups.append(_group(granule["group_id"][row].as_py(), prompt, selection))
             positions.append(of_group)
         first += len(completions)
     return groups, positions
@@ -195,7 +196,7 @@ def _group(group_id: bytes, prompt_ids: np.ndarray, completion_ids: Sequence[np.
 
 
 def _shared_tokens(group: Group) -> int:
-    """Count the prompt tokens that are not computed again, since a prompt goes once with all its completions."""
+    """Count the prompt tokens that are not computed again, since a prompt is computed once for all its completions."""
     return len(group.prompt_ids) * (len(group.completion_ids) - 1)
 
 
@@ -208,7 +209,7 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _gathered(values: list[bytes]) -> list[bytes]:
-    """Join the ranks' lists; no rank goes on before all have called."""
+    """Concatenate the ranks' lists; no rank continues before all ranks have called this."""
     if not dist.is_initialized():
         return values
     parts: list[Any] = [None] * dist.get_world_size()

@@ -1,8 +1,8 @@
 """Buckets: runs of consecutive steps of a split, whose rows are written to one file per bucket on local disk.
 
-Rows arrive in the order of the files and are needed in the order of a permutation. All rows do not fit in memory, and too
-many buckets' files cannot be open at once. So rows pass through memory a few at a time; if there are many buckets, rows
-are first written to one file per run of buckets, and each of these is then split into the files of its buckets.
+Rows arrive in the order of the files and are needed in the order of a permutation. All rows do not fit in memory, and
+too many buckets' files cannot be open at once. So rows pass through memory a few at a time; if there are many buckets,
+rows are first written to one file per run of buckets, and each of these is then split into the files of its buckets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Building the schedule: from tokens and reference log-probs to packed micro-batches in the order of the steps.
 
-Groups are read in the order of the files and written in the order of a permutation. To do this without holding all data in
-memory, they are first distributed to buckets (runs of consecutive steps) on local disk; then each bucket, which fits in
-memory, is packed step by step.
+Groups are read in the order of the files and written in the order of a permutation. To do this without holding all data
+in memory, they are first distributed to buckets (runs of consecutive steps) on local disk; then each bucket, which fits
+in memory, is packed step by step.
 """
 
 from __future__ import annotations

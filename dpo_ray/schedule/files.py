@@ -1,4 +1,4 @@
-"""Packed micro-batches in storage: one Parquet row each, one row group per step, one file per rank and bucket of steps."""
+"""Packed micro-batches in storage: a Parquet row each, a row group per step, a file per rank and bucket of steps."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ MOST_BUCKET_GROUPS = 262_144  # a bucket is packed in memory; a step is never di
 
 
 class Schedule(Protocol):
-    """A source of steps: the committed artifact, or one that is still being written, whose files the reader waits for."""
+    """A source of steps: the committed artifact, or one that is still being written, whose files readers wait for."""
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """`SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps` (maximum steps of a bucket) of every split."""
+        """Return `SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps` (the maximum of a bucket) of every split."""
         ...
 
     def open(self, name: str) -> BinaryIO: ...
@@ -80,7 +80,7 @@ def most_bucket_steps(steps: Sequence[Sequence[int]]) -> int:
 
 
 def bucket_ranges(steps: int, most: int = MOST_BUCKET_STEPS) -> list[range]:
-    """Cut a split's steps into buckets, runs of steps that share a file: each twice the previous one, up to `most` steps.
+    """Cut a split's steps into buckets, runs of steps that share a file: each twice the last one, up to `most` steps.
 
     So the first file is ready early, and a long schedule has few files.
     """
@@ -145,8 +145,8 @@ def read_share(
 ) -> Iterator[RankStep]:
     """Yield one rank's share of each step when `ranks` ranks read a schedule packed for `packed_ranks` >= `ranks`.
 
-    The rank reads the micro-batches of every `ranks`-th packed rank; all ranks get equally many, some of them fillers. The
-    loss is normalised by the whole step, so the number of ranks does not change it.
+    The rank reads the micro-batches of every `ranks`-th packed rank; all ranks get equally many, some of them fillers.
+    The loss is normalised by the whole step, so the number of ranks does not change it.
     """
     own_ranks = range(rank, packed_ranks, ranks)
     most = -(-packed_ranks // ranks)  # the largest number of packed ranks that one rank reads
@@ -190,7 +190,7 @@ def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
 
 
 def heldout_splits(schedule: Schedule) -> list[str]:
-    """List the held-out splits with steps in a schedule, in the same order on all ranks: `eval`, or each `eval_NAME`."""
+    """List the held-out splits with steps in a schedule, in the same order on all ranks: `eval`, or `eval_NAME`s."""
     counts = (name.partition("/") for name, count in schedule.rows.items() if count)
     return sorted(split for split, _, what in counts if what == "steps" and split != "train")
 

@@ -23,17 +23,17 @@ MOVE_SECONDS = 60.0  # how long to look for a file that a commit has moved until
 
 
 class Feed:
-    """An actor that knows which files are ready and where. It runs on the driver's node, so it lives as long as the run.
+    """An actor that knows which files are ready and where. It runs on the driver's node, so it dies only with the run.
 
-    All ranks read the same buckets before they see a failure: once one rank has received its file of a bucket, that bucket
-    stays available to the other ranks, and after a failure no other bucket becomes available.
+    All ranks read the same buckets before they see a failure: once one rank has received its file of a bucket, that
+    bucket stays available to the other ranks, and after a failure no other bucket becomes available.
     """
 
     def __init__(self, staging: Storage) -> None:
         """Begin with no file ready; all files will be written to `staging`."""
         self._place: Storage | Artifact = staging
         self._ready: set[str] = set()
-        self._given: set[tuple[str, int]] = set()  # buckets, by split and first step, of which a rank has a file
+        self._given: set[tuple[str, int]] = set()  # buckets, by split and first step, that a rank has begun to read
         self._failure = ""
         self._changed = asyncio.Condition()
 
@@ -57,7 +57,7 @@ class Feed:
             self._changed.notify_all()
 
     async def locate(self, name: str, wait_seconds: float) -> Storage | Artifact | TrainError | None:
-        """Return where a file is, waiting at most `wait_seconds`; None: not ready yet. An error is returned, not raised."""
+        """Return where a file is, within `wait_seconds`; None: not ready yet. An error is returned, not raised."""
         async with self._changed:
             if name not in self._ready and not self._failure:
                 try:
@@ -69,7 +69,7 @@ class Feed:
                 self._given.add(_bucket(name))
                 return self._place
             return TrainError(
-                f"scoring has failed, and the steps that follow with it: {self._failure}", where="reference"
+                f"scoring has failed, so the following steps are not available: {self._failure}", where="reference"
             )
 
 
@@ -109,7 +109,8 @@ class LiveSchedule:
         """Open a file as soon as it is ready.
 
         Raises:
-            TrainError: the file will never be written because scoring has failed; every rank gets this at the same file.
+            TrainError: the file will never be written because scoring has failed; every rank gets this at the same
+                file.
             ArtifactError: the file was written and is lost.
         """
         missed_since = None

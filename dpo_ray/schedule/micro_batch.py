@@ -1,4 +1,4 @@
-"""The packed micro-batch: preference groups laid end to end in one row, without padding."""
+"""The packed micro-batch: preference groups concatenated in one row, without padding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dpo_ray.data.groups import Group
 class MicroBatch:
     """Groups packed as `[prompt | completion 1 | ... | completion K] [prompt | ...] ...`.
 
-    Token q attends to token k iff both belong to the same group, k <= q, and k is in the prompt or in q's own completion.
-    `position_ids` of every completion begin at its prompt's length; `completion_index` is 0 in the prompt and
-    1..K in the completions. The per-completion and per-token arrays follow the order of the row.
+    Token q attends to token k iff both belong to the same group, k <= q, and k is in the prompt or in q's own
+    completion. `position_ids` of every completion begin at its prompt's length; `completion_index` is 0 in the prompt
+    and 1..K in the completions. The per-completion and per-token arrays follow the order of the row.
     """
 
     input_ids: np.ndarray  # int32 [tokens]

@@ -10,8 +10,9 @@ import numpy as np
 
 from dpo_ray.errors import DataError
 
-# Attention's share of a token's work grows with its position. One unit is a token's work in the linear layers; a token at
-# position p adds p / ATTENTION_SCALE. The ratio is 12 x hidden size for a standard block; 8,192 is that of a mid-size model.
+# Attention's share of a token's work grows with its position. One unit is a token's work in the linear layers; a token
+# at position p adds p / ATTENTION_SCALE. The ratio is 12 x hidden size for a standard block; 8,192 is the hidden size
+# of a mid-size model.
 ATTENTION_SCALE = 8192 * 12
 
 
@@ -26,7 +27,7 @@ def epoch_order(group_ids: Sequence[bytes], seed: int, epoch: int) -> list[int]:
 
 
 def count_steps(groups: int, groups_per_step: int, epochs: int, steps: int | None) -> int:
-    """Count the optimizer steps: `steps` if it is set, else as many as `epochs` passes need (the last may be smaller)."""
+    """Count the optimizer steps: `steps` if it is set, else as many as `epochs` passes need (the last may be short)."""
     return steps if steps is not None else math.ceil(groups * epochs / groups_per_step)
 
 
@@ -40,7 +41,7 @@ def step_groups(group_ids: Sequence[bytes], seed: int, groups_per_step: int, epo
     """
     total = count_steps(len(group_ids), groups_per_step, epochs, steps) * groups_per_step
     if total and not group_ids:
-        raise DataError("there are no groups", where="schedule", fix="look at the quarantine of `prepare`")
+        raise DataError("there are no groups", where="schedule", fix="check the quarantine of `prepare`")
     if steps is None:
         total = min(total, len(group_ids) * epochs)
     stream = _endless(group_ids, seed)

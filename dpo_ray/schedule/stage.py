@@ -102,7 +102,7 @@ class SplitOrder:
 def order_splits(
     tokens: Artifact, train: TrainConfig, seed: int, reference: Artifact | None = None
 ) -> list[SplitOrder]:
-    """Order the groups of every split that has any, training first; groups that `reference` has not scored are left out.
+    """Order the groups of every split that has any, training first; those that `reference` has not scored are left out.
 
     Raises:
         DataError: the objective cannot learn from some groups, or there are no groups for the requested steps.
@@ -125,7 +125,7 @@ def _scored_rows(reference: Artifact, names: Sequence[str]) -> np.ndarray:
 
 
 def count_rows(orders: Sequence[SplitOrder]) -> dict[str, int]:
-    """Count the steps, the groups and the maximum steps of a bucket of every split, keyed as in the artifact's manifest."""
+    """Count the steps, groups and maximum steps of a bucket of every split, keyed as in the artifact's manifest."""
     counts = {}
     for order in orders:
         counts[f"{order.split}/steps"] = len(order.steps)

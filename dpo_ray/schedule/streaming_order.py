@@ -26,8 +26,8 @@ class Turn:
 def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every_steps: int | None) -> list[Bucket]:
     """Order the buckets of all splits as training that begins at `start_step` reads them.
 
-    Held-out splits come before the steps that follow the first evaluation. Buckets before `start_step` come last: training
-    that resumes from a checkpoint does not read them, but the artifact still needs them.
+    Held-out splits come before the steps that follow the first evaluation. Buckets before `start_step` come last:
+    training that resumes from a checkpoint does not read them, but the artifact still needs them.
     """
     evaluation = None if eval_every_steps is None else (start_step // eval_every_steps + 1) * eval_every_steps
     behind = [b for b in buckets["train"] if b.stop_step <= start_step]

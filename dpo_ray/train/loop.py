@@ -67,8 +67,7 @@ def train(
         wish: called after every step; returns what the driver or Ray requests.
 
     Raises:
-        TrainError: a loss or gradient is not finite (no checkpoint contains that update), or train.best.metric is not
-            measured.
+        TrainError: a loss or gradient is not finite, which no checkpoint contains; or train.best.metric is not measured.
         StoppedError: a stop was requested; a checkpoint contains every finished step.
         ArtifactError: a checkpoint could not be written.
     """
@@ -103,9 +102,8 @@ def train(
         report(row)
         wished = wish()
         last = last or has_ended(progress, config.best)
-        is_best = progress.best is not None and progress.best.step == progress.step
         due = config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0
-        if last or due or is_best or wished.checkpoint or wished.stop:
+        if last or due or _is_best(progress) or wished.checkpoint or wished.stop:
             checkpoints.save(policy, optimizer, progress, rows)
             rows, began = [], time.monotonic()
         checkpoints.check()
@@ -120,6 +118,10 @@ def train(
             break
     checkpoints.finish()
     return progress
+
+
+def _is_best(progress: Progress) -> bool:
+    return progress.best is not None and progress.best.step == progress.step
 
 
 def _step(

@@ -114,7 +114,13 @@ def data_page(text: str = "plain") -> DataPage:
                 prompt=[TextPiece("<s>", special=True), TextPiece("Cook"), TextPiece(" an"), TextPiece(text)],
                 completions=[
                     RenderedCompletion(
-                        "chosen", "chosen", 3, [TextPiece(" Boil"), TextPiece("\n"), TextPiece("</s>", special=True)], 0, [], True
+                        "chosen",
+                        "chosen",
+                        3,
+                        [TextPiece(" Boil"), TextPiece("\n"), TextPiece("</s>", special=True)],
+                        0,
+                        [],
+                        True,
                     ),
                     RenderedCompletion("rejected", "rejected", 300, [TextPiece(text)], 298, [TextPiece(" so")], False),
                 ],
@@ -142,7 +148,9 @@ def reference_page(text: str = "plain") -> ReferencePage:
             rescored=12,
         ),
         note=text,
-        unscored=[UnscoredRow("kills_engine", "an engine died twice while it scored this group", 2, [text, "group 07"])],
+        unscored=[
+            UnscoredRow("kills_engine", "an engine died twice while it scored this group", 2, [text, "group 07"])
+        ],
         checks=[
             Check("max_token_drift", 0.21, 0.5, "within", "Largest difference of one token."),
             Check("signed_bias", 0.0021, 0.002, "too few", "Mean difference with its sign."),

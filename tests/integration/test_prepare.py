@@ -71,7 +71,7 @@ def test_rules_over_all_rows_cost_no_tokenization(tmp_path):
 
 def test_too_many_unsound_rows_stop_the_run_before_the_reference(tmp_path):
     made = recipe(tmp_path, write_rows(tmp_path / "a.jsonl", range(40), bad=2))
-    with pytest.raises(DataError, match=r"2 of 42 rows .* are unsound, over the 1.0%") as caught:
+    with pytest.raises(DataError, match=r"2 of 42 rows .* are unsound, more than the allowed 1.0%") as caught:
         offline.offline(made, Reporter())
     assert "inspect data" in caught.value.fix
     assert make_plan(made).stages["reference"].state == "missing"

@@ -216,5 +216,5 @@ def test_what_an_engine_says_of_its_start_is_raised_as_it_is(tmp_path: Path) -> 
 def test_where_every_group_kills_the_run_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpo_ray.reference.pool.MAX_FRUITLESS_DEATHS", 1)  # else it takes a dozen engines
     everything = {f"g{i}": BREAKING for i in range(64)}
-    with pytest.raises(InfrastructureError, match="nothing was scored between"):
+    with pytest.raises(InfrastructureError, match="nothing was scored in between"):
         run(pool_of(store_in(tmp_path), Start(tmp_path), [], replicas=1), granules(1, 64, **everything))

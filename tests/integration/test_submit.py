@@ -65,11 +65,11 @@ def test_stopped_by_way_of_a_checkpoint_and_gone_on_with(cluster: Cluster) -> No
 
     code, _, err = cluster.call("submit", recipe)
     assert code == 5
-    assert "this run goes on already: it is the job long-1, which runs" in err
+    assert "this run is already active: it is the job long-1, which runs" in err
 
     code, out, err = cluster.call("stop", "long-1")
     assert code == 0, err
-    assert "long-1: told to stop; it ends after its step and a checkpoint" in out
+    assert "long-1: asked to stop; it ends after its step and a checkpoint" in out
     words = re.search(rf"long-1: stopped with a checkpoint after step (\d+) of {STEPS}; submit again to go on", out)
     assert words
     code, out, _ = cluster.call("status", "long-1", "--json")
@@ -103,7 +103,7 @@ def test_what_the_cluster_refuses_is_one_line_for_every_command(cluster: Cluster
         assert "the cluster refuses the token of RAY_AUTH_TOKEN" in err
     code, _, err = cluster.call("list", **no_home)
     assert code == 9
-    assert "the cluster wants a token, and there is none here" in err
+    assert "the cluster requires a token, and there is none on this machine" in err
     code, _, err = cluster.call("list", "--address", f"http://127.0.0.1:{free_port()}")
     assert code == 9
     assert "nothing listens there" in err
@@ -118,7 +118,7 @@ def test_another_dpo_ray_on_the_cluster_is_said_in_the_log(cluster: Cluster) -> 
     job = client.submit_job(entrypoint="python -m dpo_ray.deploy.ray_jobs.same_versions dpo-ray==0.9.0 && echo began")
     lines: list[str] = []
     assert follow(client, job, lines.append).code == 9
-    assert "dpo-ray 0.9.0 submitted the run" in "".join(lines)
+    assert "the run was submitted by dpo-ray 0.9.0" in "".join(lines)
     assert "\nbegan" not in "".join(lines)
 
 

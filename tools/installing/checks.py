@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tools.installing.stop import Stop
+from .stop import Stop
 
 GIB = 1 << 30
 BYTECODE_SHARE = 0.07  # of what is installed; the cache does not hold it

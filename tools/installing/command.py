@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.installing.checks import (
+from .checks import (
     GIB,
     PACKAGES_GIB,
     bytes_below,
@@ -28,12 +28,12 @@ from tools.installing.checks import (
     check_room,
     libraries_needed,
 )
-from tools.installing.environment import LOG, Change, Environment
-from tools.installing.failures import Failure, explain
-from tools.installing.pip_settings import has_own_indexes, read_pip_settings, uv_settings
-from tools.installing.process import Output, Runner
-from tools.installing.stop import FAILED, INTERRUPTED, Stop
-from tools.installing.torch_build import PYTORCH_CPU_WHEELS, TorchBuild, choose, version_asked_for
+from .environment import LOG, Change, Environment
+from .failures import Failure, explain
+from .pip_settings import has_own_indexes, read_pip_settings, uv_settings
+from .process import Output, Runner
+from .stop import FAILED, INTERRUPTED, Stop
+from .torch_build import PYTORCH_CPU_WHEELS, TorchBuild, choose, version_asked_for
 
 UV_REQUIREMENT, OLDEST_UV = "uv>=0.9,<1", (0, 9)
 GOES_ON = "stopped: the same command goes on, finished downloads are kept"

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.installing.stop import Stop
+from .stop import Stop
 
 MADE, UNFINISHED, LOG = ".dpo-ray-made", ".dpo-ray-unfinished", "install.log"
 SUPPORTED = ("3.11", "3.12", "3.13")

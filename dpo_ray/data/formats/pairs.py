@@ -66,7 +66,7 @@ def preference(prompt: str | Conversation, chosen: Any, rejected: Any, fields: F
 
 
 def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
-    """Build a group whose prompt is the turns that two conversations share, or the prompt's text for two single answers."""
+    """Build a group; the prompt is the turns that two conversations share, or the prompt's text for single answers."""
     chosen, rejected = ([v] if isinstance(v, Mapping) else v for v in (chosen, rejected))
     turns = conversation(chosen, "chosen"), conversation(rejected, "rejected")
     answers = last_turn(turns[0], "chosen"), last_turn(turns[1], "rejected")

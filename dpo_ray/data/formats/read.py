@@ -84,6 +84,6 @@ def _decoded(fields: Fields, role: str) -> Any:
 
 
 def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Give a bare function, as LLaMA-Factory has it, the form that chat templates expect."""
+    """Return a tool in the form that chat templates expect; LLaMA-Factory has bare functions."""
     bare = "name" in tool and not {"type", "function"} & tool.keys()
     return {"type": "function", "function": tool} if bare else tool

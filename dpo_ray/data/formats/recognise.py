@@ -61,7 +61,7 @@ def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) 
 
 
 def _pair(fields: Fields, row: Mapping[str, Any]) -> str:
-    """Tell the layouts with chosen and rejected apart by where the prompt is, and by what is a list."""
+    """Return which layout with chosen and rejected a row has, by where its prompt is and by what is a list."""
     given, columns = fields.row, fields.columns
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
     prompt = columns.prompt or next((name for name in PROMPTS if name in given), None)

@@ -67,7 +67,7 @@ def _completion(item: Any, i: int) -> str | Message:
 
 
 def _scores(fields: Fields, items: Sequence[Any]) -> tuple[float, ...]:
-    """Return the scores: from the recipe's columns, beside the completions, or within them by the first name all have."""
+    """Return the scores: from the recipe's columns, or beside the completions, or by the first name within all."""
     if (beside := fields.several("scores", "BAD_SCORE")) is not None:
         return _beside(beside, items)
     for role, signed in (("scores", 1), ("ranks", -1)):

@@ -36,7 +36,7 @@ def sound_text(value: Any, name: str) -> str:
 
 
 def sound_value(value: Any, name: str, reason: str, depth: int = 0) -> Any:
-    """Return a nested value of a message or a tool without its nulls: in a table each object has the fields of all others.
+    """Return a nested value of a message or a tool without nulls: in a table each object has the fields of all.
 
     Raises:
         Rejected: as in `sound_text`, for text within it; `reason` if it is nested deeper than DEEPEST levels.

@@ -1,6 +1,7 @@
 """Unpaired examples: a prompt, one completion, and whether it is good.
 
-TRL: docs/source/dataset_formats.md, "Unpaired preference". With the prompt in the completion's messages: argilla/kto-mix-15k.
+TRL: docs/source/dataset_formats.md, "Unpaired preference". With the prompt in the completion's messages:
+argilla/kto-mix-15k.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0
 
 
 def unpaired(fields: Fields) -> TextGroup:
-    """Read a row with one completion; the prompt is a separate field, or the turns before the completion's last turn."""
+    """Read a row with one completion; the prompt is a separate field, or the turns before the last one."""
     completion = fields.need("completion", "MISSING_COMPLETION")
     implicit = isinstance(completion, list | tuple) and len(completion) > 1
     if implicit and fields.get("prompt") is None:

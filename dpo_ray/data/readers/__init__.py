@@ -1,1 +1,1 @@
-"""Readers of rows from files of any kind and location: JSON, CSV, Parquet and Arrow, on disks, object stores, the hub."""
+"""Readers of rows from files of any kind and location: JSON, CSV, Parquet, Arrow; on disks, object stores, the hub."""

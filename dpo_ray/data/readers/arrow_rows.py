@@ -121,7 +121,7 @@ def _checked_columns(schema: pa.Schema, columns: Columns) -> list[str]:
 
 
 def _extension(field: pa.Field) -> str:
-    """Return the name of an extension type at any depth, or ""; an unregistered one only shows in the field's metadata."""
+    """Return the name of an extension type at any depth, or ""; an unregistered one is only in the field's metadata."""
     if isinstance(field.type, pa.BaseExtensionType):
         name = field.type.extension_name
         return "" if name in _PLAIN_EXTENSIONS else name

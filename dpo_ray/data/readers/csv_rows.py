@@ -20,8 +20,8 @@ def csv_rows(
 ) -> Iterator[tuple[dict[str, str] | Rejected, int]]:
     """Yield (row or Rejected, size in bytes) for each row after the header.
 
-    A quoted field may contain line ends. A quote that is never closed would swallow the rows below it: in that case only
-    the line of the quote is rejected.
+    A quoted field may contain line ends. A quote that is never closed would swallow the rows below it: in that case
+    only the line of the quote is rejected.
 
     Raises:
         Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, or SHARD_UNREADABLE if the header cannot be read.

@@ -46,7 +46,7 @@ def without_bom(text: bytes) -> bytes:
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
-    """Split into lines without their `\\n`, including empty ones; at most a chunk and a line of limited length are held."""
+    """Split into lines without their `\\n`, including empty ones, holding only a chunk and a line of limited length."""
     rest, skipping = b"", False
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")

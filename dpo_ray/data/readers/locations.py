@@ -99,7 +99,7 @@ def opened(location: str, *, at_random: bool = False) -> Iterator[Any]:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a remote storage. Its failures are those of the storage, so rows must not be rejected because of them."""
+    """A file on a remote storage. Its failures are the storage's, so rows must not be rejected because of them."""
 
     def __init__(self, raw: Any, location: str) -> None:
         self._raw, self._location = raw, location

@@ -23,12 +23,13 @@ Batch = list[tuple[int, Any]]
 def read_batches(piece: Piece, max_rows: int, max_bytes: int = 64 << 20) -> Iterator[Batch]:
     """Yield lists of (ordinal in the piece, row): a dict, another JSON value, or `Rejected` if it cannot be read.
 
-    A row that cannot be read does not affect its neighbours. If the shard itself ends early, the last row is a `Rejected`
-    with one of the reasons SHARD_*, which counts as one row.
+    A row that cannot be read does not affect its neighbours. If the shard itself cannot be read to its end, the last
+    row is a `Rejected` with one of the reasons SHARD_*, which counts as one row.
 
     Args:
         max_rows: the maximum number of rows in a list.
-        max_bytes: the maximum input bytes that a list is made of (estimated for columnar files); a single row may exceed it.
+        max_bytes: the maximum input bytes that a list is made of (estimated for columnar files); a single row may
+            exceed it.
 
     Raises:
         InfrastructureError: a remote storage failed while it was read; the data itself may be sound.

@@ -115,7 +115,7 @@ class Words:
         return b"".join(encoded)
 
     def _is_understood(self, text: str) -> bool:
-        """Return whether the tokenizer leaves text unchanged, and its characters' classes are the same in every Unicode."""
+        """Return whether the tokenizer keeps text unchanged and its characters have the same class in every Unicode."""
         if text.isascii():
             return True
         return bool(self._is_stable(text)) and not (self._is_nfc and not unicodedata.is_normalized("NFC", text))
@@ -125,7 +125,7 @@ class Words:
 
         Return 0 if there is none.
         """
-        place = len(text) - max(self.longest_added, 1)  # no added token that begins before it can extend beyond the text
+        place = len(text) - max(self.longest_added, 1)  # no added token that begins before it extends beyond the text
         last_added = self._added.last(text)
         first = 0 if last_added is None else last_added.end()
         while (place := text.rfind(" ", first + 1, max(place, 0))) > 0:
@@ -141,7 +141,7 @@ class Words:
         return (self._ascii if text.isascii() else self._wide)(text)
 
     def _agrees_with(self, pre_tokenizer: Any) -> bool:
-        """Compare the words with the tokenizer's own on random text, also when cut at single spaces and settled places."""
+        """Compare the words with the tokenizer's own on random text, also when cut at spaces and at settled places."""
         chance = random.Random(0)
         for _ in range(_PROBES):
             text = _random_text(chance)
@@ -160,7 +160,7 @@ class Words:
 
 
 def _letters_of_bytes() -> dict[int, str]:
-    """Map each byte to its letter in byte-level vocabularies: printable bytes to themselves, others to 256 and above."""
+    """Map each byte to its letter in byte-level vocabularies: printable bytes to themselves, others from 256 upward."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -185,7 +185,7 @@ def _pattern(backend: Tokenizer) -> str | None:
 
 
 def _is_local(pattern: str) -> bool:
-    """Return whether a word's end depends only on the word and the next character, and `re` reads the pattern the same."""
+    """Return whether a word's end depends only on the word and the next character, and `re` reads the pattern alike."""
     rest = pattern.replace(r"(?!\S)", "").replace("(?i:", "").replace("(?:", "")
     rest = _CLASS.sub("", rest).replace(r"\r", "").replace(r"\n", "")
     return "(?" not in rest and "\\" not in rest and "&&" not in rest and "[:" not in rest
@@ -205,7 +205,7 @@ def _is_understood(backend: Tokenizer) -> bool:
 
 
 def _in_classes(pattern: str, *, ascii_only: bool) -> str:
-    """Write out the Unicode classes that `re` does not have or defines differently; the rest of the syntax is the same."""
+    """Write out the Unicode classes that `re` lacks or defines differently; the rest of the syntax is the same."""
 
     def written(match: re.Match[str]) -> str:
         name = match[0]
@@ -221,7 +221,7 @@ def _in_classes(pattern: str, *, ascii_only: bool) -> str:
 
 @functools.cache
 def _ranges(name: str, ascii_only: bool) -> str:
-    """Return the characters of a class: `s` in the tokenizers' sense, or the beginning of a category, such as L or Lu."""
+    """Return the characters of a class: `s` in the tokenizers' sense, or a category's beginning such as L or Lu."""
     if name == "s":
         return r"\t-\r " if ascii_only else _SPACE
     limit = 128 if ascii_only else 65536

@@ -145,7 +145,7 @@ class Renderer:
         return Rendered(prompt, wholes)
 
     def user_turn(self) -> str:
-        """Render a single user turn: `x`, and what the template writes around it. Empty if the template cannot do so."""
+        """Render a single user turn: `x`, and what the template writes around it. Empty if the template refuses."""
         if self._plain:
             return ""
         group = TextGroup("x", ("y",), (1.0,))
@@ -204,7 +204,7 @@ def _plain_text(spoken: str | Mapping[str, Any]) -> str:
 
 
 def _answer(completion: str | Message, *, strip: bool) -> Message:
-    """Build the assistant's message. With `strip`, the white space around it belongs to the text format and is removed."""
+    """Build the assistant's message. With `strip`, white space around it belongs to the text format and is removed."""
     if isinstance(completion, str):
         return {"role": "assistant", "content": completion.strip() if strip else completion}
     return completion

@@ -52,7 +52,7 @@ class Encoder:
         self._before = _ids_before(tokenizer) if plain else b""
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | Rejected]:
-        """Encode a batch; the result is `Rejected` for a group whose conversations do not begin with the prompt's tokens."""
+        """Encode a batch; a group whose conversations do not begin with the prompt's tokens becomes `Rejected`."""
         words = self._words
         by_words = [None if words is None else self._by_words(words, r) for r in rendered]
         mine = [i for i, group in enumerate(by_words) if group is not None]
@@ -126,7 +126,7 @@ def _differ(one: Encoded | Rejected | None, other: Encoded | Rejected) -> bool:
 
 
 def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Return the special tokens that the tokenizer puts before text; those after it would separate prompt and answer."""
+    """Return the special tokens that the tokenizer puts before text; any after it would separate prompt and answer."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     dressed: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
     starts = (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare)

@@ -113,9 +113,9 @@ _MEASURED = (str, list, tuple)
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):
-    """A code generator that compiles sums that are written out, `{{ a + b }}`, to Python's `+`; `_concat` measures them.
+    """A code generator that compiles printed sums, `{{ a + b }}`, to Python's `+`; `_concat` measures their results.
 
-    A sum that is stored in a variable can double with each iteration of a loop; one that is written out cannot.
+    A sum that is stored in a variable can double with each iteration of a loop; a printed one cannot.
     """
 
     def visit_Output(self, node: jinja2.nodes.Output, frame: Any) -> None:
@@ -227,9 +227,9 @@ def _formatted(text: str, args: tuple[Any, ...]) -> int:
 
 
 def _check_product(left: Any, right: Any) -> None:
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, str | list | tuple) and isinstance(other, int):
-            _check(len(one) * other)
+    for repeated, times in ((left, right), (right, left)):
+        if isinstance(repeated, str | list | tuple) and isinstance(times, int):
+            _check(len(repeated) * times)
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
         raise TextTooLong("a product of too many digits")
 

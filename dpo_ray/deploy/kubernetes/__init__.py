@@ -1,1 +1,1 @@
-"""Render a recipe as KubeRay manifests, check them offline, apply them."""
+"""KubeRay manifests of a recipe: rendering them, checking them offline, applying them."""

@@ -1,4 +1,4 @@
-"""Apply a run's manifests to a Kubernetes cluster and follow the run, through the official client."""
+"""The connection to a Kubernetes cluster through the official client: applying manifests and following a run."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ RUNNABLE = ("RayJob", "RayCluster")
 POLL_SECONDS = 5.0
 ANSWER_SECONDS = 15
 GONE_SECONDS = 300
-FAILED_CODE = 9  # where the run's own exit code is not known
+FAILED_CODE = 9  # if the exit code of the run itself is not known
 
 
 class RunState(NamedTuple):
-    """What the operator says of a RayJob."""
+    """The status of a RayJob, as the operator reports it."""
 
     deployment: str
     """Initializing, Running, Retrying, Suspended, Complete, Failed, ..."""
 
     job: str
-    """Of Ray: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; empty before there is one."""
+    """The status of the Ray job: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; empty before the job exists."""
 
     failures: int
     message: str
 
     @property
     def finished(self) -> bool:
-        """Say whether nothing more will come; a failed attempt that is retried is not the end."""
+        """Return True if the state is final; a failed attempt that is retried is not final."""
         return self.deployment in FINISHED
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code of a finished run: the driver's own, where Ray tells it."""
+        """Return the exit code of a finished run: that of the driver, if Ray reports it."""
         if self.deployment == "Complete" and self.job == "SUCCEEDED":
             return 0
-        said = re.search(r"exit code (\d+)", self.message)
-        return int(said[1]) if said and int(said[1]) else FAILED_CODE
+        match = re.search(r"exit code (\d+)", self.message)
+        return int(match[1]) if match and int(match[1]) else FAILED_CODE
 
     def __str__(self) -> str:
         parts = [self.deployment or "waiting for the operator", self.job]
@@ -59,10 +59,10 @@ class RunState(NamedTuple):
 
 
 def connect(context: str | None = None) -> DynamicClient:
-    """Connect as kubectl would: by the kubeconfig, or by the pod's service account.
+    """Connect as kubectl would: with the kubeconfig, or with the service account of the pod.
 
     Raises:
-        InfrastructureError: the client is not installed, there is no such context, or nothing answers.
+        InfrastructureError: the client is not installed, there is no such context, or the API server does not answer.
     """
     try:
         from kubernetes import client, config, dynamic  # pyright: ignore
@@ -75,27 +75,27 @@ def connect(context: str | None = None) -> DynamicClient:
         else:
             config.load_kube_config(config_file=os.environ.get("KUBECONFIG"), context=context)
     except config.ConfigException as error:
-        fix = "set KUBECONFIG, or name a context of it; `kubectl config get-contexts` lists them"
+        fix = "set KUBECONFIG, or choose one of its contexts; `kubectl config get-contexts` lists them"
         raise InfrastructureError(
             f"no cluster is configured: {error}", where=context or "kubeconfig", fix=fix
         ) from None
-    settings = client.Configuration.get_default_copy()
+    settings = client.Configuration.get_default_copy()  # pyright: ignore[reportAttributeAccessIssue] - of an extra
     settings.retries = 2
     with _answers("cluster"):
-        return dynamic.DynamicClient(client.ApiClient(settings))
+        return dynamic.DynamicClient(client.ApiClient(settings))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = False) -> Iterator[str]:
-    """Apply manifests in their order; yields a line for each.
+    """Apply manifests in the given order; yields a line for each.
 
     Args:
-        cluster: Of `connect`.
-        manifests: As `render` makes them.
-        replace: Delete a RayJob or RayCluster of this name first; its run goes on from what was committed.
+        cluster: The client that `connect` returns.
+        manifests: The result of `render`.
+        replace: First delete an existing RayJob or RayCluster of this name; its run goes on from what was committed.
 
     Raises:
-        LeaseError: there is a RayJob or RayCluster of this name, and it is not to be replaced.
-        InfrastructureError: the cluster does not answer, does not know a kind, or refuses.
+        LeaseError: a RayJob or RayCluster of this name exists, and `replace` is False.
+        InfrastructureError: the cluster does not answer, does not know a kind, or refuses the request.
     """
     runs = [m for m in manifests if m["kind"] in RUNNABLE]
     for manifest in runs:  # before anything is changed
@@ -105,7 +105,7 @@ def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = Fals
         with _answers(f"{kind}/{name}"):
             api = cluster.resources.get(api_version=manifest["apiVersion"], kind=kind)
             if kind == "PersistentVolumeClaim" and _read(cluster, manifest) is not None:
-                yield f"{kind}/{name}: is there, and is left as it is"
+                yield f"{kind}/{name}: exists already, and is left as it is"
                 continue
             api.server_side_apply(
                 body=manifest,
@@ -121,21 +121,21 @@ def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = Fals
 def watch(cluster: DynamicClient, namespace: str, name: str, poll_seconds: float = POLL_SECONDS) -> Iterator[RunState]:
     """Yield the state of a RayJob whenever it changes, until it is finished.
 
-    It asks again and again rather than keeping one connection open, which proxies cut.
+    It polls instead of keeping one connection open, because proxies close such connections.
 
     Raises:
         ConfigError: there is no such RayJob.
-        InfrastructureError: the cluster does not answer, or refuses.
+        InfrastructureError: the cluster does not answer, or refuses the request.
     """
     reference = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name, "namespace": namespace}}
     last = None
     while True:
-        found = _read(cluster, reference)
-        if found is None:
+        ray_job = _read(cluster, reference)
+        if ray_job is None:
             what = "there is no such RayJob" if last is None else "the RayJob was deleted before it had finished"
             fix = f"kubectl get rayjobs -n {namespace} lists them"
             raise ConfigError(what, where=f"{namespace}/{name}", fix=fix)
-        state = state_of(found)
+        state = state_of(ray_job)
         if state != last:
             yield state
         if state.finished:
@@ -145,7 +145,7 @@ def watch(cluster: DynamicClient, namespace: str, name: str, poll_seconds: float
 
 
 def state_of(ray_job: Json) -> RunState:
-    """Read what matters of a RayJob's status."""
+    """Read the relevant parts of a RayJob's status."""
     status = ray_job.get("status") or {}
     message = status.get("message") or status.get("reason") or ""
     return RunState(
@@ -159,8 +159,8 @@ def _make_room(cluster: DynamicClient, manifest: Json, replace: bool) -> None:
     if _read(cluster, manifest) is None:
         return
     if not replace:
-        fix = "watch it; or --replace it: the run goes on from what was committed"
-        raise LeaseError(f"there is a {kind} of this name", where=where, fix=fix)
+        fix = "watch it with `dpo-ray kubernetes watch`, or use --replace: the run goes on from what was committed"
+        raise LeaseError(f"a {kind} of this name already exists", where=where, fix=fix)
     with _answers(where):
         api = cluster.resources.get(api_version=manifest["apiVersion"], kind=kind)
         api.delete(
@@ -173,9 +173,9 @@ def _make_room(cluster: DynamicClient, manifest: Json, replace: bool) -> None:
     while _read(cluster, manifest) is not None:
         if time.monotonic() > deadline:
             fix = (
-                f"kubectl describe {kind.lower()} {metadata['name']} -n {metadata['namespace']} says what it waits for"
+                f"kubectl describe {kind.lower()} {metadata['name']} -n {metadata['namespace']} shows what it waits for"
             )
-            raise InfrastructureError(f"not gone {GONE_SECONDS} s after its deletion", where=where, fix=fix)
+            raise InfrastructureError(f"it still exists {GONE_SECONDS} s after its deletion", where=where, fix=fix)
         time.sleep(1)
 
 
@@ -186,41 +186,41 @@ def _read(cluster: DynamicClient, manifest: Json) -> Json | None:
     with _answers(f"{manifest['kind']}/{metadata['name']}"):
         api = cluster.resources.get(api_version=manifest["apiVersion"], kind=manifest["kind"])
         try:
-            found = api.get(name=metadata["name"], namespace=metadata["namespace"], _request_timeout=ANSWER_SECONDS)
+            answer = api.get(name=metadata["name"], namespace=metadata["namespace"], _request_timeout=ANSWER_SECONDS)
         except NotFoundError:
             return None
-    return found.to_dict()
+    return answer.to_dict()
 
 
 @contextmanager
 def _answers(where: str) -> Iterator[None]:
-    """Say in one line what went wrong on the way to the API server, or there."""
-    from kubernetes.client import ApiException  # pyright: ignore[reportMissingImports]
+    """Translate errors of the client, the network and the API server into errors of one line."""
+    from kubernetes.client import ApiException  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     from kubernetes.dynamic.exceptions import ResourceNotFoundError  # pyright: ignore[reportMissingImports]
     from urllib3.exceptions import HTTPError
 
     try:
         yield
     except ResourceNotFoundError:
-        fix = "install the operator that it is of: KubeRay, or Prometheus' for a PodMonitor (cluster/kuberay/README.md)"
+        fix = "install its operator: KubeRay, or that of Prometheus for a PodMonitor (cluster/kuberay/README.md)"
         raise InfrastructureError("the cluster does not know this kind", where=where, fix=fix) from None
-    except ApiException as error:  # of both clients
+    except ApiException as error:  # raised by both clients
         fixes = {
             401: "log in again: the kubeconfig's credentials are not accepted",
-            403: "ask for the rights of cluster/kuberay/README.md",
-            404: "make the namespace first: kubectl create namespace NAME",
+            403: "request the permissions that cluster/kuberay/README.md lists",
+            404: "create the namespace first: kubectl create namespace NAME",
         }
         what = f"refused with {error.status}: {_message(error.body) or error.reason}"
-        fix = fixes.get(error.status or 0, "correct what it names")
+        fix = fixes.get(error.status or 0, "correct what the message names")
         raise InfrastructureError(what, where=where, fix=fix) from None
     except (HTTPError, OSError) as error:
         what = f"the API server does not answer: {type(error).__name__}"
-        fix = "check the kubeconfig's server and the network; `kubectl version` asks the same"
+        fix = "check the server in the kubeconfig and the network; `kubectl version` contacts the same server"
         raise InfrastructureError(what, where=where, fix=fix) from error
 
 
 def _message(body: bytes | str | None) -> str:
-    """Take the message out of the API server's answer, which is a Status in JSON."""
+    """Extract the message from the API server's answer, which is a Status in JSON."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
-    found = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', text)
-    return (found[1].replace('\\"', '"') if found else text)[:300]
+    match = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', text)
+    return (match[1].replace('\\"', '"') if match else text)[:300]

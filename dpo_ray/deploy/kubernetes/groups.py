@@ -1,4 +1,4 @@
-"""How many pods of which size a recipe needs: one for each role's group, and an error where it can never fit."""
+"""The number and size of the pods that a recipe needs: one group for each role, and an error if it can never fit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 
 ROLE = "dpo/role"  # a label of Ray nodes; KubeRay puts it on their pods as well
-WORKERS_PER_POD = 8  # at most, where the recipe says nothing: the GPUs of a usual node
+WORKERS_PER_POD = 8  # at most, if the recipe does not set it: the usual number of GPUs in a node
 MEMORY_GIB_PER_CPU, MEMORY_GIB_PER_GPU = 4, 64
-CPUS_FOR_DATA = 4  # of a CPU pod, where the recipe says nothing
+CPUS_FOR_DATA = 4  # of a CPU pod, if the recipe does not set it
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Workers that are alike: what one asks Ray for, and how many there are, at first and at most."""
+    """Identical workers: the resources that each requests from Ray, their count, and the limit to which it may grow."""
 
     what: str
     cpus: float
@@ -32,7 +32,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Group:
-    """Pods that are alike."""
+    """A group of identical pods."""
 
     name: str
     labels: dict[str, str]
@@ -48,14 +48,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Gpus:
-    """GPUs of a training worker and of an engine: the driver has none to look at, so the recipe on the cluster says both."""
+    """The GPUs of a training worker and of an engine. The driver has no GPU to detect, so the recipe on the cluster
+    sets both."""
 
     train: float
     engine: float
 
 
 def gpus(recipe: Recipe) -> Gpus:
-    """Decide GPUs as the recipe says, else by whether the pods of its profile have any."""
+    """Return the GPUs as the recipe sets them; if it does not, they depend on whether the pods of its profile have
+    any."""
     profile = recipe.cluster.kubernetes
     train = recipe.train.gpus_per_worker
     if train is None:
@@ -69,22 +71,22 @@ def gpus(recipe: Recipe) -> Gpus:
 
 
 def engine_labels(recipe: Recipe) -> dict[str, str]:
-    """Return the labels of the Ray nodes that engines ask for; none where they share the training pods."""
+    """Return the labels of the Ray nodes that engines request; none if they share the training pods."""
     if recipe.reference.node_labels or recipe.cluster.kubernetes.engines is None:
         return dict(recipe.reference.node_labels)
     return {ROLE: "reference"}
 
 
 def training_labels(recipe: Recipe) -> dict[str, str]:
-    """Return the labels of the Ray nodes that training workers ask for."""
+    """Return the labels of the Ray nodes that training workers request."""
     return {ROLE: "training"} | recipe.train.node_labels
 
 
 def groups(recipe: Recipe) -> list[Group]:
-    """Size every group of pods that the recipe needs.
+    """Compute the size of every group of pods that the recipe needs.
 
     Raises:
-        ConfigError: a worker fits no pod, or all pods together hold too few.
+        ConfigError: a worker does not fit into a pod, or all pods together hold too few workers.
     """
     profile = recipe.cluster.kubernetes
     on_gpus, on_cpus = _judges(recipe)
@@ -92,24 +94,24 @@ def groups(recipe: Recipe) -> list[Group]:
     engines = [*_engines(recipe), *on_gpus]
     _check_labels(recipe, on_gpus)
     cpu_labels = {ROLE: "cpu"} | _ours(dict(recipe.cluster.roles.prepare.node_labels or {}))
-    made = [_sized(recipe, "cpu", cpu_labels, profile.cpu, [_data(profile.cpu), *on_cpus])]
-    # Ray has its own labels of this prefix, and takes them from nobody.
+    sized = [_sized(recipe, "cpu", cpu_labels, profile.cpu, [_data(profile.cpu), *on_cpus])]
+    # Labels with the prefix ray.io/ are set by Ray itself, which does not accept them from others.
     labels, own = _ours(engine_labels(recipe)), _ours(training_labels(recipe))
     if profile.engines is None:
         side_by_side = recipe.reference.mode == "streaming" or recipe.online is not None
-        made.append(_sized(recipe, "training", labels | own, profile.training, training, engines, side_by_side))
-        return made
+        sized.append(_sized(recipe, "training", labels | own, profile.training, training, engines, side_by_side))
+        return sized
     if engines:
-        made.append(_sized(recipe, "engines", {ROLE: "reference"} | labels, profile.engines, engines))
-    made.append(_sized(recipe, "training", own, profile.training, training))
-    return made
+        sized.append(_sized(recipe, "engines", {ROLE: "reference"} | labels, profile.engines, engines))
+    sized.append(_sized(recipe, "training", own, profile.training, training))
+    return sized
 
 
 def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
-    """See that samplers and judges ask for labels which the pods have that are made for them.
+    """Check that samplers and judges request only labels that their pods have.
 
     Raises:
-        ConfigError: they ask for others.
+        ConfigError: they request other labels.
     """
     roles, engines = recipe.cluster.roles, {ROLE: "reference"} | engine_labels(recipe)
     cpu = {ROLE: "cpu"} | dict(roles.prepare.node_labels or {})
@@ -120,7 +122,7 @@ def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
             raise ConfigError(
                 f"no pods have these labels: {wanted}",
                 where=f"cluster.roles.{name}.node_labels",
-                fix=f"leave them out, or ask for some of {there}",
+                fix=f"leave them out, or request some of {there}",
             )
 
 
@@ -143,7 +145,7 @@ def _engines(recipe: Recipe) -> list[Demand]:
 
 
 def _judges(recipe: Recipe) -> tuple[list[Demand], list[Demand]]:
-    """List the judges with GPUs, and those without."""
+    """Return the judges with GPUs, and those without."""
     role, demands = recipe.cluster.roles.judge, []
     for judge in recipe.online.named_judges() if recipe.online is not None else []:
         asks, count = judge_ask(judge, role), replicas_of(judge, role)
@@ -164,11 +166,11 @@ def _sized(
     guests: Sequence[Demand] = (),
     side_by_side: bool = True,
 ) -> Group:
-    """Size one group.
+    """Compute the size of one group.
 
     Args:
-        demands: What its pods are for; they come at the same time.
-        guests: What else they take, at the same time if `side_by_side`, else after.
+        demands: The workers that the pods are for; all of them run at the same time.
+        guests: Further workers that run on these pods: concurrently if `side_by_side`, otherwise afterwards.
     """
     where = f"cluster.kubernetes.{name}"
     everyone = [*demands, *guests]
@@ -187,9 +189,9 @@ def _sized(
     if high < own:
         field = "max_replicas" if scales and group.max_replicas else "replicas"
         raise ConfigError(
-            f"{high} pods of {_size(cpus, gpu_count)} hold too little: {_sum(everyone)} need {own}",
+            f"{high} pods of {_size(cpus, gpu_count)} are too few: {_sum(everyone)} need {own}",
             where=f"{where}.{field}={high}",
-            fix=f"set at least {own}, make the pods larger, or ask for less in the recipe",
+            fix=f"set at least {own}, make the pods larger, or request less in the recipe",
         )
     low = (group.min_replicas or 0) if scales else replicas
     memory = group.memory_gib or MEMORY_GIB_PER_CPU * cpus + MEMORY_GIB_PER_GPU * gpu_count
@@ -208,7 +210,8 @@ def _sized(
 
 
 def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, int]:
-    """Decide CPUs and GPUs of one pod: as the profile says, else so that whole workers fit and none is left over."""
+    """Return CPUs and GPUs of one pod: as the profile sets them, else so that whole workers fit and nothing is left
+    over."""
     cpus, gpu_count = group.cpus or 0, group.gpus or 0
     for demand in demands:
         per_pod = min(demand.count, max(1, math.floor(WORKERS_PER_POD / (demand.gpus or 1))))
@@ -221,9 +224,9 @@ def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, 
             has = group.cpus if lacking == "cpus" else group.gpus
             asks = demand.cpus if lacking == "cpus" else demand.gpus
             raise ConfigError(
-                f"{demand.what} asks for {asks:g} {lacking[:-1].upper()}s, and a pod has {has}: it would wait for ever",
+                f"{demand.what} requests {asks:g} {lacking[:-1].upper()}s, but a pod has {has}: it would wait forever",
                 where=f"{where}.{lacking}={has}",
-                fix=f"set at least {math.ceil(asks)}, or ask for less in the recipe",
+                fix=f"set at least {math.ceil(asks)}, or request less in the recipe",
             )
         if group.cpus is None:
             cpus = max(cpus, math.ceil(per_pod * demand.cpus))
@@ -233,7 +236,8 @@ def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, 
 
 
 def _pods(demand: Demand, cpus: int, gpu_count: int, count: int) -> float:
-    """Count the pods that some workers fill, a part of one included if another kind could use the rest."""
+    """Count the pods that some workers fill; a pod that is partly filled counts as a fraction, as others may use the
+    rest."""
     fits = math.floor(cpus / demand.cpus)
     if demand.gpus:
         fits = min(fits, math.floor(gpu_count / demand.gpus))

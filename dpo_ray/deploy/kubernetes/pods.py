@@ -1,4 +1,4 @@
-"""Pod templates: what may run in a namespace whose Pod Security level is `restricted`."""
+"""Pod templates that are allowed in a namespace whose Pod Security level is `restricted`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .recipe import RECIPE_DIRECTORY
 
 Json = dict[str, Any]
 
-RUN = "dpo-ray/run"  # a label of all that belongs to a run
-USER = 1000  # of the image
-STOP_SECONDS = 600  # a stopped driver commits a checkpoint first; Ray itself would give it 3
+RUN = "dpo-ray/run"  # a label of every object that belongs to a run
+USER = 1000  # the user id in the image
+STOP_SECONDS = 600  # a stopped driver first commits a checkpoint; the default of Ray is 3
 GRACE_SECONDS = 120
 TOKEN_DIRECTORY = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - where the API's clients look
 SCRATCH = {"name": "scratch", "mountPath": "/tmp"}  # noqa: S108 - Ray's logs and spilled objects are there
@@ -36,13 +36,13 @@ CONTAINER_SECURITY: Json = {
 
 
 def image(recipe: Recipe) -> str:
-    """Name the image of every pod."""
+    """Return the image of every pod."""
     kind = "gpu" if any(group.gpus for group in groups(recipe)) else "cpu"
     return recipe.cluster.kubernetes.image or f"dpo-ray:{__version__}-{kind}"
 
 
 def head_template(recipe: Recipe, name: str) -> Json:
-    """Make the pod of Ray's head, whose driver reads the recipe."""
+    """Build the pod template of Ray's head, where the driver reads the recipe."""
     profile = recipe.cluster.kubernetes
     head = profile.head
     container = _container(recipe, "ray-head", head.cpus, head.memory_gib)
@@ -62,7 +62,7 @@ def head_template(recipe: Recipe, name: str) -> Json:
 
 
 def worker_template(recipe: Recipe, name: str, group: Group) -> Json:
-    """Make the pod of one group of workers."""
+    """Build the pod template of one group of workers."""
     profile = recipe.cluster.kubernetes
     container = _container(recipe, "ray-worker", group.cpus, group.memory_gib)
     container["ports"] = [{"name": "metrics", "containerPort": 8080}]
@@ -76,7 +76,8 @@ def worker_template(recipe: Recipe, name: str, group: Group) -> Json:
 
 
 def autoscaler_options(profile: KubernetesConfig) -> Json:
-    """Configure the container beside the head that adds and removes pods; it alone gets a token of the API server."""
+    """Return the options of the container that adds and removes pods, the only one that gets a token of the API
+    server."""
     resources = {"cpu": "500m", "memory": "1Gi"}
     return {
         "version": "v2",
@@ -122,7 +123,7 @@ def _spec(
 ) -> Json:
     volumes: list[Json] = [
         {"name": "scratch", "emptyDir": {"sizeLimit": f"{profile.scratch_gib}Gi"}},
-        # Ray's object store is there. It counts as the container's memory.
+        # Ray's object store is in it. It counts towards the memory of the container.
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, memory_gib // 2)}Gi"}},
     ]
     if profile.storage is not None:
@@ -161,7 +162,8 @@ def _by_kueue(profile: KubernetesConfig) -> bool:
 
 
 def _autoscaler_token() -> Json:
-    """Make what the kubelet would mount into every container of the pod; only the autoscaler's mounts this one."""
+    """Build the volume with the token that the kubelet would mount into every container; only the autoscaler mounts
+    this one."""
     return {
         "name": "autoscaler-token",
         "projected": {

@@ -1,4 +1,4 @@
-"""The recipe as the cluster's driver reads it: paths that every pod sees, and resources said outright."""
+"""The recipe as the driver on the cluster reads it: with paths that every pod sees, and with explicit resources."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from .groups import engine_labels, gpus, training_labels
 
 RECIPE_DIRECTORY = "/etc/dpo-ray"
 RECIPE_FILE = "recipe.yaml"
-MAX_CONFIG_MAP_BYTES = 1 << 20  # the API server's limit, of all keys together
+MAX_CONFIG_MAP_BYTES = 1 << 20  # the API server's limit for all keys together
 
 
 def config_map_files(recipe: Recipe) -> dict[str, str]:
-    """Write the recipe, and the chat template it may name, as the files of a ConfigMap.
+    """Return the recipe, and the chat template that it may name, as the files of a ConfigMap.
 
     Raises:
-        ConfigError: a path that pods do not share, no such template, a judge's key that no Secret holds, or too large.
+        ConfigError: pods do not share a path, the template is missing, no Secret holds a judge's key, or the files are
+            too large.
     """
     values = _on_cluster(recipe)
     files = {}
@@ -38,29 +39,34 @@ def config_map_files(recipe: Recipe) -> dict[str, str]:
     validate_recipe(values, where=f"{recipe.name} on Kubernetes")
     files[RECIPE_FILE] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if sum(len(text.encode()) for text in files.values()) > MAX_CONFIG_MAP_BYTES:
-        raise ConfigError("recipe and template are over 1 MiB", where=recipe.name, fix="is there data among them?")
+        raise ConfigError(
+            "the recipe and the chat template are larger than 1 MiB", where=recipe.name, fix="move data out of them"
+        )
     return files
 
 
 def judge_ports(recipe: Recipe) -> set[int]:
-    """Collect the ports that LLM judges listen on."""
+    """Return the ports that LLM judges listen on."""
     judges = recipe.online.judges() if recipe.online is not None else []
     addresses = [urlsplit(url) for j in judges for url in sorted(j.urls())]
     return {a.port or (443 if a.scheme == "https" else 80) for a in addresses}
 
 
 def secret_variables_missing(recipe: Recipe) -> list[str]:
-    """List the environment variables with judges' keys that the profile takes from no Secret."""
-    wanted = recipe.online.judge_environment() if recipe.online is not None else set()
-    return sorted(wanted - {s.variable for s in recipe.cluster.kubernetes.secrets})
+    """List the environment variables with judges' keys that the profile does not take from a Secret."""
+    needed = recipe.online.judge_environment() if recipe.online is not None else set()
+    return sorted(needed - {s.variable for s in recipe.cluster.kubernetes.secrets})
 
 
 def _on_cluster(recipe: Recipe) -> dict[str, Any]:
-    """Say what the recipe leaves to the machine that runs it, and give its paths as pods see them."""
+    """Return the recipe's values with the defaults that depend on the machine made explicit, and paths as pods see
+    them."""
     missing = secret_variables_missing(recipe)
     if missing:
         fix = f"add {{variable: {missing[0]}, secret: NAME, key: KEY}}"
-        raise ConfigError(f"a judge needs {missing[0]}", where="cluster.kubernetes.secrets", fix=fix)
+        raise ConfigError(
+            f"a judge needs the environment variable {missing[0]}", where="cluster.kubernetes.secrets", fix=fix
+        )
     values: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True, exclude={"cluster"})
     values.setdefault("output", recipe.output)
     storage = recipe.cluster.kubernetes.storage
@@ -83,25 +89,27 @@ def _on_cluster(recipe: Recipe) -> dict[str, Any]:
 
 
 def _seen_by_all(path: str, field: str, mount: str | None) -> str:
-    """Return where every pod finds a place; a relative one is on the shared volume."""
+    """Return the path by which every pod sees a file or directory; a relative path is on the shared volume."""
     if "://" in path or path.startswith("builtin:"):
         return path
     if field not in MADE_BY_THE_RUN and (posixpath.isabs(path) or _is_hub_model(path, field)):
-        return path  # on the volume or in the image; or on the hub
+        return path  # it is on the volume, in the image or on the hub
     if mount is None:
         fix = f"{field}=s3://bucket/prefix or gs://bucket/prefix, or set cluster.kubernetes.storage"
-        raise ConfigError("pods share no volume, and this is not in an object store", where=f"{field}={path}", fix=fix)
+        raise ConfigError(
+            "pods share no volume, and this path is not in an object store", where=f"{field}={path}", fix=fix
+        )
     place = posixpath.normpath(posixpath.join(mount, path))
     if place != mount and not place.startswith(f"{mount}/"):
-        fix = f"name a directory in {mount}, or set cluster.kubernetes.storage.mount"
-        raise ConfigError("this is not on the volume that pods share", where=f"{field}={path}", fix=fix)
+        fix = f"use a directory in {mount}, or set cluster.kubernetes.storage.mount"
+        raise ConfigError("this path is not on the volume that pods share", where=f"{field}={path}", fix=fix)
     return place
 
 
 def _is_hub_model(path: str, field: str) -> bool:
     if field.startswith("data.") or field.endswith("adapter"):
         return False
-    from dpo_ray.models.load import is_hub_name  # which imports torch, and that takes seconds
+    from dpo_ray.models.load import is_hub_name  # it imports torch, which takes seconds
 
     return is_hub_name(path)
 

@@ -1,4 +1,5 @@
-"""A recipe as manifests for KubeRay: a RayJob that runs it, or a RayCluster to submit it to, and what either needs."""
+"""The KubeRay manifests of a recipe: a RayJob that runs it or a RayCluster to submit it to, and all objects they
+need."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ Kind = Literal["RayJob", "RayCluster"]
 
 
 def render(recipe: Recipe, kind: Kind = "RayJob") -> list[Json]:
-    """Make the manifests, in the order in which they are applied; the last one runs the recipe.
+    """Build the manifests, in the order in which they are applied; the last one runs the recipe.
 
     Raises:
-        ConfigError: the recipe cannot run there: names, paths, sizes.
+        ConfigError: the recipe cannot run on the cluster because of a name, a path or a size.
     """
     name, profile = run_name(recipe), recipe.cluster.kubernetes
-    made = [
+    manifests = [
         *([_service_account(name)] if profile.service_account is None else []),
         _config_map(recipe, name),
         *([_claim(recipe)] if profile.storage is not None and profile.storage.create_gib is not None else []),
@@ -36,28 +37,28 @@ def render(recipe: Recipe, kind: Kind = "RayJob") -> list[Json]:
         *([_pod_monitor(name)] if profile.pod_monitor else []),
         _ray_object(recipe, name, kind),
     ]
-    for manifest in made:
+    for manifest in manifests:
         manifest["metadata"]["namespace"] = profile.namespace
-    return made
+    return manifests
 
 
 def text(manifests: list[Json]) -> str:
-    """Write manifests as YAML documents."""
+    """Return manifests as YAML documents."""
     return "---\n".join(yaml.dump(m, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120) for m in manifests)
 
 
 def run_name(recipe: Recipe) -> str:
-    """Name the run's objects.
+    """Return the name of the run's objects.
 
     Raises:
-        ConfigError: the recipe's name is none of Kubernetes, and the profile gives no other.
+        ConfigError: the recipe's name is not a valid Kubernetes name, and the profile sets no other.
     """
     name = recipe.cluster.kubernetes.name or recipe.name.replace("_", "-")
     if len(name) > MAX_RAYJOB_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
-            f"`{name}` cannot name a RayJob: a letter, then letters, digits and -, {MAX_RAYJOB_NAME} characters at most",
+            f"`{name}` is not a valid name of a RayJob: a letter, then letters, digits and -, at most {MAX_RAYJOB_NAME} characters",
             where="cluster.kubernetes.name",
-            fix="set it; the run keeps the recipe's name",
+            fix="set this field; the run itself keeps the name of the recipe",
         )
     return name
 
@@ -76,7 +77,7 @@ def _ray_object(recipe: Recipe, name: str, kind: Kind) -> Json:
 def _job_spec(recipe: Recipe, name: str) -> Json:
     profile = recipe.cluster.kubernetes
     spec: Json = {
-        # The operator posts the job to the dashboard: no second pod, whose connection may break, stands between.
+        # The operator posts the job to the dashboard, without a second pod whose connection may break.
         "submissionMode": "HTTPMode",
         "entrypoint": f"dpo-ray run {RECIPE_DIRECTORY}/{RECIPE_FILE}",
         "shutdownAfterJobFinishes": True,
@@ -93,7 +94,7 @@ def _job_spec(recipe: Recipe, name: str) -> Json:
 
 
 def _suspended(queue: QueueConfig | None) -> Json:
-    """Have what Kueue admits wait until it does."""
+    """Return the field that suspends an object until Kueue admits it."""
     return {"suspend": True} if queue is not None and queue.type == "kueue" else {}
 
 
@@ -103,7 +104,7 @@ def _cluster_spec(recipe: Recipe, name: str) -> Json:
     if profile.autoscaling:
         spec |= {"enableInTreeAutoscaling": True, "autoscalerOptions": autoscaler_options(profile)}
     spec["headGroupSpec"] = {
-        # Without CPUs no task lands beside the driver.
+        # The head has no CPUs in Ray, so that no task runs next to the driver.
         "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104 - the NetworkPolicy closes it
         "labels": {ROLE: "head"},
         "template": head_template(recipe, name),
@@ -171,7 +172,7 @@ def _claim(recipe: Recipe) -> Json:
     }
     if storage.storage_class is not None:
         spec["storageClassName"] = storage.storage_class
-    # Runs share it, so it has no label of one: deleting a run by its label must not delete all results.
+    # Runs share the claim, so it has no label of a run: deleting a run by its label must not delete all results.
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -224,7 +225,8 @@ def _pod_monitor(name: str) -> Json:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Write lists indented and long texts as blocks, and no aliases: a reader sees every value where it counts."""
+    """A YAML writer with indented lists, texts of several lines as blocks and no aliases, so that a person can read
+    it."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

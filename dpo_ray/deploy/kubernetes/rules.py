@@ -1,4 +1,4 @@
-"""What the KubeRay operator refuses beyond its schemas: the rules of its release 1.7, with its default feature gates."""
+"""The rules of the KubeRay operator beyond its schemas: those of release 1.7 with the default feature gates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_REPLICAS = 2**31 - 1  # the schema's default
 MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 SIZES_OF_START = ("num-cpus", "num-gpus", "memory", "resources")
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
-FEATURE_GATES = {  # off unless the operator is installed with them
+FEATURE_GATES = {  # disabled unless the operator is installed with them
     "networkPolicy": "RayClusterNetworkPolicy",
     "tlsOptions": "RayClusterMTLS",
     "historyServerOptions": "RayClusterHistoryServer",
@@ -33,10 +33,10 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
 def findings(manifest: Json) -> list[Finding]:
-    """List what is wrong with a manifest: by its schema and, where that is kept, by the operator's rules."""
+    """List what is wrong with a manifest: first by its schema and, if that finds nothing, by the operator's rules."""
     wrong = schema_findings(manifest)
     if not wrong and not manifest["metadata"].keys() & {"name", "generateName"}:
-        wrong = [Finding("metadata.name", "required, and not given")]
+        wrong = [Finding("metadata.name", "is required, but missing")]
     if wrong:
         return wrong
     if manifest["kind"] == "RayJob":
@@ -56,9 +56,13 @@ def _ray_job(manifest: Json) -> Iterator[Finding]:
         yield Finding("spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "is not supported for a RayJob")
     queue = (metadata.get("labels") or {}).get("kueue.x-k8s.io/queue-name")
     if queue and (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling"):
-        yield Finding("spec.rayClusterSpec.enableInTreeAutoscaling", "Kueue admits a fixed number of pods: say false")
+        yield Finding(
+            "spec.rayClusterSpec.enableInTreeAutoscaling", "Kueue admits a fixed number of pods: set it to false"
+        )
     if queue and not spec.get("shutdownAfterJobFinishes"):
-        yield Finding("spec.shutdownAfterJobFinishes", "Kueue frees the quota only of a job that shuts down: say true")
+        yield Finding(
+            "spec.shutdownAfterJobFinishes", "Kueue releases the quota only of a job that shuts down: set it to true"
+        )
     if spec.get("rayClusterSpec"):
         yield from _cluster(spec["rayClusterSpec"], metadata.get("annotations") or {}, "spec.rayClusterSpec")
 
@@ -66,29 +70,29 @@ def _ray_job(manifest: Json) -> Iterator[Finding]:
 def _submission(spec: Json) -> Iterator[Finding]:
     mode, chosen = spec.get("submissionMode", "K8sJobMode"), spec.get("clusterSelector")
     if mode not in MODES:
-        yield Finding("spec.submissionMode", f"{mode!r} is none of {', '.join(MODES)}")
+        yield Finding("spec.submissionMode", f"{mode!r} is not one of {', '.join(MODES)}")
     if not chosen and not spec.get("rayClusterSpec"):
-        yield Finding("spec.rayClusterSpec", "required where there is no clusterSelector")
+        yield Finding("spec.rayClusterSpec", "is required if there is no clusterSelector")
     if chosen is not None and chosen and not chosen.get("ray.io/cluster"):
-        yield Finding("spec.clusterSelector", "names no cluster: give the key ray.io/cluster")
+        yield Finding("spec.clusterSelector", "names no cluster: set the key ray.io/cluster")
     if not spec.get("entrypoint") and mode != "InteractiveMode" and not spec.get("submitterPodTemplate"):
-        yield Finding("spec.entrypoint", "required: without it the job has nothing to run")
+        yield Finding("spec.entrypoint", "is required: without it the job has nothing to run")
     retries = spec.get("backoffLimit", 0)
     if retries < 0:
         yield Finding("spec.backoffLimit", "must not be negative")
     if retries > 0 and chosen:
-        yield Finding("spec.backoffLimit", "each retry is a new cluster: not with clusterSelector")
+        yield Finding("spec.backoffLimit", "each retry starts a new cluster: not allowed with clusterSelector")
     if retries > 0 and mode == "InteractiveMode":
-        yield Finding("spec.backoffLimit", "not with submissionMode: InteractiveMode")
+        yield Finding("spec.backoffLimit", "not allowed with submissionMode: InteractiveMode")
     if mode == "SidecarMode":
         for field in ("submitterPodTemplate", "submitterConfig"):
             if spec.get(field) is not None:
-                yield Finding(f"spec.{field}", "not with submissionMode: SidecarMode")
+                yield Finding(f"spec.{field}", "not allowed with submissionMode: SidecarMode")
         if chosen:
-            yield Finding("spec.clusterSelector", "not with submissionMode: SidecarMode")
+            yield Finding("spec.clusterSelector", "not allowed with submissionMode: SidecarMode")
         if spec.get("rayClusterSpec") and _restarts(spec["rayClusterSpec"]["headGroupSpec"]):
             yield Finding(
-                "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy", "SidecarMode needs Never, or none"
+                "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy", "SidecarMode needs Never, or no policy"
             )
     try:
         environment = yaml.safe_load(spec.get("runtimeEnvYAML") or "{}")
@@ -104,7 +108,7 @@ def _end_of_job(spec: Json) -> Iterator[Finding]:
     if spec.get("suspend") and not shuts_down:
         yield Finding("spec.suspend", "needs shutdownAfterJobFinishes: true")
     if spec.get("suspend") and spec.get("clusterSelector"):
-        yield Finding("spec.suspend", "not with clusterSelector")
+        yield Finding("spec.suspend", "not allowed with clusterSelector")
     ttl = spec.get("ttlSecondsAfterFinished", 0)
     if ttl < 0:
         yield Finding("spec.ttlSecondsAfterFinished", "must not be negative")
@@ -122,11 +126,11 @@ def _deletion(spec: Json) -> Iterator[Finding]:
     where, rules = "spec.deletionStrategy", strategy.get("deletionRules") or []
     legacy = [key for key in ("onSuccess", "onFailure") if key in strategy]
     if rules and legacy:
-        yield Finding(f"{where}.deletionRules", "not together with onSuccess and onFailure")
+        yield Finding(f"{where}.deletionRules", "not allowed together with onSuccess and onFailure")
     if not rules and len(legacy) < 2:
         yield Finding(where, "needs deletionRules, or both onSuccess and onFailure")
     if rules and spec.get("shutdownAfterJobFinishes"):
-        yield Finding(f"{where}.deletionRules", "not with shutdownAfterJobFinishes: true")
+        yield Finding(f"{where}.deletionRules", "not allowed with shutdownAfterJobFinishes: true")
     scales = (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling", False)
     for key in legacy:
         yield from _deletion_policy(spec, strategy[key].get("policy"), f"{where}.{key}.policy", scales)
@@ -138,27 +142,28 @@ def _deletion(spec: Json) -> Iterator[Finding]:
         yield from _deletion_policy(spec, rule["policy"], f"{at}.policy", scales)
         states = [(key, condition[key]) for key in ("jobStatus", "jobDeploymentStatus") if condition.get(key)]
         if len(states) != 1:
-            yield Finding(f"{at}.condition", "needs jobStatus or jobDeploymentStatus, and not both")
+            yield Finding(f"{at}.condition", "needs either jobStatus or jobDeploymentStatus")
             continue
         known = times.setdefault(states[0], {})
         if rule["policy"] in known:
-            yield Finding(f"{at}.policy", f"{rule['policy']} stands twice for {states[0][1]}")
+            yield Finding(f"{at}.policy", f"{rule['policy']} appears twice for {states[0][1]}")
         known[rule["policy"]] = condition.get("ttlSeconds", 0)
     for (_, state), known in times.items():
         in_order = [known[policy] for policy in DELETION_ORDER if policy in known]
         if in_order != sorted(in_order):
             yield Finding(
-                f"{where}.deletionRules", f"for {state}, ttlSeconds must grow from workers to cluster to the job itself"
+                f"{where}.deletionRules",
+                f"for {state}, ttlSeconds must increase from workers to cluster to the job itself",
             )
 
 
 def _deletion_policy(spec: Json, policy: str | None, where: str, scales: bool) -> Iterator[Finding]:
     if policy is None:
-        yield Finding(where, "required, and not given")
+        yield Finding(where, "is required, but missing")
     if policy in ("DeleteCluster", "DeleteWorkers") and spec.get("clusterSelector"):
-        yield Finding(where, f"{policy} is not for a cluster that clusterSelector names")
+        yield Finding(where, f"{policy} is not allowed for a cluster that clusterSelector names")
     if policy == "DeleteWorkers" and scales:
-        yield Finding(where, "DeleteWorkers is not for a cluster that scales")
+        yield Finding(where, "DeleteWorkers is not allowed for a cluster with autoscaling")
 
 
 def _ray_cluster(manifest: Json) -> Iterator[Finding]:
@@ -175,10 +180,10 @@ def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Fi
         yield from _group(group, at)
         yield from _bounds(group, at)
         if group["groupName"] in names:
-            yield Finding(f"{at}.groupName", f"{group['groupName']!r} stands twice")
+            yield Finding(f"{at}.groupName", f"{group['groupName']!r} appears twice")
         names.add(group["groupName"])
         if scales and group.get("suspend"):
-            yield Finding(f"{at}.suspend", "not where the cluster scales")
+            yield Finding(f"{at}.suspend", "not allowed with autoscaling")
         if (group.get("idleTimeoutSeconds") is not None or group.get("priority")) and not _is_v2(spec):
             field = "idleTimeoutSeconds" if group.get("idleTimeoutSeconds") is not None else "priority"
             yield Finding(f"{at}.{field}", "needs autoscalerOptions.version: v2")
@@ -191,22 +196,22 @@ def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Fi
     yield from _fault_tolerance(spec, annotations, where)
     for field, gate in FEATURE_GATES.items():
         if spec.get(field) is not None:
-            yield Finding(f"{where}.{field}", f"needs the operator's feature gate {gate}, which is off by default")
+            yield Finding(f"{where}.{field}", f"needs the operator's feature gate {gate}, which is disabled by default")
 
 
 def _group(group: Json, where: str) -> Iterator[Finding]:
     start = group.get("rayStartParams") or {}
     if not group["template"]["spec"].get("containers"):
-        yield Finding(f"{where}.template.spec.containers", "at least one is expected, and Ray's first")
+        yield Finding(f"{where}.template.spec.containers", "at least one is expected, the first of which is Ray's")
     if group.get("resources") and any(start.get(key) for key in SIZES_OF_START):
-        yield Finding(f"{where}.resources", "rayStartParams says sizes as well: use one of them")
+        yield Finding(f"{where}.resources", "rayStartParams sets resources as well: use one of the two")
     if "labels" in start:
         yield Finding(f"{where}.rayStartParams.labels", "is not supported: use the group's own field labels")
     for key, value in (group.get("labels") or {}).items():
         if not _LABEL_KEY.fullmatch(key):
-            yield Finding(f"{where}.labels.{key}", "the key is no label of Kubernetes")
+            yield Finding(f"{where}.labels.{key}", "the key is not a valid Kubernetes label")
         if not _LABEL_VALUE.fullmatch(value):
-            yield Finding(f"{where}.labels.{key}", f"{value!r} is no value of a label of Kubernetes")
+            yield Finding(f"{where}.labels.{key}", f"{value!r} is not a valid value of a Kubernetes label")
 
 
 def _bounds(group: Json, where: str) -> Iterator[Finding]:
@@ -217,34 +222,36 @@ def _bounds(group: Json, where: str) -> Iterator[Finding]:
     if low > high:
         yield Finding(f"{where}.minReplicas", f"{low} is more than maxReplicas={high}")
     elif "replicas" in group and not low <= group["replicas"] <= high:
-        yield Finding(f"{where}.replicas", f"{group['replicas']} is not from minReplicas={low} to maxReplicas={high}")
+        yield Finding(
+            f"{where}.replicas", f"{group['replicas']} is not between minReplicas={low} and maxReplicas={high}"
+        )
 
 
 def _autoscaler(spec: Json, where: str) -> Iterator[Finding]:
     options = spec.get("autoscalerOptions") or {}
     own = _environment(spec["headGroupSpec"])
     if not spec.get("enableInTreeAutoscaling") and own.get(AUTOSCALER_V2) in ("1", "true"):
-        yield Finding(f"{where}.enableInTreeAutoscaling", f"{AUTOSCALER_V2} is set: say true")
+        yield Finding(f"{where}.enableInTreeAutoscaling", f"{AUTOSCALER_V2} is set: set this to true")
     if spec.get("enableInTreeAutoscaling") and "version" in options and AUTOSCALER_V2 in own:
         yield Finding(
-            f"{where}.autoscalerOptions.version", f"the head's {AUTOSCALER_V2} says it as well: leave that out"
+            f"{where}.autoscalerOptions.version", f"the head's {AUTOSCALER_V2} sets it as well: leave that variable out"
         )
     if spec.get("enableInTreeAutoscaling") and _is_v2(spec):
         groups = {f"workerGroupSpecs[{n}]": g for n, g in enumerate(spec.get("workerGroupSpecs") or [])}
         for name, group in {"headGroupSpec": spec["headGroupSpec"], **groups}.items():
             if _restarts(group):
                 at = f"{where}.{name}.template.spec.restartPolicy"
-                yield Finding(at, "the autoscaler of version v2 needs Never, or none")
+                yield Finding(at, "version v2 of the autoscaler needs Never, or no policy")
     if (options.get("idleTimeoutSeconds") or 0) < 0:
         yield Finding(f"{where}.autoscalerOptions.idleTimeoutSeconds", "must not be negative")
     if any(e["name"] == "KUBERAY_GEN_AUTOSCALER_START_CMD" for e in options.get("env") or []):
-        yield Finding(f"{where}.autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is the operator's own")
+        yield Finding(f"{where}.autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is reserved for the operator")
 
 
 def _authentication(spec: Json, where: str) -> Iterator[Finding]:
     options = spec.get("authOptions") or {}
     if options.get("mode") == "token" and _version(spec) < (2, 52):
-        yield Finding(f"{where}.rayVersion", "authOptions.mode: token needs it, and 2.52.0 or later")
+        yield Finding(f"{where}.rayVersion", "authOptions.mode: token needs this field, with 2.52.0 or later")
     if _is_token_of_kubernetes(spec):
         at = f"{where}.authOptions.enableK8sTokenAuth"
         if options.get("mode") != "token":
@@ -252,7 +259,7 @@ def _authentication(spec: Json, where: str) -> Iterator[Finding]:
         elif _version(spec) < (2, 55):
             yield Finding(at, "needs rayVersion 2.55.0 or later")
         if options.get("secretName"):
-            yield Finding(f"{where}.authOptions.secretName", "not with enableK8sTokenAuth")
+            yield Finding(f"{where}.authOptions.secretName", "not allowed with enableK8sTokenAuth")
 
 
 def _fault_tolerance(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Finding]:
@@ -265,26 +272,28 @@ def _fault_tolerance(spec: Json, annotations: dict[str, str], where: str) -> Ite
     if options.get("backend") == "rocksdb":
         gate = "GCSFaultToleranceEmbeddedStorage"
         at = f"{where}.gcsFaultToleranceOptions.backend"
-        yield Finding(at, f"rocksdb needs the operator's feature gate {gate}, which is off by default")
+        yield Finding(at, f"rocksdb needs the operator's feature gate {gate}, which is disabled by default")
     for key in ("ray.io/ft-enabled", "ray.io/external-storage-namespace"):
         if annotations.get(key):
-            yield Finding(f"metadata.annotations.{key}", "not with gcsFaultToleranceOptions")
+            yield Finding(f"metadata.annotations.{key}", "not allowed with gcsFaultToleranceOptions")
     for key in ("redis-password", "redis-username"):
         if start.get(key):
-            yield Finding(f"{where}.headGroupSpec.rayStartParams.{key}", "not with gcsFaultToleranceOptions")
+            yield Finding(f"{where}.headGroupSpec.rayStartParams.{key}", "not allowed with gcsFaultToleranceOptions")
     for key in ("REDIS_PASSWORD", "REDIS_USERNAME", "RAY_REDIS_ADDRESS"):
         if key in own:
             at = f"{where}.headGroupSpec.template.spec.containers[0].env"
-            yield Finding(at, f"{key}: not with gcsFaultToleranceOptions")
+            yield Finding(at, f"{key}: not allowed with gcsFaultToleranceOptions")
 
 
 def _name(name: str | None, longest: int) -> Iterator[Finding]:
-    if name is None:  # the API server makes one
+    if name is None:  # the API server generates one
         return
     if len(name) > longest:
-        yield Finding("metadata.name", f"{len(name)} characters: the operator allows {longest}")
+        yield Finding("metadata.name", f"{len(name)} characters: the operator allows at most {longest}")
     elif not _DNS_1035.fullmatch(name):
-        yield Finding("metadata.name", f"{name!r}: a letter, then letters, digits and -, in lower case (DNS-1035)")
+        yield Finding(
+            "metadata.name", f"{name!r} is not a letter followed by letters, digits and -, all in lower case (DNS-1035)"
+        )
 
 
 def _environment(group: Json) -> dict[str, str]:
@@ -305,6 +314,6 @@ def _is_token_of_kubernetes(spec: Json) -> bool:
 
 
 def _version(spec: Json) -> tuple[int, ...]:
-    """Read rayVersion; what is none counts as older than all."""
-    found = re.match(r"v?(\d+)\.(\d+)", spec.get("rayVersion") or "")
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    """Return rayVersion as numbers; an invalid one counts as older than all others."""
+    match = re.match(r"v?(\d+)\.(\d+)", spec.get("rayVersion") or "")
+    return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -1,4 +1,5 @@
-"""Check a manifest against the schemas of KubeRay's custom resources, offline, as strictly as the API server would."""
+"""Offline checks of a manifest against the schemas of KubeRay's custom resources, as strict as those of the API
+server."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def schema_findings(manifest: Json) -> list[Finding]:
     kind = (manifest.get("apiVersion"), manifest.get("kind"))
     if kind not in SCHEMAS:
         known = ", ".join(f"{k} ({version})" for version, k in SCHEMAS)
-        return [Finding("kind", f"{kind[1]!r} of {kind[0]!r} is not known here; known: {known}")]
+        return [Finding("kind", f"{kind[1]!r} of {kind[0]!r} is not supported; supported: {known}")]
     return [finding for error in _validator(*kind).iter_errors(manifest) for finding in _findings(error)]
 
 
@@ -52,7 +53,7 @@ def _findings(error: ValidationError) -> Iterator[Finding]:
         missing = [key for key in needed if key not in error.instance]
         # The library reports one error for each missing key; its message begins with that key.
         for key in [key for key in missing if error.message.startswith(repr(key))]:
-            yield Finding(f"{path}.{key}".lstrip("."), "required, and not given")
+            yield Finding(f"{path}.{key}".lstrip("."), "is required, but missing")
     elif error.validator == "anyOf":
         yield Finding(path, f"{error.instance!r} is neither a whole number nor text")
     else:
@@ -60,7 +61,7 @@ def _findings(error: ValidationError) -> Iterator[Finding]:
 
 
 def field_path(parts: list[str | int]) -> str:
-    """Write a path as `spec.workerGroupSpecs[0].replicas`."""
+    """Return a path as text, such as `spec.workerGroupSpecs[0].replicas`."""
     written = ""
     for part in parts:
         written += f"[{part}]" if isinstance(part, int) else f".{part}"
@@ -77,7 +78,7 @@ def _validator(version: str, kind: str) -> Draft7Validator:
     if SCHEMAS[version, kind] == "companions.json":
         schema = {**schema["kinds"][kind], "definitions": schema["definitions"]}
     else:
-        _strict(schema)  # before the metadata, which the vendor leaves open
+        _strict(schema)  # before `metadata` is set, which the vendor's schema leaves open
         schema["properties"]["metadata"] = {"$ref": "#/definitions/metadata"}
         schema["definitions"] = common["definitions"]
         schema["properties"].pop("status", None)
@@ -112,7 +113,7 @@ def _strict(schema: Any) -> None:
         schema["additionalProperties"] = False
     for key, value in list(schema.items()):
         if key == "properties" and isinstance(value, dict):
-            for part in value.values():  # a field may have a keyword's name
+            for part in value.values():  # a field may have the name of a keyword of JSON Schema
                 _strict(part)
         elif key not in ("enum", "default", "required"):
             _strict(value)

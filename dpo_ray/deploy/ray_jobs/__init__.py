@@ -1,1 +1,1 @@
-"""Submit a recipe as a Ray job, follow its log, stop it."""
+"""Recipes as Ray jobs: submitting one, following its log, stopping it."""

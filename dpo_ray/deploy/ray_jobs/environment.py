@@ -1,4 +1,4 @@
-"""What a job's processes find: packages that the cluster's image lacks, and plain variables. Secrets never travel."""
+"""The runtime environment of a job: packages that the image lacks, and plain variables. Secrets are never sent."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ PASSWORD_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
 def runtime_environment(pip: list[str], uv: list[str], variables: list[str], judge_keys: set[str]) -> dict[str, Any]:
-    """Write Ray's runtime environment. Each of `pip` and `uv` is a requirement or a file of them; variables are NAME=VALUE.
+    """Build Ray's runtime environment. Each entry of `pip` and `uv` is a requirement or a file of them; variables are
+    NAME=VALUE.
 
     Raises:
-        ConfigError: both installers, a requirement that only this machine has, or a secret where all can read it.
+        ConfigError: both installers are used, only this machine has a requirement, or everybody could read a secret.
     """
     if pip and uv:
-        raise ConfigError("one installer or the other", where="--pip, --uv", fix="leave one of them out")
-    made: dict[str, Any] = {}
-    for installer, given in (("pip", pip), ("uv", uv)):
-        if given:
-            made[installer] = [line for each in given for line in _requirements(each, f"--{installer} {each}")]
+        raise ConfigError(
+            "only one of the two installers can be used", where="--pip, --uv", fix="leave one of them out"
+        )
+    environment: dict[str, Any] = {}
+    for installer, requirements in (("pip", pip), ("uv", uv)):
+        if requirements:
+            environment[installer] = [
+                line for each in requirements for line in _requirements(each, f"--{installer} {each}")
+            ]
     if variables:
-        made["env_vars"] = dict(_variable(each, judge_keys) for each in variables)
-    return made
+        environment["env_vars"] = dict(_variable(each, judge_keys) for each in variables)
+    return environment
 
 
 def _requirements(given: str, where: str) -> list[str]:
@@ -40,16 +45,16 @@ def _requirements(given: str, where: str) -> list[str]:
             lines = Path(given).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot be read: {error}", where=where, fix="name a requirements file") from None
-    wanted = [line.split(" #")[0].strip() for line in lines]
-    wanted = [line for line in wanted if line and not line.startswith("#")]
-    for line in wanted:
+    requirements = [line.split(" #")[0].strip() for line in lines]
+    requirements = [line for line in requirements if line and not line.startswith("#")]
+    for line in requirements:
         if LOCAL_REQUIREMENT.match(line) or (line.endswith((".txt", ".whl")) and "://" not in line):
-            fix = "name a package of an index or a URL; code of your own goes with --working-dir"
-            raise ConfigError(f"`{line}` is on this machine only", where=where, fix=fix)
+            fix = "use a package of an index or a URL; upload your own code with --working-dir"
+            raise ConfigError(f"`{line}` exists only on this machine", where=where, fix=fix)
         if PASSWORD_IN_URL.search(line):
             fix = "give the cluster's nodes access to the index: the image's pip.conf, or a proxy"
-            raise ConfigError("a URL with a password in it, which the dashboard shows", where=where, fix=fix)
-    return wanted
+            raise ConfigError("the URL contains a password, and the dashboard shows it", where=where, fix=fix)
+    return requirements
 
 
 def _variable(given: str, judge_keys: set[str]) -> tuple[str, str]:
@@ -61,9 +66,9 @@ def _variable(given: str, judge_keys: set[str]) -> tuple[str, str]:
     if name in judge_keys or SECRET_NAME.search(name):
         fix = f"set {name} where the cluster's nodes start (the image, the pod's Secret, the shell of `ray start`)"
         raise ConfigError(
-            "looks like a secret, and the dashboard shows such values", where=f"--env {name}=...", fix=fix
+            "this looks like a secret, and the dashboard shows such values", where=f"--env {name}=...", fix=fix
         )
     if PASSWORD_IN_URL.search(value):
         fix = f"set {name} where the cluster's nodes start"
-        raise ConfigError("a URL with a password in it, which the dashboard shows", where=f"--env {name}=...", fix=fix)
+        raise ConfigError("the URL contains a password, and the dashboard shows it", where=f"--env {name}=...", fix=fix)
     return name, value

@@ -1,4 +1,4 @@
-"""Jobs of a cluster that are runs of recipes: what state each is in, in a user's words, and how one is stopped."""
+"""The jobs of a cluster that run recipes: their state in words for a user, and how to stop one."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dpo_ray.errors import EXIT_CODES, InfrastructureError, StoppedError
 from . import stop_driver
 from .server import answers, last_line
 
-METADATA = "dpo_ray."  # begins the names of ours
+METADATA = "dpo_ray."  # the prefix of our metadata
 STOPS = f"{METADATA}stops"
-CHECKPOINT_STEP = re.compile(r"asked to stop, and has, after step (\d+) of (\d+)")  # in a driver's last words
-DRIVER_STOPPED = "stopped; the same command goes on"  # its last words; Ray's threads may abort the process after them
-ALREADY = "already exists"  # in Ray's refusal of a second job of one name
+CHECKPOINT_STEP = re.compile(r"asked to stop, and has, after step (\d+) of (\d+)")  # in the last output of a driver
+DRIVER_STOPPED = "stopped; the same command goes on"  # its last output; Ray's threads may abort the process after it
+ALREADY = "already exists"  # in Ray's error for a second job of the same name
 POLL_SECONDS = 2.0
-ASK_SECONDS = 90.0  # for the head to start the small job that signals a driver
+ASK_SECONDS = 90.0  # in which the head must start the small job that signals a driver
 ENDING_SECONDS = 120.0  # after Ray's own stop
 
 
 @dataclass(frozen=True)
 class Job:
-    """One submission. Times are seconds since 1970; the exit code is the driver's, where it ended by itself."""
+    """One submission. Times are in seconds since 1970; the exit code is that of the driver, if it ended by itself."""
 
     id: str
     status: str
@@ -46,12 +46,12 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether its driver has ended, or never will begin."""
+        """Return True if the driver has ended or will never start."""
         return JobStatus(self.status).is_terminal()
 
     @property
     def code(self) -> int:
-        """Return what `dpo-ray run` would have exited with; 0 while it goes on."""
+        """Return the exit code that `dpo-ray run` would have had; 0 while the job is not over."""
         if self.exit_code is not None:
             stopped = self.exit_code in (-15, 143) or (self.exit_code < 0 and DRIVER_STOPPED in self.message)
             return StoppedError.exit_code if stopped else self.exit_code % 256
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def words(self) -> str:
-        """Say what became of it, and what to do."""
+        """Return the state of the job in words, and what to do next."""
         if self.status == JobStatus.PENDING:
             return "waits to start"
         if self.status == JobStatus.RUNNING:
@@ -75,15 +75,15 @@ class Job:
             return f"{how}; submit again to go on from what was committed"
         if self.exit_code is None:
             return f"failed: {last_line(self.message)}; submit again to go on"
-        meaning = EXIT_CODES.get(self.code, "the traceback in its logs says where").splitlines()[0].rstrip(".")
+        meaning = EXIT_CODES.get(self.code, "the traceback in its logs shows where").splitlines()[0].rstrip(".")
         return f"failed with exit code {self.code}: {meaning}"
 
 
 def look(client: JobSubmissionClient, job: str) -> Job:
-    """Ask for one job.
+    """Return the state of one job.
 
     Raises:
-        ConfigError: the cluster knows no such job.
+        ConfigError: the cluster has no such job.
         InfrastructureError: the cluster does not answer.
     """
     with answers(client.get_address(), job):
@@ -91,46 +91,48 @@ def look(client: JobSubmissionClient, job: str) -> Job:
 
 
 def every(client: JobSubmissionClient) -> list[Job]:
-    """Ask for all jobs that are runs of recipes, the newest first."""
+    """List all jobs that run recipes, the newest first."""
     with answers(client.get_address()):
-        found = client.list_jobs()
-    ours = [_job(details) for details in found if f"{METADATA}recipe" in (details.metadata or {})]
+        every_job = client.list_jobs()
+    ours = [_job(details) for details in every_job if f"{METADATA}recipe" in (details.metadata or {})]
     return sorted(ours, key=lambda job: (-(job.started or 0), job.id))
 
 
 def stop(client: JobSubmissionClient, job: str, grace_seconds: float, say: Callable[[str], None]) -> Job:
-    """End a job by way of a checkpoint, and return it as it ended.
+    """Stop a job after it has written a checkpoint, and return its final state.
 
-    The driver gets SIGTERM, on which it makes a checkpoint after its step; one that has not ended `grace_seconds` later is
-    stopped by Ray, without one. A second call joins the first, as a second SIGTERM would end the driver at once.
+    The driver gets SIGTERM and then writes a checkpoint after its current step. If it has not ended `grace_seconds`
+    later, Ray stops it without a checkpoint. A second call only waits as well, because a second SIGTERM would end the
+    driver at once.
 
     Raises:
-        ConfigError: the cluster knows no such job.
+        ConfigError: the cluster has no such job.
         InfrastructureError: the cluster does not answer, or the job does not end.
     """
-    found = look(client, job)
-    if found.is_over:
-        return found
-    if found.status == JobStatus.RUNNING and grace_seconds > 0 and _signal_driver(client, found.id):
-        say(f"{found.id}: told to stop; it ends after its step and a checkpoint (waiting up to {grace_seconds:g} s)")
-        found = _until_over(client, found.id, grace_seconds)
-        if not found.is_over:
-            say(f"{found.id}: not ended after {grace_seconds:g} s")
-    if not found.is_over:
-        say(f"{found.id}: stopped by Ray, without a checkpoint of its own")
-        with answers(client.get_address(), found.id):
-            client.stop_job(found.id)
-        found = _until_over(client, found.id, ENDING_SECONDS)
-    if not found.is_over:
-        fix = "look at the dashboard: does the head still run?"
-        raise InfrastructureError(f"not ended {ENDING_SECONDS:g} s after Ray was told to stop it", where=job, fix=fix)
-    return found
+    state = look(client, job)
+    if state.is_over:
+        return state
+    if state.status == JobStatus.RUNNING and grace_seconds > 0 and _signal_driver(client, state.id):
+        say(f"{state.id}: asked to stop; it ends after its step and a checkpoint (waiting up to {grace_seconds:g} s)")
+        state = _until_over(client, state.id, grace_seconds)
+        if not state.is_over:
+            say(f"{state.id}: still running after {grace_seconds:g} s")
+    if not state.is_over:
+        say(f"{state.id}: stopped by Ray, without a checkpoint of its own")
+        with answers(client.get_address(), state.id):
+            client.stop_job(state.id)
+        state = _until_over(client, state.id, ENDING_SECONDS)
+    if not state.is_over:
+        fix = "check on the dashboard whether the head is still running"
+        what = f"the job has not ended {ENDING_SECONDS:g} s after Ray was asked to stop it"
+        raise InfrastructureError(what, where=job, fix=fix)
+    return state
 
 
 def _signal_driver(client: JobSubmissionClient, job: str) -> bool:
-    """Have the head send SIGTERM to a job's driver, once for each job; False if it found none.
+    """Send SIGTERM from the head to a job's driver, once for each job; return False if the head found no driver.
 
-    The signal comes from a job of its own, as Ray puts it on the head, where drivers are, in any image.
+    A job of its own sends the signal, because Ray runs jobs on the head, where the drivers are, whatever the image is.
     """
     place, signals = client.get_address(), f"{job}-stop"
     with tempfile.TemporaryDirectory(prefix="dpo-ray-stop-") as directory:
@@ -152,9 +154,9 @@ def _signal_driver(client: JobSubmissionClient, job: str) -> bool:
 
 def _until_over(client: JobSubmissionClient, job: str, seconds: float) -> Job:
     until = time.monotonic() + seconds
-    while not (found := look(client, job)).is_over and time.monotonic() < until:
+    while not (state := look(client, job)).is_over and time.monotonic() < until:
         time.sleep(min(POLL_SECONDS, max(0.0, until - time.monotonic())))
-    return found
+    return state
 
 
 def _job(details: JobDetails) -> Job:

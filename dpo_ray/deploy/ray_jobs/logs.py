@@ -1,4 +1,4 @@
-"""Follow what a job's driver prints, until the job has ended, over connections that may break."""
+"""The output of a job's driver, followed until the job has ended, over connections that may break."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dpo_ray.errors import InfrastructureError
 from .jobs import Job, look
 from .server import answers
 
-SILENCE_SECONDS = 60.0  # then the connection may be dead without a word, and a new one is made
+SILENCE_SECONDS = 60.0  # after this time the connection may be dead, and a new one is opened
 RECONNECT_SECONDS = 2.0
-LOST_SECONDS = 300.0  # of a cluster that does not answer at all
+LOST_SECONDS = 300.0  # after which a cluster that does not answer counts as lost
 
 
 def printed(client: JobSubmissionClient, job: str) -> str:
-    """Return what a job's driver has printed so far.
+    """Return the output of a job's driver so far.
 
     Raises:
-        ConfigError: the cluster knows no such job.
+        ConfigError: the cluster has no such job.
         InfrastructureError: the cluster does not answer.
     """
     with answers(client.get_address(), job):
@@ -31,13 +31,13 @@ def printed(client: JobSubmissionClient, job: str) -> str:
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> Job:
-    """Write what a job's driver prints, each character once, and return the job when it has ended.
+    """Write the output of a job's driver, each character once, and return the job when it has ended.
 
-    Every connection begins at the log's first character, so as many are passed over as have been written. The end is the
-    job's own: a connection that closes says nothing about it.
+    Every connection starts at the first character of the log, so those that were already written are skipped. The state
+    of the job decides when it has ended: a connection that closes does not mean that.
 
     Raises:
-        ConfigError: the cluster knows no such job.
+        ConfigError: the cluster has no such job.
         InfrastructureError: the cluster has not answered for LOST_SECONDS.
     """
     return asyncio.run(_follow(client, job, write))
@@ -45,22 +45,23 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) 
 
 async def _follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> Job:
     written, loop = 0, asyncio.get_running_loop()
-    found, answered = look(client, job), loop.time()
-    while not found.is_over:
+    state, answered = look(client, job), loop.time()
+    while not state.is_over:
         written = await _one_connection(client, job, write, written)
         try:
-            found, answered = look(client, job), loop.time()
+            state, answered = look(client, job), loop.time()
         except InfrastructureError:
             if loop.time() - answered > LOST_SECONDS:
                 raise
-        if not found.is_over:
+        if not state.is_over:
             await asyncio.sleep(RECONNECT_SECONDS)
     write(printed(client, job)[written:])  # the last lines, which a connection may have lost
-    return found
+    return state
 
 
 async def _one_connection(client: JobSubmissionClient, job: str, write: Callable[[str], None], written: int) -> int:
-    """Write what is new, until the connection ends or has been silent for long; returns the characters written so far."""
+    """Write new output until the connection ends or is silent for too long; return the number of characters written so
+    far."""
     passed, lines = 0, cast(AsyncGenerator[str, None], client.tail_job_logs(job))
     try:
         while True:

@@ -1,4 +1,4 @@
-"""Before a submitted run begins: is this cluster's dpo-ray the one that checked the recipe?
+"""A check before a submitted run starts: this cluster must have the dpo-ray version that checked the recipe.
 
 python -m dpo_ray.deploy.ray_jobs.same_versions dpo-ray==0.1.0
 """
@@ -12,15 +12,15 @@ from dpo_ray.errors import InfrastructureError
 
 
 def check(submitted_by: str) -> None:
-    """Compare minor versions with `dpo-ray==VERSION`, what the recipe was submitted by.
+    """Compare the minor version with `dpo-ray==VERSION`, by which the recipe was submitted.
 
     Raises:
-        InfrastructureError: they differ, so recipes may mean something else here.
+        InfrastructureError: they differ, so a recipe may have another meaning here.
     """
     theirs = submitted_by.removeprefix("dpo-ray==")
     if theirs.split(".")[:2] != __version__.split(".")[:2]:
         raise InfrastructureError(
-            f"this cluster has dpo-ray {__version__}, and dpo-ray {theirs} submitted the run",
+            f"this cluster has dpo-ray {__version__}, but the run was submitted by dpo-ray {theirs}",
             where="versions",
             fix=f"submit with dpo-ray {__version__}, or use an image with dpo-ray {theirs}",
         )

@@ -1,7 +1,7 @@
-"""Send SIGTERM to the driver of one Ray job, and to nothing else; runs on the head, as a job of its own.
+"""A script that sends SIGTERM to the driver of one Ray job; it runs on the head, as a job of its own.
 
-It is sent there as a single file, so it needs nothing but the standard library. Ray's own stop would follow its SIGTERM by
-SIGKILL after three seconds, too soon for a checkpoint.
+It is uploaded as a single file, so it needs only the standard library. Ray's own stop would send SIGKILL three seconds
+after its SIGTERM, which is too soon for a checkpoint.
 
     python stop_driver.py SUBMISSION_ID         exit code 0: sent; 3: no such driver runs here
 """
@@ -15,18 +15,19 @@ import sys
 import time
 from pathlib import Path
 
-WAIT_SECONDS = 15  # for a driver that is just being started
+WAIT_SECONDS = 15  # for a driver that is still starting
 POLL_SECONDS = 0.5
 NOT_FOUND = 3
 
 
 def driver_of(job: str) -> int | None:
-    """Find the process of a job's driver: Ray tells it the job's name in its environment, and its command runs dpo_ray."""
+    """Find the process of a job's driver: its environment holds the job's name, set by Ray, and its command runs
+    dpo_ray."""
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             variables = (process / "environ").read_bytes().split(b"\0")
-        except OSError:  # gone, or somebody else's
+        except OSError:  # the process has ended, or belongs to another user
             continue
         if words[1:4] == [b"-m", b"dpo_ray", b"run"] and _job_of(variables) == job:
             return int(process.name)
@@ -42,11 +43,11 @@ def _job_of(variables: list[bytes]) -> str | None:
 
 
 def main(job: str) -> int:
-    """Wait for the driver to be there, signal it once, and return the exit code."""
+    """Wait until the driver exists, send it one signal, and return the exit code."""
     until = time.monotonic() + WAIT_SECONDS
     while (pid := driver_of(job)) is None:
         if time.monotonic() > until:
-            print(f"no driver of {job} runs here")
+            print(f"no driver of {job} is running here")
             return NOT_FOUND
         time.sleep(POLL_SECONDS)
     os.kill(pid, signal.SIGTERM)

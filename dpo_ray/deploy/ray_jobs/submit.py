@@ -1,4 +1,4 @@
-"""Submit a recipe to a running Ray cluster as a job: its driver runs on the head, and needs this machine no more."""
+"""Submission of a recipe to a running Ray cluster: its driver runs on the head, independently of this machine."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from .working_directory import RECIPE_FILE, fill
 
 ENTRYPOINT = (
     f"python -m dpo_ray.deploy.ray_jobs.same_versions dpo-ray=={shlex.quote(__version__)}"
-    f" && exec python -m dpo_ray run {RECIPE_FILE} ray.address=auto"  # exec: a signal to the job's process is one to the driver
+    f" && exec python -m dpo_ray run {RECIPE_FILE} ray.address=auto"  # exec: a signal to the process of the job reaches the driver
 )
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What was sent, and the id to ask for it by."""
+    """The id of a submitted job, and the files that were uploaded."""
 
     id: str
     files: list[str]
 
 
 def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, Any], code: Path | None) -> Submitted:
-    """Send a recipe, and have the head run it. `environment` is Ray's runtime environment, without a working directory.
+    """Submit a recipe, which the head then runs. `environment` is Ray's runtime environment, without a working
+    directory.
 
-    A run that has failed or was stopped goes on: its artifacts are where they were, and only the attempt's number is new.
+    A run that failed or was stopped goes on: its artifacts are in the same place, and only the attempt's number is new.
 
     Raises:
-        ConfigError: the recipe names what only this machine sees, or too much would be sent.
-        LeaseError: the same run still goes on there.
+        ConfigError: the recipe names a path that only this machine sees, or the upload would be too large.
+        LeaseError: the same run is still active on the cluster.
         InfrastructureError: the cluster does not answer, or refuses the job.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-ray-submit-") as directory:
@@ -52,7 +53,7 @@ def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, A
         attempt = next_attempt(recipe.name, jobs)
         try:
             with answers(client.get_address()):
-                made = client.submit_job(
+                job_id = client.submit_job(
                     entrypoint=ENTRYPOINT,
                     submission_id=f"{recipe.name}-{attempt}",
                     runtime_env={**environment, "working_dir": directory},
@@ -67,23 +68,23 @@ def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, A
         except InfrastructureError as error:
             if ALREADY not in error.what:
                 raise
-            what = f"somebody else has just submitted {recipe.name}-{attempt}"
+            what = f"another user has just submitted {recipe.name}-{attempt}"
             fix = "`dpo-ray list` shows it; if it is another run of this name, submit again"
             raise LeaseError(what, where=f"{recipe.name} at {client.get_address()}", fix=fix) from error
-    return Submitted(made, files)
+    return Submitted(job_id, files)
 
 
 def next_attempt(name: str, jobs: list[Job]) -> int:
-    """Count one on from the highest attempt that the cluster knows of, whatever became of it."""
-    made = [re.fullmatch(rf"{re.escape(name)}-(\d+)", job.id) for job in jobs]
-    return 1 + max((int(match[1]) for match in made if match), default=0)
+    """Return the number after the highest attempt that the cluster knows, whatever its state is."""
+    matches = [re.fullmatch(rf"{re.escape(name)}-(\d+)", job.id) for job in jobs]
+    return 1 + max((int(match[1]) for match in matches if match), default=0)
 
 
 def _check_not_going_on(recipe: Recipe, jobs: list[Job], place: str) -> None:
     for job in jobs:
         if not job.is_over and (job.recipe, job.output) == (recipe.name, recipe.output):
             raise LeaseError(
-                f"this run goes on already: it is the job {job.id}, which {job.words}",
+                f"this run is already active: it is the job {job.id}, which {job.words}",
                 where=f"{recipe.name} at {place}",
-                fix=f"dpo-ray logs {job.id} -f follows it, dpo-ray stop {job.id} ends it; another `name` is another run",
+                fix=f"dpo-ray logs {job.id} -f follows it, dpo-ray stop {job.id} stops it; for another run, choose another `name`",
             )

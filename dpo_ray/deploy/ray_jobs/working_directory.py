@@ -1,4 +1,5 @@
-"""The directory that is sent to the cluster with a job: the recipe, its chat template, and a user's own code; never data."""
+"""The directory that is uploaded to the cluster with a job: the recipe, its chat template and a user's code, never
+data."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ray._private.thirdparty.pathspec.pathspec import PathSpec  # Ray's own uploads read ignore files by it
+from ray._private.thirdparty.pathspec.pathspec import PathSpec  # Ray's own uploads use it for ignore files
 
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.recipe import Recipe
@@ -20,23 +21,23 @@ from dpo_ray.errors import ConfigError
 
 RECIPE_FILE = "recipe.yaml"
 TEMPLATE_FILE = "chat_template.jinja"
-MAX_BYTES = 20 << 20  # the head keeps it in memory, and sends it to every node
+MAX_BYTES = 20 << 20  # the head keeps the upload in memory and sends it to every node
 NAMED_IN_REFUSALS = 3
 IGNORE_FILES = (".gitignore", ".rayignore")
 NEVER_SENT = (
     *(".git", ".venv", "venv", "__pycache__", ".ray", ".env*", ".netrc", ".aws", ".ssh", ".kube", ".docker", ".pypirc"),
     *(".git-credentials", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*"),
 )
-"""Names of what is no code, or is a secret."""
+"""Names of files that are not code, or that hold secrets."""
 
 HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Write the recipe, overrides and all, as the cluster's driver will read it.
+    """Return the text of the recipe with all overrides, as the driver on the cluster will read it.
 
     Raises:
-        ConfigError: it names a place that only this machine sees.
+        ConfigError: it names a path that only this machine sees.
     """
     values: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True, exclude={"cluster": {"kubernetes"}})
     values.setdefault("output", recipe.output)
@@ -52,13 +53,14 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def fill(target: Path, recipe: Recipe, code: Path | None) -> list[str]:
-    """Put into `target` what is to be sent, and return the names of its files.
+    """Copy everything that is to be uploaded into `target`, and return the names of its files.
 
-    `code` is a directory of the user's own, such as one with a judge's function; what its .gitignore and .rayignore files
-    name is left out. A recipe.yaml in it gives way to the recipe.
+    `code` is a directory of the user, such as one with a judge's function; files that its .gitignore and .rayignore
+    files name are left out. The recipe replaces a recipe.yaml in it.
 
     Raises:
-        ConfigError: no such directory or template, it is too large, or the recipe names a place that only this machine sees.
+        ConfigError: a directory or template is missing, it is too large, or the recipe names a path that only this
+            machine sees.
     """
     text, template = recipe_text(recipe), _template(recipe)
     if code is not None:
@@ -72,27 +74,28 @@ def fill(target: Path, recipe: Recipe, code: Path | None) -> list[str]:
 
 
 def code_files(directory: Path) -> list[str]:
-    """List the files of a user's directory that are sent, relative to it.
+    """List the files of a user's directory that are uploaded, relative to it.
 
     Raises:
-        ConfigError: no such directory, or more than MAX_BYTES.
+        ConfigError: there is no such directory, or its files are larger than MAX_BYTES.
     """
     where = f"--working-dir {directory}"
     if not directory.is_dir():
-        raise ConfigError("there is no such directory", where=where, fix="name the one that holds your own code")
+        raise ConfigError("there is no such directory", where=where, fix="use the directory that holds your own code")
     sizes = {file: (directory / file).stat().st_size for file in _walk(directory, "", [])}
     total = sum(sizes.values())
     if total > MAX_BYTES:
         largest = sorted(_by_entry(sizes).items(), key=lambda item: -item[1])[:NAMED_IN_REFUSALS]
         named = ", ".join(f"{entry} ({_mib(size)})" for entry, size in largest)
-        what = f"{_mib(total)} to send, and {_mib(MAX_BYTES)} is the limit; the largest: {named}"
-        fix = "name them in its .rayignore; models and data belong where all nodes see them"
+        what = f"{_mib(total)} to upload, but the limit is {_mib(MAX_BYTES)}; the largest: {named}"
+        fix = "add them to its .rayignore; models and data belong on storage that all nodes can access"
         raise ConfigError(what, where=where, fix=fix)
     return sorted(sizes)
 
 
 def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[str]:
-    """Yield files below `at`, without what an ignore file there or above it names; links to directories are not followed."""
+    """Yield the files below `at`, without those that an ignore file there or above names; links to directories are
+    skipped."""
     here = root / at
     for name in IGNORE_FILES:
         if (here / name).is_file():
@@ -107,7 +110,9 @@ def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[st
             continue
         if is_directory and not entry.is_symlink():
             yield from _walk(root, path, rules)
-        elif entry.is_file() and entry.resolve().is_relative_to(root.resolve()):  # no link to what is elsewhere
+        elif entry.is_file() and entry.resolve().is_relative_to(
+            root.resolve()
+        ):  # a link must not lead out of the directory
             yield path
 
 
@@ -117,7 +122,7 @@ def _ignored(path: str, is_directory: bool, rules: list[tuple[str, PathSpec]]) -
 
 
 def _by_entry(sizes: dict[str, int]) -> dict[str, int]:
-    """Add up sizes by file at the top, and by directory below."""
+    """Compute the total size of each file and of each directory at the top level."""
     entries: dict[str, int] = {}
     for file, size in sizes.items():
         head, *below = file.split("/")
@@ -136,8 +141,8 @@ def _check_seen_by_all(path: str, field: str, may_be_hub_name: bool) -> None:
     if may_be_hub_name and HUB_NAME.match(path) and not Path(path).exists():
         return
     example = f"{field}=/shared/{posixpath.basename(path.rstrip('/')) or 'runs'}"
-    fix = f"an absolute path that every node of the cluster sees, or a URI: {example}, or s3://bucket/..."
-    raise ConfigError("a relative path means something else on the cluster", where=f"{field}={path}", fix=fix)
+    fix = f"use an absolute path that every node of the cluster sees, or a URI: {example}, or s3://bucket/..."
+    raise ConfigError("a relative path has another meaning on the cluster", where=f"{field}={path}", fix=fix)
 
 
 def _template(recipe: Recipe) -> Path | None:

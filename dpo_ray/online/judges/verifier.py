@@ -22,7 +22,7 @@ NUMBER = re.compile(
 
 
 class Verifier:
-    """A judge that scores 1 if a completion passes its check, else 0. Only the results of slow checks (tests) are stored."""
+    """A judge that scores 1 if a completion passes its check, else 0. Only the slow checks, tests, are stored."""
 
     def __init__(self, config: VerifierJudge, memory: Memory) -> None:
         """Compile `extract`. Raises ConfigError if it is not a pattern with one group."""

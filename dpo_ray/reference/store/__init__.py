@@ -1,1 +1,1 @@
-"""The reference store: log-probs by the content of what was scored, in append-only segments."""
+"""The reference store: log-probs keyed by the content that was scored, in append-only segments."""

@@ -1,4 +1,4 @@
-"""Look over a reference store: what is in it, and whether all of it is sound."""
+"""Inspection of a reference store: its contents, and whether they are valid."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from .store import (
     vanished,
 )
 
-READERS = 4  # whole segments in memory at once
-COMPARED_AT_ONCE = 16_384  # entries of keys that stand in several places
+READERS = 4  # limit of whole segments in memory at once
+COMPARED_AT_ONCE = 16_384  # entries, of keys that occur in several places, that are compared at once
 AGREEMENT = {"float32": 1e-4}
 ROUGH_AGREEMENT = 0.5
-"""Nats that two computations of one token's log-prob may differ by: in float32, and where numbers have 16 bits or fewer."""
+"""Limits (nats) of the difference between two computations of one log-prob: in float32, and with 16 bits or fewer."""
 _PARTITION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class PartitionStats:
-    """What the store has of one model and one way of computing, from the footers of its files."""
+    """Contents of the store for one model and its numerics, from the footers of the files."""
 
     partition: str
     model_digest: str  # "" where about.json is missing or damaged
-    numerics: dict[str, Any]  # likewise {}
+    numerics: dict[str, Any]  # {} likewise
     segments: int
-    sequences: int  # one that stands in two segments counts twice
+    sequences: int  # a sequence that occurs in two segments counts twice
     tokens: int
     bytes: int
-    damaged_segments: int  # whose footer cannot be read; `verify` reads all
+    damaged_segments: int  # segments whose footer cannot be read; `verify` reads the files in full
     used_unix_seconds: float | None
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in the store that is not as it must be."""
+    """A fault in the store."""
 
     where: str
     what: str
@@ -62,25 +62,25 @@ class Fault:
 
 @dataclass(frozen=True)
 class Contradictions:
-    """Entries of keys that stand in several places with different log-probs: one of the two is wrong, and none can say which."""
+    """Entries of keys that occur twice with different log-probs: one of the two is wrong, and it is unknown which."""
 
     keys: np.ndarray  # KEY [m]
-    segment: np.ndarray  # int64 [m], a position among the names that were compared
-    against: np.ndarray  # int64 [m], that of the entry it differs from
+    segment: np.ndarray  # int64 [m], the segment's position among the names that were compared
+    against: np.ndarray  # int64 [m], the position of the segment with the entry from which it differs
 
 
 def partitions(root: Storage) -> list[str]:
-    """Name the partitions of a store; other directories are passed over."""
+    """List the names of a store's partitions; other directories are ignored."""
     return [name for name in root.list_dirs() if _PARTITION.fullmatch(name)]
 
 
 def stats(root: Storage) -> list[PartitionStats]:
-    """Say what each partition holds, without reading any log-prob."""
+    """Return what each partition contains, without reading any log-prob."""
     return [_stats(root.child(name), name) for name in partitions(root)]
 
 
 def verify(root: Storage) -> Iterator[Fault]:
-    """Read everything, and yield what is wrong: damage, values that are no log-probs, entries that contradict each other."""
+    """Read everything and yield all faults: damage, values that cannot be log-probs, contradicting entries."""
     for name in partitions(root):
         partition = root.child(name)
         try:
@@ -91,15 +91,15 @@ def verify(root: Storage) -> Iterator[Fault]:
             yield Fault(error.where, error.what)
         keys, damaged = check_segments(partition)
         yield from (Fault(error.where, error.what) for error in damaged.values())
-        names, found = list(keys), contradictions(partition, keys)
-        pairs = Counter(zip(found.segment.tolist(), found.against.tolist(), strict=True))
+        names, conflicts = list(keys), contradictions(partition, keys)
+        pairs = Counter(zip(conflicts.segment.tolist(), conflicts.against.tolist(), strict=True))
         for (segment, against), count in sorted(pairs.items()):
             what = f"{count:,} of its sequences have other log-probs than in {names[against]}"
             yield Fault(partition.full_path(names[segment]), what)
 
 
 def read_about(partition: Storage) -> dict[str, Any]:
-    """Read which model and numerics a partition is of; {} where nothing says so.
+    """Read the model and numerics of a partition; {} if its description is missing.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -107,27 +107,27 @@ def read_about(partition: Storage) -> dict[str, Any]:
     try:
         about = json.loads(partition.read_bytes(ABOUT))
         if not (isinstance(about["model_digest"], str) and isinstance(about["numerics"], dict)):
-            raise ValueError("its fields are of other types")
+            raise ValueError("its fields have the wrong types")
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"the description of a part of the reference store is damaged: {error}",
+            f"the description of a partition of the reference store is damaged: {error}",
             where=partition.full_path(ABOUT),
-            fix="delete that file; the next run that scores writes it again",
+            fix="delete that file; the next run that scores will write it again",
         ) from error
     return about
 
 
 def last_used_unix_seconds(partition: Storage) -> float | None:
-    """Say when a partition was last used, to within an hour; None where nothing tells."""
+    """Return when a partition was last used, to within an hour; None if that is unknown."""
     stamps = [stamp_nanoseconds(name) or 0 for name in list_partition(partition)[0]]
     known = [marked_unix_seconds(partition) or 0.0, max(stamps, default=0) / 1e9]
     return max(known) or None
 
 
 def check_segments(partition: Storage) -> tuple[dict[str, np.ndarray], dict[str, ArtifactError]]:
-    """Read and check all segments; returns the sound ones' keys (KEY [n]) and what is wrong with the others, by name."""
+    """Read and check all segments; return, by name, the valid ones' keys (KEY [n]) and the others' errors."""
 
     def keys_or_error(name: str) -> np.ndarray | ArtifactError | None:
         try:
@@ -145,7 +145,11 @@ def check_segments(partition: Storage) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def contradictions(partition: Storage, keys: Mapping[str, np.ndarray]) -> Contradictions:
-    """Compare the log-probs of keys that stand in several places, by segment name and keys, with those of the first place."""
+    """Compare the log-probs of keys that occur in several places with those in the first place.
+
+    Args:
+        keys: the keys of each segment, by its name.
+    """
     names, columns = list(keys), list(keys.values())
     tolerance = _tolerance(partition)
     index = StoreIndex.of(names, columns)
@@ -168,7 +172,7 @@ def contradictions(partition: Storage, keys: Mapping[str, np.ndarray]) -> Contra
 
 
 def differing(some: pa.ListArray, others: pa.ListArray, tolerance: float) -> np.ndarray:
-    """Say of each pair of lists whether they differ in length, or in a value by more than the tolerance: bool [n]."""
+    """Return for each pair of lists whether they differ in length, or in a value by more than `tolerance`: bool [n]."""
     lengths = np.diff(some.offsets.to_numpy())
     differ = lengths != np.diff(others.offsets.to_numpy())
     alike = np.flatnonzero(~differ)

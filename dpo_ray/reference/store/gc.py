@@ -1,4 +1,7 @@
-"""Clear a reference store: damaged segments and leftovers go, small segments become one, unused parts go when asked."""
+"""Clean-up of a reference store.
+
+Damaged segments and leftovers are deleted, small segments are merged, and unused partitions are deleted on request.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,16 @@ from .segment import key_column, new_name, stamp_nanoseconds, to_bytes
 from .store import ABOUT, MARK_SECONDS, USED, StoreIndex, list_partition, read_places, vanished
 
 IN_USE_SECONDS = 3600 + MARK_SECONDS
-"""With a mark younger than this a partition may have been used in the last hour: a mark is up to MARK_SECONDS behind."""
+"""A partition whose mark is younger may have been used in the last hour: a mark can be MARK_SECONDS out of date."""
 MERGED_BYTES = 64 << 20
 """Segments are merged up to this size: few enough to list and open, small enough to hold in memory."""
 SMALL_BYTES = MERGED_BYTES // 2
-DEAD_SECONDS = 3600  # a file that has been unfinished for so long has no writer any more
+DEAD_SECONDS = 3600  # the writer of a file that has been unfinished for so long has died
 
 
 @dataclass(frozen=True)
 class Cleared:
-    """What was done, or would be done, with some files of a partition."""
+    """An action that was done, or would be done, on some files of a partition."""
 
     partition: str
     action: Literal["left alone", "deleted", "merged"]
@@ -41,31 +44,32 @@ class Cleared:
 
 @dataclass(frozen=True)
 class _Merge:
-    """Segments that become one."""
+    """Segments that are merged into one."""
 
-    segments: Sequence[int]  # positions among the sound segments
-    entries: np.ndarray  # int64 [n], positions in the index of what is kept, in the order of segments and rows
-    left_out: int  # sequences whose log-probs contradict each other
+    segments: Sequence[int]  # positions among the valid segments
+    entries: np.ndarray  # int64 [n], positions in the index of the entries to keep, in the order of segments and rows
+    left_out: int  # number of sequences left out because their log-probs contradict each other
 
 
 def clear(
     root: Storage, *, unused_days: float | None = None, force: bool = False, dry_run: bool = False
 ) -> list[Cleared]:
-    """Clear all partitions of a store, and say what was done.
+    """Clean up all partitions of a store, and return what was done.
 
-    Data that counts is never lost on the way: what replaces segments is committed before they are deleted. A
-    partition that was used in the last hour is left alone.
+    Valid data is never lost, even on interruption: a replacement is committed before the segments that it replaces are
+    deleted. A partition that was used in the last hour is left alone.
 
     Args:
-        unused_days: delete partitions that no run has used for so long.
-        force: also clear partitions that are in use. A run that reads there looks for what has moved once more.
-        dry_run: change nothing, and say what would be done.
+        unused_days: delete partitions that no run has used for so many days.
+        force: also clean up partitions that are in use. A run that reads there lists the segments again if some are
+            gone.
+        dry_run: change nothing, and return what would be done.
 
     Raises:
-        LeaseError: another process is clearing this store.
+        LeaseError: another process is cleaning up this store.
     """
     names = partitions(root)
-    # A second process that clears could delete what the first has just merged its own entries into.
+    # A second such process could delete the segment into which the first has just merged the second one's entries.
     with contextlib.nullcontext() if dry_run or not names else Lease(root.child("gc")):
         return [cleared for name in names for cleared in _clear(root.child(name), name, unused_days, force, dry_run)]
 
@@ -73,14 +77,14 @@ def clear(
 def _clear(partition: Storage, name: str, unused_days: float | None, force: bool, dry_run: bool) -> Iterator[Cleared]:
     idle_seconds = time.time() - (last_used_unix_seconds(partition) or 0.0)
     if idle_seconds < IN_USE_SECONDS and not force:
-        yield Cleared(name, "left alone", 0, 0, "used in the last hour: a run may be writing")
+        yield Cleared(name, "left alone", 0, 0, "used in the last hour: a run may be writing to it")
         return
     if unused_days is not None and idle_seconds > unused_days * 86400:
         yield _drop(partition, name, f"not used for {idle_seconds / 86400:,.0f} days", dry_run)
         return
     keys, damaged = check_segments(partition)
     if not keys:
-        yield _drop(partition, name, "it holds no sound segment", dry_run)
+        yield _drop(partition, name, "it contains no valid segment", dry_run)
         return
     yield from _deleted(partition, name, list(damaged), "damaged", dry_run)
     yield from _deleted(partition, name, _damaged_about(partition), "damaged", dry_run)
@@ -93,7 +97,7 @@ def _merge(partition: Storage, name: str, keys: dict[str, np.ndarray], dry_run: 
     sizes = [bytes_of.get(segment, 0) for segment in names]
     index = StoreIndex.of(names, list(keys.values()))
     needless, merges = _plan(partition, index, keys, sizes)
-    yield from _deleted(partition, name, [names[s] for s in needless], "all of it stands in others", dry_run)
+    yield from _deleted(partition, name, [names[s] for s in needless], "all entries are in other segments", dry_run)
     for merge in merges:
         if not dry_run:
             _write_merged(partition, index, merge)
@@ -101,7 +105,7 @@ def _merge(partition: Storage, name: str, keys: dict[str, np.ndarray], dry_run: 
         if not dry_run:
             for segment in merged:
                 partition.delete(segment)
-        action, why = ("merged", "into one") if len(merge.entries) else ("deleted", "all of it was scored twice")
+        action, why = ("merged", "into one") if len(merge.entries) else ("deleted", "all entries were scored twice")
         if merge.left_out:
             why += f", without {merge.left_out:,} sequences whose log-probs contradict each other"
         yield Cleared(name, action, len(merged), sum(sizes[s] for s in merge.segments), why)
@@ -110,15 +114,19 @@ def _merge(partition: Storage, name: str, keys: dict[str, np.ndarray], dry_run: 
 def _plan(
     partition: Storage, index: StoreIndex, keys: dict[str, np.ndarray], sizes: Sequence[int]
 ) -> tuple[list[int], list[_Merge]]:
-    """Say which segments nobody would miss, and which become one; all by their position."""
-    found = contradictions(partition, keys)
+    """Choose which segments to delete, because others contain all of their entries, and which to merge.
+
+    Returns:
+        The positions of the segments to delete, and the merges.
+    """
+    conflicts = contradictions(partition, keys)
     kept = np.ones(len(index), bool)
-    kept[index.positions(found.keys)] = False
-    tainted = {*found.segment.tolist(), *found.against.tolist()}  # rewritten, whatever their size
+    kept[index.positions(conflicts.keys)] = False
+    tainted = {*conflicts.segment.tolist(), *conflicts.against.tolist()}  # rewritten, whatever their size
     needed = np.bincount(index.segment[kept], minlength=len(sizes))
     needless = [s for s in range(len(sizes)) if not needed[s] and s not in tainted]
     small = [s for s in range(len(sizes)) if s in tainted or (needed[s] and sizes[s] < SMALL_BYTES)]
-    order = np.lexsort((index.row, index.segment))  # as they were scored, so that a reader finds neighbours together
+    order = np.lexsort((index.row, index.segment))  # the order of scoring, so that related entries stay close together
     order = order[kept[order]]
     merges = []
     for batch in _batches(small, sizes):
@@ -130,7 +138,7 @@ def _plan(
 
 
 def _batches(segments: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Cut a list of segments to batches of up to MERGED_BYTES, in their order."""
+    """Cut a list of segments into batches of up to MERGED_BYTES, in their order."""
     batch, total = [], 0
     for segment in segments:
         if batch and total + sizes[segment] > MERGED_BYTES:
@@ -150,13 +158,14 @@ def _write_merged(partition: Storage, index: StoreIndex, merge: _Merge) -> None:
         values = read_places(partition, index.segments, index.segment[at], index.row[at])
     except FileNotFoundError as error:
         raise vanished(partition) from error
-    # It takes the age of its oldest part: of the same key in an older segment that is not merged, that one still counts.
+    # The merged segment gets the age of its oldest part. So if the same key is in an older segment that is not merged,
+    # that entry still counts.
     stamp = min(stamp_nanoseconds(index.segments[s]) or 0 for s in merge.segments)
     partition.write(new_name(stamp), to_bytes(key_column(index.keys_at(at)), values), rows=len(at))
 
 
 def _drop(partition: Storage, name: str, why: str, dry_run: bool) -> Cleared:
-    """Delete a partition; what in it is not the store's stays."""
+    """Delete a partition; files in it that are not the store's are kept."""
     bytes_of, (segments, foreign) = partition.file_sizes(), list_partition(partition)
     if not dry_run and foreign:
         for file in (*segments, ABOUT, USED):
@@ -184,15 +193,15 @@ def _damaged_about(partition: Storage) -> list[str]:
 
 
 def _delete_unfinished(partition: Storage, name: str, dry_run: bool) -> Iterator[Cleared]:
-    """Delete what writers left that died in the middle; on an object store nothing of theirs is seen."""
-    left: dict[Path, int] = {}
+    """Delete the unfinished files of writers that died; on an object store unfinished uploads are invisible."""
+    leftovers: dict[Path, int] = {}
     for path in partition.local_path().glob(f"{TEMPORARY_PREFIX}*") if partition.is_local else ():
-        with contextlib.suppress(FileNotFoundError):  # finished in this moment
+        with contextlib.suppress(FileNotFoundError):  # its writer has just finished it
             status = path.stat()
             if time.time() - status.st_mtime > DEAD_SECONDS:
-                left[path] = status.st_size
+                leftovers[path] = status.st_size
     if not dry_run:
-        for path in left:
+        for path in leftovers:
             path.unlink(missing_ok=True)
-    if left:
-        yield Cleared(name, "deleted", len(left), sum(left.values()), "left by writers that died")
+    if leftovers:
+        yield Cleared(name, "deleted", len(leftovers), sum(leftovers.values()), "left by writers that died")

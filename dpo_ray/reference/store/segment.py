@@ -1,4 +1,4 @@
-"""A segment of the reference store: a Parquet file of keys and token log-probs that is read whole or refused."""
+"""A segment of the reference store: a Parquet file of keys and token log-probs. Readers get valid data or an error."""
 
 from __future__ import annotations
 
@@ -21,61 +21,61 @@ from .index import KEY
 T = TypeVar("T")
 TOKEN_LOGPS = pa.list_(pa.float32())
 SEGMENT = pa.schema([("key", pa.binary(KEY.itemsize)), ("token_logps", TOKEN_LOGPS)])
-ROWS_PER_ROW_GROUP = 8192  # what a reader that wants a single row has to read
-MAX_LOGP = 1e-4  # nats; a certain token's log-prob may round to a little above 0
+ROWS_PER_ROW_GROUP = 8192  # rows that a reader must read to get a single row
+MAX_LOGP = 1e-4  # nats; the log-prob of a token with probability 1 may round to slightly above 0
 _NAME = re.compile(r"segment-([0-9a-f]{16})-[0-9a-f]{16}\.parquet")
 
 
 def new_name(stamp_nanoseconds: int | None = None) -> str:
-    """Name a segment: by the time, so that the listing has the oldest first, and by chance, so that writers never meet."""
+    """Build a segment's name: the time lists the oldest first, and random digits keep writers from colliding."""
     stamp = time.time_ns() if stamp_nanoseconds is None else stamp_nanoseconds
     return f"segment-{stamp:016x}-{uuid.uuid4().hex[:16]}.parquet"
 
 
 def stamp_nanoseconds(name: str) -> int | None:
-    """Return the Unix time at which a segment was made, None where the name is no segment's."""
+    """Return the Unix time at which a segment was created, None if the name is not that of a segment."""
     match = _NAME.fullmatch(name)
     return int(match[1], 16) if match else None
 
 
 def are_logps(values: np.ndarray) -> bool:
-    """Say whether all values can be log-probs: finite and not above 0."""
+    """Return whether all values can be log-probs: finite and not above 0 (except for rounding)."""
     return bool(np.isfinite(values).all() and (values <= MAX_LOGP).all())
 
 
 def to_bytes(keys: pa.FixedSizeBinaryArray, token_logps: pa.ListArray) -> bytes:
-    """Write a segment: keys [n] and float32 lists [n]. Its pages have checksums."""
+    """Convert keys [n] and float32 lists [n] to the bytes of a segment, with page checksums."""
     sink = io.BytesIO()
     pq.write_table(
         pa.table([keys, token_logps], schema=SEGMENT),
         sink,
         row_group_size=ROWS_PER_ROW_GROUP,
         compression="zstd",
-        use_dictionary=False,  # neither column has values that occur twice
+        use_dictionary=False,  # values rarely repeat in either column
         write_page_checksum=True,
     )
     return sink.getvalue()
 
 
 def read_keys(partition: Storage, name: str) -> np.ndarray:
-    """Read a segment's keys, and nothing else of it: KEY [n].
+    """Read only the keys of a segment: KEY [n].
 
     Raises:
-        ArtifactError: the file is damaged, or no segment.
-        FileNotFoundError: it is not there (any more).
+        ArtifactError: the file is damaged or is not a segment.
+        FileNotFoundError: the file does not exist (any more).
     """
     return _read(partition, name, lambda file: key_array(file.read(["key"])["key"]))
 
 
 def read_values(partition: Storage, name: str, rows: np.ndarray) -> pa.ListArray:
-    """Read the log-probs of some rows, reading only the row groups in which they lie.
+    """Read the log-probs of some rows; only the row groups that contain them are read.
 
     Args:
-        rows: int64 [m], rising; a row may be asked for twice.
+        rows: int64 [m], ascending; a row may occur twice.
 
     Raises:
-        ArtifactError: the file is damaged, or no segment.
-        FileNotFoundError: it is not there (any more).
+        ArtifactError: the file is damaged or is not a segment.
+        FileNotFoundError: the file does not exist (any more).
     """
     return _read(partition, name, lambda file: _values(file, rows))
 
@@ -83,11 +83,11 @@ def read_values(partition: Storage, name: str, rows: np.ndarray) -> pa.ListArray
 def read_whole(partition: Storage, name: str) -> tuple[np.ndarray, pa.ListArray]:
     """Read and check all of a segment: KEY [n] and float32 lists [n].
 
-    The bytes are fetched first and decoded then, so a network that fails is never taken for damage.
+    All bytes are fetched before they are decoded, so a network failure is never mistaken for damage.
 
     Raises:
-        ArtifactError: the file is damaged, no segment, or holds what is no log-prob.
-        FileNotFoundError: it is not there (any more).
+        ArtifactError: the file is damaged, is not a segment, or contains values that cannot be log-probs.
+        FileNotFoundError: the file does not exist (any more).
     """
     data = partition.read_bytes(name)
 
@@ -95,14 +95,14 @@ def read_whole(partition: Storage, name: str) -> tuple[np.ndarray, pa.ListArray]
         table = file.read()
         values = _list_array(table["token_logps"])
         if not are_logps(values.values.to_numpy()):
-            raise ValueError("it holds values that are no log-probs")
+            raise ValueError("it contains values that cannot be log-probs")
         return key_array(table["key"]), values
 
     return _decoded(partition, name, io.BytesIO(data), decode)
 
 
 def read_size(partition: Storage, name: str) -> tuple[int, int]:
-    """Return a segment's sequences and tokens, from its footer alone; raises what `read_keys` raises."""
+    """Return a segment's numbers of sequences and tokens, from its footer only; raises what `read_keys` raises."""
 
     def size(file: pq.ParquetFile) -> tuple[int, int]:
         footer = file.metadata
@@ -112,7 +112,7 @@ def read_size(partition: Storage, name: str) -> tuple[int, int]:
 
 
 def key_array(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
-    """Give a column of keys as an array of KEY."""
+    """Convert a column of keys to an array of KEY."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     if any(chunk.null_count for chunk in chunks):
         raise ValueError("a key is missing")
@@ -125,7 +125,7 @@ def key_array(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
 
 
 def key_column(keys: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """Give an array of KEY as a column."""
+    """Convert an array of KEY to a column."""
     return pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(KEY.itemsize), len(keys), [None, pa.py_buffer(keys.tobytes())]
     )
@@ -135,7 +135,7 @@ def _values(file: pq.ParquetFile, rows: np.ndarray) -> pa.ListArray:
     footer = file.metadata
     ends = np.cumsum([footer.row_group(g).num_rows for g in range(footer.num_row_groups)])
     if len(rows) and (not len(ends) or rows[-1] >= ends[-1]):
-        raise ValueError("it has fewer rows than it had")
+        raise ValueError("it has fewer rows than before")
     group_of_row = np.searchsorted(ends, rows, side="right")
     groups = np.unique(group_of_row)
     sizes = np.diff(ends, prepend=0)[groups]
@@ -165,23 +165,23 @@ def _decoded(partition: Storage, name: str, stream: BinaryIO, decode: Callable[[
         return decode(file)
     except (FileNotFoundError, DpoRayError):
         raise
-    except Exception as error:  # Arrow's own kinds, and whatever an object store's client raises while it is read
+    except Exception as error:  # Arrow's own exceptions, and any that an object store's client raises during reading
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         if not _is_damage(error):
             raise InfrastructureError(
                 f"a segment of the reference store cannot be read: {first_line}",
                 where=partition.full_path(name),
-                fix="mend the cause and run again; what is in the store is kept",
+                fix="fix the cause and run again; the store's contents are kept",
             ) from error
         raise ArtifactError(
             f"a segment of the reference store is damaged: {first_line}",
             where=partition.full_path(name),
-            fix="delete that file and run again: what is missing is scored",
+            fix="delete that file and run again: its sequences will be scored again",
         ) from error
 
 
 def _is_damage(error: Exception) -> bool:
-    """Tell bytes that make no sense from a disk or network that fails: those have an error number, or are timeouts."""
+    """Return whether an error means damaged bytes, not a disk or network failure (an error number, or a timeout)."""
     if isinstance(error, OSError):
         return type(error) is OSError and error.errno is None
     return isinstance(error, pa.ArrowException | ValueError)

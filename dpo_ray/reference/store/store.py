@@ -1,4 +1,4 @@
-"""The reference store: token log-probs by content key, append-only, shared by all runs that use its place."""
+"""The reference store: token log-probs by content key, append-only, shared by all runs that use the same location."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ __all__ = ["KEY", "SEGMENT", "Numerics", "ReferenceStore", "StoreIndex"]
 logger = logging.getLogger(__name__)
 ABOUT = "about.json"
 USED = "used.json"
-MARK_SECONDS = 3600  # a mark of use is not written again before
-READ_THREADS = 8  # segments read at the same time: an object store answers slowly, and many at once
-LISTINGS = 3  # tries to read the segments of a listing, while others delete some of them
-GROUPS_AT_ONCE = 16_384  # groups whose token ids are copied at once to be hashed
+MARK_SECONDS = 3600  # the mark of use is written at most once in this time
+READ_THREADS = 8  # segments read concurrently: an object store has a high latency, but serves many requests at once
+LISTINGS = 3  # attempts to read all segments of a listing while others delete some of them
+GROUPS_AT_ONCE = 16_384  # groups whose token ids are copied at once for hashing
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """All that a log-prob depends on besides the weights and the tokens."""
+    """Everything that a log-prob depends on besides the weights and the tokens."""
 
     engine: str  # vllm | trainer
     version: str  # of the engine
     device: str  # cpu | cuda
     dtype: str
-    head_dtype: str  # of the matrix that makes logits; log-softmax is float32 always
-    tensor_parallel: int = 1  # sums are then split over GPUs, and round otherwise
+    head_dtype: str  # of the matrix that computes the logits; log-softmax is always float32
+    tensor_parallel: int = 1  # above 1, sums are split over GPUs and round differently
 
     def tag(self) -> dict[str, str | int]:
         return asdict(self)
@@ -58,10 +58,10 @@ class Numerics:
 
 @dataclass(frozen=True)
 class ReferenceStore:
-    """The part of the store that belongs to one model and one way of computing; picklable.
+    """The partition of the store for one model and its numerics; picklable.
 
-    A segment is a Parquet file that appears whole or not at all and is never changed, so writers do not meet and
-    readers need no lock. The same key may stand in several segments (two writers at once): the oldest counts.
+    A segment is a Parquet file that appears completely or not at all and is never changed, so writers do not conflict
+    and readers need no lock. The same key may be in several segments (two writers at once): the oldest one counts.
     """
 
     root: Storage
@@ -81,22 +81,22 @@ class ReferenceStore:
         return h.digest()
 
     def keys(self, table: pa.Table) -> np.ndarray:
-        """Compute the keys of all completions of a table, group after group.
+        """Compute the keys of all completions of a table, in the order of its groups.
 
         Args:
             table: columns `prompt_ids` (list of int32) and `completion_ids` (list of lists of int32), no nulls.
 
         Returns:
-            KEY [completions]; the same as `key` of each.
+            KEY [completions]; the same values as `key` returns for each completion.
         """
         root, digests = self._hash(), []
         for batch in table.select(["prompt_ids", "completion_ids"]).to_batches(max_chunksize=GROUPS_AT_ONCE):
             completion_ids = batch["completion_ids"]
             if completion_ids.null_count:
-                raise ValueError("a group with nulls has no keys")
+                raise ValueError("keys cannot be computed of a group with nulls")
             prompts, prompt_ends = _hashable(batch["prompt_ids"])
             completions, completion_ends = _hashable(completion_ids.flatten())
-            begin, c, at = 0, 0, 0  # of the next prompt's bytes; of the next completion; of its bytes
+            begin, c, at = 0, 0, 0  # start of the next prompt's bytes; next completion; start of its bytes
             for end, count in zip(prompt_ends, np.diff(completion_ids.offsets).tolist(), strict=True):
                 of_prompt = root.copy()
                 of_prompt.update(prompts[begin:end])
@@ -114,18 +114,18 @@ class ReferenceStore:
         return list_partition(self.partition)[0]
 
     def index(self, segments: Sequence[str] | None = None, known: StoreIndex | None = None) -> StoreIndex:
-        """Read the keys of all segments, and note that the store is in use.
+        """Read the keys of all segments, and record that the store is in use.
 
-        A segment that cannot be read is passed over with a warning: what only it holds is scored again.
+        A damaged segment is skipped with a warning: sequences that only it contains are scored again.
 
         Args:
-            segments: read only these. Default: all.
-            known: an index made before; only the segments that it lacks are read.
+            segments: read only these segments. Default: all.
+            known: an existing index; only the segments that it lacks are read.
         """
         for _ in range(LISTINGS):
             names, foreign = list_partition(self.partition)
             for name in foreign:
-                logger.warning("%s: no file of the reference store; passed over", self.partition.full_path(name))
+                logger.warning("%s: this is not a file of the reference store; ignored", self.partition.full_path(name))
             if names:
                 mark_used(self.partition)
             names = names if segments is None else segments
@@ -139,10 +139,10 @@ class ReferenceStore:
         raise vanished(self.partition)
 
     def fetch(self, index: StoreIndex, keys: Sequence[bytes] | np.ndarray) -> pa.ListArray:
-        """Read the log-probs of each key: float32 lists [n], in the order of `keys`; a key may be asked for twice.
+        """Read the log-probs of each key: float32 lists [n], in the order of `keys`; a key may occur twice.
 
-        Reads each segment that is needed once, and of it the row groups that are needed. A segment that has gone
-        since the index was made is looked for once more, by an index made anew.
+        Each needed segment is read once, and only its needed row groups. If a segment was deleted since the index was
+        built, the index is built again and the read is repeated once.
 
         Raises:
             ArtifactError: a key is not in the store, or its segment is damaged.
@@ -158,25 +158,25 @@ class ReferenceStore:
             raise vanished(self.partition) from error
 
     def append(self, keys: Sequence[bytes] | np.ndarray, token_logps: Sequence[np.ndarray] | pa.ListArray) -> str:
-        """Commit a segment, durably; returns its name.
+        """Commit a segment durably; return its name.
 
         Args:
             keys: [n], one for each completion.
-            token_logps: float32 [completion tokens] of each.
+            token_logps: float32 [completion tokens] of each completion.
 
         Raises:
-            ArtifactError: a value is not finite or is above 0: not a log-prob, and never to be stored.
-            ValueError: a key is not of 16 bytes, or there are not as many keys as completions.
+            ArtifactError: a value is not finite or is above 0: it is not a log-prob and must never be stored.
+            ValueError: a key does not have 16 bytes, or the numbers of keys and completions differ.
         """
         keys, values = as_keys(keys), as_lists(token_logps)
         if not are_logps(values.flatten().to_numpy()):
             raise ArtifactError(
-                "an engine returned values that are no log-probs",
+                "an engine returned values that cannot be log-probs",
                 where=self.partition.uri,
-                fix="run again; if it stays so, set reference.engine=trainer and report it",
+                fix="run again; if the error persists, set reference.engine=trainer and report it",
             )
         data = to_bytes(key_column(keys), values)
-        mark_used(self.partition)  # before there is anything that a sweep could take for unused
+        mark_used(self.partition)  # before anything is written that `dpo-ray store gc` could treat as unused
         if not self.partition.exists(ABOUT):
             about = {"model_digest": self.model_digest, "numerics": self.numerics.tag()}
             self.partition.write(ABOUT, json.dumps(about, indent=1).encode())
@@ -192,33 +192,33 @@ class ReferenceStore:
         positions = index.positions(keys)
         if (positions < 0).any():
             raise ArtifactError(
-                f"no log-probs for the key {keys[np.argmin(positions)].tobytes().hex()}",
+                f"the store has no log-probs for the key {keys[np.argmin(positions)].tobytes().hex()}",
                 where=self.partition.uri,
-                fix="run again: what is missing is scored",
+                fix="run again: missing log-probs will be computed",
             )
         return read_places(self.partition, index.segments, index.segment[positions], index.row[positions])
 
 
 def partition_name(model_digest: str, numerics: dict[str, str | int]) -> str:
-    """Name the directory of one model and one way of computing."""
+    """Build the name of the directory for one model and its numerics."""
     return f"{model_digest[:16]}-{digest(numerics)[:12]}"
 
 
 def list_partition(partition: Storage) -> tuple[list[str], list[str]]:
-    """List a partition's segments, oldest first, and the files that are none of the store's."""
+    """List a partition's segments, oldest first, and the files that do not belong to the store."""
     names = partition.list_files()
     segments = [name for name in names if stamp_nanoseconds(name) is not None]
     return segments, sorted(set(names) - {*segments, ABOUT, USED})
 
 
 def vanished(partition: Storage) -> ArtifactError:
-    """Say that segments were deleted in the meantime."""
-    fix = "let `dpo-ray store gc` end, then run again"
-    return ArtifactError("segments vanish while they are read", where=partition.uri, fix=fix)
+    """Build the error for segments that were deleted in the meantime."""
+    fix = "wait until `dpo-ray store gc` has ended, then run again"
+    return ArtifactError("segments were deleted while they were being read", where=partition.uri, fix=fix)
 
 
 def read_index(partition: Storage, names: Sequence[str]) -> StoreIndex:
-    """Read the keys of segments, many at once. Raises FileNotFoundError where one is not there (any more)."""
+    """Read the keys of segments, several concurrently. Raises FileNotFoundError if one does not exist (any more)."""
 
     def keys_or_error(name: str) -> np.ndarray | ArtifactError:
         try:
@@ -227,18 +227,20 @@ def read_index(partition: Storage, names: Sequence[str]) -> StoreIndex:
             return error
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        read = dict(zip(names, pool.map(keys_or_error, names), strict=True))
-    whole = {name: keys for name, keys in read.items() if isinstance(keys, np.ndarray)}
-    for error in read.values():
+        results = dict(zip(names, pool.map(keys_or_error, names), strict=True))
+    valid = {name: keys for name, keys in results.items() if isinstance(keys, np.ndarray)}
+    for error in results.values():
         if isinstance(error, ArtifactError):
             logger.warning("%s", error)
-    return StoreIndex.of(tuple(whole), tuple(whole.values()), damaged=[name for name in names if name not in whole])
+    return StoreIndex.of(tuple(valid), tuple(valid.values()), damaged=[name for name in names if name not in valid])
 
 
 def read_places(partition: Storage, segments: Sequence[str], segment: np.ndarray, row: np.ndarray) -> pa.ListArray:
-    """Read the lists at places, in their order: `segment` [n] are positions in `segments`, `row` [n] rows there.
+    """Read the lists at the given places, in their order; raises what `read_values` raises.
 
-    Raises what `read_values` raises.
+    Args:
+        segment: [n], positions in `segments`.
+        row: [n], the rows in these segments.
     """
     order = np.lexsort((row, segment))
     cuts = np.flatnonzero(np.diff(segment[order])) + 1
@@ -251,7 +253,7 @@ def read_places(partition: Storage, segments: Sequence[str], segment: np.ndarray
 
 
 def as_lists(token_logps: Sequence[np.ndarray] | pa.ListArray) -> pa.ListArray:
-    """Give log-probs as a column of float32 lists, without a Python object for each value."""
+    """Convert log-probs to a column of float32 lists, without creating a Python object for each value."""
     if isinstance(token_logps, pa.ListArray):
         return token_logps
     ends = np.cumsum([0, *(len(logps) for logps in token_logps)], dtype=np.int32)
@@ -260,16 +262,16 @@ def as_lists(token_logps: Sequence[np.ndarray] | pa.ListArray) -> pa.ListArray:
 
 
 def mark_used(partition: Storage) -> None:
-    """Note when the partition was last used, at most once an hour. A place that may only be read stays unmarked."""
+    """Record that the partition is in use, at most once an hour. A read-only location stays unmarked."""
     try:
         if time.time() - (marked_unix_seconds(partition) or 0.0) >= MARK_SECONDS:
             partition.write(USED, json.dumps({"unix_seconds": time.time()}).encode())
     except (ArtifactError, InfrastructureError) as error:
-        logger.warning("the use of the reference store could not be noted: %s", error)
+        logger.warning("the use of the reference store could not be recorded: %s", error)
 
 
 def marked_unix_seconds(partition: Storage) -> float | None:
-    """Return when use was noted last, None where it never was or cannot be read."""
+    """Return when use was last recorded, None if it never was or the mark cannot be read."""
     try:
         return float(json.loads(partition.read_bytes(USED))["unix_seconds"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -277,10 +279,14 @@ def marked_unix_seconds(partition: Storage) -> float | None:
 
 
 def _hashable(lists: pa.ListArray) -> tuple[memoryview, list[int]]:
-    """Lay lists of token ids end to end as they are hashed, each after its length, all int32; and where each ends, in bytes."""
+    """Concatenate lists of token ids in the form that is hashed: each list follows its length, all int32.
+
+    Returns:
+        The bytes, and for each list the position in bytes at which it ends.
+    """
     offsets, values = lists.offsets.to_numpy(), lists.flatten().to_numpy()
     lengths = np.diff(offsets)
     if lists.null_count or len(values) != offsets[-1] - offsets[0]:
-        raise ValueError("token ids with nulls have no keys")
-    laid = np.insert(values.astype(np.int32, copy=False), offsets[:-1] - offsets[0], lengths.astype(np.int32))
-    return laid.data.cast("B"), (laid.itemsize * np.cumsum(lengths + 1)).tolist()
+        raise ValueError("keys cannot be computed of token ids with nulls")
+    content = np.insert(values.astype(np.int32, copy=False), offsets[:-1] - offsets[0], lengths.astype(np.int32))
+    return content.data.cast("B"), (content.itemsize * np.cumsum(lengths + 1)).tolist()

@@ -1,1 +1,1 @@
-"""vLLM as a scorer and a sampler; the only folder that imports it."""
+"""vLLM as a scorer and a sampler; no other folder imports vLLM."""

@@ -1,4 +1,4 @@
-"""Start a vLLM engine for scoring: what it needs to know follows from the model, the device and the longest sequence."""
+"""Start of a vLLM engine for scoring: its options follow from the model, the device and the longest sequence."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from dpo_ray.errors import ConfigError, EngineError
 from dpo_ray.models.adapter import Adapter, read_adapter
 from dpo_ray.reference.scorer import ScorerSettings
 
-# Read by vLLM when it is imported. The engine's core runs in the actor's own process: its schedule is a function of the
-# requests alone, and it dies with the actor.
+# vLLM reads these when it is imported. The engine's core runs in the actor's own process: so its schedule depends only
+# on the requests, and it dies with the actor.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
-# Uncompiled and unbound, an engine starts on CPU in seconds, not a minute.
+# Without compilation and without binding threads to cores, an engine starts on CPU in seconds instead of a minute.
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
 
 MAX_SEQUENCES = 256  # in one step
-CPU_BLOCK_TOKENS = 32  # vLLM's CPU kernels take multiples of 32
+CPU_BLOCK_TOKENS = 32  # vLLM's CPU kernels require multiples of 32
 MIN_STEP_TOKENS = 256
-V2_LOGITS_ROWS = 1024  # the V2 runner computes prompt logits by chunks of so many rows
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be set up for
+V2_LOGITS_ROWS = 1024  # the V2 runner computes prompt logits in chunks of so many rows
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # maximum ranks that vLLM supports
 OUTSIDE_LAYERS = ("lm_head", "embed", "wte", "wpe")  # embed_tokens, embed_in, embed_out, ...
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What the sizes of an engine depend on, as vLLM itself sees the model."""
+    """The facts that determine an engine's sizes, as vLLM itself reports them for the model."""
 
     vocabulary: int
-    value_bytes: int  # of one logit, and of one number in the KV cache
+    value_bytes: int  # size of one logit, and of one number in the KV cache
     kv_values_per_token: int  # on one device
     v2_runner: bool
     tensor_parallel: int
@@ -42,18 +42,18 @@ class EngineFacts:
 
 
 def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> Any:
-    """Start a vLLM engine in this process, with the adapter loaded where there is one.
+    """Start a vLLM engine in this process, with the adapter loaded if there is one.
 
     vLLM always samples one token after a prompt, so its context is one token longer than the longest sequence; that
     token's log-prob is never used.
 
     Raises:
-        ConfigError: the adapter cannot be scored right.
-        EngineError: it does not start; the reason is vLLM's.
+        ConfigError: the adapter cannot be scored correctly.
+        EngineError: the engine does not start; the error contains vLLM's reason.
     """
     options = _options(settings, enable_sampling)
     os.environ.update(ENVIRONMENT | (CPU_ENVIRONMENT if settings.device == "cpu" else {}))
-    # What goes wrong is raised; vLLM's warnings are about what is set on purpose here, some for every request.
+    # Failures are raised as exceptions; vLLM's warnings concern options set here on purpose, some at every request.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
@@ -67,7 +67,7 @@ def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> 
 
 @contextmanager
 def start_errors(settings: ScorerSettings) -> Iterator[None]:
-    """Turn what vLLM raises while it starts into an EngineError."""
+    """Convert the exceptions that vLLM raises while it starts to an EngineError."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
@@ -75,15 +75,15 @@ def start_errors(settings: ScorerSettings) -> Iterator[None]:
         raise EngineError(
             f"vLLM does not start: {(text.strip() or repr(error)).splitlines()[0]}",
             where=settings.model_dir,
-            fix="see the engine's log above; `dpo-ray doctor` checks the installation, reference.engine=trainer does without vLLM",
+            fix="see the engine's log above; `dpo-ray doctor` checks the installation; reference.engine=trainer needs no vLLM",
         ) from error
 
 
 def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
-    """Name the settings' LoRA adapter to vLLM, as `generate` wants it; None where the model has none.
+    """Build vLLM's request object for the settings' LoRA adapter, as `generate` needs it; None if there is no adapter.
 
     Args:
-        number: of the adapter in the engine's life; vLLM's caches tell adapters by it and by the name.
+        number: counts the adapters of the engine; vLLM's caches identify adapters by it and by the name.
     """
     if settings.adapter_dir is None:
         return None
@@ -93,13 +93,14 @@ def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
 
 
 def can_load(started: ScorerSettings, now: ScorerSettings, wanted: ScorerSettings) -> bool:
-    """Say whether an engine can take what `wanted` names without a new start.
+    """Return whether an engine can load the model of `wanted` without a restart.
 
-    An engine that was started without an adapter has no room for one; one that was started with one keeps its base.
+    An engine that was started without an adapter has no room for one; one that was started with one keeps its base
+    model.
 
     Args:
-        started: what the engine was started with.
-        now: what it has loaded.
+        started: the settings with which the engine was started.
+        now: the settings that it has loaded.
     """
     if replace(started, model_dir="", adapter_dir=None) != replace(wanted, model_dir="", adapter_dir=None):
         return False
@@ -115,18 +116,18 @@ def _room(adapter_dir: str) -> dict[str, Any]:
 
 
 def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
-    """List the engine's settings, without its sizes."""
+    """Build the engine's options, without its sizes."""
     options: dict[str, Any] = {
         "model": settings.model_dir,
-        # The files that the trainer reads: by itself vLLM prefers Mistral's own format where a directory has both.
+        # The same files that the trainer reads: by default vLLM prefers Mistral's own format if a directory has both.
         "config_format": "hf",
         "load_format": "safetensors",
         "dtype": settings.dtype,
         "max_model_len": settings.max_length_tokens + 1,
         "tensor_parallel_size": settings.tensor_parallel,
-        # With "ray" each shard would be an actor in a placement group of single GPUs, and the engine's own actor without
-        # a GPU. One actor that owns all its GPUs, with a process of its own for each, is simpler, and the processes end
-        # with it: each waits on a pipe to its parent. The price is that an engine is confined to one node.
+        # With "ray", each shard would be an actor in a placement group of single GPUs, and the engine's own actor would
+        # have no GPU. One actor that owns all its GPUs, with one process for each, is simpler, and the processes end
+        # with it, as each waits on a pipe to its parent. The price is that an engine must fit on one node.
         "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
         "enable_prefix_caching": True,
         "enforce_eager": settings.device == "cpu" or not enable_sampling,
@@ -139,8 +140,8 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
     }
     if settings.device == "cpu":
         options["block_size"] = CPU_BLOCK_TOKENS
-        # Where a prompt is computed in two steps, vLLM takes back what it drew after the first from the request's own
-        # random generator, and torch's generators on CPUs cannot go back: the engine would die.
+        # If a prompt is computed in two steps, vLLM rewinds the request's own random generator after the first step,
+        # and torch's CPU generators cannot be rewound: the engine would die.
         options["enable_chunked_prefill"] = not enable_sampling
     else:
         options["gpu_memory_utilization"] = settings.gpu_memory_fraction
@@ -150,22 +151,24 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
 
 
 def lora_options(adapter: Adapter) -> dict[str, Any]:
-    """Set an engine up for one adapter.
+    """Build the options that prepare an engine for one adapter.
 
-    Only the modules that it adapts are made ready. By default the output head is as well, and that breaks prompt
-    log-probs even where the adapter leaves the head alone: vLLM takes the rows of a prompt for as many sequences.
+    Only the modules that the adapter changes are prepared. By default the output head is prepared too, which breaks
+    prompt log-probs even if the adapter does not change the head: vLLM treats each row of a prompt as a separate
+    sequence.
 
     Raises:
-        ConfigError: it adapts the output head or the embeddings, or its rank is more than vLLM takes.
+        ConfigError: the adapter changes the output head or the embeddings, or its rank is above vLLM's limit.
     """
     modules = sorted({name.rsplit(".", 1)[-1] for name in adapter.layers})
     fix = "use reference.engine=trainer, or merge the adapter into the model"
     if outside := [m for m in modules if any(name in m for name in OUTSIDE_LAYERS)]:
-        what = f"it adapts {', '.join(outside)}, which vLLM leaves out of the log-probs of prompts"
+        what = f"the adapter changes {', '.join(outside)}, which vLLM leaves out of the log-probs of prompts"
         raise ConfigError(what, where=adapter.where, fix=fix)
     rank = max(layer.rank for layer in adapter.layers.values())
     if rank > LORA_RANKS[-1]:
-        raise ConfigError(f"its rank {rank} is more than vLLM's {LORA_RANKS[-1]}", where=adapter.where, fix=fix)
+        what = f"the adapter's rank {rank} is above vLLM's limit of {LORA_RANKS[-1]}"
+        raise ConfigError(what, where=adapter.where, fix=fix)
     return {
         "enable_lora": True,
         "max_loras": 1,
@@ -175,11 +178,11 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
 
 
 def _sizes(settings: ScorerSettings, vllm_config: Any) -> dict[str, Any]:
-    """Choose how much goes into one step and, on CPU, into the KV cache (on a GPU it gets what the rest leaves)."""
+    """Choose the size of one step and, on CPU, of the KV cache (on a GPU the cache gets the remaining memory)."""
     facts = _facts(settings, vllm_config)
     tokens = settings.max_batched_tokens or step_tokens(facts, settings)
     if not vllm_config.scheduler_config.enable_chunked_prefill:
-        tokens = max(tokens, settings.max_length_tokens + 1)  # a prompt goes into one step
+        tokens = max(tokens, settings.max_length_tokens + 1)  # a prompt must fit into one step
     sizes: dict[str, Any] = {"max_num_batched_tokens": tokens, "max_num_seqs": min(MAX_SEQUENCES, tokens)}
     if settings.device == "cpu":
         sizes["kv_cache_memory_bytes"] = kv_cache_bytes(facts, settings.max_length_tokens, tokens)
@@ -197,64 +200,65 @@ def _facts(settings: ScorerSettings, vllm_config: Any) -> EngineFacts:
         kv_values_per_token=kv_values,
         v2_runner=vllm_config.use_v2_model_runner,
         tensor_parallel=settings.tensor_parallel,
-        device_bytes=current_platform.get_device_total_memory(),  # asks the driver: no CUDA context before a fork
+        device_bytes=current_platform.get_device_total_memory(),  # queries the driver: no CUDA context before a fork
     )
 
 
 def step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
-    """Choose the tokens of one engine step so that the logits of its prompts fit beside what vLLM has reserved.
+    """Choose the tokens of one engine step so that the logits of its prompts fit beside the memory that vLLM reserves.
 
-    vLLM measures the memory of a forward pass, not that of prompt logits, so these live in what
-    `gpu_memory_fraction` leaves free. A sequence that is longer than a step is computed by chunks.
+    vLLM measures the memory of a forward pass, but not that of prompt logits, so these must fit in the memory that
+    `gpu_memory_fraction` leaves free. A sequence that is longer than a step is computed in chunks.
 
     Raises:
         ConfigError: not even a small step fits.
     """
     rows = logits_room_bytes(facts, settings) // logits_bytes_per_row(facts)
     needed = min(settings.max_length_tokens, V2_LOGITS_ROWS) if facts.v2_runner else settings.max_length_tokens
-    if rows >= needed:  # the logits never are of more rows, however many sequences a step has
+    if rows >= needed:  # logits never have more rows than this, however many sequences a step has
         return most_step_tokens(facts, settings)
     if rows < MIN_STEP_TOKENS:
         raise ConfigError(
             f"the logits of {MIN_STEP_TOKENS} tokens do not fit in the GPU memory that is left free",
             where=f"reference.gpu_memory_fraction={settings.gpu_memory_fraction}",
-            fix="lower it (the default is 0.85), or set reference.max_batched_tokens yourself",
+            fix="decrease it (the default is 0.85), or set reference.max_batched_tokens explicitly",
         )
     return rows // 64 * 64
 
 
 def logits_bytes_per_row(facts: EngineFacts) -> int:
-    """Return the bytes that one row of logits (a token of a prompt) costs at the peak.
+    """Return the peak memory, in bytes, of one row of logits (one token of a prompt).
 
-    Both runners loop over requests (V1: a whole chunk of each) or over chunks of 1024 rows (V2), and what the last turn
-    made is freed only when the next turn has made its own. V1: the logits and their float32 log-softmax, and the last
-    turn's log-softmax. V2: the logits, and the last turn's; its kernel writes out only the tokens asked for. Under
-    tensor parallelism the gathered shards are held once more while they are put in order.
+    The runners loop over requests (V1: a whole chunk of each) or over chunks of 1024 rows (V2), and the tensors of one
+    iteration are freed only when the next iteration has created its own. V1: the logits, their float32 log-softmax, and
+    the previous iteration's log-softmax. V2: the logits, and the previous iteration's; its kernel outputs only the
+    requested tokens. With tensor parallelism there is a second copy of the gathered shards while they are put in order.
     """
     logits = facts.value_bytes * (1 if facts.tensor_parallel == 1 else 2)
     return facts.vocabulary * (logits + (facts.value_bytes if facts.v2_runner else 4 + 4))
 
 
 def logits_room_bytes(facts: EngineFacts, settings: ScorerSettings) -> int:
-    """Return the memory that logits may take."""
+    """Return the memory that is available for logits."""
     if settings.device == "cpu":
         return facts.device_bytes // 16  # other engines and Ray's object store share the machine
-    # A small fraction means that other engines share the GPU. A quarter is for CUDA itself and for fragmentation.
+    # A small fraction means that other engines share the GPU. A quarter is reserved for CUDA itself and fragmentation.
     return int(facts.device_bytes * min(1 - settings.gpu_memory_fraction, 0.15) * 0.75)
 
 
 def most_step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
-    """Return the tokens of a step beyond which nothing gets faster; those that vLLM takes for offline batches."""
+    """Return the step size above which throughput does not improve: vLLM's own defaults for offline batches."""
     if settings.device == "cpu":
         return 4096
     return 16384 if facts.device_bytes >= 70 << 30 else 8192
 
 
 def kv_cache_bytes(facts: EngineFacts, longest_tokens: int, step: int) -> int:
-    """Size a KV cache for CPU in which the completions of a group still find its prompt.
+    """Compute the size of a CPU KV cache that keeps a group's prompt until all its completions have used it.
 
-    They go in side by side, so a prompt is asked for again in the same step or the next: four steps, and some sequences
-    of the full length, are ample. Not less than 256 MiB, so that small models can sample many sequences at once.
+    The completions of a group are adjacent, so a prompt is needed again in the same step or the next: four steps, plus
+    some sequences of the full length, are ample. At least 256 MiB, so that small models can sample many sequences at
+    once.
     """
     tokens = 4 * step + 8 * (longest_tokens + 1 + CPU_BLOCK_TOKENS)
     return max(256 << 20, tokens * facts.kv_values_per_token * facts.value_bytes)

@@ -1,4 +1,4 @@
-"""Score with vLLM: prompt log-probs of stored token ids, a prompt's KV cache shared between its completions."""
+"""Scoring with vLLM: prompt log-probs of stored token ids, with a prompt's KV cache shared between its completions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .engine import adapter_request, can_load, start_engine, start_errors
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 1e-4  # a log-prob may be so much above 0
-# Largest |difference| of a token's log-prob, in nats, with and without the cache. In float32 only the order of sums
-# differs. bfloat16 itself is off by up to 0.2 on single tokens of a random text, whichever way it is computed, while a
-# wrong cache is off by whole nats.
+ROUNDING = 1e-4  # rounding may put a log-prob so much above 0
+# Largest allowed |difference| of a token's log-prob, in nats, with and without the cache. In float32 only the order of
+# summation differs. bfloat16 itself has errors up to 0.2 on single tokens of a random text, however it is computed,
+# while a wrong cache causes errors of whole nats.
 SHARING_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
 
 class VllmScorer:
-    """One engine. Sequences of a group go in side by side, so that the later ones find the prompt in the cache."""
+    """A scorer with one vLLM engine. A group's sequences are adjacent, so later ones find the prompt in the cache."""
 
-    share_prompt: bool  # whether the cache is read: asked for, and found right when the engine started
-    adapter: Any | None  # what `engine.generate` takes as lora_request
+    share_prompt: bool  # whether the cache is read: True if that is requested and a check at the start passed
+    adapter: Any | None  # the `lora_request` for `generate`
 
     def __init__(self, settings: ScorerSettings, *, enable_sampling: bool = False) -> None:
         self._longest, self._loads = settings.max_length_tokens, 1
@@ -43,25 +43,26 @@ class VllmScorer:
                 fault = self._sharing_fault(SHARING_TOLERANCE[settings.dtype])
             if fault is not None:
                 self.share_prompt = False
-                logger.warning("prompts are not shared between completions: %s (%s)", fault, settings.model_dir)
+                logger.warning("the prompt cache is not used for completions: %s (%s)", fault, settings.model_dir)
         self.cached_tokens = self.rescored = 0
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
-        """Return float32 [completion tokens] for each request, in the order given; None where they are no log-probs.
+        """Return float32 [completion tokens] for each request, in the order given; None if the values are no log-probs.
 
-        A cache hit is good only if it ends inside the prompt: what it covers of a completion has no log-prob (V2) or
+        A cache hit is valid only if it ends inside the prompt: completion tokens that it covers get no log-prob (V2) or
         uninitialised memory (V1). Such sequences are scored again without reading the cache.
 
         Raises:
-            EngineError: a sequence is not one that the engine was set up for, or tokens or values come back other than
-                they must. What vLLM raises in the middle of its work goes through: the engine is then of no more use.
+            EngineError: a sequence is empty or longer than the engine was set up for, or vLLM's answer has other tokens
+                or another shape. Exceptions that vLLM raises while it computes are not caught: the engine is then
+                unusable.
         """
         ids = [np.concatenate((r.prompt_ids, r.completion_ids)).tolist() for r in requests]
         for request, sequence in zip(requests, ids, strict=True):
             if not (len(request.prompt_ids) and len(request.completion_ids) and len(sequence) <= self._longest):
                 raise EngineError(
-                    f"cannot score {len(request.completion_ids)} tokens after a prompt of {len(request.prompt_ids)}",
-                    fix=f"neither may be empty, and the engine was started for {self._longest} tokens in all",
+                    f"cannot score {len(request.completion_ids)} tokens after a prompt of {len(request.prompt_ids)} tokens",
+                    fix=f"neither may be empty, and the engine was started for at most {self._longest} tokens together",
                 )
         scores: list[np.ndarray | None] = [None] * len(requests)
         pending = side_by_side(requests)
@@ -74,12 +75,12 @@ class VllmScorer:
         return scores
 
     def load(self, settings: ScorerSettings) -> bool:
-        """Take other weights, or another adapter, into the living engine; False where only a new engine can.
+        """Load other weights, or another adapter, into the running engine; return False if that needs a new engine.
 
-        Nothing of the prompts that were computed with the old ones is kept.
+        The cache of prompts that were computed with the old weights is cleared.
 
         Raises:
-            EngineError: the weights are not of the model that the engine was started with.
+            EngineError: the weights do not fit the model with which the engine was started.
         """
         if not can_load(self._started, self._settings, settings):
             return False
@@ -88,9 +89,7 @@ class VllmScorer:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_path": settings.model_dir})
                 if settings.device == "cpu":
                     self._llm.collective_rpc(pack_head)
-        self._loads += (
-            1  # vLLM knows adapters by number and name: one that came back under an old one would be the old one
-        )
+        self._loads += 1  # vLLM identifies adapters by number and name: with an old number it would use the old adapter
         self.adapter = adapter_request(settings, self._loads)
         if self.adapter is not None:
             self._llm.llm_engine.add_lora(self.adapter)
@@ -101,9 +100,9 @@ class VllmScorer:
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[tuple[list[int], bool]]]:
-        """Return for each prompt, of each seed, the sampled token ids and whether they end with a stop token.
+        """Return, for each prompt and each seed, the sampled token ids and whether they end with a stop token.
 
-        It begins with an empty cache, so that what comes out is a function of what goes in.
+        The cache is cleared first, so that the result depends only on the arguments.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -136,10 +135,10 @@ class VllmScorer:
     def _run(
         self, requests: Sequence[ScoreRequest], ids: Sequence[list[int]], *, read_cache: bool
     ) -> list[np.ndarray | None]:
-        """Score requests in their order; None for a hit in the cache that reaches too far, and for what is no log-probs.
+        """Score requests in order; None for a cache hit that reaches too far, and for values that are no log-probs.
 
         Args:
-            ids: of each request, prompt and completion in one.
+            ids: for each request, the token ids of its prompt and completion together.
         """
         if not requests:
             return []
@@ -166,11 +165,11 @@ class VllmScorer:
         return np.minimum(logps, 0.0)
 
     def _sharing_fault(self, tolerance: float) -> str | None:
-        """Score one made-up group with and without the cache; say what is wrong with the cache, if anything is."""
+        """Score one artificial group with and without the cache; return what is wrong with the cache, else None."""
         config = self._llm.llm_engine.vllm_config
         requests = probe_group(config.cache_config.block_size, self._longest, config.model_config.get_vocab_size())
         if not requests:
-            return None  # no sequence is long enough for a block to be shared
+            return None  # sequences are too short to share a block
         ids = [np.concatenate((r.prompt_ids, r.completion_ids)).tolist() for r in requests]
         with_cache = self._run(requests, ids, read_cache=True)
         hits = self.cached_tokens
@@ -178,9 +177,10 @@ class VllmScorer:
 
 
 def pack_head(worker: Any) -> None:
-    """Pack the head's weight anew for the CPU's kernels, in vLLM's worker.
+    """Pack the output head's weight again for the CPU kernels; runs in vLLM's worker.
 
-    vLLM does that when the head's weight is read. One that is the embedding's is never read itself, and would stay the old one.
+    vLLM does this when it loads the head's weight. A head that is tied to the embedding is never loaded itself, so the
+    old packed weight would stay in use.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -190,7 +190,7 @@ def pack_head(worker: Any) -> None:
 
 
 def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
-    """Order requests: groups by their longest sequence, longest first, and the completions of a group together."""
+    """Sort requests: groups by their longest sequence, longest first, with the completions of a group adjacent."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in requests]
     longest: dict[int, int] = {}
     for request, length in zip(requests, lengths, strict=True):
@@ -199,12 +199,12 @@ def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
 
 
 def probe_group(block_tokens: int, longest_tokens: int, vocabulary: int) -> list[ScoreRequest]:
-    """Make up a prompt of some blocks with two completions that differ from their first token; none if it is too long."""
+    """Build a prompt of a few blocks with two completions that differ in the first token; [] if that is too long."""
     tokens = min(8, longest_tokens // 4)
     prompt_tokens = min(3 * block_tokens + block_tokens // 2, longest_tokens - tokens)
     if tokens < 1 or prompt_tokens <= block_tokens:
         return []
-    # The ends of a vocabulary are for special tokens, some of which stand for images.
+    # Both ends of a vocabulary often contain special tokens, some of which represent images.
     ids = np.random.default_rng(0).integers(
         vocabulary // 8, max(vocabulary // 2, vocabulary // 8 + 2), prompt_tokens + 2 * tokens, dtype=np.int32
     )
@@ -217,33 +217,33 @@ def probe_group(block_tokens: int, longest_tokens: int, vocabulary: int) -> list
 def sharing_fault(
     with_cache: Sequence[np.ndarray | None], without_cache: Sequence[np.ndarray | None], hits: int, tolerance: float
 ) -> str | None:
-    """Say what is wrong with scores of one group that were made with the cache; None where nothing is.
+    """Return what is wrong with a group's scores that were computed with the cache; None if nothing is.
 
     Args:
-        hits: tokens of the group that were read from the cache and not refused.
+        hits: tokens of the group that were read from the cache and accepted.
     """
     if any(logps is None for logps in without_cache):
         return "the model gives no log-probs for a random text"
     if any(logps is None for logps in with_cache):
-        return "a hit in the cache reaches beyond the prompt, or gives no log-probs"
+        return "a cache hit reaches beyond the prompt, or gives no log-probs"
     if hits == 0:
-        return "the engine does not find a prompt again in its cache"
+        return "the engine does not find a prompt in its cache"
     drift = max(float(np.abs(a - b).max()) for a, b in zip(with_cache, without_cache, strict=True))  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
     if drift > tolerance:
-        return f"log-probs with and without the cache differ by {drift:.2g} nats, more than {tolerance:g}"
+        return f"log-probs with and without the cache differ by {drift:.2g} nats; the limit is {tolerance:g}"
     return None
 
 
 def flat_parameters(read_cache: bool) -> dict[str, Any]:
-    """Ask for the log-probs of all tokens of a prompt: the only way of the V1 runner."""
+    """Build parameters that request the log-probs of all tokens of a prompt: the only way with the V1 runner."""
     return {"prompt_logprobs": 0, "flat_logprobs": True, **_common_parameters(read_cache)}
 
 
 def token_id_parameters(request: ScoreRequest, read_cache: bool) -> dict[str, Any]:
-    """Ask for the log-probs of the completion's tokens alone: a way of the V2 runner, gathered on the GPU."""
+    """Build parameters that request only the completion's log-probs, which the V2 runner gathers on the GPU."""
     return {
         "prompt_logprob_token_ids": np.ascontiguousarray(request.completion_ids, np.int32)[:, None],
-        "prompt_logprob_start": len(request.prompt_ids) - 1,  # the row that predicts the first of them
+        "prompt_logprob_start": len(request.prompt_ids) - 1,  # the row that predicts the completion's first token
         **_common_parameters(read_cache),
     }
 
@@ -253,28 +253,28 @@ def _common_parameters(read_cache: bool) -> dict[str, Any]:
 
 
 def read_flat(answer: Any, ids: list[int], tokens: int) -> np.ndarray:
-    """Take the log-probs of the last `tokens` tokens out of an answer; float32 [tokens].
+    """Read the log-probs of the last `tokens` tokens from vLLM's answer: float32 [tokens].
 
     Raises:
-        EngineError: it is about other tokens.
+        EngineError: the answer is for other tokens.
     """
     flat = answer.prompt_logprobs
     if flat is None or flat.token_ids[-tokens:] != ids[-tokens:]:
-        raise EngineError("vLLM scored other tokens than it was given", fix=_REPORT)
+        raise EngineError("vLLM scored other tokens than those in the request", fix=_REPORT)
     return np.array(flat.logprobs[-tokens:], np.float32)
 
 
 def read_token_ids(answer: Any, ids: list[int], tokens: int) -> np.ndarray | None:
-    """Take the log-probs asked for by token id out of an answer; float32 [tokens], or None where the cache hid some.
+    """Read the log-probs requested by token id from vLLM's answer: float32 [tokens]; None if a cache hit covers some.
 
     Raises:
-        EngineError: they are not as many as were asked for.
+        EngineError: the answer is for other tokens, or has another number of log-probs.
     """
     logps = answer.prompt_token_id_logprobs
     if logps is None:
         return None
     if np.shape(logps) != (tokens, 1) or answer.prompt_token_ids != ids:
-        raise EngineError("vLLM scored other tokens than it was given", fix=_REPORT)
+        raise EngineError("vLLM scored other tokens than those in the request", fix=_REPORT)
     return np.asarray(logps, np.float32)[:, 0]
 
 

@@ -60,7 +60,7 @@ def test_zephyr_fits_on_one_node() -> None:
     assert 40e9 < peak.total < 60e9
     text = printed(found)
     assert text.startswith("zephyr-7b-dpo fits on 1x8xH100: ")
-    assert "may have more than one micro-batch a rank" in text
+    assert "may have more than one micro-batch per rank" in text
     assert "7.24 B parameters" in text
     assert "an assumed mean of 256 tokens" in text  # what is not known is said
     assert [stage.stage for stage in found.stages] == ["reference", "train", "evaluate", "evaluate: samples"]
@@ -72,7 +72,7 @@ def test_70b_fits_on_sixteen_nodes_with_one_micro_batch_a_rank() -> None:
     assert found.fits
     assert found.training.batches.is_single_for_sure
     assert found.training.memory.peak.whole_gradients == 0
-    assert "one micro-batch a rank and step" in printed(found)
+    assert "one micro-batch per rank and step" in printed(found)
     assert "64 of 128 GPUs train" in printed(found)
     smaller = capacity("tulu3_70b_dpo", "16x8xH100", "train.tokens_per_micro_batch=4096")
     assert not smaller.fits  # two micro-batches: 282 GB of whole gradients
@@ -85,11 +85,11 @@ def test_70b_does_not_fit_on_one_node_and_the_nearest_is_named() -> None:
     found = capacity("tulu3_70b_dpo", "1x8xH100")
     assert not found.fits
     assert any("sharded over 8 ranks" in problem for problem in found.problems)
-    assert any("more than one micro-batch a rank" in problem for problem in found.problems)
+    assert any("more than one micro-batch per rank" in problem for problem in found.problems)
     assert found.nearest is not None
     text = printed(found)
     assert text.startswith("tulu3-70b-dpo does NOT fit on 1x8xH100")
-    assert f"the nearest that fits: {found.nearest}" in text
+    assert f"the smallest cluster of such nodes that fits: {found.nearest}" in text
     workers = found.nearest.gpus
     assert capacity("tulu3_70b_dpo", str(found.nearest), f"train.workers={workers}").fits
     assert any("train.lora.rank=16" in change.overrides and change.fits for change in found.changes)
@@ -139,14 +139,14 @@ def test_a_cluster_is_nodes_gpus_and_a_card(text: str, nodes: int, gpus: int, na
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("8H100", "not a cluster's shape"),
-        ("", "not a cluster's shape"),
-        ("4x8", "not a cluster's shape"),
-        ("4x8xH100x2", "no GPU `H100x2`"),
-        ("-1x8xH100", "not a cluster's shape"),
-        ("1x8xV100", "no GPU `V100`"),
-        ("0x8xH100", "without anything in it"),
-        ("1x8xH100:0", "without anything in it"),
+        ("8H100", "not the shape of a cluster"),
+        ("", "not the shape of a cluster"),
+        ("4x8", "not the shape of a cluster"),
+        ("4x8xH100x2", "the GPU `H100x2` is not known"),
+        ("-1x8xH100", "not the shape of a cluster"),
+        ("1x8xV100", "the GPU `V100` is not known"),
+        ("0x8xH100", "this cluster is empty"),
+        ("1x8xH100:0", "this cluster is empty"),
     ],
 )
 def test_a_wrong_cluster_is_one_clear_error(text: str, what: str) -> None:
@@ -163,7 +163,7 @@ def test_peaks_are_those_that_utilisation_is_measured_by() -> None:
 
 
 def test_a_model_whose_sizes_nobody_knows_is_a_clear_error() -> None:
-    with pytest.raises(ConfigError, match="no sizes are known by its name"):
+    with pytest.raises(ConfigError, match="its name is not among the known models"):
         model_sizes(ModelConfig(path="someone/unheard-of-9b"))
 
 
@@ -177,7 +177,7 @@ def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:
 
 def test_another_kind_of_block_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match="does not know the blocks of `gpt2`"):
+    with pytest.raises(ConfigError, match="does not support the architecture `gpt2`"):
         model_sizes(ModelConfig(path=str(tmp_path)))
 
 
@@ -197,7 +197,7 @@ def test_the_command_prints_it_and_gives_it_as_json(capsys: pytest.CaptureFixtur
         main([*arguments, "--cluster", "1x8xH100"])
     out = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert out.startswith("stages: not known here, as data.train=")  # its data is the user's
+    assert out.startswith("stages: cannot be determined on this machine: data.train=")  # its data is the user's
     assert "hh-rlhf fits on 1x8xH100" in out
     with pytest.raises(SystemExit):
         main([*arguments, "--cluster", "1x8xH100", "--json"])
@@ -207,7 +207,7 @@ def test_the_command_prints_it_and_gives_it_as_json(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--cluster", "1x8"])
     assert stopped.value.code == 2
-    assert "not a cluster's shape" in capsys.readouterr().err
+    assert "not the shape of a cluster" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

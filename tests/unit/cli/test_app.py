@@ -78,7 +78,7 @@ def test_init_never_writes_over_a_file(starter: Path, capsys: pytest.CaptureFixt
     starter.write_text("mine")
     code, _, err = call(capsys, "init", "my.yaml")
     assert code == 2
-    assert "there is a file of this name already" in err
+    assert "a file of this name already exists" in err
     assert starter.read_text() == "mine"
 
 
@@ -170,7 +170,7 @@ def test_store_verify_names_what_is_damaged_and_gc_mends_it(
 ) -> None:
     place, (first, second) = reference_store.root.uri, reference_store.segments()
     code, out, _ = call(capsys, "store", "verify", place)
-    assert (code, out) == (0, f"{place}: sound\n")
+    assert (code, out) == (0, f"{place}: no faults found\n")
     assert call(capsys, "store", "verify", place, "--json")[:2] == (0, "[]\n")
     path = reference_store.partition.local_path(second)
     path.write_bytes(path.read_bytes()[:-1])

@@ -242,7 +242,7 @@ def test_harmless_text_is_left_as_it_is() -> None:
 
 
 def test_an_empty_account_is_printed_and_written() -> None:
-    assert "what went in" in printed(DataPage())
+    assert "rows by source" in printed(DataPage())
     page = Page(render_data_page(DataPage(), name="x", created=CREATED, what="y"))
     assert "rows were not counted" in page.words()
 

@@ -75,7 +75,7 @@ def test_list_shows_runs_alone_and_the_newest_first(dashboard: Served, capsys: p
     assert "1 min 5 s" in out
     assert "raysubmit_x" not in out
     dashboard.pages["/api/jobs/"] = (200, "[]")
-    assert call(capsys, "list")[1] == "no run was submitted to this cluster since it started\n"
+    assert call(capsys, "list")[1] == "no run has been submitted to this cluster since it started\n"
 
 
 def test_status_says_what_to_do(dashboard: Served, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,5 +105,5 @@ def test_what_is_wrong_with_a_recipe_is_said_before_the_cluster_is_asked(
     assert dashboard.asked == []
     code, _, err = call(capsys, "submit", recipe)
     assert code == 2
-    assert "output=runs: a relative path means something else on the cluster" in err
+    assert "output=runs: a relative path has another meaning on the cluster" in err
     assert {path for path, _ in dashboard.asked} <= {"/api/version"}

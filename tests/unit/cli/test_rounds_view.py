@@ -72,7 +72,7 @@ def test_rejections_and_the_end_have_their_reasons() -> None:
 
 
 def test_no_round_is_said_to_have_begun() -> None:
-    assert printed(rounds_page(0)) == "tiny-rounds: no round has begun\n"
+    assert printed(rounds_page(0)) == "tiny-rounds: no round has started\n"
 
 
 def test_foreign_text_does_nothing_to_the_terminal() -> None:

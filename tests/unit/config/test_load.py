@@ -92,7 +92,7 @@ def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
             "train.objective.type=ppo",
             "train.objective.type: 'ppo' is not known; allowed: 'sigmoid', 'sigmoid_norm', 'hinge', 'ipo'",
         ),
-        ("data.train={pairs: 3}", "data.train.0.type: required, and not given"),
+        ("data.train={pairs: 3}", "data.train.0.type: is required, but missing"),
         ("data.train=3", "data.train: a list is expected; got 3"),
         ("data.train={path: 3}", "data.train.0.path: text is expected (quote it); got 3\n  ->"),
         ("data.train={path: x, criteria: {truth: -1}}", "data.train.0.criteria.truth: input should be greater than 0"),
@@ -103,7 +103,7 @@ def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
         ("data.eval={MINE: x}", "data.eval.MINE: string should match pattern"),
         (
             "data.eval={mine: [{path: x, weight: 1}, y]}",
-            "data.eval.mine: some sources have a weight and some have none",
+            "data.eval.mine: some sources have a weight and others have none",
         ),
         ("train.optimizer.betas=[0.9, 2]", "train.optimizer.betas.1: input should be less than 1; got 2"),
         ("train.objective.label_smoothing=0.5", "train.objective.label_smoothing: input should be less than 0.5"),

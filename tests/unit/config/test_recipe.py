@@ -103,7 +103,7 @@ def test_a_local_ray_has_the_cpus_that_the_recipe_asks_for() -> None:
     assert recipe("reference.replicas=4").cpus_needed() == 5
     assert recipe("train.workers=3", "ray.cpus=3").ray.cpus == 3
     assert recipe("train.workers=3", "ray.cpus=1", "ray.address=auto").ray.cpus == 1
-    with pytest.raises(ConfigError, match=r"ray\.cpus: 2 cannot hold .* at least 3"):
+    with pytest.raises(ConfigError, match=r"ray\.cpus: 2 CPUs are fewer than .* at least 3"):
         recipe("train.workers=3", "ray.cpus=2")
 
 

@@ -152,7 +152,7 @@ def test_template_choices(tmp_path: Path, chatml, builtin_dir: str):
     with pytest.raises(ConfigError, match="no such template file"):
         resolve_template("chatml", chatml)
     path.write_text("{% for %}")
-    with pytest.raises(ConfigError, match=r"not a valid template.*line 1"):
+    with pytest.raises(ConfigError, match=r"the template is not valid.*line 1"):
         resolve_template(str(path), chatml)
     path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -104,7 +104,8 @@ def test_a_cluster_without_the_operator(server):
 
 
 @pytest.mark.parametrize(
-    ("code", "fix"), [(401, "log in"), (403, "rights"), (404, "namespace"), (422, "correct what it names")]
+    ("code", "fix"),
+    [(401, "log in"), (403, "permissions"), (404, "namespace"), (422, "correct what the message names")],
 )
 def test_a_refusal_is_one_line_with_the_servers_own_words(server, code, fix):
     server.refuse = (code, 'serviceaccounts "run" is forbidden')

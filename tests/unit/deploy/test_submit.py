@@ -103,12 +103,12 @@ def test_a_server_that_takes_connections_and_says_nothing(monkeypatch: pytest.Mo
 )
 def test_another_http_server_is_no_dashboard(page: object, status: int) -> None:
     with served({"/api/version": page}) as other:
-        assert f"(HTTP {status}), but it is no Ray dashboard" in refused(other.url)
+        assert f"(HTTP {status}), but it is not a Ray dashboard" in refused(other.url)
 
 
 def test_another_ray_is_named_with_both_versions() -> None:
     with served({"/api/version": VERSION | {"ray_version": "2.48.1"}}) as other:
-        assert refused(other.url).startswith("the cluster runs Ray 2.48.1, this is Ray 2.60.")
+        assert refused(other.url).startswith("the cluster runs Ray 2.48.1, this machine has Ray 2.60.")
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://head:10001", "http://", "http://head:many", "s3://b", ""])
@@ -151,14 +151,14 @@ def test_a_token_is_found_where_ray_finds_it(
     connect(dashboard.url)
     (tmp_path / "named").write_text("wrong")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "named"))
-    assert refused(dashboard.url) == f"the cluster refuses the token of {tmp_path / 'named'}"
+    assert refused(dashboard.url) == f"the cluster refuses the token from {tmp_path / 'named'}"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
     connect(dashboard.url)
 
 
 def test_no_token(dashboard: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     dashboard.token = "theirs"
-    assert refused(dashboard.url) == "the cluster wants a token, and there is none here"
+    assert refused(dashboard.url) == "the cluster requires a token, and there is none on this machine"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/none/token")
     assert refused(dashboard.url).endswith("(/none/token cannot be read)")
 
@@ -171,7 +171,7 @@ def test_an_unknown_job(dashboard: Served) -> None:
 def test_a_cluster_that_goes_away_meanwhile() -> None:
     with served({"/api/version": VERSION}) as there:
         client = connect(there.url)
-    with pytest.raises(InfrastructureError, match="does not answer any more"):
+    with pytest.raises(InfrastructureError, match="no longer answers"):
         every(client)
 
 
@@ -224,11 +224,11 @@ def test_the_environment_of_a_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pip", "uv", "variables", "what"),
     [
-        (["a"], ["b"], [], "one installer or the other"),
-        (["./wheel.whl"], [], [], "on this machine only"),
-        (["-e ."], [], [], "on this machine only"),
-        (["no-such-file.txt"], [], [], "on this machine only"),
-        ([], ["x @ https://me:secret@host/x.whl"], [], "a URL with a password"),
+        (["a"], ["b"], [], "only one of the two installers"),
+        (["./wheel.whl"], [], [], "exists only on this machine"),
+        (["-e ."], [], [], "exists only on this machine"),
+        (["no-such-file.txt"], [], [], "exists only on this machine"),
+        ([], ["x @ https://me:secret@host/x.whl"], [], "the URL contains a password"),
         ([], [], ["HF_TOKEN=hf_1"], "looks like a secret"),
         ([], [], ["AWS_SECRET_ACCESS_KEY=1"], "looks like a secret"),
         ([], [], ["JUDGE=1"], "looks like a secret"),
@@ -248,7 +248,7 @@ def test_names_that_only_sound_like_secrets_pass() -> None:
 
 def test_another_minor_version_of_dpo_ray_does_not_run_the_recipe() -> None:
     same_versions.check(f"dpo-ray=={same_versions.__version__}")
-    with pytest.raises(InfrastructureError, match=r"and dpo-ray 0\.9\.0 submitted the run"):
+    with pytest.raises(InfrastructureError, match=r"but the run was submitted by dpo-ray 0\.9\.0"):
         same_versions.check("dpo-ray==0.9.0")
 
 

@@ -139,7 +139,7 @@ def test_too_much_is_refused_before_anything_is_sent_and_the_largest_are_named(
     written(tmp_path, {"weights/a": mib, "weights/b": mib, "data.bin": mib, "code.py": "x", "tiny/x": "x"})
     with pytest.raises(ConfigError) as refused:
         code_files(tmp_path)
-    assert "3.0 MiB to send, and 3.0 MiB is the limit" in refused.value.what
+    assert "3.0 MiB to upload, but the limit is 3.0 MiB" in refused.value.what
     assert "weights/ (2.0 MiB), data.bin (1.0 MiB)" in refused.value.what
     written(tmp_path, {".rayignore": "weights\n"})
     assert code_files(tmp_path) == ["code.py", "data.bin", "tiny/x"]

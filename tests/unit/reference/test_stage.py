@@ -44,7 +44,7 @@ def test_granules_add_up() -> None:
         "engines": 2,
     }
     assert set(account.unscored) == {bytes([1]) * 16, bytes([2]) * 16}
-    assert "3,000 tokens/s an engine, 10% of the tokens cached" in account.describe()
+    assert "3,000 tokens/s per engine, 10% of the tokens cached" in account.describe()
 
 
 def test_as_many_groups_may_be_left_out_as_the_recipe_allows() -> None:

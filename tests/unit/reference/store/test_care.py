@@ -119,7 +119,7 @@ def test_every_damaged_segment_is_named_with_what_is_wrong(store: ReferenceStore
     assert sound not in found
     assert "checksum" in found[turned]
     assert "columns" in found[foreign]
-    assert "no log-probs" in found[infinite]
+    assert "cannot be log-probs" in found[infinite]
     assert "missing" in found[null]
     assert "columns" in found[narrow]
 

@@ -193,7 +193,7 @@ def test_an_unused_partition_goes_without_what_is_not_the_stores(store: Referenc
 def test_a_partition_without_a_sound_segment_goes(store: ReferenceStore) -> None:
     store.partition.local_path(append(store, [1])).write_bytes(b"")
     age(store, DAY)
-    assert done(store) == [("deleted", 1, "all: it holds no sound segment")]
+    assert done(store) == [("deleted", 1, "all: it contains no valid segment")]
     assert not store.partition.local_path().exists()
 
 

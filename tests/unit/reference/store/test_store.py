@@ -84,7 +84,7 @@ def test_an_absent_store_is_empty(store: ReferenceStore) -> None:
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf"), 0.5, 1e-3])
 def test_what_is_no_log_prob_is_refused_whole(wrong: float, store: ReferenceStore) -> None:
-    with pytest.raises(ArtifactError, match="no log-probs"):
+    with pytest.raises(ArtifactError, match="cannot be log-probs"):
         store.append([store.key([1], [2]), store.key([1], [3])], [logps(-1), logps(-1, wrong)])
     assert store.segments() == []
 
@@ -304,7 +304,7 @@ def test_a_store_that_may_only_be_read_can_be_read(store: ReferenceStore, caplog
     (root_of(store) / "used.json").unlink()
     (root_of(store) / "used.json").mkdir()  # as root, no permission would stop a test from writing
     assert store.fetch(store.index(), [bytes(16)]).to_pylist() == [[-1]]
-    assert "could not be noted" in caplog.text
+    assert "could not be recorded" in caplog.text
 
 
 ids_of_a_group = st.tuples(st.lists(st.integers(0, 2**31 - 1), max_size=5), st.lists(ids, max_size=4))

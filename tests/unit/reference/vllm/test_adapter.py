@@ -28,12 +28,12 @@ def test_the_rank_is_the_least_of_vllms_that_holds_all_layers(ranks: tuple[int, 
 
 
 def test_a_rank_beyond_vllms_is_refused() -> None:
-    with pytest.raises(ConfigError, match="rank 513 is more than vLLM's 512"):
+    with pytest.raises(ConfigError, match="rank 513 is above vLLM's limit of 512"):
         lora_options(adapter(q_proj=8, v_proj=513))
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens", "embed_out", "wte"])
 def test_an_adapter_of_the_head_or_the_embeddings_is_refused(module: str) -> None:
-    with pytest.raises(ConfigError, match=f"it adapts {module}, which vLLM leaves out") as error:
+    with pytest.raises(ConfigError, match=f"the adapter changes {module}, which vLLM leaves out") as error:
         lora_options(adapter(q_proj=8, **{module: 8}))
     assert "reference.engine=trainer" in error.value.fix
