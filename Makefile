@@ -13,8 +13,9 @@ COMPILE := $(BIN)/python -m compileall -q dpo_ray
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 # Two at a time, whatever the cores: most of a test's time is a process that starts, and each has a Ray of its own.
-# One thread each, as threads that wait for one another would take the cores from processes that compute.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+# One thread each, as threads that wait for one another would take the cores from processes that compute. Files in their
+# order, in which the long ones come early: by their number of tests a long one would come last, beside an idle process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train bench-online bench-scale clean
 

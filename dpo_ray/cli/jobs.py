@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .options import Json
+
 if TYPE_CHECKING:
     from dpo_ray.deploy.ray_jobs.jobs import Job
-
-jobs = typer.Typer()
 
 Address = Annotated[
     str,
@@ -28,10 +28,8 @@ Address = Annotated[
     ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, as printed by `submit` and `list`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
-@jobs.command()
 def submit(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     address: Address,
@@ -83,8 +81,7 @@ def submit(
         typer.echo(f"  dpo-ray {command} --address {shlex.quote(address)}")
 
 
-@jobs.command()
-def status(job: JobId, address: Address, as_json: AsJson = False) -> None:
+def status(job: JobId, address: Address, as_json: Json = False) -> None:
     """Show the state of a job, and what to do next."""
     from dpo_ray.deploy.ray_jobs.jobs import look
 
@@ -92,7 +89,6 @@ def status(job: JobId, address: Address, as_json: AsJson = False) -> None:
     typer.echo(json.dumps(_values(state)) if as_json else f"{state.id}: {state.words}{_times(state)}")
 
 
-@jobs.command()
 def logs(
     job: JobId,
     address: Address,
@@ -109,7 +105,6 @@ def logs(
     typer.echo(printed(client, job), nl=False)
 
 
-@jobs.command()
 def stop(
     job: JobId,
     address: Address,
@@ -127,8 +122,7 @@ def stop(
     typer.echo(f"{ended.id}: {ended.words}{_times(ended)}")
 
 
-@jobs.command("list")
-def list_jobs(address: Address, as_json: AsJson = False) -> None:
+def list_jobs(address: Address, as_json: Json = False) -> None:
     """List the runs that were submitted to a cluster, the newest first."""
     from dpo_ray.deploy.ray_jobs.jobs import every
 

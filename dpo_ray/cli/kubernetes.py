@@ -117,13 +117,13 @@ def _rendered(recipe: Recipe, kind: Literal["RayJob", "RayCluster"]) -> list[dic
 
 
 def _findings(manifest: Any) -> list[str]:
-    from dpo_ray.deploy.kubernetes.rules import findings
+    from dpo_ray.deploy.kubernetes.rules import violations
 
     if not isinstance(manifest, dict):
         return [f"a manifest must be a mapping, this is a {type(manifest).__name__}"]
     metadata = manifest.get("metadata")
     name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
-    return [f"{manifest.get('kind', '?')}/{name}: {field}: {what}" for field, what in findings(manifest)]
+    return [f"{manifest.get('kind', '?')}/{name}: {field}: {what}" for field, what in violations(manifest)]
 
 
 def _documents(file: str) -> list[Any]:

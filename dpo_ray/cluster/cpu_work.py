@@ -11,7 +11,7 @@ from dpo_ray.config.roles import RoleConfig
 
 
 @contextmanager
-def placed_cpu_work(role: RoleConfig) -> Iterator[None]:
+def cpu_work_on(role: RoleConfig) -> Iterator[None]:
     """Run CPU work as the role `prepare` specifies, inside the `with` block."""
     options = DataContext.get_current().execution_options
     before = options.label_selector, options.resource_limits

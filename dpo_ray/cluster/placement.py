@@ -11,12 +11,12 @@ from dpo_ray.artifacts.places import run_storage
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import InfrastructureError
 
-from .resources import Ask, engine_ask, judge_ask, sampler_ask, worker_ask
+from .resources import Resources, engine_resources, judge_resources, sampler_resources, worker_resources
 from .room import capacity, scales
 from .session import session
 
 
-def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
+def resolve_hardware(recipe: Recipe, *, verbose: bool = False) -> Recipe:
     """Fill in what the recipe leaves open, according to the place where it runs.
 
     On a local Ray (this machine only), node labels are ignored. On a cluster, workers have GPUs if its nodes have them,
@@ -37,7 +37,7 @@ def placed(recipe: Recipe, *, verbose: bool = False) -> Recipe:
         return recipe
     with session(recipe, verbose=verbose):
         t = recipe.train
-        gpu_worker = Ask("training workers", t.cpus_per_worker, 1.0, t.memory_gib_per_worker, t.node_labels)
+        gpu_worker = Resources("training workers", t.cpus_per_worker, 1.0, t.memory_gib_per_worker, t.node_labels)
         gpus = float(bool(capacity(gpu_worker)))
         if not gpus and (scales() or _had_gpus(recipe)):
             raise InfrastructureError(
@@ -57,9 +57,11 @@ def check_room(
         InfrastructureError: the cluster can never hold them; the message says what is missing.
     """
     missing = []
-    for ask, least in _asks(recipe, stages, train_gpus, engine_gpus):
-        if (now := capacity(ask)) < least:
-            missing.append(f"{least} {ask.what} are needed (each: {ask.words()}), and there is room for {now}")
+    for request, least in _requests(recipe, stages, train_gpus, engine_gpus):
+        if (now := capacity(request)) < least:
+            missing.append(
+                f"{least} {request.what} are needed (each: {request.describe()}), and there is room for {now}"
+            )
     there = ray.cluster_resources()
     wanted = {"CPU": recipe.least_cpus(), "GPU": _least_gpus(recipe, stages, train_gpus, engine_gpus)}
     for what, amount in wanted.items():
@@ -77,21 +79,23 @@ def check_room(
         )
 
 
-def _asks(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> list[tuple[Ask, int]]:
+def _requests(
+    recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float
+) -> list[tuple[Resources, int]]:
     """List what the roles of the stages request, and the minimum count of each: for a pool of engines it is one."""
     r, t, roles = recipe.reference, recipe.train, recipe.cluster.roles
-    asks: list[tuple[Ask, int]] = []
+    requests: list[tuple[Resources, int]] = []
     if "train" in stages or ("reference" in stages and r.engine == "trainer"):
-        asks.append((worker_ask(t, train_gpus), t.min_workers or t.workers))
+        requests.append((worker_resources(t, train_gpus), t.min_workers or t.workers))
     if r.engine == "vllm" and ("reference" in stages or recipe.online is not None):
-        asks.append((engine_ask(r, engine_gpus), 1))
+        requests.append((engine_resources(r, engine_gpus), 1))
     if "evaluate" in stages and recipe.evaluate.sample_prompts and recipe.online is None:
-        asks.append((sampler_ask(recipe, engine_gpus), 1))
+        requests.append((sampler_resources(recipe, engine_gpus), 1))
     if recipe.online is not None:
-        asks += [(judge_ask(judge, roles.judge), 1) for judge in recipe.online.named_judges()]
+        requests += [(judge_resources(judge, roles.judge), 1) for judge in recipe.online.named_judges()]
     prepare = roles.prepare
-    asks.append((Ask("tasks", prepare.cpus or 1.0, 0.0, prepare.memory_gib, prepare.node_labels or {}), 1))
-    return asks
+    requests.append((Resources("tasks", prepare.cpus or 1.0, 0.0, prepare.memory_gib, prepare.node_labels or {}), 1))
+    return requests
 
 
 def _had_gpus(recipe: Recipe) -> bool:

@@ -14,7 +14,7 @@ from dpo_ray.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
-class Ask:
+class Resources:
     """The resources that each of several identical workers requests from Ray."""
 
     what: str  # in the plural, as in `training workers`
@@ -24,7 +24,7 @@ class Ask:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def resources(self) -> dict[str, float]:
+    def as_ray(self) -> dict[str, float]:
         """Return the request in Ray's units: CPU, GPU, memory in bytes."""
         memory = int((self.memory_gib or 0) * 2**30)
         return {k: v for k, v in {"CPU": self.cpus, "GPU": self.gpus, "memory": memory}.items() if v}
@@ -38,7 +38,7 @@ class Ask:
             "label_selector": dict(self.labels) or None,
         }
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Describe the request in words, for a person."""
         parts = [f"{self.cpus:g} CPU", *([f"{self.gpus:g} GPU"] if self.gpus else [])]
         parts += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
@@ -46,21 +46,23 @@ class Ask:
         return ", ".join(parts)
 
 
-def worker_ask(config: TrainConfig, gpus_per_worker: float) -> Ask:
+def worker_resources(config: TrainConfig, gpus_per_worker: float) -> Resources:
     """Return the resources that a training worker requests."""
     memory, labels = config.memory_gib_per_worker, config.node_labels
-    return Ask("training workers", config.cpus_per_worker, gpus_per_worker, memory, labels)
+    return Resources("training workers", config.cpus_per_worker, gpus_per_worker, memory, labels)
 
 
-def engine_ask(config: ReferenceConfig, gpus_per_engine: float) -> Ask:
+def engine_resources(config: ReferenceConfig, gpus_per_engine: float) -> Resources:
     """Return the resources that an engine requests."""
-    return Ask("engines", config.cpus_per_replica, gpus_per_engine, config.memory_gib_per_replica, config.node_labels)
+    return Resources(
+        "engines", config.cpus_per_replica, gpus_per_engine, config.memory_gib_per_replica, config.node_labels
+    )
 
 
-def sampler_ask(recipe: Recipe, engine_gpus: float) -> Ask:
+def sampler_resources(recipe: Recipe, engine_gpus: float) -> Resources:
     """Return the resources that an engine requests when it samples for an evaluation."""
     role, r = recipe.cluster.roles.sample, recipe.reference
-    return Ask(
+    return Resources(
         "engines that sample",
         role.cpus or r.cpus_per_replica,
         engine_gpus,
@@ -69,8 +71,8 @@ def sampler_ask(recipe: Recipe, engine_gpus: float) -> Ask:
     )
 
 
-def judge_ask(judge: Judge, role: RoleConfig) -> Ask:
+def judge_resources(judge: Judge, role: RoleConfig) -> Resources:
     """Return the resources that each process of a judge requests."""
     gpus = sum(m.gpus() for m in members_of(judge))
     cpus = cpus_per_replica(judge, role)
-    return Ask("judges", cpus, gpus if role.gpus is None else role.gpus, role.memory_gib, role.node_labels or {})
+    return Resources("judges", cpus, gpus if role.gpus is None else role.gpus, role.memory_gib, role.node_labels or {})

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from dpo_ray.errors import StoppedError
 
-from .resources import Ask
+from .resources import Resources
 
 PATIENCE_SECONDS = 30.0  # to wait for all workers, before fewer of them start
 SCALING_PATIENCE_SECONDS = 600.0  # the same on a cluster that adds nodes on demand, which takes minutes
@@ -25,10 +25,10 @@ SAY_SECONDS = 30.0
 ASK_SECONDS = 10.0
 
 
-def capacity(ask: Ask) -> int:
+def capacity(request: Resources) -> int:
     """Count the workers that the present nodes could hold if nothing else ran on them."""
-    nodes = [n for n in ray.nodes() if n["Alive"] and _has(n.get("Labels") or {}, ask.labels)]
-    return sum(_fit(ask, node["Resources"]) for node in nodes)
+    nodes = [n for n in ray.nodes() if n["Alive"] and _has(n.get("Labels") or {}, request.labels)]
+    return sum(_fit(request, node["Resources"]) for node in nodes)
 
 
 def scales() -> bool:
@@ -43,7 +43,7 @@ def scales() -> bool:
 
 
 def wait(
-    ask: Ask,
+    request: Resources,
     least: int,
     most: int,
     say: Callable[[str], None],
@@ -68,45 +68,45 @@ def wait(
         patience = SCALING_PATIENCE_SECONDS if least < most and scales() else PATIENCE_SECONDS
     began = time.monotonic()
     said_at = began
-    with _asked(ask, most) as group:
+    with _reserved(request, most) as group:
         while not group.wait(PROBE_SECONDS):
             if gives_up():
                 fix = "the same command continues from what was committed"
-                raise StoppedError(f"{most} {ask.what} waited for room when the run was told to stop", fix=fix)
+                raise StoppedError(f"{most} {request.what} waited for room when the run was told to stop", fix=fix)
             now = time.monotonic()
-            if least < most and now - began >= patience and (count := _largest(ask, least, most)):
-                say(f"there is room for {count} of {most} {ask.what}: they continue without the others")
+            if least < most and now - began >= patience and (count := _largest(request, least, most)):
+                say(f"there is room for {count} of {most} {request.what}: they continue without the others")
                 return count
             if now - said_at >= SAY_SECONDS:
                 say(
-                    f"{most} {ask.what} wait for room, and the present nodes could hold {min(capacity(ask), most)}; "
-                    f"each requests {ask.words()}"
+                    f"{most} {request.what} wait for room, and the present nodes could hold {min(capacity(request), most)}; "
+                    f"each requests {request.describe()}"
                 )
                 said_at = now
     return most
 
 
-def has_room(ask: Ask, count: int) -> bool:
+def has_room(request: Resources, count: int) -> bool:
     """Return whether `count` more workers could start now."""
-    with _asked(ask, count) as group:
+    with _reserved(request, count) as group:
         return bool(group.wait(PROBE_SECONDS))
 
 
 @contextmanager
-def given_back(ask: Ask, count: int) -> Iterator[None]:
+def given_back(request: Resources, count: int) -> Iterator[None]:
     """Release the room of `count` workers after an error; Ray Train keeps it where workers fail to start."""
-    before = _groups_of(ask, count)
+    before = _groups_of(request, count)
     try:
         yield
     except BaseException:
-        for left in _groups_of(ask, count) - before:
+        for left in _groups_of(request, count) - before:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(left))))
         raise
 
 
-def _groups_of(ask: Ask, count: int) -> set[str]:
+def _groups_of(request: Resources, count: int) -> set[str]:
     """List this program's placement groups of `count` such workers that have no name."""
-    job, bundles = ray.get_runtime_context().get_job_id(), [ask.resources] * count
+    job, bundles = ray.get_runtime_context().get_job_id(), [request.as_ray] * count
     return {
         i
         for i, group in placement_group_table().items()
@@ -117,22 +117,22 @@ def _groups_of(ask: Ask, count: int) -> set[str]:
     }
 
 
-def _largest(ask: Ask, least: int, most: int) -> int | None:
+def _largest(request: Resources, least: int, most: int) -> int | None:
     """Find the largest number of workers from `least` to `most` - 1 that have room now; None if there is none."""
-    low, high = least - 1, min(capacity(ask), most - 1)
+    low, high = least - 1, min(capacity(request), most - 1)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if has_room(ask, middle) else (low, middle - 1)
+        low, high = (middle, high) if has_room(request, middle) else (low, middle - 1)
     return low if low >= least else None
 
 
 @contextmanager
-def _asked(ask: Ask, count: int) -> Iterator[PlacementGroup]:
+def _reserved(request: Resources, count: int) -> Iterator[PlacementGroup]:
     group = placement_group(
-        [ask.resources] * count,
+        [request.as_ray] * count,
         strategy="PACK",
         name=f"dpo-ray-room-{uuid.uuid4().hex}",  # distinguishes it from the workers' own groups, which have no name
-        bundle_label_selector=[dict(ask.labels) for _ in range(count)],
+        bundle_label_selector=[dict(request.labels) for _ in range(count)],
     )
     try:
         yield group
@@ -140,8 +140,8 @@ def _asked(ask: Ask, count: int) -> Iterator[PlacementGroup]:
         remove_placement_group(group)
 
 
-def _fit(ask: Ask, resources: Mapping[str, float]) -> int:
-    return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in ask.resources.items())
+def _fit(request: Resources, resources: Mapping[str, float]) -> int:
+    return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in request.as_ray.items())
 
 
 def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:

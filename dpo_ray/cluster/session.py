@@ -15,7 +15,7 @@ from dpo_ray import errors
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import DpoRayError, InfrastructureError
 
-from .cpu_work import placed_cpu_work
+from .cpu_work import cpu_work_on
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
@@ -38,7 +38,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         InfrastructureError: the address does not answer, or runs another Ray version.
     """
     if ray.is_initialized():
-        with _causes(), placed_cpu_work(recipe.cluster.roles.prepare):
+        with _causes(), cpu_work_on(recipe.cluster.roles.prepare):
             yield
         return
     os.environ.update(DRIVER_ENVIRONMENT)
@@ -69,7 +69,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:
-        with _causes(), placed_cpu_work(recipe.cluster.roles.prepare):
+        with _causes(), cpu_work_on(recipe.cluster.roles.prepare):
             yield
     finally:
         ray.shutdown()

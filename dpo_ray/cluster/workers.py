@@ -23,7 +23,7 @@ from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError
 
 from .inbox import Inbox
-from .resources import Ask, worker_ask
+from .resources import Resources, worker_resources
 from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
@@ -68,12 +68,12 @@ def run_workers(
             from where the same command continues.
         DpoRayError: the error that a worker raised.
     """
-    ask, failures, patience_seconds = worker_ask(config, gpus_per_worker), 0, None
+    request, failures, patience_seconds = worker_resources(config, gpus_per_worker), 0, None
     for attempt in itertools.count(1):
-        workers = wait(ask, config.min_workers or config.workers, config.workers, say, gives_up, patience_seconds)
+        workers = wait(request, config.min_workers or config.workers, config.workers, say, gives_up, patience_seconds)
         patience_seconds = None
-        with _growing(ask, pause if workers < config.workers else None) as paused:
-            result = _attempt(function, task, config, ask, workers, f"{name}-{attempt}")
+        with _watch_for_room(request, pause if workers < config.workers else None) as paused:
+            result = _attempt(function, task, config, request, workers, f"{name}-{attempt}")
         if isinstance(result, _Loss):
             failures += not result.is_of_the_cluster
             may_mend = not isinstance(result.cause, LASTING)
@@ -104,7 +104,12 @@ class _Loss:
 
 
 def _attempt(
-    function: Callable[[dict[str, Any]], Any], task: Any, config: TrainConfig, ask: Ask, workers: int, name: str
+    function: Callable[[dict[str, Any]], Any],
+    task: Any,
+    config: TrainConfig,
+    request: Resources,
+    workers: int,
+    name: str,
 ) -> Any:
     """Run the workers once, to the end or to the first loss; return what rank 0 returned, or the loss."""
     # Imported here because they load torch, which not every importer of this module needs.
@@ -116,14 +121,14 @@ def _attempt(
             train_loop_config={"task": task},
             scaling_config=ScalingConfig(
                 num_workers=workers,
-                use_gpu=ask.gpus > 0,
-                resources_per_worker=ask.resources,
-                label_selector=dict(ask.labels) or None,
+                use_gpu=request.gpus > 0,
+                resources_per_worker=request.as_ray,
+                label_selector=dict(request.labels) or None,
             ),
             # `timeout_s` limits how long a rank waits for another. With GPUs both backends are needed, as sharded CPU
             # tensors and objects are exchanged besides GPU work.
             torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if ask.gpus else "gloo", timeout_s=math.ceil(config.hang_seconds)
+                backend="cpu:gloo,cuda:nccl" if request.gpus else "gloo", timeout_s=math.ceil(config.hang_seconds)
             ),
             run_config=RunConfig(
                 name=name,
@@ -132,7 +137,7 @@ def _attempt(
             ),
         )
         try:
-            with given_back(ask, workers), _own_interrupt():
+            with given_back(request, workers), _own_interrupt():
                 return trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             return _Loss(first_cause(error).with_traceback(None), _is_of_the_cluster(error))
@@ -152,14 +157,14 @@ def _own_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def _growing(ask: Ask, pause: Callable[[], None] | None) -> Iterator[threading.Event]:
+def _watch_for_room(request: Resources, pause: Callable[[], None] | None) -> Iterator[threading.Event]:
     """Watch for room for another worker while fewer than wanted run; then set the event and call `pause`."""
     paused, end = threading.Event(), threading.Event()
 
     def look() -> None:
         while pause is not None and not end.wait(GROW_SECONDS):
             try:
-                if has_room(ask, 1):
+                if has_room(request, 1):
                     paused.set()
                     pause()
             except ray.exceptions.RayError:  # the run is ending, and Ray with it

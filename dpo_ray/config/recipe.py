@@ -16,7 +16,7 @@ from .model import ModelConfig
 from .objective import kinds_of_groups, uses_reference
 from .online import OnlineConfig
 from .reference import ReferenceConfig
-from .roles import placed
+from .roles import spread_roles
 from .train import TrainConfig
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Recipe(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _roles_are_placed(cls, values: Any) -> Any:
-        return placed(values) if isinstance(values, dict) else values
+        return spread_roles(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:

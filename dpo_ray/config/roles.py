@@ -86,7 +86,7 @@ SECTIONS = {
 """The fields of a role that also exist in a section of the recipe, with their names in that section."""
 
 
-def placed(values: dict[str, Any]) -> dict[str, Any]:
+def spread_roles(values: dict[str, Any]) -> dict[str, Any]:
     """Move the values in `cluster.roles` of roles that have a section into that section.
 
     Wrong values are left in place, for the validation of `cluster.roles` to report.

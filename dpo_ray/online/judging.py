@@ -16,7 +16,7 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.tables import parquet_bytes, read_table
-from dpo_ray.cluster.resources import judge_ask
+from dpo_ray.cluster.resources import judge_resources
 from dpo_ray.config.judge import Judge, members_of, replicas_of
 from dpo_ray.config.roles import RoleConfig
 from dpo_ray.errors import DpoRayError, JudgeError
@@ -80,7 +80,7 @@ class Judges:
         """Create a pool that stores answers in `memory`, which runs share; `run` makes its writers' names unique."""
         self._config, self._memory, self._run, self._device, self._on_event = config, memory, run, device, on_event
         members = members_of(config)
-        self._replicas, self._ask = replicas_of(config, role), judge_ask(config, role)
+        self._replicas, self._resources = replicas_of(config, role), judge_resources(config, role)
         self._batch = min(member.questions_per_batch for member in members)
         self._actors: list[Any] = []  # all that are alive
         self._named = 0
@@ -108,7 +108,7 @@ class Judges:
             ready, _ = ray.wait(list(running), num_returns=1, timeout=SAY_WAITING_SECONDS)
             if not ready:
                 self._on_event(
-                    f"{len(running)} judges are at work, or wait for room; each requests {self._ask.words()}"
+                    f"{len(running)} judges are at work, or wait for room; each requests {self._resources.describe()}"
                 )
                 continue
             answer = ready[0]
@@ -138,7 +138,7 @@ class Judges:
     @property
     def gpus(self) -> float:
         """Return the number of GPUs that each of its processes holds."""
-        return self._ask.gpus
+        return self._resources.gpus
 
     def close(self) -> None:
         """Stop all actors; a later question starts new ones."""
@@ -149,7 +149,7 @@ class Judges:
     def _start(self) -> Any:
         self._named += 1
         name = f"{self._run}-{self._named}"
-        actor = ray.remote(JudgeActor).options(**self._ask.options(), max_restarts=0)
+        actor = ray.remote(JudgeActor).options(**self._resources.options(), max_restarts=0)
         self._actors.append(actor.remote(self._config, self._memory, name, self._device))
         return self._actors[-1]
 

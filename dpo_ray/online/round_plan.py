@@ -40,7 +40,7 @@ class PromptsPlan:
 
 
 @dataclass(frozen=True)
-class Looked:
+class OutsideInputs:
     """What rounds depend on outside the recipe, read once: a file that changes while they run changes no key."""
 
     prompts: PromptsPlan | None  # None: the prompts of the training data
@@ -83,7 +83,7 @@ class Rounds:
     """All rounds that have begun, the next one if there is one, and the next action."""
 
     plan: Plan  # of the recipe: its data, its hardware
-    looked: Looked
+    looked: OutsideInputs
     initial: Policy
     rounds: tuple[Round, ...]
     action: Action
@@ -111,10 +111,10 @@ def derive(plan: Plan) -> Rounds:
     """
     online = online_of(plan.recipe)
     judges = online.judge, online.evaluate.judge or online.judge
-    return derive_from(plan, Looked(prompts_plan(plan), *map(judge_digest, judges)))
+    return derive_from(plan, OutsideInputs(prompts_plan(plan), *map(judge_digest, judges)))
 
 
-def derive_from(plan: Plan, looked: Looked) -> Rounds:
+def derive_from(plan: Plan, looked: OutsideInputs) -> Rounds:
     """Derive the state of the rounds from what is committed, and from outside inputs that were read before.
 
     Raises:
@@ -173,7 +173,7 @@ def _stop_reason(rounds: Sequence[Round], online: OnlineConfig) -> str | None:
 def _planned(
     plan: Plan,
     store: ArtifactStore,
-    looked: Looked,
+    looked: OutsideInputs,
     initial: Policy,
     start: Policy,
     reference: Policy | None,
@@ -216,7 +216,7 @@ def version(stage: Stage) -> int:
 
 
 def _configs(
-    plan: Plan, looked: Looked, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
+    plan: Plan, looked: OutsideInputs, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
 ) -> dict[Stage, dict[str, Any]]:
     """Return, for each stage of a round, what its result depends on in the recipe."""
     recipe, online = plan.recipe, online_of(plan.recipe)

@@ -59,7 +59,7 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunStage:
     """The next action: to run this stage of this round."""
 
     number: int
@@ -74,7 +74,7 @@ class Done:
     reason: str
 
 
-Action = Run | Done
+Action = RunStage | Done
 
 
 def stages_of_round(uses_reference: bool) -> tuple[Stage, ...]:
@@ -126,7 +126,7 @@ def next_action(
     if decided >= wanted_rounds:
         return Done(decided, f"all online.rounds={wanted_rounds} rounds have run")
     begun = rounds[decided].stages if decided < len(rounds) else frozenset()
-    return Run(decided + 1, next(s for s in stages_of_round(uses_reference) if s not in begun))
+    return RunStage(decided + 1, next(s for s in stages_of_round(uses_reference) if s not in begun))
 
 
 def starting_policy(rounds: Sequence[Committed], number: int) -> int | None:

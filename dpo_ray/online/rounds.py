@@ -15,8 +15,8 @@ from dpo_ray.artifacts.digest import artifact_key
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.cluster.placement import check_room, placed
-from dpo_ray.cluster.resources import worker_ask
+from dpo_ray.cluster.placement import check_room, resolve_hardware
+from dpo_ray.cluster.resources import worker_resources
 from dpo_ray.cluster.room import has_room
 from dpo_ray.config.judge import Judge
 from dpo_ray.config.model import ModelConfig
@@ -68,7 +68,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     Raises:
         DpoRayError: a subclass of it, with what is wrong, where, and what to do. What was committed stays.
     """
-    recipe = placed(recipe, verbose=verbose)
+    recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
     rounds = derive(plan)
     if isinstance(rounds.action, Done):
@@ -279,7 +279,7 @@ class _Driver:
     def _make_room(self) -> None:
         """Stop engines and judges that hold GPUs if the cluster has no room for training besides them."""
         gpus, train = self._plan.hardware.train_gpus, self._recipe.train
-        if gpus and not has_room(worker_ask(train, gpus), train.workers):
+        if gpus and not has_room(worker_resources(train, gpus), train.workers):
             self._pool.close()
             for judges in self._judges.values():
                 if judges.gpus:

@@ -60,7 +60,7 @@ def cut(tables: Iterable[pa.Table], groups: int) -> Iterator[pa.Table]:
 
 
 @dataclass(frozen=True)
-class Looked:
+class LookupProgress:
     """Progress of a look-up since its last report."""
 
     known_groups: int  # groups of which the store has all completions
@@ -70,7 +70,7 @@ class Looked:
 
 def look_up(
     tables: Iterable[pa.Table], store: ReferenceStore, index: StoreIndex, groups_per_granule: int
-) -> Iterator[Looked | pa.Table]:
+) -> Iterator[LookupProgress | pa.Table]:
     """Yield counts and granules alternately, and at the end only counts."""
     known_groups = found = 0
 
@@ -82,7 +82,7 @@ def look_up(
             yield lacking
 
     for granule in cut(missing(), groups_per_granule):
-        yield Looked(known_groups, found, granule=True)
+        yield LookupProgress(known_groups, found, granule=True)
         known_groups = found = 0
         yield granule
-    yield Looked(known_groups, found, granule=False)
+    yield LookupProgress(known_groups, found, granule=False)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-from dpo_ray.cluster.resources import Ask, engine_ask
+from dpo_ray.cluster.resources import Resources, engine_resources
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.errors import DpoRayError, InfrastructureError
 from dpo_ray.reference.store.store import ReferenceStore
@@ -69,7 +69,7 @@ class EnginePool:
         on_event: called with a sentence about what a person should know: an engine lost, a group left out.
         start: starts the scorer in an engine's process; must pickle.
         living: keep the engines until `close`, or until a run is interrupted while they are working.
-        ask: resources that each engine requests from Ray, if they are not those of the section `reference`.
+        resources: resources that each engine requests from Ray, if they are not those of the section `reference`.
     """
 
     def __init__(
@@ -82,15 +82,15 @@ class EnginePool:
         start: StartScorer = start_vllm,
         *,
         living: bool = False,
-        ask: Ask | None = None,
+        resources: Resources | None = None,
     ) -> None:
         self._settings, self._store, self._start, self._on_event = settings, store, start, on_event
         self._living = living
         self._sampling: Sampling | None = None  # of the current run; None: the run scores
         self._least, self._most = config.replicas, config.max_replicas or config.replicas
-        self._ask = ask or engine_ask(config, gpus_per_engine)
+        self._resources = resources or engine_resources(config, gpus_per_engine)
         self._options: dict[str, Any] = {
-            **self._ask.options(),
+            **self._resources.options(),
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": CALLS_OF_AN_ENGINE,
@@ -272,7 +272,7 @@ class EnginePool:
             awaited |= dict.fromkeys(engine.work or [engine.awaited], engine)
         ready, _ = ray.wait(list(awaited), num_returns=1, timeout=SAY_WAITING_SECONDS)
         if not ready and not self.ready:
-            resources = self._ask.words()
+            resources = self._resources.describe()
             self._on_event(
                 f"{self.size} engines are starting or waiting for a node with free resources; each requests {resources}"
             )

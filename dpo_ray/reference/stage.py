@@ -25,7 +25,7 @@ from dpo_ray.reference.store.store import ReferenceStore, StoreIndex
 
 from .granule import GRANULE, REASONS, Scored, Unscored
 from .join import JoinedPart, join_part
-from .lookup import Looked, look_up
+from .lookup import LookupProgress, look_up
 from .pool import EnginePool
 from .scorer import ScorerSettings
 from .trainer_pool import score_with_trainer
@@ -111,7 +111,7 @@ def score(
     """
     tally = ScoringTally(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
 
-    def looked(news: Looked) -> None:
+    def looked(news: LookupProgress) -> None:
         tally.found += news.found
         tally.done += news.known_groups
         advance(news.known_groups, tally.describe())
@@ -154,7 +154,7 @@ def check_unscored(tally: ScoringTally, limit: float) -> None:
 
 
 def look_up_all(
-    tokens: Artifact, store: ReferenceStore, config: ReferenceConfig, looked: Callable[[Looked], None]
+    tokens: Artifact, store: ReferenceStore, config: ReferenceConfig, looked: Callable[[LookupProgress], None]
 ) -> Iterator[ray.ObjectRef]:
     """Look up every part in Ray tasks, and yield granules of what the store lacks, in the order of the parts.
 
@@ -194,7 +194,7 @@ def _index(store: ReferenceStore, segments: Sequence[str] | None = None) -> Stor
 
 def _look_up(
     names: Sequence[str], tokens: Artifact, store: ReferenceStore, index: StoreIndex, groups_per_granule: int
-) -> Iterator[Looked | pa.Table]:
+) -> Iterator[LookupProgress | pa.Table]:
     tables = (read_table(tokens, name, GRANULE.names) for name in names)
     yield from look_up(tables, store, index, groups_per_granule)
 

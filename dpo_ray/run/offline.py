@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.cluster.placement import check_room, placed
+from dpo_ray.cluster.placement import check_room, resolve_hardware
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ArtifactError, AuditError, DataError
 from dpo_ray.observe.progress import Reporter
@@ -53,7 +53,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     Raises:
         DpoRayError: a subclass of it, with what is wrong, where, and what to do. What was committed stays.
     """
-    recipe = placed(recipe, verbose=verbose)
+    recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
     if plan.done:
         return opened(plan), False
@@ -79,7 +79,7 @@ def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tu
     Raises:
         DpoRayError: as `offline`, except that too many unsound rows are no error, so that they can be inspected.
     """
-    recipe = placed(recipe, verbose=verbose)
+    recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
     if (done := planning.found(plan, "prepare")) is not None:
         return plan, done

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.cluster.resources import sampler_ask
+from dpo_ray.cluster.resources import sampler_resources
 from dpo_ray.evaluate.metrics import Comparison, Sample
 from dpo_ray.observe.progress import Bar
 from dpo_ray.reference.completions import EngineModel, SampledCompletion, completion_logps, sample_completions
@@ -41,7 +41,7 @@ def compare_models(
         bar.say,
         start_sampling_vllm,
         living=True,
-        ask=sampler_ask(run.recipe, engine_gpus),
+        resources=sampler_resources(run.recipe, engine_gpus),
     )
 
     def score(model: EngineModel, samples: Sequence[SampledCompletion]) -> np.ndarray:

@@ -153,7 +153,7 @@ def trained_in_other_layouts(tmp_path_factory: pytest.TempPathFactory) -> Traine
     ("case", "reference", "workers"),
     [
         pytest.param("sigmoid", "file", 1, marks=pytest.mark.slow),
-        ("ipo", "vllm", 2),
+        pytest.param("ipo", "vllm", 2, marks=pytest.mark.slow),
         *(
             pytest.param(*rest, marks=pytest.mark.long)
             for rest in itertools.product(("sigmoid", "ipo"), ("file", "vllm"), (1, 2))

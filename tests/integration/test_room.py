@@ -16,8 +16,8 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from dpo_ray.cluster import room, workers
-from dpo_ray.cluster.placement import check_room, placed
-from dpo_ray.cluster.resources import Ask
+from dpo_ray.cluster.placement import check_room, resolve_hardware
+from dpo_ray.cluster.resources import Resources
 from dpo_ray.cluster.room import capacity, given_back, has_room, wait
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import InfrastructureError, StoppedError, TrainError
@@ -54,12 +54,12 @@ def live_groups() -> int:
 
 
 def test_capacity_is_counted_by_all_that_is_asked_for() -> None:
-    assert capacity(Ask("workers", 1.0)) == CPUS
-    assert capacity(Ask("workers", 1.5)) == 2
-    assert capacity(Ask("workers", 1.0, gpus=1.0)) == 0
-    assert capacity(Ask("workers", 1.0, memory_gib=1e6)) == 0
-    assert capacity(Ask("workers", 1.0, labels={"dpo/role": "train"})) == 0
-    assert capacity(Ask("workers", 1.0, labels={"ray.io/node-id": ray.nodes()[0]["NodeID"]})) == CPUS
+    assert capacity(Resources("workers", 1.0)) == CPUS
+    assert capacity(Resources("workers", 1.5)) == 2
+    assert capacity(Resources("workers", 1.0, gpus=1.0)) == 0
+    assert capacity(Resources("workers", 1.0, memory_gib=1e6)) == 0
+    assert capacity(Resources("workers", 1.0, labels={"dpo/role": "train"})) == 0
+    assert capacity(Resources("workers", 1.0, labels={"ray.io/node-id": ray.nodes()[0]["NodeID"]})) == CPUS
 
 
 def test_what_can_never_fit_is_refused_with_what_is_missing(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_scoring_and_training_side_by_side_need_gpus_of_their_own(tmp_path: Path
 
 def test_labels_do_not_count_on_this_machine_alone(tmp_path: Path) -> None:
     roles = "{train: {node_labels: {dpo/role: train}}, judge: {node_labels: {a: b}}, reference: {node_labels: {a: b}}}"
-    here = placed(small_recipe(tmp_path, f"cluster.roles={roles}"))
+    here = resolve_hardware(small_recipe(tmp_path, f"cluster.roles={roles}"))
     assert here.train.node_labels == here.reference.node_labels == {}
     assert here.cluster.roles.judge.node_labels is None
     check_room(here, STAGES, 0.0, 0.0, print)
@@ -92,20 +92,23 @@ def test_labels_do_not_count_on_this_machine_alone(tmp_path: Path) -> None:
 
 def test_a_run_does_not_turn_to_cpus_in_silence(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, "ray.address=auto")
-    assert placed(recipe).train.gpus_per_worker == 0.0
+    assert resolve_hardware(recipe).train.gpus_per_worker == 0.0
     run_dir = tmp_path / "small"
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text("train: {gpus_per_worker: 1.0}")
     with pytest.raises(InfrastructureError, match="no node has a GPU for a training worker now"):
-        placed(recipe)
-    assert placed(small_recipe(tmp_path, "ray.address=auto", "train.gpus_per_worker=0")).train.gpus_per_worker == 0.0
+        resolve_hardware(recipe)
+    assert (
+        resolve_hardware(small_recipe(tmp_path, "ray.address=auto", "train.gpus_per_worker=0")).train.gpus_per_worker
+        == 0.0
+    )
 
 
 ON_A_CLUSTER_THAT_SCALES = """
 import sys, pytest, ray
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
-from dpo_ray.cluster.placement import check_room, placed
+from dpo_ray.cluster.placement import check_room, resolve_hardware
 from dpo_ray.cluster.room import scales
 from dpo_ray.config.load import load_recipe
 from dpo_ray.errors import InfrastructureError
@@ -119,7 +122,7 @@ assert scales()
 recipe = load_recipe(Path(sys.argv[1]), ["train.workers=8", "ray.address=auto"])
 check_room(recipe, ("train",), 0.0, 0.0, print)
 with pytest.raises(InfrastructureError, match="no node has a GPU"):
-    placed(recipe)
+    resolve_hardware(recipe)
 """
 
 
@@ -140,7 +143,7 @@ def test_waiting_is_said_with_a_count_and_ends_when_there_is_room() -> None:
         release = threading.Event()
 
         def wait_for_three() -> None:
-            assert wait(Ask("training workers", 1.0), 3, 3, said.append) == 3
+            assert wait(Resources("training workers", 1.0), 3, 3, said.append) == 3
             release.set()
 
         thread = threading.Thread(target=wait_for_three)
@@ -159,22 +162,22 @@ def test_waiting_is_said_with_a_count_and_ends_when_there_is_room() -> None:
 def test_fewer_begin_where_there_is_not_room_for_all() -> None:
     said: list[str] = []
     with held(2):
-        assert wait(Ask("training workers", 1.0), 1, 4, said.append) == 2
-        assert has_room(Ask("training workers", 1.0), 2)
-        assert not has_room(Ask("training workers", 1.0), 3)
+        assert wait(Resources("training workers", 1.0), 1, 4, said.append) == 2
+        assert has_room(Resources("training workers", 1.0), 2)
+        assert not has_room(Resources("training workers", 1.0), 3)
     assert said[-1] == "there is room for 2 of 4 training workers: they continue without the others"
-    assert wait(Ask("training workers", 1.0), 1, 4, said.append) == 4
+    assert wait(Resources("training workers", 1.0), 1, 4, said.append) == 4
     assert live_groups() == 0
 
 
-def fail_to_start(ask: Ask) -> None:
+def fail_to_start(ask: Resources) -> None:
     with given_back(ask, 2):
         assert placement_group([{"CPU": 1}, {"CPU": 1}]).wait(30)
         raise TrainError("did not start")
 
 
 def test_what_an_attempt_leaves_behind_is_given_back() -> None:
-    ask = Ask("training workers", 1.0)
+    ask = Resources("training workers", 1.0)
     with held(1):
         other = placement_group([{"CPU": 1}], name="of somebody else in this program")
         with pytest.raises(TrainError, match="did not start"):
@@ -187,7 +190,7 @@ def test_what_an_attempt_leaves_behind_is_given_back() -> None:
 @pytest.mark.usefixtures("quick")
 def test_who_is_told_to_stop_waits_no_longer() -> None:
     with held(3), pytest.raises(StoppedError, match="2 training workers waited for room"):
-        wait(Ask("training workers", 1.0), 2, 2, print, gives_up=lambda: True)
+        wait(Resources("training workers", 1.0), 2, 2, print, gives_up=lambda: True)
     assert live_groups() == 0
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo_ray.cluster.resources import judge_ask
+from dpo_ray.cluster.resources import judge_resources
 from dpo_ray.config.cluster import GroupConfig, PlacementConfig
 from dpo_ray.config.judge import replicas_of
 from dpo_ray.config.objective import uses_reference
@@ -31,7 +31,7 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Group:
+class PodGroup:
     """A group of identical pods."""
 
     name: str
@@ -82,7 +82,7 @@ def training_labels(recipe: Recipe) -> dict[str, str]:
     return {ROLE: "training"} | recipe.train.node_labels
 
 
-def groups(recipe: Recipe) -> list[Group]:
+def groups(recipe: Recipe) -> list[PodGroup]:
     """Compute the size of every group of pods that the recipe needs.
 
     Raises:
@@ -148,7 +148,7 @@ def _judges(recipe: Recipe) -> tuple[list[Demand], list[Demand]]:
     """Return the judges with GPUs, and those without."""
     role, demands = recipe.cluster.roles.judge, []
     for judge in recipe.online.named_judges() if recipe.online is not None else []:
-        asks, count = judge_ask(judge, role), replicas_of(judge, role)
+        asks, count = judge_resources(judge, role), replicas_of(judge, role)
         demands.append(Demand(f"a {judge.type} judge", asks.cpus, asks.gpus, count, count))
     return [d for d in demands if d.gpus], [d for d in demands if not d.gpus]
 
@@ -165,7 +165,7 @@ def _sized(
     demands: list[Demand],
     guests: Sequence[Demand] = (),
     side_by_side: bool = True,
-) -> Group:
+) -> PodGroup:
     """Compute the size of one group.
 
     Args:
@@ -195,7 +195,7 @@ def _sized(
         )
     low = (group.min_replicas or 0) if scales else replicas
     memory = group.memory_gib or MEMORY_GIB_PER_CPU * cpus + MEMORY_GIB_PER_GPU * gpu_count
-    return Group(
+    return PodGroup(
         name,
         labels,
         cpus,

@@ -8,7 +8,7 @@ from dpo_ray import __version__
 from dpo_ray.config.cluster import KubernetesConfig, PlacementConfig
 from dpo_ray.config.recipe import Recipe
 
-from .groups import ROLE, Group, groups
+from .groups import ROLE, PodGroup, groups
 from .recipe import RECIPE_DIRECTORY
 
 Json = dict[str, Any]
@@ -61,7 +61,7 @@ def head_template(recipe: Recipe, name: str) -> Json:
     return _template(profile, name, "head", spec, head.placement)
 
 
-def worker_template(recipe: Recipe, name: str, group: Group) -> Json:
+def worker_template(recipe: Recipe, name: str, group: PodGroup) -> Json:
     """Build the pod template of one group of workers."""
     profile = recipe.cluster.kubernetes
     container = _container(recipe, "ray-worker", group.cpus, group.memory_gib)

@@ -12,7 +12,7 @@ from dpo_ray.config.cluster import MAX_RAYJOB_NAME, QueueConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 
-from .groups import ROLE, Group, groups
+from .groups import ROLE, PodGroup, groups
 from .pods import RUN, Json, autoscaler_options, head_template, worker_template
 from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files, judge_ports
 
@@ -113,7 +113,7 @@ def _cluster_spec(recipe: Recipe, name: str) -> Json:
     return spec
 
 
-def _worker_group(recipe: Recipe, name: str, group: Group) -> Json:
+def _worker_group(recipe: Recipe, name: str, group: PodGroup) -> Json:
     return {
         "groupName": group.name,
         "replicas": group.replicas,

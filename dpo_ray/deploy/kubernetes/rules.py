@@ -10,7 +10,7 @@ import yaml
 
 from dpo_ray.config.cluster import MAX_RAYJOB_NAME
 
-from .schema import Finding, schema_findings
+from .schema import Violation, schema_violations
 
 Json = dict[str, Any]
 
@@ -32,11 +32,11 @@ _LABEL_KEY = re.compile(
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
-def findings(manifest: Json) -> list[Finding]:
+def violations(manifest: Json) -> list[Violation]:
     """List what is wrong with a manifest: first by its schema and, if that finds nothing, by the operator's rules."""
-    wrong = schema_findings(manifest)
+    wrong = schema_violations(manifest)
     if not wrong and not manifest["metadata"].keys() & {"name", "generateName"}:
-        wrong = [Finding("metadata.name", "is required, but missing")]
+        wrong = [Violation("metadata.name", "is required, but missing")]
     if wrong:
         return wrong
     if manifest["kind"] == "RayJob":
@@ -46,132 +46,132 @@ def findings(manifest: Json) -> list[Finding]:
     return []
 
 
-def _ray_job(manifest: Json) -> Iterator[Finding]:
+def _ray_job(manifest: Json) -> Iterator[Violation]:
     metadata, spec = manifest["metadata"], manifest["spec"]
     yield from _name(metadata.get("name"), MAX_RAYJOB_NAME)
     yield from _submission(spec)
     yield from _end_of_job(spec)
     yield from _deletion(spec)
     if _is_token_of_kubernetes(spec.get("rayClusterSpec") or {}):
-        yield Finding("spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "is not supported for a RayJob")
+        yield Violation("spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "is not supported for a RayJob")
     queue = (metadata.get("labels") or {}).get("kueue.x-k8s.io/queue-name")
     if queue and (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling"):
-        yield Finding(
+        yield Violation(
             "spec.rayClusterSpec.enableInTreeAutoscaling", "Kueue admits a fixed number of pods: set it to false"
         )
     if queue and not spec.get("shutdownAfterJobFinishes"):
-        yield Finding(
+        yield Violation(
             "spec.shutdownAfterJobFinishes", "Kueue releases the quota only of a job that shuts down: set it to true"
         )
     if spec.get("rayClusterSpec"):
         yield from _cluster(spec["rayClusterSpec"], metadata.get("annotations") or {}, "spec.rayClusterSpec")
 
 
-def _submission(spec: Json) -> Iterator[Finding]:
+def _submission(spec: Json) -> Iterator[Violation]:
     mode, chosen = spec.get("submissionMode", "K8sJobMode"), spec.get("clusterSelector")
     if mode not in MODES:
-        yield Finding("spec.submissionMode", f"{mode!r} is not one of {', '.join(MODES)}")
+        yield Violation("spec.submissionMode", f"{mode!r} is not one of {', '.join(MODES)}")
     if not chosen and not spec.get("rayClusterSpec"):
-        yield Finding("spec.rayClusterSpec", "is required if there is no clusterSelector")
+        yield Violation("spec.rayClusterSpec", "is required if there is no clusterSelector")
     if chosen is not None and chosen and not chosen.get("ray.io/cluster"):
-        yield Finding("spec.clusterSelector", "names no cluster: set the key ray.io/cluster")
+        yield Violation("spec.clusterSelector", "names no cluster: set the key ray.io/cluster")
     if not spec.get("entrypoint") and mode != "InteractiveMode" and not spec.get("submitterPodTemplate"):
-        yield Finding("spec.entrypoint", "is required: without it the job has nothing to run")
+        yield Violation("spec.entrypoint", "is required: without it the job has nothing to run")
     retries = spec.get("backoffLimit", 0)
     if retries < 0:
-        yield Finding("spec.backoffLimit", "must not be negative")
+        yield Violation("spec.backoffLimit", "must not be negative")
     if retries > 0 and chosen:
-        yield Finding("spec.backoffLimit", "each retry starts a new cluster: not allowed with clusterSelector")
+        yield Violation("spec.backoffLimit", "each retry starts a new cluster: not allowed with clusterSelector")
     if retries > 0 and mode == "InteractiveMode":
-        yield Finding("spec.backoffLimit", "not allowed with submissionMode: InteractiveMode")
+        yield Violation("spec.backoffLimit", "not allowed with submissionMode: InteractiveMode")
     if mode == "SidecarMode":
         for field in ("submitterPodTemplate", "submitterConfig"):
             if spec.get(field) is not None:
-                yield Finding(f"spec.{field}", "not allowed with submissionMode: SidecarMode")
+                yield Violation(f"spec.{field}", "not allowed with submissionMode: SidecarMode")
         if chosen:
-            yield Finding("spec.clusterSelector", "not allowed with submissionMode: SidecarMode")
+            yield Violation("spec.clusterSelector", "not allowed with submissionMode: SidecarMode")
         if spec.get("rayClusterSpec") and _restarts(spec["rayClusterSpec"]["headGroupSpec"]):
-            yield Finding(
+            yield Violation(
                 "spec.rayClusterSpec.headGroupSpec.template.spec.restartPolicy", "SidecarMode needs Never, or no policy"
             )
     try:
         environment = yaml.safe_load(spec.get("runtimeEnvYAML") or "{}")
     except yaml.YAMLError as error:
-        yield Finding("spec.runtimeEnvYAML", f"is not YAML: {str(error).splitlines()[0]}")
+        yield Violation("spec.runtimeEnvYAML", f"is not YAML: {str(error).splitlines()[0]}")
     else:
         if not isinstance(environment, dict):
-            yield Finding("spec.runtimeEnvYAML", "is not a mapping")
+            yield Violation("spec.runtimeEnvYAML", "is not a mapping")
 
 
-def _end_of_job(spec: Json) -> Iterator[Finding]:
+def _end_of_job(spec: Json) -> Iterator[Violation]:
     shuts_down = spec.get("shutdownAfterJobFinishes", False)
     if spec.get("suspend") and not shuts_down:
-        yield Finding("spec.suspend", "needs shutdownAfterJobFinishes: true")
+        yield Violation("spec.suspend", "needs shutdownAfterJobFinishes: true")
     if spec.get("suspend") and spec.get("clusterSelector"):
-        yield Finding("spec.suspend", "not allowed with clusterSelector")
+        yield Violation("spec.suspend", "not allowed with clusterSelector")
     ttl = spec.get("ttlSecondsAfterFinished", 0)
     if ttl < 0:
-        yield Finding("spec.ttlSecondsAfterFinished", "must not be negative")
+        yield Violation("spec.ttlSecondsAfterFinished", "must not be negative")
     if ttl > 0 and not shuts_down:
-        yield Finding("spec.ttlSecondsAfterFinished", "needs shutdownAfterJobFinishes: true")
+        yield Violation("spec.ttlSecondsAfterFinished", "needs shutdownAfterJobFinishes: true")
     for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
         if spec.get(field) is not None and spec[field] <= 0:
-            yield Finding(f"spec.{field}", "must be positive")
+            yield Violation(f"spec.{field}", "must be positive")
 
 
-def _deletion(spec: Json) -> Iterator[Finding]:
+def _deletion(spec: Json) -> Iterator[Violation]:
     strategy = spec.get("deletionStrategy")
     if strategy is None:
         return
     where, rules = "spec.deletionStrategy", strategy.get("deletionRules") or []
     legacy = [key for key in ("onSuccess", "onFailure") if key in strategy]
     if rules and legacy:
-        yield Finding(f"{where}.deletionRules", "not allowed together with onSuccess and onFailure")
+        yield Violation(f"{where}.deletionRules", "not allowed together with onSuccess and onFailure")
     if not rules and len(legacy) < 2:
-        yield Finding(where, "needs deletionRules, or both onSuccess and onFailure")
+        yield Violation(where, "needs deletionRules, or both onSuccess and onFailure")
     if rules and spec.get("shutdownAfterJobFinishes"):
-        yield Finding(f"{where}.deletionRules", "not allowed with shutdownAfterJobFinishes: true")
+        yield Violation(f"{where}.deletionRules", "not allowed with shutdownAfterJobFinishes: true")
     scales = (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling", False)
     for key in legacy:
         yield from _deletion_policy(spec, strategy[key].get("policy"), f"{where}.{key}.policy", scales)
         if strategy[key].get("policy") == "DeleteNone" and spec.get("shutdownAfterJobFinishes"):
-            yield Finding(f"{where}.{key}.policy", "DeleteNone contradicts shutdownAfterJobFinishes: true")
+            yield Violation(f"{where}.{key}.policy", "DeleteNone contradicts shutdownAfterJobFinishes: true")
     times: dict[tuple[str, str], dict[str, int]] = {}
     for number, rule in enumerate(rules):
         at, condition = f"{where}.deletionRules[{number}]", rule["condition"]
         yield from _deletion_policy(spec, rule["policy"], f"{at}.policy", scales)
         states = [(key, condition[key]) for key in ("jobStatus", "jobDeploymentStatus") if condition.get(key)]
         if len(states) != 1:
-            yield Finding(f"{at}.condition", "needs either jobStatus or jobDeploymentStatus")
+            yield Violation(f"{at}.condition", "needs either jobStatus or jobDeploymentStatus")
             continue
         known = times.setdefault(states[0], {})
         if rule["policy"] in known:
-            yield Finding(f"{at}.policy", f"{rule['policy']} appears twice for {states[0][1]}")
+            yield Violation(f"{at}.policy", f"{rule['policy']} appears twice for {states[0][1]}")
         known[rule["policy"]] = condition.get("ttlSeconds", 0)
     for (_, state), known in times.items():
         in_order = [known[policy] for policy in DELETION_ORDER if policy in known]
         if in_order != sorted(in_order):
-            yield Finding(
+            yield Violation(
                 f"{where}.deletionRules",
                 f"for {state}, ttlSeconds must increase from workers to cluster to the job itself",
             )
 
 
-def _deletion_policy(spec: Json, policy: str | None, where: str, scales: bool) -> Iterator[Finding]:
+def _deletion_policy(spec: Json, policy: str | None, where: str, scales: bool) -> Iterator[Violation]:
     if policy is None:
-        yield Finding(where, "is required, but missing")
+        yield Violation(where, "is required, but missing")
     if policy in ("DeleteCluster", "DeleteWorkers") and spec.get("clusterSelector"):
-        yield Finding(where, f"{policy} is not allowed for a cluster that clusterSelector names")
+        yield Violation(where, f"{policy} is not allowed for a cluster that clusterSelector names")
     if policy == "DeleteWorkers" and scales:
-        yield Finding(where, "DeleteWorkers is not allowed for a cluster with autoscaling")
+        yield Violation(where, "DeleteWorkers is not allowed for a cluster with autoscaling")
 
 
-def _ray_cluster(manifest: Json) -> Iterator[Finding]:
+def _ray_cluster(manifest: Json) -> Iterator[Violation]:
     yield from _name(manifest["metadata"].get("name"), MAX_RAYCLUSTER_NAME)
     yield from _cluster(manifest["spec"], manifest["metadata"].get("annotations") or {}, "spec")
 
 
-def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Finding]:
+def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Violation]:
     scales = spec.get("enableInTreeAutoscaling", False)
     yield from _group(spec["headGroupSpec"], f"{where}.headGroupSpec")
     names = set()
@@ -180,60 +180,62 @@ def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Fi
         yield from _group(group, at)
         yield from _bounds(group, at)
         if group["groupName"] in names:
-            yield Finding(f"{at}.groupName", f"{group['groupName']!r} appears twice")
+            yield Violation(f"{at}.groupName", f"{group['groupName']!r} appears twice")
         names.add(group["groupName"])
         if scales and group.get("suspend"):
-            yield Finding(f"{at}.suspend", "not allowed with autoscaling")
+            yield Violation(f"{at}.suspend", "not allowed with autoscaling")
         if (group.get("idleTimeoutSeconds") is not None or group.get("priority")) and not _is_v2(spec):
             field = "idleTimeoutSeconds" if group.get("idleTimeoutSeconds") is not None else "priority"
-            yield Finding(f"{at}.{field}", "needs autoscalerOptions.version: v2")
+            yield Violation(f"{at}.{field}", "needs autoscalerOptions.version: v2")
         if (group.get("idleTimeoutSeconds") or 0) < 0:
-            yield Finding(f"{at}.idleTimeoutSeconds", "must not be negative")
+            yield Violation(f"{at}.idleTimeoutSeconds", "must not be negative")
         if group.get("priority") and _version(spec) < (2, 56):
-            yield Finding(f"{at}.priority", "needs rayVersion 2.56 or later")
+            yield Violation(f"{at}.priority", "needs rayVersion 2.56 or later")
     yield from _autoscaler(spec, where)
     yield from _authentication(spec, where)
     yield from _fault_tolerance(spec, annotations, where)
     for field, gate in FEATURE_GATES.items():
         if spec.get(field) is not None:
-            yield Finding(f"{where}.{field}", f"needs the operator's feature gate {gate}, which is disabled by default")
+            yield Violation(
+                f"{where}.{field}", f"needs the operator's feature gate {gate}, which is disabled by default"
+            )
 
 
-def _group(group: Json, where: str) -> Iterator[Finding]:
+def _group(group: Json, where: str) -> Iterator[Violation]:
     start = group.get("rayStartParams") or {}
     if not group["template"]["spec"].get("containers"):
-        yield Finding(f"{where}.template.spec.containers", "at least one is expected, the first of which is Ray's")
+        yield Violation(f"{where}.template.spec.containers", "at least one is expected, the first of which is Ray's")
     if group.get("resources") and any(start.get(key) for key in SIZES_OF_START):
-        yield Finding(f"{where}.resources", "rayStartParams sets resources as well: use one of the two")
+        yield Violation(f"{where}.resources", "rayStartParams sets resources as well: use one of the two")
     if "labels" in start:
-        yield Finding(f"{where}.rayStartParams.labels", "is not supported: use the group's own field labels")
+        yield Violation(f"{where}.rayStartParams.labels", "is not supported: use the group's own field labels")
     for key, value in (group.get("labels") or {}).items():
         if not _LABEL_KEY.fullmatch(key):
-            yield Finding(f"{where}.labels.{key}", "the key is not a valid Kubernetes label")
+            yield Violation(f"{where}.labels.{key}", "the key is not a valid Kubernetes label")
         if not _LABEL_VALUE.fullmatch(value):
-            yield Finding(f"{where}.labels.{key}", f"{value!r} is not a valid value of a Kubernetes label")
+            yield Violation(f"{where}.labels.{key}", f"{value!r} is not a valid value of a Kubernetes label")
 
 
-def _bounds(group: Json, where: str) -> Iterator[Finding]:
+def _bounds(group: Json, where: str) -> Iterator[Violation]:
     low, high = group.get("minReplicas", 0), group.get("maxReplicas", MAX_REPLICAS)
     for field in ("minReplicas", "maxReplicas", "replicas"):
         if group.get(field, 0) < 0:
-            yield Finding(f"{where}.{field}", "must not be negative")
+            yield Violation(f"{where}.{field}", "must not be negative")
     if low > high:
-        yield Finding(f"{where}.minReplicas", f"{low} is more than maxReplicas={high}")
+        yield Violation(f"{where}.minReplicas", f"{low} is more than maxReplicas={high}")
     elif "replicas" in group and not low <= group["replicas"] <= high:
-        yield Finding(
+        yield Violation(
             f"{where}.replicas", f"{group['replicas']} is not between minReplicas={low} and maxReplicas={high}"
         )
 
 
-def _autoscaler(spec: Json, where: str) -> Iterator[Finding]:
+def _autoscaler(spec: Json, where: str) -> Iterator[Violation]:
     options = spec.get("autoscalerOptions") or {}
     own = _environment(spec["headGroupSpec"])
     if not spec.get("enableInTreeAutoscaling") and own.get(AUTOSCALER_V2) in ("1", "true"):
-        yield Finding(f"{where}.enableInTreeAutoscaling", f"{AUTOSCALER_V2} is set: set this to true")
+        yield Violation(f"{where}.enableInTreeAutoscaling", f"{AUTOSCALER_V2} is set: set this to true")
     if spec.get("enableInTreeAutoscaling") and "version" in options and AUTOSCALER_V2 in own:
-        yield Finding(
+        yield Violation(
             f"{where}.autoscalerOptions.version", f"the head's {AUTOSCALER_V2} sets it as well: leave that variable out"
         )
     if spec.get("enableInTreeAutoscaling") and _is_v2(spec):
@@ -241,57 +243,59 @@ def _autoscaler(spec: Json, where: str) -> Iterator[Finding]:
         for name, group in {"headGroupSpec": spec["headGroupSpec"], **groups}.items():
             if _restarts(group):
                 at = f"{where}.{name}.template.spec.restartPolicy"
-                yield Finding(at, "version v2 of the autoscaler needs Never, or no policy")
+                yield Violation(at, "version v2 of the autoscaler needs Never, or no policy")
     if (options.get("idleTimeoutSeconds") or 0) < 0:
-        yield Finding(f"{where}.autoscalerOptions.idleTimeoutSeconds", "must not be negative")
+        yield Violation(f"{where}.autoscalerOptions.idleTimeoutSeconds", "must not be negative")
     if any(e["name"] == "KUBERAY_GEN_AUTOSCALER_START_CMD" for e in options.get("env") or []):
-        yield Finding(f"{where}.autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is reserved for the operator")
+        yield Violation(
+            f"{where}.autoscalerOptions.env", "KUBERAY_GEN_AUTOSCALER_START_CMD is reserved for the operator"
+        )
 
 
-def _authentication(spec: Json, where: str) -> Iterator[Finding]:
+def _authentication(spec: Json, where: str) -> Iterator[Violation]:
     options = spec.get("authOptions") or {}
     if options.get("mode") == "token" and _version(spec) < (2, 52):
-        yield Finding(f"{where}.rayVersion", "authOptions.mode: token needs this field, with 2.52.0 or later")
+        yield Violation(f"{where}.rayVersion", "authOptions.mode: token needs this field, with 2.52.0 or later")
     if _is_token_of_kubernetes(spec):
         at = f"{where}.authOptions.enableK8sTokenAuth"
         if options.get("mode") != "token":
-            yield Finding(at, "needs mode: token")
+            yield Violation(at, "needs mode: token")
         elif _version(spec) < (2, 55):
-            yield Finding(at, "needs rayVersion 2.55.0 or later")
+            yield Violation(at, "needs rayVersion 2.55.0 or later")
         if options.get("secretName"):
-            yield Finding(f"{where}.authOptions.secretName", "not allowed with enableK8sTokenAuth")
+            yield Violation(f"{where}.authOptions.secretName", "not allowed with enableK8sTokenAuth")
 
 
-def _fault_tolerance(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Finding]:
+def _fault_tolerance(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Violation]:
     options, head = spec.get("gcsFaultToleranceOptions"), spec["headGroupSpec"]
     start, own = head.get("rayStartParams") or {}, _environment(head)
     if options is None:
         if "RAY_REDIS_ADDRESS" in own and annotations.get("ray.io/ft-enabled", "").lower() != "true":
-            yield Finding(f"{where}.gcsFaultToleranceOptions", "the head's RAY_REDIS_ADDRESS needs it")
+            yield Violation(f"{where}.gcsFaultToleranceOptions", "the head's RAY_REDIS_ADDRESS needs it")
         return
     if options.get("backend") == "rocksdb":
         gate = "GCSFaultToleranceEmbeddedStorage"
         at = f"{where}.gcsFaultToleranceOptions.backend"
-        yield Finding(at, f"rocksdb needs the operator's feature gate {gate}, which is disabled by default")
+        yield Violation(at, f"rocksdb needs the operator's feature gate {gate}, which is disabled by default")
     for key in ("ray.io/ft-enabled", "ray.io/external-storage-namespace"):
         if annotations.get(key):
-            yield Finding(f"metadata.annotations.{key}", "not allowed with gcsFaultToleranceOptions")
+            yield Violation(f"metadata.annotations.{key}", "not allowed with gcsFaultToleranceOptions")
     for key in ("redis-password", "redis-username"):
         if start.get(key):
-            yield Finding(f"{where}.headGroupSpec.rayStartParams.{key}", "not allowed with gcsFaultToleranceOptions")
+            yield Violation(f"{where}.headGroupSpec.rayStartParams.{key}", "not allowed with gcsFaultToleranceOptions")
     for key in ("REDIS_PASSWORD", "REDIS_USERNAME", "RAY_REDIS_ADDRESS"):
         if key in own:
             at = f"{where}.headGroupSpec.template.spec.containers[0].env"
-            yield Finding(at, f"{key}: not allowed with gcsFaultToleranceOptions")
+            yield Violation(at, f"{key}: not allowed with gcsFaultToleranceOptions")
 
 
-def _name(name: str | None, longest: int) -> Iterator[Finding]:
+def _name(name: str | None, longest: int) -> Iterator[Violation]:
     if name is None:  # the API server generates one
         return
     if len(name) > longest:
-        yield Finding("metadata.name", f"{len(name)} characters: the operator allows at most {longest}")
+        yield Violation("metadata.name", f"{len(name)} characters: the operator allows at most {longest}")
     elif not _DNS_1035.fullmatch(name):
-        yield Finding(
+        yield Violation(
             "metadata.name", f"{name!r} is not a letter followed by letters, digits and -, all in lower case (DNS-1035)"
         )
 

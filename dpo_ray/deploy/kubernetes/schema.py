@@ -26,38 +26,38 @@ SCHEMAS = {
 INTEGERS = {"int32": 2**31, "int64": 2**63}
 
 
-class Finding(NamedTuple):
+class Violation(NamedTuple):
     """What is wrong with one field of a manifest."""
 
     field: str
     what: str
 
 
-def schema_findings(manifest: Json) -> list[Finding]:
+def schema_violations(manifest: Json) -> list[Violation]:
     """List every field that the schema of the manifest's kind does not know or does not allow."""
     kind = (manifest.get("apiVersion"), manifest.get("kind"))
     if kind not in SCHEMAS:
         known = ", ".join(f"{k} ({version})" for version, k in SCHEMAS)
-        return [Finding("kind", f"{kind[1]!r} of {kind[0]!r} is not supported; supported: {known}")]
+        return [Violation("kind", f"{kind[1]!r} of {kind[0]!r} is not supported; supported: {known}")]
     return [finding for error in _validator(*kind).iter_errors(manifest) for finding in _findings(error)]
 
 
-def _findings(error: ValidationError) -> Iterator[Finding]:
+def _findings(error: ValidationError) -> Iterator[Violation]:
     path = field_path(list(error.absolute_path))
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema.get("properties", {}) if isinstance(error.schema, dict) else {}
         for key in sorted(set(error.instance) - set(known)):
-            yield Finding(f"{path}.{key}".lstrip("."), "unknown field")
+            yield Violation(f"{path}.{key}".lstrip("."), "unknown field")
     elif error.validator == "required" and isinstance(error.instance, dict):
         needed = error.validator_value if isinstance(error.validator_value, list) else []
         missing = [key for key in needed if key not in error.instance]
         # The library reports one error for each missing key; its message begins with that key.
         for key in [key for key in missing if error.message.startswith(repr(key))]:
-            yield Finding(f"{path}.{key}".lstrip("."), "is required, but missing")
+            yield Violation(f"{path}.{key}".lstrip("."), "is required, but missing")
     elif error.validator == "anyOf":
-        yield Finding(path, f"{error.instance!r} is neither a whole number nor text")
+        yield Violation(path, f"{error.instance!r} is neither a whole number nor text")
     else:
-        yield Finding(path or "(root)", error.message[:200])
+        yield Violation(path or "(root)", error.message[:200])
 
 
 def field_path(parts: list[str | int]) -> str:

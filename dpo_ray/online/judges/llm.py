@@ -14,7 +14,7 @@ from dpo_ray.errors import JudgeError
 
 from .llm_answers import Answer, PairAnswer, ScoreAnswer, pair_request, score_request
 from .llm_endpoint import Endpoint, Trouble, Unanswered
-from .llm_limits import Account, Pace
+from .llm_limits import Budget, Pace
 from .protocol import Memory, Question, Spending, Usage, Verdict
 
 FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 0.5, 30.0
@@ -32,7 +32,7 @@ class LlmAsker:
         """Prepare the endpoint; nothing is sent yet. Raises ConfigError if the key is missing from the environment."""
         self._config, self._memory = config, memory
         where = f"online.judge ({config.base_url}, model {config.model})"
-        self._account = Account(config, spending, where)
+        self._account = Budget(config, spending, where)
         self._endpoint = Endpoint(config, self._account, where)
         rate = config.requests_per_minute
         self._pace = Pace(rate / config.replicas if rate else None)
@@ -63,7 +63,7 @@ class LlmAsker:
 class _Asking:
     """The calls for one batch of questions, in one event loop."""
 
-    def __init__(self, config: LlmJudge, endpoint: Endpoint, pace: Pace, account: Account, memory: Memory) -> None:
+    def __init__(self, config: LlmJudge, endpoint: Endpoint, pace: Pace, account: Budget, memory: Memory) -> None:
         self._config, self._endpoint, self._pace, self._account, self._memory = config, endpoint, pace, account, memory
         self._client = endpoint.client()
         self._slots = asyncio.Semaphore(config.concurrency)

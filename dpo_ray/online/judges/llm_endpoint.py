@@ -16,7 +16,7 @@ from dpo_ray.config.judge import LlmJudge
 from dpo_ray.errors import ConfigError, JudgeError
 
 from .llm_answers import Answer, Unparsable, parsed
-from .llm_limits import Account
+from .llm_limits import Budget
 
 TOO_LONG = (
     "context_length_exceeded",
@@ -66,7 +66,7 @@ class _Reply(BaseModel):
 class Endpoint:
     """The endpoint that serves the judge's model."""
 
-    def __init__(self, config: LlmJudge, account: Account, where: str) -> None:
+    def __init__(self, config: LlmJudge, account: Budget, where: str) -> None:
         """Read the key. Raises ConfigError if it is missing from the environment."""
         self._config, self._account, self._where = config, account, where
         self._url = f"{config.base_url.rstrip('/')}/chat/completions"

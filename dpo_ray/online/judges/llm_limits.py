@@ -33,7 +33,7 @@ class Pace:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
-class Account:
+class Budget:
     """The cost of a judge's answers so far, and the check against its limit."""
 
     def __init__(self, config: LlmJudge, spending: Spending, where: str) -> None:

@@ -8,7 +8,7 @@ import yaml
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.deploy.kubernetes.groups import groups
 from dpo_ray.deploy.kubernetes.render import render, text
-from dpo_ray.deploy.kubernetes.rules import findings
+from dpo_ray.deploy.kubernetes.rules import violations
 from dpo_ray.errors import ConfigError
 from tests.helpers.manifests import PIPELINES, ROOT, recipe
 
@@ -93,7 +93,7 @@ def test_the_matrix_is_wide_enough():
 def test_what_is_rendered_keeps_schemas_rules_and_restrictions(pipeline, overrides):
     manifests = made(pipeline, overrides)
     for kind, manifest in manifests.items():
-        assert findings(manifest) == [], kind
+        assert violations(manifest) == [], kind
     assert list(yaml.safe_load_all(text(list(manifests.values())))) == list(manifests.values())
     for template in templates(manifests):
         check_restricted(template["spec"])
@@ -283,7 +283,7 @@ def test_deadlines_retries_and_what_is_left_behind():
 @pytest.mark.parametrize("overrides", [(), OPTIONS["Kueue"], OPTIONS["an object store"]])
 def test_a_ray_cluster_is_the_jobs_own(overrides):
     cluster = made("quickstart", overrides, "RayCluster")["RayCluster"]
-    assert findings(cluster) == []
+    assert violations(cluster) == []
     job = made("quickstart", overrides)["RayJob"]["spec"]["rayClusterSpec"]
     assert {k: v for k, v in cluster["spec"].items() if k != "suspend"} == job
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.deploy.kubernetes.rules import findings
+from dpo_ray.deploy.kubernetes.rules import violations
 from tests.helpers.manifests import changed, sound_ray_cluster, sound_ray_job
 
 CLUSTER = "spec.rayClusterSpec"
@@ -128,7 +128,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("manifest", [sound_ray_job(), sound_ray_cluster()], ids=["RayJob", "RayCluster"])
 def test_sound_manifests_pass(manifest):
-    assert findings(manifest) == []
+    assert violations(manifest) == []
 
 
 @pytest.mark.parametrize(("changes", "field"), BROKEN.values(), ids=BROKEN.keys())
@@ -136,7 +136,7 @@ def test_broken_manifests_are_refused_with_the_field_named(changes, field):
     manifest = sound_ray_job()
     for path, value in changes.items():
         changed(manifest, path, value)
-    assert field in [finding.field for finding in findings(manifest)]
+    assert field in [finding.field for finding in violations(manifest)]
 
 
 def test_deletion_rules_keep_their_order():
@@ -147,20 +147,20 @@ def test_deletion_rules_keep_their_order():
     ]
     manifest["spec"] |= {"shutdownAfterJobFinishes": False, "ttlSecondsAfterFinished": 0}
     manifest["spec"]["deletionStrategy"] = {"deletionRules": rules}
-    assert [f.field for f in findings(manifest)] == ["spec.deletionStrategy.deletionRules"]
+    assert [f.field for f in violations(manifest)] == ["spec.deletionStrategy.deletionRules"]
     rules[1]["condition"]["ttlSeconds"] = 900
-    assert findings(manifest) == []
+    assert violations(manifest) == []
 
 
 def test_the_limits_are_kuberays():
     manifest = sound_ray_job()
     manifest["metadata"]["name"] = "a" * 47
-    assert findings(manifest) == []
+    assert violations(manifest) == []
     cluster = sound_ray_cluster()
     cluster["metadata"]["name"] = "a" * 53
-    assert findings(cluster) == []
+    assert violations(cluster) == []
     cluster["metadata"]["name"] = "a" * 54
-    assert [f.field for f in findings(cluster)] == ["metadata.name"]
+    assert [f.field for f in violations(cluster)] == ["metadata.name"]
 
 
 def test_a_field_with_a_default_may_be_left_out_and_quantities_may_be_numbers():
@@ -168,13 +168,13 @@ def test_a_field_with_a_default_may_be_left_out_and_quantities_may_be_numbers():
     changed(manifest, f"{TRAIN}.minReplicas", None)
     changed(manifest, f"{TRAIN}.maxReplicas", None)
     changed(manifest, f"{TRAIN}.template.spec.containers[0].resources.limits", {"cpu": 64, "memory": "512Gi"})
-    assert findings(manifest) == []
+    assert violations(manifest) == []
 
 
 def test_a_name_may_be_left_to_the_api_server():
     manifest = sound_ray_job()
     manifest["metadata"] = {"generateName": "sound-"}
-    assert findings(manifest) == []
+    assert violations(manifest) == []
 
 
 @pytest.mark.parametrize("name", ["rayjobs", "rayclusters"])

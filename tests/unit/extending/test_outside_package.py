@@ -18,7 +18,7 @@ USE_ALL = """
 import json, sys
 from pathlib import Path
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.cluster.resources import judge_ask
+from dpo_ray.cluster.resources import judge_resources
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.sources import Columns
 from dpo_ray.data.formats.read import text_group
@@ -49,7 +49,7 @@ print(json.dumps({
     "verdicts": [verdict.scores for _, verdict in make_judge(judge, NoMemory()).judge(questions)],
     "digests_differ": judge_digest(judge) != judge_digest(judge.model_copy(update={"mark": "!"})),
     "same_digest": judge_digest(judge) == judge_digest(judge.model_copy(update={"replicas": 2})),
-    "gpus": judge_ask(judge, recipe.cluster.roles.judge).gpus,
+    "gpus": judge_resources(judge, recipe.cluster.roles.judge).gpus,
     "environment": sorted(recipe.online.judge_environment()),
     "steps": (place / "steps.txt").read_text(),
     "objective": recipe.train.objective.type,

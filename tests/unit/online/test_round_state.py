@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from dpo_ray.config.online import StopConfig
 from dpo_ray.errors import ArtifactError
 from dpo_ray.online.promotion import DecidedRound, RoundFigures, stop_reason
-from dpo_ray.online.round_state import STAGES, Committed, Done, Run, State, next_action, starting_policy, state_of
+from dpo_ray.online.round_state import STAGES, Committed, Done, RunStage, State, next_action, starting_policy, state_of
 
 # For each state, by what is committed: the stage that may be committed next, and the state that this brings.
 WITH_REFERENCE = {
@@ -55,7 +55,7 @@ def test_every_state_against_every_commit(uses_reference: bool, table: dict) -> 
         after = with_stages(f"{before} {event}")
         if event == allowed:
             assert state_of(after, uses_reference) == brings
-            assert next_action([known], 1, None, uses_reference) == Run(1, event)
+            assert next_action([known], 1, None, uses_reference) == RunStage(1, event)
         elif event in before.split():  # a second driver's commit of the same key
             assert state_of(after, uses_reference) == state_of(known, uses_reference)
         else:
@@ -85,8 +85,8 @@ def test_a_hole_is_named_with_what_to_do() -> None:
 
 def test_no_round_begins_before_the_last_is_decided() -> None:
     undecided = with_stages(ALL.removesuffix(" promote"), number=1)
-    assert next_action([undecided], 2) == Run(1, "promote")
-    assert next_action([undecided, Committed(2)], 2) == Run(1, "promote")
+    assert next_action([undecided], 2) == RunStage(1, "promote")
+    assert next_action([undecided, Committed(2)], 2) == RunStage(1, "promote")
     with pytest.raises(ArtifactError, match=r"round 2: a skipped state: .* round 1 is evaluated"):
         next_action([undecided, with_stages("sample", number=2)], 2)
     with pytest.raises(ArtifactError, match=r"round 3: a skipped state: .* round 2 is planned"):
@@ -96,7 +96,7 @@ def test_no_round_begins_before_the_last_is_decided() -> None:
 def test_what_ends_the_rounds() -> None:
     rounds = [decided(1, True), decided(2, False)]
     assert next_action(rounds, 2) == Done(2, "all online.rounds=2 rounds have run")
-    assert next_action(rounds, 3) == Run(3, "sample")  # `rounds` was raised
+    assert next_action(rounds, 3) == RunStage(3, "sample")  # `rounds` was raised
     assert next_action(rounds, 3, "enough") == Done(2, "enough")
     assert next_action([*rounds, with_stages("sample", 3)], 3, "enough") == Done(2, "enough")
     assert next_action(rounds, 1) == Done(2, "all online.rounds=1 rounds have run")

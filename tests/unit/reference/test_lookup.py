@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.reference.granule import GRANULE
-from dpo_ray.reference.lookup import Looked, cut, find_missing, look_up
+from dpo_ray.reference.lookup import LookupProgress, cut, find_missing, look_up
 from dpo_ray.reference.store.store import Numerics, ReferenceStore
 
 Rows = list[tuple[list[int], list[list[int]]]]
@@ -88,16 +88,16 @@ def test_a_look_up_tells_counts_and_granules_in_turns(store: ReferenceStore) -> 
         table_of([([3], [[5]]), ([7], [[5]]), ([1], [[5]])], first=3),
     ]
     said = list(look_up(parts, store, store.index(), groups_per_granule=2))
-    assert [type(item) for item in said] == [Looked, pa.Table, Looked, pa.Table, Looked]
-    assert said[0] == Looked(known_groups=1, found=2, granule=True)
+    assert [type(item) for item in said] == [LookupProgress, pa.Table, LookupProgress, pa.Table, LookupProgress]
+    assert said[0] == LookupProgress(known_groups=1, found=2, granule=True)
     assert [g["completion_ids"] for g in said[1].to_pylist()] == [[[6]], [[5], [6]]]
-    assert said[2] == Looked(known_groups=2, found=2, granule=True)
+    assert said[2] == LookupProgress(known_groups=2, found=2, granule=True)
     assert [g["prompt_ids"] for g in said[3].to_pylist()] == [[7]]
-    assert said[4] == Looked(known_groups=0, found=0, granule=False)
+    assert said[4] == LookupProgress(known_groups=0, found=0, granule=False)
 
 
 def test_where_all_is_known_there_is_no_granule(store: ReferenceStore) -> None:
     put(store, {((1,), (5,))})
     said = list(look_up([table_of([([1], [[5], [5]])])], store, store.index(), 10))
-    assert said == [Looked(known_groups=1, found=2, granule=False)]
-    assert list(look_up([], store, store.index(), 10)) == [Looked(0, 0, granule=False)]
+    assert said == [LookupProgress(known_groups=1, found=2, granule=False)]
+    assert list(look_up([], store, store.index(), 10)) == [LookupProgress(0, 0, granule=False)]
