@@ -205,6 +205,7 @@ def test_engines_that_die_while_they_start_stop_the_run(tmp_path: Path) -> None:
     assert start.starts == MAX_FAILED_STARTS
 
 
+@pytest.mark.slow
 def test_what_an_engine_says_of_its_start_is_raised_as_it_is(tmp_path: Path) -> None:
     start = Start(tmp_path, fault="error")
     with pytest.raises(EngineError, match="the engine does not start") as stopped:
