@@ -253,7 +253,7 @@ def _configs(
 
 
 def carries(online: OnlineConfig, earlier: Sequence[Round]) -> Round | None:
-    """Return the round whose optimizer state the next one continues: the last promoted one, if the recipe says so."""
+    """Return the round whose optimizer state the next round loads: the last promoted, or None for a new optimizer."""
     last = starting_policy([r.committed for r in earlier], len(earlier) + 1)
     return earlier[last - 1] if online.optimizer == "carry" and last is not None else None
 

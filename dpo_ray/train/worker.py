@@ -49,7 +49,7 @@ COLLECTIVE = (AuditError, StoppedError, TrainError)
 
 
 def train_and_export(task: TrainTask) -> dict[str, Any]:
-    """Run training and export, and return the result of rank 0; an error that all ranks raise is returned as `error`.
+    """Run training and export and return rank 0's result; if all ranks raise the same error, return it under `error`.
 
     Raises:
         TrainError: another rank did not respond in time. Ray Train then stops and restarts all workers.

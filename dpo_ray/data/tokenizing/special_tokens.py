@@ -15,9 +15,9 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, user_turn: str) -> list[s
     """Return the tokens that no row may contain: with them a row could end a turn, or begin one in another role.
 
     These are all tokens that the tokenizer marks as special or gives a role (BOS, EOS, ...), and those of its other
-    added tokens that the template writes around a user's turn: some models do not mark ChatML's tokens in any other
-    way. Added tokens that do not frame a turn (`<think>`, `<tool_call>`, runs of spaces) are content, and answers
-    contain them.
+    added tokens that the template writes around a user's turn: some models have ChatML's tokens, but neither mark them
+    as special nor give them a role. Added tokens that do not frame a turn (`<think>`, `<tool_call>`, runs of spaces)
+    are content, and answers contain them.
     """
     added = tokenizer.added_tokens_decoder.values()
     marked = [token.content for token in added if token.special]

@@ -45,8 +45,8 @@ class LlmAsker:
         """Yield verdicts as their calls are answered.
 
         Raises:
-            JudgeError: the endpoint refuses the request or does not respond, or `max_usd` is spent. Calls that are open
-                then are completed, and their answers kept.
+            JudgeError: the endpoint refuses the request or does not respond, or `max_usd` is spent. Before it is raised,
+                calls that are already in flight finish, and their answers are kept.
         """
         with asyncio.Runner() as runner:
             asking = _Asking(self._config, self._endpoint, self._pace, self._account, self._memory)
@@ -76,7 +76,7 @@ class _Asking:
         self._waiting = {asyncio.create_task(self._judged(n, q)) for n, q in enumerate(questions)}
 
     async def next(self) -> list[tuple[int, Verdict]]:
-        """Wait until questions are done and return them; [] if none is left. Raises the error that stopped one."""
+        """Wait for at least one verdict and return those that are ready; [] at the end. Raises a question's error."""
         if not self._waiting:
             return []
         done, self._waiting = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)

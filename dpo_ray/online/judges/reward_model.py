@@ -134,7 +134,7 @@ def reward_model_identity(config: RewardModelJudge) -> str:
 
 @contextmanager
 def _named(config: RewardModelJudge) -> Iterator[None]:
-    """Re-raise a ConfigError about the model with the judge's field as its location, because it is not the policy."""
+    """Make a ConfigError name the judge's field: the shared model code would name the policy's."""
     try:
         yield
     except ConfigError as error:

@@ -99,7 +99,9 @@ def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | N
         fix = (
             f"check the storage on the node of rank {rank}, then run the same command again; the checkpoints are intact"
         )
-        raise InfrastructureError(f"rank {rank} cannot read what rank 0 can", where=directory.full_path(name), fix=fix)
+        raise InfrastructureError(
+            f"rank {rank} cannot read a checkpoint file that rank 0 can read", where=directory.full_path(name), fix=fix
+        )
     return None
 
 

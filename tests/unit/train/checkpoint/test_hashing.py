@@ -72,7 +72,7 @@ def test_the_verdict_is_of_all_ranks(two_ranks: Path, found: list[dict[str, Any]
 
 def test_one_rank_that_cannot_read_sets_nothing_aside(found: list[dict[str, Any]]) -> None:
     for of_rank in found:
-        assert "rank 1 cannot read what rank 0 can" in of_rank["one sees otherwise"]
+        assert "rank 1 cannot read a checkpoint file that rank 0 can read" in of_rank["one sees otherwise"]
         assert of_rank["and as it is"] == 2
 
 
