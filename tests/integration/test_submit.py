@@ -100,7 +100,7 @@ def test_what_the_cluster_refuses_is_one_line_for_every_command(cluster: Cluster
     for command in (["submit", recipe], ["status", "x"], ["logs", "x"], ["stop", "x"], ["list"]):
         code, out, err = cluster.call(*command, RAY_AUTH_TOKEN="wrong")
         assert (code, out, err.count("\n")) == (9, "", 2)
-        assert "the cluster refuses the token of RAY_AUTH_TOKEN" in err
+        assert "the cluster refuses the token from RAY_AUTH_TOKEN" in err
     code, _, err = cluster.call("list", **no_home)
     assert code == 9
     assert "the cluster requires a token, and there is none on this machine" in err
