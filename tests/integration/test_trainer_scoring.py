@@ -83,6 +83,7 @@ def write_adapter(place: Path) -> Path:
     return place
 
 
+@pytest.mark.long
 def test_one_worker_and_two_score_alike_and_each_granule_once(tmp_path: Path) -> None:
     granules = make_granules(3, 17)
     refs = [ray.put(g) for g in granules]
@@ -133,6 +134,7 @@ def test_a_killed_worker_costs_its_granule_and_nothing_else(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.long
 def test_policy_and_reference_are_the_model_in_four_bits(tmp_path: Path) -> None:
     """Step 1's loss is ln 2 only if both are: a model that is rounded so is another one."""
     pytest.importorskip("bitsandbytes", reason="4-bit weights are bitsandbytes'")
