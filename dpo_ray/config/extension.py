@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+import functools
+from collections.abc import Collection
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+
+from dpo_ray.errors import ConfigError
 
 from .base import StrictModel
 
@@ -18,14 +22,80 @@ FORMATS = "dpo_ray.formats"  # a dpo_ray.data.formats.format.Format
 TRACKERS = "dpo_ray.trackers"  # a function from the run's directory to a dpo_ray.observe.sinks.Tracker
 
 
-def installed(group: str) -> dict[str, Any]:
-    """Import everything that installed packages add to a group, by name. Ray's workers need the same packages."""
-    return {entry.name: entry.load() for entry in entry_points(group=group)}
+@functools.cache
+def _entries(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(_all_entries().select(group=group))
 
 
-def installed_names(group: str) -> tuple[str, ...]:
-    """List what installed packages add to a group, sorted by name, without importing anything."""
-    return tuple(sorted({entry.name for entry in entry_points(group=group)}))
+@functools.cache
+def _all_entries() -> EntryPoints:
+    """Read the entry points of all packages once: it takes tens of milliseconds, in every process of a run."""
+    return entry_points()
+
+
+def installed(group: str, built_in: Collection[str] = ()) -> dict[str, Any]:
+    """Import everything that installed packages add to a group, by name. Ray's workers need the same packages.
+
+    Raises:
+        ConfigError: as `installed_names` does, or what a package adds cannot be imported.
+    """
+    installed_names(group, built_in)
+    added: dict[str, Any] = {}
+    for entry in _entries(group):
+        try:
+            added[entry.name] = entry.load()
+        except Exception as error:
+            what = f"{entry.value} cannot be imported: {type(error).__name__}: {error}"
+            raise ConfigError(what, where=_where(entry), fix="repair the package, or uninstall it") from error
+    return added
+
+
+def installed_configs(group: str, built_in: Collection[str], implementations: str) -> tuple[type[StrictModel], ...]:
+    """Import the configurations that installed packages add, each of which needs an implementation of the same name.
+
+    Raises:
+        ConfigError: as `installed` does; or a name has no implementation, or is not the `type` of its configuration.
+    """
+    configs = installed(group, built_in)
+    for name, config in configs.items():
+        if name not in installed_names(implementations):
+            fix = f"add an entry point of that name to {implementations}"
+            raise ConfigError(f"`{name}` has a configuration and no implementation", where=group, fix=fix)
+        if config.model_fields["type"].default != name:
+            fix = "name the entry point as the configuration's `type`"
+            raise ConfigError(f"`{name}` is not the type of its configuration", where=group, fix=fix)
+    return tuple(configs.values())
+
+
+def installed_names(group: str, built_in: Collection[str] = ()) -> tuple[str, ...]:
+    """List what installed packages add to a group, sorted by name, without importing anything.
+
+    Args:
+        built_in: names that dpo_ray has itself, which no package may take.
+
+    Raises:
+        ConfigError: a name is taken, by dpo_ray or by another package.
+    """
+    names = set(built_in)
+    for entry in _entries(group):
+        if entry.name in names:
+            fix = "rename it in the package, or uninstall that"
+            raise ConfigError(f"`{entry.name}` is there already", where=_where(entry), fix=fix)
+        names.add(entry.name)
+    return tuple(sorted(names.difference(built_in)))
+
+
+def packages_of(group: str, names: Collection[str]) -> list[str]:
+    """List the packages, with their versions, that add these names to a group: what is made by their code depends on it."""
+    return sorted({_package(entry) for entry in _entries(group) if entry.name in names})
+
+
+def _where(entry: EntryPoint) -> str:
+    return f"{_package(entry)}, entry point {entry.name} of {entry.group}"
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
 
 
 class ObjectiveConfig(StrictModel):

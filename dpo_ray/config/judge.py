@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union, get_args
 
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
-from .extension import JUDGE_CONFIGS, JudgeConfig, installed
+from .extension import JUDGE_CONFIGS, JUDGES, JudgeConfig, installed_configs
 from .roles import RoleConfig
 
 DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
@@ -134,7 +134,8 @@ BuiltIn = FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge
 if TYPE_CHECKING:
     SingleJudge = BuiltIn
 else:
-    SingleJudge = Union[(BuiltIn, *installed(JUDGE_CONFIGS).values())]
+    _NAMES = {config.model_fields["type"].default for config in get_args(BuiltIn)}
+    SingleJudge = Union[(BuiltIn, *installed_configs(JUDGE_CONFIGS, {*_NAMES, "ensemble"}, JUDGES))]
 
 
 class Member(StrictModel):

@@ -22,7 +22,7 @@ from .train import TrainConfig
 if TYPE_CHECKING:
     TrackerName = str
 else:
-    TrackerName = Literal[("tensorboard", *installed_names(TRACKERS))]
+    TrackerName = Literal[("tensorboard", *installed_names(TRACKERS, ("tensorboard",)))]
 
 RESERVED_NAMES = ("artifacts", "reference-store", "judgements")
 

@@ -27,7 +27,7 @@ BuiltInFormat = Literal[
 if TYPE_CHECKING:
     RowFormat = str
 else:
-    RowFormat = Literal[(*get_args(BuiltInFormat), *installed_names(FORMATS))]
+    RowFormat = Literal[(*get_args(BuiltInFormat), *installed_names(FORMATS, get_args(BuiltInFormat)))]
 
 
 class Columns(StrictModel):

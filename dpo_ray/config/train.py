@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
-from .objective import Objective, ShapingConfig, SigmoidObjective
+from .objective import Objective, SigmoidObjective
 from .roles import NodeLabels
+from .shaping import ShapingConfig
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_ray.artifacts.digest import artifact_key, digest
 from dpo_ray.config.data import DataConfig
+from dpo_ray.config.extension import FORMATS, installed_names, packages_of
 
 from .filters import Filter
 from .near_duplicates import MINHASH_VERSION
@@ -41,6 +42,8 @@ def shard_configs(
         "minhash": MINHASH_VERSION if data.rules.near_duplicates is not None else None,
         "filters": [f.digest for f in filters],
     }
+    if packages := packages_of(FORMATS, installed_names(FORMATS)):  # `auto` may recognise any of their formats
+        common["packages"] = packages
     return [
         {
             "digest": shard_digest(s),

@@ -12,20 +12,19 @@ from dpo_ray.config.objective import (
     ApoZeroObjective,
     BcoPairObjective,
     DiscopopObjective,
-    Divergence,
     DpopObjective,
     ExoPairObjective,
     HingeObjective,
     IpoObjective,
     NcaPairObjective,
     RDpoObjective,
-    ReverseKl,
     RobustObjective,
     RpoObjective,
     SigmoidNormObjective,
     SigmoidObjective,
     SppoHardObjective,
 )
+from dpo_ray.config.shaping import Divergence, ReverseKl
 
 from .shaping import divergence_score
 

@@ -14,12 +14,8 @@ from . import pairs, reference_free, step_wide
 from .pairs import PairLogps
 from .step_logps import StepLogps, Totals
 
-LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {
-    **pairs.LOSSES,
-    **reference_free.LOSSES,
-    **step_wide.LOSSES,
-    **installed(OBJECTIVES),
-}
+_BUILT_IN = pairs.LOSSES | reference_free.LOSSES | step_wide.LOSSES
+LOSSES: dict[str, Callable[[Any, Any], Tensor]] = _BUILT_IN | installed(OBJECTIVES, _BUILT_IN)
 """By the objective's `type`: of pairs, a function of (PairLogps, objective); of completions and lists, of (StepLogps, objective)."""
 
 

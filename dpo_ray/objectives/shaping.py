@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_ray.config.objective import AlphaDivergence, Divergence, ForwardKl, JsDivergence, ReverseKl
+from dpo_ray.config.shaping import AlphaDivergence, Divergence, ForwardKl, JsDivergence, ReverseKl
 
 LARGEST_EXPONENT = 80.0  # safe for exp in float32, with room for sums
 

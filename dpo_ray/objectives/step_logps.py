@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from dpo_ray.config.objective import ShapingConfig
+from dpo_ray.config.shaping import ShapingConfig
 from dpo_ray.models.packed_rows import PackedRows
 from dpo_ray.models.token_logps import TokenScores, sum_by_completion
 

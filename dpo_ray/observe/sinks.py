@@ -66,7 +66,8 @@ class TensorBoard:
             self._writer.close()
 
 
-TRACKERS: dict[str, Callable[[Storage], Tracker]] = {"tensorboard": TensorBoard, **installed(ADDED)}
+_BUILT_IN: dict[str, Callable[[Storage], Tracker]] = {"tensorboard": TensorBoard}
+TRACKERS = _BUILT_IN | installed(ADDED, _BUILT_IN)
 """Constructors of trackers by their name in the recipe's `trackers`; each takes the run's directory."""
 
 

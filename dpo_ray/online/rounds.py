@@ -34,7 +34,7 @@ from dpo_ray.reference.engine import start_sampling_vllm
 from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.sampling import Sampling, prompt_table
 from dpo_ray.run import planning, stages
-from dpo_ray.run.context import RunContext, is_adapter, open_run, policy_directory
+from dpo_ray.run.context import RunContext, is_adapter, open_run, policy_directory, record_recipe
 from dpo_ray.run.preflight import check_packages
 from dpo_ray.schedule import stage as schedule_stage
 
@@ -76,6 +76,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     check_packages(plan.recipe)
     check_judges(online_of(recipe))
     with open_run(recipe, plan, reporter, verbose=verbose) as run:
+        record_recipe(run, recipe)
         check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
         driver = _Driver(run)
         try:

@@ -113,10 +113,12 @@ class RunContext:
 
     def reference_model(self, extra_tokens: int = 0) -> EngineModel:
         """Return the reference model as vLLM's engines load it, to sample from and to score."""
-        numerics = self.plan.numerics
-        if numerics.engine != "vllm":  # the trainer computes the reference: vLLM's log-probs are stored separately
-            numerics = replace(numerics, engine="vllm", version=planning.engine_version("vllm"))
-        store = ReferenceStore(reference_root(self.recipe), self.plan.model_digest, numerics)
+        store = self.reference_store
+        if (
+            store.numerics.engine != "vllm"
+        ):  # the trainer computes the reference: vLLM's log-probs are stored separately
+            numerics = replace(store.numerics, engine="vllm", version=planning.engine_version("vllm"))
+            store = replace(store, numerics=numerics)
         return EngineModel(self.scorer_settings(extra_tokens=extra_tokens), store)
 
     def policy_model(self, trained: Artifact, extra_tokens: int = 0) -> EngineModel:
@@ -133,7 +135,7 @@ class RunContext:
 
 @contextmanager
 def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -> Iterator[RunContext]:
-    """Acquire the run's lease, connect to Ray, remove what previous attempts left, and write the recipe to the run.
+    """Acquire the run's lease, connect to Ray, and remove what previous attempts left.
 
     Raises:
         LeaseError: another driver holds the lease.
@@ -143,8 +145,12 @@ def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -
     directory.check_writable()
     with Lease(directory) as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
-        directory.write("recipe.yaml", recipe_yaml(recipe).encode())
         yield RunContext(plan, reporter, lease)
+
+
+def record_recipe(run: RunContext, recipe: Recipe) -> None:
+    """Write the recipe beside the results of a run that is to train; a look at its data alone leaves no recipe."""
+    run.directory.write("recipe.yaml", recipe_yaml(recipe).encode())
 
 
 def recipe_yaml(recipe: Recipe) -> str:

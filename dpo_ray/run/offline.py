@@ -14,7 +14,7 @@ from dpo_ray.observe.progress import Reporter
 from dpo_ray.schedule.stage import check_usable
 
 from . import planning, stages
-from .context import RunContext, open_run
+from .context import RunContext, open_run, record_recipe
 from .planning import Plan
 from .preflight import check_packages
 from .streaming import score_while_training
@@ -59,6 +59,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
         return opened(plan), False
     check_packages(plan.recipe)
     with open_run(recipe, plan, reporter, verbose=verbose) as run:
+        record_recipe(run, recipe)
         check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
         try:
             return run_stages(run), True  # the plan's keys stay valid; the store knows what is done by now

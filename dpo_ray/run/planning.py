@@ -10,7 +10,8 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.digest import artifact_key, digest
 from dpo_ray.artifacts.places import artifact_store
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.config.objective import kinds_of_groups, uses_reference
+from dpo_ray.config.extension import OBJECTIVES, packages_of
+from dpo_ray.config.objective import kinds_of_groups, summands, uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.keys import prepare_config, shard_configs, shard_key
 from dpo_ray.models.adapter import adapter_directory, read_adapter
@@ -153,6 +154,7 @@ def stage_configs(
 ) -> dict[str, dict[str, Any]]:
     """Return, for each stage, what its result depends on in the recipe; its key hashes this and its inputs."""
     t = recipe.train
+    packages = packages_of(OBJECTIVES, {objective.type for _, objective in summands(t.objective)})
     return {
         "prepare": prepare,
         "reference": {"model": model, "adapter": _adapter_identity(recipe), **numerics.tag()},
@@ -166,6 +168,7 @@ def stage_configs(
             "device": where.device,
             # The result of the audit is judged when the artifact is looked up.
             "audit": "made" if recipe.reference.audit.groups and uses_reference(t.objective) else "off",
+            **({"packages": packages} if packages else {}),
             **t.model_dump(
                 mode="json",
                 include={

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from dpo_ray.artifacts.places import reference_root, run_storage
+from dpo_ray.config.extension import FORMATS, JUDGES, OBJECTIVES, TRACKERS, installed
 from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.filters import Filter, load_filters
@@ -60,6 +61,8 @@ def preflight(recipe: Recipe) -> Checked:
     Raises:
         ConfigError, InfrastructureError: the first problem that is found.
     """
+    for group in (OBJECTIVES, FORMATS, JUDGES, TRACKERS):
+        installed(group)  # what other packages add: a part that cannot be imported would end a run
     _check_places(recipe)
     _check_gpus(recipe)
     sets = {"train": recipe.data.train, **recipe.data.eval_sets}

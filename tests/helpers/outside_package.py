@@ -158,7 +158,7 @@ FILES = {
 }
 
 
-def write_outside_package(site: Path) -> None:
+def write_outside_package(site: Path, entry_points: str = ENTRY_POINTS, version: str = "1.0") -> None:
     """Write the package into a directory that is to be on PYTHONPATH: a file for each thing that it adds."""
     package, about = site / "outside", site / "outside-1.0.dist-info"
     package.mkdir(parents=True)
@@ -166,5 +166,5 @@ def write_outside_package(site: Path) -> None:
     (package / "__init__.py").write_text("")
     for name, text in FILES.items():
         (package / f"{name}.py").write_text(text)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: outside\nVersion: {version}\n")
+    (about / "entry_points.txt").write_text(entry_points)

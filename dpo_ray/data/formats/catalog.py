@@ -14,17 +14,11 @@ from . import llama_factory, pairs, pandalm, scored, unpaired
 from .fields import NUMBERED, Fields, named, numbered
 from .format import Format
 
-FORMATS: dict[str, Format] = {
+_BUILT_IN = {
     each.name: each
-    for each in (
-        *installed(ADDED).values(),
-        *pairs.FORMATS,
-        *unpaired.FORMATS,
-        *scored.FORMATS,
-        *pandalm.FORMATS,
-        *llama_factory.FORMATS,
-    )
+    for each in (*pairs.FORMATS, *unpaired.FORMATS, *scored.FORMATS, *pandalm.FORMATS, *llama_factory.FORMATS)
 }
+FORMATS: dict[str, Format] = installed(ADDED, {*_BUILT_IN, "auto"}) | _BUILT_IN
 
 
 def fields_of(row: Mapping[str, Any], row_format: str, columns: Columns) -> Fields:

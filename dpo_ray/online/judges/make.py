@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_ray.artifacts.digest import digest
-from dpo_ray.config.extension import JUDGES, installed
-from dpo_ray.config.judge import EnsembleJudge, FunctionJudge, Judge, LlmJudge, RewardModelJudge, VerifierJudge
+from dpo_ray.config.extension import JUDGES, installed, packages_of
+from dpo_ray.config.judge import EnsembleJudge, FunctionJudge, Judge, LlmJudge, RewardModelJudge
 
 from . import protocol
 from .ensemble import Ensemble
@@ -25,13 +25,13 @@ def _reward_model(config: RewardModelJudge, memory: Memory, device: str, _: Spen
     return RewardModelScorer(config, memory, device)
 
 
-MAKERS: dict[str, Callable[[Any, Memory, str, Spending], protocol.Judge]] = {
+_BUILT_IN: dict[str, Callable[[Any, Memory, str, Spending], protocol.Judge]] = {
     "function": lambda config, memory, device, spending: FunctionScorer(config, memory),
     "reward_model": _reward_model,
     "llm": lambda config, memory, device, spending: LlmAsker(config, memory, spending),
     "verifier": lambda config, memory, device, spending: Verifier(config, memory),
-    **installed(JUDGES),
 }
+MAKERS = _BUILT_IN | installed(JUDGES, _BUILT_IN)
 """By the judge's `type`: what builds the judge, in the process where it works."""
 
 
@@ -70,6 +70,6 @@ def judge_digest(config: Judge) -> str:
             from .reward_model import reward_model_identity  # torch and transformers
 
             settings["files"] = reward_model_identity(config)
-        case VerifierJudge():
-            pass
+    if packages := packages_of(JUDGES, {config.type}):
+        settings["packages"] = packages
     return digest(settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.outside_package import write_outside_package
+from tests.helpers.outside_package import ENTRY_POINTS, FILES, write_outside_package
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -60,8 +60,12 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return an environment in which the other package is installed."""
-    site = tmp_path_factory.mktemp("site")
-    write_outside_package(site)
+    return with_package(tmp_path_factory.mktemp("site"))
+
+
+def with_package(site: Path, **how: str) -> dict[str, str]:
+    """Return an environment in which a variant of the other package is installed."""
+    write_outside_package(site, **how)
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(REPOSITORY)])}
 
 
@@ -110,3 +114,60 @@ def test_without_the_package_its_names_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="squared_hinge"):
         validate_recipe({"model": {"path": "x"}, "train": {"objective": {"type": "squared_hinge"}}})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("objective_configs]\n", "objective_configs]\nsigmoid = outside.objective_config:SquaredHinge\n", "`sigmoid` is there already"),
+        ("squared_hinge = outside.objective:squared_hinge\n", "", "`squared_hinge` has a configuration and no implementation"),
+        ("votes = outside.format:VOTES", "votes = outside.forma:VOTES", "outside.forma:VOTES cannot be imported"),
+        ("votes = outside.format:VOTES", "scored = outside.format:VOTES", "`scored` is there already"),
+        ("exclaiming = outside.judge:Exclaiming", "exclaiming = outside.judge:Shouting", "outside.judge:Shouting cannot be imported"),
+        ("exclaiming = outside.judge_config:", "shouting = outside.judge_config:", "`shouting` has a configuration"),
+    ],
+)  # fmt: skip
+def test_what_a_package_adds_wrongly_is_one_clear_error(before: str, after: str, says: str, tmp_path: Path) -> None:
+    """A name of dpo_ray's own is never replaced, and a missing part is found before a run begins."""
+    assert before in ENTRY_POINTS
+    environment = with_package(tmp_path / "site", entry_points=ENTRY_POINTS.replace(before, after))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: x\nmodel: {path: builtin:sentiment_llama}\nevaluate: {sample_prompts: 0}\n"
+        "data: {max_length_tokens: 128, train: {type: synthetic, pairs: 4}}\n"
+    )
+    command = [sys.executable, "-m", "dpo_ray", "validate", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "outside 1.0" in done.stderr or "dpo_ray." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_version_of_the_package_makes_stale_what_its_code_made(tmp_path: Path) -> None:
+    """Results of its loss, format and judge get other keys; those of a recipe that uses none of them do not."""
+    code = """
+import json
+from dpo_ray.config.extension import FORMATS, OBJECTIVES, packages_of
+from dpo_ray.config.judge import VerifierJudge
+from dpo_ray.online.judges.make import judge_digest
+from outside.judge_config import ExclaimingConfig
+print(json.dumps([judge_digest(ExclaimingConfig()), packages_of(OBJECTIVES, {"squared_hinge"}), packages_of(FORMATS, {"votes"}),
+                  judge_digest(VerifierJudge(check="exact")), packages_of(OBJECTIVES, {"sigmoid"})]))
+"""
+    one, two = (
+        json.loads(run(with_package(tmp_path / version, version=version), "-c", code)) for version in ("1.0", "1.1")
+    )
+    assert one[0] != two[0]
+    assert (one[1], two[1]) == (["outside 1.0"], ["outside 1.1"])
+    assert (one[2], two[2]) == (["outside 1.0"], ["outside 1.1"])
+    assert one[3:] == two[3:]
+    assert one[4] == []
+
+
+def test_it_takes_as_many_files_as_the_page_says() -> None:
+    page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    files = {"an objective": "objective", "a format": "format", "a judge": "judge", "a tracker": "tracker"}
+    for thing, name in files.items():
+        own = [file for file in FILES if file in (name, f"{name}_config")]
+        assert f"| {thing} | {len(own)} |" in page

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dpo_ray.config import objective as o
+from dpo_ray.config.shaping import AlphaDivergence, Divergence, ForwardKl, JsDivergence, ReverseKl
 from dpo_ray.objectives import step_wide
 from dpo_ray.objectives.pairs import PairLogps
 from dpo_ray.objectives.reference_free import log_one_minus_exp
@@ -29,10 +30,10 @@ ROWS = [
 MEAN_CHOSEN_TOKENS = sum(row[4] for row in ROWS) / len(ROWS)
 
 
-def pairs_of(probability: float = 1.0, divergence: o.Divergence | None = None) -> PairLogps:
+def pairs_of(probability: float = 1.0, divergence: Divergence | None = None) -> PairLogps:
     columns = [torch.tensor(c, dtype=torch.float32) for c in zip(*ROWS, strict=True)]
     p = torch.full((len(ROWS),), probability)
-    return PairLogps(*columns, p, MEAN_CHOSEN_TOKENS, divergence or o.ReverseKl())
+    return PairLogps(*columns, p, MEAN_CHOSEN_TOKENS, divergence or ReverseKl())
 
 
 def s(x: float) -> float:
@@ -201,10 +202,10 @@ def test_listwise_learns_no_order_among_equals() -> None:
 @pytest.mark.parametrize(
     ("divergence", "expected"),
     [
-        (o.ReverseKl(), 1.5),
-        (o.ForwardKl(), -math.exp(-1.5)),
-        (o.JsDivergence(), ls(1.5)),
-        (o.AlphaDivergence(alpha=0.3), math.exp(-0.7 * 1.5) / -0.7),
+        (ReverseKl(), 1.5),
+        (ForwardKl(), -math.exp(-1.5)),
+        (JsDivergence(), ls(1.5)),
+        (AlphaDivergence(alpha=0.3), math.exp(-0.7 * 1.5) / -0.7),
     ],
 )
 def test_scores_of_f_divergences(divergence: o.Divergence, expected: float) -> None:

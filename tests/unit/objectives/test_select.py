@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 
 from dpo_ray.config import objective as o
-from dpo_ray.config.objective import Objective, ShapingConfig, SumObjective, Term
+from dpo_ray.config.objective import Objective, SumObjective, Term
+from dpo_ray.config.shaping import ShapingConfig
 
 OBJECTIVES: list[Objective] = [cls() for cls in get_args(get_args(o.Single)[0])]
 REFERENCE_FREE = {"sft", "orpo", "simpo", "cpo", "slic"}
