@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -28,7 +28,7 @@ def _entries(group: str) -> tuple[EntryPoint, ...]:
 
 
 @functools.cache
-def _all_entries() -> EntryPoints:
+def _all_entries() -> Any:  # the type differs between versions of Python; all have `select`
     """Read the entry points of all packages once: it takes tens of milliseconds, in every process of a run."""
     return entry_points()
 
