@@ -190,7 +190,8 @@ def weights(root: Path) -> bytes:
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("whom", ["driver", pytest.param("all", marks=pytest.mark.long)])
+@pytest.mark.long  # in CI a submitted run is stopped so: tests/integration/test_submit.py
+@pytest.mark.parametrize("whom", ["driver", "all"])
 def test_sigterm_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(whom: str, tmp_path: Path) -> None:
     subprocess.run(command(tmp_path / "quiet"), check=True, capture_output=True, timeout=600)
     stopped = tmp_path / "stopped"
