@@ -20,6 +20,7 @@ import ray
 
 from benchmarks.common.turns import Answer, answer_tasks
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.resources import engine_resources
 from dpo_ray.cluster.session import session
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.reference import ReferenceConfig
@@ -60,7 +61,7 @@ def main() -> None:
     settings = ScorerSettings(
         "vllm", str(args.model), "float32", "cpu", args.max_length_tokens, None, 0.5, share_prompt=args.sharing
     )
-    config = ReferenceConfig(cpus_per_replica=args.cores, share_prompt=args.sharing)
+    config = ReferenceConfig(share_prompt=args.sharing)
     recipe = validate_recipe(
         {
             "name": "benchmark",
@@ -68,8 +69,10 @@ def main() -> None:
             "data": {"train": {"type": "synthetic", "pairs": 1}},
             "evaluate": {"sample_prompts": 0},
             "reference": config.model_dump(),
+            "cluster": {"roles": {"reference": {"cpus": args.cores}}},
         }
     )
+    engine = engine_resources(recipe.cluster.roles.reference, gpus=0.0)
     with session(recipe):
 
         def work(task: dict[str, Any]) -> Answer:
@@ -82,7 +85,7 @@ def main() -> None:
             size = config.groups_per_granule
             start = WarmStart(warm_up, args.scratch / f"ready-{Path(task['pairs']).stem}")
             granules = [missing.slice(i, size) for i in range(0, len(missing), size)]
-            answers = EnginePool(settings, store, config, 0.0, print, start).run(
+            answers = EnginePool(settings, store, config, engine, print, start).run(
                 ray.put(granule.combine_chunks()) for granule in granules
             )
             scored = [next(answers) for _ in granules]

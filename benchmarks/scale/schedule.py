@@ -20,7 +20,7 @@ from dpo_ray.data.schemas import TOKENS
 from dpo_ray.schedule.buckets import Bucket, deal_rows
 from dpo_ray.schedule.build import Packing, write_bucket
 from dpo_ray.schedule.files import file_name
-from dpo_ray.schedule.stage import order_splits, to_groups
+from dpo_ray.schedule.stage import order_splits
 
 ORDER_PART_ROWS = 65_536  # larger than a real part, so that writing the input takes no time worth naming
 
@@ -97,7 +97,7 @@ def packing(lengths: np.ndarray, steps: int, ranks: int, place: Path) -> Callabl
     bucket = Bucket("train", 0, rows.reshape(steps, -1).tolist())
     staging = ArtifactStore(Storage(place)).begin("schedule", f"ranks_{ranks}_{steps}_{len(lengths)}", "scale")
     shape = Packing(ranks, tokens_per_micro_batch=8192)
-    return lambda: sum(entry.bytes for entry in write_bucket(bucket, table, to_groups, shape, staging))
+    return lambda: sum(entry.bytes for entry in write_bucket(bucket, table, shape, staging))
 
 
 def manifest_reading(files: int) -> Callable[[], int]:

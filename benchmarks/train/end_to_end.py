@@ -71,16 +71,16 @@ def _dpo_ray(files: Sequence[Path], model: Path, args: argparse.Namespace, scrat
             "max_length_tokens": args.max_length_tokens,
             "max_quarantined_fraction": 1,
         },
-        "reference": {"engine": "vllm", "cpus_per_replica": args.cores},
+        "reference": {"engine": "vllm"},
         "train": {
             "workers": 1,
-            "cpus_per_worker": args.cores,
             "epochs": 1,
             "groups_per_step": args.pairs_per_step,
             "optimizer": {"learning_rate": args.learning_rate, "warmup_fraction": 0.1, "decay": "linear"},
             "checkpoint_every_steps": None,
         },
         "evaluate": {"sample_prompts": 0},
+        "cluster": {"roles": {"reference": {"cpus": args.cores}, "train": {"cpus": args.cores}}},
         "trackers": [],
     }
     path = scratch / "recipe.yaml"

@@ -4,7 +4,6 @@ block."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dpo_ray.config.model import ModelConfig
@@ -166,7 +165,9 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
         ConfigError: it is only on the hub and its name is not known, or its blocks are not like those of Llama.
     """
     where = f"model.path={config.path}"
-    if (file := _config_file(config)) is not None:
+    from dpo_ray.models.load import config_file  # it imports torch, which takes seconds
+
+    if (file := config_file(config)) is not None:
         from transformers import AutoConfig
 
         try:
@@ -184,20 +185,6 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
         where=where,
         fix="download it, and set model.path to its directory; for planning, its config.json is enough",
     )
-
-
-def _config_file(config: ModelConfig) -> Path | None:
-    """Find the model's config.json on this machine, also in the hub's cache; the weights are not needed."""
-    from dpo_ray.models.load import is_hub_name, model_directory
-
-    if (file := Path(config.path).expanduser() / "config.json").is_file():
-        return file
-    if not is_hub_name(config.path):
-        return model_directory(config) / "config.json"  # builtin; if the model is missing, this raises an error
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def sizes_of_config(values: dict[str, Any], where: str) -> ModelSizes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.formats.read import text_group
@@ -19,7 +20,7 @@ from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Piece, Shard
 from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
-from dpo_ray.models.load import is_hub_name, model_directory
+from dpo_ray.models.load import model_directory
 from dpo_ray.run.planning import Plan
 
 from .workload import ASSUMED_ROWS, Workload, longest_group_tokens

@@ -17,9 +17,8 @@ from dpo_ray.capacity.sample import sampled_workload
 from dpo_ray.capacity.workload import Workload, assumed_workload, measured_workload
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.observe.text import harmless
 from dpo_ray.run.planning import Plan, found, make_plan
-
-from .data_view import harmless
 
 PARTS = {
     "weights": "weights, float32 shards",
@@ -178,8 +177,8 @@ def _changes_table(capacity: Capacity) -> Table:
 def _time_table(capacity: Capacity) -> Table:
     table = _table("stage", "10^15 operations", "time", "bound by")
     for stage in capacity.stages:
-        table.add_row(stage.stage, f"{stage.flops / 1e15:,.1f}", _duration(stage.seconds), stage.bound)
-    table.add_row("total", "", _duration(sum(s.seconds for s in capacity.stages)), "", style="bold")
+        table.add_row(stage.stage, f"{stage.flops / 1e15:,.1f}", _rounded_duration(stage.seconds), stage.bound)
+    table.add_row("total", "", _rounded_duration(sum(s.seconds for s in capacity.stages)), "", style="bold")
     return table
 
 
@@ -202,7 +201,7 @@ def _billions(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def _duration(seconds: float) -> str:
+def _rounded_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -13,6 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from dpo_ray.observe.text import harmless
 from dpo_ray.report.data_page import (
     EXAMPLE_CHARACTERS,
     DataPage,
@@ -82,17 +83,6 @@ def print_account(page: DataPage, name: str, place: str, console: Console) -> No
         console.print(_sample(sample, i + 1, coloured=console.is_terminal and not console.no_color))
     console.print()
     console.print(Text.assemble(("the same as a web page: ", "bold"), harmless(place)), soft_wrap=True)
-
-
-def harmless(text: str) -> str:
-    """Replace characters that a terminal would interpret or cannot show: control and format characters, lone
-    surrogates."""
-    return "".join(c if c.isprintable() else _SIGNS.get(c, "\N{REPLACEMENT CHARACTER}") for c in text)
-
-
-_SIGNS = {"\n": "⏎", "\t": "⇥", "\u200d": ""} | {
-    chr(code): chr(0x2400 + code) for code in range(32) if code not in (9, 10)
-}
 
 
 def text_histogram(counted: Counted, longest: int) -> str:

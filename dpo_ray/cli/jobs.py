@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dpo_ray.observe.text import duration
+
 from .options import Json
 
 if TYPE_CHECKING:
@@ -173,8 +175,7 @@ def _times(job: Job) -> str:
 
 
 def _duration(job: Job) -> str:
-    """Return how long a job ran, or has been running, in minutes and seconds."""
+    """Return how long a job ran, or has been running."""
     if job.started is None:
         return ""
-    seconds = round((job.ended or time.time()) - job.started)
-    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+    return duration((job.ended or time.time()) - job.started)

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_ray.observe.text import harmless
 from dpo_ray.report.plots import typographic
 from dpo_ray.report.rounds_page import Interval, RoundRow, RoundsPage, reward_words
-
-from .data_view import harmless
 
 _STYLES = {"promoted": "green", "rejected": "red"}
 _COLUMNS = ("pairs", "KL", "true\nreward", "win rate\nv. initial", "win rate\nv. previous", "tokens", "seconds")

@@ -10,10 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.observe.text import harmless, size
 from dpo_ray.reference.store.care import Fault, PartitionStats
 from dpo_ray.reference.store.gc import Cleared
-
-from .data_view import harmless
 
 
 def print_stats(root: Storage, found: Sequence[PartitionStats], console: Console) -> None:
@@ -54,14 +53,6 @@ def print_cleared(done: Sequence[Cleared], dry_run: bool, console: Console) -> N
     for cleared in done:
         table.add_row(cleared.partition, cleared.action, f"{cleared.files:,}", size(cleared.bytes), cleared.why)
     console.print(table)
-
-
-def size(count: int) -> str:
-    """Return a number of bytes as readable text."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count} B"
 
 
 def _described(p: PartitionStats) -> Text:

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 
 from ray.data import DataContext, ExecutionResources
 
-from dpo_ray.config.roles import RoleConfig
+from dpo_ray.config.roles import PrepareRole
 
 
 @contextmanager
-def cpu_work_on(role: RoleConfig) -> Iterator[None]:
+def cpu_work_on(role: PrepareRole) -> Iterator[None]:
     """Run CPU work as the role `prepare` specifies, inside the `with` block."""
     options = DataContext.get_current().execution_options
     before = options.label_selector, options.resource_limits
-    options.label_selector = dict(role.node_labels) if role.node_labels else None
+    options.label_selector = dict(role.node_labels) or None
     if role.count is not None:
-        options.resource_limits = ExecutionResources(cpu=role.count * (role.cpus or 1.0))
+        options.resource_limits = ExecutionResources(cpu=role.count * role.cpus)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import yaml
 
 from dpo_ray.artifacts.places import run_storage
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.config.roles import RolesConfig
 from dpo_ray.errors import InfrastructureError
 
 from .resources import Resources, engine_resources, judge_resources, sampler_resources, worker_resources
@@ -25,27 +26,25 @@ def resolve_hardware(recipe: Recipe, *, verbose: bool = False) -> Recipe:
     Raises:
         InfrastructureError: the cluster does not answer, or it cannot be determined whether its nodes have GPUs.
     """
+    roles = recipe.cluster.roles
     if recipe.ray.address == "local":
-        roles = recipe.cluster.roles
-        free = {
-            name: getattr(roles, name).model_copy(update={"node_labels": None}) for name in type(roles).model_fields
-        }
-        cluster = recipe.cluster.model_copy(update={"roles": roles.model_copy(update=free)})
-        reference, train = (s.model_copy(update={"node_labels": {}}) for s in (recipe.reference, recipe.train))
-        return recipe.model_copy(update={"cluster": cluster, "reference": reference, "train": train})
-    if recipe.train.gpus_per_worker is not None:
+        return _with_roles(recipe, roles.without_labels())
+    if roles.train.gpus is not None:
         return recipe
     with session(recipe, verbose=verbose):
-        t = recipe.train
-        gpu_worker = Resources("training workers", t.cpus_per_worker, 1.0, t.memory_gib_per_worker, t.node_labels)
-        gpus = float(bool(capacity(gpu_worker)))
+        gpus = float(bool(capacity(worker_resources(roles.train, 1.0))))
         if not gpus and (scales() or _had_gpus(recipe)):
             raise InfrastructureError(
                 "no node has a GPU for a training worker now, but the cluster may get one later or had one before",
                 where=f"ray.address={recipe.ray.address}",
-                fix="set train.gpus_per_worker=1 to wait for a GPU, or 0 to use CPUs",
+                fix="set cluster.roles.train.gpus=1 to wait for a GPU, or 0 to use CPUs",
             )
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"gpus_per_worker": gpus})})
+    train = roles.train.model_copy(update={"gpus": gpus})
+    return _with_roles(recipe, roles.model_copy(update={"train": train}))
+
+
+def _with_roles(recipe: Recipe, roles: RolesConfig) -> Recipe:
+    return recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"roles": roles})})
 
 
 def check_room(
@@ -86,15 +85,15 @@ def _requests(
     r, t, roles = recipe.reference, recipe.train, recipe.cluster.roles
     requests: list[tuple[Resources, int]] = []
     if "train" in stages or ("reference" in stages and r.engine == "trainer"):
-        requests.append((worker_resources(t, train_gpus), t.min_workers or t.workers))
+        requests.append((worker_resources(roles.train, train_gpus), t.min_workers or t.workers))
     if r.engine == "vllm" and ("reference" in stages or recipe.online is not None):
-        requests.append((engine_resources(r, engine_gpus), 1))
+        requests.append((engine_resources(roles.reference, engine_gpus), 1))
     if "evaluate" in stages and recipe.evaluate.sample_prompts and recipe.online is None:
-        requests.append((sampler_resources(recipe, engine_gpus), 1))
+        requests.append((sampler_resources(roles, engine_gpus), 1))
     if recipe.online is not None:
         requests += [(judge_resources(judge, roles.judge), 1) for judge in recipe.online.named_judges()]
     prepare = roles.prepare
-    requests.append((Resources("tasks", prepare.cpus or 1.0, 0.0, prepare.memory_gib, prepare.node_labels or {}), 1))
+    requests.append((Resources("tasks", prepare.cpus, 0.0, prepare.memory_gib, prepare.node_labels), 1))
     return requests
 
 
@@ -104,7 +103,7 @@ def _had_gpus(recipe: Recipe) -> bool:
         before = yaml.safe_load(run_storage(recipe).read_bytes("recipe.yaml"))
     except FileNotFoundError:
         return False
-    return bool(before["train"].get("gpus_per_worker"))
+    return bool(before["cluster"]["roles"]["train"].get("gpus"))
 
 
 def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:

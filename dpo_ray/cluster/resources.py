@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.config.judge import Judge, cpus_per_replica, members_of
-from dpo_ray.config.recipe import Recipe
-from dpo_ray.config.reference import ReferenceConfig
-from dpo_ray.config.roles import RoleConfig
-from dpo_ray.config.train import TrainConfig
+from dpo_ray.config.roles import JudgeRole, ReferenceRole, RolesConfig, TrainRole
 
 
 @dataclass(frozen=True)
@@ -46,33 +43,30 @@ class Resources:
         return ", ".join(parts)
 
 
-def worker_resources(config: TrainConfig, gpus_per_worker: float) -> Resources:
+def worker_resources(role: TrainRole, gpus: float) -> Resources:
     """Return the resources that a training worker requests."""
-    memory, labels = config.memory_gib_per_worker, config.node_labels
-    return Resources("training workers", config.cpus_per_worker, gpus_per_worker, memory, labels)
+    return Resources("training workers", role.cpus, gpus, role.memory_gib, role.node_labels)
 
 
-def engine_resources(config: ReferenceConfig, gpus_per_engine: float) -> Resources:
+def engine_resources(role: ReferenceRole, gpus: float) -> Resources:
     """Return the resources that an engine requests."""
-    return Resources(
-        "engines", config.cpus_per_replica, gpus_per_engine, config.memory_gib_per_replica, config.node_labels
-    )
+    return Resources("engines", role.cpus, gpus, role.memory_gib, role.node_labels)
 
 
-def sampler_resources(recipe: Recipe, engine_gpus: float) -> Resources:
+def sampler_resources(roles: RolesConfig, gpus: float) -> Resources:
     """Return the resources that an engine requests when it samples for an evaluation."""
-    role, r = recipe.cluster.roles.sample, recipe.reference
+    role, engine = roles.sample, roles.reference
     return Resources(
         "engines that sample",
-        role.cpus or r.cpus_per_replica,
-        engine_gpus,
-        role.memory_gib or r.memory_gib_per_replica,
-        r.node_labels if role.node_labels is None else role.node_labels,
+        role.cpus or engine.cpus,
+        gpus,
+        role.memory_gib or engine.memory_gib,
+        engine.node_labels if role.node_labels is None else role.node_labels,
     )
 
 
-def judge_resources(judge: Judge, role: RoleConfig) -> Resources:
+def judge_resources(judge: Judge, role: JudgeRole) -> Resources:
     """Return the resources that each process of a judge requests."""
     gpus = sum(m.gpus() for m in members_of(judge))
     cpus = cpus_per_replica(judge, role)
-    return Resources("judges", cpus, gpus if role.gpus is None else role.gpus, role.memory_gib, role.node_labels or {})
+    return Resources("judges", cpus, gpus if role.gpus is None else role.gpus, role.memory_gib, role.node_labels)

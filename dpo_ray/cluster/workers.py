@@ -23,7 +23,7 @@ from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError
 
 from .inbox import Inbox
-from .resources import Resources, worker_resources
+from .resources import Resources
 from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def run_workers(
     function: Callable[[dict[str, Any]], Any],
     task: Any,
     config: TrainConfig,
-    gpus_per_worker: float,
+    request: Resources,
     *,
     name: str,
     where: str,
@@ -57,6 +57,7 @@ def run_workers(
     Ray Train run (`name` is unique), so Ray's own snapshot is never the source of truth; what our workers commit is.
 
     Args:
+        request: what each worker requests from Ray.
         say: reports lost workers, and what the run waits for.
         pause: requests the workers, while there are fewer than there could be, to save their state and return a result
             whose `error` is a StoppedError; more of them then continue. None: the group never grows.
@@ -68,7 +69,7 @@ def run_workers(
             from where the same command continues.
         DpoRayError: the error that a worker raised.
     """
-    request, failures, patience_seconds = worker_resources(config, gpus_per_worker), 0, None
+    failures, patience_seconds = 0, None
     for attempt in itertools.count(1):
         workers = wait(request, config.min_workers or config.workers, config.workers, say, gives_up, patience_seconds)
         patience_seconds = None

@@ -9,6 +9,8 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag
 
+from .roles import MOVED_KEYS
+
 SHOWN_CHARACTERS = 80
 _KINDS = {  # pydantic's type of error -> what is expected, in terms of YAML
     "model_type": "a section (a mapping of keys) is expected",
@@ -39,6 +41,8 @@ def explain(root: type[BaseModel], problem: Any) -> str:
     """Return one entry of `ValidationError.errors()` as `path: what is wrong; what is allowed; got VALUE`."""
     model, path = _walk(root, problem["loc"])
     value, kind, place = problem["input"], problem["type"], ".".join(path)
+    if kind == "extra_forbidden" and place in MOVED_KEYS:
+        return f"{place}: unknown key; set `{MOVED_KEYS[place]}` instead"
     if kind == "extra_forbidden":
         return f"{place}: unknown key; {_hint(root, model, path)}"
     if kind == "missing":

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
 from .extension import JUDGE_CONFIGS, JUDGES, JudgeConfig, installed_configs
-from .roles import RoleConfig
+from .roles import JudgeRole
 
 DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
@@ -166,16 +166,16 @@ def members_of(judge: Judge) -> list[SingleJudge]:
     return [member.judge for member in judge.members] if isinstance(judge, EnsembleJudge) else [judge]
 
 
-def replicas_of(judge: Judge, role: RoleConfig) -> int:
+def replicas_of(judge: Judge, role: JudgeRole) -> int:
     """Count its processes: each has all members of an ensemble, one at work at a time."""
     return role.count or max(m.replicas for m in members_of(judge))
 
 
-def cpus_per_replica(judge: Judge, role: RoleConfig) -> float:
+def cpus_per_replica(judge: Judge, role: JudgeRole) -> float:
     """Return how many CPUs each of its processes requests."""
     return role.cpus or max(m.cpus_per_replica for m in members_of(judge))
 
 
-def cpus_of(judge: Judge, role: RoleConfig) -> float:
+def cpus_of(judge: Judge, role: JudgeRole) -> float:
     """Count the CPUs that all its processes hold."""
     return replicas_of(judge, role) * cpus_per_replica(judge, role)

@@ -13,7 +13,6 @@ from dpo_ray.errors import ConfigError
 
 from .explain import explain_all
 from .recipe import Recipe
-from .roles import spread_roles
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -143,7 +142,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     Raises:
         ConfigError: fields are wrong; the message lists each with its path, its value, and what is allowed.
     """
-    return validate_recipe(apply_overrides(spread_roles(read_recipe_values(path)), overrides), where=str(path))
+    return validate_recipe(apply_overrides(read_recipe_values(path), overrides), where=str(path))
 
 
 def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from .base import StrictModel
+
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -25,3 +29,8 @@ class ModelConfig(StrictModel):
 
     dtype: DType = "auto"
     """Compute type of training and scoring. auto: bfloat16 on a GPU, float32 on CPU. Master weights are float32."""
+
+
+def is_hub_name(path: str) -> bool:
+    """Return whether `path` means `organisation/name` on the hub rather than a file or directory."""
+    return HUB_NAME.fullmatch(path) is not None and not Path(path).exists()

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
 from .judge import Judge, SingleJudge, cpus_of, members_of
-from .roles import RoleConfig
+from .roles import JudgeRole
 from .sources import Sources
 
 
@@ -171,7 +171,7 @@ class OnlineConfig(StrictModel):
         """Return the environment variables that the judges need, such as those with API keys."""
         return set().union(*(judge.environment() for judge in self.judges()))
 
-    def judges_cpus(self, role: RoleConfig) -> float:
+    def judges_cpus(self, role: JudgeRole) -> float:
         """Return the CPUs that all judges hold while rounds run."""
         return sum(cpus_of(judge, role) for judge in self.named_judges())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,6 @@ from .model import ModelConfig
 from .objective import kinds_of_groups, uses_reference
 from .online import OnlineConfig
 from .reference import ReferenceConfig
-from .roles import spread_roles
 from .train import TrainConfig
 
 if TYPE_CHECKING:
@@ -62,11 +61,6 @@ class Recipe(StrictModel):
     ray: RayConfig = RayConfig()
     cluster: ClusterConfig = ClusterConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _roles_are_placed(cls, values: Any) -> Any:
-        return spread_roles(values) if isinstance(values, dict) else values
-
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
         if self.name in RESERVED_NAMES:
@@ -74,6 +68,11 @@ class Recipe(StrictModel):
         if self.train.eval_every_steps is not None and not self.data.eval:
             raise field_error(
                 "train.eval_every_steps", "there is nothing to evaluate on; set data.eval or leave it out"
+            )
+        parallel, engine_gpus = self.reference.tensor_parallel, self.cluster.roles.reference.gpus
+        if engine_gpus and engine_gpus < parallel:
+            raise field_error(
+                "cluster.roles.reference.gpus", f"at least reference.tensor_parallel={parallel} is expected"
             )
         if self.model.adapter is not None and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
@@ -138,18 +137,17 @@ class Recipe(StrictModel):
         return self._cpus(self.train.min_workers or self.train.workers)
 
     def _cpus(self, workers: int) -> int:
-        training = workers * self.train.cpus_per_worker
+        roles = self.cluster.roles
+        training = workers * roles.train.cpus
         by_trainer = training + 1  # plus one task that reads data
-        by_engines = self.reference.replicas * self.reference.cpus_per_replica + 1
+        engines = self.reference.replicas * roles.reference.cpus
+        by_engines = engines + 1
         scoring = by_trainer if self.reference.engine == "trainer" else by_engines
         if self.reference.audit.on_drift == "use_trainer":
             scoring = max(scoring, by_trainer)
         if self.reference.mode == "streaming":
             training += scoring  # both run concurrently
         if self.online is not None:  # engines and judges keep running while the policy trains or a task reads data
-            living = self.reference.replicas * self.reference.cpus_per_replica + self.online.judges_cpus(
-                self.cluster.roles.judge
-            )
-            return ceil(living + max(training, 1))
-        sampling = self.cluster.roles.sample.cpus or self.reference.cpus_per_replica
+            return ceil(engines + self.online.judges_cpus(roles.judge) + max(training, 1))
+        sampling = roles.sample.cpus or roles.reference.cpus
         return ceil(max(scoring, training, sampling, 2))

@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
-from .roles import NodeLabels
 
 
 class AuditConfig(StrictModel):
@@ -47,7 +46,7 @@ class ReferenceConfig(StrictModel):
     scored, and the engines need resources of their own. The resulting weights are the same."""
 
     replicas: int = Field(default=1, gt=0)
-    """Number of engines in the pool."""
+    """Number of engines in the pool; `cluster.roles.reference` is what each requests."""
 
     max_replicas: int | None = Field(default=None, gt=0)
     """The pool grows up to this number while there is work and the cluster has free resources. Default: replicas."""
@@ -55,16 +54,6 @@ class ReferenceConfig(StrictModel):
     tensor_parallel: int = Field(default=1, gt=0)
     """GPUs of one node over which the model of an engine is split; use more than 1 only if the model does not fit on
     one GPU."""
-
-    cpus_per_replica: float = Field(default=1, gt=0)
-    gpus_per_replica: float | None = Field(default=None, ge=0)
-    """Default: tensor_parallel if the machine that runs the command has CUDA, 0 otherwise."""
-
-    memory_gib_per_replica: float | None = Field(default=None, gt=0)
-    """Memory that Ray reserves for each engine."""
-
-    node_labels: NodeLabels = Field(default_factory=dict)
-    """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine uses; the rest is headroom for logits, which vLLM does not profile."""
@@ -90,8 +79,6 @@ class ReferenceConfig(StrictModel):
             raise field_error("max_replicas", f"at least replicas={self.replicas} is expected")
         if self.mode == "streaming" and self.engine == "trainer":
             raise field_error("mode", "the trainer cannot score while it trains; use mode=ahead, or engine=vllm")
-        if self.gpus_per_replica and self.gpus_per_replica < self.tensor_parallel:
-            raise field_error("gpus_per_replica", f"at least tensor_parallel={self.tensor_parallel} is expected")
         if self.tensor_parallel > 1 and self.engine == "trainer":
             raise field_error("tensor_parallel", "is only for engine=vllm; the trainer shards over train.workers")
         return self

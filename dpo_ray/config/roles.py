@@ -1,12 +1,12 @@
-"""The roles of a run on a cluster: how many workers each has, what each requests, and on which nodes it may run."""
+"""The roles of a run on a cluster: what each worker of a role requests from Ray, and on which nodes it may run."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field
 
-from .base import StrictModel, field_error
+from .base import StrictModel
 
 _NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 NodeLabels = dict[
@@ -16,97 +16,102 @@ NodeLabels = dict[
 """Labels of Ray nodes with the value that each must have, or a condition: `!value`, `in(a, b)`, `!in(a, b)`."""
 
 
-class RoleConfig(StrictModel):
-    """The resources that a role requests. Fields that are not set come from other sections of the recipe or from
-    defaults."""
+class TrainRole(StrictModel):
+    """What each training worker requests; `train.workers` is their number."""
 
-    count: int | None = Field(default=None, gt=0)
-    """Workers, engines or concurrent tasks."""
+    cpus: float = Field(default=1, gt=0)
+    gpus: float | None = Field(default=None, ge=0)
+    """Default: 1 if the machine that runs the command, or the cluster that `ray.address` names, has GPUs; 0
+    otherwise."""
+
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory that Ray reserves for each worker; using more is not prevented."""
+
+    node_labels: NodeLabels = Field(default_factory=dict)
+    """Place workers only on nodes with these Ray labels, such as {dpo/role: train}. A local Ray ignores them."""
+
+
+class ReferenceRole(StrictModel):
+    """What each engine requests, which also samples in online rounds; `reference.replicas` is their number."""
+
+    cpus: float = Field(default=1, gt=0)
+    gpus: float | None = Field(default=None, ge=0)
+    """Default: `reference.tensor_parallel` if training workers have GPUs, 0 otherwise."""
+
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory that Ray reserves for each engine; using more is not prevented."""
+
+    node_labels: NodeLabels = Field(default_factory=dict)
+    """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}. A local Ray ignores them."""
+
+
+class SampleRole(StrictModel):
+    """What each engine requests that samples for an evaluation. Default: what an engine of `reference` requests, in
+    the same number, and always with the same GPUs."""
 
     cpus: float | None = Field(default=None, gt=0)
-    """CPUs of each."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    node_labels: NodeLabels | None = None
 
+
+class PrepareRole(StrictModel):
+    """What each task requests that reads, tokenizes, looks up or joins; no task uses a GPU."""
+
+    count: int | None = Field(default=None, gt=0)
+    """Tokenizing tasks that run at the same time. Default: as many as there are CPUs."""
+
+    cpus: float = Field(default=1, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory that Ray reserves for each task; using more is not prevented."""
+
+    node_labels: NodeLabels = Field(default_factory=dict)
+    """Run tasks only on nodes with these Ray labels. A local Ray ignores them."""
+
+
+class JudgeRole(StrictModel):
+    """What each process of a judge requests. Default: what the judge itself declares."""
+
+    count: int | None = Field(default=None, gt=0)
+    """Processes of each judge."""
+
+    cpus: float | None = Field(default=None, gt=0)
     gpus: float | None = Field(default=None, ge=0)
     memory_gib: float | None = Field(default=None, gt=0)
-    """Memory that Ray reserves for each; using more is not prevented."""
+    """Memory that Ray reserves for each process; using more is not prevented."""
 
-    node_labels: NodeLabels | None = None
-    """Only nodes with these Ray labels, such as {dpo/role: train}. A local Ray ignores them."""
+    node_labels: NodeLabels = Field(default_factory=dict)
+    """Place processes only on nodes with these Ray labels. A local Ray ignores them."""
 
 
 class RolesConfig(StrictModel):
-    """One entry for each role. It replaces the values of the role's own section, so that a profile can be exchanged as
-    a whole; values of that section that are set on the command line take precedence."""
+    """What one worker of each role requests. It depends on the cluster alone, so a profile can be exchanged as a
+    whole."""
 
-    prepare: RoleConfig = RoleConfig()
-    """Tasks that read, tokenize, look up and join. count: concurrent tokenizing tasks; default: as many as there are
-    CPUs."""
+    prepare: PrepareRole = PrepareRole()
+    reference: ReferenceRole = ReferenceRole()
+    train: TrainRole = TrainRole()
+    sample: SampleRole = SampleRole()
+    judge: JudgeRole = JudgeRole()
 
-    reference: RoleConfig = RoleConfig()
-    """Engines, which also sample in online rounds: `reference.replicas`, `reference.cpus_per_replica`, ..."""
-
-    train: RoleConfig = RoleConfig()
-    """Training workers: `train.workers`, `train.cpus_per_worker`, ..."""
-
-    sample: RoleConfig = RoleConfig()
-    """The engines that sample for an evaluation. Default: what an engine of `reference` requests."""
-
-    judge: RoleConfig = RoleConfig()
-    """The processes of each judge."""
-
-    @model_validator(mode="after")
-    def _fields_are_of_the_role(self) -> RolesConfig:
-        if self.prepare.gpus:
-            raise field_error("prepare.gpus", "this role uses no GPU: leave it out")
-        if self.sample.count is not None:
-            raise field_error("sample.count", "an evaluation uses as many engines as `reference`: leave it out")
-        if self.sample.gpus is not None:
-            raise field_error(
-                "sample.gpus", "an evaluation engine has as many as an engine of `reference`: leave it out"
-            )
-        return self
+    def without_labels(self) -> RolesConfig:
+        """Return the roles with no condition on nodes."""
+        return RolesConfig(
+            **{name: getattr(self, name).model_copy(update={"node_labels": {}}) for name in type(self).model_fields}
+        )
 
 
-SECTIONS = {
-    "reference": {
-        "count": "replicas",
-        "cpus": "cpus_per_replica",
-        "gpus": "gpus_per_replica",
-        "memory_gib": "memory_gib_per_replica",
-        "node_labels": "node_labels",
-    },
-    "train": {
-        "count": "workers",
-        "cpus": "cpus_per_worker",
-        "gpus": "gpus_per_worker",
-        "memory_gib": "memory_gib_per_worker",
-        "node_labels": "node_labels",
-    },
+MOVED_KEYS = {
+    "train.cpus_per_worker": "cluster.roles.train.cpus",
+    "train.gpus_per_worker": "cluster.roles.train.gpus",
+    "train.memory_gib_per_worker": "cluster.roles.train.memory_gib",
+    "train.node_labels": "cluster.roles.train.node_labels",
+    "reference.cpus_per_replica": "cluster.roles.reference.cpus",
+    "reference.gpus_per_replica": "cluster.roles.reference.gpus",
+    "reference.memory_gib_per_replica": "cluster.roles.reference.memory_gib",
+    "reference.node_labels": "cluster.roles.reference.node_labels",
+    "cluster.roles.train.count": "train.workers",
+    "cluster.roles.reference.count": "reference.replicas",
+    "cluster.roles.sample.count": "reference.replicas",
+    "cluster.roles.sample.gpus": "cluster.roles.reference.gpus",
 }
-"""The fields of a role that also exist in a section of the recipe, with their names in that section."""
-
-
-def spread_roles(values: dict[str, Any]) -> dict[str, Any]:
-    """Move the values in `cluster.roles` of roles that have a section into that section.
-
-    Wrong values are left in place, for the validation of `cluster.roles` to report.
-    """
-    cluster = values.get("cluster")
-    entries = cluster.get("roles") if isinstance(cluster, dict) else getattr(cluster, "roles", None)
-    try:
-        roles = RolesConfig.model_validate(entries or {})
-    except ValidationError:
-        return values
-    result = dict(values)
-    for name, fields in SECTIONS.items():
-        role = getattr(roles, name).model_dump(exclude_none=True)
-        section = result.get(name) or {}
-        if isinstance(section, StrictModel):
-            section = section.model_dump(exclude_unset=True)
-        if role and isinstance(section, dict):
-            result[name] = section | {fields[field]: value for field, value in role.items()}
-    if not cluster or not entries:
-        return values
-    left = roles.model_dump(exclude_unset=True, exclude=set(SECTIONS))
-    others = cluster.model_dump(exclude_unset=True) if isinstance(cluster, StrictModel) else cluster
-    return result | {"cluster": {**others, "roles": left}}
+"""Keys that a recipe cannot have, and the key that says the same, for the text of the error."""

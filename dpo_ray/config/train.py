@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from .base import StrictModel, field_error
 from .objective import Objective, SigmoidObjective
-from .roles import NodeLabels
 from .shaping import ShapingConfig
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -98,23 +97,13 @@ class TrainConfig(StrictModel):
     """What is optimised, in which steps, and on which hardware."""
 
     workers: int = Field(default=1, gt=0)
-    """Training processes (one per GPU). The result does not depend on it."""
+    """Training processes (one per GPU); `cluster.roles.train` is what each requests. The result does not depend on
+    it."""
 
     min_workers: int | None = Field(default=None, gt=0)
     """If nodes are lost or the cluster has too few free resources: train with as few workers as this, and with more
     again as soon as possible. The steps are the same. Default: workers, and training waits until all of them can
     run."""
-
-    cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: float | None = Field(default=None, ge=0)
-    """Default: 1 if the machine that runs the command, or the cluster that `ray.address` names, has GPUs; 0
-    otherwise."""
-
-    memory_gib_per_worker: float | None = Field(default=None, gt=0)
-    """Memory that Ray reserves for each worker."""
-
-    node_labels: NodeLabels = Field(default_factory=dict)
-    """Place workers only on nodes with these Ray labels, such as {dpo/role: train}."""
 
     objective: Objective = SigmoidObjective()
     shaping: ShapingConfig = ShapingConfig()

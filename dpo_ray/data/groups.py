@@ -112,12 +112,10 @@ class Group:
         return len(self.prompt_ids) + sum(len(c) for c in self.completion_ids)
 
 
-def groups_of(table: pa.Table, reference_token_logps: pa.ChunkedArray | None = None) -> Iterator[Group]:
-    """Yield the preference groups of a part, with the reference's log-probs if they are passed."""
-    logps: list[list[list[float]] | None] = [None] * len(table)
-    if reference_token_logps is not None:
-        logps = reference_token_logps.to_pylist()
-    for row, known in zip(table.to_pylist(), logps, strict=True):
+def groups_of(table: pa.Table) -> Iterator[Group]:
+    """Yield the groups of a table of tokens, with the reference's log-probs if it has a column `token_logps`."""
+    for row in table.to_pylist():
+        known = row.get("token_logps")
         yield Group(
             group_id=row["group_id"],
             prompt_ids=np.array(row["prompt_ids"], np.int32),

@@ -24,7 +24,7 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.data import DataConfig
-from dpo_ray.config.roles import RoleConfig
+from dpo_ray.config.roles import PrepareRole
 
 from .first_pass import PartAccount, PrepareTask, commit_shard, prepare_piece
 from .second_pass import MergedPart, PreparedShard, choose, commit_tokens, merge_part
@@ -41,7 +41,7 @@ def prepare_shards(
     task: PrepareTask,
     provenance: Callable[[str], Provenance],
     advance: Callable[[int], None],
-    role: RoleConfig,
+    role: PrepareRole,
 ) -> dict[str, Artifact]:
     """Tokenize the shards (by key) whose artifact is missing, in one streaming execution; return all artifacts.
 
@@ -76,12 +76,12 @@ def prepare_shards(
 
 
 def _in_tasks(
-    items: Sequence[dict[str, Any]], work: Callable[[pa.Table], Iterator[dict[str, Any]]], role: RoleConfig
+    items: Sequence[dict[str, Any]], work: Callable[[pa.Table], Iterator[dict[str, Any]]], role: PrepareRole
 ) -> Iterator[dict[str, Any]]:
     """Run one task for each item, and yield the rows that the tasks produce, as they arrive."""
     if items:
         blocks = ray.data.from_items(list(items), override_num_blocks=len(items))
-        cpus, memory = role.cpus or 1.0, math.ceil((role.memory_gib or 0) * 2**30)
+        cpus, memory = role.cpus, math.ceil((role.memory_gib or 0) * 2**30)
         done = blocks.map_batches(work, batch_size=1, batch_format="pyarrow", num_cpus=cpus, memory=memory or None)
         yield from done.iter_rows()
 
@@ -96,8 +96,8 @@ def _prepare_pieces(batch: pa.Table, task: PrepareTask) -> Iterator[dict[str, An
         yield {"number": [number], "part": pa.array([None], pa.string())}
 
 
-def _part_account(said: dict[str, Any]) -> PartAccount:
-    return PartAccount(**{**said, "entries": tuple(FileEntry.model_validate(e) for e in said["entries"])})
+def _part_account(fields: dict[str, Any]) -> PartAccount:
+    return PartAccount(**{**fields, "entries": tuple(FileEntry.model_validate(e) for e in fields["entries"])})
 
 
 def merge(
@@ -105,7 +105,7 @@ def merge(
     data: DataConfig,
     staging: Staging,
     provenance: Provenance,
-    role: RoleConfig,
+    role: PrepareRole,
     *,
     with_mismatched: bool = False,
 ) -> Artifact:
@@ -127,5 +127,5 @@ def _merge_parts(batch: pa.Table, staging: Staging, mismatched_tokens: int | Non
         yield {"merged": [json.dumps({**vars(part), "entries": [e.model_dump() for e in part.entries]})]}
 
 
-def _merged_part(said: dict[str, Any]) -> MergedPart:
-    return MergedPart(**{**said, "entries": tuple(FileEntry.model_validate(e) for e in said["entries"])})
+def _merged_part(fields: dict[str, Any]) -> MergedPart:
+    return MergedPart(**{**fields, "entries": tuple(FileEntry.model_validate(e) for e in fields["entries"])})

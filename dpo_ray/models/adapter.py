@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_ray.artifacts.digest import digest
 from dpo_ray.artifacts.digest_cache import cached_file_sha256
-from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.model import ModelConfig, is_hub_name
 from dpo_ray.errors import ConfigError
 
 Shape = tuple[int, int]
@@ -95,12 +95,12 @@ def adapter_directory(config: ModelConfig) -> Path | None:
         return None
     directory = Path(config.adapter).expanduser().resolve()
     if not directory.is_dir():
-        is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.adapter) is not None
+        is_on_hub = is_hub_name(config.adapter)
         raise ConfigError(
-            "no such directory" + (", and adapters are not fetched from the hub" if is_hub_name else ""),
+            "no such directory" + (", and adapters are not fetched from the hub" if is_on_hub else ""),
             where=f"model.adapter={config.adapter}",
             fix=f"`hf download {config.adapter} --local-dir DIRECTORY`, and name that directory"
-            if is_hub_name
+            if is_on_hub
             else f"name a directory with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them",
         )
     return directory

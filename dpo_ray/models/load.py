@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_ray.artifacts.digest import digest
 from dpo_ray.artifacts.digest_cache import cached_file_sha256
-from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.model import ModelConfig, is_hub_name
 from dpo_ray.errors import ConfigError, InfrastructureError
 
 from . import adapter as lora
@@ -36,13 +36,6 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "added_tokens.json",
 )
-
-
-def is_hub_name(path: str) -> bool:
-    """Return whether `path` means `organisation/name` on the hub rather than a directory."""
-    return (
-        not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
-    )
 
 
 def model_directory(config: ModelConfig) -> Path:
@@ -118,6 +111,22 @@ def _download(config: ModelConfig) -> Path:
         ) from None
     _check(directory, where)
     return directory
+
+
+def config_file(config: ModelConfig) -> Path | None:
+    """Find the model's config.json on this machine, also in the hub's cache; the weights are not needed.
+
+    Raises:
+        ConfigError: the model is not one of the hub, and does not exist.
+    """
+    if (file := Path(config.path).expanduser() / "config.json").is_file():
+        return file
+    if not is_hub_name(config.path):
+        return model_directory(config) / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def model_identity(config: ModelConfig) -> str:

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from dpo_ray.observe.text import duration
+
 LOG_EVERY_SECONDS = 5.0
 BESIDE_EVERY_SECONDS = 60.0  # for lines above the live bar of another stage
 
@@ -126,13 +128,3 @@ class Reporter:
             bar = Bar(self.console, live, title, unit, total)
             yield bar
         bar.close()
-
-
-def duration(seconds: float) -> str:
-    """Format a duration for people: 4.2 s, 75 s, 12 min 30 s, 3 h 05 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -18,7 +18,7 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.cluster.resources import judge_resources
 from dpo_ray.config.judge import Judge, members_of, replicas_of
-from dpo_ray.config.roles import RoleConfig
+from dpo_ray.config.roles import JudgeRole
 from dpo_ray.errors import DpoRayError, JudgeError
 from dpo_ray.online.judges.make import judge_digest, make_judge
 from dpo_ray.online.judges.memory import JournalMemory
@@ -71,7 +71,7 @@ class Judges:
     def __init__(
         self,
         config: Judge,
-        role: RoleConfig,
+        role: JudgeRole,
         memory: Storage,
         run: str,
         device: str,

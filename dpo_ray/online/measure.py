@@ -85,7 +85,7 @@ def compare(
 
 
 def figures_of(
-    said: PolicySamples,
+    samples: PolicySamples,
     initial: PolicySamples,
     previous: PolicySamples,
     kl: np.ndarray,
@@ -94,26 +94,26 @@ def figures_of(
 ) -> dict[str, Any]:
     """Compute what needs no judge; `kl` is each completion's log-prob under the policy minus under the initial one."""
     figures: dict[str, Any] = {
-        "prompts": len(said.texts),
+        "prompts": len(samples.texts),
         "kl": float(kl.mean()),
         "kl_standard_error": float(kl.std(ddof=1) / len(kl) ** 0.5) if len(kl) > 1 else 0.0,
         "initial_mean_tokens": mean_tokens(initial.completion_ids),
-        **sample_figures(said),
+        **sample_figures(samples),
     }
-    if said.rewards is not None and previous.rewards is not None:
-        gain = mean_difference(said.rewards, previous.rewards, config.bootstrap_samples, config.confidence, seed)
+    if samples.rewards is not None and previous.rewards is not None:
+        gain = mean_difference(samples.rewards, previous.rewards, config.bootstrap_samples, config.confidence, seed)
         figures |= {"true_reward_gain": gain.mean, "true_reward_gain_interval": [gain.low, gain.high]}
     return figures
 
 
-def sample_figures(said: PolicySamples) -> dict[str, float | None]:
+def sample_figures(samples: PolicySamples) -> dict[str, float | None]:
     """Compute length and diversity, and the mean true reward where it is known."""
     return {
-        "mean_tokens": mean_tokens(said.completion_ids),
-        "distinct_2": distinct_n(said.completion_ids, 2),
-        "entropy": unigram_entropy(said.completion_ids),
-        "truncated_fraction": 1 - sum(said.ended) / len(said.ended),
-        "true_reward": None if said.rewards is None else float(np.mean(said.rewards)),
+        "mean_tokens": mean_tokens(samples.completion_ids),
+        "distinct_2": distinct_n(samples.completion_ids, 2),
+        "entropy": unigram_entropy(samples.completion_ids),
+        "truncated_fraction": 1 - sum(samples.ended) / len(samples.ended),
+        "true_reward": None if samples.rewards is None else float(np.mean(samples.rewards)),
     }
 
 
@@ -137,7 +137,7 @@ def round_figures(figures: dict[str, Any]) -> RoundFigures:
 def commit(
     trained: Artifact,
     prompts: Sequence[str],
-    said: PolicySamples,
+    samples: PolicySamples,
     initial: PolicySamples,
     against: dict[str, Compared],
     figures: dict[str, Any],
@@ -151,8 +151,8 @@ def commit(
         whole["heldout"] = heldout_figures(read_table(trained, "heldout.parquet"))
     columns = {
         "prompt": prompts,
-        "completion": said.texts,
-        "true_reward": said.rewards or [None] * len(prompts),
+        "completion": samples.texts,
+        "true_reward": samples.rewards or [None] * len(prompts),
         "initial_completion": initial.texts,
         "initial_true_reward": initial.rewards or [None] * len(prompts),
     }

@@ -119,5 +119,5 @@ def _candidates(ranked: Sequence[int], config: RoundPairingConfig) -> list[tuple
             return [(i, j) for place, i in enumerate(ranked) for j in ranked[place + 1 :]]
 
 
-def _like_long(one: int, other: int, max_ratio: float | None) -> bool:
-    return max_ratio is None or max(one, other) <= max_ratio * min(one, other)
+def _like_long(first: int, second: int, max_ratio: float | None) -> bool:
+    return max_ratio is None or max(first, second) <= max_ratio * min(first, second)

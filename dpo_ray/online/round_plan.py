@@ -83,7 +83,7 @@ class Rounds:
     """All rounds that have begun, the next one if there is one, and the next action."""
 
     plan: Plan  # of the recipe: its data, its hardware
-    looked: OutsideInputs
+    inputs: OutsideInputs
     initial: Policy
     rounds: tuple[Round, ...]
     action: Action
@@ -114,7 +114,7 @@ def derive(plan: Plan) -> Rounds:
     return derive_from(plan, OutsideInputs(prompts_plan(plan), *map(judge_digest, judges)))
 
 
-def derive_from(plan: Plan, looked: OutsideInputs) -> Rounds:
+def derive_from(plan: Plan, inputs: OutsideInputs) -> Rounds:
     """Derive the state of the rounds from what is committed, and from outside inputs that were read before.
 
     Raises:
@@ -135,9 +135,9 @@ def derive_from(plan: Plan, looked: OutsideInputs) -> Rounds:
         action = next_action(committed, online.rounds, stopped, with_reference)
         decided = not rounds or committed[-1].promoted is not None
         if not decided or isinstance(action, Done):
-            return Rounds(plan, looked, initial, tuple(rounds), action, stopped)
+            return Rounds(plan, inputs, initial, tuple(rounds), action, stopped)
         reference = {"initial": initial, "previous": start, "ema": mean}[online.reference] if with_reference else None
-        rounds.append(_planned(plan, store, looked, initial, start, reference, rounds))
+        rounds.append(_planned(plan, store, inputs, initial, start, reference, rounds))
 
 
 def prompts_plan(plan: Plan) -> PromptsPlan | None:
@@ -173,7 +173,7 @@ def _stop_reason(rounds: Sequence[Round], online: OnlineConfig) -> str | None:
 def _planned(
     plan: Plan,
     store: ArtifactStore,
-    looked: OutsideInputs,
+    inputs: OutsideInputs,
     initial: Policy,
     start: Policy,
     reference: Policy | None,
@@ -181,11 +181,11 @@ def _planned(
 ) -> Round:
     """Plan the next round: compute the keys of its artifacts, and look up those that exist."""
     number = len(earlier) + 1
-    configs = _configs(plan, looked, number, start, reference, earlier)
+    configs = _configs(plan, inputs, number, start, reference, earlier)
     keys = {"prepare": plan.stages["prepare"].key, "policy": start.key, "initial": initial.key}
     keys["earlier"] = digest([r.stages["pair"].key for r in earlier])
-    if looked.prompts is not None:
-        keys["prompts"] = looked.prompts.key
+    if inputs.prompts is not None:
+        keys["prompts"] = inputs.prompts.key
     reads: dict[Stage, tuple[str, ...]] = {
         "sample": ("policy", "prepare", "prompts"),
         "judge": ("sample",),
@@ -216,7 +216,7 @@ def version(stage: Stage) -> int:
 
 
 def _configs(
-    plan: Plan, looked: OutsideInputs, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
+    plan: Plan, inputs: OutsideInputs, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
 ) -> dict[Stage, dict[str, Any]]:
     """Return, for each stage of a round, what its result depends on in the recipe."""
     recipe, online = plan.recipe, online_of(plan.recipe)
@@ -231,7 +231,7 @@ def _configs(
             **online.sampling.model_dump(mode="json", exclude={"pair_truncated"}),
             **sampler_config(plan),
         },
-        "judge": {"judge": looked.judge},
+        "judge": {"judge": inputs.judge},
         "pair": {
             **own,
             **online.pairing.model_dump(mode="json"),
@@ -244,7 +244,7 @@ def _configs(
         "train": {**trained["train"], **moments},
         "evaluate": {
             "seed": recipe.seed,
-            "judge": looked.evaluation_judge,
+            "judge": inputs.evaluation_judge,
             **online.evaluate.model_dump(mode="json", exclude={"judge"}),
             **heldout_sampling_config(plan),
         },
@@ -270,7 +270,7 @@ def heldout_sampling_config(plan: Plan) -> dict[str, Any]:
     return {"seed": plan.recipe.seed, "heldout_prompts": online.evaluate.prompts, **sampling, **sampler_config(plan)}
 
 
-def training_plan(rounds: Rounds, one: Round, start: ModelConfig, *, audited: bool) -> Plan:
+def training_plan(rounds: Rounds, current: Round, start: ModelConfig, *, audited: bool) -> Plan:
     """Return the plan to schedule and train a round: an offline run from the policy that the round starts with.
 
     Args:
@@ -280,9 +280,9 @@ def training_plan(rounds: Rounds, one: Round, start: ModelConfig, *, audited: bo
     recipe = rounds.plan.recipe
     audit = recipe.reference.audit if audited else recipe.reference.audit.model_copy(update={"groups": 0})
     sections = {"model": start, "reference": recipe.reference.model_copy(update={"audit": audit})}
-    config = one.stages["schedule"].config
+    config = current.stages["schedule"].config
     ordering = {k: v for k, v in config.items() if k not in ("workers", "tokens_per_micro_batch")}
-    data = [one.stages[s].key for s in ("pair", "reference") if s in one.stages]
-    resume = digest([one.stages["train"].config, ordering, *data])[:20]
-    stages = {str(name): stage for name, stage in one.stages.items()}
+    data = [current.stages[s].key for s in ("pair", "reference") if s in current.stages]
+    resume = digest([current.stages["train"].config, ordering, *data])[:20]
+    stages = {str(name): stage for name, stage in current.stages.items()}
     return replace(rounds.plan, recipe=recipe.model_copy(update=sections), stages=stages, resume_key=resume)

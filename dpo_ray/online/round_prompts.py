@@ -8,10 +8,9 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.data import synthetic
 from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.errors import ConfigError
-from dpo_ray.evaluate.stage import TrueReward, end_tokens, heldout_prompts
+from dpo_ray.evaluate.stage import end_tokens, heldout_prompts
 from dpo_ray.models.load import context_tokens, model_directory
 from dpo_ray.run.planning import Plan
 
@@ -106,9 +105,3 @@ class RoundPrompts:
     @cached_property
     def heldout_texts(self) -> list[str]:
         return [self.text(ids) for ids in self.heldout]
-
-    @property
-    def true_reward(self) -> TrueReward | None:
-        """Return the reward that the labels were made with, if all data is synthetic."""
-        is_synthetic = all(shard.kind == "synthetic" for shard in self._plan.checked.shards)
-        return synthetic.true_reward if is_synthetic else None

@@ -16,7 +16,6 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cluster.placement import check_room, resolve_hardware
-from dpo_ray.cluster.resources import worker_resources
 from dpo_ray.cluster.room import has_room
 from dpo_ray.config.judge import Judge
 from dpo_ray.config.model import ModelConfig
@@ -77,7 +76,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     check_judges(online_of(recipe))
     with open_run(recipe, plan, reporter, verbose=verbose) as run:
         record_recipe(run, recipe)
-        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
+        check_room(recipe, plan.to_run, plan.hardware.worker.gpus, plan.hardware.engine.gpus, reporter.say)
         driver = _Driver(run)
         try:
             return driver.run(), True
@@ -124,7 +123,7 @@ class _Driver:
             if action.stage == "sample":
                 self._spent_usd = 0.0
             steps[action.stage](self._rounds.rounds[-1])
-            self._rounds = derive_from(self._plan, self._rounds.looked)
+            self._rounds = derive_from(self._plan, self._rounds.inputs)
         self._reporter.say(f"the rounds end: {action.reason}")
         return self._rounds
 
@@ -137,15 +136,19 @@ class _Driver:
 
     # ---- the stages of a round
 
-    def _sample(self, one: Round) -> Artifact:
-        prompts = self._prompts.of_round(one.number)
-        table = prompt_table(prompts, self._recipe.seed, one.number, self._online.sampling.samples_per_prompt)
+    def _sample(self, current: Round) -> Artifact:
+        prompts = self._prompts.of_round(current.number)
+        table = prompt_table(prompts, self._recipe.seed, current.number, self._online.sampling.samples_per_prompt)
         return self._sampled(
-            f"round {one.number}: sample", one.start, table, self._begin(one, "sample"), self._provenance(one, "sample")
+            f"round {current.number}: sample",
+            current.start,
+            table,
+            self._begin(current, "sample"),
+            self._provenance(current, "sample"),
         )
 
-    def _judge(self, one: Round) -> Artifact:
-        provenance, sampled = self._provenance(one, "judge"), list(read_samples(one.artifacts["sample"]))
+    def _judge(self, current: Round) -> Artifact:
+        provenance, sampled = self._provenance(current, "judge"), list(read_samples(current.artifacts["sample"]))
         prompts = self._prompts
         questions = [
             Question(
@@ -155,27 +158,27 @@ class _Driver:
             )
             for p in sampled
         ]
-        verdicts, usage = self._ask(self._online.judge, f"round {one.number}: judge", questions)
-        return judging.commit([p.key for p in sampled], verdicts, usage, self._begin(one, "judge"), provenance)
+        verdicts, usage = self._ask(self._online.judge, f"round {current.number}: judge", questions)
+        return judging.commit([p.key for p in sampled], verdicts, usage, self._begin(current, "judge"), provenance)
 
-    def _pair(self, one: Round) -> Artifact:
-        provenance = self._provenance(one, "pair")
+    def _pair(self, current: Round) -> Artifact:
+        provenance = self._provenance(current, "pair")
         paired = pair_stage.run(
-            one.number,
-            one.artifacts["sample"],
-            judging.read_verdicts(one.artifacts["judge"]),
+            current.number,
+            current.artifacts["sample"],
+            judging.read_verdicts(current.artifacts["judge"]),
             self._prepared,
-            [earlier.artifacts["pair"] for earlier in self._rounds.rounds[: one.number - 1]],
+            [earlier.artifacts["pair"] for earlier in self._rounds.rounds[: current.number - 1]],
             self._online,
             self._recipe.seed,
             self._mismatched_tokens,
-            self._begin(one, "pair"),
+            self._begin(current, "pair"),
             provenance,
         )
         figures = paired.manifest.figures
         dropped = ", ".join(f"{count:,} prompts {code.replace('_', ' ')}" for code, count in figures["dropped"].items())
         self._reporter.say(
-            f"round {one.number}: {figures['pairs']:,} pairs{f'; without: {dropped}' if dropped else ''}"
+            f"round {current.number}: {figures['pairs']:,} pairs{f'; without: {dropped}' if dropped else ''}"
         )
         schedule_stage.check_usable(paired, self._recipe.train.objective)
         return paired
@@ -186,47 +189,47 @@ class _Driver:
         longest = self._recipe.data.max_length_tokens + self._online.sampling.max_new_tokens
         return longest if planning.needs_mismatched(self._recipe) else None
 
-    def _reference(self, one: Round) -> Artifact:
-        assert one.reference is not None  # noqa: S101 - only objectives with a reference have this stage
-        recipe, tokens = self._recipe, one.artifacts["pair"]
-        provenance = self._provenance(one, "reference")
-        model = self._engine_model(self._made(one.reference))
+    def _reference(self, current: Round) -> Artifact:
+        assert current.reference is not None  # noqa: S101 - only objectives with a reference have this stage
+        recipe, tokens = self._recipe, current.artifacts["pair"]
+        provenance = self._provenance(current, "reference")
+        model = self._engine_model(self._made(current.reference))
         groups = sum(tokens.rows[f"{split}/admitted"] for split in splits(tokens))
-        with self._reporter.stage(f"round {one.number}: reference", "groups", groups) as bar:
+        with self._reporter.stage(f"round {current.number}: reference", "groups", groups) as bar:
             tally = reference_stage.score(
                 tokens,
                 model.store,
                 model.settings,
                 recipe.reference,
                 recipe.train,
-                self._plan.hardware.engine_gpus,
+                self._plan.hardware.engine,
                 recipe.data.max_quarantined_fraction,
                 bar.advance,
                 bar.say,
                 self._pool,
             )
-        return reference_stage.join(tokens, model.store, tally, self._begin(one, "reference"), provenance)
+        return reference_stage.join(tokens, model.store, tally, self._begin(current, "reference"), provenance)
 
-    def _schedule(self, one: Round) -> Artifact:
-        return stages.schedule(self._context(one), one.artifacts["pair"], one.artifacts.get("reference"))
+    def _schedule(self, current: Round) -> Artifact:
+        return stages.schedule(self._context(current), current.artifacts["pair"], current.artifacts.get("reference"))
 
-    def _train(self, one: Round) -> Artifact:
+    def _train(self, current: Round) -> Artifact:
         self._make_room()
-        carried = carries(self._online, self._rounds.rounds[: one.number - 1])
-        start = one.start.artifact
+        carried = carries(self._online, self._rounds.rounds[: current.number - 1])
+        start = current.start.artifact
         return stages.train(
-            self._context(one),
-            one.artifacts["schedule"],
-            one.artifacts["pair"],
-            trained_adapter=self._directory(one.start) if start and is_adapter(start) else None,
+            self._context(current),
+            current.artifacts["schedule"],
+            current.artifacts["pair"],
+            trained_adapter=self._directory(current.start) if start and is_adapter(start) else None,
             moments=carried.artifacts["train"] if carried else None,
             keep_moments=self._online.optimizer == "carry",
         )
 
-    def _evaluate(self, one: Round) -> Artifact:
-        config, seed, number = self._online.evaluate, self._recipe.seed, one.number
-        provenance, trained = self._provenance(one, "evaluate"), one.artifacts["train"]
-        policies = {"policy": one.trained, "previous": one.start, "initial": self._rounds.initial}
+    def _evaluate(self, current: Round) -> Artifact:
+        config, seed, number = self._online.evaluate, self._recipe.seed, current.number
+        provenance, trained = self._provenance(current, "evaluate"), current.artifacts["train"]
+        policies = {"policy": current.trained, "previous": current.start, "initial": self._rounds.initial}
         samples = {name: self._policy_samples(name, policy) for name, policy in policies.items()}
         ours = samples["policy"]
         logps = {name: self._logps(policies[name], ours) for name in ("policy", "initial")}
@@ -245,18 +248,18 @@ class _Driver:
         kl = logps["policy"] - logps["initial"]
         figures = measure.figures_of(ours, samples["initial"], samples["previous"], kl, config, seed)
         figures["initial"] = measure.sample_figures(samples["initial"])
-        staging, initial = self._begin(one, "evaluate"), samples["initial"]
+        staging, initial = self._begin(current, "evaluate"), samples["initial"]
         return measure.commit(
             trained, self._prompts.heldout_texts, ours, initial, against, figures, staging, provenance
         )
 
-    def _promote(self, one: Round) -> Artifact:
-        figures = measure.round_figures(one.artifacts["evaluate"].manifest.figures)
+    def _promote(self, current: Round) -> Artifact:
+        figures = measure.round_figures(current.artifacts["evaluate"].manifest.figures)
         decision = decide(figures, self._online.promote_if)
         outcome = "promoted" if decision.promoted else "rejected"
-        self._reporter.say(f"round {one.number}: {outcome} ({'; '.join(decision.reasons)})")
-        return self._provenance(one, "promote").commit(
-            self._begin(one, "promote"),
+        self._reporter.say(f"round {current.number}: {outcome} ({'; '.join(decision.reasons)})")
+        return self._provenance(current, "promote").commit(
+            self._begin(current, "promote"),
             [],
             rows={},
             figures={"promoted": decision.promoted, "reasons": list(decision.reasons)},
@@ -267,8 +270,8 @@ class _Driver:
     @cached_property
     def _pool(self) -> EnginePool:
         model = self._engine_model(self._rounds.initial)
-        reference, say, gpus = self._recipe.reference, self._reporter.say, self._plan.hardware.engine_gpus
-        return EnginePool(model.settings, model.store, reference, gpus, say, start_sampling_vllm, living=True)
+        reference, say, engine = self._recipe.reference, self._reporter.say, self._plan.hardware.engine
+        return EnginePool(model.settings, model.store, reference, engine, say, start_sampling_vllm, living=True)
 
     def _engine_model(self, policy: Policy) -> EngineModel:
         """Return a policy as the engines load it, with the store of its log-probs."""
@@ -279,8 +282,8 @@ class _Driver:
 
     def _make_room(self) -> None:
         """Stop engines and judges that hold GPUs if the cluster has no room for training besides them."""
-        gpus, train = self._plan.hardware.train_gpus, self._recipe.train
-        if gpus and not has_room(worker_resources(train, gpus), train.workers):
+        worker = self._plan.hardware.worker
+        if worker.gpus and not has_room(worker, self._recipe.train.workers):
             self._pool.close()
             for judges in self._judges.values():
                 if judges.gpus:
@@ -312,13 +315,15 @@ class _Driver:
                 sampled = self._sampled(title, policy, table, staging, provenance)
             prompts = self._prompts
             self._heldout_samples[policy.key] = measure.policy_samples(
-                sampled, prompts.heldout_texts, prompts.tokenizer, prompts.true_reward
+                sampled, prompts.heldout_texts, prompts.tokenizer, self._plan.true_reward
             )
         return self._heldout_samples[policy.key]
 
-    def _logps(self, policy: Policy, said: PolicySamples) -> np.ndarray:
+    def _logps(self, policy: Policy, samples: PolicySamples) -> np.ndarray:
         granule = self._recipe.reference.groups_per_granule
-        return completion_logps(self._pool, self._engine_model(policy), said.prompt_ids, said.completion_ids, granule)
+        return completion_logps(
+            self._pool, self._engine_model(policy), samples.prompt_ids, samples.completion_ids, granule
+        )
 
     # ---- prompts and judges
 
@@ -328,7 +333,7 @@ class _Driver:
 
     def _prompts_artifact(self) -> Artifact | None:
         """Return the prompts of the recipe's separate source, read now if that is not done; None if it names none."""
-        planned = self._rounds.looked.prompts
+        planned = self._rounds.inputs.prompts
         if planned is None:
             return None
         if (done := self._run.artifacts.find("prompts", planned.key)) is not None:
@@ -373,17 +378,17 @@ class _Driver:
     def _directory(self, policy: Policy) -> Path:
         return self._run.model_directory if policy.artifact is None else policy_directory(policy.artifact)
 
-    def _context(self, one: Round) -> RunContext:
+    def _context(self, current: Round) -> RunContext:
         """Return the context of a round's stages `schedule` and `train`, which start from the round's first policy."""
         start = self._recipe.model
-        if one.start.artifact is not None and not is_adapter(one.start.artifact):
-            start = ModelConfig(path=str(self._directory(one.start)), dtype=self._recipe.model.dtype)
-        audited = one.reference is not None and one.reference.key == one.start.key
-        return replace(self._run, plan=training_plan(self._rounds, one, start, audited=audited))
+        if current.start.artifact is not None and not is_adapter(current.start.artifact):
+            start = ModelConfig(path=str(self._directory(current.start)), dtype=self._recipe.model.dtype)
+        audited = current.reference is not None and current.reference.key == current.start.key
+        return replace(self._run, plan=training_plan(self._rounds, current, start, audited=audited))
 
-    def _begin(self, one: Round, stage: Stage) -> Staging:
-        return self._run.begin_key(ARTIFACT_STAGE.get(stage, stage), one.stages[stage].key)
+    def _begin(self, current: Round, stage: Stage) -> Staging:
+        return self._run.begin_key(ARTIFACT_STAGE.get(stage, stage), current.stages[stage].key)
 
-    def _provenance(self, one: Round, stage: Stage) -> Provenance:
-        planned = one.stages[stage]
+    def _provenance(self, current: Round, stage: Stage) -> Provenance:
+        planned = current.stages[stage]
         return Provenance(version(stage), planned.inputs, planned.config, planning.versions())

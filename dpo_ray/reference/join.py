@@ -54,13 +54,9 @@ def join_part(
     table = read_table(tokens, name, ["group_id", "source", "prompt_ids", "completion_ids"]).combine_chunks()
     ids = table["group_id"].to_pylist()
     left_out = np.array([group_id in unscored for group_id in ids], bool)  # [groups]
-    scored = table.filter(pa.array(~left_out)).combine_chunks()
-    values = store.fetch(index, store.keys(scored))  # [completions of scored groups]
-    _check_lengths(scored, values, store)
-    offsets = np.zeros(len(table) + 1, np.int32)  # [groups + 1]: of each group's completions
-    offsets[1:][~left_out] = _counts(scored["completion_ids"])
-    offsets = np.cumsum(offsets, dtype=np.int32)
-    token_logps = pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(left_out))
+    scored = fetch_token_logps(table.filter(pa.array(~left_out)), store, index)
+    rows = np.cumsum(~left_out) - 1  # [groups]: the row of each group in `scored`
+    token_logps = scored.take(pa.array(rows, mask=left_out))
     joined = pa.table({"group_id": table["group_id"], "token_logps": token_logps}, schema=REFERENCE)
     rows = [
         {
@@ -78,18 +74,20 @@ def join_part(
     return JoinedPart(entry, pa.Table.from_pylist(rows, schema=QUARANTINE))
 
 
-def _check_lengths(table: pa.Table, values: pa.ListArray, store: ReferenceStore) -> None:
-    """Check that each completion has one log-prob for each of its tokens."""
-    inner = [chunk.flatten() for chunk in table["completion_ids"].chunks]
-    tokens = np.concatenate([np.empty(0, np.int32), *(np.diff(lists.offsets) for lists in inner)])
-    logps = np.diff(values.offsets)
+def fetch_token_logps(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> pa.ListArray:
+    """Fetch the log-probs of a table's completions by key: [groups] lists of [completions] lists of float32.
+
+    Raises:
+        ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.
+    """
+    flat = store.fetch(index, store.keys(table))  # [completions of all groups]
+    completions = table["completion_ids"].combine_chunks()  # [groups] lists of [completions] lists of tokens
+    tokens, logps = np.diff(completions.flatten().offsets), np.diff(flat.offsets)
     if (wrong := np.flatnonzero(tokens != logps)).size:
         raise ArtifactError(
             f"there are {logps[wrong[0]]} log-probs for a completion of {tokens[wrong[0]]} tokens",
             where=store.partition.uri,
             fix="delete this directory of the store and run again; its log-probs will be computed again",
         )
-
-
-def _counts(lists: pa.ChunkedArray) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.int32), *(np.diff(chunk.offsets) for chunk in lists.chunks)])
+    offsets = completions.offsets.to_numpy() - completions.offsets[0].as_py()
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-from dpo_ray.cluster.resources import Resources, engine_resources
+from dpo_ray.cluster.resources import Resources
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.errors import DpoRayError, InfrastructureError
 from dpo_ray.reference.store.store import ReferenceStore
@@ -65,11 +65,10 @@ class EnginePool:
     """Engines on the cluster. They start with the first granule, and are stopped when a `run` has ended, or by `close`.
 
     Args:
-        gpus_per_engine: GPUs that each engine requests from Ray; tensor parallelism is inside an engine.
+        resources: what each engine requests from Ray; tensor parallelism is inside an engine.
         on_event: called with a sentence about what a person should know: an engine lost, a group left out.
         start: starts the scorer in an engine's process; must pickle.
         living: keep the engines until `close`, or until a run is interrupted while they are working.
-        resources: resources that each engine requests from Ray, if they are not those of the section `reference`.
     """
 
     def __init__(
@@ -77,18 +76,17 @@ class EnginePool:
         settings: ScorerSettings,
         store: ReferenceStore,
         config: ReferenceConfig,
-        gpus_per_engine: float,
+        resources: Resources,
         on_event: Callable[[str], None],
         start: StartScorer = start_vllm,
         *,
         living: bool = False,
-        resources: Resources | None = None,
     ) -> None:
         self._settings, self._store, self._start, self._on_event = settings, store, start, on_event
         self._living = living
         self._sampling: Sampling | None = None  # of the current run; None: the run scores
         self._least, self._most = config.replicas, config.max_replicas or config.replicas
-        self._resources = resources or engine_resources(config, gpus_per_engine)
+        self._resources = resources
         self._options: dict[str, Any] = {
             **self._resources.options(),
             "max_restarts": 0,
@@ -367,7 +365,7 @@ class EnginePool:
                 f"{self._failed_starts} engines in a row died while they started; the last one: {why}",
                 where="reference",
                 fix="see the engines' logs (--verbose); the usual cause is memory: change reference.gpu_memory_fraction, "
-                "reference.cpus_per_replica or reference.tensor_parallel, then run again",
+                "cluster.roles.reference.cpus or reference.tensor_parallel, then run again",
             )
 
     def _count_fruitless_death(self, why: str) -> None:

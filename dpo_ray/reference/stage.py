@@ -17,6 +17,7 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.cluster.cpu_work import cpu_labels
+from dpo_ray.cluster.resources import Resources
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.schemas import splits
@@ -90,7 +91,7 @@ def score(
     settings: ScorerSettings,
     config: ReferenceConfig,
     train: TrainConfig,
-    gpus: float,
+    request: Resources,
     max_unscored_fraction: float,
     advance: Callable[[int, str], None],
     say: Callable[[str], None],
@@ -99,7 +100,7 @@ def score(
     """Score all completions that the store lacks. Engines start only if there are any, and are stopped afterwards.
 
     Args:
-        gpus: GPUs of each engine, or of each training worker if the trainer scores.
+        request: what each engine requests from Ray, or each training worker if the trainer scores.
         advance: called with the number of groups done since the last call, and a description of the totals.
         say: called with messages about the engines and about the groups that are left out.
         pool: running engines, which load the model; None: this call starts its own pool.
@@ -111,16 +112,16 @@ def score(
     """
     tally = ScoringTally(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
 
-    def looked(news: LookupProgress) -> None:
+    def on_lookup(news: LookupProgress) -> None:
         tally.found += news.found
         tally.done += news.known_groups
         advance(news.known_groups, tally.describe())
 
-    granules = look_up_all(tokens, store, config, looked)
+    granules = look_up_all(tokens, store, config, request.cpus, on_lookup)
     if config.engine == "trainer":
-        pool, answers = None, score_with_trainer(settings, store, train, list(granules), gpus, say)
+        pool, answers = None, score_with_trainer(settings, store, train, list(granules), request, say)
     elif pool is None:
-        pool = EnginePool(settings, store, config, gpus, say)
+        pool = EnginePool(settings, store, config, request, say)
         answers = pool.run(granules)
     else:
         pool.load(settings, store)
@@ -154,7 +155,11 @@ def check_unscored(tally: ScoringTally, limit: float) -> None:
 
 
 def look_up_all(
-    tokens: Artifact, store: ReferenceStore, config: ReferenceConfig, looked: Callable[[LookupProgress], None]
+    tokens: Artifact,
+    store: ReferenceStore,
+    config: ReferenceConfig,
+    engine_cpus: float,
+    on_lookup: Callable[[LookupProgress], None],
 ) -> Iterator[ray.ObjectRef]:
     """Look up every part in Ray tasks, and yield granules of what the store lacks, in the order of the parts.
 
@@ -164,7 +169,7 @@ def look_up_all(
     make_index: Any = ray.remote(_index).options(label_selector=cpu_labels())
     index = make_index.remote(store, segments)
     # At least one task runs beside the engines, whatever the cluster's size; a waiting task keeps its CPU.
-    room = ray.cluster_resources().get("CPU", 0) - config.replicas * config.cpus_per_replica
+    room = ray.cluster_resources().get("CPU", 0) - config.replicas * engine_cpus
     task: Any = ray.remote(_look_up).options(
         num_returns="streaming", _generator_backpressure_num_objects=RESULTS_AHEAD, label_selector=cpu_labels()
     )
@@ -179,7 +184,7 @@ def look_up_all(
                 return
             for result in running[0]:
                 news: Any = ray.get(result)
-                looked(news)
+                on_lookup(news)
                 if news.granule:
                     yield next(running[0])
             running.popleft()

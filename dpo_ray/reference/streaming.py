@@ -15,14 +15,13 @@ import ray
 
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.staging import Staging
-from dpo_ray.errors import ArtifactError
 from dpo_ray.reference.store.store import ReferenceStore, StoreIndex
 from dpo_ray.schedule.buckets import Bucket, read_rows
 from dpo_ray.schedule.build import Packing, write_bucket
-from dpo_ray.schedule.stage import to_groups
 from dpo_ray.schedule.streaming_order import Turn
 
 from .granule import Scored, Unscored
+from .join import fetch_token_logps
 from .lookup import cut, find_missing
 
 Item = TypeVar("Item")
@@ -50,7 +49,7 @@ class InOrder:
     Args:
         granule_groups: groups of a granule; fewer if a bucket has too few groups for all `engines`.
         announce: called, in another thread, with the files of a turn when they are written.
-        looked: called for each turn with the number of completions that the store had, and of groups that it had in
+        on_lookup: called for each turn with the number of completions that the store had, and of groups that it had in
             full.
     """
 
@@ -63,10 +62,10 @@ class InOrder:
         packing: Packing,
         staging: Staging,
         announce: Callable[[Sequence[FileEntry]], None],
-        looked: Callable[[int, int], None],
+        on_lookup: Callable[[int, int], None],
     ) -> None:
         self._turns, self._store, self._granule_groups, self._engines = turns, store, granule_groups, engines
-        self._packing, self._staging, self._announce, self._looked = packing, staging, announce, looked
+        self._packing, self._staging, self._announce, self._on_lookup = packing, staging, announce, on_lookup
         self._index = ray.remote(num_cpus=0)(_index).remote(store)  # of what was scored before this run
         self._turn_of: list[int] = []  # turn of each granule, in the order in which they were handed out
         self._groups_left = [0] * len(turns)  # for each turn, groups handed to the pool and not scored yet
@@ -110,7 +109,7 @@ class InOrder:
         for number, answers in enumerate(_one_ahead(self._look_ups())):
             if answers is not None:
                 found, known_groups, sizes = ray.get(next(answers))
-                self._looked(found, known_groups)
+                self._on_lookup(found, known_groups)
                 for groups in sizes:
                     if stop.is_set():
                         return
@@ -191,27 +190,5 @@ def _join_and_write(
     bucket: Bucket, table: pa.Table, store: ReferenceStore, index: StoreIndex, packing: Packing, staging: Staging
 ) -> list[FileEntry]:
     """Join a bucket's rows to the store by key, pack them, and write the files."""
-    logps = token_logps_of(table, store, store.index(known=index))
-    return write_bucket(bucket, table.append_column("token_logps", logps), to_groups, packing, staging)
-
-
-def token_logps_of(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> pa.ListArray:
-    """Fetch the log-probs of a table's completions by key: [groups] lists of [completions] lists of float32.
-
-    Raises:
-        ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.
-    """
-    flat = store.fetch(index, store.keys(table))
-    completions = table["completion_ids"].combine_chunks()
-    offsets = completions.offsets.to_numpy() - completions.offsets[0].as_py()
-    if not np.array_equal(_lengths(flat), _lengths(completions.flatten())):
-        raise ArtifactError(
-            "a completion has more or fewer log-probs than tokens",
-            where=store.partition.uri,
-            fix="delete this directory of the store and run again; its log-probs will be computed again",
-        )
-    return pa.ListArray.from_arrays(pa.array(offsets), flat)
-
-
-def _lengths(lists: pa.ListArray) -> np.ndarray:
-    return np.diff(lists.offsets.to_numpy())
+    table = table.append_column("token_logps", fetch_token_logps(table, store, store.index(known=index)))
+    return write_bucket(bucket, table, packing, staging)

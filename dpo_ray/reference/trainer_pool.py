@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from dpo_ray.cluster.resources import Resources
 from dpo_ray.cluster.workers import run_workers, start_inbox
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError
@@ -36,6 +37,7 @@ class ScoringTask:
     settings: ScorerSettings
     store: ReferenceStore
     train: TrainConfig
+    cpus: float  # of each worker
     granules: tuple[ray.ObjectRef, ...]
     known: tuple[str, ...]  # segments of the store that cannot contain anything of the granules
     inbox: Any  # handle of the driver's inbox, which receives a Scored for each granule
@@ -46,7 +48,7 @@ def score_with_trainer(
     store: ReferenceStore,
     train: TrainConfig,
     granules: Sequence[ray.ObjectRef],
-    gpus_per_worker: float,
+    request: Resources,
     say: Callable[[str], None] = logger.warning,
 ) -> Generator[Scored, None, None]:
     """Score granules (tables of GRANULE) on `train.workers` training workers; yields each result once, as it is ready.
@@ -56,6 +58,7 @@ def score_with_trainer(
     iterator is closed early, the workers end after their current granule.
 
     Args:
+        request: what each worker requests from Ray.
         granules: tables with completions that the store lacked when they were cut.
         say: called with messages about workers that were lost, and about what the run waits for.
 
@@ -66,8 +69,8 @@ def score_with_trainer(
     if not granules:
         return
     inbox, unwanted = start_inbox(), threading.Event()
-    task = ScoringTask(settings, store, train, tuple(granules), tuple(store.segments()), inbox)
-    run = _in_background(task, gpus_per_worker, say, unwanted)
+    task = ScoringTask(settings, store, train, request.cpus, tuple(granules), tuple(store.segments()), inbox)
+    run = _in_background(task, request, say, unwanted)
     yielded: set[int] = set()
     try:
         ended = False
@@ -86,7 +89,7 @@ def score_with_trainer(
 
 
 def _in_background(
-    task: ScoringTask, gpus_per_worker: float, say: Callable[[str], None], unwanted: threading.Event
+    task: ScoringTask, request: Resources, say: Callable[[str], None], unwanted: threading.Event
 ) -> Future[ConfigError | None]:
     """Run the workers in a thread, since the driver follows them in its own; the result is that of `score_worker`."""
     future: Future[ConfigError | None] = Future()
@@ -97,7 +100,7 @@ def _in_background(
                 score_worker,
                 task,
                 task.train,
-                gpus_per_worker,
+                request,
                 name=f"reference-{uuid.uuid4().hex[:12]}",
                 where="reference",
                 goes_on="with the completions that the store lacks",
@@ -121,7 +124,7 @@ def score_worker(settings: dict[str, ScoringTask]) -> ConfigError | None:
     from .trainer_scorer import TrainerScorer, score_granules
 
     task = settings["task"]
-    torch.set_num_threads(max(1, int(task.train.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(task.cpus)))
     try:
         scorer = TrainerScorer(task.settings, task.train, get_device())
     except ConfigError as error:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo_ray import __version__
+from dpo_ray.observe.text import duration
 
 from .plots import typographic
 
@@ -66,15 +67,8 @@ def format_signed(value: float | None, digits: int) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Format a duration in common units: 4.21 s, 3 min 05 s, 2 h 14 min."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """Format a duration for people, and a dash where it is not known."""
+    return "–" if seconds is None else duration(seconds)
 
 
 def format_time(iso: str) -> str:

@@ -66,17 +66,17 @@ def figures(rounds: Rounds) -> dict[str, Any]:
     }
 
 
-def _row(one: Round, rounds: Rounds) -> RoundRow:
-    artifacts: dict[str, Artifact] = {str(stage): artifact for stage, artifact in one.artifacts.items()}
+def _row(shown: Round, rounds: Rounds) -> RoundRow:
+    artifacts: dict[str, Artifact] = {str(stage): artifact for stage, artifact in shown.artifacts.items()}
     paired, measured = (artifacts[s].manifest.figures if s in artifacts else {} for s in ("pair", "evaluate"))
-    promoted = one.committed.promoted
+    promoted = shown.committed.promoted
     numbers = {r.trained.key: r.number for r in rounds.rounds}
     return RoundRow(
-        number=one.number,
-        state=str(state_of(one.committed, one.reference is not None)),
+        number=shown.number,
+        state=str(state_of(shown.committed, shown.reference is not None)),
         decision="" if promoted is None else "promoted" if promoted else "rejected",
         reasons=tuple(artifacts["promote"].manifest.figures["reasons"]) if "promote" in artifacts else (),
-        starts_from=numbers.get(one.start.key),
+        starts_from=numbers.get(shown.start.key),
         pairs=paired.get("pairs"),
         dropped=paired.get("dropped", {}),
         offline_pairs=paired.get("mixed", {}).get("offline", 0),

@@ -60,7 +60,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     check_packages(plan.recipe)
     with open_run(recipe, plan, reporter, verbose=verbose) as run:
         record_recipe(run, recipe)
-        check_room(recipe, plan.to_run, plan.hardware.train_gpus, plan.hardware.engine_gpus, reporter.say)
+        check_room(recipe, plan.to_run, plan.hardware.worker.gpus, plan.hardware.engine.gpus, reporter.say)
         try:
             return run_stages(run), True  # the plan's keys stay valid; the store knows what is done by now
         except AuditError as error:

@@ -13,7 +13,9 @@ from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.extension import OBJECTIVES, packages_of
 from dpo_ray.config.objective import kinds_of_groups, summands, uses_reference
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.data import synthetic
 from dpo_ray.data.keys import prepare_config, shard_configs, shard_key
+from dpo_ray.evaluate.stage import TrueReward
 from dpo_ray.models.adapter import adapter_directory, read_adapter
 from dpo_ray.models.load import model_identity, tokenizer_identity
 from dpo_ray.reference import audit_record
@@ -78,6 +80,12 @@ class Plan:
     @property
     def done(self) -> bool:
         return not self.to_run
+
+    @property
+    def true_reward(self) -> TrueReward | None:
+        """Return the reward that the labels were made with, if all data is synthetic."""
+        is_synthetic = all(shard.kind == "synthetic" for shard in self.checked.shards)
+        return synthetic.true_reward if is_synthetic else None
 
 
 def versions() -> dict[str, str]:

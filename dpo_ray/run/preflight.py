@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 
 from dpo_ray.artifacts.places import reference_root, run_storage
+from dpo_ray.cluster.resources import Resources, engine_resources, sampler_resources, worker_resources
 from dpo_ray.config.extension import FORMATS, JUDGES, OBJECTIVES, TRACKERS, installed
+from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.filters import Filter, load_filters
@@ -19,7 +21,7 @@ from dpo_ray.data.sources import Shard, list_shards
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
 from dpo_ray.errors import ConfigError, InfrastructureError
 from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
-from dpo_ray.models.load import context_tokens, is_hub_name, model_directory
+from dpo_ray.models.load import context_tokens, model_directory
 from dpo_ray.reference.vllm.engine import lora_options
 
 BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")  # optimizers that use its kernels
@@ -30,9 +32,10 @@ class Hardware:
     """The hardware that the stages run on, decided before anything starts."""
 
     device: Literal["cpu", "cuda"]
-    train_gpus: float
-    engine_gpus: float
     dtype: Literal["float32", "bfloat16"]
+    worker: Resources  # of a training worker
+    engine: Resources
+    sampler: Resources  # of an engine that samples for an evaluation
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,20 @@ class Checked:
 def hardware(recipe: Recipe) -> Hardware:
     """Return the device and the dtype: from the recipe, or else from whether this machine has CUDA."""
     gpu_here = 1.0 if torch.cuda.is_available() else 0.0
-    train_gpus = recipe.train.gpus_per_worker if recipe.train.gpus_per_worker is not None else gpu_here
-    r = recipe.reference
-    engine_gpus = r.gpus_per_replica if r.gpus_per_replica is not None else float(r.tensor_parallel * (train_gpus > 0))
+    roles = recipe.cluster.roles
+    train_gpus = roles.train.gpus if roles.train.gpus is not None else gpu_here
+    engine_gpus = roles.reference.gpus
+    if engine_gpus is None:
+        engine_gpus = float(recipe.reference.tensor_parallel * (train_gpus > 0))
     device = "cuda" if train_gpus else "cpu"
     dtype = recipe.model.dtype if recipe.model.dtype != "auto" else ("bfloat16" if train_gpus else "float32")
-    return Hardware(device, train_gpus, engine_gpus, dtype)
+    return Hardware(
+        device,
+        dtype,
+        worker_resources(roles.train, train_gpus),
+        engine_resources(roles.reference, engine_gpus),
+        sampler_resources(roles, engine_gpus),
+    )
 
 
 def preflight(recipe: Recipe) -> Checked:
@@ -142,9 +153,9 @@ def _check_adapter(recipe: Recipe, model: Path | None) -> None:
 def _check_gpus(recipe: Recipe) -> None:
     """Raise an error for GPUs that this machine can never provide: Ray would wait for them for ever."""
     where = hardware(recipe)
-    wanted = {"train.workers": recipe.train.workers * where.train_gpus}
+    wanted = {"train.workers": recipe.train.workers * where.worker.gpus}
     if recipe.reference.engine == "vllm":
-        wanted["reference.replicas"] = recipe.reference.replicas * where.engine_gpus
+        wanted["reference.replicas"] = recipe.reference.replicas * where.engine.gpus
     if recipe.reference.mode == "streaming":
         wanted["train.workers and reference.replicas, concurrently in reference.mode=streaming"] = sum(wanted.values())
     for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
@@ -152,5 +163,5 @@ def _check_gpus(recipe: Recipe) -> None:
             raise ConfigError(
                 f"requests {gpus:g} GPUs, and this machine has {torch.cuda.device_count()}",
                 where=field,
-                fix="lower it, or the GPUs per worker or replica; or name a cluster in ray.address",
+                fix="lower it, or the GPUs in cluster.roles; or name a cluster in ray.address",
             )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.cluster.resources import sampler_resources
 from dpo_ray.evaluate.metrics import Comparison, Sample
 from dpo_ray.observe.progress import Bar
 from dpo_ray.reference.completions import EngineModel, SampledCompletion, completion_logps, sample_completions
@@ -32,16 +31,14 @@ def compare_models(
     sampling = Sampling(config.temperature, config.max_new_tokens, stop_token_ids)
     table = prompt_table(prompts, run.recipe.seed, 0, 1)
     reference, policy = run.reference_model(config.max_new_tokens), run.policy_model(trained, config.max_new_tokens)
-    engine_gpus = run.plan.hardware.engine_gpus
     pool = EnginePool(
         reference.settings,
         reference.store,
         run.recipe.reference,
-        engine_gpus,
+        run.plan.hardware.sampler,
         bar.say,
         start_sampling_vllm,
         living=True,
-        resources=sampler_resources(run.recipe, engine_gpus),
     )
 
     def score(model: EngineModel, samples: Sequence[SampledCompletion]) -> np.ndarray:

@@ -13,16 +13,15 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cluster.workers import start_inbox
-from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.model import ModelConfig, is_hub_name
 from dpo_ray.data import stage as prepare_stage
-from dpo_ray.data import synthetic
 from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.keys import SHARD_VERSION, shard_key
 from dpo_ray.data.schemas import sources_of, splits
 from dpo_ray.data.second_pass import PreparedShard, broken_shards, check_quarantined
 from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.evaluate import stage as evaluate_stage
-from dpo_ray.models.load import BUILTIN, context_tokens, is_hub_name
+from dpo_ray.models.load import BUILTIN, context_tokens
 from dpo_ray.observe.model_card import model_card
 from dpo_ray.observe.sinks import MetricsSinks, follow
 from dpo_ray.reference import audit_record
@@ -95,7 +94,7 @@ def reference(run: RunContext, tokens: Artifact) -> Artifact:
             run.scorer_settings(),
             recipe.reference,
             recipe.train,
-            hardware.train_gpus if recipe.reference.engine == "trainer" else hardware.engine_gpus,
+            hardware.worker if recipe.reference.engine == "trainer" else hardware.engine,
             recipe.data.max_quarantined_fraction,
             bar.advance,
             bar.say,
@@ -156,6 +155,7 @@ def train(
         staging=run.begin("train"),
         inbox=scheduled.inbox if isinstance(scheduled, LiveSchedule) else start_inbox(),
         audit=_audit_task(run),
+        cpus=plan.hardware.worker.cpus,
         seed=recipe.seed,
         identity=plan.resume_key,
         sources=sources_of(tokens, "train"),
@@ -165,7 +165,7 @@ def train(
     )
     bar_of_steps = run.reporter.stage("train", "steps", scheduled.rows["train/steps"])
     with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers) as sinks:
-        result = train_stage.run(task, plan.hardware.train_gpus, partial(follow, sinks, bar), bar.say)
+        result = train_stage.run(task, plan.hardware.worker, partial(follow, sinks, bar), bar.say)
     if result["audit"]:
         result["audit"] = judge_audit(run, result["audit"])
     card = model_card(
@@ -237,6 +237,5 @@ def evaluate(run: RunContext, tokens: Artifact, trained: Artifact) -> Artifact:
     stops = evaluate_stage.end_tokens(tokens, tokenizer)
     with run.reporter.stage("evaluate", "prompts", len(prompts)) as bar:
         comparison = compare_models(run, trained, prompts, stops, bar) if prompts else None
-        is_synthetic = all(shard.kind == "synthetic" for shard in run.plan.checked.shards)
-        true_reward = synthetic.true_reward if is_synthetic else None
+        true_reward = run.plan.true_reward
         return evaluate_stage.run(trained, comparison, true_reward, tokenizer, run.begin("evaluate"), provenance)

@@ -127,8 +127,7 @@ def _score(
             announce,
             on_lookup,
         )
-        settings, engine_gpus = run.scorer_settings(), run.plan.hardware.engine_gpus
-        pool = EnginePool(settings, run.reference_store, config, engine_gpus, bar.say)
+        pool = EnginePool(run.scorer_settings(), run.reference_store, config, run.plan.hardware.engine, bar.say)
         for scored in in_order.run(pool.run, stop):
             began.set()  # the pool has an engine by now, so training may take the remaining resources
             tally.add(scored)

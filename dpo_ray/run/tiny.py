@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,13 +31,13 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_ray.artifacts.digest import digest
 from dpo_ray.config.load import validate_recipe
-from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.model import ModelConfig, is_hub_name
 from dpo_ray.config.online import OnlineConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.errors import ConfigError
 from dpo_ray.models.builtin import builtin_model
-from dpo_ray.models.load import is_hub_name, model_directory
+from dpo_ray.models.load import config_file, model_directory
 
 VERSION = 1  # increased when the tiny model of a family changes
 STEPS, GROUPS_PER_STEP, EVAL_PAIRS = 3, 8, 16
@@ -126,10 +125,6 @@ def _reference(recipe: Recipe) -> dict[str, Any]:
         "replicas": 1,
         "max_replicas": None,
         "tensor_parallel": 1,
-        "cpus_per_replica": 1,
-        "gpus_per_replica": None,  # decided by this machine's hardware
-        "memory_gib_per_replica": None,
-        "node_labels": {},
         "max_batched_tokens": None,
         "store": None,  # scores of random models are of no use to other runs
         "audit": audit.model_dump(mode="json") | {"groups": min(audit.groups, AUDIT_GROUPS)},
@@ -141,11 +136,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
     workers, shard_workers = _workers(recipe)
     return {
         "workers": workers,
-        "cpus_per_worker": 1,
         "min_workers": None,
-        "gpus_per_worker": None,  # decided by this machine's hardware
-        "memory_gib_per_worker": None,
-        "node_labels": {},
         "steps": min(t.steps or STEPS, STEPS),
         "groups_per_step": min(t.groups_per_step, GROUPS_PER_STEP),
         "tokens_per_micro_batch": min(t.tokens_per_micro_batch, TOKENS_PER_MICRO_BATCH),
@@ -183,7 +174,7 @@ def _workers(recipe: Recipe) -> tuple[int, int | None]:
 
 def _family(config: ModelConfig) -> str:
     """Return the model's family by its config.json, if that is here (or in the hub's cache); else by its name."""
-    if (file := _config_file(config)) is not None:
+    if (file := config_file(config)) is not None:
         model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
         family = {"gemma3": "gemma3_text"}.get(model_type, model_type)
         reason = f"model_type is {model_type} in {file}"
@@ -198,13 +189,6 @@ def _family(config: ModelConfig) -> str:
             fix=f"the families are {', '.join(FAMILIES)}: set model.path to a model of one, such as model.path=tiny/llama",
         )
     return family
-
-
-def _config_file(config: ModelConfig) -> Path | None:
-    if not is_hub_name(config.path):
-        return model_directory(config) / "config.json"
-    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def _template(config: ModelConfig) -> str:

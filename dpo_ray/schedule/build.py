@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.staging import Staging
-from dpo_ray.data.groups import Group
+from dpo_ray.data.groups import Group, groups_of
 
 from .buckets import ROW, Bucket, Steps, buckets_of, deal_rows, read_rows
 from .files import MICRO_BATCHES, RankStep, file_name, filler, step_table
@@ -38,7 +38,6 @@ class Packing:
 def build_split(
     split: str,
     parts: Sequence[Callable[[], pa.Table]],
-    to_groups: Callable[[pa.Table], Iterator[Group]],
     steps: Steps,
     packing: Packing,
     staging: Staging,
@@ -46,25 +45,18 @@ def build_split(
     """Write one split's micro-batches and return its files.
 
     Args:
-        parts: loaders of the parts' tables; rows are numbered consecutively through all of them, in this order.
-        to_groups: converts a table's rows to groups.
+        parts: loaders of the parts' tables, which `groups_of` reads; rows are numbered consecutively through all of them, in this order.
         steps: for each step, the row numbers of its groups.
     """
     buckets, entries = buckets_of(split, steps), []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-schedule-") as scratch:
         for bucket, file in zip(buckets, deal_rows(parts, buckets, Path(scratch)), strict=True):
-            entries += write_bucket(bucket, read_rows(file), to_groups, packing, staging)
+            entries += write_bucket(bucket, read_rows(file), packing, staging)
             file.unlink()
     return entries
 
 
-def write_bucket(
-    bucket: Bucket,
-    table: pa.Table,
-    to_groups: Callable[[pa.Table], Iterator[Group]],
-    packing: Packing,
-    staging: Staging,
-) -> list[FileEntry]:
+def write_bucket(bucket: Bucket, table: pa.Table, packing: Packing, staging: Staging) -> list[FileEntry]:
     """Pack a bucket's steps and write one file for every rank; the same bucket gives the same bytes.
 
     Args:
@@ -78,7 +70,7 @@ def write_bucket(
         writers = [stack.enter_context(pq.ParquetWriter(s, MICRO_BATCHES, compression="zstd")) for s in sinks]
         for number, step in enumerate(bucket.steps, bucket.first_step):
             # One step at a time: as Python objects, groups take many times their size in the table.
-            groups = list(to_groups(rows.take([place[row] for row in step])))
+            groups = list(groups_of(rows.take([place[row] for row in step])))
             weight, tokens, ranks = pack_step(groups, packing)
             for writer, micro_batches in zip(writers, ranks, strict=True):
                 share = RankStep(number, weight, tokens, tuple(micro_batches))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from dpo_ray.artifacts.tables import read_table
 from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.objective import Objective, kinds_of_groups
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.groups import Group, groups_of
 from dpo_ray.data.schemas import splits
 from dpo_ray.errors import ArtifactError, DataError
 
@@ -55,14 +54,13 @@ def run(
     for order in orders:
         loaders = [partial(_load, tokens, reference, name) for name in order.parts]
         build = build_split if order.groups <= MOST_GROUPS_HERE else build_in_tasks
-        entries += build(order.split, loaders, to_groups, order.steps, packing, staging)
+        entries += build(order.split, loaders, order.steps, packing, staging)
     return provenance.commit(staging, entries, rows=count_rows(orders), figures={})
 
 
 def build_in_tasks(
     split: str,
     parts: Sequence[Callable[[], pa.Table]],
-    to_groups: Callable[[pa.Table], Iterator[Group]],
     steps: Steps,
     packing: Packing,
     staging: Staging,
@@ -78,7 +76,7 @@ def build_in_tasks(
                 if len(running) == at_once:
                     entries += ray.get(running[0])
                     running.popleft()
-                running.append(write.remote(bucket, read_rows(file), to_groups, packing, staging))
+                running.append(write.remote(bucket, read_rows(file), packing, staging))
                 file.unlink()
             while running:
                 entries += ray.get(running[0])
@@ -229,10 +227,3 @@ def _load(tokens: Artifact, reference: Artifact | None, name: str) -> pa.Table:
             fix="delete this artifact's directory and run again; the stage will be repeated",
         )
     return table.append_column("token_logps", scored["token_logps"])
-
-
-def to_groups(table: pa.Table) -> Iterator[Group]:
-    """Yield the groups of a table of tokens, with the log-probs of its column `token_logps` if it has one."""
-    if "token_logps" not in table.column_names:
-        return groups_of(table)
-    return groups_of(table.drop_columns(["token_logps"]), table["token_logps"])

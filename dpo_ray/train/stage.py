@@ -14,6 +14,7 @@ import ray.exceptions
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
+from dpo_ray.cluster.resources import Resources
 from dpo_ray.cluster.workers import run_workers
 from dpo_ray.errors import DpoRayError, StoppedError
 
@@ -36,13 +37,14 @@ def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
 
 def run(
     task: TrainTask,
-    gpus_per_worker: float,
+    request: Resources,
     on_row: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = logger.warning,
 ) -> dict[str, Any]:
     """Run training to the end and return the result of rank 0.
 
     Args:
+        request: what each worker requests from Ray.
         on_row: called in this process with every row of metrics.
         say: called with a line about lost workers or about missing resources.
 
@@ -58,7 +60,7 @@ def run(
                 train_worker,
                 task,
                 task.config,
-                gpus_per_worker,
+                request,
                 name=task.staging.attempt,
                 where="train",
                 goes_on="from the newest checkpoint",

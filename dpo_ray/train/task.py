@@ -37,6 +37,7 @@ class TrainTask:
     staging: Staging
     inbox: Any  # handle of the driver's inbox
     audit: AuditTask | None
+    cpus: float  # of each worker
     sources: tuple[str, ...] = ()  # names of the training data's sources
     seed: int = 0
     trained_adapter: str | None = None  # directory of the LoRA adapter that training continues from

@@ -71,7 +71,7 @@ def train_and_export(task: TrainTask) -> dict[str, Any]:
 def _run(task: TrainTask) -> dict[str, Any]:
     rank = dist.get_rank()
     device = ray.train.torch.get_device()
-    torch.set_num_threads(max(1, int(task.config.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(task.cpus)))
     source = model_directory(task.model)
     config = task.config
     policy = build_policy(

@@ -42,23 +42,23 @@ RECIPE = {
 }
 
 
-def command(root: Path) -> list[str]:
+def command(root: Path, mode: str = "ahead") -> list[str]:
     path = root / "recipe.yaml"
     if not path.exists():
         path.write_text(yaml.safe_dump(RECIPE | {"output": str(root / "out")}))
-    return [sys.executable, "-m", "dpo_ray", "run", str(path)]
+    return [sys.executable, "-m", "dpo_ray", "run", str(path), f"reference.mode={mode}"]
 
 
-def finish(root: Path) -> str:
-    done = subprocess.run(command(root), capture_output=True, text=True, timeout=600)
+def finish(root: Path, mode: str = "ahead") -> str:
+    done = subprocess.run(command(root, mode), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
 
-def kill_when(root: Path, reached: Callable[[], bool]) -> None:
+def kill_when(root: Path, mode: str, reached: Callable[[], bool]) -> None:
     """Start the run, SIGKILL its driver as soon as `reached`, and see that it had not ended by itself."""
     with (root / "log").open("w") as log:
-        process = subprocess.Popen(command(root), stdout=log, stderr=log)
+        process = subprocess.Popen(command(root, mode), stdout=log, stderr=log)
         deadline = time.monotonic() + 300
         while not reached():
             assert process.poll() is None, (root / "log").read_text()
@@ -72,7 +72,7 @@ def exists(root: Path, pattern: str) -> Callable[[], bool]:
     return lambda: any((root / "out").glob(pattern))
 
 
-# Where each stage is under way, by what it has written.
+# Where each stage is under way, by what it has written, in the order of the stages.
 MOMENTS = {
     "shard": lambda root: exists(root, "artifacts/.staging/chaos/shard-*/groups/*.parquet"),
     "prepare": lambda root: exists(root, "artifacts/.staging/chaos/prepare-*.json"),
@@ -82,6 +82,8 @@ MOMENTS = {
     "train": lambda root: exists(root, "chaos/checkpoints/*/step-*.json"),
     "evaluate": lambda root: exists(root, "artifacts/train-*/manifest.json"),
 }
+# While all is scored, scheduled and trained on concurrently, these can be told apart; so the driver dies in each of them.
+STREAMING_MOMENTS = ("shard", "prepare", "reference", "train", "evaluate")
 
 
 def weights(root: Path) -> str:
@@ -101,15 +103,22 @@ def counts(line: str) -> str:
     return re.sub(r" (scored|known)=\d+", "", line.split(" report=")[0])
 
 
-def test_a_driver_killed_in_every_stage_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "stages"),
+    [("streaming", STREAMING_MOMENTS), pytest.param("ahead", tuple(MOMENTS), marks=pytest.mark.long)],
+)
+def test_a_driver_killed_in_every_stage_ends_as_an_undisturbed_one(
+    mode: str, stages: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The undisturbed run scores everything before it trains, so streaming has to end with its bits as well."""
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     quiet.mkdir()
     killed.mkdir()
     undisturbed = finish(quiet)
-    for stage, moment in MOMENTS.items():
-        kill_when(killed, moment(killed))
+    for stage in stages:
+        kill_when(killed, mode, MOMENTS[stage](killed))
         print(f"killed in {stage}")
-    last = finish(killed)
+    last = finish(killed, mode)
     assert counts(last) == counts(undisturbed)
     assert "rows_in=640 admitted=640 quarantined=0 duplicates=0 steps=20" in last
     assert weights(killed) == weights(quiet)

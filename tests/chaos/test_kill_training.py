@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests.helpers.chaos_training import EVERY, MOMENTS, STEPS
-from tests.helpers.traps import FEW_POINTS, POINTS
+from tests.helpers.traps import POINTS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 PROGRAM = Path(__file__).resolve().parents[1] / "helpers" / "chaos_training.py"
@@ -49,7 +49,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scenes(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Play the scenes of every CI run in one program, as each would start a Ray of its own; return their runs by directory."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for account in played(directory, "quiet", "few points", "sizes", "hang"):
+    for account in played(directory, "quiet", "sizes", "hang"):
         runs.setdefault(account["run"].rsplit(" ", 1)[0], []).append(account)
     return runs
 
@@ -70,26 +70,14 @@ def check_attempts(attempts: list[list[int]]) -> None:
     assert attempts[-1][-1] == STEPS
 
 
-def check_points(root: Path, account: dict[str, Any], points: int, quiet: dict[str, Any]) -> None:
-    assert not any((root / "points").iterdir())  # every trap has closed
-    assert len(account["attempts"]) == points + 1
+@pytest.mark.long  # without Ray: tests/unit/train/test_kill_ranks.py
+def test_workers_killed_at_every_point_of_a_step_and_of_a_commit(directory: Path, quiet: dict[str, Any]) -> None:
+    (account,) = played(directory, "points")
+    assert not any((directory / "points" / "points").iterdir())  # every trap has closed
+    assert len(account["attempts"]) == len(POINTS) + 1
     check_attempts(account["attempts"])
     assert account["weights"] == quiet["weights"]
     assert account["losses"] == quiet["losses"]
-
-
-def test_workers_killed_in_a_step_and_in_a_commit(
-    directory: Path, scenes: dict[str, list[dict[str, Any]]], quiet: dict[str, Any]
-) -> None:
-    """At every point of both, without Ray: tests/unit/train/test_kill_ranks.py."""
-    (account,) = scenes["few points"]
-    check_points(directory / "few points", account, len(FEW_POINTS), quiet)
-
-
-@pytest.mark.long
-def test_workers_killed_at_every_point_of_a_step_and_of_a_commit(directory: Path, quiet: dict[str, Any]) -> None:
-    (account,) = played(directory, "points")
-    check_points(directory / "points", account, len(POINTS), quiet)
 
 
 @pytest.mark.long

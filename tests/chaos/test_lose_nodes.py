@@ -19,7 +19,7 @@ from tests.helpers.local_cluster import LocalCluster, local_cluster
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 STEPS, EVERY, TOLERANCE = 400, 10, 1e-5
-TWO_NODES = {"train": {"count": 2, "cpus": 2, "node_labels": {"dpo/role": "train"}}}
+TWO_NODES = {"train": {"cpus": 2, "node_labels": {"dpo/role": "train"}}}
 """A worker on each of two nodes, as a node has two CPUs."""
 
 CLUSTER = ("--roles", "head,train,train", "--cpus", "2")
@@ -34,6 +34,7 @@ def recipe(directory: Path, output: Path) -> Path:
         "data": {"train": {"type": "synthetic", "pairs": 400}, "chat_template": "plain", "max_length_tokens": 128},
         "reference": {"audit": {"groups": 16}},
         "train": {
+            "workers": 2,
             "min_workers": 1,
             "steps": STEPS,
             "groups_per_step": 16,

@@ -35,6 +35,7 @@ from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.train import stage as train_stage
 from dpo_ray.train.task import TrainTask
+from tests.helpers.requests import ENGINE, WORKER
 
 from . import golden_process
 from .curves import GOLDEN, curves, is_there, settings_of
@@ -96,7 +97,7 @@ def from_vllm(rows: list[dict[str, Any]], tokens: Artifact) -> list[tuple[np.nda
         settings,
         ReferenceConfig(),
         TrainConfig(),
-        gpus=0,
+        request=ENGINE,
         max_unscored_fraction=0,
         advance=lambda groups, words: None,
         say=print,
@@ -152,22 +153,22 @@ def trained_in_other_layouts(tmp_path_factory: pytest.TempPathFactory) -> Traine
 @pytest.mark.parametrize(
     ("case", "reference", "workers"),
     [
-        pytest.param("sigmoid", "file", 1, marks=pytest.mark.slow),
         pytest.param("ipo", "vllm", 2, marks=pytest.mark.slow),
         *(
             pytest.param(*rest, marks=pytest.mark.long)
             for rest in itertools.product(("sigmoid", "ipo"), ("file", "vllm"), (1, 2))
-            if rest not in (("sigmoid", "file", 1), ("ipo", "vllm", 2))
+            if rest != ("ipo", "vllm", 2)
         ),
     ],
 )
-def test_curves(
-    case: str, reference: str, workers: int, reference_of, trained: Trained, tokens: Artifact, tmp_path: Path
-) -> None:
-    """Through Ray Train and FSDP2, with the reference from the file and from the pool of engines."""
+def test_curves(case: str, reference: str, workers: int, reference_of, tokens: Artifact, tmp_path: Path) -> None:
+    """Through Ray Train and FSDP2, with the reference from the file and from the pool of engines.
+
+    Neither curve amplifies rounding (docs/testing.md), so the plain tolerance holds at every step.
+    """
     schedule = schedule_of(tokens, reference_of(reference), workers, tmp_path)
     measured = train(settings_of(case), workers, schedule, tmp_path)
-    wrong = differences(measured, curves()[case], widenings(trained.movements(case)))
+    wrong = differences(measured, curves()[case], [1.0] * len(measured))
     assert not wrong, "\n".join(wrong)
 
 
@@ -232,9 +233,10 @@ def train(settings: dict[str, Any], workers: int, schedule: Artifact, root: Path
         staging=ArtifactStore(Storage(root)).begin("train", "golden", "golden"),
         inbox=start_inbox(),
         audit=None,
+        cpus=1,
     )
     seen: list[dict[str, Any]] = []
-    account = train_stage.run(task, 0.0, seen.append)
+    account = train_stage.run(task, WORKER, seen.append)
     assert account["steps"] == config.steps
     stored = [json.loads(line) for line in task.staging.storage.read_bytes("metrics.jsonl").splitlines()]
     assert [row for row in seen if "restored_step" not in row] == stored

@@ -31,7 +31,8 @@ from dpo_ray.train.task import TrainTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.helpers import training, traps
-from tests.helpers.traps import FEW_POINTS, POINTS, arm_trap
+from tests.helpers.requests import WORKER
+from tests.helpers.traps import POINTS, arm_trap
 
 STEPS, EVERY, MOMENTS = 160, 4, 20
 GROUPS_PER_STEP = training.GROUPS_PER_STEP
@@ -142,12 +143,13 @@ def run(root: Path, schedule: Path, name: str, *, workers: int = 2, kills: int =
         staging=Staging(Storage(root), Storage(root / "out"), name, "train", "key", "chaos"),
         inbox=inbox,
         audit=None,
+        cpus=1,
     )
     began, error, messages = time.monotonic(), "", []
     names = {"name": name, "where": "train", "goes_on": "from the checkpoint"}
     with Killer(inbox, kills) as followed:
         try:
-            account = run_workers(worker, task, config, 0.0, say=messages.append, **names)
+            account = run_workers(worker, task, config, WORKER, say=messages.append, **names)
             error = str(account.get("error", ""))
         except DpoRayError as raised:
             error = str(raised)
@@ -172,9 +174,9 @@ def scenes(directory: Path, schedule: Path, what: str) -> Any:
     """Yield the accounts of a scene's runs."""
     if what == "quiet":
         yield run(directory / "quiet", schedule, "a-1")
-    elif what in ("points", "few points"):
+    elif what == "points":
         root = directory / what
-        for number, name in enumerate(POINTS if what == "points" else FEW_POINTS):
+        for number, name in enumerate(POINTS):
             arm_trap(root, f"{number:02d}", "kill", *POINTS[name])
         yield run(root, schedule, "a-1")
     elif what == "moments":

@@ -17,6 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.cluster.resources import Resources
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.models.load import model_directory
@@ -47,8 +48,8 @@ def main(directory: Path, *, lose: bool) -> None:
     settings = ScorerSettings("vllm", model, "float32", "cpu", 128, 2048, 0.5, share_prompt=True)
     store = ReferenceStore(Storage(directory), "a" * 64, Numerics("vllm", "0.32.0", "cpu", "float32", "float32"))
     start = scorers.Start(directory, vllm=True, together=2)  # else one may be done before the other is ready
-    config, events = ReferenceConfig(replicas=2, node_labels=ENGINE_LABEL), []
-    pool = EnginePool(settings, store, config, 0.0, events.append, start)
+    config, events = ReferenceConfig(replicas=2), []
+    pool = EnginePool(settings, store, config, Resources("engines", 1.0, labels=ENGINE_LABEL), events.append, start)
     tables, results = granules(), []
     lost: Any = None
     for scored in pool.run(ray.put(table) for table in tables):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
+import pyarrow as pa
 
 from dpo_ray.data.groups import Group
+from dpo_ray.data.schemas import TOKENS
 
 
 def group_id(number: int) -> bytes:
@@ -35,3 +38,12 @@ def make_group(number: int, most_completions: int = 4, longest: int = 12) -> Gro
         weight=float(rng.choice([0.25, 1.0, 2.0])),
         reference_token_logps=tuple(-rng.random(n, dtype=np.float32) for n in lengths),
     )
+
+
+def group_table(numbers: Iterable[int]) -> pa.Table:
+    """Write groups as a table of tokens with their log-probs, as a schedule is built from."""
+    groups = [make_group(number) for number in numbers]
+    columns = {field.name: [getattr(group, field.name) for group in groups] for field in TOKENS}
+    table = pa.table({name: pa.array(values, TOKENS.field(name).type) for name, values in columns.items()})
+    logps = pa.array([group.reference_token_logps for group in groups], pa.list_(pa.list_(pa.float32())))
+    return table.append_column("token_logps", logps)

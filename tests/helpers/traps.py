@@ -33,7 +33,6 @@ POINTS = {
     "after pruning": (0, "out", "dpo_ray.train.checkpoint.checkpoint", "prune"),
 }
 # One of each kind: in a step, and around a commit.
-FEW_POINTS = ("after the backward pass", "before the commit")
 
 
 def arm_trap(root: Path, name: str, action: str, rank: int, on: str, place: str, function: str) -> None:

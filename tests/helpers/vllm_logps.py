@@ -13,6 +13,7 @@ from dpo_ray.reference.completions import EngineModel, completion_logps
 from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import Numerics, ReferenceStore
+from tests.helpers.requests import ENGINE
 
 
 def vllm_logps(
@@ -21,7 +22,7 @@ def vllm_logps(
     """Score one completion of each prompt under a model in float32; float64 [prompts], nats."""
     settings = ScorerSettings("vllm", str(model_dir), "float32", "cpu", max_length_tokens, 2048, 0.5, share_prompt=True)
     store = ReferenceStore(Storage(str(root)), "policy", Numerics("vllm", "tested", "cpu", "float32", "float32"))
-    pool = EnginePool(settings, store, ReferenceConfig(), 0.0, print, living=True)
+    pool = EnginePool(settings, store, ReferenceConfig(), ENGINE, print, living=True)
     try:
         return completion_logps(pool, EngineModel(settings, store), prompts, completions, 1000)
     finally:

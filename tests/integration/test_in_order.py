@@ -208,7 +208,7 @@ def test_a_rerun_scores_only_what_is_missing_and_begins_with_what_training_reads
         tmp_path / "two",
         lambda entries: announced.append(parse_file_name(entries[0].name)[::2]),
         start_step=12,
-        looked=lambda completions, groups: found.append((completions, groups)),
+        on_lookup=lambda completions, groups: found.append((completions, groups)),
     )
     list(work.run(again.run, threading.Event()))
     assert announced == [("train", 12), ("eval", 0), ("train", 0), ("train", 4)]

@@ -40,7 +40,7 @@ def run(recipe: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_run_on_s3(bucket: str, tmp_path: Path) -> None:
-    recipe = small_recipe(f"s3://{bucket}/here", "reference.engine=trainer", "train.workers=2", "train.steps=4")
+    recipe = small_recipe(f"s3://{bucket}/here", "reference.engine=trainer", "train.steps=4")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     first = run(path)

@@ -25,6 +25,7 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from tests.helpers.fakes import scorers
 from tests.helpers.fakes.scorers import BREAKING, DEADLY, UNSCORABLE, Start, formula, granule
+from tests.helpers.requests import ENGINE
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ray.cloudpickle.register_pickle_by_value(scorers)  # engines' processes do not find the tests' modules
@@ -45,7 +46,7 @@ def pool_of(
     store: ReferenceStore, start: Start, events: list[str], replicas: int = 2, max_replicas: int | None = None
 ) -> EnginePool:
     config = ReferenceConfig(replicas=replicas, max_replicas=max_replicas)
-    return EnginePool(settings(), store, config, 0.0, events.append, start=start)
+    return EnginePool(settings(), store, config, ENGINE, events.append, start=start)
 
 
 def granules(*sizes: int, **firsts: int) -> list[pa.Table]:

@@ -19,9 +19,11 @@ from dpo_ray.cluster import room, workers
 from dpo_ray.cluster.placement import check_room, resolve_hardware
 from dpo_ray.cluster.resources import Resources
 from dpo_ray.cluster.room import capacity, given_back, has_room, wait
+from dpo_ray.config.roles import RolesConfig
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import InfrastructureError, StoppedError, TrainError
 from dpo_ray.run.context import recipe_yaml
+from tests.helpers.requests import WORKER
 from tests.integration.conftest import small_recipe
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests' modules
@@ -63,8 +65,8 @@ def test_capacity_is_counted_by_all_that_is_asked_for() -> None:
 
 
 def test_what_can_never_fit_is_refused_with_what_is_missing(tmp_path: Path) -> None:
-    roles = "cluster.roles.train={count: 3, cpus: 1, node_labels: {dpo/role: train}}"
-    recipe = small_recipe(tmp_path, roles, "ray.address=auto", "train.gpus_per_worker=0")
+    roles = "cluster.roles.train={cpus: 1, gpus: 0, node_labels: {dpo/role: train}}"
+    recipe = small_recipe(tmp_path, roles, "train.workers=3", "ray.address=auto")
     with pytest.raises(InfrastructureError) as raised:
         check_room(recipe, STAGES, 0.0, 0.0, print)
     said = "3 training workers are needed (each: 1 CPU, a node with dpo/role=train), and there is room for 0"
@@ -85,23 +87,20 @@ def test_scoring_and_training_side_by_side_need_gpus_of_their_own(tmp_path: Path
 def test_labels_do_not_count_on_this_machine_alone(tmp_path: Path) -> None:
     roles = "{train: {node_labels: {dpo/role: train}}, judge: {node_labels: {a: b}}, reference: {node_labels: {a: b}}}"
     here = resolve_hardware(small_recipe(tmp_path, f"cluster.roles={roles}"))
-    assert here.train.node_labels == here.reference.node_labels == {}
-    assert here.cluster.roles.judge.node_labels is None
+    assert [getattr(here.cluster.roles, name).node_labels for name in RolesConfig.model_fields] == 5 * [{}]
     check_room(here, STAGES, 0.0, 0.0, print)
 
 
 def test_a_run_does_not_turn_to_cpus_in_silence(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, "ray.address=auto")
-    assert resolve_hardware(recipe).train.gpus_per_worker == 0.0
+    assert resolve_hardware(recipe).cluster.roles.train.gpus == 0.0
     run_dir = tmp_path / "small"
     run_dir.mkdir()
-    (run_dir / "recipe.yaml").write_text("train: {gpus_per_worker: 1.0}")
+    (run_dir / "recipe.yaml").write_text("cluster: {roles: {train: {gpus: 1.0}}}")
     with pytest.raises(InfrastructureError, match="no node has a GPU for a training worker now"):
         resolve_hardware(recipe)
-    assert (
-        resolve_hardware(small_recipe(tmp_path, "ray.address=auto", "train.gpus_per_worker=0")).train.gpus_per_worker
-        == 0.0
-    )
+    on_cpus = small_recipe(tmp_path, "ray.address=auto", "cluster.roles.train.gpus=0")
+    assert resolve_hardware(on_cpus).cluster.roles.train.gpus == 0.0
 
 
 ON_A_CLUSTER_THAT_SCALES = """
@@ -210,17 +209,17 @@ def test_workers_begin_again_as_often_as_is_allowed(tmp_path: Path) -> None:
     said: list[str] = []
     config = TrainConfig(workers=2, max_failures=1)
     names = {"where": "train", "goes_on": "from the start"}
-    done = workers.run_workers(once_more, str(tmp_path / "a"), config, 0.0, name="again", say=said.append, **names)
+    done = workers.run_workers(once_more, str(tmp_path / "a"), config, WORKER, name="again", say=said.append, **names)
     assert done == {"workers": 2}
     assert said == [
         "training workers were lost (RuntimeError: the first attempt fails): all start again from the start"
     ]
     never = config.model_copy(update={"max_failures": 0})
     with pytest.raises(TrainError, match="the first attempt fails"):
-        workers.run_workers(once_more, str(tmp_path / "b"), never, 0.0, name="never", say=said.append, **names)
+        workers.run_workers(once_more, str(tmp_path / "b"), never, WORKER, name="never", say=said.append, **names)
     with pytest.raises(TrainError, match="the first attempt fails"):
         workers.run_workers(
-            once_more, str(tmp_path / "c"), config, 0.0, name="up", say=said.append, gives_up=lambda: True, **names
+            once_more, str(tmp_path / "c"), config, WORKER, name="up", say=said.append, gives_up=lambda: True, **names
         )
     assert len(said) == 1
     assert live_groups() == 0

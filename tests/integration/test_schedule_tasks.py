@@ -82,11 +82,11 @@ def only_held_out(build):
 
 
 def test_an_error_in_a_task_is_raised(tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(table: pa.Table):
+    def refuse(*_: object):
         raise ValueError("refused")
 
     monkeypatch.setattr(stage, "MOST_GROUPS_HERE", 30)
-    monkeypatch.setattr(stage, "to_groups", refuse)
+    monkeypatch.setattr(stage, "write_bucket", refuse)
     with pytest.raises(ValueError, match="refused"):
         schedule_of(tokens, tmp_path)
     assert not (tmp_path / "schedule-k").exists()

@@ -21,7 +21,7 @@ from tests.helpers.local_cluster import LocalCluster, free_port, local_cluster
 from tests.integration.conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-STEPS = 400  # long enough to be stopped in the middle
+STEPS = 240  # long enough to be stopped in the middle
 
 
 class Cluster(LocalCluster):

@@ -23,14 +23,14 @@ MODEL = Path(os.environ.get("HH_MODEL", REPOSITORY.parent / "shared" / "models" 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 ROLES = (
     "cluster.roles={prepare: {node_labels: {dpo/role: head}}, reference: {node_labels: {dpo/role: reference}}, "
-    "train: {count: 2, node_labels: {dpo/role: train}}}"
+    "train: {node_labels: {dpo/role: train}}}"
 )
 PLACES = {"Engine": "reference", "RayTrainWorker": "train"}
 SHORTER = (
-    "data.train=[{type: synthetic, pairs: 256}]",
-    "data.eval=[{type: synthetic, pairs: 64, seed: 1}]",
-    "train.steps=6",
-    "evaluate.sample_prompts=16",
+    "data.train=[{type: synthetic, pairs: 128}]",
+    "data.eval=[{type: synthetic, pairs: 32, seed: 1}]",
+    "train.steps=4",
+    "evaluate.sample_prompts=8",
 )
 HH = (
     f"model.path={MODEL}",
@@ -98,7 +98,7 @@ def test_three_nodes_give_what_one_machine_gives(
     tmp_path: Path, name: str, overrides: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
     recipe = str(REPOSITORY / "pipelines" / f"{name}.yaml")
-    arguments = [recipe, *overrides, ROLES]
+    arguments = [recipe, *overrides, "train.workers=2", ROLES]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DPO_RAY_"))}
     here = [sys.executable, "-m", "dpo_ray", "run", *arguments, f"output={tmp_path / 'here'}"]
     subprocess.run(here, env=environment, check=True, capture_output=True, timeout=1200)

@@ -27,6 +27,7 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.reference.trainer_pool import score_with_trainer
 from dpo_ray.run.offline import offline
+from tests.helpers.requests import WORKER
 from tests.integration.conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
@@ -90,7 +91,7 @@ def test_one_worker_and_two_score_alike_and_each_granule_once(tmp_path: Path) ->
     values: dict[int, np.ndarray] = {}
     for workers in (1, 2):
         store = make_store(tmp_path / str(workers))
-        scored = list(score_with_trainer(SETTINGS, store, train_config(workers), refs, 0.0))
+        scored = list(score_with_trainer(SETTINGS, store, train_config(workers), refs, WORKER))
         assert sorted(s.granule for s in scored) == [0, 1, 2]
         assert {(s.groups, s.sequences, s.unscored) for s in scored} == {(17, 34, ())}
         assert len(store.segments()) == 3 * workers  # a segment of each rank for each granule
@@ -98,7 +99,7 @@ def test_one_worker_and_two_score_alike_and_each_granule_once(tmp_path: Path) ->
     assert np.isfinite(values[1]).all()
     assert values[1].std() > 1
     np.testing.assert_allclose(values[1], values[2], rtol=3e-7, atol=1e-6)  # of -14 nats, float32 knows no more
-    assert list(score_with_trainer(SETTINGS, store, train_config(2), [], 0.0)) == []
+    assert list(score_with_trainer(SETTINGS, store, train_config(2), [], WORKER)) == []
 
 
 def worker_pids() -> set[int]:
@@ -117,7 +118,7 @@ def test_a_killed_worker_costs_its_granule_and_nothing_else(tmp_path: Path) -> N
     scored: list[Scored] = []
     before: set[int] = set()
     after: set[int] = set()
-    for granule in score_with_trainer(SETTINGS, store, train_config(2), [ray.put(g) for g in granules], 0.0):
+    for granule in score_with_trainer(SETTINGS, store, train_config(2), [ray.put(g) for g in granules], WORKER):
         scored.append(granule)
         if not before:
             before = worker_pids()

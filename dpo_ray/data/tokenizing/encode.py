@@ -119,10 +119,10 @@ def _broken() -> Rejected:
     return Rejected("PREFIX_BROKEN", "prompt and completion merge into one token where they meet")
 
 
-def _differ(one: Encoded | Rejected | None, other: Encoded | Rejected) -> bool:
-    if isinstance(one, Encoded) and isinstance(other, Encoded):
-        return one != other
-    return type(one) is not type(other)
+def _differ(first: Encoded | Rejected | None, second: Encoded | Rejected) -> bool:
+    if isinstance(first, Encoded) and isinstance(second, Encoded):
+        return first != second
+    return type(first) is not type(second)
 
 
 def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:

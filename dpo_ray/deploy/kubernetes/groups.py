@@ -59,10 +59,11 @@ def gpus(recipe: Recipe) -> Gpus:
     """Return the GPUs as the recipe sets them; if it does not, they depend on whether the pods of its profile have
     any."""
     profile = recipe.cluster.kubernetes
-    train = recipe.train.gpus_per_worker
+    roles = recipe.cluster.roles
+    train = roles.train.gpus
     if train is None:
         train = float(bool(profile.training.gpus))
-    engine = recipe.reference.gpus_per_replica
+    engine = roles.reference.gpus
     if engine is None:
         own = profile.engines.gpus if profile.engines is not None else None
         on_gpu = own > 0 if own is not None else train > 0
@@ -72,14 +73,15 @@ def gpus(recipe: Recipe) -> Gpus:
 
 def engine_labels(recipe: Recipe) -> dict[str, str]:
     """Return the labels of the Ray nodes that engines request; none if they share the training pods."""
-    if recipe.reference.node_labels or recipe.cluster.kubernetes.engines is None:
-        return dict(recipe.reference.node_labels)
+    own = recipe.cluster.roles.reference.node_labels
+    if own or recipe.cluster.kubernetes.engines is None:
+        return dict(own)
     return {ROLE: "reference"}
 
 
 def training_labels(recipe: Recipe) -> dict[str, str]:
     """Return the labels of the Ray nodes that training workers request."""
-    return {ROLE: "training"} | recipe.train.node_labels
+    return {ROLE: "training"} | recipe.cluster.roles.train.node_labels
 
 
 def groups(recipe: Recipe) -> list[PodGroup]:
@@ -93,7 +95,7 @@ def groups(recipe: Recipe) -> list[PodGroup]:
     training = [_trainer(recipe)]
     engines = [*_engines(recipe), *on_gpus]
     _check_labels(recipe, on_gpus)
-    cpu_labels = {ROLE: "cpu"} | _ours(dict(recipe.cluster.roles.prepare.node_labels or {}))
+    cpu_labels = {ROLE: "cpu"} | _ours(dict(recipe.cluster.roles.prepare.node_labels))
     sized = [_sized(recipe, "cpu", cpu_labels, profile.cpu, [_data(profile.cpu), *on_cpus])]
     # Labels with the prefix ray.io/ are set by Ray itself, which does not accept them from others.
     labels, own = _ours(engine_labels(recipe)), _ours(training_labels(recipe))
@@ -114,7 +116,7 @@ def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
         ConfigError: they request other labels.
     """
     roles, engines = recipe.cluster.roles, {ROLE: "reference"} | engine_labels(recipe)
-    cpu = {ROLE: "cpu"} | dict(roles.prepare.node_labels or {})
+    cpu = {ROLE: "cpu"} | dict(roles.prepare.node_labels)
     homes = {"sample": (roles.sample, engines), "judge": (roles.judge, engines if judges_on_gpus else cpu)}
     for name, (role, there) in homes.items():
         wanted = {k: v for k, v in (role.node_labels or {}).items() if not k.startswith("ray.io/")}
@@ -131,16 +133,16 @@ def _ours(labels: dict[str, str]) -> dict[str, str]:
 
 
 def _trainer(recipe: Recipe) -> Demand:
-    train = recipe.train
-    return Demand("a training worker", train.cpus_per_worker, gpus(recipe).train, train.workers, train.workers)
+    cpus, workers = recipe.cluster.roles.train.cpus, recipe.train.workers
+    return Demand("a training worker", cpus, gpus(recipe).train, workers, workers)
 
 
 def _engines(recipe: Recipe) -> list[Demand]:
-    reference = recipe.reference
+    reference, roles = recipe.reference, recipe.cluster.roles
     scores = reference.engine == "vllm" and uses_reference(recipe.train.objective)
     count = reference.replicas if scores or recipe.online is not None else int(recipe.evaluate.sample_prompts > 0)
     most = max(count, reference.max_replicas or 0) if count else 0
-    cpus = max(reference.cpus_per_replica, recipe.cluster.roles.sample.cpus or 0)
+    cpus = max(roles.reference.cpus, roles.sample.cpus or 0)
     return [Demand("an engine", cpus, gpus(recipe).engine, count, most)] if count else []
 
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import yaml
 
 from dpo_ray.config.load import validate_recipe
+from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.config.roles import SECTIONS
 from dpo_ray.deploy.shared_paths import MADE_BY_THE_RUN, named_places
 from dpo_ray.errors import ConfigError
 
@@ -75,17 +75,18 @@ def _on_cluster(recipe: Recipe) -> dict[str, Any]:
         paths = section[key] if isinstance(section[key], list) else [section[key]]
         seen = [_seen_by_all(path, field, mount) for path in paths]
         section[key] = seen if isinstance(section[key], list) else seen[0]
-    labels, each = engine_labels(recipe), gpus(recipe)
-    reference, train = values.setdefault("reference", {}), values.setdefault("train", {})
-    if labels:
-        reference["node_labels"] = labels
-    reference["gpus_per_replica"], train["gpus_per_worker"] = each.engine, each.train
-    train["node_labels"] = training_labels(recipe)
     values["ray"] = {"address": "auto"}
-    of_no_section = recipe.cluster.roles.model_dump(exclude_unset=True, exclude=set(SECTIONS))
-    if of_no_section:
-        values["cluster"] = {"roles": of_no_section}
+    values["cluster"] = {"roles": _roles_on_cluster(recipe)}
     return values
+
+
+def _roles_on_cluster(recipe: Recipe) -> dict[str, Any]:
+    """Return the roles with the GPUs and node labels that the pods of each have."""
+    roles: dict[str, Any] = recipe.cluster.roles.model_dump(mode="json", exclude_unset=True)
+    labels, each = engine_labels(recipe), gpus(recipe)
+    engine = {"gpus": each.engine} | ({"node_labels": labels} if labels else {})
+    worker = {"gpus": each.train, "node_labels": training_labels(recipe)}
+    return roles | {"reference": roles.get("reference", {}) | engine, "train": roles.get("train", {}) | worker}
 
 
 def _seen_by_all(path: str, field: str, mount: str | None) -> str:
@@ -109,8 +110,6 @@ def _seen_by_all(path: str, field: str, mount: str | None) -> str:
 def _is_hub_model(path: str, field: str) -> bool:
     if field.startswith("data.") or field.endswith("adapter"):
         return False
-    from dpo_ray.models.load import is_hub_name  # it imports torch, which takes seconds
-
     return is_hub_name(path)
 
 

@@ -4,7 +4,6 @@ data."""
 from __future__ import annotations
 
 import posixpath
-import re
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -15,9 +14,11 @@ import yaml
 from ray._private.thirdparty.pathspec.pathspec import PathSpec  # Ray's own uploads use it for ignore files
 
 from dpo_ray.config.load import validate_recipe
+from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.deploy.shared_paths import named_places
 from dpo_ray.errors import ConfigError
+from dpo_ray.observe import text
 
 RECIPE_FILE = "recipe.yaml"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -29,8 +30,6 @@ NEVER_SENT = (
     *(".git-credentials", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*"),
 )
 """Names of files that are not code, or that hold secrets."""
-
-HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -86,8 +85,8 @@ def code_files(directory: Path) -> list[str]:
     total = sum(sizes.values())
     if total > MAX_BYTES:
         largest = sorted(_by_entry(sizes).items(), key=lambda item: -item[1])[:NAMED_IN_REFUSALS]
-        named = ", ".join(f"{entry} ({_mib(size)})" for entry, size in largest)
-        what = f"{_mib(total)} to upload, but the limit is {_mib(MAX_BYTES)}; the largest: {named}"
+        named = ", ".join(f"{entry} ({text.size(bytes_)})" for entry, bytes_ in largest)
+        what = f"{text.size(total)} to upload, but the limit is {text.size(MAX_BYTES)}; the largest: {named}"
         fix = "add them to its .rayignore; models and data belong on storage that all nodes can access"
         raise ConfigError(what, where=where, fix=fix)
     return sorted(sizes)
@@ -131,14 +130,10 @@ def _by_entry(sizes: dict[str, int]) -> dict[str, int]:
     return entries
 
 
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 20):.1f} MiB"
-
-
 def _check_seen_by_all(path: str, field: str, may_be_hub_name: bool) -> None:
     if "://" in path or path.startswith("builtin:") or posixpath.isabs(path):
         return
-    if may_be_hub_name and HUB_NAME.match(path) and not Path(path).exists():
+    if may_be_hub_name and is_hub_name(path):
         return
     example = f"{field}=/shared/{posixpath.basename(path.rstrip('/')) or 'runs'}"
     fix = f"use an absolute path that every node of the cluster sees, or a URI: {example}, or s3://bucket/..."

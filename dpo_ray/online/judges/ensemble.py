@@ -10,7 +10,7 @@ from .protocol import Judge, Question, Usage, Verdict
 Scores = Sequence[float | None]
 
 
-class Ensemble:
+class JudgeByEnsemble:
     """A judge that asks its members one after the other; each has its own memory and costs."""
 
     def __init__(self, members: Mapping[str, tuple[Judge, float]]) -> None:

@@ -19,7 +19,7 @@ from .protocol import Memory, Question, Usage, Verdict
 Function = Callable[[list[str], list[str]], Sequence[float | None]]
 
 
-class FunctionScorer:
+class JudgeByFunction:
     """A judge that calls the function on batches; its answers are stored."""
 
     def __init__(self, config: FunctionJudge, memory: Memory) -> None:

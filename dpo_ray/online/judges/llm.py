@@ -25,7 +25,7 @@ SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
 POINTS = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}
 
 
-class LlmAsker:
+class JudgeByLlm:
     """A judge that asks the endpoint; each answer is stored before it counts, and no stored one is asked for again."""
 
     def __init__(self, config: LlmJudge, memory: Memory, spending: Spending) -> None:

@@ -10,26 +10,26 @@ from dpo_ray.config.extension import JUDGES, installed, packages_of
 from dpo_ray.config.judge import EnsembleJudge, FunctionJudge, Judge, LlmJudge, RewardModelJudge
 
 from . import protocol
-from .ensemble import Ensemble
-from .function import FunctionScorer, source_digest
-from .llm import LlmAsker
+from .ensemble import JudgeByEnsemble
+from .function import JudgeByFunction, source_digest
+from .llm import JudgeByLlm
 from .llm_answers import PROMPT_VERSION
 from .memory import Section
 from .protocol import Memory, Spending
-from .verifier import Verifier
+from .verifier import JudgeByVerifier
 
 
 def _reward_model(config: RewardModelJudge, memory: Memory, device: str, _: Spending) -> protocol.Judge:
-    from .reward_model import RewardModelScorer  # torch and transformers
+    from .reward_model import JudgeByRewardModel  # torch and transformers
 
-    return RewardModelScorer(config, memory, device)
+    return JudgeByRewardModel(config, memory, device)
 
 
 _BUILT_IN: dict[str, Callable[[Any, Memory, str, Spending], protocol.Judge]] = {
-    "function": lambda config, memory, device, spending: FunctionScorer(config, memory),
+    "function": lambda config, memory, device, spending: JudgeByFunction(config, memory),
     "reward_model": _reward_model,
-    "llm": lambda config, memory, device, spending: LlmAsker(config, memory, spending),
-    "verifier": lambda config, memory, device, spending: Verifier(config, memory),
+    "llm": lambda config, memory, device, spending: JudgeByLlm(config, memory, spending),
+    "verifier": lambda config, memory, device, spending: JudgeByVerifier(config, memory),
 }
 MAKERS = _BUILT_IN | installed(JUDGES, _BUILT_IN)
 """By the judge's `type`: what builds the judge, in the process where it works."""
@@ -52,7 +52,7 @@ def make_judge(config: Judge, memory: Memory, device: str = "cpu", spending: Spe
     for number, member in enumerate(config.members, 1):
         section = Section(memory, judge_digest(member.judge))
         members[f"{number}_{member.judge.type}"] = make_judge(member.judge, section, device, spending), member.weight
-    return Ensemble(members)
+    return JudgeByEnsemble(members)
 
 
 def judge_digest(config: Judge) -> str:

@@ -23,7 +23,7 @@ from .memory import remembered
 from .protocol import Memory, Question, Usage, Verdict
 
 
-class RewardModelScorer:
+class JudgeByRewardModel:
     """A judge that holds a reward model. A score depends only on its conversation, whatever else is in the batch."""
 
     def __init__(self, config: RewardModelJudge, memory: Memory, device: str) -> None:

@@ -21,7 +21,7 @@ NUMBER = re.compile(
 )
 
 
-class Verifier:
+class JudgeByVerifier:
     """A judge that scores 1 if a completion passes its check, else 0. Only the slow checks, tests, are stored."""
 
     def __init__(self, config: VerifierJudge, memory: Memory) -> None:

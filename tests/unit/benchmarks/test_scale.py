@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +20,12 @@ from benchmarks.scale.steps import HH, ULTRAFEEDBACK, Case, Lengths, dealt, meas
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.data.groups import Group, groups_of
 from dpo_ray.schedule import buckets
 from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.schedule.files import read_steps
 from dpo_ray.schedule.order import step_groups
 
 HOUR = 3600.0
-
-
-def to_groups(table: pa.Table) -> Iterator[Group]:
-    return groups_of(table.drop_columns(["token_logps"]), table["token_logps"])
 
 
 @pytest.mark.parametrize(("ranks", "budget"), [(1, 600), (3, 600), (8, 2000), (40, 600)])
@@ -42,7 +36,7 @@ def test_the_simulation_deals_what_the_schedule_holds(tmp_path: Path, ranks: int
     ids = table["group_id"].to_pylist()
     steps = list(step_groups(ids, 7, 24, 1, None))  # the last is short: with 40 ranks there are fillers
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
-    entries = build_split("train", [lambda: table], to_groups, steps, Packing(ranks, budget), staging)
+    entries = build_split("train", [lambda: table], steps, Packing(ranks, budget), staging)
     rows = {"train/steps": len(steps)}
     schedule = Provenance(1, {}, {}, {}).commit(staging, entries, rows=rows, figures={})
     simulated = [dealt(lengths[step], ranks, budget) for step in steps]

@@ -23,12 +23,13 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.artifacts.tables import parquet_bytes
 from dpo_ray.cli.app import main
-from dpo_ray.cli.data_view import figures, harmless, print_account, text_histogram
+from dpo_ray.cli.data_view import figures, print_account, text_histogram
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.data.schemas import QUARANTINE, TOKENS
 from dpo_ray.data.statistics import measure
 from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.models.load import model_directory
+from dpo_ray.observe.text import harmless
 from dpo_ray.report.data_page import (
     DataPage,
     TextPiece,

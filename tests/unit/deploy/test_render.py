@@ -32,7 +32,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "no autoscaling": (".autoscaling=false",),
     "bounds of autoscaling": (".cpu={replicas: 2, min_replicas: 1, max_replicas: 32}", ".idle_seconds=60"),
     "engines on the training pods": (".engines=null",),
-    "engines of another label": ("reference.node_labels={accelerator: l40s}",),
+    "engines of another label": ("cluster.roles.reference.node_labels={accelerator: l40s}",),
     "a volume that is made": (".storage={create_gib: 500, storage_class: filestore}",),
     "a volume elsewhere": (".storage={claim: results, mount: /data}",),
     "an object store": (".storage=null", "output=s3://bucket/runs", ".service_account=bucket-reader"),
@@ -150,7 +150,7 @@ def test_the_recipe_on_the_cluster_says_the_same_but_for_places(pipeline):
     assert there.ray.address == "auto"
     assert there.output.startswith("/mnt/shared/")
     differing = {k for k, v in here.model_dump().items() if there.model_dump()[k] != v}
-    assert differing <= {"output", "data", "reference", "train", "ray", "model"}
+    assert differing <= {"output", "data", "cluster", "ray", "model"}
 
 
 def test_relative_paths_and_a_template_come_along():
@@ -167,20 +167,20 @@ def test_relative_paths_and_a_template_come_along():
 
 
 def test_engines_ask_for_the_label_that_their_pods_have():
-    for overrides in ((), ("reference.node_labels={accelerator: l40s, dpo/role: scorer}",)):
+    for overrides in ((), ("cluster.roles.reference.node_labels={accelerator: l40s, dpo/role: scorer}",)):
         manifests = made("quickstart", overrides)
         there = validate_recipe(yaml.safe_load(manifests["ConfigMap"]["data"]["recipe.yaml"]))
-        assert there.reference.node_labels
-        assert there.reference.node_labels.items() <= worker(manifests, "engines")["labels"].items()
-        assert not there.reference.node_labels.items() <= worker(manifests, "training")["labels"].items()
+        assert there.cluster.roles.reference.node_labels
+        assert there.cluster.roles.reference.node_labels.items() <= worker(manifests, "engines")["labels"].items()
+        assert not there.cluster.roles.reference.node_labels.items() <= worker(manifests, "training")["labels"].items()
     shared = validate_recipe(yaml.safe_load(made("quickstart", (".engines=null",))["ConfigMap"]["data"]["recipe.yaml"]))
-    assert shared.reference.node_labels == {}
+    assert shared.cluster.roles.reference.node_labels == {}
 
 
 def test_gpus_are_said_outright_because_the_driver_sees_none():
     manifests = made("quickstart", ON_GPUS)
     there = validate_recipe(yaml.safe_load(manifests["ConfigMap"]["data"]["recipe.yaml"]))
-    assert (there.train.gpus_per_worker, there.reference.gpus_per_replica) == (1, 1)
+    assert (there.cluster.roles.train.gpus, there.cluster.roles.reference.gpus) == (1, 1)
     assert limits(worker(manifests, "training"))["nvidia.com/gpu"] == "8"
     assert templates(manifests)[1]["spec"]["containers"][0]["image"].endswith("-gpu")
     assert "nvidia.com/gpu" not in json.dumps(cluster_spec(manifests)["headGroupSpec"])
@@ -291,8 +291,8 @@ def test_a_ray_cluster_is_the_jobs_own(overrides):
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [
-        ((".training={cpus: 1}", "train.cpus_per_worker=4"), "cluster.kubernetes.training.cpus"),
-        ((".training={gpus: 1}", "train.gpus_per_worker=2"), "cluster.kubernetes.training.gpus"),
+        ((".training={cpus: 1}", "cluster.roles.train.cpus=4"), "cluster.kubernetes.training.cpus"),
+        ((".training={gpus: 1}", "cluster.roles.train.gpus=2"), "cluster.kubernetes.training.gpus"),
         ((".training={replicas: 1, cpus: 2}", "train.workers=8"), "cluster.kubernetes.training.replicas"),
         (
             (".engines={replicas: 1, max_replicas: 2, cpus: 1}", "reference.replicas=4"),

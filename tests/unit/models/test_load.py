@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.model import ModelConfig, is_hub_name
 from dpo_ray.errors import ConfigError
-from dpo_ray.models.load import context_tokens, is_hub_name, load_policy, model_directory, model_identity
+from dpo_ray.models.load import context_tokens, load_policy, model_directory, model_identity
 
 
 def refusal(directory: Path) -> str:

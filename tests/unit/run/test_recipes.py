@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dpo_ray.cli.app import main
 from dpo_ray.config.load import load_recipe, validate_recipe
+from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 from dpo_ray.models.builtin import builtin_model
-from dpo_ray.models.load import is_hub_name
 from dpo_ray.run import tiny
 from dpo_ray.run.planning import make_plan
 from dpo_ray.run.preflight import hardware, preflight

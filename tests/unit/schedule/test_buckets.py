@@ -8,7 +8,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +20,8 @@ from dpo_ray.errors import TrainError
 from dpo_ray.schedule import files
 from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.schedule.files import bucket_ranges, file_name, most_bucket_steps, parse_file_name, read_steps
-from tests.unit.schedule.test_build import same_step, to_groups
+from tests.helpers.schedules import group_table
+from tests.unit.schedule.test_build import same_step
 
 
 @given(st.integers(0, 100_000), st.integers(1, 128))
@@ -82,8 +82,8 @@ def test_names_of_files_say_what_they_hold(split: str, rank: int, step: int) -> 
 def built(root: Path, steps: list[list[int]], packing: Packing, groups: int) -> Artifact:
     staging = ArtifactStore(Storage(root)).begin("schedule", "k", "run")
     halves = [range(groups // 2), range(groups // 2, groups)]
-    parts = [lambda rows=rows: pa.table({"number": pa.array(rows, pa.int64())}) for rows in halves]
-    entries = build_split("train", parts, to_groups, steps, packing, staging)
+    parts = [lambda rows=rows: group_table(rows) for rows in halves]
+    entries = build_split("train", parts, steps, packing, staging)
     rows = {"train/steps": len(steps), "train/bucket_steps": most_bucket_steps(steps)}
     return Provenance(1, {}, {}, {}).commit(staging, entries, rows=rows, figures={})
 

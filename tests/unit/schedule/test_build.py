@@ -13,20 +13,16 @@ from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.data.groups import Group
-from dpo_ray.schedule import files
+from dpo_ray.data.groups import Group, groups_of
+from dpo_ray.schedule import build, files
 from dpo_ray.schedule.build import Packing, build_split, pack_step
 from dpo_ray.schedule.files import RankStep, read_steps
 from dpo_ray.schedule.micro_batch import MicroBatch
 from dpo_ray.schedule.order import step_groups
-from tests.helpers.schedules import make_group
+from tests.helpers.schedules import group_table, make_group
 
 GROUPS, GROUPS_PER_STEP, EPOCHS = 37, 5, 3  # 23 steps; epochs end within steps, so groups come twice in a bucket
 PACKING = Packing(ranks=2, tokens_per_micro_batch=60)
-
-
-def to_groups(table: pa.Table) -> Iterator[Group]:
-    return (make_group(n) for n in table["number"].to_pylist())
 
 
 def order() -> list[list[int]]:
@@ -41,8 +37,8 @@ def schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     monkeypatch.setattr(files, "MOST_BUCKET_STEPS", 4)
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
     bounds = [(0, 10), (10, 11), (11, 11), (11, GROUPS)]
-    parts = [lambda a=a, b=b: pa.table({"number": pa.array(range(a, b), pa.int64())}) for a, b in bounds]
-    entries = build_split("train", parts, to_groups, order(), PACKING, staging)
+    parts = [lambda a=a, b=b: group_table(range(a, b)) for a, b in bounds]
+    entries = build_split("train", parts, order(), PACKING, staging)
     return Provenance(1, {}, {}, {}).commit(staging, entries, rows={"train/steps": len(order())}, figures={})
 
 
@@ -93,24 +89,25 @@ def test_every_group_is_seen_once_an_epoch(schedule: Artifact) -> None:
 
 def test_the_same_build_gives_the_same_bytes(schedule: Artifact, tmp_path: Path) -> None:
     staging = ArtifactStore(Storage(tmp_path / "again")).begin("schedule", "k", "run")
-    parts = [lambda: pa.table({"number": pa.array(range(GROUPS), pa.int64())})]  # other files, same rows
-    entries = build_split("train", parts, to_groups, order(), PACKING, staging)
+    parts = [lambda: group_table(range(GROUPS))]  # other files, same rows
+    entries = build_split("train", parts, order(), PACKING, staging)
     assert {e.name: e.sha256 for e in entries} == {e.name: e.sha256 for e in schedule.manifest.files}
 
 
-def test_no_more_than_one_step_is_turned_to_groups_at_once(tmp_path: Path) -> None:
+def test_no_more_than_one_step_is_turned_to_groups_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables: list[int] = []
 
     def counted(table: pa.Table) -> Iterator[Group]:
         tables.append(len(table))
-        return to_groups(table)
+        return groups_of(table)
 
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
-    parts = [lambda: pa.table({"number": pa.array(range(GROUPS), pa.int64())})]
-    build_split("train", parts, counted, order(), PACKING, staging)
+    parts = [lambda: group_table(range(GROUPS))]
+    monkeypatch.setattr(build, "groups_of", counted)
+    build_split("train", parts, order(), PACKING, staging)
     assert tables == [len(step) for step in order()]
 
 
 def test_a_split_without_steps_has_no_files(tmp_path: Path) -> None:
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
-    assert build_split("eval", [], to_groups, [], PACKING, staging) == []
+    assert build_split("eval", [], [], PACKING, staging) == []
