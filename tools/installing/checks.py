@@ -14,9 +14,9 @@ from pathlib import Path
 from .stop import Stop
 
 GIB = 1 << 30
-BYTECODE_SHARE = 0.07  # of what is installed; the cache does not hold it
+BYTECODE_SHARE = 0.02  # of what is installed, and written when it is imported; the cache does not hold it
 
-# What the packages of an engine take on disk, unpacked and compiled. That with CUDA is measured; the first is what is
+# What the packages of an engine take on disk, unpacked. That with CUDA is measured; the first is what is
 # left of it without CUDA's libraries, the last is worked out from the sizes of the wheels.
 PACKAGES_GIB = {"cpu": 3.3, "cpu, torch with CUDA": 7.2, "gpu": 9.0}
 

@@ -127,7 +127,7 @@ def parsed(arguments: Sequence[str] | None) -> Options:
 
 
 def install(options: Options) -> None:
-    """Check, make the environment, get uv, choose torch, install, compile, and say what it took."""
+    """Check, make the environment, get uv, choose torch, install, and say what it took."""
     start = time.monotonic()
     environment = Environment(options.venv)
     if not (options.project / "pyproject.toml").exists():
@@ -279,10 +279,14 @@ def engine_requirements(project: Path) -> list[str]:
 
 
 def fill(installation: Installation, torch: TorchBuild | None, start: float) -> None:
-    """Install the project and all that it needs, compile it, and print one line of figures."""
+    """Install the project and all that it needs, and print one line of figures.
+
+    Nothing is compiled here: of 31,000 files a run imports 7,000, and the first process that imports one writes its
+    bytecode.
+    """
     options, environment = installation.options, installation.environment
     print(f"==> [2/3] installing the project with the '{options.engine}' engine", flush=True)
-    arguments: list[str | Path] = ["-e", f".[{options.engine},dev]", "--compile-bytecode"]
+    arguments: list[str | Path] = ["-e", f".[{options.engine},dev]"]
     if not environment.distribution("pip"):
         arguments.append("pip")
     if installation.reinstall:
@@ -293,16 +297,11 @@ def fill(installation: Installation, torch: TorchBuild | None, start: float) -> 
         arguments += ["--override", overrides, *torch.arguments]
     linked = can_link(cache_directory(installation.uv), environment.path)
     variables = {} if linked or "UV_LINK_MODE" in os.environ else {"UV_LINK_MODE": "copy"}
-    output = installation.require(installation.pip_install(*arguments, variables=variables, shown=True))
-    compiled = time.monotonic()
-    for package in sorted(path.parent for path in options.project.glob("*/__init__.py")):
-        installation.runner.run([environment.python, "-m", "compileall", "-q", package])
-    compile_seconds = output.seconds - output.installed_after_seconds + time.monotonic() - compiled
-    total_seconds = time.monotonic() - start
+    installation.require(installation.pip_install(*arguments, variables=variables, shown=True))
     torch_version = environment.version_of("torch")
     parts = [
-        f"==> [3/3] installed in {total_seconds:.0f} s: download and install {total_seconds - compile_seconds:.0f} s, "
-        f"bytecode {compile_seconds:.0f} s; {environment.name} takes {bytes_below(environment.path) / GIB:.1f} GiB",
+        f"==> [3/3] installed in {time.monotonic() - start:.0f} s",
+        f"{environment.name} takes {bytes_below(environment.path) / GIB:.1f} GiB",
         f"torch {torch_version}" if torch_version else "",
     ]
     print("; ".join(part for part in parts if part), flush=True)

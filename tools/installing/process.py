@@ -17,7 +17,7 @@ from typing import IO
 
 from .failures import masked
 
-MAIN_LINES = re.compile(r"Resolved|Prepared|Uninstalled|Installed|Audited|Checked|Bytecode compiled|warning:")
+MAIN_LINES = re.compile(r"Resolved|Prepared|Uninstalled|Installed|Audited|Checked|warning:")
 # Of some 60 downloads that uv names, those of 50 MiB and more: the ones that a user waits for.
 LARGE_DOWNLOADS = re.compile(r"Downloading \S+ \((?:[5-9]\d|\d{3,})(?:\.\d+)?MiB|Downloading \S+ \([\d.]+GiB")
 TICK_SECONDS = 1.0
@@ -26,12 +26,10 @@ SECONDS_TO_STOP = 5.0
 
 @dataclass
 class Output:
-    """What a process printed, and when it had installed what it downloaded."""
+    """What a process printed, and its exit code."""
 
     code: int = 0
     lines: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    installed_after_seconds: float = 0.0
 
     @property
     def text(self) -> str:
@@ -71,7 +69,7 @@ class Runner:
             raise
 
     def _followed(self, process: subprocess.Popen[bytes], shown: bool) -> Output:
-        output, ticker, start = Output(), Ticker(process.pid, shown and sys.stderr.isatty()), time.monotonic()
+        output, ticker = Output(), Ticker(process.pid, shown and sys.stderr.isatty())
         assert process.stdout is not None  # noqa: S101 - it was asked for
         for line in _lines(process.stdout):
             if line is None:
@@ -80,13 +78,11 @@ class Runner:
             output.lines.append(line)
             self._write(line)
             ticker.note(line)
-            if re.match(r"Installed|Uninstalled|Audited|Checked", line):
-                output.installed_after_seconds = time.monotonic() - start
             if shown and (MAIN_LINES.match(line) or LARGE_DOWNLOADS.match(line)):
                 ticker.clear()
                 print(f"    {masked(line)}", flush=True)
         ticker.clear()
-        output.code, output.seconds = process.wait(), time.monotonic() - start
+        output.code = process.wait()
         return output
 
     def _write(self, line: str) -> None:

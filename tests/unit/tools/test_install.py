@@ -51,11 +51,8 @@ def test_it_installs_and_says_what_it_took(project: Project) -> None:
     assert "torch 2.13.0, with CUDA's libraries: the configured index lacks 2.13.0+cpu" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert "[3/3] installed in" in last
-    assert "bytecode" in last
     assert last.endswith("torch 2.13.0")
     assert "+ alpha" not in done.stdout
-    assert list((project.packages / "alpha").glob("__pycache__/*.pyc"))
-    assert list((project.directory / "mini").glob("__pycache__/*.pyc"))
     assert not (project.venv / ".dpo-ray-unfinished").exists()
 
 
