@@ -15,9 +15,10 @@ export PYTHONDONTWRITEBYTECODE :=
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 STAMP := $(VENV)/.installed-$(ENGINE)
 # Two at a time, whatever the cores: most of a test's time is a process that starts, and each has a Ray of its own.
-# One thread each, as threads that wait for one another would take the cores from processes that compute. Files in their
-# order, in which the long ones come early: by their number of tests a long one would come last, beside an idle process.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# One thread each, as threads that wait for one another would take the cores from processes that compute. Files in the
+# order given, unit tests before those that start Ray in the same process, and long ones before short ones: by their
+# number of tests a long one would come last, beside an idle process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 .PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train bench-online bench-scale clean
 
@@ -40,12 +41,10 @@ quickstart: $(STAMP) ## align a tiny model with synthetic preferences, end to en
 	@$(BIN)/dpo-ray run pipelines/quickstart.yaml; echo "==> the quickstart took $$SECONDS s"
 
 test: $(STAMP) ## the tests: unit, golden, integration, on real Ray, vLLM and FSDP2
-	@tools/parts.sh \
-	  "unit tests" "OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit --numprocesses logical --maxprocesses 8 --dist loadfile" \
-	  "all other tests" "$(PYTEST) --ignore tests/unit"
+	@$(PYTEST) tests/unit tests/golden tests/integration
 
 test-slow: $(STAMP) ## what takes minutes or kills processes
-	@$(PYTEST) -m '(slow or chaos) and not long'
+	@$(PYTEST) tests/chaos tests/integration tests/golden tests/unit -m '(slow or chaos) and not long'
 
 test-long: $(STAMP) ## more cases of what the others test: every recipe in miniature, every model family
 	@$(BIN)/pytest -m long

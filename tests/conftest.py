@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Ray gives its workers a low priority, at which any other process on a busy machine can stop them for minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

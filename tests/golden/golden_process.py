@@ -5,6 +5,8 @@ All trainings share one start of two processes, as to import torch takes longer 
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -126,7 +128,6 @@ def train(run: Run, model: Path, steps: list[Any], ranks: int) -> Metrics:
 
     from dpo_ray.config.train import OptimizerConfig, TrainConfig
     from dpo_ray.errors import TrainError
-    from dpo_ray.models.load import load_policy
     from dpo_ray.models.packed_rows import packed_rows
     from dpo_ray.models.sharding import shard
     from dpo_ray.train.optimizers.build import build_optimizer, set_learning_rate
@@ -134,7 +135,7 @@ def train(run: Run, model: Path, steps: list[Any], ranks: int) -> Metrics:
 
     optimizer_config = OptimizerConfig(learning_rate=1e-3, decay="constant", warmup_fraction=0, max_grad_norm=1.0)
     config = TrainConfig(optimizer=optimizer_config, workers=ranks, **run.settings)
-    policy = load_policy(model, torch.float32, config.logprob_chunk_tokens, layout=config.layout)
+    policy = copy.deepcopy(loaded(model, config.logprob_chunk_tokens, config.layout))
     if run.draw is not None:
         move_weights(policy, run.draw)
     shard(policy, "cpu", ranks, torch.float32).train()
@@ -151,6 +152,16 @@ def train(run: Run, model: Path, steps: list[Any], ranks: int) -> Metrics:
             except TrainError:  # it overflowed, which all ranks see alike; whether it may is the test's to judge
                 break
     return metrics
+
+
+@functools.cache
+def loaded(model: Path, chunk_tokens: int, layout: str) -> Any:
+    """Load the model once for all trainings of this process: to find its exact layout takes as long as some steps."""
+    import torch
+
+    from dpo_ray.models.load import load_policy
+
+    return load_policy(model, torch.float32, chunk_tokens, layout=layout)
 
 
 def move_weights(policy: Any, seed: int) -> None:

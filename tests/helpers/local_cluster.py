@@ -74,7 +74,7 @@ def local_cluster(directory: Path, *options: str, subnet: str | None = None) -> 
     """
     state, dashboard = f"/tmp/dpo-ray-test-{os.getpid()}", free_port()  # noqa: S108 - sockets want short paths
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DPO_RAY_"))}
-    base = clean | {"DPO_RAY_LOCAL_STATE": state, "PYTHONPATH": str(REPOSITORY)}
+    base = clean | {"DPO_RAY_LOCAL_STATE": state, "PYTHONPATH": str(REPOSITORY), "RAY_worker_niceness": "0"}
     base |= {"DPO_RAY_LOCAL_SUBNET": subnet, "DPO_RAY_LOCAL_BRIDGE": "dporaytest"} if subnet else {}
     ports = ["--dashboard-port", str(dashboard), "--gcs-port", str(free_port())]
     url = f"http://{f'{subnet}.10' if subnet else '127.0.0.1'}:{dashboard}"

@@ -78,6 +78,7 @@ def first_loss(finished: offline.Finished) -> float:
     return json.loads(finished.train.read_bytes("metrics.jsonl").splitlines()[0])["loss"]
 
 
+@pytest.mark.slow
 def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(output: Path) -> None:
     stop, warn = recipe(output, "stop"), recipe(output, "warn")
     with pytest.raises(AuditError) as raised:
@@ -128,7 +129,7 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
     assert (plan.numerics.engine, plan.stages["reference"].state) == ("trainer", "stale")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_use_trainer_scores_all_again_and_is_then_done(output: Path, files_of) -> None:
     use_trainer = recipe(output, "use_trainer", "train.workers=2")
     results: list[tuple[offline.Finished, bool]] = []

@@ -160,6 +160,7 @@ def flat_logps(reference, name: str) -> np.ndarray:
     return np.array([value for group in groups for completion in group for value in completion])
 
 
+@pytest.mark.slow
 def test_world_size_changes_nothing_but_speed(finished: Finished, output: Path) -> None:
     """One result, however it ran: in float32 the curves of 1 and 2 workers agree to 1e-5."""
     alone, _ = offline(

@@ -122,7 +122,10 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("first", "said"),
-    [(DEADLY, "process has died"), pytest.param(BREAKING, "illegal memory access", marks=pytest.mark.slow)],
+    [
+        pytest.param(DEADLY, "process has died", marks=pytest.mark.slow),
+        pytest.param(BREAKING, "illegal memory access", marks=pytest.mark.long),
+    ],
 )
 def test_a_group_that_kills_engines_is_left_out_and_all_others_are_scored(
     first: int, said: str, tmp_path: Path
@@ -143,6 +146,7 @@ def test_a_group_that_kills_engines_is_left_out_and_all_others_are_scored(
     assert sum("is tried again in" in e for e in events) == 2
 
 
+@pytest.mark.slow
 def test_a_group_without_log_probs_is_left_out(tmp_path: Path) -> None:
     tables, store, events = granules(10, 10, g3=UNSCORABLE, g7=UNSCORABLE), store_in(tmp_path), []
     results = run(pool_of(store, Start(tmp_path), events), tables)

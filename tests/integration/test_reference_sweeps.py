@@ -99,6 +99,7 @@ def test_what_only_training_depends_on_scores_nothing(override: str, place: Path
     assert reference.manifest.figures["found"] == 2 * groups(tokens)
 
 
+@pytest.mark.slow
 def test_new_rows_cost_only_themselves(place: Path) -> None:
     shutil.copytree(place / "data", place / "more")
     write_shard(place / "more" / "1.jsonl", ROWS, NEW_ROWS)

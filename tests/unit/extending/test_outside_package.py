@@ -116,32 +116,87 @@ def test_without_the_package_its_names_are_refused() -> None:
         validate_recipe({"model": {"path": "x"}, "train": {"objective": {"type": "squared_hinge"}}})
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "says"),
-    [
-        ("objective_configs]\n", "objective_configs]\nsigmoid = outside.objective_config:SquaredHinge\n", "`sigmoid` is there already"),
-        ("squared_hinge = outside.objective:squared_hinge\n", "", "`squared_hinge` has a configuration and no implementation"),
-        ("votes = outside.format:VOTES", "votes = outside.forma:VOTES", "outside.forma:VOTES cannot be imported"),
-        ("votes = outside.format:VOTES", "scored = outside.format:VOTES", "`scored` is there already"),
-        ("exclaiming = outside.judge:Exclaiming", "exclaiming = outside.judge:Shouting", "outside.judge:Shouting cannot be imported"),
-        ("exclaiming = outside.judge_config:", "shouting = outside.judge_config:", "`shouting` has a configuration"),
-    ],
-)  # fmt: skip
-def test_what_a_package_adds_wrongly_is_one_clear_error(before: str, after: str, says: str, tmp_path: Path) -> None:
-    """A name of dpo_ray's own is never replaced, and a missing part is found before a run begins."""
-    assert before in ENTRY_POINTS
-    environment = with_package(tmp_path / "site", entry_points=ENTRY_POINTS.replace(before, after))
-    recipe = tmp_path / "recipe.yaml"
+# What a package may do wrongly: its entry points with `before` replaced by `after`, and what the error says.
+WRONG = {
+    "a name that dpo_ray has": (
+        "objective_configs]\n",
+        "objective_configs]\nsigmoid = outside.objective_config:SquaredHinge\n",
+        "`sigmoid` is there already",
+    ),
+    "no implementation": (
+        "squared_hinge = outside.objective:squared_hinge\n",
+        "",
+        "`squared_hinge` has a configuration and no implementation",
+    ),
+    "no such module": (
+        "votes = outside.format:VOTES",
+        "votes = outside.forma:VOTES",
+        "outside.forma:VOTES cannot be imported",
+    ),
+    "a format that dpo_ray has": (
+        "votes = outside.format:VOTES",
+        "scored = outside.format:VOTES",
+        "`scored` is there already",
+    ),
+    "no such class": (
+        "exclaiming = outside.judge:Exclaiming",
+        "exclaiming = outside.judge:Shouting",
+        "outside.judge:Shouting cannot be imported",
+    ),
+    "two names": (
+        "exclaiming = outside.judge_config:",
+        "shouting = outside.judge_config:",
+        "`shouting` has a configuration",
+    ),
+}
+
+# Forks `dpo-ray validate` for each package, after the import of what all of them need, which takes longer than the rest.
+VALIDATE_ALL = """
+import os, runpy, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+recipe, *sites = sys.argv[1:]
+for site in sites:
+    if os.fork() == 0:
+        sys.stderr = open(os.path.join(site, "errors"), "w")
+        sys.path.insert(0, site)
+        sys.argv = ["dpo-ray", "validate", recipe]
+        try:
+            runpy.run_module("dpo_ray", run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        print(code, file=sys.stderr, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return what `validate` writes to standard error, and its exit code after it, for each wrong package."""
+    directory = tmp_path_factory.mktemp("wrong")
+    recipe = directory / "recipe.yaml"
     recipe.write_text(
         "name: x\nmodel: {path: builtin:sentiment_llama}\nevaluate: {sample_prompts: 0}\n"
         "data: {max_length_tokens: 128, train: {type: synthetic, pairs: 4}}\n"
     )
-    command = [sys.executable, "-m", "dpo_ray", "validate", str(recipe)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "outside 1.0" in done.stderr or "dpo_ray." in done.stderr
-    assert "Traceback" not in done.stderr
+    sites = {name: directory / f"site-{number}" for number, name in enumerate(WRONG)}
+    for name, (before, after, _) in WRONG.items():
+        assert before in ENTRY_POINTS
+        write_outside_package(sites[name], entry_points=ENTRY_POINTS.replace(before, after))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    run(environment, "-c", VALIDATE_ALL, str(recipe), *map(str, sites.values()))
+    return {name: (site / "errors").read_text() for name, site in sites.items()}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_package_adds_wrongly_is_one_clear_error(wrong: str, refusals: dict[str, str]) -> None:
+    """A name of dpo_ray's own is never replaced, and a missing part is found before a run begins."""
+    said = refusals[wrong]
+    assert said.splitlines()[-1] == "2"
+    assert WRONG[wrong][2] in said
+    assert "outside 1.0" in said or "dpo_ray." in said
+    assert "Traceback" not in said
 
 
 def test_another_version_of_the_package_makes_stale_what_its_code_made(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from dpo_ray.config.online import StopConfig
 from dpo_ray.errors import ArtifactError
@@ -268,7 +268,12 @@ class Rounds(RuleBasedStateMachine):
 
 
 TestRounds = Rounds.TestCase
-TestRounds.settings = settings(max_examples=1000, stateful_step_count=30, deadline=None)
+TestRounds.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.long
+def test_a_thousand_sequences_of_events_and_crashes() -> None:
+    run_state_machine_as_test(Rounds, settings=settings(max_examples=1000, stateful_step_count=30, deadline=None))
 
 
 def test_whoever_goes_on_to_the_end_comes_to_the_same() -> None:

@@ -19,6 +19,9 @@ from dpo_ray.errors import ConfigError, EngineError
 from dpo_ray.reference.scorer import ScoreRequest, ScorerSettings
 from tests.helpers.processes.vllm_engine import EngineProcess, engine_processes
 
+pytestmark = (
+    pytest.mark.slow
+)  # each engine takes some ten seconds; one is in make test: tests/integration/test_parity.py
 CONTEXT = 128  # tokens that the model is made for
 BLOCK = 32  # tokens of a block of the KV cache on CPU
 STEP = 96  # tokens of an engine step: less than the longest sequence, which is therefore computed by chunks
@@ -187,7 +190,6 @@ def test_a_sequence_that_the_engine_was_not_set_up_for_is_refused_before_any_is_
             engine.score([*group(18, 20, 5), *wrong])
 
 
-@pytest.mark.slow
 def test_without_sharing_nothing_is_read_from_the_cache(process, settings, model) -> None:
     """Also: an engine can follow another in one process, and chooses the tokens of a step by itself."""
     process.start(replace(settings, share_prompt=False, max_batched_tokens=None))
@@ -198,7 +200,6 @@ def test_without_sharing_nothing_is_read_from_the_cache(process, settings, model
     assert not process.shares_prompts()
 
 
-@pytest.mark.slow
 def test_an_engine_whose_cache_is_found_wrong_goes_on_without_it(process, settings, model) -> None:
     process.start(settings, sharing_tolerance=-1)  # then no difference at all is too much
     assert not process.shares_prompts()
