@@ -42,16 +42,6 @@ def _prompts(tokens: Artifact, split: str) -> Iterator[tuple[int, ...]]:
             yield tuple(ids)
 
 
-def end_tokens(tokens: Artifact, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """List the tokens at which sampling stops: EOS, and special tokens that end held-out completions (end of turn)."""
-    last: set[int] = set()
-    for name in (n for split in eval_splits(tokens) for n in tokens.names(f"{split}/")):
-        for completions in read_table(tokens, name, ["completion_ids"])["completion_ids"].to_pylist():
-            last.update(ids[-1] for ids in completions)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return tuple(sorted({int(str(tokenizer.eos_token_id)), *(last & special)}))
-
-
 def run(
     trained: Artifact,
     comparison: Comparison | None,

@@ -25,7 +25,7 @@ from .measure import round_figures
 from .promotion import DecidedRound, stop_reason
 from .round_state import Action, Committed, Done, Stage, next_action, stages_of_round, starting_policy
 
-VERSIONS = {"prompts": 1, "sample": 1, "judge": 1, "pair": 1, "evaluate": 1, "promote": 1, "ema": 1}
+VERSIONS = {"prompts": 1, "sample": 2, "judge": 1, "pair": 1, "evaluate": 2, "promote": 1, "ema": 1}
 ARTIFACT_STAGE: dict[Stage, str] = {"evaluate": "measure"}
 """Artifact names that differ from the stage's name: a round's evaluation is not that of an offline run."""
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.tokenize import stop_tokens
 from dpo_ray.errors import ConfigError
-from dpo_ray.evaluate.stage import end_tokens, heldout_prompts
+from dpo_ray.evaluate.stage import heldout_prompts
 from dpo_ray.models.load import context_tokens, model_directory
 from dpo_ray.run.planning import Plan
 
@@ -46,7 +47,10 @@ class RoundPrompts:
     @cached_property
     def stops(self) -> tuple[int, ...]:
         """List the tokens that end a completion."""
-        return tuple(sorted({*end_tokens(self._prepared, self.tokenizer), *self._online.sampling.stop_token_ids}))
+        data = self._plan.recipe.data
+        template = resolve_template(data.chat_template, self.tokenizer)
+        ends = stop_tokens(self.tokenizer, template, data, self._model_directory)
+        return tuple(sorted({*ends, *self._online.sampling.stop_token_ids}))
 
     def of_round(self, number: int) -> list[tuple[int, ...]]:
         """Return the prompts of a round; prompts of held-out groups are excluded.

@@ -19,7 +19,8 @@ from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.keys import SHARD_VERSION, shard_key
 from dpo_ray.data.schemas import sources_of, splits
 from dpo_ray.data.second_pass import PreparedShard, broken_shards, check_quarantined
-from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.tokenize import stop_tokens
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.models.load import BUILTIN, context_tokens
 from dpo_ray.observe.model_card import model_card
@@ -37,6 +38,8 @@ from dpo_ray.train.task import AuditTask, TrainTask
 from . import planning
 from .context import RunContext, recipe_yaml
 from .samples import compare_models
+
+FEW_STEPS = 10  # fewer than these are hardly a training: a line in the log says so
 
 
 def prepare(run: RunContext) -> Artifact:
@@ -144,7 +147,13 @@ def train(
         return done
     if (refused := run.artifacts.find("train", plan.stages["train"].key)) is not None:
         judge_audit(run, refused.manifest.figures["audit"])
-    provenance = run.provenance("train")
+    provenance, steps = run.provenance("train"), scheduled.rows["train/steps"]
+    if steps < FEW_STEPS:
+        run.reporter.say(
+            f"[bold yellow]train[/bold yellow]: there {'is' if steps == 1 else 'are'} only {steps} optimizer "
+            f"step{'s' if steps > 1 else ''} of up to {recipe.train.groups_per_step} groups: a lower "
+            "train.groups_per_step or more train.epochs give more"
+        )
     task = TrainTask(
         model=_model_for_workers(run),
         config=recipe.train,
@@ -163,7 +172,7 @@ def train(
         moments=moments,
         keep_moments=keep_moments,
     )
-    bar_of_steps = run.reporter.stage("train", "steps", scheduled.rows["train/steps"])
+    bar_of_steps = run.reporter.stage("train", "steps", steps)
     with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers) as sinks:
         result = train_stage.run(task, plan.hardware.worker, partial(follow, sinks, bar), bar.say)
     if result["audit"]:
@@ -234,7 +243,8 @@ def evaluate(run: RunContext, tokens: Artifact, trained: Artifact) -> Artifact:
     context = context_tokens(run.model_directory)
     longest = context - config.max_new_tokens if context is not None else None
     prompts = evaluate_stage.heldout_prompts(tokens, config.sample_prompts, longest)
-    stops = evaluate_stage.end_tokens(tokens, tokenizer)
+    data = run.recipe.data
+    stops = stop_tokens(tokenizer, resolve_template(data.chat_template, tokenizer), data, run.model_directory)
     with run.reporter.stage("evaluate", "prompts", len(prompts)) as bar:
         comparison = compare_models(run, trained, prompts, stops, bar) if prompts else None
         true_reward = run.plan.true_reward

@@ -43,6 +43,12 @@ class Wish:
     stop: bool = False  # after writing a checkpoint
 
 
+def epochs_seen(steps: int, config: TrainConfig, groups: int) -> float:
+    """Return how often training has seen each group after some steps; the last step of the epochs may be smaller."""
+    seen = steps * config.groups_per_step / groups
+    return seen if config.steps is not None else min(seen, float(config.epochs))
+
+
 def no_wish() -> Wish:
     """Return the empty request: training continues."""
     return Wish()
@@ -86,7 +92,7 @@ def train(
             "step": progress.step,
             **measured,
             "num_tokens": progress.num_tokens,
-            "epoch": progress.step * config.groups_per_step / plan.groups,
+            "epoch": epochs_seen(progress.step, config, plan.groups),
             "seconds_per_step": seconds,
             "tokens_per_second": share.step_tokens / seconds,
             **throughput(work_of_step(share.micro_batches, shape), policy.layout, seconds, peak),

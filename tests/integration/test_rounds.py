@@ -120,7 +120,7 @@ def test_a_rounds_samples_are_those_of_a_fresh_engine_on_the_exported_policy(fin
     engine = ray.remote(Engine).options(num_cpus=1).remote("fresh", settings, None, start_sampling_vllm)
     ray.get(engine.start.remote())
     tokens = finished.plan.recipe.online.sampling
-    sampling = Sampling(tokens.temperature, tokens.max_new_tokens, stop_tokens(finished))
+    sampling = Sampling(tokens.temperature, tokens.max_new_tokens, stops_of(finished))
     granule = prompt_table([p.prompt_ids for p in sampled[:32]], finished.plan.recipe.seed, 2, 2)
     fresh = ray.get(engine.sample.remote(granule, 0, None, sampling)).table
     ray.kill(engine)
@@ -132,11 +132,12 @@ def engine_settings(model: Path) -> ScorerSettings:
     return ScorerSettings("vllm", str(model), "float32", "cpu", 128 + NEW_TOKENS, None, 0.85, share_prompt=True)
 
 
-def stop_tokens(rounds: Rounds) -> tuple[int, ...]:
+def stops_of(rounds: Rounds) -> tuple[int, ...]:
     from dpo_ray.data.tokenizing.chat import load_tokenizer
-    from dpo_ray.evaluate.stage import end_tokens
+    from dpo_ray.data.tokenizing.tokenize import stop_tokens
 
-    return end_tokens(tokens_of(rounds), load_tokenizer(str(builtin_model("sentiment_llama"))))
+    model = builtin_model("sentiment_llama")
+    return stop_tokens(load_tokenizer(str(model)), "plain", rounds.plan.recipe.data, model)
 
 
 def plain_logps(model, prompt: list[int], completion: list[int]) -> np.ndarray:

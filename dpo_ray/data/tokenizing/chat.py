@@ -107,7 +107,7 @@ class Renderer:
     """A renderer of preference groups with one template, compiled once; each text is limited in time and length."""
 
     def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
-        self._plain = template == PLAIN
+        self.is_plain = template == PLAIN
         self._variables = {
             "documents": None,
             **tokenizer.special_tokens_map,
@@ -119,7 +119,7 @@ class Renderer:
             own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
         )
         self._render, self._render_with_tools = (
-            None if self._plain else _compiled(text, config.chat_template_date) for text in (template, with_tools)
+            None if self.is_plain else _compiled(text, config.chat_template_date) for text in (template, with_tools)
         )
 
     def render(self, group: TextGroup, watchdog: Watchdog) -> Rendered:
@@ -129,7 +129,7 @@ class Renderer:
             Rejected: the template refuses the conversation, takes too long or produces too much text; the whole
                 conversation does not begin with the prompt; or the text is not valid Unicode.
         """
-        if self._plain:
+        if self.is_plain:
             prompt = _plain_prompt(group)
             return Rendered(prompt, [_sound(prompt + _plain_text(completion)) for completion in group.completions])
         turns = group.messages if group.messages is not None else group.prompt
@@ -146,7 +146,7 @@ class Renderer:
 
     def user_turn(self) -> str:
         """Render a single user turn: `x`, and what the template writes around it. Empty if the template refuses."""
-        if self._plain:
+        if self.is_plain:
             return ""
         group = TextGroup("x", ("y",), (1.0,))
         try:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from .chat import PLAIN, RENDER_SECONDS, Rendered, Renderer
 from .encode import Encoded, Encoder
 from .special_tokens import InjectionScan, control_tokens
 from .truncate import truncate
+from .turn_end import TurnEnding, generation_ends
 from .watchdog import Watchdog
 
 
@@ -29,9 +31,10 @@ def tokenize_groups(
     `template` is the chat template's text, or `plain`. The ids are those that the tokenizer produces for the rendered
     conversation, up to the token that ends the answer's turn. The tokenizer must not be changed between calls.
     """
-    rendered = _rendered(groups, tokenizer, template, config)
-    encoded = iter(_encoder(tokenizer, template == PLAIN).encode([r for r in rendered if not isinstance(r, Rejected)]))
-    ending = _turn_ending(tokenizer, template == PLAIN)
+    renderer, encoder = Renderer(template, tokenizer, config), _encoder(tokenizer, template == PLAIN)
+    rendered = _rendered(groups, tokenizer, renderer, config)
+    encoded = iter(encoder.encode([r for r in rendered if not isinstance(r, Rejected)]))
+    ending = _turn_ending(tokenizer, renderer, encoder)
     results: list[TokenGroup | Rejected] = []
     for group, text in zip(groups, rendered, strict=True):
         ids = text if isinstance(text, Rejected) else next(encoded)
@@ -46,10 +49,33 @@ def tokenize_groups(
     return results
 
 
+def stop_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig, model_directory: Path
+) -> tuple[int, ...]:
+    """List the tokens at which sampling stops: EOS, the one that ends an answer in the template, and those of
+    generation_config.json."""
+    ending = _turn_ending(tokenizer, Renderer(template, tokenizer, config), _encoder(tokenizer, template == PLAIN))
+    own = {ending.eos_id if ending.own_id is None else ending.own_id}
+    return tuple(sorted({ending.eos_id, *own, *generation_ends(model_directory)}))
+
+
+def _turn_ending(tokenizer: PreTrainedTokenizerBase, renderer: Renderer, encoder: Encoder) -> TurnEnding:
+    """Return the ending of an answer, as the template writes it after one that holds no special token."""
+    ending = TurnEnding(tokenizer, plain=renderer.is_plain)
+    if renderer.is_plain:
+        return ending
+    try:
+        with Watchdog(RENDER_SECONDS) as watchdog:
+            rendered = renderer.render(TextGroup("x", ("y",), (1.0,), (), ()), watchdog)
+    except Rejected:  # it needs more than a question and an answer
+        return ending
+    (encoded,) = encoder.encode([rendered])
+    return ending if isinstance(encoded, Rejected) else ending.after(encoded.completions[0])
+
+
 def _rendered(
-    groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig
+    groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, renderer: Renderer, config: DataConfig
 ) -> list[Rendered | Rejected]:
-    renderer = Renderer(template, tokenizer, config)
     scan = _injection_scan(tokenizer, renderer.user_turn()) if config.rules.special_tokens == "quarantine" else None
     results: list[Rendered | Rejected] = []
     with Watchdog(RENDER_SECONDS) as watchdog:
@@ -92,48 +118,8 @@ def _token_group(group: TextGroup, encoded: Encoded, ending: TurnEnding, config:
     )
 
 
-class TurnEnding:
-    """The tokens that can end a turn: with a template any special token, in plain text only EOS."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
-        self._tokenizer = tokenizer
-        marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        self._eos = _as_bytes(eos)
-        self.tokens = frozenset(map(_as_bytes, (eos,) if plain else (eos, *tokenizer.all_special_ids, *marked)))
-        self._blank: dict[bytes, bool] = {}
-
-    def ended(self, ids: bytes) -> bytes:
-        """Return a completion (int32) that ends with its end-of-turn token; what a template writes after it is removed.
-
-        That is the first end token after which there are only end tokens and white space, as in
-        `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. If there is none, EOS is appended.
-        """
-        end = None
-        for behind in range(len(ids), 0, -_ID_BYTES):
-            token = ids[behind - _ID_BYTES : behind]
-            if token in self.tokens:
-                end = behind
-            elif not self._is_blank(token):
-                break
-        return ids + self._eos if end is None else ids[:end]
-
-    def _is_blank(self, token: bytes) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not str(self._tokenizer.decode(np.frombuffer(token, np.int32).tolist())).strip()
-        return self._blank[token]
-
-
-_ID_BYTES = np.dtype(np.int32).itemsize
-
-
-def _as_bytes(token: int) -> bytes:
-    return np.int32(token).tobytes()
-
-
 # Building these takes longer than tokenizing a batch, so they are cached; a worker has one or two tokenizers.
 _encoder = functools.lru_cache(maxsize=2)(lambda tokenizer, plain: Encoder(tokenizer, plain=plain))
-_turn_ending = functools.lru_cache(maxsize=2)(lambda tokenizer, plain: TurnEnding(tokenizer, plain=plain))
 _injection_scan = functools.lru_cache(maxsize=2)(
     lambda tokenizer, user_turn: InjectionScan(tokenizer, control_tokens(tokenizer, user_turn))
 )

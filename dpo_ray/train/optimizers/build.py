@@ -40,15 +40,17 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.O
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Compute the factor of the learning rate at the 0-based `step`: linear warm-up, then decay.
 
-    As in transformers' schedules (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules), the first
-    step of a warm-up has rate 0; cosine, linear and wsd end just above 0, and inverse_sqrt falls with the square root
-    of the step over the warm-up's length (10,000 steps without a warm-up).
+    It is above 0 in every step, so that each moves the weights: a warm-up of w steps rises from 1 / (w + 1), where
+    transformers' schedules have a first step of rate 0
+    (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules). As there, cosine, linear and wsd end
+    just above 0, and inverse_sqrt falls with the square root of the step over the warm-up's length (10,000 steps
+    without a warm-up).
     """
     warmup_steps = (
         config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_fraction * total_steps)
     )
     if step < warmup_steps:
-        return step / warmup_steps
+        return (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     match config.decay:
         case "constant":

@@ -18,7 +18,7 @@ from dpo_ray.errors import StoppedError, TrainError
 from dpo_ray.train.checkpoint.checkpoint import Checkpoints, Progress
 from dpo_ray.train.checkpoint.manifest import committed_steps
 from dpo_ray.train.evaluation import HELDOUT, evaluate, heldout_sums
-from dpo_ray.train.loop import Extent, Wish, has_ended, judged, no_wish, train
+from dpo_ray.train.loop import Extent, Wish, epochs_seen, has_ended, judged, no_wish, train
 from dpo_ray.train.optimizers.build import build_optimizer, learning_rate_factor
 from tests.helpers.training import (
     GROUPS_PER_STEP,
@@ -99,6 +99,20 @@ def test_rows_say_what_was_done(tmp_path: Path) -> None:
     assert all(r["seconds_per_step"] > 0 and r["tokens_per_second"] > 0 for r in run.reported)
     # It learns: pairs of the first two steps are held out here, and are seen in training too.
     assert run.reported[5]["eval_loss"] < run.reported[1]["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ({"epochs": 3, "groups_per_step": 64}, [3.0]),  # 5 groups: one step of 15
+        ({"epochs": 3, "groups_per_step": 4}, [0.8, 1.6, 2.4, 3.0]),
+        ({"steps": 3, "groups_per_step": 4}, [0.8, 1.6, 2.4]),
+        ({"steps": 2, "groups_per_step": 64}, [12.8, 25.6]),  # each step is full
+    ],
+)
+def test_epochs_are_counted_by_the_groups_that_were_seen(settings: dict[str, int], seen: list[float]) -> None:
+    config = TrainConfig(**settings)
+    assert [epochs_seen(step, config, 5) for step in range(1, len(seen) + 1)] == pytest.approx(seen)
 
 
 def test_a_failed_step_names_its_groups_and_is_in_no_checkpoint(tmp_path: Path) -> None:

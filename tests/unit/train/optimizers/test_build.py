@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,15 +20,15 @@ Decay = Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"]
     ("decay", "expected"),
     [
         # 10 steps, the first 2 of them warm-up: then progress 0, 1/8, ..., 7/8
-        ("constant", [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
-        ("linear", [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
         (
             "cosine",
-            [0, 0.5, 1, 0.9619398, 0.8535534, 0.6913417, 0.5, 0.3086583, 0.1464466, 0.0380602],
+            [1 / 3, 2 / 3, 1, 0.9619398, 0.8535534, 0.6913417, 0.5, 0.3086583, 0.1464466, 0.0380602],
         ),
         # sqrt(2 / (2 + steps since the warm-up))
-        ("inverse_sqrt", [0, 0.5, 1, 0.8164966, 0.7071068, 0.6324555, 0.5773503, 0.5345225, 0.5, 0.4714045]),
-        ("wsd", [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),  # the last 4 steps decay
+        ("inverse_sqrt", [1 / 3, 2 / 3, 1, 0.8164966, 0.7071068, 0.6324555, 0.5773503, 0.5345225, 0.5, 0.4714045]),
+        ("wsd", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),  # the last 4 steps decay
     ],
 )
 def test_factors(decay: Decay, expected: list[float]) -> None:
@@ -38,7 +38,7 @@ def test_factors(decay: Decay, expected: list[float]) -> None:
 
 def test_warm_up_by_steps() -> None:
     config = OptimizerConfig(decay="constant", warmup_fraction=0.9, warmup_steps=2)
-    assert [learning_rate_factor(s, 10, config) for s in range(4)] == [0.0, 0.5, 1.0, 1.0]
+    assert [learning_rate_factor(s, 10, config) for s in range(4)] == [1 / 3, 2 / 3, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"])
@@ -50,7 +50,15 @@ def test_without_warm_up_the_first_step_has_the_whole_rate(decay: Decay) -> None
 
 def test_a_part_of_a_warm_up_step_is_a_whole_one() -> None:
     config = OptimizerConfig(decay="constant", warmup_fraction=0.1)
-    assert [learning_rate_factor(s, 15, config) for s in range(3)] == [0.0, 0.5, 1.0]  # 1.5 steps
+    assert [learning_rate_factor(s, 15, config) for s in range(3)] == [1 / 3, 2 / 3, 1.0]  # 1.5 steps
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"])
+@pytest.mark.parametrize("warmup", [{}, {"warmup_fraction": 0.99}, {"warmup_steps": 50}, {"warmup_steps": 0}])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 11])
+def test_every_step_moves_the_weights(decay: Decay, warmup: dict[str, Any], steps: int) -> None:
+    config = OptimizerConfig(decay=decay, **warmup)
+    assert all(0 < learning_rate_factor(s, steps, config) <= 1 for s in range(steps))
 
 
 @pytest.mark.parametrize(("decay", "last"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0), ("wsd", 0.0)])
@@ -60,7 +68,8 @@ def test_beyond_the_end_the_rate_stays_at_its_end(decay: Decay, last: float) -> 
     assert learning_rate_factor(12, 10, config) == pytest.approx(last)
 
 
-def test_the_factors_are_those_of_transformers() -> None:
+def test_after_the_warm_up_the_factors_are_those_of_transformers() -> None:
+    """Theirs begin with a step of rate 0, which moves nothing."""
     from transformers import get_scheduler
 
     decays: list[Decay] = ["linear", "cosine", "inverse_sqrt", "constant"]
@@ -70,7 +79,8 @@ def test_the_factors_are_those_of_transformers() -> None:
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=30)
         config = OptimizerConfig(decay=decay, warmup_fraction=0.1)
         for step in range(30):
-            assert scheduler.get_last_lr()[0] == pytest.approx(learning_rate_factor(step, 30, config), abs=1e-12)
+            factor = learning_rate_factor(step, 30, config)
+            assert step < 3 or scheduler.get_last_lr()[0] == pytest.approx(factor, abs=1e-12)
             optimizer.step()
             scheduler.step()
 
@@ -83,7 +93,8 @@ def test_wsd_is_transformers_with_a_linear_decay(warmup_steps: int) -> None:
     scheduler = get_wsd_schedule(optimizer, warmup_steps, 6, num_training_steps=30, decay_type="linear")
     config = OptimizerConfig(decay="wsd", warmup_steps=warmup_steps, decay_fraction=0.2)
     for step in range(32):
-        assert scheduler.get_last_lr()[0] == pytest.approx(learning_rate_factor(step, 30, config), abs=1e-12)
+        factor = learning_rate_factor(step, 30, config)
+        assert step < warmup_steps or scheduler.get_last_lr()[0] == pytest.approx(factor, abs=1e-12)
         optimizer.step()
         scheduler.step()
 
