@@ -82,8 +82,8 @@ MOMENTS = {
     "train": lambda root: exists(root, "chaos/checkpoints/*/step-*.json"),
     "evaluate": lambda root: exists(root, "artifacts/train-*/manifest.json"),
 }
-# While all is scored, scheduled and trained on concurrently, these can be told apart; so the driver dies in each of them.
-STREAMING_MOMENTS = ("shard", "prepare", "reference", "train", "evaluate")
+# In CI: while all is scored, scheduled and trained on concurrently, before and after the first checkpoint.
+FEW_MOMENTS = ("reference", "train")
 
 
 def weights(root: Path) -> str:
@@ -105,7 +105,7 @@ def counts(line: str) -> str:
 
 @pytest.mark.parametrize(
     ("mode", "stages"),
-    [("streaming", STREAMING_MOMENTS), pytest.param("ahead", tuple(MOMENTS), marks=pytest.mark.long)],
+    [("streaming", FEW_MOMENTS), pytest.param("ahead", tuple(MOMENTS), marks=pytest.mark.long)],
 )
 def test_a_driver_killed_in_every_stage_ends_as_an_undisturbed_one(
     mode: str, stages: tuple[str, ...], tmp_path: Path

@@ -20,7 +20,7 @@ import yaml
 
 from tests.helpers.fakes.endpoint import Call, MadeEndpoint, Reply, longer_is_better, made_endpoint
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]  # in CI: tests/integration/test_rounds.py
 
 CONCURRENCY = 2  # calls that are open at once: as many may be lost with a process
 RECIPE = {
@@ -136,10 +136,6 @@ def moments(run: Run) -> dict[str, Callable[[], object]]:
     return {"sampling": sampling, "judging": judging, "training": training, **states}
 
 
-# A driver is killed in these in CI, and in all states in `make test-long`: calls are open, and a checkpoint is there.
-FEW_STATES = ("judging", "training")
-
-
 @dataclass(frozen=True)
 class Quiet:
     """A run that nothing disturbed, and the endpoint that judged it."""
@@ -157,16 +153,14 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quiet]:
         yield Quiet(endpoint, run.digests(), set(endpoint.asked))
 
 
-@pytest.mark.parametrize("states", ["few", pytest.param("every", marks=pytest.mark.long)])
-def test_a_driver_killed_in_its_states_ends_as_an_undisturbed_one(states: str, quiet: Quiet, tmp_path: Path) -> None:
+def test_a_driver_killed_in_every_state_ends_as_an_undisturbed_one(quiet: Quiet, tmp_path: Path) -> None:
     assert len([name for name in quiet.digests if name.startswith("train-")]) == 2
     endpoint = quiet.endpoint
     endpoint.asked.clear()
     endpoint.answered.clear()
     struck, kills = Run(tmp_path / "struck", endpoint), 0
     kept: dict[str, int] = {}
-    chosen = {name: reached for name, reached in moments(struck).items() if states == "every" or name in FEW_STATES}
-    for name, reached in chosen.items():
+    for name, reached in moments(struck).items():
         if reached():
             continue  # the kill before was late
         with struck.started() as process:
@@ -180,7 +174,7 @@ def test_a_driver_killed_in_its_states_ends_as_an_undisturbed_one(states: str, q
             assert not path.exists() or path.stat().st_mtime_ns == changed
         kept = {str(f): f.stat().st_mtime_ns for f in struck.out.glob("rounds/samples/*/granule-*.parquet")}
     struck.finish()
-    assert kills >= (12 if states == "every" else len(FEW_STATES) - 1)
+    assert kills >= 12
     assert struck.digests() == quiet.digests
     assert set(endpoint.asked) == quiet.asked
     again = {call: count for call, count in endpoint.asked.items() if count > 1}
@@ -201,11 +195,7 @@ def processes_of(driver: int, title: str) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     "title",
-    [
-        pytest.param("ray::Engine.sample", marks=pytest.mark.long),
-        pytest.param("ray::JudgeActor.judge", marks=pytest.mark.long),
-        pytest.param("ray::RayTrainWorker", marks=pytest.mark.long),
-    ],
+    ["ray::Engine.sample", "ray::JudgeActor.judge", "ray::RayTrainWorker"],
 )
 def test_a_lost_sampler_judge_or_trainer_costs_its_work_alone(title: str, quiet: Quiet, tmp_path: Path) -> None:
     endpoint = quiet.endpoint

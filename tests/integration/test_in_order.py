@@ -123,14 +123,14 @@ def in_order(
     announce: Callable[[list[FileEntry]], None],
     train: TrainConfig = TRAIN,
     start_step: int = 0,
-    looked: Callable[[int, int], None] = lambda found, known: None,
+    on_lookup: Callable[[int, int], None] = lambda found, known: None,
 ) -> InOrder:
     scratch.mkdir()
     orders = schedule_stage.order_splits(tokens, train, 0)
     sources = [(o.split, [partial(read_table, tokens, n) for n in o.parts], o.steps, o.groups) for o in orders]
     turns = deal_turns(sources, start_step, train.eval_every_steps, scratch)
     packing = Packing(train.workers, train.tokens_per_micro_batch)
-    return InOrder(turns, store, GRANULE_GROUPS, 1, packing, staging, announce, looked)  # pyright: ignore[reportArgumentType]
+    return InOrder(turns, store, GRANULE_GROUPS, 1, packing, staging, announce, on_lookup)  # pyright: ignore[reportArgumentType]
 
 
 def ahead(root: Path, tokens: Artifact, train: TrainConfig = TRAIN) -> Artifact:

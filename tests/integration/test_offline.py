@@ -141,7 +141,7 @@ def test_training_moved_the_policy_towards_the_preferences(finished: Finished) -
     assert samples["kl"] > -0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trainer_scoring_gives_the_same_reference(finished: Finished, tmp_path: Path) -> None:
     """The exact fallback: another engine, another key, the same numbers; its first loss is ln 2 to rounding."""
     run, _ = offline(small_recipe(tmp_path, "reference.engine=trainer", "train.workers=2", "train.steps=1"), Reporter())
@@ -160,7 +160,7 @@ def flat_logps(reference, name: str) -> np.ndarray:
     return np.array([value for group in groups for completion in group for value in completion])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_world_size_changes_nothing_but_speed(finished: Finished, output: Path) -> None:
     """One result, however it ran: in float32 the curves of 1 and 2 workers agree to 1e-5."""
     alone, _ = offline(

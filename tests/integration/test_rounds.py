@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
+import yaml
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
@@ -53,9 +59,28 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster: None, output: Path) -> Rounds:
-    rounds, ran = online(rounds_recipe(output, mix={"offline": 0.25}), Reporter())
+def committed(output: Path) -> dict[str, int]:
+    """Kill the driver when the first round has a checkpoint; return when each artifact was committed by then."""
+    recipe, log = output / "recipe.yaml", output / "log"
+    recipe.write_text(yaml.safe_dump(rounds_recipe(output, mix={"offline": 0.25}).model_dump(mode="json")))
+    with log.open("w") as stream:
+        driver = subprocess.Popen([sys.executable, "-m", "dpo_ray", "run", recipe], stdout=stream, stderr=stream)
+        deadline = time.monotonic() + 400
+        while not any(output.glob("rounds/checkpoints/*/step-*.json")):
+            assert driver.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        driver.kill()
+        driver.wait()
+    return {str(file): file.stat().st_mtime_ns for file in output.glob("artifacts/*/manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: None, output: Path, committed: dict[str, int]) -> Rounds:
+    said = io.StringIO()
+    rounds, ran = online(rounds_recipe(output, mix={"offline": 0.25}), Reporter(Console(file=said, width=200)))
     assert ran
+    assert "resuming from the checkpoint of step" in said.getvalue()
     return rounds
 
 
@@ -65,6 +90,13 @@ def samples_of(artifact: Artifact) -> list[SampledPrompt]:
 
 def pairs_of(artifact: Artifact) -> list[dict]:
     return [row for name in artifact.names("train/") for row in read_table(artifact, name).to_pylist()]
+
+
+def test_a_killed_driver_loses_nothing_that_was_committed(finished: Rounds, committed: dict[str, int]) -> None:
+    """In every state, and against an undisturbed run: tests/chaos/test_kill_rounds.py."""
+    stages = {Path(file).parent.name.partition("-")[0] for file in committed}
+    assert stages >= {"prepare", "sample", "judge", "pair", "reference", "schedule"}
+    assert {file: Path(file).stat().st_mtime_ns for file in committed} == committed
 
 
 def test_every_round_is_decided_and_nothing_is_left_to_run(finished: Rounds, output: Path) -> None:
@@ -186,6 +218,7 @@ def samples_by_policy(rounds: Rounds, policy: str) -> list[SampledPrompt]:
     return samples_of(artifact)
 
 
+@pytest.mark.long
 def test_more_rounds_go_on_from_the_last_and_a_rejected_one_keeps_the_policy(finished: Rounds, output: Path) -> None:
     """No policy gains so much in a round: the third is rejected, and then the fourth starts from the second as well."""
     raised = rounds_recipe(output, mix={"offline": 0.25}, rounds=3)

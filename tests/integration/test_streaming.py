@@ -20,7 +20,7 @@ from tests.helpers.fakes import held_back
 from tests.helpers.fakes.held_back import HoldBack
 from tests.integration.conftest import small_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2400), pytest.mark.usefixtures("ray_cluster")]
 ray.cloudpickle.register_pickle_by_value(held_back)  # engines' processes do not find the tests' modules
 
 # 96 pairs in 12 steps: a bucket of 4 steps, then the held-out data (evaluation after step 3), then a bucket of 8 steps.

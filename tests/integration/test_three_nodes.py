@@ -20,7 +20,7 @@ from tests.helpers.local_cluster import REPOSITORY, LocalCluster, local_cluster
 
 DATA = Path(os.environ.get("HH_DATA", REPOSITORY.parent / "shared" / "data" / "hh-harmless")).resolve()
 MODEL = Path(os.environ.get("HH_MODEL", REPOSITORY.parent / "shared" / "models" / "llama-6m")).resolve()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
 ROLES = (
     "cluster.roles={prepare: {node_labels: {dpo/role: head}}, reference: {node_labels: {dpo/role: reference}}, "
     "train: {node_labels: {dpo/role: train}}}"
