@@ -37,6 +37,10 @@ class RulesConfig(StrictModel):
     special_tokens: Literal["quarantine", "allow"] = "quarantine"
     """Rows whose text contains one of the tokenizer's special tokens, which would be read as such a token."""
 
+    dropped_content: Literal["quarantine", "keep"] = "quarantine"
+    """Rows of which the chat template does not write everything, such as tool calls, names or reasoning. With keep, the
+    rest of such a row is trained on."""
+
     conflicts: Literal["drop", "keep"] = "drop"
     """Pairs that the data also contains with chosen and rejected swapped: leave out both."""
 

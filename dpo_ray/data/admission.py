@@ -49,6 +49,7 @@ REASONS: dict[str, Reason] = {
     "NULL_FIELD": _fault("a field that the format needs is null"),
     "WRONG_TYPE": _fault("a field has another type than the format requires"),
     "BAD_MESSAGE": _fault("a message is not an object with a role and text content"),
+    "UNSUPPORTED_MEDIA": _fault("the row has images, videos or sound, which are not supported"),
     "BAD_ROLE": _fault("a message has an unknown role"),
     "NON_ALTERNATING_ROLES": _fault("turns of user and assistant do not alternate"),
     "LAST_TURN_NOT_ASSISTANT": _fault("a conversation does not end with an assistant turn"),
@@ -66,6 +67,7 @@ REASONS: dict[str, Reason] = {
     "SPECIAL_TOKEN_INJECTION": _fault("the text contains one of the tokenizer's special tokens"),
     # rendering and tokens
     "TEMPLATE_ERROR": _fault("the chat template refused the conversation"),
+    "DROPPED_BY_TEMPLATE": _fault("the chat template does not write a part of the conversation"),
     "TEMPLATE_LIMIT": _fault("rendering took too long, or produced too much text"),
     "PREFIX_BROKEN": _fault("the rendered conversation does not begin with the rendered prompt, as text or as tokens"),
     "NO_RESPONSE_TOKENS": _rule("after truncation nothing is left of a completion, or nothing differs"),

@@ -13,6 +13,7 @@ from dpo_ray.config.sources import Columns
 from . import llama_factory, pairs, pandalm, scored, unpaired
 from .fields import NUMBERED, Fields, named, numbered
 from .format import Format
+from .media import is_media
 
 _BUILT_IN = {
     each.name: each
@@ -35,6 +36,20 @@ def _names(columns: Columns) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
     }
 
 
+@functools.lru_cache(maxsize=64)
+def message_columns(columns: Columns) -> frozenset[str]:
+    """Return the names of columns that may hold messages, in any format or by the recipe's own names."""
+    roles = ("prompt", "chosen", "rejected", "completion", "completions")
+    names = _names(columns)
+    return frozenset(name for each in names.values() for role in roles for name in each.get(role, ()))
+
+
+@functools.lru_cache(maxsize=64)
+def named_columns(columns: Columns) -> frozenset[str]:
+    """Return the columns that the recipe names itself."""
+    return frozenset(name for role in type(columns).model_fields for name in named(role, columns))
+
+
 def wanted(names: Sequence[str], columns: Columns) -> list[str]:
     """Return the columns of a table that any format could need.
 
@@ -52,7 +67,7 @@ def wanted(names: Sequence[str], columns: Columns) -> list[str]:
     )
     if not complete:
         return list(names)
-    needed = set().union(*present.values())
+    needed = set().union(*present.values(), filter(is_media, names))  # a row with media is refused, not cut
     return [name for name in names if name in needed]
 
 

@@ -10,11 +10,15 @@ from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Conversation, Message
 
 from .fields import Fields
+from .media import is_media
 from .soundness import require, sound_text, sound_value
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """What chat templates read from a message in addition to its role and content."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a content's parts that are text: of chat templates, and of OpenAI's Responses API."""
 
 # ShareGPT's roles as LLaMA-Factory defines them (data/README.md there, "tags"), and the usual names.
 _SHAREGPT_ROLES = {
@@ -23,8 +27,12 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool_response": "tool",
     **{role: role for role in ROLES},
 }
+CALLS = ("function_call", "tool_call")
+"""Speakers whose text is the JSON of a call, in ShareGPT's layout and in ms-swift's."""
 
 
 def conversation(value: Any, name: str) -> Conversation:
@@ -49,16 +57,61 @@ def _message(message: Any, i: int, name: str) -> Message:
         message = _from_sharegpt(message, where)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise Rejected("BAD_MESSAGE", f"{where}: no role")
-    role, content = message["role"], message.get("content")
+    if message["role"] in ("tool_call", "tool_response"):
+        message = _from_sharegpt({**message, "from": message["role"], "value": message.get("content")}, where)
+    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
     if role not in ROLES:
         raise Rejected("BAD_ROLE", f"{where}: role {role!r}"[:200])
-    calls = message.get("tool_calls")
     require(not calls or _is_list_of_objects(calls), "BAD_MESSAGE", f"{where}: tool_calls are not a list of objects")
     if content is None and role == "assistant" and calls:
         content = ""  # many templates would print None as text
-    require(isinstance(content, str), "BAD_MESSAGE", f"{where}: no text content")
+    text = _text_of(content, where)
     kept = {key: sound_value(message[key], name, "BAD_MESSAGE") for key in KEPT if message.get(key)}
-    return {"role": role, "content": sound_text(content, name), **kept}
+    if "tool_calls" in kept:
+        kept["tool_calls"] = [_with_decoded_arguments(call, where) for call in kept["tool_calls"]]
+    return {"role": role, "content": sound_text(text, name), **kept}
+
+
+def _text_of(content: Any, where: str) -> str:
+    """Return a message's text; parts of text are joined as templates do, with nothing between them.
+
+    Raises:
+        Rejected: BAD_MESSAGE, if there is no text; UNSUPPORTED_MEDIA, if a part is an image, a video or sound.
+    """
+    if isinstance(content, str):
+        return content
+    parts = [content] if isinstance(content, Mapping) else content
+    require(isinstance(parts, list | tuple) and bool(parts), "BAD_MESSAGE", f"{where}: no text content")
+    return "".join([part if isinstance(part, str) else _part_text(part, where) for part in parts])
+
+
+def _part_text(part: Any, where: str) -> str:
+    require(isinstance(part, Mapping), "BAD_MESSAGE", f"{where}: a part of the content is not an object")
+    kind = part.get("type", "text")
+    if kind not in TEXT_PARTS:
+        raise Rejected("UNSUPPORTED_MEDIA", f"{where}: a part of type {kind!r}"[:200])
+    media = sorted(key for key, value in part.items() if value and is_media(str(key)))
+    if media:
+        raise Rejected("UNSUPPORTED_MEDIA", f"{where}: a part with `{media[0]}`"[:200])
+    text = part.get("text", part.get("content"))
+    require(isinstance(text, str), "BAD_MESSAGE", f"{where}: a part of type text without text")
+    return text
+
+
+def _with_decoded_arguments(call: Message, where: str) -> Message:
+    """Decode a call's arguments that are JSON text, as vLLM does before it renders the template.
+
+    vLLM: vllm/entrypoints/chat_utils.py, `_postprocess_messages`.
+    """
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(arguments := function.get("arguments"), str):
+        return call
+    try:
+        value = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        raise Rejected("BAD_MESSAGE", f"{where}: the arguments of a tool call are not JSON") from None
+    require(isinstance(value, dict), "BAD_MESSAGE", f"{where}: the arguments of a tool call are not an object")
+    return {**call, "function": {**function, "arguments": value}}
 
 
 def _from_sharegpt(message: Mapping[str, Any], where: str) -> Message:
@@ -66,9 +119,9 @@ def _from_sharegpt(message: Mapping[str, Any], where: str) -> Message:
     if speaker not in _SHAREGPT_ROLES:
         raise Rejected("BAD_ROLE", f"{where}: from {speaker!r}"[:200])
     role = _SHAREGPT_ROLES[speaker]
-    if speaker == "function_call":
+    if speaker in CALLS:
         return {"role": role, "content": None, "tool_calls": _function_calls(value, where)}
-    return {**message, "role": role, "content": value}
+    return {**{k: v for k, v in message.items() if k not in ("from", "value")}, "role": role, "content": value}
 
 
 def _function_calls(value: Any, where: str) -> list[Message]:

@@ -74,9 +74,18 @@ def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) 
     if isinstance(prompt, str) and len(turns[0]) == len(turns[1]) == 1:
         shared = user_turn(sound_text(prompt, "prompt"))
     else:
+        if isinstance(prompt, str):
+            _check_same_prompt(sound_text(prompt, "prompt"), shared)
         require(shared == turns[1][:-1], "PROMPT_MISMATCH", "chosen and rejected differ before their last turn")
         require(bool(shared), "MISSING_PROMPT", "chosen and rejected hold a single message each")
     return TextGroup(with_system(shared, fields), answers, (1.0, 0.0))
+
+
+def _check_same_prompt(prompt: str, turns: Conversation) -> None:
+    """Check that the prompt's text is that of a turn of the conversation, or holds its last one; or has no text."""
+    said = [turn["content"].strip() for turn in turns if turn["role"] == "user"]
+    same = not prompt.strip() or prompt.strip() in said or (bool(said) and said[-1] in prompt)
+    require(same, "PROMPT_MISMATCH", "the prompt's text is not that of the conversation in chosen and rejected")
 
 
 def _implicit_text(chosen: str, rejected: str) -> TextGroup:

@@ -11,11 +11,16 @@ from dpo_ray.config.sources import Columns, RowFormat
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
 
-from .catalog import FORMATS, fields_of
+from .catalog import FORMATS, fields_of, message_columns, named_columns
 from .fields import Fields
+from .media import check_media
+from .message_text import decoded
 from .messages import check_alternation
 from .recognise import recognise
 from .soundness import require, sound_value
+
+TEXT_FORMATS = ("text", "implicit_text", "hh")
+"""Formats of text alone: where the recipe names one, text that looks like messages is text all the same."""
 
 
 def text_group(
@@ -31,6 +36,9 @@ def text_group(
     Raises:
         Rejected: with the reason that fits best; the row is then quarantined.
     """
+    check_media(row, named_columns(columns))
+    if row_format not in TEXT_FORMATS:
+        row = decoded(row, message_columns(columns))
     if row_format == "auto":
         row_format = recognise(row, columns)
     fields = fields_of(row, row_format, columns)

@@ -86,7 +86,7 @@ def _pair(fields: Fields, row: Mapping[str, Any]) -> str:
 
 
 def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> str:
-    if has_prompt and prompt is None:
+    if has_prompt and prompt is None and not (_is_conversation(chosen) or _is_conversation(rejected)):
         return "text"  # which says that it is null
     if isinstance(prompt, list | tuple):
         return "messages"

@@ -36,7 +36,7 @@ def sound_text(value: Any, name: str) -> str:
 
 
 def sound_value(value: Any, name: str, reason: str, depth: int = 0) -> Any:
-    """Return a nested value of a message or a tool without nulls: in a table each object has the fields of all.
+    """Return a nested value of a message or a tool.
 
     Raises:
         Rejected: as in `sound_text`, for text within it; `reason` if it is nested deeper than DEEPEST levels.
@@ -45,8 +45,7 @@ def sound_value(value: Any, name: str, reason: str, depth: int = 0) -> Any:
     if isinstance(value, str):
         return sound_text(value, name)
     if isinstance(value, Mapping):
-        entries = ((k, v) for k, v in value.items() if v is not None)
-        return {sound_text(k, name): sound_value(v, name, reason, depth + 1) for k, v in entries}
+        return {sound_text(k, name): sound_value(v, name, reason, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [sound_value(item, name, reason, depth + 1) for item in value]
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -182,21 +182,42 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 def _records(batch: pa.RecordBatch) -> Iterator[tuple[Any, int]]:
     """Convert a batch to rows; if that fails, convert them one by one, so that a bad value only costs its own row."""
-    rows = _at_once(batch)
+    rows, sparse = _at_once(batch), [f.name for f in batch.schema if _may_lack_fields(f.type)]
     if rows is not None:
         mean_bytes = batch.nbytes // max(len(rows), 1)
-        yield from ((row, mean_bytes) for row in rows)
+        yield from ((_without_absent(row, sparse), mean_bytes) for row in rows)
         return
     for i in range(batch.num_rows):
         row = batch.slice(i, 1)
-        yield _record(row), row.nbytes
+        yield _without_absent(_record(row), sparse), row.nbytes
+
+
+def _may_lack_fields(kind: pa.DataType) -> bool:
+    """Return whether values of a type hold objects that may lack fields: as structs, all objects have the fields of
+    each, and null stands for a field that an object does not have. A message of two fields lacks none."""
+    if pa.types.is_struct(kind) and kind.num_fields > 2:
+        return True
+    return any(_may_lack_fields(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _without_absent(row: Any, names: Sequence[str]) -> Any:
+    """Return the row with no field that is null in the objects that the named columns hold."""
+    if not names or not isinstance(row, dict):
+        return row
+    return {name: _present(value) if name in names else value for name, value in row.items()}
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _present(v) for k, v in value.items() if v is not None}
+    return [_present(v) for v in value] if isinstance(value, list) else value
 
 
 def _at_once(batch: pa.RecordBatch) -> list[Any] | None:
     if batch.nbytes > MAX_ROW_BYTES:
         return None
     try:
-        return batch.to_pylist()
+        return batch.to_pylist(maps_as_pydicts="strict")
     except Exception:  # text that is not UTF-8, or a time that Python cannot represent: handled again for its row
         return None
 
@@ -205,7 +226,7 @@ def _record(row: pa.RecordBatch) -> Any:
     if row.nbytes > MAX_ROW_BYTES:
         return Rejected("TOO_LONG_BYTES", f"{row.nbytes} bytes")
     try:
-        return row.to_pylist()[0]
+        return row.to_pylist(maps_as_pydicts="strict")[0]
     except UnicodeDecodeError as error:
         return Rejected("INVALID_UTF8", f"byte {error.start}: {error.object[:100]!r}")
     except Exception as error:

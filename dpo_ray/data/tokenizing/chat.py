@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
 from dpo_ray.errors import ConfigError
 
+from .dropped import REASONING, DropCheck, Tools
 from .sandbox import TextTooLong, compile_template
 from .watchdog import Watchdog
 
@@ -114,6 +116,10 @@ class Renderer:
             **config.chat_template_kwargs,
         }
         own = tokenizer.chat_template
+        name = (
+            "the tokenizer's chat template" if config.chat_template == AUTO else f"the template {config.chat_template}"
+        )
+        self._checks = (DropCheck(name), DropCheck(name)) if config.rules.dropped_content == "quarantine" else None
         # if there are several named templates, transformers uses `tool_use` for conversations with tools
         with_tools = (
             own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
@@ -130,6 +136,8 @@ class Renderer:
                 conversation does not begin with the prompt; or the text is not valid Unicode.
         """
         if self.is_plain:
+            if self._checks is not None:
+                _check_plain(group)
             prompt = _plain_prompt(group)
             return Rendered(prompt, [_sound(prompt + _plain_text(completion)) for completion in group.completions])
         turns = group.messages if group.messages is not None else group.prompt
@@ -141,8 +149,15 @@ class Renderer:
             whole = self._text(group, [*messages, answer], watchdog, add_generation_prompt=False)
             if not whole.startswith(prompt):
                 raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
+            if self._checks is not None:
+                again = functools.partial(self._again, group, watchdog)
+                self._checks[group.tools is not None].check([*messages, answer], group.tools, whole, again)
             wholes.append(_sound(whole))
         return Rendered(prompt, wholes)
+
+    def _again(self, group: TextGroup, watchdog: Watchdog, messages: Sequence[Message], tools: Tools) -> str:
+        changed = replace(group, tools=None if tools is None else tuple(tools))
+        return self._text(changed, list(messages), watchdog, add_generation_prompt=False)
 
     def user_turn(self) -> str:
         """Render a single user turn: `x`, and what the template writes around it. Empty if the template refuses."""
@@ -185,6 +200,25 @@ def _sound(text: str) -> str:
     except UnicodeEncodeError as error:  # JSON can encode one, for instance in the arguments of a tool call
         raise Rejected("INVALID_UTF8", f"rendered, a lone surrogate at character {error.start}") from None
     return text
+
+
+def _check_plain(group: TextGroup) -> None:
+    """Check that plain text, which is nothing but the content of each turn, holds all of a group."""
+    spoken = () if isinstance(group.prompt, str) else group.prompt
+    messages = [*spoken, *(c for c in group.completions if not isinstance(c, str))]
+    for key, part in (
+        ("tool_calls", "tool calls"),
+        ("name", "names of speakers"),
+        *((k, "reasoning") for k in REASONING),
+    ):
+        if any(key in message for message in messages if key != "name" or message["role"] != "tool"):
+            raise Rejected(
+                "DROPPED_BY_TEMPLATE", f"plain text does not write {part}: data.chat_template must name a template"
+            )
+    if group.tools:
+        raise Rejected(
+            "DROPPED_BY_TEMPLATE", "plain text does not write tools: data.chat_template must name a template"
+        )
 
 
 def _plain_prompt(group: TextGroup) -> str:

@@ -89,7 +89,7 @@ def test_of_templates_by_name_rows_with_tools_take_tool_use(chatml_dir: str):
     messages = [{"role": "user", "content": "Hi"}]
     for tools in (None, TOOLS):
         group = TextGroup("Hi", ("yes", "no"), (1.0, 0.0), tools=tools)
-        prompt, wholes = rendered(group, CHATML, tokenizer)
+        prompt, wholes = rendered(group, CHATML, tokenizer, rules={"dropped_content": "keep"})
         answer = {"role": "assistant", "content": "yes"}
         assert (prompt, wholes[0]) == of_transformers(tokenizer, None, messages, answer, tools=tools and list(tools))
         assert prompt.startswith("tools!") == (tools is not None)
@@ -118,7 +118,7 @@ def test_a_lone_surrogate_is_found_wherever_it_comes_from(chatml):
 def test_tool_calls_have_no_plain_text(chatml):
     with pytest.raises(Rejected) as caught:
         rendered(TextGroup("Hi", (TOOL_CALL, "no"), (1.0, 0.0)), "plain", chatml)
-    assert caught.value.reason == "TEMPLATE_ERROR"
+    assert caught.value.reason == "DROPPED_BY_TEMPLATE"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def test_template_that_depends_on_the_position_is_quarantined(chatml):
 
 def test_a_completion_that_the_template_does_not_write_is_none(chatml):
     template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m.role == 'user' }}")
-    assert reason(tokenized(pair(), template, chatml)) == "NO_RESPONSE_TOKENS"
+    assert reason(tokenized(pair(), template, chatml)) == "DROPPED_BY_TEMPLATE"
+    assert reason(tokenized(pair(), template, chatml, rules={"dropped_content": "keep"})) == "NO_RESPONSE_TOKENS"
 
 
 def test_a_rejected_row_keeps_its_place_in_the_batch(chatml):

@@ -1,0 +1,33 @@
+"""Images, videos and sound of a row. They are not supported: to train on the text alone would be another task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dpo_ray.data.admission import Rejected
+
+_NAME = re.compile(r"(image|video|audio)s?(_?(url|path|file|data|bytes|base64)s?)?", re.IGNORECASE)
+
+
+def is_media(column: str) -> bool:
+    """Return whether a column of this name holds images, videos or sound."""
+    return _NAME.fullmatch(column) is not None
+
+
+def check_media(row: Mapping[str, Any], used: Collection[str]) -> None:
+    """Check that the row has no images, videos or sound; columns that the recipe names as text are `used`.
+
+    Raises:
+        Rejected: UNSUPPORTED_MEDIA, with the column.
+    """
+    for name, value in row.items():
+        if isinstance(name, str) and is_media(name) and name not in used and not _is_empty(value):
+            raise Rejected("UNSUPPORTED_MEDIA", f"the row has `{name}`")
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    return value is None or value is False or (isinstance(value, str | list | tuple | bytes) and not value)
