@@ -35,7 +35,7 @@ from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.schedule.build import Packing, build_split
 from dpo_ray.train import stage as train_stage
 from dpo_ray.train.task import TrainTask
-from tests.helpers.requests import ENGINE, WORKER
+from tests.helpers.role_resources import ENGINE, WORKER
 
 from . import golden_process
 from .curves import GOLDEN, curves, is_there, settings_of

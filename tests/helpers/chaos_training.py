@@ -31,7 +31,7 @@ from dpo_ray.train.task import TrainTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.helpers import training, traps
-from tests.helpers.requests import WORKER
+from tests.helpers.role_resources import WORKER
 from tests.helpers.traps import POINTS, arm_trap
 
 STEPS, EVERY, MOMENTS = 160, 4, 20

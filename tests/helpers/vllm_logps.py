@@ -13,7 +13,7 @@ from dpo_ray.reference.completions import EngineModel, completion_logps
 from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import Numerics, ReferenceStore
-from tests.helpers.requests import ENGINE
+from tests.helpers.role_resources import ENGINE
 
 
 def vllm_logps(

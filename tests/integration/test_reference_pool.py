@@ -25,7 +25,7 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from tests.helpers.fakes import scorers
 from tests.helpers.fakes.scorers import BREAKING, DEADLY, UNSCORABLE, Start, formula, granule
-from tests.helpers.requests import ENGINE
+from tests.helpers.role_resources import ENGINE
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ray.cloudpickle.register_pickle_by_value(scorers)  # engines' processes do not find the tests' modules

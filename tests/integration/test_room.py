@@ -23,7 +23,7 @@ from dpo_ray.config.roles import RolesConfig
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import InfrastructureError, StoppedError, TrainError
 from dpo_ray.run.context import recipe_yaml
-from tests.helpers.requests import WORKER
+from tests.helpers.role_resources import WORKER
 from tests.integration.conftest import small_recipe
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests' modules

@@ -27,7 +27,7 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import Numerics, ReferenceStore
 from dpo_ray.reference.trainer_pool import score_with_trainer
 from dpo_ray.run.offline import offline
-from tests.helpers.requests import WORKER
+from tests.helpers.role_resources import WORKER
 from tests.integration.conftest import small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
