@@ -45,6 +45,10 @@ class ArtifactError(DpoRayError):
     exit_code = 4
 
 
+class WriteRefusedError(ArtifactError):
+    """A disk is full or read-only: to try again, without a person's help, would end the same way."""
+
+
 class LeaseError(DpoRayError):
     """Another driver is already working on this run."""
 

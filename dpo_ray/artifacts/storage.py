@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError
+from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError, WriteRefusedError
 
 from .disk import Disk, make_dirs
 from .manifest import FileEntry
@@ -20,6 +20,7 @@ from .names import TEMPORARY_PREFIX, checked_name, fault_in_name
 from .object_store import EXTRAS, ObjectStore
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRITING = ("write", "create", "commit", "append to")
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -115,6 +116,11 @@ class Storage:
         sha256 = hashlib.sha256(data).hexdigest()
         return FileEntry(name=name, path=name, bytes=len(data), sha256=sha256, rows=rows)
 
+    def append(self, name: str, data: bytes) -> None:
+        """Append to a file of a disk, which is created if it does not exist; a crash may leave a part of the data."""
+        with self._explained("append to", name), self.local_path(checked_name(name, self.uri)).open("ab") as stream:
+            stream.write(data)
+
     def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
         """Copy a local file to this storage with the guarantees of `write`, hashing it chunk by chunk."""
         with self._explained("write", name):
@@ -201,6 +207,8 @@ class Storage:
         except OSError as error:
             where = f"{self.uri}/{name}" if name else self.uri
             kind = ArtifactError if self.is_local else InfrastructureError
+            if self.is_local and error.errno in (*_NO_SPACE, *_NO_PERMISSION) and action in _WRITING:
+                kind = WriteRefusedError
             what = f"cannot {action}: {error.strerror or error}"
             raise kind(what, where=where, fix=_advice(error)) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dpo_ray.errors import EXIT_CODES, DpoRayError, StoppedError
+from dpo_ray.observe.text import harmless
 
 from .doctor import doctor
 from .inspect import inspect
@@ -24,6 +26,7 @@ from .store import store
 
 _MEANINGS = EXIT_CODES | {1: "A bug in dpo-ray itself: the traceback shows where"}
 _CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
+OVERRIDE_AS_OPTION = re.compile(r"No such option:? (?:--)?-*([a-z_]+(?:\.[a-z_]+)+)")
 app = typer.Typer(
     help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; each of its values can be "
     "overridden on the command line as key.path=value. Begin with `dpo-ray init` and `dpo-ray run`.",
@@ -43,13 +46,19 @@ app.add_typer(store, name="store")
 app.add_typer(kubernetes, name="kubernetes")
 
 
+def _print_error(text: str) -> None:
+    """Print an error, whose text may quote file names and data, so that a terminal interprets none of it."""
+    lines = "\n".join(harmless(line) for line in f"error: {text}".split("\n"))
+    Console(stderr=True, soft_wrap=True).print(lines, style="red", highlight=False, markup=False)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; errors of dpo-ray are printed without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
     except DpoRayError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+        _print_error(str(error))
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
@@ -65,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except typer.TyperException as error:
         if message := error.format_message():  # empty if the help was printed because there were no arguments
-            Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", highlight=False, markup=False)
+            override = OVERRIDE_AS_OPTION.search(message)
+            _print_error(f"{message} A value of a recipe has no dashes: {override[1]}=VALUE" if override else message)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -20,7 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError
+from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError, WriteRefusedError
 
 from .inbox import Inbox
 from .resources import Resources
@@ -28,7 +28,7 @@ from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
 GROW_SECONDS = 30.0  # between two checks for room for missing workers
-LASTING = (ConfigError, DataError, EngineError)  # another attempt would end with the same error
+LASTING = (ConfigError, DataError, EngineError, WriteRefusedError)  # another attempt would end with the same error
 
 
 def start_inbox() -> Any:

@@ -7,6 +7,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
+LARGEST_NUMBER = 2**53  # up to which every whole number is one in float64 and in JSON as well
+
 
 def field_error(field: str, what: str) -> PydanticCustomError:
     """Build the error that a section's validator raises about one of its fields (`a.b` for a nested field)."""
@@ -26,12 +28,15 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _truth_is_no_number(cls, values: Any) -> Any:
-        """Refuse yes, no, on and off, which YAML reads as booleans, for fields that hold a number or text."""
+    def _values_are_possible(cls, values: Any) -> Any:
+        """Refuse numbers that nothing can have, and, for fields that hold a number or text, yes, no, on and off, which
+        YAML reads as booleans."""
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
             value, kind = values.get(name), field.annotation
             if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
                 text = str(value).lower()
                 what = f"{text} is not allowed here (YAML reads yes, no, on and off as booleans: quote text)"
                 raise field_error(name, what)
+            if type(value) is int and abs(value) > LARGEST_NUMBER:
+                raise field_error(name, f"{value:.3g} is larger than anything that can be counted here")
         return values

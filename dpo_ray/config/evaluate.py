@@ -11,7 +11,8 @@ class EvaluateConfig(StrictModel):
     """Sampling from the policy and the reference on held-out prompts, to compare them."""
 
     sample_prompts: int = Field(default=64, ge=0)
-    """Held-out prompts to sample completions for; 0: no sampling, so no KL estimate and no comparison of samples."""
+    """Held-out prompts to sample completions for; 0, which is the default without data.eval: no sampling, so no KL
+    estimate and no comparison of samples."""
 
     max_new_tokens: int = Field(default=128, gt=0)
     temperature: float = Field(default=1.0, gt=0)

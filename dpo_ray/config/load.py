@@ -15,6 +15,7 @@ from .explain import explain_all
 from .recipe import Recipe
 
 MAX_RECIPE_BYTES = 1 << 20
+MOST_DIGITS = 40
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -41,12 +42,32 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads `5e-7` as text; numbers in recipes follow YAML 1.2.
+def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    if len(text) > MOST_DIGITS:
+        what = f"a number of {len(text):,} digits cannot be a value"
+        raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+    return int(text, 16 if text.startswith("0x") else 8 if text.startswith("0o") else 10)
+
+
+# Numbers follow YAML 1.2's core schema (10.3.2). YAML 1.1, as PyYAML has it, reads `5e-7` as text, `010` as 8, and
+# `190:20:30` as 685,230.
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    _INT, re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+_StrictLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
+_StrictLoader.add_constructor(_INT, _construct_int)
 
 
 def _parse_yaml(text: str, where: str) -> Any:

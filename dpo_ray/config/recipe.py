@@ -65,6 +65,9 @@ class Recipe(StrictModel):
     def _fields_agree(self) -> Recipe:
         if self.name in RESERVED_NAMES:
             raise field_error("name", f"`{self.name}` is the name of a directory that runs share; choose another")
+        if not self.data.eval and "sample_prompts" not in self.evaluate.model_fields_set:
+            # There are no prompts. A frozen model can be completed only like this, and only while it is validated.
+            object.__setattr__(self, "evaluate", self.evaluate.model_copy(update={"sample_prompts": 0}))
         if self.train.eval_every_steps is not None and not self.data.eval:
             raise field_error(
                 "train.eval_every_steps", "there is nothing to evaluate on; set data.eval or leave it out"

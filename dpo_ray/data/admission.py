@@ -85,6 +85,31 @@ REASONS: dict[str, Reason] = {
     "OUTSIDE_MIXTURE": _rule("beyond the source's share by weight"),
 }
 
+ADVICE: dict[str, str] = {
+    "JSON_SYNTAX": "write one JSON object on each line (JSON Lines), or one JSON list of objects",
+    "INVALID_UTF8": "save the file as UTF-8",
+    "UNSUPPORTED_MEDIA": "use data of text alone, or remove these rows and columns",
+    "CONTROL_CHARS": "remove control characters, such as escape sequences of a terminal, from the text",
+    "SPECIAL_TOKEN_INJECTION": "remove these tokens from the text, or set data.rules.special_tokens=allow",
+    "TEMPLATE_ERROR": "set data.chat_template to a template that accepts these conversations",
+    "DROPPED_BY_TEMPLATE": "set data.chat_template to a template that writes it, remove it from the rows, or set "
+    "data.rules.dropped_content=keep to train on the rest",
+    "PREFIX_BROKEN": "the template writes something before an answer that it does not write once the answer is there, "
+    "such as an opening <think>: set data.chat_template to a copy of it without that",
+    "NO_RESPONSE_TOKENS": "raise data.max_length_tokens",
+    "PROMPT_TOO_LONG": "raise data.max_length_tokens or data.max_prompt_tokens, or set data.truncation",
+    "TOO_LONG": "raise data.max_length_tokens, or set data.truncation",
+    "TIE": "set data.pairing.ties, or use data in which one completion is better",
+    "LOW_MARGIN": "lower data.pairing.min_margin",
+    "DISAGREEMENT": "set data.pairing.annotators=majority",
+    "FILTERED": "check the functions of data.rules.filters",
+    "CONFLICTING_PAIR": "correct the labels, or set data.rules.conflicts=keep",
+    "LEAKED_PROMPT": "hold out other prompts than those of the training data, or set data.rules.leakage=keep",
+    "OVER_CAP": "raise max_groups of the source",
+    "OUTSIDE_MIXTURE": "change the weights of the sources",
+}
+"""What helps if most rows are left out for a reason; other reasons are of the layout, or of single rows."""
+
 SAMPLE_CHARACTERS = 200
 DETAIL_CHARACTERS = 300
 

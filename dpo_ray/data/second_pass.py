@@ -21,7 +21,7 @@ from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.config.data import DataConfig
 from dpo_ray.errors import DataError
 
-from .admission import REASONS
+from .admission import ADVICE, REASONS
 from .mismatched import with_mismatched
 from .rules import Candidates, Outcome, candidates, select
 from .schemas import QUARANTINE, TOKENS
@@ -243,7 +243,7 @@ def account(shards: Sequence[PreparedShard], parts: Iterable[MergedPart]) -> tup
             raise DataError(
                 f"none of {rows[f'{split}/rows_in']} rows was admitted: {_reasons(listed, split) or 'the data is empty'}",
                 where=field_of(split),
-                fix=f"check the format and columns of {field_of(split)} against the first rows of the data",
+                fix=_advice(listed, split, f"check the format and columns of {field_of(split)} against its first rows"),
             )
     statistics = {
         split: {source: merged(parts) for source, parts in sources.items()} for split, sources in measured.items()
@@ -259,10 +259,28 @@ def field_of(split: str) -> str:
     return f"data.{split.replace('_', '.', 1)}"
 
 
-def _reasons(accounts: Sequence[Mapping[str, Any]], split: str, kinds: Sequence[str] = ("fault", "rule")) -> str:
+def left_out_by_rules(tokens: Artifact, split: str) -> int:
+    """Count the sound rows of a split that a rule of the recipe excludes; its quarantine holds them, too."""
+    accounts = tokens.manifest.figures["accounts"]
+    return sum(n for _, n in _counts(accounts, split, ("rule",)))
+
+
+def _counts(accounts: Sequence[Mapping[str, Any]], split: str, kinds: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the reasons of some kinds in a split with their counts, the most frequent first."""
     counts = sum((Counter(a["reasons"]) for a in accounts if a["split"] == split), Counter[str]())
-    mine = [(reason, n) for reason, n in counts.most_common() if REASONS[reason].kind in kinds]
-    return "; ".join(f"{n:,} {reason} ({REASONS[reason].meaning})" for reason, n in mine[:5])
+    return [(reason, n) for reason, n in counts.most_common() if REASONS[reason].kind in kinds]
+
+
+def _reasons(accounts: Sequence[Mapping[str, Any]], split: str, kinds: Sequence[str] = ("fault", "rule")) -> str:
+    counts = _counts(accounts, split, kinds)
+    return "; ".join(f"{n:,} {reason} ({REASONS[reason].meaning})" for reason, n in counts[:5])
+
+
+def _advice(
+    accounts: Sequence[Mapping[str, Any]], split: str, default: str, kinds: Sequence[str] = ("fault", "rule")
+) -> str:
+    """Return what helps against the most frequent reason."""
+    return next((ADVICE.get(reason, default) for reason, _ in _counts(accounts, split, kinds)), default)
 
 
 def check_quarantined(tokens: Artifact, limit: float) -> None:
@@ -281,8 +299,8 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
                 f"{faults:,} of {rows:,} rows ({faults / rows:.1%}) are unsound, more than the allowed {limit:.1%}: "
                 + _reasons(accounts, split, ("fault",)),
                 where=field_of(split),
-                fix="inspect them (`dpo-ray inspect data RECIPE`) and correct the data or its format and columns; "
-                "or raise data.max_quarantined_fraction",
+                fix=_advice(mine, split, "correct the data or its format and columns", ("fault",))
+                + "; `dpo-ray inspect data RECIPE` shows them; or raise data.max_quarantined_fraction",
             )
 
 

@@ -122,9 +122,16 @@ def _matching(fs: Any, root: str, where: str) -> list[str]:
 
 
 def _files_of_glob(fs: Any, pattern: str) -> list[str]:
-    """List the files that match; hidden ones, as in a shell, only if the pattern begins with a dot."""
-    hidden = PurePosixPath(pattern).name.startswith(".")
-    return [f for f in fs.glob(pattern) if not fs.isdir(f) and (hidden or not PurePosixPath(f).name.startswith("."))]
+    """List the files that match; hidden ones, and those in hidden directories, only if the pattern names a dot."""
+    parts = PurePosixPath(pattern).parts
+    fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    hidden = any(part.startswith(".") for part in parts[fixed:])
+    return [f for f in fs.glob(pattern) if not fs.isdir(f) and (hidden or not _is_hidden(f, fixed))]
+
+
+def _is_hidden(path: str, first: int) -> bool:
+    """Return whether a part of a path from `first` on begins with a dot, such as `.ipynb_checkpoints`."""
+    return any(part.startswith(".") for part in PurePosixPath(path).parts[first:])
 
 
 def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
@@ -140,7 +147,10 @@ def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
         state = json.loads(fs.cat_file(f"{root}/state.json"))
         if isinstance(state, dict) and "_data_files" in state:
             return [f"{root}/{_inside(file['filename'], where)}" for file in state["_data_files"]]
-    return [f for f in fs.find(root) if _is_data(PurePosixPath(f).name) and not fs.isdir(f)]
+    below = len(PurePosixPath(root).parts)
+    return [
+        f for f in fs.find(root) if _is_data(PurePosixPath(f).name) and not _is_hidden(f, below) and not fs.isdir(f)
+    ]
 
 
 def _inside(name: str, where: str) -> str:

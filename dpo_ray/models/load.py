@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -18,6 +19,7 @@ from dpo_ray.errors import ConfigError, InfrastructureError
 
 from . import adapter as lora
 from .builtin import builtin_model
+from .files import read_config
 from .packed_rows import Layout
 from .probe import check_segments
 from .token_logps import TokenLogps
@@ -36,6 +38,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "added_tokens.json",
 )
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def model_directory(config: ModelConfig) -> Path:
@@ -67,18 +70,7 @@ def _check(directory: Path, where: str) -> None:
             where=where,
             fix="name its base model in model.path, and the adapter's directory in model.adapter",
         )
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"config.json cannot be read: {error}", where=where, fix="the directory must be in Hugging Face format"
-        ) from None
-    if "auto_map" in config:
-        raise ConfigError(
-            "the model contains its own code (auto_map), which is never run",
-            where=where,
-            fix="use a model that transformers supports",
-        )
+    read_config(directory, where)
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(
             "the model directory has no *.safetensors",
@@ -91,7 +83,7 @@ def _download(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*WEIGHT_PATTERNS, *TOKENIZER_FILES, "generation_config.json"]
+    patterns = [*WEIGHT_PATTERNS, *TOKENIZER_FILES, NAMED_TEMPLATES, "generation_config.json"]
     where = f"model.path={config.path}"
     try:
         directory = Path(
@@ -151,7 +143,13 @@ def tokenizer_identity(config: ModelConfig) -> str:
     if is_hub_name(config.path):
         return digest(["hub tokenizer", config.path, config.revision or "main"])
     directory = model_directory(config)
-    return digest({n: cached_file_sha256(directory / n) for n in TOKENIZER_FILES if (directory / n).is_file()})
+    return digest({name: cached_file_sha256(directory / name) for name in tokenizer_files(directory)})
+
+
+def tokenizer_files(directory: Path) -> list[str]:
+    """List the tokenizer's files in a model directory, by their paths in it: those for all, then templates by name."""
+    named = (file.relative_to(directory).as_posix() for file in directory.glob(NAMED_TEMPLATES) if file.is_file())
+    return [*(name for name in TOKENIZER_FILES if (directory / name).is_file()), *sorted(named)]
 
 
 def context_tokens(directory: Path) -> int | None:
@@ -218,9 +216,9 @@ def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # they are rejected below, by name
             output_loading_info=True,
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ConfigError(
-            f"transformers cannot load the model: {str(error).splitlines()[0]}",
+            f"transformers cannot load the model: {next(iter(str(error).splitlines()), type(error).__name__)}",
             where=where,
             fix="use a causal language model that this version of transformers supports",
         ) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_ray.config.train import LoraConfig
 from dpo_ray.errors import ConfigError
@@ -60,6 +60,18 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         if is_lora(name) and parameter.device.type != "meta":
             with torch.no_grad():
                 parameter.copy_(first_value(name, tuple(parameter.shape), seed))
+
+
+def check_targets(config: LoraConfig, directory: Path) -> None:
+    """Check that the model in a directory has layers for the adapter; it is built without weights.
+
+    Raises:
+        ConfigError: as in `add_lora`.
+    """
+    settings = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    add_lora(model, config, seed=0)
 
 
 def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

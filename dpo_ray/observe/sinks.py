@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Any, Protocol
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.extension import TRACKERS as ADDED
 from dpo_ray.config.extension import installed
+from dpo_ray.errors import DpoRayError
 
 from .progress import Bar
+
+logger = logging.getLogger(__name__)
+MOST_PENDING_CALLS = 10_000  # by which a tracker may be behind training
+CLOSE_SECONDS = 30.0  # that a tracker may take to write what it still holds
 
 Row = dict[str, float]  # `step`, and the metrics of that step by name
 
@@ -71,6 +79,46 @@ TRACKERS = _BUILT_IN | installed(ADDED, _BUILT_IN)
 """Constructors of trackers by their name in the recipe's `trackers`; each takes the run's directory."""
 
 
+class _Background:
+    """A tracker at work in a thread of its own: if it fails or hangs, training goes on without it."""
+
+    def __init__(self, name: str, run_dir: Storage, say: Callable[[str], None]) -> None:
+        self._name, self._say = name, say
+        self._work: queue.Queue[tuple[str, Any]] = queue.Queue(MOST_PENDING_CALLS)
+        self._thread = threading.Thread(target=self._run, args=(run_dir,), name=f"tracker-{name}", daemon=True)
+        self._failed = False
+        self._thread.start()
+
+    def call(self, method: str, *argument: Any) -> None:
+        """Call a method of the tracker, after those that were called before; `close` waits for it."""
+        if self._failed:
+            return
+        try:
+            self._work.put_nowait((method, argument))
+        except queue.Full:
+            self._fail(f"it is {MOST_PENDING_CALLS:,} calls behind")
+        if method == "close":
+            self._thread.join(CLOSE_SECONDS)
+            if self._thread.is_alive():
+                self._fail(f"it did not end within {CLOSE_SECONDS:g} s")
+
+    def _run(self, run_dir: Storage) -> None:
+        try:
+            tracker = TRACKERS[self._name](run_dir)
+            while True:
+                method, argument = self._work.get()
+                getattr(tracker, method)(*argument)
+                if method == "close":
+                    return
+        except Exception as error:  # a tracker is somebody else's code, and the network is behind many
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, why: str) -> None:
+        if not self._failed:
+            self._failed = True
+            self._say(f"the tracker {self._name} stopped, and the run goes on without it: {why}"[:500])
+
+
 class MetricsSinks:
     """The live metrics of one run, written by its driver.
 
@@ -78,9 +126,9 @@ class MetricsSinks:
     training ends. The rows of a resumed run replace those of the same steps from before.
     """
 
-    def __init__(self, run_dir: Storage, trackers: Sequence[str]) -> None:
+    def __init__(self, run_dir: Storage, trackers: Sequence[str], say: Callable[[str], None] = logger.warning) -> None:
         self._run_dir = run_dir
-        self._trackers = [TRACKERS[name](run_dir) for name in trackers]
+        self._trackers = [_Background(name, run_dir, say) for name in trackers]
         self._rows: dict[int, Row] = {}
 
     def __enter__(self) -> MetricsSinks:
@@ -95,24 +143,24 @@ class MetricsSinks:
         self._rows = {int(row["step"]): row for row in known}
         self._write_all()
         for tracker in self._trackers:
-            tracker.begin(known)
+            tracker.call("begin", known)
 
     def write(self, row: Row) -> None:
         """Write one step's metrics."""
         self._rows[int(row["step"])] = row
         if self._run_dir.is_local:
-            with Path(self._run_dir.local_path("metrics.jsonl")).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+            self._run_dir.append("metrics.jsonl", f"{json.dumps(row)}\n".encode())
         for tracker in self._trackers:
-            tracker.write(row)
+            tracker.call("write", row)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            tracker.call("close")
         if self._rows:
-            self._write_all()
+            with suppress(DpoRayError) if error is not None else nullcontext():  # the first error is the cause
+                self._write_all()
 
     def _write_all(self) -> None:
         self._run_dir.write(

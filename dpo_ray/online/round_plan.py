@@ -83,7 +83,7 @@ class Rounds:
     """All rounds that have begun, the next one if there is one, and the next action."""
 
     plan: Plan  # of the recipe: its data, its hardware
-    inputs: OutsideInputs
+    outside: OutsideInputs
     initial: Policy
     rounds: tuple[Round, ...]
     action: Action
@@ -114,7 +114,7 @@ def derive(plan: Plan) -> Rounds:
     return derive_from(plan, OutsideInputs(prompts_plan(plan), *map(judge_digest, judges)))
 
 
-def derive_from(plan: Plan, inputs: OutsideInputs) -> Rounds:
+def derive_from(plan: Plan, outside: OutsideInputs) -> Rounds:
     """Derive the state of the rounds from what is committed, and from outside inputs that were read before.
 
     Raises:
@@ -135,9 +135,9 @@ def derive_from(plan: Plan, inputs: OutsideInputs) -> Rounds:
         action = next_action(committed, online.rounds, stopped, with_reference)
         decided = not rounds or committed[-1].promoted is not None
         if not decided or isinstance(action, Done):
-            return Rounds(plan, inputs, initial, tuple(rounds), action, stopped)
+            return Rounds(plan, outside, initial, tuple(rounds), action, stopped)
         reference = {"initial": initial, "previous": start, "ema": mean}[online.reference] if with_reference else None
-        rounds.append(_planned(plan, store, inputs, initial, start, reference, rounds))
+        rounds.append(_planned(plan, store, outside, initial, start, reference, rounds))
 
 
 def prompts_plan(plan: Plan) -> PromptsPlan | None:
@@ -173,7 +173,7 @@ def _stop_reason(rounds: Sequence[Round], online: OnlineConfig) -> str | None:
 def _planned(
     plan: Plan,
     store: ArtifactStore,
-    inputs: OutsideInputs,
+    outside: OutsideInputs,
     initial: Policy,
     start: Policy,
     reference: Policy | None,
@@ -181,11 +181,11 @@ def _planned(
 ) -> Round:
     """Plan the next round: compute the keys of its artifacts, and look up those that exist."""
     number = len(earlier) + 1
-    configs = _configs(plan, inputs, number, start, reference, earlier)
+    configs = _configs(plan, outside, number, start, reference, earlier)
     keys = {"prepare": plan.stages["prepare"].key, "policy": start.key, "initial": initial.key}
     keys["earlier"] = digest([r.stages["pair"].key for r in earlier])
-    if inputs.prompts is not None:
-        keys["prompts"] = inputs.prompts.key
+    if outside.prompts is not None:
+        keys["prompts"] = outside.prompts.key
     reads: dict[Stage, tuple[str, ...]] = {
         "sample": ("policy", "prepare", "prompts"),
         "judge": ("sample",),
@@ -216,7 +216,7 @@ def version(stage: Stage) -> int:
 
 
 def _configs(
-    plan: Plan, inputs: OutsideInputs, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
+    plan: Plan, outside: OutsideInputs, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
 ) -> dict[Stage, dict[str, Any]]:
     """Return, for each stage of a round, what its result depends on in the recipe."""
     recipe, online = plan.recipe, online_of(plan.recipe)
@@ -231,7 +231,7 @@ def _configs(
             **online.sampling.model_dump(mode="json", exclude={"pair_truncated"}),
             **sampler_config(plan),
         },
-        "judge": {"judge": inputs.judge},
+        "judge": {"judge": outside.judge},
         "pair": {
             **own,
             **online.pairing.model_dump(mode="json"),
@@ -244,7 +244,7 @@ def _configs(
         "train": {**trained["train"], **moments},
         "evaluate": {
             "seed": recipe.seed,
-            "judge": inputs.evaluation_judge,
+            "judge": outside.evaluation_judge,
             **online.evaluate.model_dump(mode="json", exclude={"judge"}),
             **heldout_sampling_config(plan),
         },

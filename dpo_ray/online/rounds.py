@@ -123,7 +123,7 @@ class _Driver:
             if action.stage == "sample":
                 self._spent_usd = 0.0
             steps[action.stage](self._rounds.rounds[-1])
-            self._rounds = derive_from(self._plan, self._rounds.inputs)
+            self._rounds = derive_from(self._plan, self._rounds.outside)
         self._reporter.say(f"the rounds end: {action.reason}")
         return self._rounds
 
@@ -333,7 +333,7 @@ class _Driver:
 
     def _prompts_artifact(self) -> Artifact | None:
         """Return the prompts of the recipe's separate source, read now if that is not done; None if it names none."""
-        planned = self._rounds.inputs.prompts
+        planned = self._rounds.outside.prompts
         if planned is None:
             return None
         if (done := self._run.artifacts.find("prompts", planned.key)) is not None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.places import run_storage
+from dpo_ray.data.second_pass import left_out_by_rules
 from dpo_ray.reference import audit_record
 from dpo_ray.run.offline import Finished
 
@@ -23,11 +24,13 @@ def figures(run: Finished) -> dict[str, Any]:
     rows, trained, evaluated = run.prepare.manifest.rows, run.train.manifest.figures, run.evaluate.manifest.figures
     scoring, left_out = (run.reference.manifest.figures, run.reference.manifest.rows) if run.reference else ({}, {})
     heldout = evaluated.get("heldout", {})
+    by_rules = left_out_by_rules(run.prepare, "train")
     unscored = left_out.get("train/unscored", 0)  # admitted, but left out because the reference could not score them
     return {
         "rows_in": rows["train/rows_in"],
         "admitted": rows["train/admitted"] - unscored,
-        "quarantined": rows["train/quarantined"] + unscored,
+        "quarantined": rows["train/quarantined"] - by_rules + unscored,
+        "left_out": by_rules,
         "duplicates": rows["train/duplicates"],
         "steps": trained["steps"],
         "final_loss": trained["final"].get("loss"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,6 +22,7 @@ from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.cluster.session import session
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.data.readers.locations import shown
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import model_directory, model_identity
@@ -30,6 +33,8 @@ from dpo_ray.reference.store.store import ReferenceStore
 
 from . import planning
 from .planning import Plan
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,16 @@ def record_recipe(run: RunContext, recipe: Recipe) -> None:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the resolved recipe as YAML, for people: without the passwords and signatures that URLs may contain."""
+    return yaml.safe_dump(_without_secrets(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_without_secrets(k): _without_secrets(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(v) for v in value]
+    return URL.sub(lambda found: shown(found[0]), value) if isinstance(value, str) else value
 
 
 def policy_directory(trained: Artifact) -> Path:

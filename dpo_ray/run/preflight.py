@@ -20,7 +20,9 @@ from dpo_ray.data.filters import Filter, load_filters
 from dpo_ray.data.sources import Shard, list_shards
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
 from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.models import lora
 from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
+from dpo_ray.models.files import check_weights
 from dpo_ray.models.load import context_tokens, model_directory
 from dpo_ray.reference.vllm.engine import lora_options
 
@@ -90,6 +92,9 @@ def preflight(recipe: Recipe) -> Checked:
     if directory is None:
         return Checked(shards, resolve_template(recipe.data.chat_template, None), filters)
     tokenizer = load_tokenizer(str(directory))
+    check_weights(directory, tokenizer.get_vocab(), f"model.path={recipe.model.path}")
+    if recipe.train.lora is not None:
+        lora.check_targets(recipe.train.lora, directory)
     context = context_tokens(directory)
     if context is not None and recipe.data.max_length_tokens > context:
         raise ConfigError(

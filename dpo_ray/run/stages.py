@@ -18,7 +18,7 @@ from dpo_ray.data import stage as prepare_stage
 from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.keys import SHARD_VERSION, shard_key
 from dpo_ray.data.schemas import sources_of, splits
-from dpo_ray.data.second_pass import PreparedShard, broken_shards, check_quarantined
+from dpo_ray.data.second_pass import PreparedShard, broken_shards, check_quarantined, left_out_by_rules
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
 from dpo_ray.data.tokenizing.tokenize import stop_tokens
 from dpo_ray.evaluate import stage as evaluate_stage
@@ -74,11 +74,14 @@ def _prepare(run: RunContext) -> Artifact:
         staging = run.begin("prepare")
         tokens = prepare_stage.merge(shards, data, staging, provenance, role, with_mismatched=with_mismatched)
     for split in splits(tokens):
-        counts = [
-            f"{tokens.manifest.rows[f'{split}/{what}']:,} {what.replace('_', ' ')}"
-            for what in ("rows_in", "admitted", "quarantined", "duplicates")
-        ]
-        run.reporter.say(f"prepare, {split} data: {', '.join(counts)}")
+        rows_in, admitted, quarantined, duplicates = (
+            tokens.manifest.rows[f"{split}/{what}"] for what in ("rows_in", "admitted", "quarantined", "duplicates")
+        )
+        by_rules = left_out_by_rules(tokens, split)
+        run.reporter.say(
+            f"prepare, {split} data: {rows_in:,} rows in, {admitted:,} admitted, {quarantined - by_rules:,} quarantined, "
+            f"{by_rules:,} left out by rules, {duplicates:,} duplicates"
+        )
     for broken in broken_shards(tokens):
         run.reporter.say(f"[bold yellow]prepare[/bold yellow]: {escape(broken)}")
     return tokens
@@ -148,12 +151,7 @@ def train(
     if (refused := run.artifacts.find("train", plan.stages["train"].key)) is not None:
         judge_audit(run, refused.manifest.figures["audit"])
     provenance, steps = run.provenance("train"), scheduled.rows["train/steps"]
-    if steps < FEW_STEPS:
-        run.reporter.say(
-            f"[bold yellow]train[/bold yellow]: there {'is' if steps == 1 else 'are'} only {steps} optimizer "
-            f"step{'s' if steps > 1 else ''} of up to {recipe.train.groups_per_step} groups: a lower "
-            "train.groups_per_step or more train.epochs give more"
-        )
+    _warn_of_few_steps(run, steps)
     task = TrainTask(
         model=_model_for_workers(run),
         config=recipe.train,
@@ -173,7 +171,7 @@ def train(
         keep_moments=keep_moments,
     )
     bar_of_steps = run.reporter.stage("train", "steps", steps)
-    with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers) as sinks:
+    with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers, bar.say) as sinks:
         result = train_stage.run(task, plan.hardware.worker, partial(follow, sinks, bar), bar.say)
     if result["audit"]:
         result["audit"] = judge_audit(run, result["audit"])
@@ -191,6 +189,15 @@ def train(
     before_commit()
     run.lease.check()  # training takes hours: a driver that lost its lease must not delete checkpoints
     return train_stage.commit(task, result, card, provenance)
+
+
+def _warn_of_few_steps(run: RunContext, steps: int) -> None:
+    if steps < FEW_STEPS:
+        run.reporter.say(
+            f"[bold yellow]train[/bold yellow]: there {'is' if steps == 1 else 'are'} only {steps} optimizer "
+            f"step{'s' if steps > 1 else ''} of up to {run.recipe.train.groups_per_step} groups: a lower "
+            "train.groups_per_step or more train.epochs give more"
+        )
 
 
 def checkpoints(run: RunContext, left_out: int) -> Storage:
@@ -244,6 +251,8 @@ def evaluate(run: RunContext, tokens: Artifact, trained: Artifact) -> Artifact:
     longest = context - config.max_new_tokens if context is not None else None
     prompts = evaluate_stage.heldout_prompts(tokens, config.sample_prompts, longest)
     data = run.recipe.data
+    if not data.eval:
+        run.reporter.say("evaluate: nothing is measured or sampled, as there is no held-out data (data.eval)")
     stops = stop_tokens(tokenizer, resolve_template(data.chat_template, tokenizer), data, run.model_directory)
     with run.reporter.stage("evaluate", "prompts", len(prompts)) as bar:
         comparison = compare_models(run, trained, prompts, stops, bar) if prompts else None

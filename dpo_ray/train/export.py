@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config.train import LoraConfig
-from dpo_ray.models.load import TOKENIZER_FILES
+from dpo_ray.models.load import NAMED_TEMPLATES, tokenizer_files
 from dpo_ray.models.lora import add_product, is_lora, matrices_of, write_adapter
 from dpo_ray.models.token_logps import TokenLogps
 
 from .dtensor import gathered
+
+TEMPLATE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # one that cannot lead out of its directory
 
 
 def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | None = None) -> dict[str, Tensor]:
@@ -78,8 +82,25 @@ def write_policy(
 
 
 def _write_tokenizer(source: Path, template: str, target: Path) -> None:
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    for name in [*tokenizer_files(source), "generation_config.json"]:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
     if template not in ("plain", "auto"):  # auto: the tokenizer's own template, which is in its files
+        _write_named_templates(target)
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_named_templates(target: Path) -> None:
+    """Write the templates that tokenizer_config.json holds by name to files: next to chat_template.jinja, which becomes
+    the default, loaders read no others."""
+    try:
+        templates = json.loads((target / "tokenizer_config.json").read_bytes()).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return
+    for each in templates if isinstance(templates, list) else []:
+        name, text = (each.get("name"), each.get("template")) if isinstance(each, dict) else (None, None)
+        if isinstance(name, str) and isinstance(text, str) and name != "default" and TEMPLATE_NAME.fullmatch(name):
+            file = target / Path(NAMED_TEMPLATES).parent / f"{name}.jinja"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="utf-8")

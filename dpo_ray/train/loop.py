@@ -145,9 +145,17 @@ def _step(
         raise TrainError(
             error.what,
             where=f"step {share.step + 1}, groups {groups[:400]}",
-            fix="lower train.optimizer.learning_rate, or inspect these groups; the last checkpoint is intact",
+            fix=f"lower train.optimizer.learning_rate{_of_divergence(config)}, or inspect these groups; the last "
+            "checkpoint is intact",
         ) from None
     return measured | {"learning_rate": learning_rate}
+
+
+def _of_divergence(config: TrainConfig) -> str:
+    """Return what else helps where the score of a completion grows exponentially with its log-ratio."""
+    kind = config.shaping.divergence.type
+    grows = kind in ("forward_kl", "alpha")
+    return f", or set train.shaping.divergence (the scores of {kind} grow exponentially)" if grows else ""
 
 
 def _timed(steps: Iterable[RankStep]) -> Iterator[tuple[RankStep, float]]:

@@ -120,7 +120,7 @@ def test_a_driver_killed_in_every_stage_ends_as_an_undisturbed_one(
         print(f"killed in {stage}")
     last = finish(killed, mode)
     assert counts(last) == counts(undisturbed)
-    assert "rows_in=640 admitted=640 quarantined=0 duplicates=0 steps=20" in last
+    assert "rows_in=640 admitted=640 quarantined=0 left_out=0 duplicates=0 steps=20" in last
     assert weights(killed) == weights(quiet)
     steps = [json.loads(text)["step"] for text in (killed / "out" / "chaos" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 21))

@@ -86,9 +86,8 @@ def began(cluster: LocalCluster, output: Path, attempt: int = 1) -> str:
     return f"struck-{attempt}"
 
 
-def test_a_killed_training_node_is_done_without_and_used_again_when_it_is_back(
-    tmp_path: Path, undisturbed: list[dict[str, Any]]
-) -> None:
+def test_a_killed_training_node_is_done_without_and_used_again_when_it_is_back(tmp_path: Path) -> None:
+    """That another number of workers takes the same steps to the same weights: test_kill_training.py."""
     output = tmp_path / "runs"
     with local_cluster(tmp_path, *CLUSTER) as cluster:
         job = began(cluster, output)
@@ -102,7 +101,7 @@ def test_a_killed_training_node_is_done_without_and_used_again_when_it_is_back(
     assert "training workers were lost" in text
     assert "there is room for more training workers" in text
     assert text.count("resuming from the checkpoint of step") >= 2
-    check_same(output, undisturbed)
+    assert [row["step"] for row in curve(output)] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.long

@@ -45,7 +45,7 @@ def test_a_run_on_s3(bucket: str, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     first = run(path)
     assert first.returncode == 0, first.stderr
-    assert "rows_in=96 admitted=96 quarantined=0 duplicates=0 steps=4" in first.stdout.splitlines()[-1]
+    assert "rows_in=96 admitted=96 quarantined=0 left_out=0 duplicates=0 steps=4" in first.stdout.splitlines()[-1]
     listed = boto3.client("s3").list_objects_v2(Bucket=bucket)["Contents"]
     names = {o["Key"]: o["LastModified"] for o in listed}
     assert "here/small/report.html" in names

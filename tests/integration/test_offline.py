@@ -67,7 +67,7 @@ def test_the_report_and_the_last_line(finished: Finished, output: Path) -> None:
     assert place == output / "small" / "report.html"
     assert "true reward" in html
     line = summary.line(summary.figures(finished))
-    assert "rows_in=96 admitted=96 quarantined=0 duplicates=0 steps=6 final_loss=" in line
+    assert "rows_in=96 admitted=96 quarantined=0 left_out=0 duplicates=0 steps=6 final_loss=" in line
     assert f"report={place}" in line
 
 

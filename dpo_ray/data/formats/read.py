@@ -36,9 +36,9 @@ def text_group(
     Raises:
         Rejected: with the reason that fits best; the row is then quarantined.
     """
-    check_media(row, named_columns(columns))
+    check_media(row, named_columns(columns))  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     if row_format not in TEXT_FORMATS:
-        row = decoded(row, message_columns(columns))
+        row = decoded(row, message_columns(columns))  # pyright: ignore[reportArgumentType] - as above
     if row_format == "auto":
         row_format = recognise(row, columns)
     fields = fields_of(row, row_format, columns)

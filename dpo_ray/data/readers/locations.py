@@ -56,12 +56,16 @@ def file_name(location: str) -> str:
 
 
 def shown(location: str) -> str:
-    """Return a location for people and manifests: without the query of a URL, which may contain signatures."""
-    if not is_http(location):
+    """Return a location for people and manifests: without a URL's user and password, and without its query, which may
+    contain signatures."""
+    scheme, sign, rest = location.partition("://")
+    if not sign:
         return location
-    parts = urlsplit(location)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    place, question, query = rest.partition("?")
+    if question and not is_http(location) and "=" not in query:  # a glob of an object store
+        place = rest
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def content_tag(info: dict[str, Any]) -> str:

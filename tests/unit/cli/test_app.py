@@ -231,3 +231,18 @@ def test_doctor_says_that_a_place_cannot_be_written(tmp_path: Path, capsys: pyte
     assert code == 9
     assert [f["state"] for f in broken] == ["broken"]
     assert broken[0]["fix"]
+
+
+def test_an_override_with_dashes_is_told_how_to_be_written(starter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "validate", str(starter), "--train.objective.beta=0.1")
+    assert code == 2
+    assert "train.objective.beta=VALUE" in err
+
+
+def test_an_error_is_nothing_that_a_terminal_interprets(starter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (starter.parent / "esc").mkdir()
+    (starter.parent / "esc" / "a\x1b]0;PWN\x07\u202e.bin").touch()
+    code, _, err = call(capsys, "validate", str(starter), "data.train=esc/*")
+    assert code == 2
+    assert "PWN" in err
+    assert not {"\x1b]", "\x07", "\u202e"} & {err[i : i + n] for n in (1, 2) for i in range(len(err))}

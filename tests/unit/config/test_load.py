@@ -72,6 +72,36 @@ def test_every_recipe_of_the_project_is_valid(file: Path) -> None:
     assert load_recipe(file, []).name
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("+4", 4),
+        ("-3.", -3.0),
+        (".5", 0.5),
+        ("190:20:30", "190:20:30"),  # YAML 1.1 reads it to base 60
+        ("1_000", "1_000"),
+        ("0b11", "0b11"),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    read = apply_overrides({}, [f"a={text}"])["a"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["0x" + "f" * 100_000, "9" * 5_000, "1" * 41])
+def test_a_number_of_endless_digits_is_one_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"a number of [\d,]+ digits cannot be a value"):
+        apply_overrides({}, [f"seed={text}"])
+
+
+def test_a_number_that_nothing_can_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps: 1e\+20 is larger"):
+        validate_recipe(apply_overrides(LEAST, ["train.steps=100000000000000000000"]))
+
+
 def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("a: 5e-7\nb: 1e3\nc: 1.5\nd: '5e-7'\ne: 5e\n")

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import TrainError, WriteRefusedError
+from dpo_ray.observe import sinks as sinks_module
 from dpo_ray.observe.sinks import MetricsSinks
 
 
@@ -83,3 +89,82 @@ def events_of(file: Path, kind: type) -> list:
         events.append(kind.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
     return events
+
+
+class Failing:
+    """A tracker that raises or hangs in one of its methods."""
+
+    def __init__(self, run_dir: Storage, where: str, how: Callable[[], None]) -> None:
+        self._where, self._how = where, how
+        self._at("init")
+
+    def begin(self, known: object) -> None:
+        self._at("begin")
+
+    def write(self, row: object) -> None:
+        self._at("write")
+
+    def close(self) -> None:
+        self._at("close")
+
+    def _at(self, method: str) -> None:
+        if method == self._where:
+            self._how()
+
+
+def full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def hang() -> None:
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize("how", [full, hang])
+@pytest.mark.parametrize("where", ["init", "begin", "write", "close"])
+def test_a_tracker_that_fails_or_hangs_costs_nothing_but_itself(
+    where: str, how: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sinks_module.TRACKERS, "bad", lambda run_dir: Failing(run_dir, where, how))
+    monkeypatch.setattr(sinks_module, "CLOSE_SECONDS", 0.2)
+    said: list[str] = []
+    with MetricsSinks(Storage(tmp_path), ("bad", "tensorboard"), said.append) as sinks:
+        sinks.begin([])
+        for step in range(1, 50):
+            sinks.write(row(step))
+    assert [s for s, _ in written(tmp_path)] == list(range(1, 50))
+    assert len(said) == 1
+    assert said[0].startswith("the tracker bad stopped, and the run goes on without it: ")
+    assert ("No space left" in said[0]) == (how is full)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_tracker_that_falls_far_behind_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sinks_module.TRACKERS, "bad", lambda run_dir: Failing(run_dir, "begin", hang))
+    monkeypatch.setattr(sinks_module, "MOST_PENDING_CALLS", 10)
+    monkeypatch.setattr(sinks_module, "CLOSE_SECONDS", 0.2)
+    said: list[str] = []
+    with MetricsSinks(Storage(tmp_path), ("bad",), said.append) as sinks:
+        sinks.begin([])
+        for step in range(1, 50):
+            sinks.write(row(step))
+    assert said == ["the tracker bad stopped, and the run goes on without it: it is 10 calls behind"]
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_full_disk_is_one_error_and_hides_no_earlier_one(
+    in_flight: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "write", lambda self, name, data: self.append(name, data))
+    monkeypatch.setattr(Path, "open", lambda *_: full())
+    expected = TrainError if in_flight else WriteRefusedError
+
+    def train() -> None:
+        with MetricsSinks(Storage(tmp_path), ()) as sinks:
+            sinks._rows = {1: row(1)}
+            if in_flight:
+                raise TrainError("the cause")
+            sinks.write(row(2))
+
+    with pytest.raises(expected):
+        train()

@@ -173,7 +173,9 @@ KINDS = [
     override("a name with a slash", "name=a/b", says=("name:", "'a/b'")),
     override("a name that is taken", "name=artifacts", says=("name: `artifacts`", "choose another")),
     override("evaluation on nothing", "data.eval=[]", "train.eval_every_steps=5", says=("train.eval_every_steps:",)),
-    override("samples of nothing", "data.eval=[]", says=("evaluate.sample_prompts:", "held-out")),
+    override(
+        "samples of nothing", "data.eval=[]", "evaluate.sample_prompts=8", says=("evaluate.sample_prompts:", "held-out")
+    ),
     override("an override without =", "train.steps", says=("`train.steps` is not KEY.PATH=VALUE",)),
     override("an override through a scalar", "name.first=x", says=("command line, name.first", "`name` is 'wrong'")),
     override("an override that is no YAML", "name=[x", says=("command line, name", "not valid YAML")),

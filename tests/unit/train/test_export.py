@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_ray.config.model import ModelConfig
 from dpo_ray.models.builtin import builtin_model
-from dpo_ray.models.load import load_policy
+from dpo_ray.models.load import load_policy, tokenizer_identity
 from dpo_ray.train.export import gather_policy, write_policy
 from tests.helpers.training import make_groups, make_policy, rows_of
 
@@ -44,3 +47,33 @@ def test_weights_are_written_in_the_type_they_are_served_in(tmp_path: Path) -> N
     assert {k for k in before if before[k] != after.get(k)} == {"dtype"}
     assert "dpo_ray" not in (tmp_path / "config.json").read_text()  # our attention is no business of the reader's
     assert not (tmp_path / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_every_named_template_is_exported_and_the_trained_one_is_the_default(in_files: bool, tmp_path: Path) -> None:
+    source, target = Path(shutil.copytree(SOURCE, tmp_path / "source")), tmp_path / "target"
+    target.mkdir()
+    named = {"default": "{{ messages }} as it was", "tool_use": "{{ tools }}{{ messages }}", "../out": "{{ 1 }}"}
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    if in_files:
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text(named["tool_use"])
+        (source / "chat_template.jinja").write_text(named["default"])
+    else:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+    policy = make_policy()
+    write_policy(policy, gather_policy(policy, torch.float32), torch.float32, source, "{{ messages }}", target)
+    templates = AutoTokenizer.from_pretrained(target).chat_template
+    assert templates == {"default": "{{ messages }}", "tool_use": named["tool_use"]}
+    assert not list(tmp_path.rglob("out.jinja"))
+
+
+def test_a_named_template_is_part_of_the_tokenizers_identity(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(SOURCE, tmp_path / "source"))
+    before = tokenizer_identity(ModelConfig(path=str(source)))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    with_one = tokenizer_identity(ModelConfig(path=str(source)))
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}!")
+    assert len({before, with_one, tokenizer_identity(ModelConfig(path=str(source)))}) == 3

@@ -1,0 +1,138 @@
+"""Checks of a model's files that need no weights in memory: what `validate` refuses before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_ray.errors import ConfigError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_LENGTH_BYTES = 8  # of the header's own length, at the beginning of a file
+INDEX = "model.safetensors.index.json"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+
+def read_config(directory: Path, where: str) -> dict[str, Any]:
+    """Read a model's config.json.
+
+    Raises:
+        ConfigError: it is missing, is not a JSON object, or names code of its own.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {type(config).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(
+            f"config.json cannot be read: {what}", where=where, fix="the directory must be in Hugging Face format"
+        ) from None
+    if "auto_map" in config:
+        raise ConfigError(
+            "the model contains its own code (auto_map), which is never run",
+            where=where,
+            fix="use a model that transformers supports",
+        )
+    return config
+
+
+def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> None:
+    """Check that transformers knows the model, that no weight file is cut off or damaged at its beginning, and that the
+    embedding has a row for every token of the tokenizer.
+
+    Args:
+        tokens: the tokenizer's tokens with their ids.
+
+    Raises:
+        ConfigError: with what is wrong, and in which file.
+    """
+    vocabulary = _vocabulary_size(directory, where)
+    rows = {}
+    for file in _weight_files(directory, where):
+        for name, tensor in _header(file, where).items():
+            if name.endswith(EMBEDDINGS) and isinstance(tensor, dict) and len(tensor.get("shape", ())) == 2:
+                rows[name] = tensor["shape"][0]
+    if vocabulary is None:
+        return
+    for name, count in rows.items():
+        if count != vocabulary:
+            raise ConfigError(
+                f"`{name}` has {count} rows, but config.json gives a vocabulary of {vocabulary}",
+                where=where,
+                fix="name a model whose config.json and *.safetensors belong together",
+            )
+    beyond = min(((i, token) for token, i in tokens.items() if i >= vocabulary), default=None)
+    if beyond is not None:
+        raise ConfigError(
+            f"the tokenizer's token {beyond[1]!r} has the id {beyond[0]}, but the embedding has {vocabulary} rows",
+            where=where,
+            fix="use the model's own tokenizer, or resize its embedding (resize_token_embeddings) and save it again",
+        )
+
+
+def _vocabulary_size(directory: Path, where: str) -> int | None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a configuration is read by code of its own, which may raise anything
+        raise ConfigError(
+            f"transformers cannot read config.json: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            where=where,
+            fix="use a model that this version of transformers knows",
+        ) from None
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if type(size) is int else None
+
+
+def _weight_files(directory: Path, where: str) -> list[Path]:
+    """List the files that hold the weights: those of the index, or else all.
+
+    Raises:
+        ConfigError: the index cannot be read, or a file that it names is missing.
+    """
+    if not (directory / INDEX).is_file():
+        return sorted(directory.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads((directory / INDEX).read_bytes())["weight_map"].values()))
+        files = [directory / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{INDEX} cannot be read: {type(error).__name__}: {error}", where=where, fix="download the model again"
+        ) from None
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(
+            f"{INDEX} names {missing[0]}, which is not there" + (f", and {len(missing) - 1} more" * (len(missing) > 1)),
+            where=where,
+            fix="download the model again",
+        )
+    return files
+
+
+def _header(file: Path, where: str) -> dict[str, Any]:
+    """Read the header of a safetensors file, and check that its tensors fill the rest of the file exactly.
+
+    Source: https://huggingface.co/docs/safetensors, "Format".
+    """
+    size_bytes = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length_bytes = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            if length_bytes > min(MAX_HEADER_BYTES, size_bytes - _LENGTH_BYTES):
+                raise ValueError("the file is shorter than its header says")
+            header = json.loads(stream.read(length_bytes))
+        header.pop("__metadata__", None)
+        end = _LENGTH_BYTES + length_bytes + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if end != size_bytes:
+            raise ValueError(f"its tensors end at byte {end:,}, the file at byte {size_bytes:,}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{file.name} is damaged or incomplete: {error or type(error).__name__}",
+            where=where,
+            fix="download or save the model again",
+        ) from None
+    return header
