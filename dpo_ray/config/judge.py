@@ -119,7 +119,8 @@ class VerifierJudge(JudgeConfig):
     type: Literal["verifier"] = "verifier"
     check: Literal["exact", "numeric", "regex", "unit_test"]
     """exact: the same text but for white space and case. numeric: the last number of the completion, within `tolerance`. regex: the
-    answer is a pattern that the completion holds. unit_test: the completion's Python code passes the answer's, in a process of its own."""
+    answer is a pattern that the completion holds. unit_test: the completion's Python code passes the answer's assertions; it
+    runs in a process of its own, and the tests in another."""
 
     extract: str | None = None
     """A regular expression with one group, which takes the answer out of the completion; the last match counts. None: all of it."""
@@ -127,7 +128,11 @@ class VerifierJudge(JudgeConfig):
     tolerance: float = Field(default=1e-6, ge=0)
     timeout_seconds: float = Field(default=5.0, gt=0)
     memory_mib: int = Field(default=512, gt=0)
-    """unit_test: the limit of its process."""
+    """unit_test: the limit of each of its two processes."""
+
+    allow_unconfined: bool = False
+    """unit_test: run the code also where it cannot be confined to namespaces of its own, so that it reaches the network and
+    other processes; only on a machine that may be lost."""
 
 
 BuiltIn = FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge

@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from dpo_ray.config.judge import LlmJudge
 from dpo_ray.errors import ConfigError, JudgeError
@@ -25,6 +25,8 @@ TOO_LONG = (
 )  # OpenAI's code; what vLLM and others write
 BUSY = (408, 429)  # and 5xx: the same request may succeed later
 SHOWN_CHARACTERS = 300
+MAX_REPLY_BYTES = 4 << 20  # a thousand times as long as answers are
+OF_THE_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")  # headers that the read body has no more
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Unanswered:
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int = Field(default=0, ge=0)  # below 0, a call would add to what may be spent
+    completion_tokens: int = Field(default=0, ge=0)
 
 
 class _Message(BaseModel):
@@ -88,10 +90,10 @@ class Endpoint:
         seconds = self._config.timeout_seconds
         try:
             async with asyncio.timeout(seconds):
-                response = await client.post(self._url, json=request)
+                response = await self._post(client, request)
         except TimeoutError:
             return Trouble(f"no answer within {seconds:g} s")
-        except httpx.TransportError as error:
+        except (httpx.TransportError, httpx.DecodingError) as error:
             return Trouble(self._shown(f"{type(error).__name__}: {error}"))
         if response.status_code == 200:
             return self._read(response)
@@ -101,6 +103,19 @@ class Endpoint:
         if response.status_code in (400, 413) and any(words in response.text for words in TOO_LONG):
             return Unanswered("longer than the context of the endpoint's model")
         raise JudgeError(message, where=self._where, fix=self._advice(response.status_code))
+
+    async def _post(self, client: httpx.AsyncClient, request: dict[str, Any]) -> httpx.Response:
+        """Send a request and read the reply, up to a size that no answer has."""
+        async with client.stream("POST", self._url, json=request) as reply:
+            body = bytearray()
+            async for chunk in reply.aiter_bytes():
+                body += chunk
+                if len(body) > MAX_REPLY_BYTES:
+                    raise httpx.DecodingError(
+                        f"the reply is longer than {MAX_REPLY_BYTES:,} bytes", request=reply.request
+                    )
+            headers = {name: value for name, value in reply.headers.items() if name not in OF_THE_TRANSFER}
+            return httpx.Response(reply.status_code, headers=headers, content=bytes(body), request=reply.request)
 
     def given_up(self, trouble: Trouble, retries: int) -> JudgeError:
         """Return the error for an endpoint that does not respond."""

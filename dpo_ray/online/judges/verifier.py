@@ -12,7 +12,7 @@ from dpo_ray.errors import ConfigError
 
 from .memory import remembered
 from .protocol import Memory, Question, Usage, Verdict
-from .unit_test import passes
+from .unit_test.run import can_confine, passes
 
 # A sign directly after a word or a number is a minus operator or a hyphen, not part of a number; commas group
 # thousands; `1.5.2` holds no number after its first dot.
@@ -25,7 +25,19 @@ class JudgeByVerifier:
     """A judge that scores 1 if a completion passes its check, else 0. Only the slow checks, tests, are stored."""
 
     def __init__(self, config: VerifierJudge, memory: Memory) -> None:
-        """Compile `extract`. Raises ConfigError if it is not a pattern with one group."""
+        """Compile `extract`.
+
+        Raises:
+            ConfigError: it is not a pattern with one group; or code is to run that cannot be confined here.
+        """
+        if config.check == "unit_test" and not config.allow_unconfined and not can_confine():
+            raise ConfigError(
+                "this machine does not let a user's process enter namespaces of its own, so code of the model would reach "
+                "the network and other processes",
+                where="online.judge.check=unit_test",
+                fix="run where unprivileged user namespaces are allowed, or set online.judge.allow_unconfined=true on a "
+                "machine that may be lost",
+            )
         self._config, self._memory = config, memory
         self._extract = None if config.extract is None else _extracting(config.extract)
 
@@ -64,7 +76,8 @@ class JudgeByVerifier:
             case "regex":
                 return self._matches(answer, text)
             case "unit_test":
-                return passes(text, answer, self._config.timeout_seconds, self._config.memory_mib)
+                limits = self._config.timeout_seconds, self._config.memory_mib
+                return passes(text, answer, *limits, confined=not self._config.allow_unconfined)
 
     def _extracted(self, completion: str) -> str | None:
         """Return what the last match captured; None if nothing matches: the answer does not have the requested form."""

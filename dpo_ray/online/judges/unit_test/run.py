@@ -1,0 +1,122 @@
+"""Unit tests of a completion's Python code, in two processes with limits: one runs the code, the other runs the tests.
+
+The verdict comes from the second, into which the code cannot reach. The first confines itself to namespaces of its own:
+no network, no sight of other processes, and it takes everything with it that it has started. It can still read what this
+user can read, and write where this user can write.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.01
+_HERE = Path(__file__).parent
+_CONFINED = "import sys\nsys.exit(0 if confine() else 3)\n"
+
+
+def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int, *, confined: bool = True) -> bool:
+    """Return whether the tests, which use the names that the code defines, end without an exception.
+
+    Args:
+        timeout_seconds: limit of both processes together, in wall-clock time and, rounded up, each in CPU time.
+        memory_mib: limit of the address space of each, and of each file that it writes.
+        confined: run nothing where the code's process cannot be confined.
+    """
+    token = secrets.token_hex(16).encode()
+    limits = [str(int(timeout_seconds) + 1), str(memory_mib << 20)]
+    reading, writing = os.pipe()
+    ours, theirs = socket.socketpair()
+    try:
+        os.set_blocking(reading, False)
+        with tempfile.TemporaryDirectory(prefix="dpo-ray-unit-test-", ignore_cleanup_errors=True) as directory:
+            places = [Path(directory, name) for name in ("code", "tests")]
+            for place in places:
+                place.mkdir()
+            (places[0] / "completion.py").write_text(code, encoding="utf-8", errors="replace")
+            judged = _started(
+                "judged.py", [str(theirs.fileno()), *limits, str(int(confined))], places[0], theirs.fileno()
+            )
+            tester = _started(
+                "tester.py", [str(ours.fileno()), str(writing), *limits], places[1], ours.fileno(), writing
+            )
+            ours.close()
+            theirs.close()
+            try:
+                assert tester.stdin is not None  # noqa: S101 - it is a pipe
+                tester.stdin.write(token + b"\n" + tests.encode("utf-8", "replace"))
+                tester.stdin.close()
+                _wait(tester, timeout_seconds)
+            finally:
+                _kill(tester)
+                _kill(judged)
+        return _written(reading) == token
+    except BrokenPipeError:  # the tests' process ended before it was told the token
+        return False
+    finally:
+        os.close(reading)
+        os.close(writing)
+        ours.close()
+        theirs.close()
+
+
+@functools.cache
+def can_confine() -> bool:
+    """Return whether this machine lets a process of this user enter namespaces of its own."""
+    program = _text("wire.py", "judged.py").replace('if __name__ == "__main__":\n    main()\n', "") + _CONFINED
+    done = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-I", "-c", program], capture_output=True, timeout=60, start_new_session=True
+    )
+    return done.returncode == 0
+
+
+def _started(program: str, arguments: Sequence[str], directory: Path, *descriptors: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - running the code is the purpose
+        [sys.executable, "-I", "-c", _text("wire.py", program), *arguments],
+        cwd=directory,
+        env={"PATH": os.defpath, "HOME": str(directory), "TMPDIR": str(directory), "LANG": "C.UTF-8"},
+        stdin=subprocess.PIPE if program == "tester.py" else subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        start_new_session=True,
+    )
+
+
+@functools.cache
+def _text(*names: str) -> str:
+    """Return the programs' text, one after the other, as one program that imports nothing of ours."""
+    lines = [line for name in names for line in (_HERE / name).read_text(encoding="utf-8").splitlines()]
+    own = [line for line in lines if not line.startswith(("from __future__ import", "from dpo_ray."))]
+    return "\n".join(["from __future__ import annotations", *own, ""])
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    # The process is reaped last: until then no other process can get its id, which is also the group's.
+    while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, and what it left in its process group."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _written(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 4096)
+    except BlockingIOError:
+        return b""

@@ -1,0 +1,164 @@
+"""The program that runs the tests of a completion. The completion's own code runs elsewhere, and is called from here.
+
+What comes back is plain data, or stands for an object over there, which is equal to nothing but itself: no object of the
+completion's can claim to be the expected result. Arguments: file descriptor of the completion's process, and of the pipe
+for the verdict, CPU seconds, bytes of memory. The token of the verdict and, from the next line on, the
+tests are read from standard input.
+"""
+
+from __future__ import annotations
+
+import builtins
+import ctypes
+import importlib
+import os
+import resource
+import socket
+import sys
+from typing import Any
+
+from dpo_ray.online.judges.unit_test.wire import Channel, decode, encode
+
+PR_SET_DUMPABLE = 4
+
+
+class Remote:
+    """An object of the completion's."""
+
+    __slots__ = ("_calls", "_number")
+
+    def __init__(self, calls: Calls, number: int) -> None:
+        object.__setattr__(self, "_calls", calls)
+        object.__setattr__(self, "_number", number)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._calls.ask("call", self, list(arguments), named)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._calls.ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._calls.ask("setattr", self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._calls.ask("getitem", self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._calls.ask("setitem", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._calls.ask("delitem", self, key)
+
+    def __contains__(self, item: Any) -> bool:
+        return self._calls.ask("contains", self, item) is True
+
+    def __len__(self) -> int:
+        return self._calls.ask("len", self)
+
+    def __iter__(self) -> Any:
+        return self._calls.ask("iter", self)
+
+    def __next__(self) -> Any:
+        return self._calls.ask("next", self)
+
+    def __str__(self) -> str:
+        return self._calls.ask("str", self)
+
+    def __repr__(self) -> str:
+        return self._calls.ask("repr", self)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and other._number == self._number
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class Calls:
+    """Requests to the completion's process."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel, self._functions = channel, []
+
+    def names(self) -> dict[str, Any]:
+        """Return what the completion defines, once it has run."""
+        return {name: self._read(value) for name, value in self._channel.receive()["names"].items()}
+
+    def ask(self, operation: str, *arguments: Any) -> Any:
+        self._channel.send({"operation": operation, "arguments": self._describe(list(arguments))})
+        while "callback" in (reply := self._channel.receive()):
+            function = self._functions[reply["callback"]]
+            value = function(*self._read(reply["arguments"]), **self._read(reply["named"]))
+            self._channel.send({"reply": self._describe(value)})
+        if "raised" in reply:
+            raise _exception(reply["raised"], str(reply["text"]))
+        if operation == "call" and (changed := self._read(reply["changed"])):
+            for before, after in zip(
+                (*arguments[1], *arguments[2].values()), (*changed[0], *changed[1].values()), strict=True
+            ):
+                _change_in_place(before, after)
+        return self._read(reply["value"])
+
+    def _describe(self, value: Any) -> Any:
+        return encode(value, self._refer)
+
+    def _refer(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, Remote):
+            return {"ref": [value._number, True]}
+        if callable(value):
+            self._functions.append(value)
+            return {"callback": len(self._functions) - 1}
+        raise TypeError(f"{type(value).__name__} is no plain data")
+
+    def _read(self, data: Any) -> Any:
+        return decode(data, self._resolve)
+
+    def _resolve(self, data: dict[str, Any]) -> Any:
+        if "module" in data and data["module"] in sys.stdlib_module_names:
+            return importlib.import_module(data["module"])
+        if "callback" in data:  # a function of ours that came back
+            return self._functions[data["callback"]]
+        return Remote(self, int(data["ref"][0]))
+
+
+def _exception(names: list[str], text: str) -> Exception:
+    """Return the nearest exception that Python itself has."""
+    for name in names:
+        kind = getattr(builtins, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            return kind(text) if kind not in (UnicodeDecodeError, UnicodeEncodeError) else ValueError(text)
+    return RuntimeError(text)
+
+
+def _change_in_place(before: Any, after: Any) -> None:
+    if isinstance(before, list) and isinstance(after, list):
+        before[:] = after
+    elif isinstance(before, dict | set) and isinstance(after, type(before)):
+        before.clear()
+        before.update(after)
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may look into this process
+    descriptor, verdict, seconds, size = map(int, sys.argv[1:5])
+    token, _, text = sys.stdin.buffer.read().partition(b"\n")  # not from files, which the completion could change
+    for limit, value in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, size),
+        (resource.RLIMIT_FSIZE, size),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(limit, (value, value))
+    sys.argv = ["tests.py"]
+    tests = compile(text.decode("utf-8"), "tests.py", "exec")
+    calls = Calls(Channel(socket.socket(fileno=descriptor)))
+    space: dict[str, Any] = {"__name__": "__main__", **calls.names()}
+    exec(tests, space)  # noqa: S102 - which is the purpose
+    os.write(verdict, token)
+
+
+if __name__ == "__main__":
+    main()
