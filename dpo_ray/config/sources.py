@@ -23,6 +23,8 @@ BuiltInFormat = Literal[
     "sharegpt",
     "axolotl",
     "nemo",
+    "swift",
+    "compared",
 ]
 if TYPE_CHECKING:
     RowFormat = str
@@ -53,6 +55,13 @@ class Columns(StrictModel):
 
     annotators: tuple[str, ...] | None = None
     """Columns of one verdict each: 0 a tie, otherwise the number of the better completion, from 1; null for none."""
+
+    preference: str | None = None
+    """Of compared rows: which of two completions is better. A name that ends with _id counts from 0; in others, words such
+    as model_a, b or tie."""
+
+    query: str | None = None
+    """Of swift rows without messages: the user's last turn."""
 
     system: str | None = None
     history: str | None = None
@@ -98,6 +107,9 @@ class FilesSource(RowSource):
     path: str | tuple[str, ...]
     """A file, a glob or a directory, here or at s3://, gs:// or hf://datasets/NAME@REVISION/; one file at https://; or a
     list of these. The end of a file's name says its kind; a directory may hold several kinds."""
+
+    split: Literal["train", "validation", "test"] | None = None
+    """Of a directory whose files or folders are named by their split (train.jsonl, test/...): read this one alone."""
 
 
 class HubSource(RowSource):

@@ -35,6 +35,8 @@ REASONS: dict[str, Reason] = {
     "SHARD_EMPTY": _fault("the file has no bytes, although its kind has some even without rows"),
     "SHARD_BAD_MAGIC": _fault("the file does not begin as its kind does: its name is wrong, or it was overwritten"),
     "SHARD_COMPRESSION": _fault("the file is not compressed as its name says"),
+    "SHARD_ENCODING": _fault("the file is UTF-16 or UTF-32, not UTF-8"),
+    "SHARD_PRETTY": _fault("the file is pretty-printed JSON, not JSON Lines: an object goes over several lines"),
     "SHARD_TRUNCATED": _fault("the end of the file is missing"),
     "SHARD_DAMAGED": _fault("the content cannot be decoded, or does not match its checksum: the file was changed"),
     "SHARD_DUPLICATE_COLUMN": _fault("a column that rows are made of occurs more than once in the file"),
@@ -88,6 +90,8 @@ REASONS: dict[str, Reason] = {
 ADVICE: dict[str, str] = {
     "JSON_SYNTAX": "write one JSON object on each line (JSON Lines), or one JSON list of objects",
     "INVALID_UTF8": "save the file as UTF-8",
+    "SHARD_ENCODING": "save the file as UTF-8",
+    "SHARD_PRETTY": "write each object on one line (JSON Lines: `jq -c . FILE`), or all of them as one JSON list",
     "UNSUPPORTED_MEDIA": "use data of text alone, or remove these rows and columns",
     "CONTROL_CHARS": "remove control characters, such as escape sequences of a terminal, from the text",
     "SPECIAL_TOKEN_INJECTION": "remove these tokens from the text, or set data.rules.special_tokens=allow",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,14 @@ _KINDS: dict[str, Kind] = {
 }
 _KNOWN = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz and .zst), .parquet, .arrow"
 _NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")  # written by `datasets` beside the data
+
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The words by which `datasets` recognises splits: https://huggingface.co/docs/hub/datasets-file-names-and-splits."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ def _named(source: Source, split: str) -> Iterator[tuple[str, Kind, str]]:
     match source:
         case FilesSource():
             for path in [source.path] if isinstance(source.path, str) else source.path:
-                for file in _expand(path, f"data.{split.replace('_', '.', 1)}={shown(path)}"):
+                where = f"data.{split.replace('_', '.', 1)}={shown(path)}"
+                for file in one_split(_expand(path, where), path, source.split, where):
                     yield file_name(file), _kind(file), file
         case HubSource():
             what = source.model_dump(include={"path", "subset", "split", "revision"})
@@ -111,6 +121,42 @@ def _expand(path: str, where: str) -> list[str]:
     if not matched:
         raise ConfigError("no file matches", where=where, fix=f"name a file, a glob or a directory with {_KNOWN}")
     return [protocol + file for file in sorted(matched)]
+
+
+def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -> list[str]:
+    """Return the files of one split, by what their names, or those of folders below `root`, begin with.
+
+    Raises:
+        ConfigError: there are files of several splits, and the recipe does not choose one; or it chooses one that is
+            not there.
+    """
+    splits = {file: _split_of(file, root) for file in files}
+    found = sorted({split for split in splits.values() if split})
+    if wanted is None and len(found) < 2:
+        return list(files)
+    if wanted is None:
+        raise ConfigError(
+            f"these files are of the splits {', '.join(found)}, which must not be mixed",
+            where=where,
+            fix=f"set `split` of the source, such as {{type: files, path: ..., split: {found[-1]}}}, or name the files",
+        )
+    if wanted not in found:
+        there = f"there are {', '.join(found)}" if found else "no file is named by a split"
+        raise ConfigError(f"there is no split {wanted}; {there}", where=where, fix="correct `split`, or leave it out")
+    return [file for file, split in splits.items() if split == wanted]
+
+
+def _split_of(file: str, root: str) -> str | None:
+    """Return the split that a file belongs to, as `datasets` recognises it; None if no name tells one."""
+    fixed = re.split(r"[*?\[]", root, maxsplit=1)[0]
+    base = fixed.rpartition("/")[0] if fixed != root else root  # the directory that all files are in
+    base = base if "://" in base else str(Path(base).expanduser().absolute())
+    below = file.removeprefix(base).strip("/") if file.startswith(base) else ""
+    for part in reversed(below.split("/") if below else [file_name(file)]):
+        for split, words in SPLIT_WORDS.items():
+            if re.split(r"[-_. 0-9]", part.lower(), maxsplit=1)[0] in words:
+                return split
+    return None
 
 
 def _matching(fs: Any, root: str, where: str) -> list[str]:

@@ -241,7 +241,7 @@ def entropy_nats(symbol: str = "document") -> float:
 
 
 def is_grammatical(text: str, symbol: str = "document") -> bool:
-    """Return whether the grammar can write `text`: the test of fluency."""
+    """Return whether the grammar can generate `text`. Tests use this to check that a text is fluent."""
     return _pattern(symbol).fullmatch(text) is not None
 
 

@@ -48,6 +48,10 @@ def json_lines(name: str) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in sound_rows(name))
 
 
+def pretty(name: str) -> bytes:
+    return "\n".join(json.dumps(row, indent=1) for row in sound_rows(name)).encode()
+
+
 def gzipped(name: str) -> bytes:
     return gzip.compress(json_lines(name), mtime=0)
 
@@ -121,6 +125,12 @@ def _bad_shards() -> list[BadShard]:
         BadShard("WRONG_COMPRESSION", "zstd.jsonl.gz", zstandard("zstd.jsonl.gz"), ("SHARD_COMPRESSION",)),
         BadShard("WRONG_COMPRESSION", "plain.jsonl.zst", json_lines("plain.jsonl.zst"), ("SHARD_COMPRESSION",)),
         BadShard("WRONG_COMPRESSION", "gzip.jsonl", gzipped("gzip.jsonl"), ("SHARD_COMPRESSION",)),
+        BadShard("ENCODING", "utf16.jsonl", json_lines("utf16.jsonl").decode().encode("utf-16"), ("SHARD_ENCODING",)),
+        BadShard("ENCODING", "utf16le.jsonl", json_lines("utf16le.jsonl").decode().encode("utf-16-le"), ("SHARD_ENCODING",)),
+        BadShard("ENCODING", "utf16be.csv", "prompt,chosen,rejected\na,b,c\n".encode("utf-16-be"), ("SHARD_ENCODING",)),
+        BadShard("ENCODING", "utf32.jsonl.gz", gzip.compress(json_lines("x").decode().encode("utf-32")), ("SHARD_ENCODING",)),
+        BadShard("PRETTY", "pretty.json", pretty("pretty.json"), ("SHARD_PRETTY",)),
+        BadShard("PRETTY", "windows.jsonl", pretty("windows.jsonl").replace(b"\n", b"\r\n"), ("SHARD_PRETTY",)),
         BadShard("UNREADABLE", "link.jsonl", None, ("SHARD_UNREADABLE",)),
         BadShard("UNEXPECTED_ARROW_EXTENSION", "tensor.arrow", arrow(with_extension("tensor.arrow")), ("SHARD_ARROW_EXTENSION",)),
         BadShard("UNEXPECTED_ARROW_EXTENSION", "tensor.parquet", parquet(with_extension("tensor.parquet")), ("SHARD_ARROW_EXTENSION",)),

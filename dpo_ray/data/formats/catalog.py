@@ -10,14 +10,17 @@ from dpo_ray.config.extension import FORMATS as ADDED
 from dpo_ray.config.extension import installed
 from dpo_ray.config.sources import Columns
 
-from . import llama_factory, pairs, pandalm, scored, unpaired
+from . import compared, llama_factory, pairs, pandalm, scored, swift, unpaired
 from .fields import NUMBERED, Fields, named, numbered
 from .format import Format
 from .media import is_media
 
 _BUILT_IN = {
     each.name: each
-    for each in (*pairs.FORMATS, *unpaired.FORMATS, *scored.FORMATS, *pandalm.FORMATS, *llama_factory.FORMATS)
+    for each in (
+        *(*pairs.FORMATS, *unpaired.FORMATS, *scored.FORMATS, *pandalm.FORMATS, *llama_factory.FORMATS),
+        *(*swift.FORMATS, *compared.FORMATS),
+    )
 }
 FORMATS: dict[str, Format] = installed(ADDED, {*_BUILT_IN, "auto"}) | _BUILT_IN
 
@@ -64,6 +67,8 @@ def wanted(names: Sequence[str], columns: Columns) -> list[str]:
         (present["chosen"] and present["rejected"])
         or (present["label"] and (present["completion"] or present["prompt"]))
         or (present["completions"] and (present["annotators"] or present["prompt"]))
+        or (present["rejected"] and (present["query"] or "messages" in names))
+        or (present["preference"] and present["sides"])
     )
     if not complete:
         return list(names)

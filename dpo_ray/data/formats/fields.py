@@ -44,7 +44,7 @@ class Fields(NamedTuple):
         return self._value(self.column(role), missing)
 
     def spread(self, role: str) -> Sequence[str]:
-        """Name the columns of a role that has one for each completion or annotator; none where it has not."""
+        """List the columns of a role that has one for each completion or annotator; [] for any other role."""
         given = getattr(self.columns, role)
         if isinstance(given, tuple):
             return given
@@ -76,7 +76,7 @@ class Fields(NamedTuple):
 
 def named(role: str, columns: Columns) -> tuple[str, ...]:
     """List the recipe's own names for a role; none where it leaves them to the format."""
-    given = getattr(columns, role)
+    given = getattr(columns, role, None)  # some columns have no name in a recipe
     return (given,) if isinstance(given, str) else given or ()
 
 

@@ -31,11 +31,12 @@ def _alpaca_prompt(fields: Fields) -> str | Conversation:
     more = fields.get("input")
     parts = (instruction, "" if more is None else sound_text(more, fields.column("input")))
     text = "\n".join(part for part in parts if part)
-    history = _history(fields.get("history"))
-    return with_system((*history, *user_turn(text)) if history else text, fields)
+    before = history(fields.get("history"))
+    return with_system((*before, *user_turn(text)) if before else text, fields)
 
 
-def _history(value: Any) -> Conversation:
+def history(value: Any) -> Conversation:
+    """Read earlier turns, a list of [user, assistant]."""
     require(value is None or isinstance(value, list | tuple), "WRONG_TYPE", "`history` is not a list")
     turns = []
     for exchange in value or ():

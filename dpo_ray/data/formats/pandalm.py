@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_ray.data.admission import Rejected
-from dpo_ray.data.groups import TextGroup
+from dpo_ray.data.groups import Message, TextGroup
 
 from .fields import Fields
 from .format import TEMPLATE, Format
@@ -18,16 +18,23 @@ from .soundness import require, sound_text
 
 def verdicts(fields: Fields) -> TextGroup:
     """Read two completions and the annotators' verdicts; a null verdict means that the annotator gave none."""
-    items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
-    require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
-    require(len(items) > 1, "MISSING_COMPLETION", "verdicts are on two completions")
-    require(len(items) == 2, "WRONG_TYPE", f"{len(items)} completions: verdicts are on two")
-    require(None not in items, "NULL_FIELD", "a completion is null")
+    completions = two_completions(fields)
     values = fields.several("annotators", "BAD_LABEL") or []
     votes = tuple(_verdict(value) for value in values if value is not None)
     require(bool(votes), "BAD_LABEL", "no annotator gave a verdict")
-    completions = tuple(answer(item, "completion") for item in items)
     return TextGroup(_prompt(fields), completions, (), chosen=(), rejected=(), verdicts=votes)
+
+
+def two_completions(fields: Fields) -> tuple[str | Message, ...]:
+    """Read the two completions that a verdict is on, from a column each or from a list."""
+    items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
+    require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
+    if len(items) > 2:
+        items = [item for item in items if item is not None]  # a table of several layouts has columns of each
+    require(len(items) > 1, "MISSING_COMPLETION", "a verdict is on two completions")
+    require(len(items) == 2, "WRONG_TYPE", f"{len(items)} completions: a verdict is on two")
+    require(None not in items, "NULL_FIELD", "a completion is null")
+    return tuple(answer(item, "completion") for item in items)
 
 
 def _prompt(fields: Fields):

@@ -13,6 +13,7 @@ from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import DETAIL_CHARACTERS, Rejected
 
 from .catalog import FORMATS, fields_of
+from .compared import SIDES
 from .fields import Fields
 from .hh import ASSISTANT
 
@@ -41,9 +42,15 @@ def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) 
         spread = fields.spread(role) if role == "completions" else ()
         return all(name in given for name in spread or (fields.column(role),))
 
+    if has("swift", "rejected") and not has("axolotl", "chosen") and ("messages" in given or has("swift", "query")):
+        return "swift"
     fields = fields_of(given, "axolotl", columns)
     if fields.column("chosen") in given or fields.column("rejected") in given:
         return _pair(fields, row)
+    if has("compared", "preference") and (
+        SIDES[0] in given or len(fields_of(given, "compared", columns).spread("completions")) == 2
+    ):
+        return "compared"
     if has("sharegpt", "label"):
         if "conversations" in given:
             return "sharegpt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) ->
     For a plain file these are the lines that begin at the bytes [start, stop); a compressed file is read completely.
 
     Raises:
-        Rejected: SHARD_EMPTY, SHARD_COMPRESSION, SHARD_TRUNCATED or SHARD_DAMAGED.
+        Rejected: SHARD_EMPTY, SHARD_COMPRESSION, SHARD_ENCODING, SHARD_TRUNCATED or SHARD_DAMAGED.
         OSError: the file cannot be read.
     """
     head = raw.peek(8)[:8]
@@ -42,11 +43,24 @@ def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) ->
         raise Rejected("SHARD_COMPRESSION", f"{actual or 'no known compression'} in a file named {name}: {head!r}")
     match compression:
         case "gzip":
-            yield from _gunzipped(raw)
+            chunks = _gunzipped(raw)
         case "zstd":
-            yield from _unzstd(raw)
+            chunks = _unzstd(raw)
         case _:
-            yield from _plain(raw, start, stop)
+            chunks = _plain(raw, start, stop)
+    for number, chunk in enumerate(chunks):
+        if number == 0 and start == 0:
+            _check_encoding(chunk)
+        yield chunk
+
+
+def _check_encoding(head: bytes) -> None:
+    """Check that a text does not begin in UTF-16 or UTF-32, in which half of the bytes of most text are zero."""
+    sample = head[:64]
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or (
+        len(sample) >= 8 and max(sample[0::2].count(0), sample[1::2].count(0)) > len(sample) / 4
+    ):
+        raise Rejected("SHARD_ENCODING", f"it begins with {sample[:16]!r}")
 
 
 def _gunzipped(raw: Any) -> Iterator[bytes]:

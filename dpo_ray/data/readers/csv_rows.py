@@ -31,6 +31,8 @@ def csv_rows(
     header, _ = next(rows, (None, 0))
     if header is None:
         raise Rejected("SHARD_EMPTY", "there is no header")
+    if isinstance(header, Rejected) and header.reason.startswith("SHARD_"):
+        raise header  # the file itself, not its header
     if isinstance(header, Rejected):
         raise Rejected("SHARD_UNREADABLE", f"the header: {header.reason}: {header.detail}")
     columns_to_read(header, columns)
@@ -74,7 +76,7 @@ class _Lines:
     """The lines that a csv.reader consumes; those of the current row are kept, so that they can be read again."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._lines = lines(chunks)
+        self._lines = lines(chunks, keep_empty=True)
         self._again: deque[str] = deque()
         self._is_first = True
         self._retry_bytes = RETRY_BYTES

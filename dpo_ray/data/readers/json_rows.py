@@ -13,6 +13,8 @@ from dpo_ray.data.admission import Rejected
 
 MAX_ROW_BYTES = 16 << 20
 
+_PRETTY = re.compile(rb'\{[ \t\r]*\n\s*"')  # in JSON Lines nothing follows the brace but the rest of its row
+_LINE_ENDS = re.compile(rb"\n+")
 _IN_ELEMENT = re.compile(rb'[^"\[\]{}]*+')
 _BETWEEN_ELEMENTS = re.compile(rb'[^",\[\]{}]*+')
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
@@ -23,13 +25,16 @@ def json_rows(chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
     """Yield (value or Rejected, size in bytes) for each line, or for each element if the text is a list `[...]`.
 
     Raises:
-        Rejected: SHARD_TRUNCATED or SHARD_DAMAGED if the list itself ends early or is damaged.
+        Rejected: SHARD_PRETTY if an object goes over several lines; SHARD_TRUNCATED or SHARD_DAMAGED if the list itself
+            ends early or is damaged.
     """
     chunks, head = iter(chunks), b""
     for chunk in chunks:
         head = without_bom(head + chunk).lstrip()
-        if len(head) >= 4:
+        if len(head) >= 64:
             break
+    if _PRETTY.match(head):
+        raise Rejected("SHARD_PRETTY", f"it begins with {head[:60]!r}")
     rest = chain([head], chunks)
     for item, size in _list_items(rest) if head.startswith(b"[") else _filled(lines(rest)):
         yield (item if isinstance(item, Rejected) else _parsed(item)), size
@@ -45,24 +50,33 @@ def without_bom(text: bytes) -> bytes:
     return text.removeprefix(codecs.BOM_UTF8)
 
 
-def lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
-    """Split into lines without their `\\n`, including empty ones, holding only a chunk and a line of limited length."""
-    rest, skipping = b"", False
+def lines(chunks: Iterable[bytes], *, keep_empty: bool = False) -> Iterator[tuple[bytes | Rejected, int]]:
+    """Split into lines without their `\\n`, holding only a chunk and a line of limited length; empty ones are left out.
+
+    Each byte is looked at a fixed number of times: a compressed file of megabytes may hold a line, or empty lines, of
+    gigabytes.
+    """
+    parts: list[bytes] = []  # of a line that no chunk has ended yet
+    held_bytes, skipping = 0, False  # skipping: the rest of a line that was already reported
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            if skipping:
-                skipping = False  # the end of a line that was already reported
-            elif len(line) > MAX_ROW_BYTES:
-                yield _too_long(line), 0
-            else:
-                yield line, len(line)
-        if len(rest) > MAX_ROW_BYTES:
-            if not skipping:
-                yield _too_long(rest), 0
-            rest, skipping = b"", True
-    if rest and not skipping:
-        yield rest, len(rest)
+        if skipping:
+            end = chunk.find(b"\n")
+            if end < 0:
+                continue
+            chunk, skipping = chunk[end + 1 :], False
+        first, *others = chunk.split(b"\n") if keep_empty else _LINE_ENDS.split(chunk)
+        parts.append(first)
+        held_bytes += len(first)
+        for following in others:
+            line = b"".join(parts)
+            if line or keep_empty:
+                yield (_too_long(line), 0) if held_bytes > MAX_ROW_BYTES else (line, held_bytes)
+            parts, held_bytes = [following], len(following)
+        if held_bytes > MAX_ROW_BYTES:
+            yield _too_long(b"".join(parts)), 0
+            parts, held_bytes, skipping = [], 0, True
+    if line := b"".join(parts):
+        yield line, held_bytes
 
 
 def _filled(items: Iterable[tuple[bytes | Rejected, int]]) -> Iterator[tuple[bytes | Rejected, int]]:

@@ -16,11 +16,13 @@ _OTHER = "qzx"  # what a part is changed to: the text changes as well if the tem
 
 
 class DropCheck:
-    """The check of one template. Whether it writes tool calls, tools, names and reasoning is tried once for each shape
-    of a conversation, by rendering it with that part changed.
+    """The check that a template leaves out no part of a conversation.
+
+    Once for each shape of a conversation, tool calls, tools, names and reasoning are changed in turn, and the
+    conversation is rendered again: its text must change as well.
 
     Args:
-        template: names the template in the detail of a rejection.
+        template: the name of the template, shown in the detail of a rejection.
     """
 
     def __init__(self, template: str) -> None:

@@ -19,10 +19,10 @@ class _OverTime(BaseException):
 
 
 class Watchdog:
-    """A time limit for each call made in the thread that enters this context. It uses one thread for all calls.
+    """A context that limits the time of each call in the thread that enters it. One additional thread watches all calls.
 
-    Time is the thread's own CPU time if the system provides it, so that a busy machine does not cause sound rows to be
-    rejected; otherwise it is wall time. A single step within C code is not interrupted.
+    Time is the watched thread's own CPU time if the system provides it, so that valid rows are not rejected only
+    because the machine is busy; otherwise it is wall time. A single step within C code is not interrupted.
     """
 
     def __init__(self, limit_seconds: float) -> None:

@@ -107,6 +107,50 @@ def test_globs_directories_and_lists_in_a_stable_order(tmp_path: Path):
     ]
 
 
+def test_what_is_hidden_is_read_only_where_it_is_named(tmp_path: Path):
+    for name in ("a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "more/.cache/b.jsonl", "more/b.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    names = ["a.jsonl", "b.jsonl"]
+    assert [s.name for s in shards_of(str(tmp_path))] == names
+    assert [s.name for s in shards_of(f"{tmp_path}/**/*.jsonl")] == names
+    assert [s.name for s in shards_of(f"{tmp_path}/.ipynb_checkpoints/*.jsonl")] == ["a-checkpoint.jsonl"]
+    assert [s.name for s in shards_of(f"{tmp_path}/more/.cache")] == ["b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (("train.jsonl", "test.jsonl"), "test, train"),
+        (("train/a.jsonl", "validation/a.jsonl"), "train, validation"),
+        (("train-00000-of-00002.parquet", "eval_1.parquet"), "test, train"),
+        (("data.train.jsonl", "dev.jsonl", "training.jsonl"), "train, validation"),
+    ],
+)
+def test_splits_of_a_directory_are_not_mixed(tmp_path: Path, files: tuple[str, ...], found: str):
+    root = tmp_path / "test"  # that a folder above is called so says nothing of the files
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    for path in (str(root), f"{root}/**"):
+        with pytest.raises(ConfigError, match=f"of the splits {found}, which must not be mixed"):
+            shards_of(path)
+    train = [name for name in files if "train" in name and not name.startswith("data.")]
+    chosen = shards_of({"path": str(root), "split": "train"})
+    assert [s.location for s in chosen] == sorted(str(root / name) for name in train)
+    with pytest.raises(ConfigError, match="there is no split "):
+        shards_of({"path": str(root), "split": ({"validation", "test"} - set(found.split(", "))).pop()})
+
+
+@pytest.mark.parametrize(
+    "files", [("a.jsonl", "b.jsonl"), ("train-1.jsonl", "train-2.jsonl"), ("train.jsonl", "more.jsonl")]
+)
+def test_files_of_one_split_are_read_together(tmp_path: Path, files: tuple[str, ...]):
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    assert [s.name for s in shards_of(str(tmp_path))] == sorted(files)
+
+
 def test_a_shard_knows_its_source_and_what_that_says_of_its_rows(tmp_path: Path):
     for name in ("a.jsonl", "b.jsonl", "c.csv"):
         (tmp_path / name).write_bytes(LINES)

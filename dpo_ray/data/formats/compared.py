@@ -1,0 +1,79 @@
+"""Two completions, and a column that tells which of them is better.
+
+PKU-SafeRLHF: the card of huggingface.co/datasets/PKU-Alignment/PKU-SafeRLHF. HelpSteer2-Preference and HelpSteer3: the
+cards of huggingface.co/datasets/nvidia/HelpSteer2 and HelpSteer3. Chatbot Arena: the card of
+huggingface.co/datasets/lmsys/chatbot_arena_conversations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_ray.data.admission import Rejected
+from dpo_ray.data.groups import Conversation, Message, TextGroup
+
+from .fields import Fields
+from .format import TEMPLATE, Format
+from .messages import conversation, last_turn, prompt_of, with_system
+from .pandalm import two_completions
+from .soundness import require
+
+SIDES = ("conversation_a", "conversation_b")
+"""Whole conversations with two models, of which the last turns are compared."""
+
+_WORDS = {
+    **dict.fromkeys(("model_a", "a", "left", "first", "response_1", "1"), 1),
+    **dict.fromkeys(("model_b", "b", "right", "second", "response_2", "2"), 2),
+    **dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "both", "bothbad", "equal"), 0),
+}
+_TIE, _FIRST, _SECOND = 0, 1, 2
+
+
+def compared(fields: Fields) -> TextGroup:
+    """Read two completions and the verdict on them, as that of one annotator."""
+    is_battle = fields.row.get(SIDES[0]) is not None
+    prompt, completions = _battle(fields) if is_battle else (prompt_of(fields), two_completions(fields))
+    verdict = _verdict(fields.need("preference", "BAD_LABEL"), fields.column("preference"))
+    return TextGroup(prompt, completions, (), chosen=(), rejected=(), verdicts=(verdict,))
+
+
+def _battle(fields: Fields) -> tuple[str | Conversation, tuple[str | Message, ...]]:
+    sides = [conversation(fields.row.get(side), side) for side in SIDES]
+    answers = tuple(last_turn(turns, side) for turns, side in zip(sides, ("chosen", "rejected"), strict=True))
+    require(sides[0][:-1] == sides[1][:-1], "PROMPT_MISMATCH", "the conversations differ before their last turn")
+    require(len(sides[0]) > 1, "MISSING_PROMPT", "the conversations hold a single message")
+    return with_system(sides[0][:-1], fields), answers
+
+
+def _verdict(value: Any, name: str) -> int:
+    """Return 1 or 2, the better completion, or 0 for a tie.
+
+    An id counts from 0 (`better_response_id`), a strength is negative if the first is better (HelpSteer), and words name
+    a side.
+    """
+    text = str(value).strip().lower().removesuffix(".0")  # CSV only has text, and a column with nulls may hold floats
+    if name.endswith("_id") and text in ("0", "1") and not isinstance(value, bool):
+        return _SECOND if text == "1" else _FIRST
+    if name in STRENGTHS and text.lstrip("-").isdigit():
+        strength = int(text)
+        return _TIE if strength == 0 else _FIRST if strength < 0 else _SECOND
+    if isinstance(value, str) and name not in STRENGTHS and text in _WORDS:
+        return _WORDS[text]
+    raise Rejected("BAD_LABEL", f"`{name}` is {value!r}, which tells no better completion"[:200])
+
+
+STRENGTHS = ("preference_strength", "overall_preference")
+FORMATS = (
+    Format(
+        "compared",
+        {
+            "prompt": ("prompt", "context", "instruction", "question"),
+            "completions": ("response#",),
+            "sides": SIDES,
+            "preference": ("better_response_id", "safer_response_id", *STRENGTHS, "winner"),
+            "system": ("system",),
+            **TEMPLATE,
+        },
+        lambda fields, criteria: compared(fields),
+    ),
+)

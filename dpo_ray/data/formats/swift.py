@@ -1,0 +1,58 @@
+"""ms-swift's layouts, in which the chosen answer ends a conversation and the rejected one stands beside it.
+
+ms-swift: docs/source_en/Customization/Custom-dataset.md, "DPO/ORPO/CPO/SimPO/RM".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_ray.data.groups import Conversation, TextGroup
+
+from .fields import Fields
+from .format import TEMPLATE, Format
+from .llama_factory import history
+from .messages import answer, conversation, last_turn, user_turn, with_system
+from .soundness import require, sound_text
+
+MESSAGES, QUERY = "messages", "query"
+
+
+def swift(fields: Fields) -> TextGroup:
+    """Read messages whose last turn is the chosen answer, or query and response; and the rejected answer."""
+    if fields.row.get(MESSAGES) is not None or fields.columns.prompt:
+        turns = conversation(fields.need("prompt", "MISSING_PROMPT"), fields.column("prompt"))
+        prompt, chosen = turns[:-1], last_turn(turns, "chosen")
+        require(bool(prompt), "MISSING_PROMPT", "the conversation holds a single message")
+    else:
+        query = sound_text(fields.need("query", "MISSING_PROMPT"), fields.column("query"))
+        prompt = (*history(fields.get("history")), *user_turn(query))
+        chosen = answer(fields.need("chosen", "MISSING_CHOSEN"), "chosen")
+    rejected = _rejected(fields.need("rejected", "MISSING_REJECTED"), prompt)
+    return TextGroup(with_system(prompt, fields), (chosen, rejected), (1.0, 0.0))
+
+
+def _rejected(value: Any, prompt: Conversation) -> Any:
+    """Read the rejected answer, alone or at the end of a conversation with the same beginning."""
+    if not isinstance(value, list | tuple) or len(value) < 2:
+        return answer(value, "rejected")
+    turns = conversation(value, "rejected")
+    require(turns[:-1] == prompt, "PROMPT_MISMATCH", "chosen and rejected differ before their last turn")
+    return last_turn(turns, "rejected")
+
+
+FORMATS = (
+    Format(
+        "swift",
+        {
+            "prompt": (MESSAGES,),
+            "query": (QUERY,),
+            "history": ("history",),
+            "system": ("system",),
+            "chosen": ("response",),
+            "rejected": ("rejected_response", "rejected_messages"),
+            **TEMPLATE,
+        },
+        lambda fields, criteria: swift(fields),
+    ),
+)
