@@ -79,6 +79,10 @@ class InfrastructureError(DpoRayError):
     exit_code = 9
 
 
+class HeadLostError(InfrastructureError):
+    """Ray's head does not answer any more. Ray's own clean-up would wait for it, so the process has to end at once."""
+
+
 class JudgeError(DpoRayError):
     """A judge of online rounds cannot work, or has used up its budget."""
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +20,7 @@ from .names import MANIFEST_NAME, artifact_name
 from .storage import Storage
 
 logger = logging.getLogger(__name__)
+MAX_HASHING_THREADS = 8  # a disk and a processor of a node are busy with these
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """Return the hash of everything that could change this artifact."""
+        """Return the hash of everything that determines this artifact: stage, version of the stage, config and inputs."""
         return self.manifest.key
 
     @property
@@ -58,9 +60,14 @@ class Artifact:
         return {entry.name: entry for entry in self.manifest.files}
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading after checking its size."""
+        """Open a file for reading after checking its size, and on a disk its digest, once in a process.
+
+        An object store checks its own files against their checksums.
+        """
         entry = self.entry(name)
         self._check_size(entry)
+        if self.storage.is_local:
+            self._check_digest(entry)
         return self.storage.open_input(entry.path)
 
     def read_bytes(self, name: str) -> bytes:
@@ -77,9 +84,9 @@ class Artifact:
     def local_dir(self, prefix: str, cache: Path) -> Path:
         """Return a local directory with the files below a prefix ("" for all), for libraries that need paths.
 
-        For a local artifact this is its own directory, and only the file sizes are checked. From an object store
-        the files are copied below `cache`; each is checked against its sha256 before it gets its final name, so
-        several workers of a machine may share the cache.
+        For a local artifact this is its own directory. From an object store the files are copied below `cache`; several
+        workers of a machine may share it, as a file gets its final name after it was checked. Every file is checked
+        against its sha256, on a disk once in a process.
         """
         prefix = prefix.rstrip("/")
         entries = [entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")]
@@ -88,6 +95,8 @@ class Artifact:
         if self.storage.is_local:
             for entry in entries:
                 self._check_size(entry)
+            with ThreadPoolExecutor(MAX_HASHING_THREADS) as threads:
+                list(threads.map(self._check_digest, entries))  # raises what a thread has raised
             return self.storage.local_path(prefix)
         # The attempt is part of the path, so a rebuilt artifact never mixes with the deleted one.
         home = Path(cache) / artifact_name(self.stage, self.key) / self.manifest.attempt
@@ -143,6 +152,14 @@ class Artifact:
         if size != entry.bytes:
             raise self._damaged(entry, f"has {size} bytes, but the manifest records {entry.bytes}")
 
+    def _check_digest(self, entry: FileEntry) -> None:
+        """Compare a file with its sha256, unless this process has done so before."""
+        checked = (self.storage.uri, self.manifest.attempt, entry.path)
+        if checked not in _CHECKED:
+            if self._sha256(entry) != entry.sha256:
+                raise self._damaged(entry, "differs from the manifest's sha256")
+            _CHECKED.add(checked)
+
     def _sha256(self, entry: FileEntry) -> str:
         sha256 = hashlib.sha256()
         with self.storage.open_input(entry.path) as file:
@@ -154,6 +171,7 @@ class Artifact:
         return ArtifactError(f"the file {entry.name!r} {what}", where=self.storage.full_path(entry.path), fix=_RERUN)
 
 
+_CHECKED: set[tuple[str, str, str]] = set()  # files of artifacts that this process has compared with their digests
 _RERUN = "delete the artifact's directory; its stage then runs again"
 
 
@@ -179,7 +197,7 @@ def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
             what = f"the manifest belongs to {manifest.stage}-{manifest.key}"
             raise ArtifactError(what, where=storage.uri, fix=_RERUN)
     except ArtifactError as error:
-        if not storage.is_local or not isinstance(error.__cause__, ValueError):
+        if not storage.is_local or not isinstance(error.__cause__, ValueError | RecursionError):
             raise  # the text is not damaged: it is a newer format, another artifact's manifest or a failing disk
         logger.warning("the artifact is not used, and its stage runs again: %s", error)
         return None

@@ -161,7 +161,7 @@ class Lease:
         try:
             record = json.loads(self.storage.read_bytes(_file_name(number)))
             return record if isinstance(record, dict) else None
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
 
     def _held(self, number: int, record: dict[str, Any]) -> LeaseError:

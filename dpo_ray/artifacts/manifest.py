@@ -92,7 +92,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         if _text(content) != data or content.pop("digest", None) != digest(content):
             raise ValueError("its digest does not match its content")
         return Manifest.model_validate(content)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise ArtifactError(f"the manifest is damaged: {error}", where=where, fix=fix) from error
 
 

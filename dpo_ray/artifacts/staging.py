@@ -171,7 +171,9 @@ class Staging:
         path = entry.name if self.root.is_local else f"{self.attempt}/{entry.name}"
         if entry.path not in (entry.name, path):
             raise ArtifactError(
-                f"the path {entry.path!r} is not that of the file {entry.name!r}", where=self.storage.uri
+                f"the entry of the file {entry.name!r} records the path {entry.path!r}, but the file belongs at {path!r}",
+                where=self.storage.uri,
+                fix="commit only entries that `write` or `upload` of this attempt returned",
             )
         _file_name(entry.name)
         return entry.model_copy(update={"path": path})

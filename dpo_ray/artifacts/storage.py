@@ -192,7 +192,11 @@ class Storage:
         finally:
             self.delete(name)
         if not intact:
-            raise InfrastructureError("a file was read back with other content than was written", where=self.uri)
+            raise InfrastructureError(
+                "a test file was written, but reading it back returned other content",
+                where=self.uri,
+                fix="use another storage, or have this one checked",
+            )
 
     def _optional(self, name: str) -> str:
         return checked_name(name, self.uri) if name else ""

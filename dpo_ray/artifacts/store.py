@@ -58,6 +58,22 @@ class ArtifactStore:
             if manifest is not None and manifest.stage == stage:
                 yield manifest
 
+    def verify(self) -> Iterator[tuple[str, ArtifactError | None]]:
+        """Check every committed artifact: its manifest, its list of files, and every digest.
+
+        Yields the name of each artifact, and what is wrong with it.
+        """
+        for directory in self.root.list_dirs():
+            place = self.root.child(directory)
+            try:
+                if directory.startswith(".") or (manifest := read_manifest(place)) is None:
+                    continue
+                Artifact(manifest, place).verify()
+            except ArtifactError as error:
+                yield directory, error
+            else:
+                yield directory, None
+
     def latest(self, stage: str, run: str) -> Manifest | None:
         """Return the newest manifest of a stage that this run committed, to explain why it is stale now."""
         ours = (manifest for manifest in self.manifests(stage) if manifest.run == run)
@@ -83,6 +99,6 @@ class ArtifactStore:
     def _is_alive(self, marker: str) -> bool:
         try:
             process = Process.from_json(json.loads(self.root.read_bytes(marker)))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return False
         return process is not None and process.is_alive_here()

@@ -113,10 +113,10 @@ def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool)
 
 
 def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -> tuple[int, int]:
-    """Return the bytes that adapters save, and those of the results of their matrix products.
+    """Return two numbers of bytes for the adapters of a block: what autograd saves, and the results of their products.
 
-    Each adapted layer saves its low-rank result and, with dropout, a copy of its input and the mask. The layer's own
-    input is then not needed, which is not taken into account: the estimate is slightly too high.
+    Each adapted layer saves its low-rank result and, with dropout, a copy of its input and the mask. With
+    dropout, the layer's own input is no longer needed, but it is still counted: the estimate is slightly too high.
     """
     if lora is None:
         return 0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -11,9 +12,10 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from dpo_ray.errors import EXIT_CODES, DpoRayError, StoppedError
+from dpo_ray.errors import EXIT_CODES, DpoRayError, HeadLostError, StoppedError
 from dpo_ray.observe.text import harmless
 
+from .artifacts import artifacts
 from .doctor import doctor
 from .inspect import inspect
 from .jobs import list_jobs, logs, status, stop, submit
@@ -43,6 +45,7 @@ for command in (run, rounds, plan, validate, schema, init, report, doctor, submi
 app.command("list")(list_jobs)
 app.add_typer(inspect, name="inspect")
 app.add_typer(store, name="store")
+app.add_typer(artifacts, name="artifacts")
 app.add_typer(kubernetes, name="kubernetes")
 
 
@@ -59,6 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
         code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
     except DpoRayError as error:
         _print_error(str(error))
+        if isinstance(error, HeadLostError):  # at the exit of Python, Ray would wait for its head
+            sys.stdout.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)

@@ -13,9 +13,10 @@ import ray.exceptions
 
 from dpo_ray import errors
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.errors import DpoRayError, InfrastructureError
+from dpo_ray.errors import DpoRayError, HeadLostError, InfrastructureError
 
 from .cpu_work import cpu_work_on
+from .head import watched_head
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
@@ -60,19 +61,23 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     try:
         with nullcontext() if verbose else _silent_stderr():
             ray.init(recipe.ray.address, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises a bare Exception where its processes take too long to start
         raise InfrastructureError(
-            f"Ray does not answer: {str(error).strip().splitlines()[0]}",
+            f"Ray does not answer: {next(iter(str(error).strip().splitlines()), type(error).__name__)}",
             where=f"ray.address={recipe.ray.address}",
             fix="check the address, that the cluster runs this Ray version, and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)",
         ) from error
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:
-        with _causes(), cpu_work_on(recipe.cluster.roles.prepare):
+        with watched_head(recipe.ray.address), _causes(), cpu_work_on(recipe.cluster.roles.prepare):
             yield
-    finally:
+    except HeadLostError:
+        raise
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 _OURS = re.compile(r"^dpo_ray\.errors\.(?P<kind>\w+): (?P<what>.*)(?:\n  -> (?P<fix>.*))?$", re.MULTILINE)

@@ -339,7 +339,7 @@ Objective = Annotated[Single | SumObjective, Field(discriminator="type"), Before
 
 
 def summands(objective: Objective) -> tuple[tuple[float, Single], ...]:
-    """List the weights and objectives of a sum; any other objective is its own sum."""
+    """List the (weight, objective) pairs of a sum; any other objective is treated as a sum of one term with weight 1."""
     if isinstance(objective, SumObjective):
         return tuple((term.weight, term.objective) for term in objective.terms)
     return ((1.0, objective),)

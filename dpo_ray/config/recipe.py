@@ -123,7 +123,9 @@ class Recipe(StrictModel):
             raise field_error("online.pairing.pairs", f"{what}: choose another, or the objective listwise")
         if online.reference == "ema" and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
-                "online.reference", "the mean of adapters is not an adapter: set train.lora.merge, or another reference"
+                "online.reference",
+                "ema needs whole weights, as the mean of adapters is not an adapter: set train.lora.merge=true, or "
+                "online.reference to initial or previous",
             )
         if online.optimizer == "carry" and self.train.optimizer.type not in ("adamw", "rmsprop"):
             raise field_error(

@@ -17,13 +17,13 @@ class AuditConfig(StrictModel):
     audit."""
 
     max_token_drift: float | None = Field(default=None, gt=0)
-    """Largest |difference| of the log-prob of a token, in nats. Default: 1e-4 in float32, 0.5 in bfloat16."""
+    """Largest |difference| of the log-prob of a token, in nats. Default: 1e-3 in float32, 0.5 in bfloat16."""
 
     max_mean_drift: float | None = Field(default=None, gt=0)
-    """Largest mean |difference|. Default: 1e-5 in float32, 0.05 in bfloat16."""
+    """Largest mean |difference|. Default: 1e-4 in float32, 0.05 in bfloat16."""
 
     max_bias: float | None = Field(default=None, gt=0)
-    """Largest |mean difference|: a bias rewards length. Default: 5e-6 in float32, 2e-3 in bfloat16. Needs 16 groups or
+    """Largest |mean difference|: a bias rewards length. Default: 5e-5 in float32, 2e-3 in bfloat16. Needs 16 groups or
     more."""
 
     max_margin_error: float | None = Field(default=None, gt=0)

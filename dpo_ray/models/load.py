@@ -62,7 +62,7 @@ def _check(directory: Path, where: str) -> None:
         raise ConfigError(
             "no such model directory",
             where=where,
-            fix="name a directory in Hugging Face format, ORGANISATION/NAME, or builtin:NAME",
+            fix="set it to a directory in Hugging Face format, a model of the hub (ORGANISATION/NAME), or builtin:NAME",
         )
     if (directory / lora.CONFIG).is_file():  # with PEFT installed, transformers would silently add it
         raise ConfigError(

@@ -62,13 +62,13 @@ class _Engine:
 
 
 class EnginePool:
-    """Engines on the cluster. They start with the first granule, and are stopped when a `run` has ended, or by `close`.
+    """Engines on the cluster. They start with the first granule and stop when a `run` ends or `close` is called.
 
     Args:
         resources: what each engine requests from Ray; tensor parallelism is inside an engine.
         on_event: called with a sentence about what a person should know: an engine lost, a group left out.
-        start: starts the scorer in an engine's process; must pickle.
-        living: keep the engines until `close`, or until a run is interrupted while they are working.
+        start: starts the scorer in an engine's process; must be picklable.
+        living: keep the engines after a run, until `close` is called or a run is interrupted while they are working.
     """
 
     def __init__(

@@ -109,13 +109,14 @@ def score_granules(
     granules: Iterable[pa.Table],
     report: Callable[[Scored], bool],
 ) -> None:
-    """Score granules (tables of GRANULE), the same on every rank; collective. Each rank commits a segment per granule.
+    """Score granules (tables of schema GRANULE). All ranks call this with the same granules; each commits a segment for
+    each granule.
 
     Completions that a previous attempt has committed are not scored again. Rank 0 reports each granule when all of it
     is in the store, and all ranks end when `report` returns False because nobody needs the results.
 
     Args:
-        known: segments of the store that cannot contain anything of the granules.
+        known: segments of the store that cannot contain a completion of these granules, and need not be searched.
 
     Raises:
         ArtifactError: the store cannot be read or written.

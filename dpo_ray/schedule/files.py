@@ -143,9 +143,10 @@ def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -
 def read_share(
     schedule: Schedule, split: str, rank: int, ranks: int, packed_ranks: int, start_step: int = 0
 ) -> Iterator[RankStep]:
-    """Yield one rank's share of each step when `ranks` ranks read a schedule packed for `packed_ranks` >= `ranks`.
+    """Yield one rank's share of each step if `ranks` ranks read a schedule that was packed for at least as many.
 
-    The rank reads the micro-batches of every `ranks`-th packed rank; all ranks get equally many, some of them fillers.
+    The rank reads the micro-batches of the packed ranks `rank`, `rank + ranks`, and so on; fillers make their number
+    equal on all ranks.
     The loss is normalised by the whole step, so the number of ranks does not change it.
     """
     own_ranks = range(rank, packed_ranks, ranks)

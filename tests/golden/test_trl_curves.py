@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import OptimizerConfig, TrainConfig
-from dpo_ray.data.groups import groups_of
 from dpo_ray.data.schemas import TOKENS
 from dpo_ray.models.load import model_identity
 from dpo_ray.reference import stage as reference_stage
@@ -125,14 +123,9 @@ def schedule_of(tokens: Artifact, reference: list[tuple[np.ndarray, ...]], worke
 
     def load() -> pa.Table:
         table = read_table(tokens, "train/00000-00000.parquet")
-        return table.append_column("at", pa.array(range(len(table))))
+        return table.append_column("token_logps", pa.array(reference, pa.list_(pa.list_(pa.float32()))))
 
-    def groups(table: pa.Table):
-        at = table["at"].to_pylist()
-        for i, group in zip(at, groups_of(table.drop_columns(["at"])), strict=True):
-            yield replace(group, reference_token_logps=reference[i])
-
-    entries = build_split("train", [load], groups, steps, Packing(workers, tokens_per_micro_batch=1200), staging)
+    entries = build_split("train", [load], steps, Packing(workers, tokens_per_micro_batch=1200), staging)
     rows = {"train/steps": len(steps), "train/groups": count}
     return Provenance(1, {}, {}, {}).commit(staging, entries, rows=rows, figures={})
 

@@ -85,7 +85,7 @@ def test_stop_names_the_fault_and_trains_nothing_and_warn_trains_and_says_so(out
         offline.offline(stop, Reporter())
     words = str(raised.value)
     assert "mean_token_drift 0.01, over 1e-05" in words
-    assert "signed_bias -0.01, over 5e-06" in words
+    assert "signed_bias -0.01, over 5e-05" in words
     assert "length_correlation -1" in words  # every error is the shift times the difference in length
     assert "groups that drift most: " in words
     assert "on_drift=use_trainer" in words

@@ -6,7 +6,7 @@ from __future__ import annotations
 import posixpath
 import shutil
 from collections.abc import Iterator
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,28 @@ TEMPLATE_FILE = "chat_template.jinja"
 MAX_BYTES = 20 << 20  # the head keeps the upload in memory and sends it to every node
 NAMED_IN_REFUSALS = 3
 IGNORE_FILES = (".gitignore", ".rayignore")
-NEVER_SENT = (
-    *(".git", ".venv", "venv", "__pycache__", ".ray", ".env*", ".netrc", ".aws", ".ssh", ".kube", ".docker", ".pypirc"),
-    *(".git-credentials", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*"),
+NOT_CODE = (".git", ".venv", "venv", "__pycache__", ".ray")
+SECRETS = (
+    *(".env*", "*.env", ".netrc", ".aws", ".ssh", ".kube", "kubeconfig*", ".docker", ".config", ".azure", ".gnupg"),
+    *(
+        ".pypirc",
+        ".npmrc",
+        ".pgpass",
+        ".my.cnf",
+        ".huggingface",
+        ".cache",
+        ".git-credentials",
+        ".*_history",
+        ".history",
+    ),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.asc", "*.gpg", "id_rsa*", "id_ed25519*"),
+    *("id_ecdsa*", "id_dsa*", "*credential*", "*secret*", "*password*", "*service*account*", "*.token", "token"),
+    *("token.*", "*_token", "*_token.*", "*apikey*", "*api_key*", "adc.json", "*.tfstate", "*.tfvars", ".vault*"),
 )
-"""Names of files that are not code, or that hold secrets."""
+"""Names of files and directories that may hold secrets, in any case of letters."""
+
+CODE_SUFFIXES = (".py", ".pyi", ".jinja", ".j2")
+"""Names of code are not judged by their words: `tokens_of.py` and `secret_santa.py` are sent."""
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -103,9 +120,7 @@ def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[st
     for entry in sorted(here.iterdir()):
         path = posixpath.join(at, entry.name) if at else entry.name
         is_directory = entry.is_dir()
-        if any(fnmatch(entry.name, name) for name in (*NEVER_SENT, *IGNORE_FILES)) or _ignored(
-            path, is_directory, rules
-        ):
+        if _is_never_sent(entry.name) or _ignored(path, is_directory, rules):
             continue
         if is_directory and not entry.is_symlink():
             yield from _walk(root, path, rules)
@@ -113,6 +128,12 @@ def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[st
             root.resolve()
         ):  # a link must not lead out of the directory
             yield path
+
+
+def _is_never_sent(name: str) -> bool:
+    if name.lower().endswith(CODE_SUFFIXES):
+        return False
+    return any(fnmatchcase(name.lower(), pattern) for pattern in (*NOT_CODE, *IGNORE_FILES, *SECRETS))
 
 
 def _ignored(path: str, is_directory: bool, rules: list[tuple[str, PathSpec]]) -> bool:

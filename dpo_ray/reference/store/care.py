@@ -110,7 +110,7 @@ def read_about(partition: Storage) -> dict[str, Any]:
             raise ValueError("its fields have the wrong types")
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"the description of a partition of the reference store is damaged: {error}",
             where=partition.full_path(ABOUT),

@@ -274,7 +274,7 @@ def marked_unix_seconds(partition: Storage) -> float | None:
     """Return when use was last recorded, None if it never was or the mark cannot be read."""
     try:
         return float(json.loads(partition.read_bytes(USED))["unix_seconds"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

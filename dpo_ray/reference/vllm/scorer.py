@@ -165,7 +165,7 @@ class VllmScorer:
         return np.minimum(logps, 0.0)
 
     def _sharing_fault(self, tolerance: float) -> str | None:
-        """Score one artificial group with and without the cache; return what is wrong with the cache, else None."""
+        """Score one synthetic group with and without the prefix cache; return what is wrong with the cache, or None."""
         config = self._llm.llm_engine.vllm_config
         requests = probe_group(config.cache_config.block_size, self._longest, config.model_config.get_vocab_size())
         if not requests:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from typing import Any
 
 from dpo_ray.artifacts.storage import Storage
@@ -19,8 +20,9 @@ from .hashing import digest
 
 logger = logging.getLogger(__name__)
 _PREFIX = "step-"
+_MANIFEST = re.compile(rf"{_PREFIX}([0-9]{{9,12}})\.json")
 # Exceptions that are raised when JSON is damaged or a place cannot be read.
-UNSOUND = (ValueError, KeyError, TypeError, AttributeError, OSError, ArtifactError)
+UNSOUND = (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, ArtifactError)
 
 
 def step_name(step: int) -> str:
@@ -30,8 +32,8 @@ def step_name(step: int) -> str:
 
 def committed_steps(place: Storage) -> list[int]:
     """List the steps that have a checkpoint, intact or damaged, oldest first."""
-    names = [name for name in place.list_files() if name.startswith(_PREFIX) and "/" not in name]
-    return sorted(int(n.removeprefix(_PREFIX).removesuffix(".json")) for n in names if n.endswith(".json"))
+    found = (_MANIFEST.fullmatch(name) for name in place.list_files())  # other files there are nobody's checkpoint
+    return sorted(int(match[1]) for match in found if match)
 
 
 def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[str, str]) -> None:

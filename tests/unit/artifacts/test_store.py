@@ -118,7 +118,7 @@ def test_commit_refuses_what_was_not_written_as_listed(storage: Storage) -> None
         "missing": [entry, FileEntry(name="absent", path="absent", bytes=1, sha256="0" * 64)],
         "twice": [entry, entry],
         "5 bytes, but": [entry.model_copy(update={"bytes": 6})],
-        "is not that of": [entry.model_copy(update={"path": "elsewhere/f"})],
+        "but the file belongs at": [entry.model_copy(update={"path": "elsewhere/f"})],
         "reserved": [entry, FileEntry(name="manifest.json", path="manifest.json", bytes=1, sha256="0" * 64)],
     }
     for message, entries in cases.items():

@@ -78,13 +78,13 @@ def spread(error: float) -> dict[str, Any]:
     [
         # one token of 80: the mean stays small; both completions drift alike, so no pair has an error
         (drifting(chosen=[0.6, -0.6] + [0.0] * 78, rejected=[0.0] * 80), "bfloat16", "max_token_drift"),
-        (drifting(chosen=[2e-4, -2e-4] + [0.0] * 78, rejected=[0.0] * 80), "float32", "max_token_drift"),
+        (drifting(chosen=[2e-3, -2e-3] + [0.0] * 78, rejected=[0.0] * 80), "float32", "max_token_drift"),
         # every token, up and down
         (drifting(chosen=[0.06, -0.06] * 20, rejected=[0.06, -0.06] * 20), "bfloat16", "mean_token_drift"),
-        (drifting(chosen=[2e-5, -2e-5] * 20, rejected=[2e-5, -2e-5] * 20), "float32", "mean_token_drift"),
+        (drifting(chosen=[2e-4, -2e-4] * 20, rejected=[2e-4, -2e-4] * 20), "float32", "mean_token_drift"),
         # every token a little upwards, alike in both completions
         (drifting(chosen=[3e-3] * 20, rejected=[3e-3] * 20), "bfloat16", "signed_bias"),
-        (drifting(chosen=[8e-6] * 20, rejected=[8e-6] * 20), "float32", "signed_bias"),
+        (drifting(chosen=[6e-5] * 20, rejected=[6e-5] * 20), "float32", "signed_bias"),
     ],
 )
 def test_each_limit_on_tokens_trips_alone(measured: dict[str, Any], dtype: str, tripped: str) -> None:

@@ -56,7 +56,7 @@ def test_after_a_failed_audit_the_trainer_scores_and_the_plan_says_why(tmp_path:
     fail(before, measured(max_token_drift=3.0))
     plan = make_plan(recipe(tmp_path, ENGINE, USE_TRAINER))
     assert plan.numerics.engine == plan.recipe.reference.engine == "trainer"
-    assert plan.drift == "max_token_drift 3 over 0.0001"
+    assert plan.drift == "max_token_drift 3 over 0.001"
     assert {s: plan.stages[s].state for s in STAGES} == {
         "prepare": "done",
         "reference": "stale",
@@ -65,7 +65,7 @@ def test_after_a_failed_audit_the_trainer_scores_and_the_plan_says_why(tmp_path:
         "evaluate": "missing",
     }
     assert plan.stages["reference"].reason.startswith(
-        "the trainer scores: the audit of the engine's log-probs failed (max_token_drift 3 over 0.0001)"
+        "the trainer scores: the audit of the engine's log-probs failed (max_token_drift 3 over 0.001)"
     )
     assert "reference.engine: vllm -> trainer" in plan.stages["reference"].reason
     assert plan.resume_key != before.resume_key
@@ -175,7 +175,7 @@ def test_what_was_trained_on_a_drifting_reference_counts_only_where_that_is_allo
         plan = make_plan(recipe(tmp_path, ENGINE, f"reference.audit.on_drift={on_drift}"))
         assert plan.stages["train"].state == "stale"
         assert plan.stages["train"].reason == (
-            f"it was trained although its audit failed (max_token_drift 3 over 0.0001), and on_drift is {on_drift}"
+            f"it was trained although its audit failed (max_token_drift 3 over 0.001), and on_drift is {on_drift}"
         )
         assert found(plan, "train") is None
         assert not plan.done
