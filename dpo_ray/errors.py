@@ -40,7 +40,7 @@ class DataError(DpoRayError):
 
 
 class ArtifactError(DpoRayError):
-    """A committed artifact is missing, damaged or cannot be written."""
+    """A committed artifact is missing or damaged, or cannot be written."""
 
     exit_code = 4
 

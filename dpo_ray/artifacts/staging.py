@@ -167,7 +167,7 @@ class Staging:
         return tuple(entries)
 
     def _placed(self, entry: FileEntry) -> FileEntry:
-        """Return the entry with its path below the artifact's directory."""
+        """Return the entry with its path, which is relative to the artifact's directory."""
         path = entry.name if self.root.is_local else f"{self.attempt}/{entry.name}"
         if entry.path not in (entry.name, path):
             raise ArtifactError(

@@ -76,8 +76,8 @@ def traffic(
     """Compute what FSDP2 sends: weights twice per micro-batch (forward, backward), gradients once per step.
 
     In an all-gather or a reduce-scatter over R ranks, a rank receives (R - 1)/R of the whole; in an all-reduce, twice
-    that. Within a node this uses the links; across nodes, the whole network of a node, as each node needs the data of
-    the others once. Between copies each rank has its own share of the network.
+    that. Within a node the traffic uses the links between GPUs. Across nodes it may use the whole network of a node, as each
+    node receives the data of the others once. Between copies of the model each rank has only its share of the network.
     """
     weights = Weights.of(sizes, recipe.train)
     blocks, trained = sizes.layers * weights.block, weights.trained(sizes.layers)

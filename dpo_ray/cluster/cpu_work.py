@@ -12,7 +12,7 @@ from dpo_ray.config.roles import PrepareRole
 
 @contextmanager
 def cpu_work_on(role: PrepareRole) -> Iterator[None]:
-    """Run CPU work as the role `prepare` specifies, inside the `with` block."""
+    """Inside the `with` block, run Ray Data's CPU work on the nodes and CPUs of the role `prepare`."""
     options = DataContext.get_current().execution_options
     before = options.label_selector, options.resource_limits
     options.label_selector = dict(role.node_labels) or None

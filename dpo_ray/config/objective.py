@@ -193,7 +193,8 @@ class RDpoObjective(ObjectiveConfig):
 class KtoObjective(ObjectiveConfig):
     """KTO: learns from single completions with labels. Ethayarajh et al. 2024 (2402.01306), eq. 8.
 
-    Of a pair, chosen is desirable and rejected is not. z0 is estimated over the step, from prompts with others' completions.
+    Of a pair, chosen is desirable and rejected is not. z0, the KL term, is estimated once per step, from prompts with the
+    completions of other prompts.
     """
 
     type: Literal["kto"] = "kto"

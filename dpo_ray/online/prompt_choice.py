@@ -29,7 +29,9 @@ def prompts_of_round(ids: Sequence[bytes], excluded: Container[bytes], seed: int
     index = {key: k for k, key in reversed([*enumerate(ids)]) if key not in excluded}
     if not index:
         raise DataError(
-            f"none of {len(ids):,} prompts is left to sample: evaluation uses them, or there are none",
+            f"there are no prompts to sample: the evaluation uses all {len(ids):,} of them"
+            if ids
+            else "there are no prompts",
             where="online.prompts",
             fix="provide more prompts, or use fewer in data.eval",
         )

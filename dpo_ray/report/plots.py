@@ -166,7 +166,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def with_losses(caption: str, not_finite: int) -> str:
-    """Return the caption with the number of values that could not be drawn."""
+    """Return the caption, with a note of how many values are not finite and so not drawn."""
     return f"{caption} Left out as not finite: {not_finite:,}." if not_finite else caption
 
 

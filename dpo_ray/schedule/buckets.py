@@ -51,7 +51,7 @@ def buckets_of(split: str, steps: Steps) -> list[Bucket]:
 
 
 def deal_rows(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[Bucket], scratch: Path) -> list[Path]:
-    """Write every bucket's rows, with the column `row`, to its own file below `scratch`; each part is read once."""
+    """Write every bucket's rows, with the column `row`, to its own file below `scratch`; each input part is read once."""
     files = [scratch / f"{i}.arrow" for i in range(len(buckets))]
     _deal(_numbered(parts), [bucket.rows for bucket in buckets], files)
     return files

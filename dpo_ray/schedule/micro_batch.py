@@ -36,7 +36,7 @@ class MicroBatch:
 def pack(groups: Sequence[Group]) -> MicroBatch:
     """Concatenate groups in the order given.
 
-    Groups without reference log-probs get zeros (reference-free objectives, and scoring itself).
+    Groups without reference log-probs get zeros: reference-free objectives have none, nor has the pass that computes them.
     """
     ids, positions, group_index, completion_index, references = [], [], [], [], []
     counts = [len(g.completion_ids) for g in groups]

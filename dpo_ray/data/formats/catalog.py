@@ -26,7 +26,7 @@ FORMATS: dict[str, Format] = installed(ADDED, {*_BUILT_IN, "auto"}) | _BUILT_IN
 
 
 def fields_of(row: Mapping[str, Any], row_format: str, columns: Columns) -> Fields:
-    """Return a row's fields by the format's column names, or by those that the recipe sets."""
+    """Return a row's fields, read from the format's columns, or from those that the recipe names instead."""
     names = _names(columns)[row_format]  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     return Fields(row, names, columns)
 

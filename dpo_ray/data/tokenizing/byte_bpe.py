@@ -94,7 +94,7 @@ class Words:
         return words if words._agrees_with(backend.pre_tokenizer) else None
 
     def encode(self, text: str) -> bytes | None:
-        """Return the ids (int32) of text that may contain added tokens; None if only the tokenizer can encode it."""
+        """Encode text that may contain added tokens, as int32 ids; return None for text that needs the tokenizer itself."""
         encoded: list[bytes] = []
         odd_spaces: list[str] | None = None  # those in the text; None until they are searched for
         for part in self._added.split(text):  # text, token, text, ..., text

@@ -38,13 +38,12 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Compute the factor of the learning rate at the 0-based `step`: linear warm-up, then decay.
+    """Compute what the learning rate is multiplied by at the 0-based `step`: linear warm-up, then decay.
 
-    It is above 0 in every step, so that each moves the weights: a warm-up of w steps rises from 1 / (w + 1), where
-    transformers' schedules have a first step of rate 0
+    The multiplier is never 0, so that every step updates the weights: a warm-up of w steps starts at 1 / (w + 1), while
+    the first step of transformers' schedules has rate 0
     (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules). As there, cosine, linear and wsd end
-    just above 0, and inverse_sqrt falls with the square root of the step over the warm-up's length (10,000 steps
-    without a warm-up).
+    just above 0, and inverse_sqrt decays as 1 / sqrt(step / warm-up steps), with 10,000 if there is no warm-up.
     """
     warmup_steps = (
         config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_fraction * total_steps)

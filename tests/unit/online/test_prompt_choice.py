@@ -64,7 +64,18 @@ def test_the_choice_is_fair() -> None:
     assert sum((counts[k] - 50) ** 2 / 50 for k in range(12)) < 48
 
 
-@pytest.mark.parametrize(("ids", "excluded"), [([], set()), ([b"a", b"b"], {b"a", b"b"})])
-def test_nothing_left_is_said(ids: list, excluded: set) -> None:
-    with pytest.raises(DataError, match=r"online\.prompts: none of \d prompts is left"):
+@pytest.mark.parametrize(
+    ("ids", "excluded", "message"),
+    [
+        ([], set(), "online.prompts: there are no prompts"),
+        (
+            [b"a", b"b"],
+            {b"a", b"b"},
+            "online.prompts: there are no prompts to sample: the evaluation uses all 2 of them",
+        ),
+    ],
+)
+def test_nothing_left_is_an_error(ids: list, excluded: set, message: str) -> None:
+    with pytest.raises(DataError) as error:
         prompts_of_round(ids, excluded, 0, 1, 4)
+    assert str(error.value).splitlines()[0] == message

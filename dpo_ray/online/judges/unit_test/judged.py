@@ -49,7 +49,7 @@ def confine() -> bool:
 
 
 class Served:
-    """The completion's names, for the tests: each request is answered with plain data, a reference, or an exception."""
+    """The names that a completion defines, served to its tests: an answer is plain data, a `ref` (an object's number) or an error."""
 
     def __init__(self, channel: Any) -> None:
         self._channel, self._objects = channel, []
