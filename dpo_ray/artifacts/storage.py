@@ -20,8 +20,8 @@ from .names import TEMPORARY_PREFIX, checked_name, fault_in_name
 from .object_store import EXTRAS, ObjectStore
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WRITING = ("write", "create", "commit", "append to")
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+_WRITING = ("write", "create", "commit", "append to")  # actions, by the words of their errors
 
 
 class Storage:

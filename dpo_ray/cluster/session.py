@@ -72,12 +72,13 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     try:
         with watched_head(recipe.ray.address), _causes(), cpu_work_on(recipe.cluster.roles.prepare):
             yield
-    except HeadLostError:
+    except HeadLostError:  # ray.shutdown would wait for the head
         raise
     except BaseException:
         ray.shutdown()
         raise
-    ray.shutdown()
+    else:
+        ray.shutdown()
 
 
 _OURS = re.compile(r"^dpo_ray\.errors\.(?P<kind>\w+): (?P<what>.*)(?:\n  -> (?P<fix>.*))?$", re.MULTILINE)

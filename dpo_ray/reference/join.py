@@ -55,8 +55,8 @@ def join_part(
     ids = table["group_id"].to_pylist()
     left_out = np.array([group_id in unscored for group_id in ids], bool)  # [groups]
     scored = fetch_token_logps(table.filter(pa.array(~left_out)), store, index)
-    rows = np.cumsum(~left_out) - 1  # [groups]: the row of each group in `scored`
-    token_logps = scored.take(pa.array(rows, mask=left_out))
+    places = np.cumsum(~left_out) - 1  # [groups]: the place of each group in `scored`
+    token_logps = scored.take(pa.array(places, mask=left_out))
     joined = pa.table({"group_id": table["group_id"], "token_logps": token_logps}, schema=REFERENCE)
     rows = [
         {

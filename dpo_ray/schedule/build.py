@@ -45,7 +45,8 @@ def build_split(
     """Write one split's micro-batches and return its files.
 
     Args:
-        parts: loaders of the parts' tables, which `groups_of` reads; rows are numbered consecutively through all of them, in this order.
+        parts: loaders of the parts' tables, which `groups_of` reads; rows are numbered consecutively through all of
+            them, in this order.
         steps: for each step, the row numbers of its groups.
     """
     buckets, entries = buckets_of(split, steps), []

@@ -17,10 +17,8 @@ from .media import is_media
 
 _BUILT_IN = {
     each.name: each
-    for each in (
-        *(*pairs.FORMATS, *unpaired.FORMATS, *scored.FORMATS, *pandalm.FORMATS, *llama_factory.FORMATS),
-        *(*swift.FORMATS, *compared.FORMATS),
-    )
+    for module in (pairs, unpaired, scored, pandalm, llama_factory, swift, compared)
+    for each in module.FORMATS
 }
 FORMATS: dict[str, Format] = installed(ADDED, {*_BUILT_IN, "auto"}) | _BUILT_IN
 

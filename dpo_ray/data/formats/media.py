@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from dpo_ray.data.admission import Rejected
 _NAME = re.compile(r"(image|video|audio)s?(_?(url|path|file|data|bytes|base64)s?)?", re.IGNORECASE)
 
 
+@functools.lru_cache(maxsize=1024)  # each row of a file has the same names
 def is_media(column: str) -> bool:
     """Return whether a column of this name holds images, videos or sound."""
     return _NAME.fullmatch(column) is not None

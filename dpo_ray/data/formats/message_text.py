@@ -13,10 +13,7 @@ from dpo_ray.data.admission import Rejected
 _BEGIN = re.compile(r"\s*(?:array\(\s*)?(?:\[\s*)?\{\s*(['\"])(role|from|content|value)\1\s*:")
 _KEYS = (
     (re.compile(r"(['\"])role\1\s*:"), re.compile(r"(['\"])content\1\s*:")),
-    (
-        re.compile(r"(['\"])from\1\s*:"),
-        re.compile(r"(['\"])value\1\s*:"),
-    ),
+    (re.compile(r"(['\"])from\1\s*:"), re.compile(r"(['\"])value\1\s*:")),
 )
 
 

@@ -55,7 +55,7 @@ def stop_tokens(
     """List the tokens at which sampling stops: EOS, the one that ends an answer in the template, and those of
     generation_config.json."""
     ending = _turn_ending(tokenizer, Renderer(template, tokenizer, config), _encoder(tokenizer, template == PLAIN))
-    own = {ending.eos_id if ending.own_id is None else ending.own_id}
+    own = () if ending.own_id is None else (ending.own_id,)
     return tuple(sorted({ending.eos_id, *own, *generation_ends(model_directory)}))
 
 

@@ -28,20 +28,11 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 NOT_CODE = (".git", ".venv", "venv", "__pycache__", ".ray")
 SECRETS = (
     *(".env*", "*.env", ".netrc", ".aws", ".ssh", ".kube", "kubeconfig*", ".docker", ".config", ".azure", ".gnupg"),
-    *(
-        ".pypirc",
-        ".npmrc",
-        ".pgpass",
-        ".my.cnf",
-        ".huggingface",
-        ".cache",
-        ".git-credentials",
-        ".*_history",
-        ".history",
-    ),
+    *(".pypirc", ".npmrc", ".pgpass", ".my.cnf", ".huggingface", ".cache", ".git-credentials", ".*_history"),
+    *(".history", "*.tfstate", "*.tfvars", ".vault*"),
     *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.asc", "*.gpg", "id_rsa*", "id_ed25519*"),
     *("id_ecdsa*", "id_dsa*", "*credential*", "*secret*", "*password*", "*service*account*", "*.token", "token"),
-    *("token.*", "*_token", "*_token.*", "*apikey*", "*api_key*", "adc.json", "*.tfstate", "*.tfvars", ".vault*"),
+    *("token.*", "*_token", "*_token.*", "*apikey*", "*api_key*", "adc.json"),
 )
 """Names of files and directories that may hold secrets, in any case of letters."""
 

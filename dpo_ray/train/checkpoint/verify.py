@@ -27,7 +27,8 @@ class Soundness:
         """Return the manifest of the newest intact checkpoint; newer, damaged ones are moved to `damaged/`.
 
         Raises:
-            InfrastructureError: on every rank, if one of them cannot read a file that rank 0 has read. No checkpoint is moved then.
+            InfrastructureError: on every rank, if one of them cannot read a file that rank 0 has read. No checkpoint is
+                moved then.
         """
         for step in self._ranks.first_does(lambda: committed_steps(self._place)[::-1]):
             verdict = self._verdict(step)

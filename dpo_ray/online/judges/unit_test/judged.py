@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import socket
 import sys
 from typing import Any
 
+from dpo_ray.online.judges.unit_test.limits import limit_resources
 from dpo_ray.online.judges.unit_test.wire import Channel, decode, encode
 
 CLONE_NEWNS, CLONE_NEWIPC = 0x00020000, 0x08000000
@@ -114,13 +114,7 @@ def main() -> None:
     descriptor, seconds, size, must_be_confined = map(int, sys.argv[1:5])
     if not confine() and must_be_confined:
         sys.exit(3)
-    for limit, value in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, size),
-        (resource.RLIMIT_FSIZE, size),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(limit, (value, value))
+    limit_resources(seconds, size)
     sys.argv = ["completion.py"]
     served = Served(Channel(socket.socket(fileno=descriptor)))
     space: dict[str, Any] = {"__name__": "__main__"}

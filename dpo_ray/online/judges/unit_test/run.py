@@ -21,6 +21,7 @@ from pathlib import Path
 
 POLL_SECONDS = 0.01
 _HERE = Path(__file__).parent
+_SHARED = ("limits.py", "wire.py")
 _CONFINED = "import sys\nsys.exit(0 if confine() else 3)\n"
 
 
@@ -72,7 +73,7 @@ def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int, *, co
 @functools.cache
 def can_confine() -> bool:
     """Return whether this machine lets a process of this user enter namespaces of its own."""
-    program = _text("wire.py", "judged.py").replace('if __name__ == "__main__":\n    main()\n', "") + _CONFINED
+    program = _text(*_SHARED, "judged.py").replace('if __name__ == "__main__":\n    main()\n', "") + _CONFINED
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-I", "-c", program], capture_output=True, timeout=60, start_new_session=True
     )
@@ -81,7 +82,7 @@ def can_confine() -> bool:
 
 def _started(program: str, arguments: Sequence[str], directory: Path, *descriptors: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(  # noqa: S603 - running the code is the purpose
-        [sys.executable, "-I", "-c", _text("wire.py", program), *arguments],
+        [sys.executable, "-I", "-c", _text(*_SHARED, program), *arguments],
         cwd=directory,
         env={"PATH": os.defpath, "HOME": str(directory), "TMPDIR": str(directory), "LANG": "C.UTF-8"},
         stdin=subprocess.PIPE if program == "tester.py" else subprocess.DEVNULL,

@@ -12,11 +12,11 @@ import builtins
 import ctypes
 import importlib
 import os
-import resource
 import socket
 import sys
 from typing import Any
 
+from dpo_ray.online.judges.unit_test.limits import limit_resources
 from dpo_ray.online.judges.unit_test.wire import Channel, decode, encode
 
 PR_SET_DUMPABLE = 4
@@ -145,13 +145,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may look into this process
     descriptor, verdict, seconds, size = map(int, sys.argv[1:5])
     token, _, text = sys.stdin.buffer.read().partition(b"\n")  # not from files, which the completion could change
-    for limit, value in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, size),
-        (resource.RLIMIT_FSIZE, size),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(limit, (value, value))
+    limit_resources(seconds, size)
     sys.argv = ["tests.py"]
     tests = compile(text.decode("utf-8"), "tests.py", "exec")
     calls = Calls(Channel(socket.socket(fileno=descriptor)))
