@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Without a deadline, as on a busy machine an example may take long.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Ray gives its workers a low priority, at which any other process on a busy machine can stop them for minutes.
 os.environ.setdefault("RAY_worker_niceness", "0")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_ray.errors import ConfigError, InfrastructureError, LeaseError
 
 if TYPE_CHECKING:
-    from kubernetes.dynamic import DynamicClient  # pyright: ignore[reportMissingImports]
+    from kubernetes.dynamic import DynamicClient
 
 Json = dict[str, Any]
 
@@ -65,7 +65,7 @@ def connect(context: str | None = None) -> DynamicClient:
         InfrastructureError: the client is not installed, there is no such context, or the API server does not answer.
     """
     try:
-        from kubernetes import client, config, dynamic  # pyright: ignore
+        from kubernetes import client, config, dynamic
     except ImportError:
         fix = "pip install 'dpo-ray[kubernetes]'; or pipe `dpo-ray kubernetes render` into kubectl apply -f -"
         raise InfrastructureError("the Kubernetes client is not installed", where="kubernetes", fix=fix) from None
@@ -79,10 +79,10 @@ def connect(context: str | None = None) -> DynamicClient:
         raise InfrastructureError(
             f"no cluster is configured: {error}", where=context or "kubeconfig", fix=fix
         ) from None
-    settings = client.Configuration.get_default_copy()  # pyright: ignore[reportAttributeAccessIssue] - of an extra
-    settings.retries = 2
+    settings = client.Configuration.get_default_copy()
+    settings.retries = 2  # pyright: ignore[reportAttributeAccessIssue] - which the client types as None
     with _answers("cluster"):
-        return dynamic.DynamicClient(client.ApiClient(settings))  # pyright: ignore[reportAttributeAccessIssue]
+        return dynamic.DynamicClient(client.ApiClient(settings))
 
 
 def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = False) -> Iterator[str]:
@@ -180,7 +180,7 @@ def _make_room(cluster: DynamicClient, manifest: Json, replace: bool) -> None:
 
 
 def _read(cluster: DynamicClient, manifest: Json) -> Json | None:
-    from kubernetes.dynamic.exceptions import NotFoundError  # pyright: ignore[reportMissingImports]
+    from kubernetes.dynamic.exceptions import NotFoundError
 
     metadata = manifest["metadata"]
     with _answers(f"{manifest['kind']}/{metadata['name']}"):
@@ -195,8 +195,8 @@ def _read(cluster: DynamicClient, manifest: Json) -> Json | None:
 @contextmanager
 def _answers(where: str) -> Iterator[None]:
     """Translate errors of the client, the network and the API server into errors of one line."""
-    from kubernetes.client import ApiException  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-    from kubernetes.dynamic.exceptions import ResourceNotFoundError  # pyright: ignore[reportMissingImports]
+    from kubernetes.client import ApiException
+    from kubernetes.dynamic.exceptions import ResourceNotFoundError
     from urllib3.exceptions import HTTPError
 
     try:
