@@ -20,17 +20,18 @@ STAMP := $(VENV)/.installed-$(ENGINE)
 # number of tests a long one would come last, beside an idle process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-.PHONY: help install quickstart test test-slow test-long lint bench-prepare bench-reference bench-train bench-online bench-scale clean
+.PHONY: help install quickstart test test-slow test-long lint lock audit bench-prepare bench-reference bench-train bench-online bench-scale clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(STAMP) ## make .venv with everything that runs, tests and checks need
 
-$(STAMP): pyproject.toml tools/install.py $(wildcard tools/installing/*.py)
+# NEWEST=1: the newest versions that pyproject.toml allows, not those that tools/locks pins.
+$(STAMP): pyproject.toml tools/install.py $(wildcard tools/installing/*.py tools/locks/*.txt)
 	@[ -n "$(PYTHON)" ] || { echo "no Python is on PATH: install Python 3.11, 3.12 or 3.13 (Debian, Ubuntu: python3.11" \
 	  "and python3.11-venv), or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) tools/install.py --venv $(VENV) --engine $(ENGINE)
+	@$(PYTHON) tools/install.py --venv $(VENV) --engine $(ENGINE) $(if $(NEWEST),--newest)
 	@touch $(STAMP)
 	@[ -z "$(FORBIDS_BYTECODE)" ] || echo "    PYTHONDONTWRITEBYTECODE is set: outside of make, each process compiles again" \
 	  "all that it imports, which takes it some ten seconds; unset it"
@@ -55,6 +56,12 @@ lint: $(STAMP) ## ruff, pyright, import-linter, file sizes
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 	@! git ls-files -co --exclude-standard '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 450 {print $$2 ": " $$1 " lines, over 450"; bad = 1} END {exit !bad}'
+
+lock: $(STAMP) ## write the versions and hashes of all packages (tools/locks); UPGRADE=1 takes the newest versions
+	@$(BIN)/python tools/lock.py $(if $(UPGRADE),--upgrade)
+
+audit: $(STAMP) ## look the locked packages up in a database of known vulnerabilities (needs a network)
+	@$(BIN)/python tools/audit.py
 
 bench-prepare: $(STAMP) ## rows/s of prepare against TRL's own preparation, and its peak memory (about half an hour)
 	@$(BIN)/python -m benchmarks.prepare

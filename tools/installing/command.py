@@ -30,6 +30,7 @@ from .checks import (
 )
 from .environment import LOG, Change, Environment
 from .failures import Failure, explain
+from .lock import locked
 from .pip_settings import has_own_indexes, read_pip_settings, uv_settings
 from .process import Output, Runner
 from .stop import FAILED, INTERRUPTED, Stop
@@ -54,6 +55,7 @@ class Options:
     engine: str
     pytorch_wheels: str
     packages_gib: float | None
+    newest: bool
 
 
 @dataclass
@@ -121,9 +123,10 @@ def parsed(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--project", type=Path, default=Path(__file__).parents[2], help="where pyproject.toml is")
     parser.add_argument("--pytorch-wheels", default=PYTORCH_CPU_WHEELS, help="a page with links to CPU builds of torch")
     parser.add_argument("--packages-gib", type=float, help="what the packages take on disk, where it is known better")
+    parser.add_argument("--newest", action="store_true", help="take the newest versions, not those of tools/locks")
     found = parser.parse_args(arguments)
     project, venv = found.project.resolve(), Path(os.path.abspath(found.venv))
-    return Options(project, venv, found.engine, found.pytorch_wheels, found.packages_gib)
+    return Options(project, venv, found.engine, found.pytorch_wheels, found.packages_gib, found.newest)
 
 
 def install(options: Options) -> None:
@@ -295,6 +298,11 @@ def fill(installation: Installation, torch: TorchBuild | None, start: float) -> 
         overrides = environment.path / "install-overrides.txt"
         overrides.write_text(torch.overrides, encoding="utf-8")
         arguments += ["--override", overrides, *torch.arguments]
+    constraints = None if options.newest else locked(options.project, options.engine, torch.version if torch else "")
+    if constraints is not None:
+        lock = environment.path / "install-lock.txt"
+        lock.write_text(constraints, encoding="utf-8")
+        arguments += ["--constraint", lock]
     linked = can_link(cache_directory(installation.uv), environment.path)
     variables = {} if linked or "UV_LINK_MODE" in os.environ else {"UV_LINK_MODE": "copy"}
     installation.require(installation.pip_install(*arguments, variables=variables, shown=True))

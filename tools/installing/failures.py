@@ -43,7 +43,7 @@ class Failure:
 def explain(output: str, code: int, index: str, venv: Path) -> Failure:
     """Return what the output of uv or pip means; `index` is named where the output names none."""
     text = one_line(output)
-    for of_kind in (_disk, _credentials, _certificate, _server_or_file, _network, _resolution):
+    for of_kind in (_disk, _hash, _credentials, _certificate, _server_or_file, _network, _resolution):
         failure = of_kind(text, index, venv)
         if failure:
             return failure
@@ -87,6 +87,17 @@ def _disk(text: str, index: str, venv: Path) -> Failure | None:
         "disk",
         f"the disk is full at {place} ({free / GIB:.2f} GiB free)",
         "free some space, or move uv's cache (UV_CACHE_DIR=/path) or the environment (make VENV=/path)",
+    )
+
+
+def _hash(text: str, index: str, venv: Path) -> Failure | None:
+    found = re.search(r"Hash mismatch for `([^`]+)`", text)
+    if not found:
+        return None
+    return Failure(
+        "hash",
+        f"{masked(index)} has another file of {found[1]} than the one whose hash is in tools/locks",
+        "find out who changed the file, or choose the versions anew from an index that you trust (make lock)",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import signal
 import socket
 import subprocess
@@ -82,6 +83,40 @@ def test_versions_that_do_not_fit_are_told(project: Project) -> None:
     line = line_of(project.install())
     assert "no set of versions" in line
     assert "alpha>2" in line
+
+
+def locks_of(project: Project, text: str) -> None:
+    """Write the project's lock file for the engine `cpu`."""
+    (project.directory / "tools" / "locks").mkdir(parents=True)
+    (project.directory / "tools" / "locks" / "cpu.txt").write_text(text)
+
+
+@pytest.mark.parametrize(("arguments", "version"), [((), "0.9"), (("--newest",), "1.0")])
+def test_the_locked_versions_are_taken_or_the_newest_if_the_user_asks_for_them(
+    project: Project, arguments: tuple[str, ...], version: str
+) -> None:
+    old = make_wheel(project.index.wheels, "alpha", "0.9")
+    locks_of(project, f"alpha==0.9 \\\n    --hash=sha256:{hashlib.sha256(old.read_bytes()).hexdigest()}\n")
+    assert project.install(*arguments).returncode == 0
+    assert f"alpha-{version}" in installed(project)
+
+
+def test_a_download_without_the_locked_hash_is_refused(project: Project) -> None:
+    locks_of(project, f"alpha==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    line = line_of(project.install())
+    assert "another file of alpha==1.0 than the one whose hash is in tools/locks" in line
+    assert not any(name.startswith("alpha") for name in installed(project))
+
+
+def test_the_locked_torch_does_not_stand_in_the_way_of_its_cpu_build(project: Project) -> None:
+    public = project.index.wheels / "torch-2.13.0-py3-none-any.whl"
+    digest = hashlib.sha256(public.read_bytes()).hexdigest()
+    locks_of(
+        project, f"beta==1.0\ntorch==2.13.0 ; sys_platform == 'linux' \\\n    --hash=sha256:{digest}\nunused==1.0\n"
+    )
+    make_wheel(project.index.wheels, "torch", "2.13.0+cpu")
+    assert project.install().returncode == 0
+    assert {"torch-2.13.0+cpu", "beta-1.0"} <= installed(project)
 
 
 def test_an_index_that_does_not_answer_is_named_with_the_reason(project: Project) -> None:
