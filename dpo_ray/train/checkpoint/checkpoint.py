@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.storage import StorageReader
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.errors import ArtifactError
+from dpo_ray.errors import ArtifactError, DpoRayError
 from dpo_ray.train.rng import rng_state, seed_rank, set_rng_state
 
 from .hashing import HashingWriter, hashing_writer
@@ -161,6 +161,9 @@ class Checkpoints:
         try:
             written.result()
         except (CheckpointException, RuntimeError, OSError) as error:
+            for failure, _ in error.failures.values() if isinstance(error, CheckpointException) else ():
+                if isinstance(failure, DpoRayError):
+                    raise failure from error
             place, fix = self._place.uri, "repair the storage; training resumes from the previous checkpoint"
             raise ArtifactError(f"a checkpoint could not be written: {error}", where=place, fix=fix) from error
 

@@ -18,6 +18,7 @@ from torch.futures import Future
 from dpo_ray.artifacts.storage import Storage
 
 _CHUNK_BYTES = 1 << 22
+_PROBE_BYTES = 1 << 20
 
 
 def digest(directory: Storage, name: str) -> str:
@@ -43,8 +44,16 @@ class HashingWriter(FileSystemWriter):
         self._directory = directory
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files; the results include their digests."""
-        results = super().write_data(plan, planner).wait()
+        """Write this rank's files; the results include their digests.
+
+        Raises:
+            DpoRayError: the disk or the object store refuses to write; the error of its own says why.
+        """
+        try:
+            results = super().write_data(plan, planner).wait()
+        except (RuntimeError, OSError):  # on a full disk torch may raise a RuntimeError that does not say so
+            self._directory.write("probe", bytes(_PROBE_BYTES))
+            raise
         names = sorted({result.storage_data.relative_path for result in results})
         digests = {name: digest(self._directory, name) for name in names}
         hashed: Future[list[WriteResult]] = Future()

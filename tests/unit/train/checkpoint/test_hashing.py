@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import WriteRefusedError
 from dpo_ray.train.checkpoint import checkpoint, verify
 from dpo_ray.train.checkpoint.checkpoint import Best, Checkpoints, Progress
 from dpo_ray.train.checkpoint.manifest import committed_steps
@@ -111,6 +113,23 @@ def test_a_file_that_is_gone_before_the_commit_is_named_and_missed(
     run(Checkpoints(disk, "a-1", 2), 0, [2, 4], *make())
     assert Checkpoints(disk, "a-2", 2).load_newest(*make(9)).step == 2
     assert disk.read_bytes("damaged/step-000000004.reason") == b"__0_0.distcp is not what was written"
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 600, 2000])  # the weights need more
+def test_a_disk_that_refuses_to_write_is_told_from_other_faults(disk: Storage, limit_bytes: int) -> None:
+    """The limit of a process for the size of files stands for a full disk: the kernel refuses in the same places."""
+    policy, optimizer = make()
+    advance(policy, optimizer, 0)
+    checkpoints = Checkpoints(disk, "one", keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        with pytest.raises(WriteRefusedError, match="cannot write: File too large"):
+            checkpoints.save(policy, optimizer, Progress(1), [])
+            checkpoints.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert committed_steps(disk) == []
 
 
 def test_no_checkpoint_is_verified_twice_in_a_restore(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
