@@ -79,8 +79,8 @@ class InfrastructureError(DpoRayError):
     exit_code = 9
 
 
-class HeadLostError(InfrastructureError):
-    """Ray's head does not answer any more. Ray's own clean-up would wait for it, so the process has to end at once."""
+class RayLostError(InfrastructureError):
+    """Ray's head, or its process on this machine, is lost. Ray's own clean-up would wait for it: end at once instead."""
 
 
 class JudgeError(DpoRayError):

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from dpo_ray.errors import EXIT_CODES, DpoRayError, HeadLostError, StoppedError
+from dpo_ray.errors import EXIT_CODES, DpoRayError, RayLostError, StoppedError
 from dpo_ray.observe.text import harmless
 
 from .artifacts import artifacts
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
     except DpoRayError as error:
         _print_error(str(error))
-        if isinstance(error, HeadLostError):  # at the exit of Python, Ray would wait for its head
+        if isinstance(error, RayLostError):  # at the exit of Python, Ray would wait for its own processes
             sys.stdout.flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)

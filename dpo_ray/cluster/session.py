@@ -13,10 +13,10 @@ import ray.exceptions
 
 from dpo_ray import errors
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.errors import DpoRayError, HeadLostError, InfrastructureError
+from dpo_ray.errors import DpoRayError, InfrastructureError, RayLostError
 
 from .cpu_work import cpu_work_on
-from .head import watched_head
+from .watch import watched_ray
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
@@ -70,9 +70,9 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:
-        with watched_head(recipe.ray.address), _causes(), cpu_work_on(recipe.cluster.roles.prepare):
+        with watched_ray(recipe.ray.address), _causes(), cpu_work_on(recipe.cluster.roles.prepare):
             yield
-    except HeadLostError:  # ray.shutdown would wait for the head
+    except RayLostError:  # ray.shutdown would wait for the lost process
         raise
     except BaseException:
         ray.shutdown()
