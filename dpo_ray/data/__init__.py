@@ -1,1 +1,1 @@
-"""Converts preference data of any shape to token ids, with an account of every row."""
+"""Converts preference data of many layouts to token ids. Every input row is either admitted or counted with a reason."""

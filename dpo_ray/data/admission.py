@@ -1,4 +1,4 @@
-"""The reasons why a row is not admitted: stable codes, each with its meaning."""
+"""The reasons why a data row is not admitted. Each reason has a code, which never changes, and a meaning."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 
 class Reason(NamedTuple):
-    """The meaning of a code.
+    """The kind and the meaning of a reason code.
 
-    A `fault` lies in the data and counts toward data.max_quarantined_fraction; a `rule` is set by the recipe.
+    `fault`: the row itself is bad. Such rows count toward data.max_quarantined_fraction.
+    `rule`: the row is sound, but a setting of the recipe excludes it.
     """
 
     kind: Literal["fault", "rule"]
@@ -32,22 +33,26 @@ REASONS: dict[str, Reason] = {
     "INVALID_UTF8": _fault("the row is not UTF-8, or holds a lone surrogate"),
     "TOO_LONG_BYTES": _fault("the row is longer than the limit for one row"),
     # a whole file, or the rest of it; it counts as one row
-    "SHARD_EMPTY": _fault("the file has no bytes, although its kind has some even without rows"),
-    "SHARD_BAD_MAGIC": _fault("the file does not begin as its kind does: its name is wrong, or it was overwritten"),
-    "SHARD_COMPRESSION": _fault("the file is not compressed as its name says"),
+    "SHARD_EMPTY": _fault("the file is empty, which is not valid for its kind of file"),
+    "SHARD_BAD_MAGIC": _fault(
+        "the first bytes do not match the kind of file: the name is wrong, or the file was overwritten"
+    ),
+    "SHARD_COMPRESSION": _fault("the compression of the file does not match its name"),
     "SHARD_ENCODING": _fault("the file is UTF-16 or UTF-32, not UTF-8"),
-    "SHARD_PRETTY": _fault("the file is pretty-printed JSON, not JSON Lines: an object goes over several lines"),
+    "SHARD_PRETTY": _fault("the file is pretty-printed JSON, not JSON Lines: one object spans several lines"),
     "SHARD_TRUNCATED": _fault("the end of the file is missing"),
     "SHARD_DAMAGED": _fault("the content cannot be decoded, or does not match its checksum: the file was changed"),
-    "SHARD_DUPLICATE_COLUMN": _fault("a column that rows are made of occurs more than once in the file"),
-    "SHARD_ARROW_EXTENSION": _fault("a column that rows are made of has an Arrow extension type"),
-    "SHARD_UNREADABLE": _fault("the file could not be read, or could not be read beyond this row"),
+    "SHARD_DUPLICATE_COLUMN": _fault("a column that the format needs occurs more than once in the file"),
+    "SHARD_ARROW_EXTENSION": _fault("a column that the format needs has an Arrow extension type"),
+    "SHARD_UNREADABLE": _fault("the file could not be read, or only up to this row"),
     # layout
     "UNKNOWN_FORMAT": _fault("the row has none of the known layouts"),
     "MISSING_PROMPT": _fault("there is no prompt, and the completions do not contain one"),
     "MISSING_CHOSEN": _fault("there is no chosen completion"),
     "MISSING_REJECTED": _fault("there is no rejected completion"),
-    "MISSING_COMPLETION": _fault("there is no completion, or fewer than its scores, ranks or verdicts"),
+    "MISSING_COMPLETION": _fault(
+        "there is no completion, or there are fewer completions than scores, ranks or verdicts"
+    ),
     "NULL_FIELD": _fault("a field that the format needs is null"),
     "WRONG_TYPE": _fault("a field has another type than the format requires"),
     "BAD_MESSAGE": _fault("a message is not an object with a role and text content"),
@@ -72,19 +77,21 @@ REASONS: dict[str, Reason] = {
     "DROPPED_BY_TEMPLATE": _fault("the chat template does not write a part of the conversation"),
     "TEMPLATE_LIMIT": _fault("rendering took too long, or produced too much text"),
     "PREFIX_BROKEN": _fault("the rendered conversation does not begin with the rendered prompt, as text or as tokens"),
-    "NO_RESPONSE_TOKENS": _rule("after truncation nothing is left of a completion, or nothing differs"),
+    "NO_RESPONSE_TOKENS": _rule("as tokens, a completion is empty, or two completions are the same after truncation"),
     "PROMPT_TOO_LONG": _rule("the prompt is longer than data.max_prompt_tokens, or fills data.max_length_tokens"),
-    "TOO_LONG": _rule("longer than data.max_length_tokens, and data.truncation does not allow cutting it"),
+    "TOO_LONG": _rule(
+        "prompt and completion exceed data.max_length_tokens, even after the cuts that data.truncation allows"
+    ),
     # preferences
     "TIE": _rule("no completion is better than another, and data.pairing.ties is `drop`"),
-    "LOW_MARGIN": _rule("no scores differ by data.pairing.min_margin"),
+    "LOW_MARGIN": _rule("no pair has scores that differ by data.pairing.min_margin or more"),
     "DISAGREEMENT": _rule("the verdicts differ, and data.pairing.annotators is `unanimous`"),
     # rules over all rows
     "FILTERED": _rule("a function of data.rules.filters excluded it"),
     "CONFLICTING_PAIR": _rule("the data also holds the opposite preference"),
     "LEAKED_PROMPT": _rule("the prompt also occurs in held-out data"),
-    "OVER_CAP": _rule("beyond the source's max_groups"),
-    "OUTSIDE_MIXTURE": _rule("beyond the source's share by weight"),
+    "OVER_CAP": _rule("the source already has max_groups groups"),
+    "OUTSIDE_MIXTURE": _rule("the source already has its share by weight"),
 }
 
 ADVICE: dict[str, str] = {
@@ -92,14 +99,14 @@ ADVICE: dict[str, str] = {
     "INVALID_UTF8": "save the file as UTF-8",
     "SHARD_ENCODING": "save the file as UTF-8",
     "SHARD_PRETTY": "write each object on one line (JSON Lines: `jq -c . FILE`), or all of them as one JSON list",
-    "UNSUPPORTED_MEDIA": "use data of text alone, or remove these rows and columns",
+    "UNSUPPORTED_MEDIA": "use data that consists of text only, or remove these rows and columns",
     "CONTROL_CHARS": "remove control characters, such as escape sequences of a terminal, from the text",
     "SPECIAL_TOKEN_INJECTION": "remove these tokens from the text, or set data.rules.special_tokens=allow",
     "TEMPLATE_ERROR": "set data.chat_template to a template that accepts these conversations",
     "DROPPED_BY_TEMPLATE": "set data.chat_template to a template that writes it, remove it from the rows, or set "
     "data.rules.dropped_content=keep to train on the rest",
-    "PREFIX_BROKEN": "the template writes something before an answer that it does not write once the answer is there, "
-    "such as an opening <think>: set data.chat_template to a copy of it without that",
+    "PREFIX_BROKEN": "before an answer is known, the template writes text (such as an opening <think>) that it does not "
+    "write with the answer: set data.chat_template to a copy of the template without this text",
     "NO_RESPONSE_TOKENS": "raise data.max_length_tokens",
     "PROMPT_TOO_LONG": "raise data.max_length_tokens or data.max_prompt_tokens, or set data.truncation",
     "TOO_LONG": "raise data.max_length_tokens, or set data.truncation",
@@ -112,14 +119,14 @@ ADVICE: dict[str, str] = {
     "OVER_CAP": "raise max_groups of the source",
     "OUTSIDE_MIXTURE": "change the weights of the sources",
 }
-"""What helps if most rows are left out for a reason; other reasons are of the layout, or of single rows."""
+"""For a reason code: what the user can do if most rows are excluded for it. Codes about the layout are not listed here."""
 
 SAMPLE_CHARACTERS = 200
 DETAIL_CHARACTERS = 300
 
 
 class Rejected(Exception):
-    """The rejection of one row: its reason code and the detail."""
+    """Raised, or returned, if a data row is rejected. It holds the reason code, and a detail text about this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason  # noqa: S101 - codes are stable and listed
@@ -128,7 +135,7 @@ class Rejected(Exception):
 
 
 def sample_of(row: object) -> str:
-    """Shorten a row to one printable line, safe to show in a terminal (no control characters)."""
+    """Convert a row to one short line of text that is safe to print in a terminal (no control characters)."""
     try:
         text = row.decode("utf-8", "backslashreplace") if isinstance(row, bytes) else str(row)
     except RecursionError:
@@ -137,7 +144,7 @@ def sample_of(row: object) -> str:
 
 
 def printable(text: str, limit_characters: int) -> str:
-    """Replace what a terminal or UTF-8 does not accept, and shorten the text; every detail contains input data."""
+    """Shorten a text, and replace characters that a terminal or UTF-8 does not accept: the text may contain input data."""
     text = text[: limit_characters * 2].encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= limit_characters else text[: limit_characters - 1] + "…"

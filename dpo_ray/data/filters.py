@@ -1,4 +1,4 @@
-"""The user's own filters: functions that decide whether each row is kept."""
+"""Loads and calls the user's own filters, which are functions that decide whether a row is kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WHERE = "data.rules.filters"
 
 @dataclass(frozen=True)
 class ModuleSource:
-    """The source of a module as it was read on the driver."""
+    """The source code of a module that defines filters, as the driver (the main process) read it."""
 
     name: str
     file: str
@@ -40,9 +40,9 @@ class ModuleSource:
 class Filter:
     """A user-defined function, called as `function(prompt, completions)` for each row.
 
-    When pickled, it carries the source of its module, so workers on other nodes do not need the file: there the module
-    is executed once per process, as an import would do. What the module itself imports must be available there:
-    installed, or in the driver's directory if that is shared.
+    A pickled filter contains the source code of its module, so workers on other nodes do not need the file. Each worker
+    process executes the module once, as an import would do. Modules that the filter's module imports must be available
+    on every node: installed, or in the driver's directory if all nodes share that directory.
     """
 
     name: str  # module:function
@@ -55,9 +55,9 @@ class Filter:
 
 
 def load_filters(names: Sequence[str]) -> tuple[Filter, ...]:
-    r"""Load the functions that a recipe names as `module:function`; modules in the current directory are found, too.
+    r"""Load the functions that a recipe names as `module:function`.
 
-    A file `my_filters.py` beside the recipe:
+    A module is searched in the current directory and among the installed ones. For example, the file `my_filters.py`:
 
         import re
         from functools import cache
@@ -74,26 +74,26 @@ def load_filters(names: Sequence[str]) -> tuple[Filter, ...]:
             (label,), _ = _model().predict(completions[0].replace("\n", " "))
             return label == "__label__en" or f"language: {label.removeprefix('__label__')}"
 
-    and in the recipe:
+    The recipe names its functions:
 
         data:
           rules:
             filters: [my_filters:no_urls, my_filters:english]
 
     Raises:
-        ConfigError: a module cannot be imported, or has no such function.
+        ConfigError: a module cannot be imported, or does not contain the function.
     """
     return tuple(_load(name) for name in names)
 
 
 def rejected_by(group: TextGroup, filters: Sequence[Filter]) -> Rejected | None:
-    """Return why the first filter that rejects the row excludes it; None if all filters keep the row.
+    """Call the filters in their order until one excludes the row. Return its reason, or None if all filters keep the row.
 
     A filter receives the prompt (text, or a list of messages) and the list of completions (text), best first. It
-    returns True to keep the row; False, or a text with the reason, to exclude it.
+    returns True to keep the row. To exclude the row, it returns False, or a text with the reason.
 
     Raises:
-        ConfigError: a filter failed, or returned something else. This is not a fault of the row.
+        ConfigError: a filter raised an exception, or returned a value of another type. The row itself may be sound.
     """
     for each in filters:
         # Copies: a filter that changes its arguments must not change the row.
@@ -166,7 +166,7 @@ def _function(name: str, module: ModuleSource | None) -> Callable[[Any, list[str
 
 @functools.cache
 def _executed(source: ModuleSource) -> types.ModuleType:
-    """Build a module from its source. The driver does this too, so that it runs exactly the code that was hashed."""
+    """Build a module by executing its source. The driver also does this, so that it runs exactly the code that was hashed."""
     spec = importlib.util.spec_from_file_location(source.name, source.file)
     assert spec is not None  # noqa: S101 - the name ends in .py
     module = importlib.util.module_from_spec(spec)
@@ -184,7 +184,7 @@ def _executed(source: ModuleSource) -> types.ModuleType:
 
 
 def _is_installed(file: Path) -> bool:
-    """Return whether a module belongs to Python or to a package of its environment, which workers have as well."""
+    """Return whether a module's file belongs to Python or to an installed package; workers can then import the module."""
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
     return any(file.resolve().is_relative_to(Path(sysconfig.get_path(kind)).resolve()) for kind in kinds)
 

@@ -1,6 +1,6 @@
-"""The first pass over a piece of a shard: rows are read, normalised, rendered, tokenized, and written in parts.
+"""The first pass: reads the rows of a piece (a range of a shard, that is, of an input file), and tokenizes them.
 
-Every row is accounted for.
+The groups are written in parts (Parquet files of limited size). A row that does not become a group is quarantined.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .sources import Piece, Shard
 
 @dataclass(frozen=True)
 class PrepareTask:
-    """What a worker needs to prepare shards. It can be pickled."""
+    """The settings that a worker needs to prepare shards (input files). It can be pickled."""
 
     tokenizer_dir: str
     template: str
@@ -47,7 +47,10 @@ class PrepareTask:
 
 @dataclass(frozen=True)
 class PartAccount:
-    """What became of the rows of one part: rows = groups + quarantined, and the files that hold them."""
+    """The result of preparing one part: its counts, and the files that were written.
+
+    Every row either became a group, or was quarantined and is counted in `reasons`.
+    """
 
     rows: int
     groups: int
@@ -56,7 +59,10 @@ class PartAccount:
 
 
 def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator[PartAccount]:
-    """Prepare one piece of a shard, part by part. A second run writes the same file names with the same bytes."""
+    """Tokenize one piece (range) of a shard in parts of limited size. Yield the result of each part after writing it.
+
+    If a piece is prepared again, the files have the same names and the same bytes.
+    """
     for part, rows in enumerate(read_batches(piece, task.config.rows_per_part)):
         name = f"{piece.index:05d}-{part:05d}.parquet"
         with _collection_paused():
@@ -75,7 +81,7 @@ def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Disable Python's cyclic garbage collector while a part is made: its many objects all live until it is written."""
+    """Disable Python's cyclic garbage collector inside the `with` block: it would find nothing, as all new objects are in use."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -88,7 +94,12 @@ def _collection_paused() -> Iterator[None]:
 def _divided(
     rows: Sequence[tuple[int, Any]], shard: Shard, task: PrepareTask
 ) -> tuple[list[TokenGroup], list[int], list[dict[str, Any]]]:
-    """Tokenize a part's rows; return the sound groups, their ordinals, and a quarantine row for each other row."""
+    """Tokenize the rows of one part.
+
+    Returns:
+        The groups of the sound rows, the ordinals (row numbers in the piece) of these rows, and a quarantine row for
+        every other row.
+    """
     tokenizer = _tokenizer(task.tokenizer_dir)
     # `auto` if the model's files were not available when the plan was made
     template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
@@ -105,7 +116,7 @@ def _divided(
 
 
 def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, Any]:
-    """Build a row of the quarantine; its split and source are filled in later, when the shard's use is known."""
+    """Build the quarantine row of a rejected row. Its split and source are filled in later, by the second pass."""
     detail = printable(rejected.detail, DETAIL_CHARACTERS)
     return {"reason": rejected.reason, "detail": detail, "ordinal": ordinal, "sample": sample}
 
@@ -128,9 +139,11 @@ def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Reject
 
 
 def commit_shard(staging: Staging, parts: Sequence[tuple[int, PartAccount]], provenance: Provenance) -> Artifact:
-    """Commit the artifact of a shard from its parts, each with its piece's index.
+    """Commit the artifact of a shard (input file).
 
-    The figure `piece_rows` is the number of rows of each piece: it shows where in the shard a piece's ordinals begin.
+    `parts` are pairs: the index of a piece (range of the shard), and the result of one part (written file) of this piece.
+    The artifact's figure `piece_rows` holds the number of rows of each piece. Ordinals are row numbers within a piece;
+    with `piece_rows` they can be converted to row numbers of the shard.
     """
     piece_rows = [0] * (max((piece for piece, _ in parts), default=-1) + 1)
     for piece, part in parts:

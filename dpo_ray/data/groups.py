@@ -1,4 +1,4 @@
-"""The preference group, one prompt and its completions, in its three forms: as text, as token ids, and for training."""
+"""The preference group: one prompt and its completions. It has three forms: as text, as token ids, and for training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the maths, which uses `Group`, also runs without pyarrow
     import pyarrow as pa
 
 Message = dict[str, Any]
-"""role and content (text), and optional keys that a chat template reads: name, tool_calls, tool_call_id, ..."""
+"""A message has the keys `role` and `content` (text), and optional keys that a chat template reads: name, tool_calls, ..."""
 
 Conversation = tuple[Message, ...]
 
@@ -22,15 +22,16 @@ Conversation = tuple[Message, ...]
 class TextGroup:
     """One prompt and its completions, best first, before rendering.
 
-    `prompt` is text or messages; a completion is the assistant's text, or its message if that contains more than text.
-    `messages` is the conversation that a text prompt represents, for use with a chat template: the turns of HH-RLHF.
-    If it is set, the white space between prompt and completion belongs to the format and not to the conversation.
+    `prompt` is text or messages. A completion is the assistant's text, or its message if that contains more than text.
+    If the text of `prompt` is a transcript of a conversation (as in HH-RLHF), `messages` holds its turns, for use with a
+    chat template. The white space between prompt and completion then belongs to the format, not to the conversation.
+
     Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion (unpaired) has no pair, and its score is
     its label: 1 good, 0 bad. A ranked list (data.pairing.pairs=list) has no pairs either.
 
-    Directly after reading, a row with scores or verdicts has its completions in the row's order and no pairs yet;
-    `pairing` builds them. Until then a row with verdicts has no scores: a verdict is 0 for a tie, otherwise the number
-    of the better completion.
+    Directly after reading, a row with scores or verdicts has no pairs yet, and its completions are in the row's order;
+    `pairing` sorts them and builds the pairs. A row with verdicts also has no scores until then. A verdict is the number
+    of the better completion (1 or 2), or 0 for a tie.
     """
 
     prompt: str | Conversation
@@ -47,7 +48,7 @@ class TextGroup:
 
 @dataclass(frozen=True, eq=False)
 class TokenGroup:
-    """One row of the tokens artifact, with the values that the rules over all rows use."""
+    """A preference group as token ids, with hashes for finding duplicates, opposite preferences and leaked prompts."""
 
     prompt_ids: np.ndarray  # int32 [prompt tokens]
     completion_ids: list[np.ndarray]  # int32 [tokens] each; best first
@@ -55,20 +56,23 @@ class TokenGroup:
     chosen: list[int]
     rejected: list[int]
     preference_probability: float
-    prompt_hash: bytes  # of the prompt before truncation
+    prompt_hash: bytes  # hash of the prompt before truncation
     weight: float = 1.0
 
     @property
     def group_id(self) -> bytes:
         """Return a hash (16 bytes) of the prompt and the completions in their order of preference.
 
-        It does not depend on the scores, except the label of a single completion.
+        It does not depend on the scores. Only the label of a single completion changes it.
         """
         return _group_id(self.prompt_ids, self.completion_ids, self.scores)
 
     @property
     def opposite_id(self) -> bytes | None:
-        """Return the group_id of the opposite preference (reversed pair, other label); None for longer lists."""
+        """Return the group_id of the opposite preference; None if there are more than two completions.
+
+        The opposite of a pair has its completions exchanged. The opposite of a single completion has the other label.
+        """
         if len(self.completion_ids) > 2:
             return None
         return _group_id(self.prompt_ids, self.completion_ids[::-1], [1.0 - s for s in self.scores])
@@ -78,7 +82,7 @@ def _group_id(prompt_ids: np.ndarray, completion_ids: Sequence[np.ndarray], scor
     content = [
         part for ids in (prompt_ids, *completion_ids) for part in (len(ids).to_bytes(4, "little"), ids.tobytes())
     ]
-    if len(completion_ids) == 1:  # the label plays the part of the order
+    if len(completion_ids) == 1:  # a single completion has a label instead of an order
         content.append(np.float32(scores[0]).tobytes())
     return hashlib.blake2b(b"".join(content), digest_size=16).digest()  # unambiguous: the length stands before the ids
 
@@ -91,8 +95,8 @@ def _no_pairs() -> np.ndarray:
 class Group:
     """One prompt with K completions, the preferences between them, and the reference's log-prob of every token.
 
-    Pair p prefers completion `chosen[p]` to `rejected[p]`. A single completion, a ranked list and a group that is only
-    scored have no pairs.
+    Pair p prefers completion `chosen[p]` to `rejected[p]`. There are no pairs if the group is a single completion or a
+    ranked list, or if it is only scored and not trained on.
     """
 
     group_id: bytes
@@ -108,12 +112,12 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Count the tokens of the packed layout, in which the prompt occurs once."""
+        """Count the tokens of the prompt (once) and of all completions."""
         return len(self.prompt_ids) + sum(len(c) for c in self.completion_ids)
 
 
 def groups_of(table: pa.Table) -> Iterator[Group]:
-    """Yield the groups of a table of tokens, with the reference's log-probs if it has a column `token_logps`."""
+    """Yield the groups of a table with the schema TOKENS. The table may have a column `token_logps`: the reference's log-probs."""
     for row in table.to_pylist():
         known = row.get("token_logps")
         yield Group(

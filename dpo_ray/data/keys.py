@@ -1,4 +1,4 @@
-"""The keys of prepared data: what the content of a shard's artifact and of the tokens artifact depends on."""
+"""The keys of prepared data: hashes of everything that the artifact of a shard, or the tokens artifact, depends on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from .near_duplicates import MINHASH_VERSION
 from .sources import Shard, shard_digest
 
 SHARD_VERSION = 2
-"""Increased when the code makes other groups from the same shard; all shard artifacts and later ones become stale."""
+"""Must be increased if a change of the code leads to other groups from the same shard.
+
+All shard artifacts, and all artifacts that are built from them, then become stale."""
 
 
 def shard_configs(
     shards: Sequence[Shard], data: DataConfig, tokenizer: str, template: str, filters: Sequence[Filter]
 ) -> list[dict[str, Any]]:
-    """Return, for each shard, what its groups depend on: its content and how it is read, not its location or use."""
+    """Return, for each shard (input file), all values that its groups depend on.
+
+    These are a digest of the shard's content, and the settings with which it is read and tokenized.
+
+    The shard's location, split and source are not included, so that the artifact can be reused if they change.
+    """
     common = {
         "tokenizer": tokenizer,
         "tokenizers": importlib.metadata.version("tokenizers"),
@@ -57,14 +64,17 @@ def shard_configs(
 
 
 def shard_key(config: dict[str, Any]) -> str:
-    """Return the key of a shard's artifact."""
+    """Return the key of a shard's artifact; `config` is the shard's entry of `shard_configs`."""
     return artifact_key("shard", SHARD_VERSION, config, {})
 
 
 def prepare_config(
     shards: Sequence[Shard], configs: Sequence[dict[str, Any]], data: DataConfig, *, with_mismatched: bool = False
 ) -> dict[str, Any]:
-    """Return what the tokens artifact depends on: its shards in their order, and the rules over all rows."""
+    """Return all values that the tokens artifact (the output of `prepare`) depends on.
+
+    These are its shards (input files) in their order, and the rules over all rows.
+    """
     own = ("digest", "format", "columns", "criteria")
     sources = [
         {"split": s.split, "source": s.source, **{k: c[k] for k in own}} for s, c in zip(shards, configs, strict=True)

@@ -1,7 +1,7 @@
-"""Completions of other prompts, for KTO's estimate of the KL divergence: each group gets another group's first one.
+"""Adds a mismatched completion, that is, a completion of another prompt, to each group. KTO estimates the KL divergence with it.
 
-They are part of the data, so the reference engine scores them like any completion, once for all runs, and the
-computation of the prompt is shared. Their score is NaN, which keeps them out of every pair and label.
+A mismatched completion is part of the data, so the reference model scores it like any other completion, once for all
+runs, and the computation of the prompt is shared. Its score is NaN, so that no pair and no label uses it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-MOST_TRIED = 16  # neighbours that are tried before a group gets no such completion
+MOST_TRIED = 16  # so many following groups are tried; if none fits, a group gets no mismatched completion
 
 
 def with_mismatched(groups: pa.Table, max_length_tokens: int) -> pa.Table:
     """Append to each group (schema TOKENS) the first completion of the next group in the order of group ids.
 
-    The order does not depend on how the groups are spread over files. A neighbour with the same prompt, or whose
-    completion does not fit behind this prompt, is skipped; if none of MOST_TRIED fits, the group stays unchanged.
+    The order does not depend on how the groups are spread over files. A next group is skipped if it has the same prompt,
+    or if prompt and completion together would exceed `max_length_tokens`. If MOST_TRIED groups are skipped, the group
+    stays unchanged.
     """
     ids = groups["group_id"].to_pylist()
     prompts = [ids.values.to_numpy() for ids in groups["prompt_ids"]]

@@ -1,4 +1,4 @@
-"""Near duplicates: MinHash signatures of groups, and the search for similar ones among them."""
+"""Finds near duplicates: computes MinHash signatures of groups, and searches for groups whose signatures are similar."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SIGNATURE_DTYPE = np.dtype("<u2")
 which has no noticeable effect on an estimate over 128 of them, and the search over all rows needs half the memory."""
 
 MINHASH_VERSION = f"rensa-{RMinHash.ALGORITHM_VERSION}/{GRAM_TOKENS}/{PERMUTATIONS}/{SEED}"
-"""Part of the key of every artifact that stores signatures: those of different versions must not be compared."""
+"""Part of the key of every artifact that stores signatures. Signatures of different versions must not be compared."""
 
-RECALL = 0.98  # the share that the bands must find of the pairs that are exactly as similar as the threshold
-MAX_LEADERS = 1024  # per bucket; limits the time spent on texts that share a common frame
+RECALL = 0.98  # the bands must find this share of the pairs whose similarity is exactly the threshold
+MAX_LEADERS = 1024  # rows of a bucket that others are compared with; limits the time if many texts share a frame
 
 _ROWS_AT_ONCE = 128  # few enough that their grams stay in the processor's cache
 _SIGNATURES_AT_ONCE = 1 << 15
@@ -33,18 +33,18 @@ _MULTIPLIERS = np.array(  # odd, of random bits
 
 
 def minhash(token_ids: np.ndarray) -> bytes:
-    """Compute the MinHash signature of the set of a text's token 5-grams: 256 bytes, the same on every machine.
+    """Compute the MinHash signature of a text (256 bytes) from the set of its token 5-grams.
 
-    A text of fewer than five tokens is one gram.
+    It is the same on every machine. A text of fewer than five tokens counts as one 5-gram.
     """
     return _signatures([token_ids])[0].tobytes()
 
 
 def minhashes(groups: Sequence[TokenGroup]) -> list[bytes]:
-    """Compute the signature of each group: its prompt and completions as one text, with ranks in the tokens.
+    """Compute the signature of each group, whose prompt and completions are taken as one text.
 
-    Each completion's tokens are offset by its rank (or label), so a preference and its opposite are only as similar as
-    their prompts make them, and so are two groups that differ in the rejected completions.
+    The rank (or label) of a completion is added to its token ids, so that the same completion with another rank counts as a
+    different text. So a preference and its opposite have only the 5-grams of their prompts in common.
     """
     texts = [
         np.concatenate([g.prompt_ids, *map(_ranked, g.completion_ids, _ranks(g))]).astype(np.int64) for g in groups
@@ -54,20 +54,20 @@ def minhashes(groups: Sequence[TokenGroup]) -> list[bytes]:
 
 
 def _ranks(group: TokenGroup) -> list[int]:
-    """Return the completions' ranks, 0 for the best; for a single completion its label: 0 good, 1 bad."""
+    """Return the ranks of a group's completions, 0 for the best. The rank of a single completion is its label: 0 good, 1 bad."""
     return [int(group.scores[0] < 0.5)] if len(group.completion_ids) == 1 else list(range(len(group.completion_ids)))
 
 
 def _ranked(token_ids: np.ndarray, rank: int) -> np.ndarray:
-    return np.asarray(token_ids, np.int64) + (rank << 32)  # beyond every vocabulary
+    return np.asarray(token_ids, np.int64) + (rank << 32)  # ids of other ranks are beyond every vocabulary
 
 
 def _signatures(texts: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the signatures of texts: [n, PERMUTATIONS] of SIGNATURE_DTYPE.
 
-    "Fast Similarity Sketching" (Dahlgaard, Knudsen, Thorup; arXiv 1704.04370): the share of places in which two
-    signatures agree estimates the sets' similarity J with a standard error of at most
-    sqrt(J * (1 - J) / PERMUTATIONS).
+    The method is "Fast Similarity Sketching" (Dahlgaard, Knudsen, Thorup; arXiv 1704.04370). The share of positions at
+    which two signatures have the same value estimates the Jaccard similarity J of the two sets of 5-grams, with a
+    standard error of at most sqrt(J * (1 - J) / PERMUTATIONS).
     """
     grams, offsets = _gram_hashes(texts)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(grams, offsets, num_perm=PERMUTATIONS, seed=SEED)
@@ -76,7 +76,7 @@ def _signatures(texts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _gram_hashes(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the hashes of the texts' grams, uint64 [grams]; those of text i are at offsets[i]:offsets[i + 1]."""
+    """Compute the hashes of all 5-grams, uint64 [grams], and offsets; text i has the hashes offsets[i]:offsets[i + 1]."""
     lengths = np.array([max(len(text), GRAM_TOKENS) for text in texts])
     ends = np.cumsum(lengths)
     tokens = np.zeros(ends[-1] + GRAM_TOKENS - 1, np.uint64)
@@ -97,20 +97,21 @@ def _gram_hashes(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_duplicates(minhashes: np.ndarray, order: np.ndarray, threshold: float) -> np.ndarray:
-    """Find the rows to exclude, each similar to an earlier one, so that no two of the remaining rows are similar.
+    """Find the rows to exclude, so that the remaining rows are not similar to each other.
 
-    Two rows are similar if their signatures agree in at least `threshold` of their places. Only rows that agree in
-    all places of at least one band are compared (locality-sensitive hashing). The bands find a pair that is just as
-    similar as the threshold with a probability of at least RECALL, and more similar pairs with a higher probability.
-    Each excluded row was similar to an earlier one, which may itself be excluded because of a still earlier row.
+    Two rows are similar if their signatures have the same value at a share of at least `threshold` of the positions. A
+    band is a range of positions. Two rows are only compared if they have the same values in a whole band
+    (locality-sensitive hashing). In this way a pair whose similarity is exactly the threshold is found with a probability
+    of at least RECALL, and a more similar pair with a higher probability. An excluded row is similar to an earlier row;
+    that row may itself be excluded because it is similar to a still earlier row.
 
     Args:
         minhashes: [n, PERMUTATIONS] of SIGNATURE_DTYPE.
-        order: [m] the rows to compare; of similar rows the first is kept.
+        order: [m] the rows to compare; the first of several similar rows is kept.
         threshold: Jaccard similarity, above 0 and at most 1.
 
     Returns:
-        [k] the rows among `order` to exclude.
+        [k] the rows of `order` to exclude.
     """
     enough = math.ceil(threshold * PERMUTATIONS - 1e-9)
     band = band_width(threshold)
@@ -124,7 +125,10 @@ def near_duplicates(minhashes: np.ndarray, order: np.ndarray, threshold: float) 
 
 
 def band_width(threshold: float) -> int:
-    """Return the number of places in a band: the most that still find RECALL of the pairs as similar as `threshold`."""
+    """Return how many positions of the signatures form a band.
+
+    It is the largest number for which the search still finds the share RECALL of all pairs with a similarity of `threshold`.
+    """
     for width in range(PERMUTATIONS, 1, -1):
         if 1 - (1 - threshold**width) ** (PERMUTATIONS // width) >= RECALL:
             return width
@@ -132,10 +136,10 @@ def band_width(threshold: float) -> int:
 
 
 def _similar_within_band(minhashes: np.ndarray, rows: np.ndarray, band: slice, enough: int) -> np.ndarray:
-    """Return bool [rows]: the rows to exclude, which agree in the band with an earlier row and are similar to it.
+    """Return bool [rows], True for a row to exclude: it is similar to an earlier row with the same values in the band.
 
-    All buckets of rows that agree are processed at once: rows similar to the bucket's first row are excluded; then
-    those similar to the first of the remaining rows; and so on.
+    Rows with the same values in the band form a bucket. First the rows that are similar to the first row of their bucket
+    are excluded, then those similar to the first of the remaining rows, and so on; all buckets are processed at once.
     """
     _, bucket, sizes = np.unique(_band_keys(minhashes, band)[rows], return_inverse=True, return_counts=True)
     places = np.flatnonzero(sizes[bucket] > 1)
@@ -155,7 +159,7 @@ def _similar_within_band(minhashes: np.ndarray, rows: np.ndarray, band: slice, e
 
 
 def _band_keys(minhashes: np.ndarray, band: slice) -> np.ndarray:
-    """Compute a hash of the band's places of each row, uint64 [n]; a collision only costs an extra comparison."""
+    """Compute a hash of each row's values in the band, uint64 [n]. A collision only costs an extra comparison."""
     multipliers = np.random.default_rng(SEED).integers(2**63, size=band.stop - band.start, dtype=np.uint64) * 2 + 1
     keys = np.empty(len(minhashes), np.uint64)
     for start in range(0, len(minhashes), _SIGNATURES_AT_ONCE):
@@ -165,7 +169,7 @@ def _band_keys(minhashes: np.ndarray, band: slice) -> np.ndarray:
 
 
 def _agreements(minhashes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Count the places in which row a[i] agrees with row b[i], in blocks of bounded memory."""
+    """Count, for each i, at how many positions rows a[i] and b[i] have the same value. Blocks limit the memory."""
     counts = np.empty(len(a), np.int16)
     for start in range(0, len(a), _SIGNATURES_AT_ONCE):
         block = slice(start, start + _SIGNATURES_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Pairing: from scores and verdicts to preferences, that is, which completions form pairs and with what probability."""
+"""Builds the pairs of a group, and the probability of its preference, from the scores of its completions or from verdicts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TIE = 0.5
 
 
 def paired(group: TextGroup, config: PairingConfig) -> TextGroup:
-    """Sort the completions best first and pair them; plain preference data and single completions stay unchanged.
+    """Sort the completions, best first, and build pairs. A group with pairs, or with a single completion, stays unchanged.
 
     Raises:
-        Rejected: TIE, LOW_MARGIN or DISAGREEMENT, as the recipe's `data.pairing` determines.
+        Rejected: TIE, LOW_MARGIN or DISAGREEMENT, if the recipe's `data.pairing` excludes such rows.
     """
     if group.chosen or len(group.completions) == 1:
         return group
@@ -26,7 +26,7 @@ def paired(group: TextGroup, config: PairingConfig) -> TextGroup:
 
 
 def _by_verdicts(group: TextGroup, config: PairingConfig) -> TextGroup:
-    """Build the pair of two completions that annotators compared; its scores only show which one is chosen."""
+    """Build a pair from two completions that annotators compared. The scores only show which completion is chosen."""
     probability = _probability(group.verdicts, config)
     if probability == TIE:
         if config.ties == "drop":
@@ -38,12 +38,16 @@ def _by_verdicts(group: TextGroup, config: PairingConfig) -> TextGroup:
 
 
 def _probability(verdicts: Sequence[int], config: PairingConfig) -> Fraction:
-    """Return the exact probability that the first completion is the better one: 1/2 is a tie."""
+    """Return the exact probability that the first completion is the better one; 1/2 is a tie.
+
+    Raises:
+        Rejected: DISAGREEMENT, if the recipe requires unanimous verdicts, but these differ.
+    """
     ties, first, second = (verdicts.count(v) for v in (0, 1, 2))
     match config.annotators:
         case "probability":
             return Fraction(2 * first + ties, 2 * len(verdicts))
-        case "majority":  # the most frequent of the three verdicts; if there is no single one, a tie
+        case "majority":  # the most frequent of the three verdicts; a tie if two are equally frequent
             return Fraction(1 + (first > max(second, ties)) - (second > max(first, ties)), 2)
         case "unanimous":
             if max(ties, first, second) < len(verdicts):
@@ -70,12 +74,17 @@ def _by_scores(group: TextGroup, config: PairingConfig) -> TextGroup:
             pairs = [(i, i + 1) for i in range(worst)]
     kept = [(i, j) for i, j in pairs if ranked[i] > ranked[j] and ranked[i] - ranked[j] >= config.min_margin]
     if not kept:
-        raise Rejected("LOW_MARGIN", f"no neighbours differ by {config.min_margin:g}")
+        raise Rejected("LOW_MARGIN", f"no neighbours in the ranking differ by {config.min_margin:g} or more")
     return _reduced(group, order, kept)
 
 
 def _all_equal(group: TextGroup, order: list[int], config: PairingConfig) -> TextGroup:
-    """Pair the first completion with the last as a tie; raise Rejected if the recipe drops ties or pairs otherwise."""
+    """Build one pair, which is a tie, from completions whose scores are all equal.
+
+    Raises:
+        Rejected: TIE, if data.pairing.ties is `drop`, or if there are more than two completions and data.pairing.pairs is
+            not `best_worst`.
+    """
     if config.ties == "drop" or (len(order) > 2 and config.pairs != "best_worst"):
         raise Rejected("TIE", f"all {len(order)} scores are {group.scores[0]:g}")
     return _reduced(group, order, [(0, len(order) - 1)], TIE)
@@ -84,10 +93,10 @@ def _all_equal(group: TextGroup, order: list[int], config: PairingConfig) -> Tex
 def _reduced(
     group: TextGroup, order: Sequence[int], pairs: Sequence[tuple[int, int]], probability: float = 1.0
 ) -> TextGroup:
-    """Order the completions, and drop those that are in no pair; without pairs the list stays complete.
+    """Sort the completions, and drop the completions that no pair uses. If there are no pairs, none is dropped.
 
     Args:
-        order: the completions' indices, best first.
+        order: the indices of the completions, best first.
         pairs: (chosen, rejected) as positions in `order`.
     """
     places = sorted({place for pair in pairs for place in pair}) or range(len(order))

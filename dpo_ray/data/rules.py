@@ -1,4 +1,8 @@
-"""Rules over all rows of a data set: which groups are duplicates, contradict each other, leak, or are too many."""
+"""Applies the rules that compare all rows of the data.
+
+They exclude duplicates, opposite preferences, prompts that also occur in held-out data, and groups beyond the number that
+their source may contribute.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ from dpo_ray.config.data import RulesConfig
 from .near_duplicates import PERMUTATIONS, SIGNATURE_DTYPE, near_duplicates
 
 ID_DTYPE = np.dtype("S16")
-"""A 16-byte id. numpy ignores zeros at the end of such a value, which makes no difference between ids of one length."""
+"""A 16-byte id. numpy ignores zero bytes at the end of such values; this is harmless, as all ids have the same length."""
 
 
 class Outcome(IntEnum):
-    """The outcome for a row. Duplicates are counted separately; the other names are codes of admission.REASONS."""
+    """The decision of the rules on a row. All names except ADMITTED and the two duplicates are codes of admission.REASONS."""
 
     ADMITTED = 0
     DUPLICATE = 1
@@ -33,7 +37,7 @@ class Outcome(IntEnum):
 
 @dataclass(frozen=True)
 class Candidates:
-    """The values that the rules use, of all rows of a split: 52 bytes a row, and 256 more to find near duplicates."""
+    """The values of all rows of a split that `select` compares: 52 bytes per row, and 256 more if there are minhashes."""
 
     group_ids: np.ndarray  # [n] ID_DTYPE
     prompt_hashes: np.ndarray  # [n] ID_DTYPE
@@ -46,9 +50,10 @@ class Candidates:
 
 
 def candidates(tables: Iterable[tuple[int, pa.Table]]) -> Candidates:
-    """Collect the values that the rules use from (index of the source, table), in the order of the tables.
+    """Collect the values that `select` compares. `tables` are pairs: the index of a source, and a table of its rows.
 
-    The tables have the columns group_id, prompt_hash and opposite_id of SHARD, and minhash if any table has it.
+    The tables have the columns group_id, prompt_hash and opposite_id of the schema SHARD. Either all of them also have
+    the column minhash, or none.
     """
     ids, prompts, opposites = (_Column(ID_DTYPE) for _ in range(3))
     sources, signatures = _Column(np.dtype(np.int32)), _Column(SIGNATURE_DTYPE, PERMUTATIONS)
@@ -66,7 +71,7 @@ def candidates(tables: Iterable[tuple[int, pa.Table]]) -> Candidates:
 
 
 class _Column:
-    """An array that grows in place; concatenating a list of parts would need twice its memory."""
+    """An array that grows in place. To collect parts in a list and concatenate them would need twice the memory."""
 
     def __init__(self, dtype: np.dtype, *shape: int) -> None:
         self.values = np.empty((0, *shape), dtype)
@@ -88,7 +93,7 @@ class _Column:
 
 
 def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    """Read a fixed-size binary column without creating an object per row; the value of a null is undefined."""
+    """Convert a fixed-size binary column to an array without a Python object per row. The value for a null is undefined."""
     parts = [np.empty(0, ID_DTYPE)]
     for chunk in column.chunks:
         buffer = chunk.buffers()[1]
@@ -111,19 +116,25 @@ def select(
     caps: Sequence[int | None],
     weights: Sequence[float | None],
 ) -> np.ndarray:
-    """Decide on every row of a split; the first rule that excludes a row is its outcome.
+    """Decide for every row of a split whether it is admitted. If several rules exclude a row, the first of them is reported.
 
-    The rules apply in this order: of exact duplicates the first is kept; a pair and its opposite are both excluded;
-    prompts of held-out data are excluded; of near duplicates the first is kept; each source keeps as many groups as its
-    cap, then as its share by weight. Rows of the source that the recipe names first come first. Among the rows of one
-    source, and when a limited number is kept, the smallest group_ids come first: a fair sample, since they are hashes,
-    which does not depend on the files and their order.
+    The rules apply in this order:
+    1. Of exact duplicates, the first row is kept.
+    2. If a pair and its opposite both occur, both are excluded.
+    3. Rows whose prompt also occurs in held-out data are excluded.
+    4. Of near duplicates, the first row is kept.
+    5. Each source keeps at most as many groups as its cap.
+    6. Each source keeps at most as many groups as its share by weight.
+
+    In rules 1 and 4, rows of a source that the recipe names earlier come first, and within a source, rows with smaller
+    group_ids. Rules 5 and 6 keep the rows with the smallest group_ids. As group_ids are hashes, the kept rows are a fair
+    sample, which does not depend on the files and their order.
 
     Args:
         everything: all rows of the split.
         held_out_prompts: ID_DTYPE, prompt hashes that must not be in this split; None if the split itself is held out.
-        caps: for each source, the maximum number of groups to take, or None.
-        weights: for each source, its share relative to the others; None for every source if all groups are taken.
+        caps: for each source, the maximum number of groups to keep, or None.
+        weights: for each source, its share relative to the other sources. If they are None, all groups are kept.
 
     Returns:
         [n] uint8, an Outcome for each row.
@@ -151,16 +162,17 @@ def select(
 
 
 def _duplicates(everything: Candidates) -> np.ndarray:
-    """Return the rows that repeat the content of an earlier row."""
-    order = np.lexsort((everything.source, everything.group_ids))  # stable: within a source in the rows' order
+    """Return the rows that have the same content as an earlier row."""
+    order = np.lexsort((everything.source, everything.group_ids))  # stable: equal rows of a source keep their order
     ids = everything.group_ids[order]
     return order[1:][ids[1:] == ids[:-1]]
 
 
 def _conflicting(everything: Candidates, rows: np.ndarray) -> np.ndarray:
-    """Return the rows, among rows of distinct content, whose opposite is also among them.
+    """Return those of `rows` whose opposite preference is also in `rows`. All `rows` must have different content.
 
-    A group and its opposite refer to each other, so sorting by the smaller id of the two brings them together.
+    A group and its opposite have the same two ids in exchanged roles. So they become neighbours if the rows are sorted by
+    the smaller of the two ids.
     """
     ids, opposite_ids = everything.group_ids[rows], everything.opposite_ids[rows]
     pair_ids = np.where(opposite_ids < ids, opposite_ids, ids)
@@ -170,7 +182,7 @@ def _conflicting(everything: Candidates, rows: np.ndarray) -> np.ndarray:
 
 
 def _contained(ids: np.ndarray, within: np.ndarray) -> np.ndarray:
-    """Return bool [ids]: which ids are in `within`, which is sorted; this needs less memory than numpy's `isin`."""
+    """Return bool [ids], True for each id that the sorted array `within` contains. numpy's `isin` needs more memory."""
     if not len(within):
         return np.zeros(len(ids), bool)
     places = np.searchsorted(within, ids)
@@ -182,7 +194,7 @@ def _by_source_and_id(everything: Candidates, rows: np.ndarray) -> np.ndarray:
 
 
 def _first_of_each_source(source: np.ndarray, limits: Sequence[int | None]) -> np.ndarray:
-    """Return bool [rows]: whether a row is among the first of its source, up to its limit; `source` is sorted."""
+    """Return bool [rows], True for the first rows of each source, as many as its limit (None: all). `source` is sorted."""
     counts = np.bincount(source, minlength=len(limits))
     rank = np.arange(len(source)) - (np.cumsum(counts) - counts)[source]
     limit = np.array([count if limit is None else limit for count, limit in zip(counts, limits, strict=True)], np.int64)
@@ -190,10 +202,10 @@ def _first_of_each_source(source: np.ndarray, limits: Sequence[int | None]) -> n
 
 
 def mixture(counts: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """Return how many groups each source contributes to a mixture: floor(weight * t).
+    """Compute how many groups each source contributes to a mixture: floor(weight * t).
 
-    t is chosen such that the scarcest source contributes all its groups. Weights are the exact decimals that the recipe
-    writes: 0.1 and 0.3 are exactly one to three.
+    t is the largest number for which every source has enough groups. Weights are used as exact decimal numbers: 0.1 and
+    0.3 are exactly one to three.
     """
     if not counts or None in weights:
         return list(counts)

@@ -1,4 +1,4 @@
-"""The tokens artifact: the Parquet schemas of admitted and quarantined rows, and the names of its splits."""
+"""The Parquet schemas of the tokens artifact (the output of `prepare`) and of shard artifacts, and the names of splits."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TOKENS = pa.schema(
 SHARD = pa.schema(
     [
         *(field for field in TOKENS if field.name != "source"),
-        ("ordinal", pa.int64()),  # of the row in its piece of the shard
-        ("prompt_hash", pa.binary(16)),  # of the prompt before truncation
+        ("ordinal", pa.int64()),  # the number of the row within its piece of the shard
+        ("prompt_hash", pa.binary(16)),  # hash of the prompt before truncation
         ("opposite_id", pa.binary(16)),  # the group_id of the opposite preference; null if there is none
         ("minhash", pa.binary()),  # null if near duplicates are not searched
     ]
 )
-"""What a shard's artifact stores for each admitted row: its group, and the values that rules over all rows use."""
+"""The rows of a shard's artifact: each holds a group, and the values that the rules over all rows compare."""
 
 QUARANTINE = pa.schema(
     [
@@ -50,7 +50,10 @@ QUARANTINE = pa.schema(
 
 
 def shard_table(groups: Sequence[TokenGroup], ordinals: Sequence[int], minhashes: Sequence[bytes] | None) -> pa.Table:
-    """Build the table of one part of a shard (schema SHARD); `ordinals` and `minhashes` have one entry per group."""
+    """Build the table of one part of a shard (input file), with the schema SHARD.
+
+    `ordinals` and `minhashes` have one entry per group.
+    """
     completions = [ids for g in groups for ids in g.completion_ids]
     columns = {
         "group_id": pa.array([g.group_id for g in groups], pa.binary(16)),
@@ -87,7 +90,7 @@ def _offsets(lists: Sequence[Sequence[object] | np.ndarray]) -> pa.Array:
 
 
 def splits(tokens: Artifact) -> list[str]:
-    """List the splits of a tokens artifact: `train`, then the held-out ones (`eval`, or `eval_NAME` of each set)."""
+    """List the splits of a tokens artifact: `train`, then the held-out splits (`eval`, or one `eval_NAME` per named set)."""
     names = [name.removesuffix("/admitted") for name in tokens.manifest.rows if name.endswith("/admitted")]
     return sorted(names, key=lambda name: (name != "train", name))
 

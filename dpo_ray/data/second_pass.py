@@ -1,4 +1,7 @@
-"""The second pass: from shard artifacts to the tokens artifact, with the rules over all rows and the account."""
+"""The second pass: applies the rules over all rows, and merges the shards' artifacts into the tokens artifact.
+
+The tokens artifact also records how many rows of each shard were admitted, quarantined or dropped as duplicates.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,13 @@ _DUPLICATES = (Outcome.DUPLICATE, Outcome.NEAR_DUPLICATE)
 
 @dataclass(frozen=True)
 class PreparedShard:
-    """A shard as the recipe names it, and the artifact of its content."""
+    """A shard (input file) of the recipe, and the artifact with the groups that the first pass made from it."""
 
     shard: Shard
     artifact: Artifact
 
     def parts(self) -> list[ShardPart]:
-        """List the parts, each with its files of admitted and of quarantined rows, if there are any."""
+        """List the parts of the artifact. A part has a file of groups, a file of quarantined rows, or both."""
         files: dict[str, dict[str, FileEntry]] = {}
         for entry in self.artifact.manifest.files:
             kind, part = entry.name.split("/", 1)
@@ -53,34 +56,34 @@ class PreparedShard:
         ]
 
     def _only(self, kinds: Mapping[str, FileEntry]) -> Artifact:
-        """Build an artifact that contains only a part's files and is small enough to send to a task."""
+        """Build an artifact with only the files of one part, so that it is small enough to send to a task."""
         manifest = self.artifact.manifest.model_copy(update={"files": tuple(kinds.values()), "figures": {}})
         return Artifact(manifest, self.artifact.storage)
 
 
 @dataclass(frozen=True)
 class ShardPart:
-    """One part of a shard's artifact. It can be pickled."""
+    """One part of the artifact of a shard (input file): some of its groups and quarantined rows. It can be pickled."""
 
     shard: Shard
     name: str  # PIECE-PART
-    first_row: int  # where its piece begins in the shard
+    first_row: int  # the number of the piece's first row within the shard
     artifact: Artifact
 
     def table(self, kind: Literal["groups", "quarantine"], columns: Sequence[str] | None = None) -> pa.Table | None:
-        """Read the admitted or the quarantined rows, if there are any."""
+        """Read the part's groups or its quarantined rows; return None if there are none."""
         name = f"{kind}/{self.name}.parquet"
         return read_table(self.artifact, name, columns) if self.artifact.names(name) else None
 
     @property
     def groups(self) -> int:
-        """Count the admitted rows."""
+        """Return how many groups the part has."""
         return sum(entry.rows or 0 for entry in self.artifact.manifest.files if entry.name.startswith("groups/"))
 
 
 @dataclass(frozen=True)
 class PartChoice:
-    """One part of a shard, and the outcome of each of its groups. It can be pickled."""
+    """One part of a shard, and the decision (`Outcome`) on each of its groups. It can be pickled."""
 
     part: ShardPart
     outcomes: bytes  # uint8 [groups]
@@ -100,7 +103,7 @@ class MergedPart:
 
 
 def choose(shards: Sequence[PreparedShard], data: DataConfig) -> list[PartChoice]:
-    """Apply the rules over all rows: duplicates, conflicts, leakage, near duplicates, caps, mixture."""
+    """Decide which groups are admitted, by the rules over all rows: duplicates, conflicts, leakage, caps, mixture."""
     held_out = [s for s in dict.fromkeys(p.shard.split for p in shards) if s != "train"]
     chosen: list[PartChoice] = []
     prompts: list[np.ndarray] = []
@@ -132,11 +135,11 @@ def _candidates(parts: Sequence[ShardPart], *, with_minhashes: bool) -> Candidat
 
 
 def merge_part(choice: PartChoice, staging: Staging, mismatched_tokens: int | None = None) -> MergedPart:
-    """Write what a part of a shard contributes to the tokens artifact: its admitted groups and its quarantine.
+    """Write the admitted groups and the quarantined rows of one part to the tokens artifact.
 
     Args:
-        mismatched_tokens: if set, each group also gets a completion of another prompt, as long as prompt and completion
-            have at most this many tokens.
+        mismatched_tokens: if set, a completion of another prompt is appended to each group (`mismatched.py`). The prompt
+            and this completion may have at most this many tokens.
     """
     part, shard = choice.part, choice.part.shard
     outcomes = np.frombuffer(choice.outcomes, np.uint8)
@@ -180,7 +183,7 @@ def _quarantine(part: ShardPart, groups: pa.Table | None, outcomes: np.ndarray) 
 
 
 def _left_out(groups: pa.Table | None, outcomes: np.ndarray) -> pa.Table | None:
-    """Build quarantine rows for what the rules over all rows exclude, except duplicates, which are only counted."""
+    """Build quarantine rows for the groups that the rules over all rows exclude. Duplicates are not quarantined."""
     rows = np.flatnonzero((outcomes != Outcome.ADMITTED) & ~np.isin(outcomes, _DUPLICATES))
     if groups is None or not len(rows):
         return None
@@ -199,7 +202,7 @@ def _left_out(groups: pa.Table | None, outcomes: np.ndarray) -> pa.Table | None:
 def commit_tokens(
     shards: Sequence[PreparedShard], parts: Sequence[MergedPart], staging: Staging, provenance: Provenance
 ) -> Artifact:
-    """Commit the tokens artifact that consists of all parts.
+    """Commit the tokens artifact (the output of `prepare`), which consists of all parts.
 
     Raises:
         DataError: no row of a split was admitted.
@@ -210,7 +213,7 @@ def commit_tokens(
 
 
 def account(shards: Sequence[PreparedShard], parts: Iterable[MergedPart]) -> tuple[dict[str, int], dict[str, Any]]:
-    """Add up the parts: the artifact's row counts, and its figures (the account of every shard, the statistics).
+    """Add up all parts. Return the artifact's row counts, and its figures: counts per shard, and statistics per source.
 
     Raises:
         DataError: no row of a split was admitted.
@@ -260,13 +263,13 @@ def field_of(split: str) -> str:
 
 
 def left_out_by_rules(tokens: Artifact, split: str) -> int:
-    """Count the sound rows of a split that a rule of the recipe excludes; its quarantine holds them, too."""
+    """Count the rows of a split that are sound, but were quarantined by a rule of the recipe."""
     accounts = tokens.manifest.figures["accounts"]
     return sum(n for _, n in _counts(accounts, split, ("rule",)))
 
 
 def _counts(accounts: Sequence[Mapping[str, Any]], split: str, kinds: Sequence[str]) -> list[tuple[str, int]]:
-    """Return the reasons of some kinds in a split with their counts, the most frequent first."""
+    """Count the rows of a split by reason, for the reasons of the given kinds; the most frequent reason is first."""
     counts = sum((Counter(a["reasons"]) for a in accounts if a["split"] == split), Counter[str]())
     return [(reason, n) for reason, n in counts.most_common() if REASONS[reason].kind in kinds]
 
@@ -279,7 +282,7 @@ def _reasons(accounts: Sequence[Mapping[str, Any]], split: str, kinds: Sequence[
 def _advice(
     accounts: Sequence[Mapping[str, Any]], split: str, default: str, kinds: Sequence[str] = ("fault", "rule")
 ) -> str:
-    """Return what helps against the most frequent reason."""
+    """Return the advice for the reason that excluded the most rows of a split, or `default` if there is no such advice."""
     return next((ADVICE.get(reason, default) for reason, _ in _counts(accounts, split, kinds)), default)
 
 
@@ -287,7 +290,7 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
     """Check that no split has more unsound rows than data.max_quarantined_fraction allows.
 
     Raises:
-        DataError: a split has more; the error names the counts by reason and how to inspect the rows.
+        DataError: a split has more. The message contains the counts by reason, and how to inspect the rows.
     """
     accounts = tokens.manifest.figures["accounts"]
     for split in dict.fromkeys(a["split"] for a in accounts):
@@ -300,12 +303,12 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
                 + _reasons(accounts, split, ("fault",)),
                 where=field_of(split),
                 fix=_advice(mine, split, "correct the data or its format and columns", ("fault",))
-                + "; `dpo-ray inspect data RECIPE` shows them; or raise data.max_quarantined_fraction",
+                + "; `dpo-ray inspect data RECIPE` shows these rows; or raise data.max_quarantined_fraction",
             )
 
 
 def broken_shards(tokens: Artifact) -> list[str]:
-    """Return a message for each shard that could not be read, or not to its end; the lost rest counts as one row."""
+    """Return a message for each shard (input file) that could not be read to its end. Its lost rows count as one row."""
     return [
         f"the shard {a['source']} ({field_of(a['split'])}, file {a['index'] + 1}) is damaged: {reason} "
         f"({REASONS[reason].meaning}); {a['rows_in'] - n:,} rows were read before that, and the rest is lost"

@@ -1,4 +1,4 @@
-"""Shards, the files that a recipe's sources name; and pieces, the parts of a shard that one task reads."""
+"""Lists the shards (the files that the recipe's sources name), and divides them into pieces (ranges that one task reads)."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""The words by which `datasets` recognises splits: https://huggingface.co/docs/hub/datasets-file-names-and-splits."""
+"""Words in file names by which `datasets` recognises a split: https://huggingface.co/docs/hub/datasets-file-names-and-splits."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file (or data set) of a source."""
+    """One input of a source: a file, a data set of the hub, or a synthetic data set."""
 
     split: str  # train, eval, or eval_NAME of a named set
     index: int  # its index among the split's shards
@@ -61,7 +61,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a shard that one task reads: large plain JSON Lines and Parquet files have several pieces."""
+    """A range of a shard (input file) that one task reads. Large files of plain JSON Lines or Parquet have several pieces."""
 
     shard: Shard
     index: int = 0
@@ -70,10 +70,10 @@ class Piece:
 
 
 def list_shards(split: str, sources: Sequence[Source]) -> list[Shard]:
-    """List all shards of a split in a stable order: sources as in the recipe, the files of each sorted by path.
+    """List all shards (input files) of a split in a stable order: by source, as in the recipe, and then by path.
 
     Raises:
-        ConfigError: a path or glob that matches nothing, or a file whose kind is not known.
+        ConfigError: a path or glob matches no file, or the kind of a file is not known.
         InfrastructureError: the package that accesses a remote storage is not installed.
     """
     shards: list[Shard] = []
@@ -88,7 +88,7 @@ def list_shards(split: str, sources: Sequence[Source]) -> list[Shard]:
 
 
 def _named(source: Source, split: str) -> Iterator[tuple[str, Kind, str]]:
-    """Yield each shard's name in reports, its kind, and its location."""
+    """Yield (name, kind, location) for each shard of a source. The name is shown in reports."""
     match source:
         case FilesSource():
             for path in [source.path] if isinstance(source.path, str) else source.path:
@@ -124,11 +124,12 @@ def _expand(path: str, where: str) -> list[str]:
 
 
 def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -> list[str]:
-    """Return the files of one split, by what their names, or those of folders below `root`, begin with.
+    """Return the files of the split `wanted`; if it is None, return all files, which must not belong to several splits.
+
+    A file belongs to a split if its name, or the name of a folder below `root`, begins with a word for this split.
 
     Raises:
-        ConfigError: there are files of several splits, and the recipe does not choose one; or it chooses one that is
-            not there.
+        ConfigError: the files belong to several splits and `wanted` is None, or no file belongs to the split `wanted`.
     """
     splits = {file: _split_of(file, root) for file in files}
     found = sorted({split for split in splits.values() if split})
@@ -136,18 +137,18 @@ def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -
         return list(files)
     if wanted is None:
         raise ConfigError(
-            f"these files are of the splits {', '.join(found)}, which must not be mixed",
+            f"these files belong to the splits {', '.join(found)}, which must not be mixed",
             where=where,
             fix=f"set `split` of the source, such as {{type: files, path: ..., split: {found[-1]}}}, or name the files",
         )
     if wanted not in found:
-        there = f"there are {', '.join(found)}" if found else "no file is named by a split"
+        there = f"there are {', '.join(found)}" if found else "no file name contains a split"
         raise ConfigError(f"there is no split {wanted}; {there}", where=where, fix="correct `split`, or leave it out")
     return [file for file, split in splits.items() if split == wanted]
 
 
 def _split_of(file: str, root: str) -> str | None:
-    """Return the split that a file belongs to, as `datasets` recognises it; None if no name tells one."""
+    """Return the split that a file belongs to, by the name of the file or of a folder, as `datasets` does; None if unknown."""
     fixed = re.split(r"[*?\[]", root, maxsplit=1)[0]
     base = fixed.rpartition("/")[0] if fixed != root else root  # the directory that all files are in
     base = base if "://" in base else str(Path(base).expanduser().absolute())
@@ -162,13 +163,13 @@ def _split_of(file: str, root: str) -> str | None:
 def _matching(fs: Any, root: str, where: str) -> list[str]:
     if fs.isdir(root):
         return _files_of_directory(fs, root, where)
-    if fs.isfile(root):  # a file's own name may contain characters with a meaning in a glob
+    if fs.isfile(root):  # the name of a file may contain characters that have a special meaning in a glob
         return [root]
     return _files_of_glob(fs, root)
 
 
 def _files_of_glob(fs: Any, pattern: str) -> list[str]:
-    """List the files that match; hidden ones, and those in hidden directories, only if the pattern names a dot."""
+    """List the files that match a glob. Hidden files and directories are skipped, unless a part of the glob begins with a dot."""
     parts = PurePosixPath(pattern).parts
     fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
     hidden = any(part.startswith(".") for part in parts[fixed:])
@@ -176,12 +177,12 @@ def _files_of_glob(fs: Any, pattern: str) -> list[str]:
 
 
 def _is_hidden(path: str, first: int) -> bool:
-    """Return whether a part of a path from `first` on begins with a dot, such as `.ipynb_checkpoints`."""
+    """Return whether a component of a path, from index `first` on, begins with a dot, such as `.ipynb_checkpoints`."""
     return any(part.startswith(".") for part in PurePosixPath(path).parts[first:])
 
 
 def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
-    """List a directory's data files; for a saved data set, only those that its state.json names."""
+    """List the data files of a directory. If `datasets` saved it, list only the files that its state.json names."""
     if fs.isfile(f"{root}/dataset_dict.json"):
         splits = json.loads(fs.cat_file(f"{root}/dataset_dict.json"))["splits"]
         raise ConfigError(
@@ -200,7 +201,7 @@ def _files_of_directory(fs: Any, root: str, where: str) -> list[str]:
 
 
 def _inside(name: str, where: str) -> str:
-    """Return a file name that the data contains; raise ConfigError if it leads out of the data's own directory."""
+    """Return a file name that state.json contains; raise ConfigError if it leads out of the data set's directory."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ConfigError(
             f"state.json names a file outside the data set: {name!r}",
@@ -223,10 +224,14 @@ def _kind(location: str) -> Kind:
 
 
 def shard_digest(shard: Shard) -> str:
-    """Return a digest of a shard's content and the way it is read.
+    """Return a digest of the kind and the content of a shard (input file or data set).
 
-    The content is identified by the sha256 of a local file, by size and tag of a remote one (its checksum, if the
-    storage has one), by name and revision of hub data, and by the parameters of synthetic data.
+    The content is identified by:
+    - a local file: its sha256
+    - a remote file: its location, size and checksum (or the modification time, if the storage has no checksum)
+    - a file of the hub: the hub's own hash of its content
+    - a data set of the hub: its name, subset, split and revision
+    - synthetic data: its parameters
 
     Raises:
         ConfigError: the file cannot be read.
@@ -259,10 +264,10 @@ def _content(shard: Shard) -> str:
 
 
 def pieces(shard: Shard, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """Divide a shard for parallel reading: plain JSON Lines by bytes, Parquet by row groups, others not at all.
+    """Divide a shard (input file) into pieces for parallel reading: plain JSON Lines by bytes, Parquet by row groups.
 
-    The rows of all pieces, one after the other, are the rows of the shard. A damaged shard is one piece: reading it
-    reports what is wrong.
+    All other shards are one piece. The pieces in their order contain exactly the rows of the shard. A damaged shard is
+    also one piece; its damage is reported when the piece is read.
 
     Raises:
         InfrastructureError: a remote storage failed.
@@ -278,7 +283,7 @@ def pieces(shard: Shard, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
 
 
 def _bounds(shard: Shard, piece_bytes: int) -> list[int]:
-    """Return where pieces begin, as bytes or row groups."""
+    """Return where each piece of a shard begins: the number of a byte, or of a row group of a Parquet file."""
     is_plain = file_name(shard.location).lower().endswith(PLAIN_JSON)
     if is_http(shard.location) or not (shard.kind == "parquet" or (shard.kind == "json" and is_plain)):
         return [0]

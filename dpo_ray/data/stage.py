@@ -1,8 +1,8 @@
-"""The stage `prepare`: shards -> preference groups -> token ids, with an account of every row.
+"""The stage `prepare`: converts shards (input files) to preference groups as token ids. Every row is counted.
 
 Each shard becomes a separate artifact, so that adding a shard later only requires work on that shard. Then the rules
-over all rows (duplicates, conflicts, leakage, caps, mixture) select among their groups; the admitted groups are the
-tokens artifact.
+over all rows (duplicates, conflicts, leakage, caps, mixture) decide which groups are admitted. The admitted groups of all
+shards form the tokens artifact.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ def prepare_shards(
     advance: Callable[[int], None],
     role: PrepareRole,
 ) -> dict[str, Artifact]:
-    """Tokenize the shards (by key) whose artifact is missing, in one streaming execution; return all artifacts.
+    """Tokenize the shards (input files) whose artifacts are missing, in one streaming execution.
 
-    A shard is committed as soon as its last piece is done, so that a restart reads only what was not finished.
+    Return the artifacts of all shards by key. A shard is committed as soon as its last piece is done, so that a restart
+    reads only the unfinished shards again.
 
     Args:
-        provenance: returns the provenance that the artifact of a key records.
-        advance: called with the number of rows that were read.
+        shards: the shards by the keys of their artifacts.
+        provenance: returns, for a key, the provenance that its artifact records.
+        advance: called after each part (some rows of a shard) with its number of rows.
         role: the resources that each task requests.
     """
     artifacts = {key: artifact for key in shards if (artifact := store.find(SHARD_STAGE, key)) is not None}
@@ -78,7 +80,7 @@ def prepare_shards(
 def _in_tasks(
     items: Sequence[dict[str, Any]], work: Callable[[pa.Table], Iterator[dict[str, Any]]], role: PrepareRole
 ) -> Iterator[dict[str, Any]]:
-    """Run one task for each item, and yield the rows that the tasks produce, as they arrive."""
+    """Run one Ray task for each item, and yield the rows that the tasks return, as soon as they arrive."""
     if items:
         blocks = ray.data.from_items(list(items), override_num_blocks=len(items))
         cpus, memory = role.cpus, math.ceil((role.memory_gib or 0) * 2**30)
@@ -87,7 +89,7 @@ def _in_tasks(
 
 
 def _prepare_pieces(batch: pa.Table, task: PrepareTask) -> Iterator[dict[str, Any]]:
-    """Yield a row for each part, and a row without a part when a piece is done."""
+    """Tokenize pieces in a Ray task. Yield a row for each part, and a row without a part when a piece is done."""
     for number, sent in zip(batch["number"].to_pylist(), batch["piece"].to_pylist(), strict=True):
         piece, staging = loads(sent)
         for part in prepare_piece(piece, staging, task):
@@ -109,7 +111,10 @@ def merge(
     *,
     with_mismatched: bool = False,
 ) -> Artifact:
-    """Select among the groups of all shards, and commit the tokens artifact; `with_mismatched` as in `mismatched.py`.
+    """Apply the rules over all rows to the groups of all shards, and commit the tokens artifact.
+
+    Args:
+        with_mismatched: append a completion of another prompt to each group (`mismatched.py`).
 
     Raises:
         DataError: no row of a split was admitted.

@@ -1,6 +1,7 @@
-"""Statistics of preference groups: lengths, length bias, soft labels, and what sharing prompts saves.
+"""Statistics of preference groups: lengths, length bias, soft labels, and the tokens saved by computing a prompt only once.
 
-Parts are measured separately and added up. All sums are of integers, so the order of the parts does not matter.
+The parts (files) are measured separately, and then added up. All sums are sums of integers, so the order of the parts does
+not matter.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ Statistics = dict[str, Any]
 
 
 def measure(table: pa.Table) -> Statistics:
-    """Compute the statistics of one part of admitted groups (schema TOKENS; other columns are ignored).
+    """Compute the statistics of one table of groups (schema TOKENS; other columns are ignored).
 
     Returns:
-        Sums that are valid JSON and that `merged` adds up: counts; histograms of the tokens of prompts (by group), of
-        chosen, rejected and their difference (by pair), of completions, and of prompt + longest completion (by group).
+        Counts, sums and histograms, in valid JSON, for `merged` to add up. The histograms count tokens:
+        per group: prompt, and prompt + longest completion (`whole`)
+        per pair: chosen, rejected, and their difference
+        per completion: completion
     """
     prompt = _lengths(table["prompt_ids"])
     groups = len(prompt)
@@ -54,7 +57,7 @@ def measure(table: pa.Table) -> Statistics:
         "completions": len(completion),
         "pairs": len(chosen),
         "unpaired": int(unpaired.sum()),
-        "desirable": int((label > 0.5).sum()),  # of the unpaired
+        "desirable": int((label > 0.5).sum()),  # unpaired groups whose completion is good
         "lists": int((~unpaired & (pairs_per_group == 0)).sum()),
         "prompt": _histogram(prompt),
         "completion": _histogram(completion),
@@ -78,17 +81,20 @@ def measure(table: pa.Table) -> Statistics:
 
 
 def merged(parts: Iterable[Mapping[str, Any]]) -> Statistics:
-    """Add up measured parts, in any order and grouping; without parts, return the statistics of no groups."""
+    """Add up the statistics of several parts, in any order. Without parts, return the statistics of an empty table."""
     return functools.reduce(_added, parts, measure(TOKENS.empty_table()))
 
 
 def summary(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute a summary for people from merged statistics; a value that has no data is None.
+    """Compute the figures of a report from merged statistics. A figure without data is None.
 
     Returns:
-        The counts; `lengths` of prompt, chosen, rejected, completion, whole: count, mean, quantiles, max (tokens);
-        `length_bias`; `tokens` and how many of them sharing saves; `longest` and how many groups have that length;
-        `probabilities`: how many paired groups have each preference probability.
+        The counts, and:
+        `lengths`: count, mean, quantiles and maximum of the tokens of prompt, chosen, rejected, completion and whole.
+        `length_bias`: see `_length_bias`.
+        `tokens`: the tokens of an epoch, and the fraction saved by computing a prompt only once.
+        `longest`: the largest number of tokens of a group, and how many groups have it.
+        `probabilities`: for each preference probability, the number of groups with pairs that have it.
     """
     counts = ("groups", "completions", "pairs", "unpaired", "desirable", "lists")
     parts = ("prompt", "chosen", "rejected", "completion", "whole")
@@ -110,7 +116,7 @@ def bin_edges(bins: int) -> np.ndarray:
 
 
 def quantile(histogram: Mapping[str, Any], share: float) -> int:
-    """Return the length that `share` of the lengths do not exceed: exact below 64, accurate to 1/32 above."""
+    """Return the quantile `share` of the lengths in a histogram. It is exact below 64, and accurate to 1/32 above."""
     counts = np.array(histogram["bins"], np.int64)
     upto = np.cumsum(counts)
     target = max(1, math.ceil(share * histogram["count"]))
@@ -129,7 +135,7 @@ def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, Any]:
-    """Count lengths int64 [n] >= 0; `at_max` counts those that are as long as the longest."""
+    """Build a histogram of lengths, int64 [n] >= 0. `at_max` is the number of lengths that equal the maximum."""
     longest = int(lengths.max(initial=0))
     # frexp gives the exponent of a double, which holds every length exactly
     doublings = np.maximum(np.frexp(lengths.astype(np.float64))[1] - int(math.log2(SUB_BINS)) - 1, 0)
@@ -180,9 +186,9 @@ def _described(histogram: Mapping[str, Any]) -> dict[str, float] | None:
 def _length_bias(statistics: Mapping[str, Any]) -> dict[str, float | None] | None:
     """Compute the correlation of preference and length over pairs.
 
-    r = sum(s l) / sqrt(sum(s^2) sum(l^2)), with s = 2 p - 1 and l = chosen tokens - rejected tokens. Both change their
-    sign when a pair is reversed, so no mean is subtracted. For independent pairs without a bias, r is 0 with a standard
-    error of about 1 / sqrt(pairs).
+    r = sum(s l) / sqrt(sum(s^2) sum(l^2)), with s = 2 p - 1 and l = chosen tokens - rejected tokens, where p is the
+    preference probability. s and l both change their sign when a pair is reversed, so no mean is subtracted. For
+    independent pairs without a bias, r is 0 with a standard error of about 1 / sqrt(pairs).
     """
     pairs = statistics["pairs"]
     if not pairs:
@@ -202,9 +208,11 @@ def _length_bias(statistics: Mapping[str, Any]) -> dict[str, float | None] | Non
 
 
 def _tokens(statistics: Mapping[str, Any]) -> dict[str, float]:
-    """Compute an epoch's tokens, with prompts counted once per group, per completion or per side of a pair; and padded.
+    """Compute the number of tokens of one epoch for several ways to compute the prompts.
 
-    Padded is the expectation for batches of PADDED_BATCH_GROUPS randomly drawn groups, each completion with its prompt.
+    `shared` counts a prompt once per group, `unshared` once per completion, and `as_pairs` once per side of each pair.
+    `padded` is the expected number if each completion is computed with its prompt, and padded to the longest text in a
+    batch of PADDED_BATCH_GROUPS randomly drawn groups.
     """
     shared, unshared = statistics["tokens_shared"], statistics["tokens_unshared"]
     return {

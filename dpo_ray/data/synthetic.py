@@ -1,10 +1,10 @@
-"""A world of film reviews with a known true reward: controlled sentiment (Rafailov et al. 2023, section 6.1).
+"""Generates synthetic film reviews whose true reward is known: controlled sentiment (Rafailov et al. 2023, section 6.1).
 
-A grammar without recursion writes reviews. The prompt is a neutral opening that stops in mid-sentence; the
-completion ends that sentence and the review. The true reward of a completion is the sum of the valences of
-its words, 0 on average under the grammar. Preferences follow Bradley-Terry on that reward, so they are as
-noisy as people are. What a real data set hides is in the open here: whether training raised the reward that
-made the labels.
+A grammar without recursion generates the reviews. The prompt is a neutral opening that stops in the middle of a sentence;
+the completion finishes this sentence and the review. The true reward of a completion is the sum of the valences
+(sentiment scores) of its words; its mean under the grammar is 0. Preferences follow the Bradley-Terry model with this
+reward, so they are noisy, as the preferences of people are. With a real data set, nobody knows the reward behind the
+labels; here it is known, so one can measure whether training raised it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VALENCES: dict[str, float] = {
     )
     for word in words.split()
 }
-"""Valence of every word that carries one; all other words count 0."""
+"""The valence (sentiment score) of each word that has one. All other words count 0."""
 
 RULES: dict[str, tuple[str, ...]] = {
     "document": ("{prompt}{completion}",),
@@ -169,42 +169,48 @@ RULES: dict[str, tuple[str, ...]] = {
     "mood": ("thrilled", "happy", "early", "bored", "angry"),
     "outcome": ("triumph", "success", "film", "mistake", "disaster"),
 }
-"""Each symbol's expansions, equally likely; `{name}` in an expansion stands for another symbol."""
+"""The expansions of each symbol of the grammar, all equally likely. `{name}` in an expansion stands for another symbol."""
 
 SPLITS = ("train", "eval")
-_EVAL_ONE_IN = 8  # share of the prompts that are kept for "eval"; a prompt is in one split whatever the seed
+_EVAL_ONE_IN = 8  # one in so many prompts belongs to "eval"; the split of a prompt does not depend on the seed
 _SYMBOL = re.compile(r"\{(\w+)\}")
 _WORD = re.compile(r"[a-z]+")
 
 
 def true_reward(prompt: str, completion: str) -> float:
-    """Sum the valences of the completion's words; unknown words count 0, so any text has a reward.
+    """Sum the valences of the completion's words. Unknown words count 0, so any text has a reward.
 
-    The prompt is neutral and does not count; it is a parameter because a reward is a function of both.
+    The prompt does not count, because it is neutral. It is a parameter because reward functions take prompt and completion.
     """
     return sum((VALENCES.get(word, 0.0) for word in _WORD.findall(completion.lower())), 0.0)
 
 
 def true_rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """Return the true reward of each completion: the judge of online rounds in this world."""
+    """Return the true reward of each completion. Online rounds with this data use this function as their judge."""
     return [true_reward(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def length_rewards(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """Count a completion's characters: a judge that tells any two texts apart, for recipes in miniature."""
+    """Return the number of characters of each completion.
+
+    Recipes in miniature use this function as their judge, because it rarely rates two texts equally.
+    """
     return [float(len(completion)) for _, completion in zip(prompts, completions, strict=True)]
 
 
 def preference_probability(prompt: str, first: str, second: str) -> float:
-    """Return the Bradley-Terry probability that `first` is preferred: sigmoid(reward of first - of second)."""
+    """Return the Bradley-Terry probability that `first` is preferred: sigmoid(reward of first - reward of second)."""
     return 1.0 / (1.0 + math.exp(true_reward(prompt, second) - true_reward(prompt, first)))
 
 
 def preference_pairs(count: int, seed: int, split: str) -> Iterator[dict[str, str]]:
-    """Yield `count` rows `{"prompt", "chosen", "rejected"}`, a function of (seed, split).
+    """Yield `count` rows `{"prompt", "chosen", "rejected"}`, which depend only on the seed and the split.
 
-    A longer run begins with the shorter one's rows. The two completions of a row differ; no prompt of "train"
-    is ever one of "eval". Raises ValueError for any other split.
+    With a larger `count`, the first rows stay the same. The two completions of a row differ. A prompt of "train" never
+    occurs in "eval".
+
+    Raises:
+        ValueError: the split is neither "train" nor "eval".
     """
     rng = _stream(seed, split)
     for _ in range(count):
@@ -218,7 +224,7 @@ def preference_pairs(count: int, seed: int, split: str) -> Iterator[dict[str, st
 
 
 def prompts(count: int, seed: int, split: str) -> list[str]:
-    """Write `count` prompts of a split, none twice; raise ValueError where the split is unknown."""
+    """Generate `count` different prompts of a split; raise ValueError if the split is unknown."""
     rng = _stream(seed, f"{split}/prompts")
     found: dict[str, None] = {}  # a dict keeps the order that a set would lose
     while len(found) < count:
@@ -227,14 +233,14 @@ def prompts(count: int, seed: int, split: str) -> list[str]:
 
 
 def documents(count: int, seed: int) -> Iterator[str]:
-    """Yield `count` whole reviews, prompt and completion, unlabelled: what a reference model learns from."""
+    """Yield `count` whole reviews (prompt and completion) without labels, for training a reference model."""
     rng = random.Random(f"{seed}/documents")
     for _ in range(count):
         yield _expand("document", rng)
 
 
 def entropy_nats(symbol: str = "document") -> float:
-    """Return the exact entropy of the choices behind one text of `symbol`: no model's mean loss is lower."""
+    """Return the exact entropy of the texts that `symbol` generates. No model can have a lower mean loss per text."""
     expansions = RULES[symbol]
     inner = sum(entropy_nats(name) for text in expansions for name in _SYMBOL.findall(text))
     return math.log(len(expansions)) - _repeated(expansions) + inner / len(expansions)
@@ -264,7 +270,7 @@ def _expand(symbol: str, rng: random.Random) -> str:
 
 
 def _repeated(expansions: tuple[str, ...]) -> float:
-    """Return the entropy lost because an expansion is listed more than once (the empty degree is)."""
+    """Return the entropy that is lost because an expansion is listed more than once, such as the empty `degree`."""
     counts = [expansions.count(text) for text in set(expansions)]
     return sum(c * math.log(c) for c in counts) / len(expansions)
 

@@ -1,1 +1,1 @@
-"""Causal language models as functions from packed rows to token log-probs: loading, adapters, attention, sharding."""
+"""Loads causal language models, adapts and shards them, and computes the log-probs of completion tokens with them."""

@@ -1,4 +1,4 @@
-"""A LoRA adapter in PEFT's format: reading its two files, checking it against the model, and merging it."""
+"""Reads a LoRA adapter in PEFT's format, checks that it fits the model, and merges it into the model's weights."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ class Adapter:
     layers: dict[str, AdaptedLayer]  # by the module's name in the model
 
     def identity(self) -> str:
-        """Return a digest of what the adapter computes: the bytes of its weights and the scaling of each layer.
+        """Return a digest of the adapter: of the bytes of its weights, and of the scaling of each layer.
 
-        All other fields of the configuration either have no effect on the weights (dropout, the name of the base, the
-        order of the targets, PEFT's version) or are rejected, so adapters that compute the same function share their
-        log-probs.
+        No other field of the configuration is included. Each has either no effect on the result (dropout, the name of the
+        base, the order of the targets, PEFT's version) or is rejected. So two adapters that compute the same function have
+        the same digest, and share the log-probs in the reference store.
         """
         scaling = {name: layer.scaling for name, layer in self.layers.items()}
         return digest({"weights": cached_file_sha256(self.directory / WEIGHTS), "scaling": scaling})
 
 
 def adapter_directory(config: ModelConfig) -> Path | None:
-    """Return the absolute directory of the model's adapter, or None if it has none.
+    """Return the absolute path of the adapter's directory, or None if the recipe sets no adapter.
 
     Raises:
         ConfigError: the directory does not exist.
@@ -99,7 +99,7 @@ def adapter_directory(config: ModelConfig) -> Path | None:
         raise ConfigError(
             "no such directory" + (", and adapters are not fetched from the hub" if is_on_hub else ""),
             where=f"model.adapter={config.adapter}",
-            fix=f"`hf download {config.adapter} --local-dir DIRECTORY`, and name that directory"
+            fix=f"run `hf download {config.adapter} --local-dir DIRECTORY`, and name that directory"
             if is_on_hub
             else f"name a directory with {CONFIG} and {WEIGHTS}, as PEFT's save_pretrained writes them",
         )
@@ -122,7 +122,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def check_targets(adapter: Adapter, model_directory: Path) -> None:
-    """Check that the model has every adapted layer with the same shape; reads only the model's configuration.
+    """Check that the model has each layer that the adapter adapts, with the same shape. No weights are loaded.
 
     Raises:
         ConfigError: a layer is missing or has another shape.
@@ -149,16 +149,16 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def product(file: Any, adapter: Adapter, name: str) -> torch.Tensor:
-    """Compute the matrix that is added to one layer's weight, from the opened adapter file: float32 [out, in]."""
+    """Compute the matrix that the adapter adds to one layer's weight: float32 [out, in]. `file` is the open adapter file."""
     a, b = (file.get_tensor(f"base_model.model.{name}.lora_{m}.weight").to(torch.float32) for m in "AB")
     return (b @ a) * adapter.layers[name].scaling  # [out, rank] @ [rank, in]
 
 
 def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
-    """Return the model's layer for each adapted layer.
+    """Return the layers of the model that the adapter adapts, by their names.
 
     Raises:
-        ConfigError: a layer is not in the model, has another shape, or is of an unsupported kind.
+        ConfigError: a layer is not in the model, has another shape, or is of a kind that is not supported.
     """
     modules = dict(model.named_modules())
     base, merged = "name its base model in model.path", "train the adapter without that layer, or " + MERGE_IT
@@ -182,12 +182,12 @@ def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
 
 
 def _layer(config: dict[str, Any], name: str, a: Shape, b: Shape, where: str) -> AdaptedLayer:
-    """Build the description of one layer from the shapes of its A [rank, in] and B [out, rank]."""
+    """Describe one adapted layer. `a` and `b` are the shapes of its matrices A [rank, in] and B [out, rank]."""
     rank = _of_module(config, "rank_pattern", name, "r", where)
     alpha = _of_module(config, "alpha_pattern", name, "lora_alpha", where)
     if a[0] != rank or b[1] != rank:
         raise ConfigError(
-            f"the weights of `{name}` have rank {a[0]} (A) and {b[1]} (B), and {CONFIG} says {rank:g}",
+            f"the weights of `{name}` have rank {a[0]} (A) and {b[1]} (B), but {CONFIG} sets rank {rank:g}",
             where=where,
             fix="save the adapter again: its two files do not match",
         )
@@ -207,7 +207,11 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
-    """Reject adapters that are not plain LoRA: read as such, they would give a wrong model without any error."""
+    """Check that an adapter is plain LoRA. Any other adapter would be merged wrongly, without an error.
+
+    Raises:
+        ConfigError: the adapter is of another type, or uses more than plain LoRA.
+    """
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ConfigError(
@@ -231,7 +235,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
 
 
 def _read_shapes(path: Path, where: str) -> dict[str, tuple[Shape, Shape]]:
-    """Read the shapes of A [rank, in] and B [out, rank] by module from the file's header."""
+    """Read the shapes of the matrices A [rank, in] and B [out, rank] of each module, from the header of the weights' file."""
     if not path.is_file():
         pickled = path.with_suffix(".bin").is_file()
         raise ConfigError(
@@ -265,7 +269,11 @@ def _read_shapes(path: Path, where: str) -> dict[str, tuple[Shape, Shape]]:
 
 
 def _of_module(config: dict[str, Any], pattern: str, module: str, default: str, where: str) -> float:
-    """Look up a module in PEFT's rank_pattern or alpha_pattern: the first key that matches the end of its name."""
+    """Return the rank or alpha of a module from the configuration.
+
+    It is the value in PEFT's rank_pattern or alpha_pattern for the first key that matches the end of the module's name,
+    or else the value of the field `default`.
+    """
     try:
         matching = (k for k in config.get(pattern) or {} if re.fullmatch(rf"(.*\.)?({k})", module))
         key = next(matching, None)

@@ -1,10 +1,13 @@
-"""Attention over packed groups by KV expansion: all completions of a prompt use the same prompt keys and values.
+"""Computes attention in a packed row, where all completions of a prompt use the same keys and values of the prompt.
 
-Queries are cut into segments (each prompt, each completion). A completion's keys are its prompt's followed by its own,
-bottom-right causal. No mask is built, and every linear layer computes a prompt once. The function is registered through
-transformers' attention interface (https://huggingface.co/docs/transformers/attention_interface), so model code is
-unchanged. An implementation that is not registered for masks gets `attention_mask=None`: otherwise transformers would
-interpret a restart of `position_ids` as the start of a new sequence.
+A packed row holds several groups, one after the other. It is cut into segments: each prompt and each completion is one.
+A completion attends to the keys of its prompt, followed by its own keys, with a causal mask that is aligned bottom-right.
+No mask is built for the whole row, and every linear layer computes a prompt only once.
+
+`shared_prefix_attention` is registered through transformers' attention interface
+(https://huggingface.co/docs/transformers/attention_interface), so the code of the models is unchanged. It is not
+registered for masks, so transformers passes `attention_mask=None`. Otherwise transformers would build a mask in which each
+restart of `position_ids` is the start of a new sequence.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ IMPLEMENTATION = "dpo_ray_shared_prefix"
 KEPT_BIAS = 1 << 16  # size limit of a cached bias, in elements
 
 
-@torch.compiler.disable  # else the blocks would be recompiled for the segments of every micro-batch
+@torch.compiler.disable  # otherwise the blocks would be recompiled for the segments of every micro-batch
 def shared_prefix_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, heads, tokens, head_dim]
@@ -41,10 +44,12 @@ def shared_prefix_attention(
     s_aux: Tensor | None = None,
     **_: object,  # transformers passes further arguments (dropout, position_ids, ...) to every implementation
 ) -> tuple[Tensor, None]:
-    """Compute attention within the groups of a packed row; returns [1, tokens, heads, head_dim].
+    """Compute attention in a packed row, separately for each segment (a prompt or a completion).
+
+    Return [1, tokens, heads, head_dim].
 
     Raises:
-        ValueError: the model built its own mask or has attention sinks, which this layout does not support.
+        ValueError: the model passes its own mask, or has attention sinks. This function supports neither.
     """
     if s_aux is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks, which packed groups do not support yet")
@@ -54,7 +59,7 @@ def shared_prefix_attention(
         if softcap is None:
             return varlen(query, key, value, segments, scaling, sliding_window), None
         return flex(query, key, value, segments, scaling, sliding_window, softcap), None
-    # One split: its backward pass is one concatenation. That of each slice would fill a tensor as long as the row.
+    # One split, because its backward pass is one concatenation. With slices, each one would fill a tensor as long as the row.
     lengths = [s.stop - s.start for s in segments.segments]
     cut = zip(segments.segments, *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     parts, prompt_key, prompt_value = [], key[:, :, :0], value[:, :, :0]
@@ -89,14 +94,17 @@ def _attend(
 
 @lru_cache(maxsize=512)  # every layer and its recomputation use the same bias
 def _bias(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Build the bias that is added to scores: 0 where a query sees a key, else -inf."""
+    """Build the bias that is added to the attention scores: 0 where a query may see a key, and -inf elsewhere."""
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(
         ~_visible(queries, keys, window, device), float("-inf")
     )
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which keys a query sees: those up to its own position, bottom-right aligned, at most `window` of them."""
+    """Return bool [queries, keys], True where a query may see a key. The last query has the position of the last key.
+
+    A query sees the keys up to its own position; with a window, only the last `window` of them.
+    """
     q = torch.arange(keys - queries, keys, device=device)[:, None]
     k = torch.arange(keys, device=device)[None, :]
     seen = k <= q
@@ -104,7 +112,7 @@ def _visible(queries: int, keys: int, window: int | None, device: torch.device) 
 
 
 def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float) -> Tensor:
-    """Compute attention with scores soft-capped to +-softcap (Gemma 2), which torch's fused kernels do not support."""
+    """Compute attention with scores that are soft-capped to +-softcap (Gemma 2). torch's fused kernels cannot do this."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
@@ -116,7 +124,7 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: 
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: SegmentIndex, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute attention in one CUDA kernel; FlashAttention aligns causal masks bottom-right if q is shorter than k.
+    """Compute attention of all segments in one CUDA kernel, which aligns causal masks bottom-right as needed here.
 
     Source: https://docs.pytorch.org/docs/2.13/nn.attention.varlen.html
     """
@@ -151,7 +159,7 @@ def flex(
     window: int | None,
     softcap: float,
 ) -> Tensor:
-    """Compute attention with soft-capped scores in one CUDA kernel; on the CPU it is slow and has no gradient.
+    """Compute attention with soft-capped scores in one CUDA kernel. On the CPU it is slow and has no gradient.
 
     Source: https://docs.pytorch.org/docs/2.13/nn.attention.flex_attention.html
     """
@@ -169,13 +177,13 @@ def flex(
 
 @lru_cache
 def _flex_attention(device_type: str) -> Callable[..., Any]:
-    """Return the fused kernel, which only the compiler builds; the plain form for the CPU is for comparison only."""
+    """Return FlexAttention for a type of device: compiled to a fused kernel on CUDA; not compiled elsewhere, for tests only."""
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
 @lru_cache
 def _squashed(softcap: float) -> Callable[..., Tensor]:
-    """Return the soft cap as a score function; it is cached, so that it is compiled only once."""
+    """Return the function that soft-caps a score, for FlexAttention. It is cached, so that it is compiled only once."""
 
     def squashed(score: Tensor, _batch: Tensor, _head: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -188,9 +196,9 @@ AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)
 
 @dataclass(frozen=True)
 class Varlen:
-    """Arguments of `torch.nn.attention.varlen.varlen_attn`: a sequence of queries and one of keys per segment."""
+    """Arguments of `varlen_attn` (torch.nn.attention.varlen): a sequence of queries and one of keys per prompt or completion."""
 
-    keys: Tensor | None  # int64 [keys]: tokens whose keys are concatenated; None: all tokens in order
+    keys: Tensor | None  # int64 [keys]: the tokens whose keys are concatenated; None: all tokens in order
     cu_queries: Tensor  # int32 [segments + 1]: start of each sequence, and the end
     cu_keys: Tensor  # int32 [segments + 1]
     longest_queries: int
@@ -198,7 +206,10 @@ class Varlen:
 
 
 class SegmentIndex:
-    """Segments that fill one row without gaps; index tensors are created on `device` at their first use."""
+    """The segments (prompts and completions) of one packed row, which fill it without gaps.
+
+    Index tensors are created on `device` when they are first used.
+    """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device | str) -> None:
         self.segments = tuple(segments)
@@ -207,7 +218,7 @@ class SegmentIndex:
 
     @cached_property
     def varlen(self) -> Varlen:
-        """Compute the arguments of varlen attention: a completion's keys are those of its prompt, then its own."""
+        """Compute the arguments of varlen attention. A completion has the keys of its prompt, followed by its own keys."""
         queries = np.array([s.stop - s.start for s in self.segments])
         keys = queries + np.array([s.prompt_stop - s.prompt_start for s in self.segments])
         gather = [np.r_[s.prompt_start : s.prompt_stop, s.start : s.stop] for s in self.segments]
@@ -220,7 +231,10 @@ class SegmentIndex:
         )
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Build FlexAttention's mask: a token sees its segment and prompt up to itself, `window` tokens at most."""
+        """Build FlexAttention's mask: a token sees the last `window` tokens of its prompt and segment, up to itself.
+
+        None for `window` means that there is no limit.
+        """
         if window not in self._block_masks:
             tokens = self.segments[-1].stop
             own, prompt, position = self._of_tokens
@@ -234,7 +248,10 @@ class SegmentIndex:
 
     @cached_property
     def _of_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The segment of each token, its prompt's, and its position in prompt + completion: int32 [tokens] each."""
+        """Return three tensors, int32 [tokens]: each token's segment, its prompt's segment, and its position.
+
+        The position counts from the first token of the prompt.
+        """
         number = {s.start: i for i, s in enumerate(self.segments)}
         lengths = [s.stop - s.start for s in self.segments]
         prompts = [

@@ -1,4 +1,4 @@
-"""Construction of the policy on a rank: loading, adapters, sharding."""
+"""Builds the policy on each rank: loads the model, adds adapters, and shards it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def build_policy(
     seed: int = 0,
     trained_adapter: Path | None = None,
 ) -> TokenLogps:
-    """Load the model sharded over the ranks of the process group. Collective.
+    """Load the model, sharded over the ranks of the process group. All ranks must call this function together.
 
-    Each rank reads its own rows from the files. If the files store the weights differently from the model, each rank
-    first loads the whole model into CPU memory, and logs this. Quantized weights are not sharded.
+    Each rank reads only its own rows of the weights from the files. If the files store the weights in another form than
+    the model, each rank first loads the whole model into CPU memory, and logs this. Quantized weights are not sharded.
 
     Args:
-        adapter: directory of a LoRA adapter to merge into the model; `config.lora` is trained on top of it.
+        adapter: directory of a LoRA adapter to merge into the model before training.
         dtype: dtype of the forward pass; master weights are float32.
-        seed: seed of the trained adapter's initial values.
-        trained_adapter: directory of the adapter that `config.lora` continues from; None starts a new one.
+        seed: seed for the initial values of the adapter that `config.lora` trains.
+        trained_adapter: directory of an adapter whose training `config.lora` continues; None starts with a new adapter.
 
     Raises:
-        ConfigError: as in `load_policy` and `add_lora`, on all ranks.
+        ConfigError: for the reasons of `load_policy` and `add_lora`, on all ranks.
     """
     weights = None
     try:

@@ -1,4 +1,4 @@
-"""Checks of a model's files that need no weights in memory: what `validate` refuses before anything starts."""
+"""Checks a model's files without loading the weights, so that `dpo-ray validate` finds faults before anything starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from dpo_ray.errors import ConfigError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_LENGTH_BYTES = 8  # of the header's own length, at the beginning of a file
+_LENGTH_BYTES = 8  # a file begins with the length of its header, a number of 8 bytes
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
@@ -19,12 +19,12 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
     """Read a model's config.json.
 
     Raises:
-        ConfigError: it is missing, is not a JSON object, or names code of its own.
+        ConfigError: the file is missing or not a JSON object, or the model contains its own code.
     """
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError(f"it holds {type(config).__name__}, not an object")
+            raise ValueError(f"the file holds {type(config).__name__}, not an object")
     except (OSError, ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(
@@ -40,14 +40,16 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
 
 
 def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> None:
-    """Check that transformers knows the model, that no weight file is cut off or damaged at its beginning, and that the
-    embedding has a row for every token of the tokenizer.
+    """Check that transformers knows the model, that its weight files are complete, and that the tokenizer fits the embedding.
+
+    A weight file is complete if its header is sound and fits the size of the file. The tokenizer fits if the embedding has
+    a row for each of its tokens.
 
     Args:
-        tokens: the tokenizer's tokens with their ids.
+        tokens: the ids of all tokens of the tokenizer.
 
     Raises:
-        ConfigError: with what is wrong, and in which file.
+        ConfigError: one of these checks fails.
     """
     vocabulary = _vocabulary_size(directory, where)
     rows = {}
@@ -78,7 +80,7 @@ def _vocabulary_size(directory: Path, where: str) -> int | None:
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a configuration is read by code of its own, which may raise anything
+    except Exception as error:  # each architecture has its own code for reading it, which may raise anything
         raise ConfigError(
             f"transformers cannot read config.json: {next(iter(str(error).splitlines()), type(error).__name__)}",
             where=where,
@@ -89,10 +91,10 @@ def _vocabulary_size(directory: Path, where: str) -> int | None:
 
 
 def _weight_files(directory: Path, where: str) -> list[Path]:
-    """List the files that hold the weights: those of the index, or else all.
+    """List the files that hold the weights: the files that the index names or, without an index, all *.safetensors.
 
     Raises:
-        ConfigError: the index cannot be read, or a file that it names is missing.
+        ConfigError: the index cannot be read, or a file is missing that the index names.
     """
     if not (directory / INDEX).is_file():
         return sorted(directory.glob("*.safetensors"))
@@ -106,7 +108,7 @@ def _weight_files(directory: Path, where: str) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ConfigError(
-            f"{INDEX} names {missing[0]}, which is not there" + (f", and {len(missing) - 1} more" * (len(missing) > 1)),
+            f"{INDEX} names {missing[0]}, which is missing" + (f", and {len(missing) - 1} more" * (len(missing) > 1)),
             where=where,
             fix="download the model again",
         )
@@ -128,7 +130,7 @@ def _header(file: Path, where: str) -> dict[str, Any]:
         header.pop("__metadata__", None)
         end = _LENGTH_BYTES + length_bytes + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end != size_bytes:
-            raise ValueError(f"its tensors end at byte {end:,}, the file at byte {size_bytes:,}")
+            raise ValueError(f"its tensors end at byte {end:,}, but the file ends at byte {size_bytes:,}")
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file.name} is damaged or incomplete: {error or type(error).__name__}",

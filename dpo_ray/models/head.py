@@ -1,12 +1,13 @@
-"""The language model's head: log-probs of target tokens without the [rows, vocabulary] matrix, forward or backward.
+"""The head of the language model: computes log-probs of target tokens without a matrix of all logits [rows, vocabulary].
 
-Logits exist for one chunk of rows at a time. The backward pass recomputes them from the hidden states, except those of
-the last chunk, which are still in memory, and adds each chunk's part to one weight gradient. This follows cut
-cross-entropy (Wijmans et al. 2024, 2411.09009).
+Logits exist only for one chunk of rows at a time, in the forward and in the backward pass. The backward pass computes them
+again from the hidden states, except for the last chunk, whose logits are still in memory. It adds up the weight gradient
+chunk by chunk. This follows cut cross-entropy (Wijmans et al. 2024, 2411.09009).
 
-`torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used: it rounds log-probs to
-the weights' type (in bfloat16 to two or three digits, too few for differences of sums), supports neither soft caps nor
-scales nor entropies, and is not faster (`benchmarks/head.py`).
+`torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used here, because it:
+- rounds log-probs to the weights' type; in bfloat16 two or three digits remain, too few for differences of sums
+- supports no soft caps, scales or entropies
+- is not faster (`benchmarks/head.py`)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ VOCABULARY_BLOCK = 16_384  # rows of the weight whose gradient is converted to f
 
 
 class HeadScores(NamedTuple):
-    """The scores of each row: [rows], float32 (float64 for a float64 model). The last two have no gradient."""
+    """The scores of each row, [rows] in float32 (float64 for a float64 model). Only `logps` has a gradient."""
 
     logps: Tensor
     entropy: Tensor | None
@@ -39,10 +40,10 @@ def head_scores(
     *,
     with_statistics: bool = False,
 ) -> HeadScores:
-    """Score the target of each row under softmax(logits), logits = softcap * tanh(scale * (W h + b) / softcap).
+    """Compute the log-prob of each row's target under softmax(logits), logits = softcap * tanh(scale * (W h + b) / softcap).
 
-    The softmax is in float32 for all weight types. There may be no rows: the weight's gradient is then zero, not None,
-    so that all ranks of a sharded model reduce the same gradients.
+    The softmax is computed in float32 for all types of weights. If there are no rows, the weight's gradient is zero and not
+    None, so that all ranks of a sharded model reduce the same gradients.
     """
     return HeadScores(*_Head.apply(hidden, weight, bias, target, chunk_tokens, scale, softcap, with_statistics))
 
@@ -122,7 +123,7 @@ class _Head(torch.autograd.Function):
 
 
 def _buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
-    """Allocate one chunk's logits, once: freeing and allocating them per chunk costs page faults on CPUs."""
+    """Allocate memory for the logits of one chunk. All chunks use it: to allocate it per chunk costs page faults on CPUs."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=dtype)
 
@@ -130,7 +131,7 @@ def _buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
 def _logits(
     buffer: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """Compute a chunk's logits in the buffer's dtype, without converting the weight to it."""
+    """Compute the logits of one chunk in the dtype of the buffer, without converting the weight to this dtype."""
     logits = buffer[: len(hidden)]
     if hidden.dtype == buffer.dtype:
         torch.mm(hidden, weight.t(), out=logits)
@@ -148,7 +149,7 @@ def _logits(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total` [vocabulary, hidden], which may be float32 while the factors are narrower."""
+    """Add left @ right to `total` [vocabulary, hidden]. `total` may be float32 when `left` and `right` are bfloat16."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
         return

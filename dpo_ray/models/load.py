@@ -1,4 +1,4 @@
-"""Finding, identifying and loading a model in Hugging Face format; code from its directory is never run."""
+"""Finds, identifies and loads a model in Hugging Face format. Code in the model's directory is never run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def model_directory(config: ModelConfig) -> Path:
-    """Return the local directory of a model; a hub model is downloaded unless it is in the hub's cache.
+    """Return the local directory of a model. A model of the hub is downloaded first, unless it is in the hub's cache.
 
     Raises:
         ConfigError: the model does not exist, has no safetensors, or contains its own code.
@@ -99,17 +99,19 @@ def _download(config: ModelConfig) -> Path:
         ) from None
     except (HfHubHTTPError, ValueError, OSError) as error:
         raise ConfigError(
-            f"the hub refuses it: {str(error).splitlines()[0]}", where=where, fix="check name, revision and HF_TOKEN"
+            f"the hub refuses the download: {str(error).splitlines()[0]}",
+            where=where,
+            fix="check name, revision and HF_TOKEN",
         ) from None
     _check(directory, where)
     return directory
 
 
 def config_file(config: ModelConfig) -> Path | None:
-    """Find the model's config.json on this machine, also in the hub's cache; the weights are not needed.
+    """Find the model's config.json on this machine, without its weights; return None if a hub model is not in the cache.
 
     Raises:
-        ConfigError: the model is not one of the hub, and does not exist.
+        ConfigError: a model that is not from the hub does not exist.
     """
     if (file := Path(config.path).expanduser() / "config.json").is_file():
         return file
@@ -122,10 +124,7 @@ def config_file(config: ModelConfig) -> Path | None:
 
 
 def model_identity(config: ModelConfig) -> str:
-    """Return a digest of a model's configuration, weights and adapter.
-
-    A hub model is identified by name and revision.
-    """
+    """Return a digest of a model's configuration, weights and adapter. A model of the hub counts by its name and revision."""
     base, adapter = _base_identity(config), lora.adapter_directory(config)
     return base if adapter is None else digest([base, lora.read_adapter(adapter).identity()])
 
@@ -139,7 +138,7 @@ def _base_identity(config: ModelConfig) -> str:
 
 
 def tokenizer_identity(config: ModelConfig) -> str:
-    """Return a digest of the tokenizer's files."""
+    """Return a digest of the tokenizer's files. A tokenizer of the hub counts by its name and revision."""
     if is_hub_name(config.path):
         return digest(["hub tokenizer", config.path, config.revision or "main"])
     directory = model_directory(config)
@@ -147,7 +146,7 @@ def tokenizer_identity(config: ModelConfig) -> str:
 
 
 def tokenizer_files(directory: Path) -> list[str]:
-    """List the tokenizer's files in a model directory, by their paths in it: those for all, then templates by name."""
+    """List the paths of the tokenizer's files within a model directory: the usual files, then additional chat templates."""
     named = (file.relative_to(directory).as_posix() for file in directory.glob(NAMED_TEMPLATES) if file.is_file())
     return [*(name for name in TOKENIZER_FILES if (directory / name).is_file()), *sorted(named)]
 
@@ -155,10 +154,10 @@ def tokenizer_files(directory: Path) -> list[str]:
 def context_tokens(directory: Path) -> int | None:
     """Return the model's context length, or None if its configuration does not state one.
 
-    For a model with longrope (Phi) it is the original context. Beyond it all positions are rotated differently, and
-    which
-    rotation a sequence gets would depend on other sequences: on the longest in the same forward pass, and on the
-    context with which vLLM was started, which is one token longer than the longest sequence.
+    For a model with longrope (Phi) it is the original context length, minus one token. If a context is longer than that, the
+    model rotates all positions differently. Which rotation a sequence gets would then depend on other sequences: on the
+    longest one in the same forward pass, and on the context length with which vLLM was started, which is one token more
+    than the longest sequence.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
@@ -172,13 +171,14 @@ def context_tokens(directory: Path) -> int | None:
 def load_policy(
     directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter: Path | None = None, layout: Layout = "shared"
 ) -> TokenLogps:
-    """Load a causal language model that computes token log-probs, in `layout` or the next exact one; no dropout.
+    """Load a causal language model as a policy that computes token log-probs. Dropout is disabled.
 
-    A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
+    `layout` is the arrangement of sequences in a forward pass; a simpler one is used if the model does not compute it
+    exactly (`check_segments`). A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
 
     Raises:
-        ConfigError: transformers does not support the architecture, the files do not hold exactly its weights, no
-            layout is exact for it, or the adapter does not belong to this model.
+        ConfigError: transformers does not support the architecture; the files do not hold exactly its weights; the model
+            computes wrong log-probs in every layout; or the adapter does not belong to this model.
     """
     model = _load(directory, dtype if adapter is None else torch.float32)
     if adapter is not None:
@@ -189,10 +189,10 @@ def load_policy(
 
 
 def as_policy(model: PreTrainedModel, chunk_tokens: int, layout: Layout, where: str) -> TokenLogps:
-    """Build the policy that computes token log-probs with a model; dropout is disabled.
+    """Make a policy, which computes token log-probs, from a loaded model. Dropout is disabled.
 
     Raises:
-        ConfigError: no layout is exact for its architecture.
+        ConfigError: the model computes wrong log-probs in every layout (`check_segments`).
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -209,7 +209,7 @@ def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            attn_implementation="eager",  # every model supports it; `check_segments` sets the one of the layout
+            attn_implementation="eager",  # every model supports it; `check_segments` later sets what the layout needs
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -225,9 +225,9 @@ def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     model, report = loaded
     # Missing weights would be drawn at random, differently in every process.
     for kind, problem in (
-        ("missing_keys", "the files lack"),
-        ("unexpected_keys", "the model has no place for"),
-        ("mismatched_keys", "config.json gives another shape to"),
+        ("missing_keys", "the files do not contain the weight"),
+        ("unexpected_keys", "the model has no weight"),
+        ("mismatched_keys", "config.json sets another shape for the weight"),
     ):
         if names := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

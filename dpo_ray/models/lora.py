@@ -1,6 +1,6 @@
-"""Training of LoRA adapters with PEFT: they are added to a loaded model, and exported separately or merged.
+"""Adds trainable LoRA adapters to a model with PEFT, and exports them separately or merged into the weights.
 
-Only the adapter's parameters are trained. At step 0 its product is zero, so that policy and reference are the same
+Only the parameters of the adapter are trained. At step 0 its product B A is zero, so that policy and reference are the same
 model.
 Source: https://huggingface.co/docs/peft/developer_guides/low_level_api (inject_adapter_in_model).
 """
@@ -31,10 +31,10 @@ ADAPTER_FORMAT_PREFIX = "base_model.model."
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Add a trainable float32 adapter to the linear layers that `config` names, and freeze all other parameters.
 
-    If the model is on the meta device, the adapter is too; `first_value` returns its initial values.
+    If the model is on the meta device, the adapter is also there, without values; `first_value` computes them.
 
     Raises:
-        ConfigError: no layer has such a name, or it is the head, which uses only its own weight.
+        ConfigError: no layer has such a name, or the layer is the head, which cannot have an adapter.
     """
     from peft import inject_adapter_in_model
 
@@ -63,10 +63,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def check_targets(config: LoraConfig, directory: Path) -> None:
-    """Check that the model in a directory has layers for the adapter; it is built without weights.
+    """Check that the model in a directory has the layers that the adapter needs. The weights are not loaded.
 
     Raises:
-        ConfigError: as in `add_lora`.
+        ConfigError: for the same reasons as `add_lora`.
     """
     settings = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
@@ -75,9 +75,10 @@ def check_targets(config: LoraConfig, directory: Path) -> None:
 
 
 def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return the initial value of an adapter matrix: B is zero; A is drawn from seed and name, the same on every rank.
+    """Return the initial value of the adapter matrix `name`. It is the same on every rank.
 
-    A [rank, in] is uniform within +-1/sqrt(in), as in PEFT (Kaiming with a = sqrt(5)).
+    B is zero. A [rank, in] is random, with a seed made from `seed` and `name`: uniform within +-1/sqrt(in), as in PEFT
+    (Kaiming with a = sqrt(5)).
     """
     if ".lora_B." in name:
         return torch.zeros(shape)
@@ -105,19 +106,19 @@ def is_lora(name: str) -> bool:
 
 
 def matrices_of(name: str, names: Container[str]) -> tuple[str, str] | None:
-    """Return the names of the matrices A and B that adapt a weight, or None if there are none."""
+    """Return the names of the matrices A and B that adapt the weight `name`, or None if no adapter changes it."""
     layer = name.removesuffix(".base_layer.weight")
     a, b = (f"{layer}.lora_{side}.{NAME}.weight" for side in "AB")
     return (a, b) if layer != name and a in names else None
 
 
 def add_product(weight: Tensor, a: Tensor, b: Tensor, config: LoraConfig) -> Tensor:
-    """Add an adapter's product to a weight [out, in], all float32; a [rank, in], b [out, rank]."""
+    """Return weight + alpha / rank * b @ a, all float32: weight [out, in], a [rank, in], b [out, rank]."""
     return weight + config.alpha / config.rank * (b @ a)
 
 
 def write_adapter(weights: dict[str, Tensor], config: LoraConfig, base: str, target: Path) -> None:
-    """Write only the adapter, in PEFT's format; `base` is the name of its base model."""
+    """Write the adapter without its base model, in PEFT's format. `base` is the name of the base model."""
     from safetensors.torch import save_file
 
     own = {
@@ -128,7 +129,7 @@ def write_adapter(weights: dict[str, Tensor], config: LoraConfig, base: str, tar
     described = _peft_config(config)
     described.base_model_name_or_path = base
     described.inference_mode = True
-    if described.target_modules == "all-linear":  # the resolved names, which readers need
+    if described.target_modules == "all-linear":  # readers of the file need the names of the layers instead
         resolved = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in own}
         described.target_modules = resolved  # pyright: ignore[reportAttributeAccessIssue] - PEFT converts it to a set
     described.save_pretrained(str(target))

@@ -1,8 +1,8 @@
-"""Frozen weights in 4 bits (NF4) under trainable adapters: QLoRA, with bitsandbytes' kernels.
+"""Stores frozen weights in 4 bits (NF4), below trainable adapters: QLoRA, with the kernels of bitsandbytes.
 
-The linear layers of all blocks store half a byte per weight, and a scale per 64 weights, which is quantized too. They
-are not
-sharded: each rank holds all of them, because at half a byte they are smaller than the weights that FSDP2 would gather.
+The linear layers of all blocks store half a byte per weight, and for every 64 weights a scale, which is quantized as well.
+These weights are not sharded: each rank holds all of them, because they are smaller than the weights that FSDP2 would
+gather.
 Source: Dettmers et al. 2023 (2305.14314); https://huggingface.co/docs/bitsandbytes/reference/functional
 """
 
@@ -17,7 +17,7 @@ WEIGHTS_A_BYTE = 2
 
 
 class Nf4Linear(nn.Linear):
-    """A linear layer with a frozen 4-bit weight, which is dequantized for each use to the dtype of the input."""
+    """A linear layer with a frozen 4-bit weight. Each use dequantizes the weight, to the dtype of the input."""
 
     def __init__(self, like: nn.Linear) -> None:
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate the full weight
@@ -25,10 +25,10 @@ class Nf4Linear(nn.Linear):
         bytes_ = like.in_features * like.out_features // WEIGHTS_A_BYTE
         self.weight = nn.Parameter(torch.empty(bytes_, 1, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = like.bias
-        self._state: Any = None  # scales
+        self._state: Any = None  # the scales of the weight
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """Quantize a weight [out, in] and store it on its device; `dtype` is the type to which it is dequantized."""
+        """Quantize a weight [out, in], and store it on the same device. `whole` will dequantize it to `dtype`."""
         from bitsandbytes.functional import quantize_4bit
 
         packed, self._state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
@@ -45,7 +45,7 @@ class Nf4Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b; the backward pass dequantizes the 4-bit weight again instead of keeping the full one."""
+    """Computes x W^T + b. The backward pass dequantizes the 4-bit weight again, so that the full weight need not be kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear, bias: Tensor | None) -> Tensor:
@@ -58,7 +58,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_blocks(layers: nn.ModuleList, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace every linear layer of the blocks by a 4-bit one; on the meta device the weights are filled in later."""
+    """Replace every linear layer of the blocks by a 4-bit layer. If a layer is on the meta device, its weight is set later."""
     linear = [(name, m) for name, m in layers.named_modules() if type(m) is nn.Linear]
     for name, module in linear:
         parent, _, leaf = name.rpartition(".")
@@ -69,6 +69,6 @@ def quantize_blocks(layers: nn.ModuleList, dtype: torch.dtype, device: torch.dev
 
 
 def nf4_weights(module: nn.Module) -> set[nn.Parameter]:
-    """Return the weights that must not be sharded."""
+    """Return the 4-bit weights of a module, which must not be sharded."""
     layers = (m for m in module.modules() if isinstance(m, Nf4Linear))
     return {p for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "weight"}

@@ -1,4 +1,8 @@
-"""A micro-batch on the device: token ids, and the index tensors for attention, head and losses."""
+"""Copies a micro-batch to the device, with the index tensors that attention, head and losses need.
+
+Layouts: `shared` holds a prompt once for all its completions; `packed` repeats the prompt before each completion, in one
+row; `padded` gives each prompt + completion its own padded row.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,17 @@ Layout = Literal["shared", "packed", "padded"]
 
 @dataclass(frozen=True)
 class Segment:
-    """The token range of one prompt, or of one completion with a reference to its prompt's range."""
+    """The range of tokens of one prompt, or of one completion. For a completion, also the range of its prompt."""
 
     start: int
     stop: int
-    prompt_start: int  # == prompt_stop for the prompt itself
+    prompt_start: int  # equals prompt_stop if the segment is a prompt
     prompt_stop: int
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The tensors of one forward pass; `rows` are completion tokens in the order of the packed row."""
+    """The tensors of one forward pass. In their shapes, `rows` are completion tokens, in the order of the micro-batch."""
 
     input_ids: Tensor  # int64 [1, tokens]; padded: [completions, longest]
     position_ids: Tensor  # the same shape
@@ -50,7 +54,7 @@ class PackedRows:
 
     @property
     def tokens(self) -> int:
-        """Count the tokens that are computed, including padding."""
+        """Return the number of tokens that the forward pass computes, including padding."""
         return self.input_ids.numel()
 
 
@@ -59,9 +63,9 @@ def packed_rows(
 ) -> PackedRows:
     """Compute the index tensors of a micro-batch and copy them to `device`.
 
-    The first token of every completion is predicted by the prompt's last token, every other by its predecessor. The
-    rows and the tensors over completions and pairs are the same in every layout. Each pair has the weight and the
-    preference probability of its group, and the index of its source in `sources`.
+    The first token of a completion is predicted by the last token of its prompt, and any other token by the token before
+    it. The order of the rows (completion tokens), and the tensors over completions and pairs, are the same in every layout.
+    Each pair has the weight and the preference probability of its group, and the index of its data source in `sources`.
     """
     segments = _segments(batch.group_index, batch.completion_index)
     completions = [s for s in segments if s.prompt_stop > s.prompt_start]
@@ -98,7 +102,7 @@ def packed_rows(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of a forward pass, and the index of the token that predicts each row; arrays as in PackedRows."""
+    """The fields of PackedRows that depend on the layout, as numpy arrays."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray

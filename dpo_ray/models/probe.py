@@ -1,8 +1,8 @@
-"""A check of which layout computes an architecture exactly, before training depends on it.
+"""Checks, before training, with which layout of a packed row a model computes exact log-probs.
 
-Attention by segments is exact if tokens interact only in attention and positions come from `position_ids`. A model in
-which neighbours interact in other ways (state-space layers, convolutions, ALiBi by row) would give wrong log-probs
-without any error, so it gets a simpler layout.
+Attention by segments (each prompt and completion separately) is exact if tokens interact only in attention, and if positions
+come from `position_ids`. In other models, neighbouring tokens also interact elsewhere (state-space layers, convolutions), or
+positions are counted along the row (ALiBi). Their log-probs would be wrong without any error, so they get a simpler layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .token_logps import TokenLogps
 
 logger = logging.getLogger(__name__)
 
-# Families that the tests show to be exact; for these the probe would only cost a forward pass.
+# Families for which tests show that all layouts are exact; for these the probe would only cost a forward pass.
 KNOWN_EXACT = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
@@ -38,19 +38,20 @@ KNOWN_EXACT = frozenset(
 FAILURES = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)
 WINDOWS = ("sliding_window", "attention_chunk_size")
 PROBE_WINDOW = 3  # tokens; shorter than the probe's sequences
-TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # per token; the errors of wrong models are tenths and more
+TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # per token; a wrong layout causes errors of tenths or more
 
 
 @torch.no_grad()
 def check_segments(policy: TokenLogps, where: str) -> None:
-    """Set the model's attention so that `policy.layout` is exact, or choose the next simpler layout that is exact.
+    """Set the model's attention so that log-probs in `policy.layout` are exact; if they cannot be, choose a simpler layout.
 
-    Log-probs of a few random tokens are compared with the model's own forward pass on each single sequence. If
-    attention by segments differs, the model's own attention is tried, which finds the sequences of a packed row by
-    their positions. If that differs too (state-space layers, ALiBi by row), each sequence gets its own padded row.
+    Log-probs of a few random tokens are compared with those of the model's own forward pass on each single sequence. Attention
+    by segments (each prompt and completion separately) is tried first. If log-probs differ, the model's own attention is
+    tried, which finds the sequences of a packed row by their positions. If log-probs differ again (state-space layers, ALiBi),
+    each sequence gets its own padded row.
 
     Raises:
-        ConfigError: log-probs differ in padded rows too, or tokens see the tokens that follow them.
+        ConfigError: log-probs also differ in padded rows, or tokens can see the tokens that follow them.
     """
     model_type = policy.model.config.model_type
     if getattr(policy.model.config, "use_bidirectional_attention", None) is True:
@@ -69,27 +70,37 @@ def check_segments(policy: TokenLogps, where: str) -> None:
                 problem = _problem(policy, by_segments, groups, alone)
                 if problem is None:
                     break
-                problems.append(f"{layout} {'by segments' if by_segments else 'by its own attention'}: {problem}")
+                problems.append(
+                    f"{layout} with {'attention by segments' if by_segments else 'its own attention'}: {problem}"
+                )
             else:
                 raise _refused(model_type, "; ".join(problems), where)
     finally:
         policy.train()
     if problems:
         kept = (
-            f"the layout is {policy.layout} in place of {wanted}" if policy.layout != wanted else "attention is its own"
+            f"uses the layout {policy.layout} instead of {wanted}"
+            if policy.layout != wanted
+            else "uses the model's own attention"
         )
-        logger.warning("%s: for the architecture `%s` %s (%s)", where, model_type, kept, "; ".join(problems))
+        logger.warning("%s: the architecture `%s` %s (%s)", where, model_type, kept, "; ".join(problems))
 
 
 def _ways(wanted: Layout) -> list[tuple[Layout, bool]]:
-    """List layouts from the wanted one to the simplest, each with whether attention is by segments."""
+    """List the layouts to try, from the wanted one to the simplest.
+
+    The bool shows whether attention is by segments (each prompt and completion separately), or the model's own.
+    """
     if wanted == "padded":
         return [("padded", False)]
     return [(wanted, True), ("packed", False), ("padded", False)]
 
 
 def _problem(policy: TokenLogps, by_segments: bool, groups: list[Group], expected: Tensor) -> str | None:
-    """Return the problem of log-probs in the policy's layout, or None if they match `expected`, float32 [rows]."""
+    """Compare log-probs in the policy's layout with `expected`, float32 [rows].
+
+    Return None if they match, or else a description of the problem.
+    """
     try:
         _set_attention(policy.model, by_segments)
         rows = packed_rows(pack(groups), policy.model.device, policy.layout)
@@ -102,7 +113,7 @@ def _problem(policy: TokenLogps, by_segments: bool, groups: list[Group], expecte
 
 
 def _set_attention(model: PreTrainedModel, by_segments: bool) -> None:
-    """Set attention by segments, or the model's own: PyTorch's kernels, or the eager one if the model needs it."""
+    """Set attention by segments, or else the model's own: PyTorch's kernels if they support the model, or eager code."""
     if by_segments:
         model.set_attn_implementation(attention.IMPLEMENTATION)
         return
@@ -110,7 +121,7 @@ def _set_attention(model: PreTrainedModel, by_segments: bool) -> None:
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     try:
         model.set_attn_implementation("eager" if softcap else "sdpa")
-    except ValueError:  # the architecture does not support it
+    except ValueError:  # the architecture does not support PyTorch's kernels
         model.set_attn_implementation("eager")
 
 
@@ -125,7 +136,7 @@ def _random_groups(policy: TokenLogps) -> list[Group]:
 
 
 def _alone(policy: TokenLogps, groups: list[Group], where: str) -> Tensor:
-    """Score every completion separately with the model's own attention: float32 [rows], in packed order.
+    """Compute the log-probs of each completion in a forward pass of its own: float32 [rows], in packed order.
 
     Raises:
         ConfigError: the model's forward pass fails.
@@ -147,7 +158,10 @@ def _alone(policy: TokenLogps, groups: list[Group], where: str) -> Tensor:
 
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Shorten all attention windows temporarily: else a model that applies them only in masks would pass the probe."""
+    """Shorten all attention windows inside the `with` block, so that the short sequences of the probe exceed them.
+
+    Otherwise a model that applies its windows only in masks would pass the probe.
+    """
     holders: list[Any] = [model.config, model.config.get_text_config(), *model.modules()]
     windows = [(h, name, getattr(h, name)) for h in holders for name in WINDOWS if type(getattr(h, name, None)) is int]
     try:

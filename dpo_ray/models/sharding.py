@@ -1,4 +1,4 @@
-"""FSDP2: sharding of the policy over the ranks, block by block, and the preparation of each block."""
+"""Shards the policy over the ranks with FSDP2, and prepares each transformer block of the policy for training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEPT = {
 
 
 def prepare_blocks(policy: TokenLogps, checkpointing: Literal["none", "selective", "full"], *, compiled: bool) -> None:
-    """Set up activation checkpointing and compilation of each block; call it before sharding."""
+    """Set up activation checkpointing and compilation of each transformer block. Call this before sharding."""
     layers = blocks(policy)
     for i, block in enumerate(layers):
         if checkpointing == "full":
@@ -58,15 +58,20 @@ def shard(
     compute_dtype: torch.dtype,
     config: ShardingConfig | None = None,
 ) -> TokenLogps:
-    """Shard each block and the root: float32 master weights and reductions, `compute_dtype` in the forward pass.
+    """Shard each transformer block and the root module over the ranks.
 
-    With `shard_workers`, weights are sharded over that many neighbouring ranks and replicated between such sets. If
-    ranks are missing, so that their number is not divisible by `shard_workers`, weights are sharded over all ranks.
+    Master weights and reductions are in float32, forward passes in `compute_dtype`.
+    If `shard_workers` is set to n, weights are sharded over n neighbouring ranks, and each such set of ranks holds a copy of
+    the model. If the number of ranks is not divisible by n (some are missing), weights are sharded over all ranks.
     Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html
     """
     config = config or ShardingConfig()
     if config.shard_workers is not None and world_size % config.shard_workers:
-        logger.warning("%d workers are not divisible by %d: sharded over all", world_size, config.shard_workers)
+        logger.warning(
+            "%d workers are not divisible by shard_workers=%d: weights are sharded over all",
+            world_size,
+            config.shard_workers,
+        )
         mesh = init_device_mesh(device_type, (world_size,))
     elif config.shard_workers is not None:
         shape = (world_size // config.shard_workers, config.shard_workers)
@@ -89,7 +94,7 @@ def shard(
 
 
 def blocks(policy: TokenLogps) -> nn.ModuleList:
-    """Return the transformer blocks, which are in `layers` of every decoder in transformers."""
+    """Return the transformer blocks of the model. Every decoder in transformers has them in `layers`."""
     layers = policy.model.get_decoder().layers
     assert isinstance(layers, nn.ModuleList)  # noqa: S101
     return layers

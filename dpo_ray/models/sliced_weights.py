@@ -1,8 +1,8 @@
-"""Weights read slice by slice: a rank reads only its own rows from the safetensors files, never the full model.
+"""Loads a sharded model slice by slice: each rank reads only its own rows of the weights from the safetensors files.
 
-The model is built on the meta device, without memory; only its buffers (rotary frequencies) are real, and initialised
-as by `from_pretrained`. It is sharded in this state, and then each rank's shards are filled. The weights are bit for
-bit those of `load_policy`.
+The model is first built on the meta device, where weights need no memory. Only its buffers (rotary frequencies) have values,
+initialised as in `from_pretrained`. The model is sharded in this state, and then each rank fills its shards from the files.
+The weights are the same, bit for bit, as those of `load_policy`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class WholeModelNeededError(Exception):
-    """The files do not store the weights in the form of the model; the message is the reason."""
+    """Raised if weights cannot be read slice by slice, so that each rank must load the whole model. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class SlicedWeights:
 
     model: PreTrainedModel
     files: dict[str, Path]  # by the weight's name, which is the same in model and file
-    adapter: lora_files.Adapter | None  # its product is added to the weights
+    adapter: lora_files.Adapter | None  # merged into the weights when they are read
 
 
 def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeights:
     """Build the model on the meta device and find each of its weights in the files.
 
     Raises:
-        WholeModelNeededError: `load_policy` has to load the model; it also raises the error if there is one.
+        WholeModelNeededError: the caller must use `load_policy`, which raises an error if the model cannot be loaded at all.
         ConfigError: the adapter does not belong to this model.
     """
     try:
@@ -63,7 +63,7 @@ def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeight
     except (ValueError, KeyError, OSError) as error:
         raise WholeModelNeededError(str(error).splitlines()[0]) from None
     if model.config.model_type not in KNOWN_EXACT:
-        raise WholeModelNeededError(f"the layout of `{model.config.model_type}` has to be checked with its weights")
+        raise WholeModelNeededError(f"the layout for `{model.config.model_type}` must be checked with its weights")
     if get_model_conversion_mapping(model, add_legacy=False):
         raise WholeModelNeededError(f"transformers converts the weights of `{model.config.model_type}`")
     files = _files(model, directory)
@@ -75,7 +75,11 @@ def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeight
 
 
 def _files(model: PreTrainedModel, directory: Path) -> dict[str, Path]:
-    """Return the file of each weight; its name and shape in the file must be those of the model."""
+    """Return the file of each weight.
+
+    Raises:
+        WholeModelNeededError: a file is missing, or a weight has another name or shape in the files than in the model.
+    """
     index, names = directory / INDEX, {"model.safetensors"}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -99,7 +103,7 @@ def _files(model: PreTrainedModel, directory: Path) -> dict[str, Path]:
 
 
 def _make_buffers(model: PreTrainedModel) -> None:
-    """Create the buffers that are not in any file, as `from_pretrained` does: by the model's own initialisation."""
+    """Create the buffers that are in no file. As in `from_pretrained`, the model's own code sets their values."""
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - do not initialise it
     for name, buffer in model.named_non_persistent_buffers():
@@ -114,10 +118,10 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
 
     Args:
         dtype: dtype of the forward pass, to which quantized weights are dequantized.
-        seed: seed of the trained adapter's initial values.
+        seed: seed for the initial values of the adapter that is trained.
 
     Returns:
-        The number of bytes of weights that were read.
+        The number of bytes of weights that this rank has read.
     """
     policy._apply(
         lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t
@@ -155,10 +159,10 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
 
 @torch.no_grad()
 def fill_adapter(policy: TokenLogps, directory: Path) -> None:
-    """Load a trained adapter in PEFT's format into the adapter of a policy, sharded or not.
+    """Load the values of a trained adapter in PEFT's format into the adapter of a policy, which may be sharded.
 
     Raises:
-        ConfigError: the trained adapter adapts other layers, or has another rank.
+        ConfigError: the trained adapter adapts other layers than the policy's adapter, or has another rank.
     """
     with safe_open(directory / lora_files.WEIGHTS, framework="pt") as file:
         names = set(file.keys())
@@ -170,7 +174,7 @@ def fill_adapter(policy: TokenLogps, directory: Path) -> None:
                 raise ConfigError(
                     f"the adapter that training continues from has no {key} of shape {list(parameter.shape)}",
                     where=str(directory),
-                    fix="train.lora must be what it was when the adapter was trained",
+                    fix="set train.lora to the values with which the adapter was trained",
                 )
             rows, local = _held(parameter)
             if rows.start < rows.stop:
@@ -178,7 +182,7 @@ def fill_adapter(policy: TokenLogps, directory: Path) -> None:
 
 
 def _held(parameter: nn.Parameter) -> tuple[slice, Tensor]:
-    """Return the rows of a parameter that this rank holds, and their tensor."""
+    """Return which rows of a parameter this rank holds, and the tensor that contains them."""
     if not isinstance(parameter, DTensor):
         return slice(0, len(parameter)), parameter
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

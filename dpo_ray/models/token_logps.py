@@ -1,4 +1,4 @@
-"""Log-probs of completion tokens from a causal language model, without the [tokens, vocabulary] matrix."""
+"""Computes the log-probs of completion tokens with a causal language model, without a matrix of all logits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .packed_rows import Layout, PackedRows
 
 
 class TokenScores(NamedTuple):
-    """The scores of completion tokens from a forward pass, all float32 [rows] in the order of `rows.target`.
+    """The scores of completion tokens from a forward pass: float32 [rows], in the order of `PackedRows.target`.
 
-    It is a tuple, because FSDP2 has to find the tensors in a module's output.
+    It is a NamedTuple, because FSDP2 must find the tensors in a module's output.
     """
 
     logps: Tensor
@@ -30,13 +30,14 @@ class TokenScores(NamedTuple):
 class TokenLogps(nn.Module):
     """A causal language model that returns the log-prob of every completion token of a packed micro-batch.
 
-    It is one module so that FSDP2 gathers the weight of the head (and tied embedding) once for the whole forward pass.
+    Model and log-probs are one module, so that FSDP2 gathers the weight of the head (often tied to the embedding) only once
+    per forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024, layout: Layout = "shared") -> None:
         super().__init__()
         self.model = model
-        self.layout: Layout = layout  # of the micro-batches that the model expects
+        self.layout: Layout = layout  # the layout of the rows that `forward` receives
         self.chunk_tokens = chunk_tokens
         config = model.config.get_text_config()
         self.logit_softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -49,7 +50,7 @@ class TokenLogps(nn.Module):
         self._router_loss = own if getattr(model, "num_experts", None) else None
 
     def forward(self, rows: PackedRows, with_statistics: bool = False) -> TokenScores:
-        """Score every completion token; `with_statistics` adds the entropy and the collision probability."""
+        """Compute the log-prob of every completion token. `with_statistics` adds entropy and collision probability."""
         with_router = self._router_loss is not None and self.training and torch.is_grad_enabled()
         output = self._backbone(rows, with_router)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, rows.predictor)  # [rows, hidden]
@@ -74,7 +75,7 @@ class TokenLogps(nn.Module):
             inputs["attention_mask"] = rows.mask
         else:
             inputs["position_ids"] = rows.position_ids
-            # From the positions a model's own attention recognises, without a mask, that a row has several sequences.
+            # Without a mask, a model's own attention recognises the sequences of a row by their positions.
             if rows.segments is not None and self.model.config._attn_implementation == attention.IMPLEMENTATION:
                 inputs["segments"] = SegmentIndex(rows.segments, rows.input_ids.device)
         if with_router:
@@ -82,9 +83,9 @@ class TokenLogps(nn.Module):
         return self.model.get_decoder()(**inputs)
 
     def _balance(self, router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-        """Apply the model's own auxiliary loss to the logits of its routers, each [tokens, experts], without padding.
+        """Compute the model's own load-balancing loss from the logits of its routers, one [tokens, experts] per layer.
 
-        A shared prompt counts once. Source: equations 4 to 6 of Fedus et al. 2021 (2101.03961).
+        Padding does not count, and a shared prompt counts once. Source: equations 4 to 6 of Fedus et al. 2021 (2101.03961).
         """
         model: Any = self.model
         assert self._router_loss is not None  # noqa: S101
@@ -94,8 +95,8 @@ class TokenLogps(nn.Module):
 def sum_by_completion(token_logps: Tensor, rows: PackedRows) -> Tensor:
     """Sum token log-probs [rows] over each completion: float32 [completions].
 
-    The running sum is in float64: in float32 it would lose 1e-4 nats over hundreds of tokens, which becomes a visible
-    error of the loss after taking the difference of two such sums.
+    The running sum is in float64. In float32 it would lose 1e-4 nats over hundreds of tokens. Losses take the difference of
+    two such sums, where this error would be visible.
     """
     sums = torch.zeros(len(rows.lengths), dtype=torch.float64, device=token_logps.device)
     return sums.index_add(0, rows.completion_of_row, token_logps.double()).float()

@@ -1,4 +1,4 @@
-"""The work of a micro-batch: tokens in each layout and floating-point operations, from which throughput is computed."""
+"""Counts the work of a micro-batch, to compute throughput: its tokens in each layout, and its floating-point operations."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model from which floating-point operations are counted."""
+    """The sizes of a model that determine how many floating-point operations it needs."""
 
-    frozen_weights: int  # in the matrices of all blocks that a token uses: of experts only the chosen ones
+    frozen_weights: int  # frozen weights in the blocks that one token uses; of experts, only the chosen ones
     trained_weights: int  # the same for trainable weights
     head_weights: int  # vocabulary * hidden
     head_is_trained: bool
@@ -58,12 +58,12 @@ class ModelShape:
         return cls(round(frozen), round(trained), head.weight.numel(), head.weight.requires_grad, width)
 
     def flops(self, prompt_tokens: int, completion_tokens: Sequence[int]) -> float:
-        """Count the minimum of operations for a group, forward and backward.
+        """Count the floating-point operations that a group needs at least, in the forward and the backward pass.
 
-        Each token passes once through the blocks, with two operations per weight; completion tokens pass through the
-        head; attention counts the visible tokens. Backward costs twice the forward, or once where weights are frozen.
-        Recomputation, padding and repeated prompts do not count, so a layout that computes more has a lower
-        utilisation.
+        Each token passes once through the blocks, with two operations per weight. Only completion tokens pass through the
+        head. Attention counts the tokens that each token sees. The backward pass of trained weights costs twice the forward
+        pass; that of frozen weights costs the same as the forward pass. Recomputation, padding and repeated prompts do not
+        count, so a layout that computes more has a lower utilisation.
         Source: PaLM, 2204.02311, appendix B (model FLOPs utilisation).
         """
         rows = sum(completion_tokens)
@@ -77,11 +77,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of the groups of a micro-batch, without fillers."""
+    """The work of a micro-batch. Fillers (groups of weight 0) do not count."""
 
-    shared_tokens: int = 0  # with each prompt once
-    packed_tokens: int = 0  # with the prompt repeated for every completion
-    longest_tokens: int = 0  # of a prompt and one of its completions
+    shared_tokens: int = 0  # tokens, if each prompt is computed once
+    packed_tokens: int = 0  # tokens, if the prompt is repeated for every completion
+    longest_tokens: int = 0  # tokens of the longest sequence, that is, a prompt with one of its completions
     sequences: int = 0  # number of completions
     flops: float = 0.0
 
@@ -107,7 +107,7 @@ class Work:
         return work
 
     def __add__(self, other: Work) -> Work:
-        """Return the sum of the work of two sets of groups of one micro-batch."""
+        """Add the work of two different sets of groups of one micro-batch."""
         return Work(
             self.shared_tokens + other.shared_tokens,
             self.packed_tokens + other.packed_tokens,
@@ -118,12 +118,12 @@ class Work:
 
     @property
     def padded_tokens(self) -> int:
-        """Count the tokens of all sequences, padded to the longest one."""
+        """Return the number of tokens if all sequences are padded to the longest one."""
         return self.longest_tokens * self.sequences
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak bf16 operations per second of a device; None for a CPU and for cards that are not listed."""
+    """Return the peak bf16 operations per second of a device; None for a CPU and for a GPU that is not in PEAK_FLOPS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

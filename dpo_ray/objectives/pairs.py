@@ -1,4 +1,4 @@
-"""Losses over preference pairs with a reference. Pure functions on flat tensors; each returns float32 [pairs]."""
+"""Losses that learn from preference pairs with a reference model. Each is a pure function, and returns float32 [pairs]."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .shaping import divergence_score
 
 @dataclass(frozen=True)
 class PairLogps:
-    """The input of a pairwise loss: tensors are float32 [pairs], and `*_tokens` count completion tokens."""
+    """The input of a pairwise loss. All tensors are float32 [pairs]; `*_tokens` are numbers of completion tokens."""
 
     policy_chosen: Tensor
     policy_rejected: Tensor
@@ -40,7 +40,9 @@ class PairLogps:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     preference_probability: Tensor  # probability that chosen is really the better one
-    mean_chosen_tokens: float = 1.0  # weighted mean over the step: turns a mean over pairs into one over tokens
+    mean_chosen_tokens: float = (
+        1.0  # weighted mean over the step; dividing by it makes a mean over pairs one over tokens
+    )
     divergence: Divergence = field(default_factory=ReverseKl)
 
     @property
@@ -70,7 +72,7 @@ class PairLogps:
 
     @property
     def margin_per_token(self) -> Tensor:
-        """The difference of the scores, each divided by its completion's length."""
+        """The difference of the scores, where each score is divided by the number of tokens of its completion."""
         return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
 
     def of(self, chosen: Tensor) -> PairLogps:
@@ -95,16 +97,15 @@ class PairLogps:
 def smoothed(margin: Tensor, probability: Tensor | float, label_smoothing: float) -> Tensor:
     """Compute -q log sigmoid(margin) - (1 - q) log sigmoid(-margin), q = p (1 - e) + (1 - p) e.
 
-    This is the logistic loss for labels that are right with probability p and flipped with probability e (conservative
-    DPO,
-    https://ericmitchell.ai/cdpo.pdf, eq. 3).
+    This is the logistic loss for labels that are right with probability p and flipped with probability e (label_smoothing).
+    Source: conservative DPO, https://ericmitchell.ai/cdpo.pdf, eq. 3.
     """
     q = probability * (1 - label_smoothing) + (1 - probability) * label_smoothing
     return -q * F.logsigmoid(margin) - (1 - q) * F.logsigmoid(-margin)
 
 
 def sigmoid(pairs: PairLogps, o: SigmoidObjective) -> Tensor:
-    """Compute DPO: Rafailov et al. 2023 (2305.18290), eq. 7, in expectation over soft labels."""
+    """Compute DPO: Rafailov et al. 2023 (2305.18290), eq. 7. With a soft label, the loss is the expectation over the label."""
     return smoothed(o.beta * pairs.margin, pairs.preference_probability, o.label_smoothing)
 
 
@@ -121,7 +122,7 @@ def hinge(pairs: PairLogps, o: HingeObjective) -> Tensor:
 def ipo(pairs: PairLogps, o: IpoObjective) -> Tensor:
     """Compute IPO: Azar et al. 2023 (2310.12036), eq. 17, with log-ratios per token as in TRL.
 
-    With preference probability p the target of the margin is (2p - 1) / (2 beta), its expectation over the label.
+    For a soft label with preference probability p, the target of the margin is the expected target, (2p - 1) / (2 beta).
     """
     return (pairs.margin_per_token - (2 * pairs.preference_probability - 1) / (2 * o.beta)) ** 2
 
@@ -147,7 +148,7 @@ def robust(pairs: PairLogps, o: RobustObjective) -> Tensor:
 
 
 def bco_pair(pairs: PairLogps, o: BcoPairObjective) -> Tensor:
-    """Compute BCO: Jung et al. 2024 (2404.04656), eq. 8, without the running shift, as in TRL."""
+    """Compute BCO: Jung et al. 2024 (2404.04656), eq. 8, but as in TRL without the reward shift."""
     return -F.logsigmoid(o.beta * pairs.chosen_score) - F.logsigmoid(-o.beta * pairs.rejected_score)
 
 
@@ -176,7 +177,7 @@ def discopop(pairs: PairLogps, o: DiscopopObjective) -> Tensor:
 
 
 def rpo(pairs: PairLogps, o: RpoObjective) -> Tensor:
-    """Compute DPO plus the likelihood of chosen per token: Pang et al. 2024 (2404.19733), eq. 1."""
+    """Compute DPO plus the negative log-likelihood of chosen per token: Pang et al. 2024 (2404.19733), eq. 1."""
     return -F.logsigmoid(o.beta * pairs.margin) - o.alpha * pairs.policy_chosen / pairs.chosen_tokens
 
 

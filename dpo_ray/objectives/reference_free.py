@@ -1,7 +1,7 @@
-"""Losses over preference pairs without a reference. Pure functions on flat tensors; each returns float32 [pairs].
+"""Losses that learn from preference pairs without a reference model. Each is a pure function, and returns float32 [pairs].
 
-Their likelihood terms are means over all chosen tokens of the step, as in TRL: a pair's share of such a mean is its
-summed log-prob divided by the step's mean length.
+As in TRL, a likelihood term is a mean over all chosen tokens of the step. The step's loss is a mean over pairs; so each pair
+contributes its summed log-prob, divided by the mean number of chosen tokens per pair in the step.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .pairs import PairLogps, smoothed
 
 
 def nll(pairs: PairLogps) -> Tensor:
-    """Compute each pair's share of the negative log-likelihood of chosen, a mean over the step's chosen tokens."""
+    """Compute what each pair contributes to the mean negative log-likelihood of all chosen tokens of the step."""
     return -pairs.policy_chosen / pairs.mean_chosen_tokens
 
 
 def sft(pairs: PairLogps, o: SftObjective) -> Tensor:
-    """Compute the negative log-likelihood of chosen only."""
+    """Compute the negative log-likelihood of chosen. Rejected is not used."""
     return nll(pairs)
 
 
@@ -43,7 +43,7 @@ def slic(pairs: PairLogps, o: SlicObjective) -> Tensor:
 
 
 def orpo(pairs: PairLogps, o: OrpoObjective) -> Tensor:
-    """Compute ORPO: Hong et al. 2024 (2403.07691), eq. 6 and 7, with P(y|x) the geometric mean over tokens."""
+    """Compute ORPO: Hong et al. 2024 (2403.07691), eq. 6 and 7, where P(y|x) is the geometric mean over tokens."""
     chosen, rejected = pairs.policy_chosen / pairs.chosen_tokens, pairs.policy_rejected / pairs.rejected_tokens
     log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
     return nll(pairs) - o.beta * F.logsigmoid(log_odds)
@@ -51,9 +51,9 @@ def orpo(pairs: PairLogps, o: OrpoObjective) -> Tensor:
 
 def log_one_minus_exp(x: Tensor) -> Tensor:
     """Compute log(1 - exp(x)) for x < 0 without cancellation: Maechler 2012, `Rmpfr: log1mexp`, eq. 7."""
-    x = x.clamp(max=-1e-7)  # a certain completion has infinite odds; its gradient stays finite
+    x = x.clamp(max=-1e-7)  # a probability of 1 has infinite odds; this keeps its gradient finite
     near = x > -0.6931472
-    # Where one branch is not selected it gets a harmless argument; else its gradient would be 0 * inf there.
+    # A branch gets a harmless argument where it is not selected; otherwise its gradient would be 0 * inf there.
     return torch.where(
         near,
         torch.log(-torch.expm1(torch.where(near, x, -0.5))),

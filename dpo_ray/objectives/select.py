@@ -1,4 +1,4 @@
-"""From the recipe's objective to its loss: the table of all losses, and how a step adds them up."""
+"""Computes the loss of a step for the objective of the recipe, with a table of all losses."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from .step_logps import StepLogps, Totals
 
 _BUILT_IN = pairs.LOSSES | reference_free.LOSSES | step_wide.LOSSES
 LOSSES: dict[str, Callable[[Any, Any], Tensor]] = _BUILT_IN | installed(OBJECTIVES, _BUILT_IN)
-"""By the objective's `type`: of pairs, a function of (PairLogps, objective); of completions and lists, of (StepLogps, objective)."""
+"""The loss functions by the objective's `type`.
+
+A loss that learns from pairs takes (PairLogps, objective); a loss that learns from completions or lists takes
+(StepLogps, objective)."""
 
 
 def step_loss(objective: Objective, logps: StepLogps, totals: Totals) -> Tensor:
-    """Compute what `logps` contribute to the loss of the step whose `totals` these are: a float32 scalar.
+    """Compute what the completions and pairs in `logps` contribute to the loss of their step: a float32 scalar.
 
-    Contributions of a step's micro-batches add up to its loss: the mean over its pairs (or labelled completions, or lists)
-    by weight. Of an objective that is step-wide (`is_step_wide`), `logps` have to be those of the whole step.
+    `totals` are the sums of weights over the whole step. The contributions of all micro-batches of a step add up to its
+    loss: the weighted mean over its pairs, labelled completions or lists. If the objective is step-wide (`is_step_wide`),
+    `logps` must contain the whole step.
     """
     terms = [weight * _term(single, logps, totals) for weight, single in summands(objective)]
     return sum(terms[1:], start=terms[0])
@@ -35,7 +39,7 @@ def _term(objective: Single, logps: StepLogps, totals: Totals) -> Tensor:
             return (logps.weight * LOSSES[objective.type](logps, objective)).sum() / totals.labelled
         case "lists":
             return (logps.weight * LOSSES[objective.type](logps, objective)).sum() / totals.lists
-        case "pairs" if objective.step_wide:  # it sorts over pairs, which then have no weights of their own
+        case "pairs" if objective.step_wide:  # the loss sorts the values of all pairs, so a pair has no own weight
             return pair_losses(objective, logps.pairs.of(logps.pair_weight > 0)).mean()
         case "pairs":
             weight = logps.pair_weight * logps.policy_weight if objective.weighable else logps.pair_weight
@@ -43,7 +47,7 @@ def _term(objective: Single, logps: StepLogps, totals: Totals) -> Tensor:
 
 
 def pair_losses(objective: Single, logps: PairLogps) -> Tensor:
-    """Compute an objective's loss of every pair, float32 [pairs], in expectation over soft labels.
+    """Compute the loss of every pair, float32 [pairs]. With a soft label, it is the expectation over the label.
 
     Raises:
         TypeError: the objective does not learn from pairs.

@@ -1,4 +1,4 @@
-"""Transformations of log-probs before the loss: f-divergences, length desensitisation, and weights by the policy."""
+"""Options that change log-probs or weights before any loss: f-divergences, LD-DPO (length desensitisation), and WPO."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def desensitised(
     token_logps: Tensor,  # [rows], all completions concatenated
     lengths: Tensor,  # int64 [completions]
     own: Tensor,  # int64 [pairs]: the completion whose log-probs are summed
-    other: Tensor,  # int64 [pairs]: the completion that its length is compared with
+    other: Tensor,  # int64 [pairs]: the other completion of the pair
     alpha: float,
 ) -> Tensor:
-    """Sum a completion's log-probs; those beyond the other one's length are weighted by `alpha`: float32 [pairs].
+    """Sum the token log-probs of one completion of each pair: float32 [pairs].
 
-    LD-DPO: Liu et al. 2024 (2409.06411), eq. 10. Sums are in float64, as in `sum_by_completion`.
+    Tokens beyond the length of the pair's other completion are weighted by `alpha`. This is LD-DPO: Liu et al. 2024
+    (2409.06411), eq. 10. Sums are in float64, as in `sum_by_completion`.
     """
     sums = F.pad(token_logps.double().cumsum(0), (1, 0))  # [rows + 1]
     stop = lengths.cumsum(0)
@@ -57,10 +58,10 @@ def policy_weight(
     completion_of_row: Tensor,  # int64 [rows]
     lengths: Tensor,  # int64 [completions]
 ) -> Tensor:
-    """Compute WPO's weight, how likely the policy is to write each completion: float32 [completions], no gradient.
+    """Compute WPO's weight of each completion: float32 [completions], without gradient.
 
-    It is exp of the mean over tokens of log p(token) - log sum p^2: WPO with sampled alignment, Zhou et al. 2024
-    (2406.11827), eq. 4.
+    The weight is large if the policy itself is likely to write the completion. It is the exponential of the mean over tokens
+    of log p(token) - log sum p^2: WPO with sampled alignment, Zhou et al. 2024 (2406.11827), eq. 4.
     """
     excess = (token_logps - log_collision).detach().double()
     total = torch.zeros(len(lengths), dtype=torch.float64, device=excess.device)

@@ -1,4 +1,4 @@
-"""The input of losses for a micro-batch or a step: flat tensors over completions and pairs, which can be joined."""
+"""The input of the losses for a micro-batch or a whole step: flat tensors over completions and pairs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ class Totals:
     pairs: float
     labelled: float  # completions with a label
     lists: float  # groups whose completions have different scores
-    chosen_tokens: float  # of all pairs, weighted
-    tokens: float  # of all packed rows
+    chosen_tokens: float  # tokens of chosen, weighted by pair
+    tokens: float  # tokens that the forward passes compute
 
     @classmethod
     def of(cls, sums: Sequence[float]) -> Totals:
-        """Build the totals from sums in this order; 0 becomes 1, because the numerator is then 0 too."""
+        """Build the totals from sums in the order of the fields.
+
+        A sum of 0 becomes 1, so that a division by it is possible; the numerator is then 0 as well.
+        """
         return cls(*(value or 1.0 for value in sums))
 
     @property
@@ -38,7 +41,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class StepLogps:
-    """Log-probs by completion and by pair, with their weights. Policy tensors carry gradients."""
+    """The log-probs of completions and of pairs, with their weights. Tensors of the policy have gradients."""
 
     policy: Tensor  # float32 [completions]
     reference: Tensor  # float32 [completions]
@@ -49,7 +52,7 @@ class StepLogps:
     group: Tensor  # int64 [completions]
     pairs: PairLogps
     pair_weight: Tensor  # float32 [pairs]
-    policy_weight: Tensor  # float32 [pairs]: WPO's, else 1
+    policy_weight: Tensor  # float32 [pairs]: WPO's weight; 1 without WPO
 
     @property
     def logratio(self) -> Tensor:
@@ -61,12 +64,15 @@ class StepLogps:
         return self.scores.isnan()
 
     def detached(self, device: torch.device | str) -> StepLogps:
-        """Return a copy without gradients on a device."""
+        """Return a copy on `device`, without gradients."""
         return _mapped(self, lambda t: t.detach().to(device))
 
 
 def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, totals: Totals) -> StepLogps:
-    """Compute the sums of token log-probs over completions, and select each pair's chosen and rejected completion."""
+    """Sum the token log-probs of each completion, and collect the sums of each pair's chosen and rejected completion.
+
+    The recipe's `shaping` (f-divergence, LD-DPO, WPO) is applied to the pairs.
+    """
     policy = sum_by_completion(scores.logps, rows)  # [completions]
     reference = sum_by_completion(rows.reference_token_logps, rows)
     lengths = rows.lengths.float()
@@ -109,8 +115,9 @@ def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, to
 def labels(rows: PackedRows) -> Tensor:
     """Compute the label of each completion, 1 desirable, -1 undesirable, 0 neither: float32 [completions].
 
-    In pairs, chosen is desirable and rejected is undesirable; a completion that is both, or a tie, is neither. A single
-    completion is labelled by its score. In a ranking without pairs the best is desirable and the worst undesirable.
+    If a group has pairs, a completion that is only chosen is desirable, and one that is only rejected is undesirable. In a
+    ranking without pairs, the best completion is desirable and the worst undesirable, unless all scores are equal. A single
+    completion is labelled by its score.
     """
     label = torch.zeros_like(rows.scores)
     judged = ~rows.scores.isnan()
@@ -126,13 +133,13 @@ def labels(rows: PackedRows) -> Tensor:
 
 
 def _above(rows: PackedRows) -> Tensor:
-    """Return which completion is ranked above which other one of its group: bool [completions, completions]."""
+    """Return bool [completions, completions]: at [i, j], whether i and j are in the same group and i has the higher score."""
     same = rows.group_of_completion[:, None] == rows.group_of_completion[None, :]
     return same & (rows.scores[:, None] > rows.scores[None, :])
 
 
 def weight_sums(rows: PackedRows) -> Tensor:
-    """Sum a micro-batch's weights in the order of `Totals`: float64 [5]."""
+    """Compute the contribution of one micro-batch to `Totals`, in the order of its fields: float64 [5]."""
     weight, pair_weight = rows.completion_weight.double(), rows.pair_weight.double()
     same = rows.group_of_completion[:, None] == rows.group_of_completion[None, :]  # [completions, completions]
     above = _above(rows)
@@ -149,7 +156,7 @@ def weight_sums(rows: PackedRows) -> Tensor:
 
 
 def joined(parts: Sequence[StepLogps]) -> StepLogps:
-    """Concatenate the log-probs of several micro-batches; their groups remain distinct."""
+    """Concatenate the log-probs of several micro-batches. Groups are renumbered, so that they do not get mixed up."""
     apart, offset = [], 0
     for part in parts:
         apart.append(replace(part, group=part.group + offset))

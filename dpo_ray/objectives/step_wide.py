@@ -1,4 +1,4 @@
-"""Losses over a whole step, over single completions, or over rankings. Pure functions on flat tensors."""
+"""Losses that need all pairs of a step at once, and losses of single completions and of rankings. All are pure functions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .step_logps import StepLogps
 
 
 def aot(pairs: PairLogps, o: AotObjective) -> Tensor:
-    """Compute AOT: sorted log-ratios of policy against those of reference, over all pairs of the step: float32 [pairs].
+    """Compute AOT over all pairs of the step: float32 [pairs].
 
-    Melnyk et al. 2024 (2406.05882), eq. 9, as in TRL.
+    The policy's log-ratios of chosen to rejected are sorted, and so are the reference's. The loss compares the values at the
+    same positions. Melnyk et al. 2024 (2406.05882), eq. 9, as in TRL.
     """
     policy = (pairs.policy_chosen - pairs.policy_rejected).sort().values
     reference = (pairs.reference_chosen - pairs.reference_rejected).sort().values
@@ -22,19 +23,24 @@ def aot(pairs: PairLogps, o: AotObjective) -> Tensor:
 
 
 def aot_unpaired(pairs: PairLogps, o: AotUnpairedObjective) -> Tensor:
-    """Compute AOT of sorted chosen against sorted rejected log-ratios, over all pairs of the step: float32 [pairs].
+    """Compute unpaired AOT over all pairs of the step: float32 [pairs].
 
-    Melnyk et al. 2024 (2406.05882), eq. 6, as in TRL.
+    The log-ratios of policy to reference of all chosen completions are sorted, and so are those of all rejected completions.
+    The loss compares the values at the same positions. Melnyk et al. 2024 (2406.05882), eq. 6, as in TRL.
     """
     chosen, rejected = pairs.chosen_logratio.sort().values, pairs.rejected_logratio.sort().values
     return smoothed(o.beta * (chosen - rejected), 1.0, o.label_smoothing)
 
 
 def kl_estimate(logratio: Tensor, weight: Tensor, is_mismatched: Tensor) -> Tensor:
-    """Estimate KTO's z0: the mean log-ratio of completions under another prompt, clamped to at least 0. No gradient.
+    """Estimate KTO's KL term z0: the weighted mean log-ratio of mismatched completions, or 0 if it is negative.
+
+    A mismatched completion belongs to another prompt. The estimate has no gradient.
 
     Args:
-        logratio, weight: float32 [completions]; is_mismatched: bool [completions].
+        logratio: float32 [completions].
+        weight: float32 [completions].
+        is_mismatched: bool [completions].
     """
     counted = weight * is_mismatched
     mean = (counted.double() * logratio.detach().double()).sum() / counted.double().sum().clamp(min=1e-12)
@@ -42,10 +48,12 @@ def kl_estimate(logratio: Tensor, weight: Tensor, is_mismatched: Tensor) -> Tens
 
 
 def kto(logratio: Tensor, label: Tensor, z0: Tensor, o: KtoObjective) -> Tensor:
-    """Compute KTO: float32 [completions], 0 where there is no label. Ethayarajh et al. 2024 (2402.01306), eq. 8.
+    """Compute KTO: float32 [completions], 0 for completions without a label. Ethayarajh et al. 2024 (2402.01306), eq. 8.
 
     Args:
-        logratio: float32 [completions]; label: 1 desirable, -1 undesirable, 0 neither.
+        logratio: float32 [completions].
+        label: float32 [completions]; 1 desirable, -1 undesirable, 0 neither.
+        z0: the KL term, as estimated by `kl_estimate`.
     """
     value = 1 - (o.beta * label * (logratio - z0)).sigmoid()
     weight = torch.where(label > 0, o.desirable_weight, o.undesirable_weight) * label.abs()
@@ -53,12 +61,15 @@ def kto(logratio: Tensor, label: Tensor, z0: Tensor, o: KtoObjective) -> Tensor:
 
 
 def listwise(logratio: Tensor, scores: Tensor, group: Tensor, o: ListwiseObjective) -> Tensor:
-    """Compute each completion's share of its ranking's negative log-likelihood (Plackett-Luce): float32 [completions].
+    """Compute the Plackett-Luce loss of rankings: float32 [completions]. The sum over a group is the loss of its ranking.
 
-    Rafailov et al. 2023 (2305.18290), eq. 18: a completion competes with those of its group that are ranked below it.
+    The loss is the negative log-likelihood of the ranking. Each completion competes with the completions of its group that
+    are ranked below it. Rafailov et al. 2023 (2305.18290), eq. 18.
 
     Args:
-        logratio, scores: float32 [completions]; a NaN score is not part of any ranking; group: int64 [completions].
+        logratio: float32 [completions].
+        scores: float32 [completions]; a completion with the score NaN is in no ranking.
+        group: int64 [completions].
     """
     reward = o.beta * logratio
     below = (group[:, None] == group[None, :]) & (scores[None, :] < scores[:, None])  # [completions, completions]
@@ -68,13 +79,13 @@ def listwise(logratio: Tensor, scores: Tensor, group: Tensor, o: ListwiseObjecti
 
 
 def step_kto(logps: StepLogps, o: KtoObjective) -> Tensor:
-    """Compute KTO of a whole step: float32 [completions]."""
+    """Compute KTO for the completions of a whole step, with z0 estimated from this step: float32 [completions]."""
     z0 = kl_estimate(logps.logratio, logps.weight, logps.is_mismatched)
     return kto(logps.logratio, logps.label, z0, o)
 
 
 def step_listwise(logps: StepLogps, o: ListwiseObjective) -> Tensor:
-    """Compute the ranking loss of a whole step: float32 [completions]."""
+    """Compute the ranking loss for the completions in `logps`: float32 [completions]."""
     return listwise(logps.logratio, logps.scores, logps.group, o)
 
 

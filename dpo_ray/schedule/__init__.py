@@ -1,1 +1,4 @@
-"""The groups of each optimizer step, packed for every rank. Pure and deterministic."""
+"""Decides which groups (prompts with completions) each optimizer step uses, and packs them for every rank.
+
+The result is deterministic.
+"""

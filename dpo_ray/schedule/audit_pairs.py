@@ -1,4 +1,4 @@
-"""Two log-probs of each token, group by group: the stored one, and the one that the policy itself computes."""
+"""Collects, for the audit, the stored reference log-probs and the trainer's own log-probs of the same tokens, by group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .micro_batch import MicroBatch
 
 @dataclass(frozen=True)
 class ComparedGroup:
-    """One preference group's stored log-probs and the trainer's own. Pair p prefers `chosen[p]` to `rejected[p]`."""
+    """The log-probs of one preference group: `stored` by the reference, and the trainer's `own`.
+
+    Pair p prefers completion `chosen[p]` to `rejected[p]`.
+    """
 
     group_id: bytes
     stored: tuple[np.ndarray, ...]  # K x float32 [completion tokens]
@@ -21,12 +24,12 @@ class ComparedGroup:
 
 
 def compared_groups(micro_batch: MicroBatch, token_logps: np.ndarray) -> list[ComparedGroup]:
-    """Split a micro-batch's reference log-probs, and `token_logps` of the same tokens, into groups.
+    """Split the stored reference log-probs and the trainer's log-probs of a micro-batch by group.
 
-    Fillers, whose weight is 0, are left out.
+    Fillers (groups of weight 0) are left out.
 
     Args:
-        token_logps: float32 [completion tokens].
+        token_logps: float32 [completion tokens], the trainer's log-probs.
     """
     in_completion = micro_batch.completion_index > 0
     owner = np.stack([micro_batch.group_index, micro_batch.completion_index])[

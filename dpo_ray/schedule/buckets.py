@@ -1,8 +1,8 @@
-"""Buckets: runs of consecutive steps of a split, whose rows are written to one file per bucket on local disk.
+"""Sorts the rows (groups) of a split into buckets. A bucket is a range of consecutive steps; it has one file on local disk.
 
-Rows arrive in the order of the files and are needed in the order of a permutation. All rows do not fit in memory, and
-too many buckets' files cannot be open at once. So rows pass through memory a few at a time; if there are many buckets,
-rows are first written to one file per run of buckets, and each of these is then split into the files of its buckets.
+Rows arrive in the order of the input files, but are needed in a shuffled order. All rows together do not fit in memory, so
+they pass through memory a few at a time. A process also cannot keep the files of very many buckets open. If there are too
+many, rows are first written to intermediate files for several buckets each, and each intermediate file is then split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .files import bucket_ranges, most_bucket_steps
 
 ROW = "row"  # the column with the number of each row, counted through all parts of the split
 MOST_OPEN_FILES = 256  # files that are written at the same time; many systems allow a process 1,024
-DEALT_BYTES = 64 << 20  # bytes of rows that are distributed at once: more makes a file's pieces fewer and larger
+DEALT_BYTES = 64 << 20  # bytes of rows that are distributed at once; more bytes mean fewer and larger writes per file
 
 Steps = Sequence[Sequence[int]]
 """For each step, the row numbers of its groups."""
@@ -28,7 +28,7 @@ Steps = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run of consecutive steps of one split, which share a file per rank. Pickles."""
+    """A range of consecutive steps of one split. Their micro-batches share one file per rank. It can be pickled."""
 
     split: str
     first_step: int
@@ -40,18 +40,21 @@ class Bucket:
 
     @property
     def rows(self) -> np.ndarray:
-        """Return the numbers of the rows in the bucket's steps, ascending and without duplicates: int64 [rows]."""
+        """Return the numbers of all rows in the bucket's steps, in ascending order without duplicates: int64 [rows]."""
         return np.unique(np.concatenate([np.asarray(step, np.int64) for step in self.steps]))
 
 
 def buckets_of(split: str, steps: Steps) -> list[Bucket]:
-    """Cut a split's steps into buckets."""
+    """Divide the steps of a split into buckets, that is, ranges of steps that share a file."""
     ranges = bucket_ranges(len(steps), most_bucket_steps(steps))
     return [Bucket(split, b.start, steps[b.start : b.stop]) for b in ranges]
 
 
 def deal_rows(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[Bucket], scratch: Path) -> list[Path]:
-    """Write every bucket's rows, with the column `row`, to its own file below `scratch`; each input part is read once."""
+    """Write the rows of each bucket, with the column `row`, to a file of its own below `scratch`, and return the files.
+
+    `parts` are functions that load the tables of the input files, one by one. Each table is loaded only once.
+    """
     files = [scratch / f"{i}.arrow" for i in range(len(buckets))]
     _deal(_numbered(parts), [bucket.rows for bucket in buckets], files)
     return files
@@ -72,7 +75,10 @@ def _numbered(parts: Iterable[Callable[[], pa.Table]]) -> Iterator[pa.Table]:
 
 
 def _deal(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
-    """Write to each file the rows listed for it in `wanted`; both these and the tables' rows are in ascending order."""
+    """Write rows of the tables to files. `wanted` lists the row numbers for each file.
+
+    The row numbers in `wanted`, and the rows in the tables, must be in ascending order.
+    """
     if len(files) > MOST_OPEN_FILES:
         _deal_twice(tables, wanted, files)
         return
@@ -96,7 +102,7 @@ def _deal(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Seque
 
 
 def _deal_twice(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
-    """Write intermediate files, each with the rows of several final files, then split each of them into its files."""
+    """Write rows to files by way of intermediate files. An intermediate file has the rows of several files, and is then split."""
     size = math.ceil(len(files) / MOST_OPEN_FILES)
     runs = [slice(first, first + size) for first in range(0, len(files), size)]
     shared = [files[run][0].with_name(f"{files[run][0].stem}-of-{size}.arrow") for run in runs]

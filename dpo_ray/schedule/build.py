@@ -1,8 +1,8 @@
-"""Building the schedule: from tokens and reference log-probs to packed micro-batches in the order of the steps.
+"""Builds the schedule: packs groups and their reference log-probs into micro-batches, in the order of the steps.
 
-Groups are read in the order of the files and written in the order of a permutation. To do this without holding all data
-in memory, they are first distributed to buckets (runs of consecutive steps) on local disk; then each bucket, which fits
-in memory, is packed step by step.
+Groups are read in the order of the input files, and written in a shuffled order. All data together may not fit in memory.
+Therefore groups are first distributed to buckets (ranges of consecutive steps) on local disk. A bucket fits in memory, and is
+then packed step by step.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def build_split(
     packing: Packing,
     staging: Staging,
 ) -> list[FileEntry]:
-    """Write one split's micro-batches and return its files.
+    """Write the micro-batches of one split, and return the files that were written.
 
     Args:
-        parts: loaders of the parts' tables, which `groups_of` reads; rows are numbered consecutively through all of
-            them, in this order.
+        parts: functions that load the split's tables of groups, one for each input file. Rows are numbered consecutively
+            through all tables, in this order.
         steps: for each step, the row numbers of its groups.
     """
     buckets, entries = buckets_of(split, steps), []
@@ -58,10 +58,10 @@ def build_split(
 
 
 def write_bucket(bucket: Bucket, table: pa.Table, packing: Packing, staging: Staging) -> list[FileEntry]:
-    """Pack a bucket's steps and write one file for every rank; the same bucket gives the same bytes.
+    """Pack the steps of a bucket, and write one file for every rank. The same bucket always gives files with the same bytes.
 
     Args:
-        table: the bucket's rows, with the column `row`.
+        table: the groups of the bucket, with their row numbers in the column `row`.
     """
     table = table.combine_chunks()
     place = {row: i for i, row in enumerate(table[ROW].to_pylist())}
@@ -84,7 +84,8 @@ def pack_step(groups: Sequence[Group], packing: Packing) -> tuple[float, int, li
     """Pack the groups of one global step.
 
     Returns:
-        The step's pair weight, its tokens, and the micro-batches of each rank, equally many for all ranks.
+        The sum of the weights of the step's pairs, the number of the step's tokens, and the micro-batches of each rank. All
+        ranks have the same number of micro-batches.
     """
     tokens = [g.tokens for g in groups]
     work = [estimate_work(len(g.prompt_ids), [len(c) for c in g.completion_ids]) for g in groups]
@@ -94,5 +95,5 @@ def pack_step(groups: Sequence[Group], packing: Packing) -> tuple[float, int, li
 
 
 def pair_weight(group: Group) -> float:
-    """Sum the weights of a group's pairs; each pair has the group's weight."""
+    """Sum the weights of a group's pairs. Each pair has the weight of the group."""
     return float(group.weight) * len(group.chosen)

@@ -1,4 +1,7 @@
-"""Packed micro-batches in storage: a Parquet row each, a row group per step, a file per rank and bucket of steps."""
+"""Writes and reads packed micro-batches as Parquet files, one file for each rank and bucket (range of steps).
+
+A row of a file is one micro-batch, and a row group holds the micro-batches of one step.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +56,17 @@ MOST_BUCKET_GROUPS = 262_144  # a bucket is packed in memory; a step is never di
 
 
 class Schedule(Protocol):
-    """A source of steps: the committed artifact, or one that is still being written, whose files readers wait for."""
+    """The schedule that steps are read from: a committed artifact, or one that is still being written.
+
+    If it is still being written, `open` waits until the file is ready.
+    """
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """Return `SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps` (the maximum of a bucket) of every split."""
+        """Return the numbers of steps and groups of every split, and the maximum number of steps of its buckets.
+
+        The names are `SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps`.
+        """
         ...
 
     def open(self, name: str) -> BinaryIO: ...
@@ -65,7 +74,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's share of a global step; the weight (of pairs) and the tokens are those of all ranks together."""
+    """The micro-batches of one rank in one step. `step_weight` (of pairs) and `step_tokens` are sums over all ranks."""
 
     step: int
     step_weight: float
@@ -74,15 +83,16 @@ class RankStep:
 
 
 def most_bucket_steps(steps: Sequence[Sequence[int]]) -> int:
-    """Compute the maximum number of steps of a bucket from the groups of each step: large steps make it smaller."""
+    """Compute the maximum number of steps of a bucket. The more groups a step has, the smaller it is."""
     largest = max(map(len, steps), default=1)
     return max(1, min(MOST_BUCKET_STEPS, MOST_BUCKET_GROUPS // largest))
 
 
 def bucket_ranges(steps: int, most: int = MOST_BUCKET_STEPS) -> list[range]:
-    """Cut a split's steps into buckets, runs of steps that share a file: each twice the last one, up to `most` steps.
+    """Divide the steps of a split into buckets, that is, ranges of steps that share a file.
 
-    So the first file is ready early, and a long schedule has few files.
+    Each bucket is twice as long as the one before it, up to `most` steps. So the first file is ready early, and a long
+    schedule has few files.
     """
     buckets: list[range] = []
     start, size = 0, min(FIRST_BUCKET_STEPS, most)
@@ -93,18 +103,18 @@ def bucket_ranges(steps: int, most: int = MOST_BUCKET_STEPS) -> list[range]:
 
 
 def file_name(split: str, rank: int, first_step: int) -> str:
-    """Build the name of a rank's file that begins with `first_step`."""
+    """Build the name of the file with the steps of a rank from `first_step` on."""
     return f"{split}/rank-{rank:05d}/step-{first_step:09d}.parquet"
 
 
 def parse_file_name(name: str) -> tuple[str, int, int]:
-    """Return the split, the rank and the first step of a file."""
+    """Return the split, the rank and the first step from the name of a file."""
     split, rank, step = name.split("/")
     return split, int(rank.removeprefix("rank-")), int(step.removeprefix("step-").removesuffix(".parquet"))
 
 
 def step_table(share: RankStep) -> pa.Table:
-    """Build the table rows of one rank's share of a step."""
+    """Convert the micro-batches of one rank in one step to a table, with one row per micro-batch."""
     whole = {"step": share.step, "step_weight": share.step_weight, "step_tokens": share.step_tokens}
     columns: dict[str, list] = {name: [value] * len(share.micro_batches) for name, value in whole.items()}
     columns |= {name: [getattr(m, name) for m in share.micro_batches] for name in _ARRAYS}
@@ -119,12 +129,12 @@ def _micro_batch(table: pa.Table, row: int) -> MicroBatch:
 
 
 def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -> Iterator[RankStep]:
-    """Yield a rank's steps in order, beginning with `start_step`. That one integer is the whole reading position.
+    """Yield the steps of a rank in order, beginning with `start_step`. No other state is needed to continue reading.
 
-    If the schedule is still being written, a step is yielded once its file is ready; files before `start_step` are not
-    waited for.
+    If the schedule is still being written, each step is yielded as soon as its file is ready. Files with only steps before
+    `start_step` are skipped without waiting.
     """
-    most = schedule.rows.get(f"{split}/bucket_steps", MOST_BUCKET_STEPS)  # the default where it is not recorded
+    most = schedule.rows.get(f"{split}/bucket_steps", MOST_BUCKET_STEPS)  # the default if it is not recorded
     for bucket in bucket_ranges(schedule.rows.get(f"{split}/steps", 0), most):
         if bucket.stop <= start_step:
             continue
@@ -143,22 +153,25 @@ def read_steps(schedule: Schedule, split: str, rank: int, start_step: int = 0) -
 def read_share(
     schedule: Schedule, split: str, rank: int, ranks: int, packed_ranks: int, start_step: int = 0
 ) -> Iterator[RankStep]:
-    """Yield one rank's share of each step if `ranks` ranks read a schedule that was packed for at least as many.
+    """Yield the micro-batches of one rank for each step, if fewer ranks read the schedule than it was packed for.
 
-    The rank reads the micro-batches of the packed ranks `rank`, `rank + ranks`, and so on; fillers make their number
-    equal on all ranks.
-    The loss is normalised by the whole step, so the number of ranks does not change it.
+    `ranks` ranks read a schedule for `packed_ranks` ranks. This rank reads the micro-batches of the packed ranks `rank`,
+    `rank + ranks`, and so on. Fillers (micro-batches of weight 0) are added, so that all ranks have the same number of
+    micro-batches. The loss is divided by the weight of the whole step, so the number of ranks does not change it.
     """
     own_ranks = range(rank, packed_ranks, ranks)
     most = -(-packed_ranks // ranks)  # the largest number of packed ranks that one rank reads
     for parts in zip(*(read_steps(schedule, split, r, start_step) for r in own_ranks), strict=True):
         micro_batches = [m for part in parts for m in part.micro_batches]
-        missing = (most - len(parts)) * len(parts[0].micro_batches)  # all packed ranks have equally many
+        missing = (most - len(parts)) * len(parts[0].micro_batches)  # the number is the same for all packed ranks
         yield replace(parts[0], micro_batches=(*micro_batches, *(filler() for _ in range(missing))))
 
 
 def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
-    """Read ahead in a thread, so that a step does not wait for storage; an error is raised in place of its step."""
+    """Yield the steps, and read up to `depth` of them ahead in a thread, so that training does not wait for storage.
+
+    If reading a step fails, the error is raised when this step would be yielded.
+    """
     ready: queue.Queue[RankStep | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
@@ -191,13 +204,16 @@ def prefetched(steps: Iterator[RankStep], depth: int = 2) -> Iterator[RankStep]:
 
 
 def heldout_splits(schedule: Schedule) -> list[str]:
-    """List the held-out splits with steps in a schedule, in the same order on all ranks: `eval`, or `eval_NAME`s."""
+    """List the held-out splits that have steps (`eval`, or `eval_NAME` per named set), in the same order on all ranks."""
     counts = (name.partition("/") for name, count in schedule.rows.items() if count)
     return sorted(split for split, _, what in counts if what == "steps" and split != "train")
 
 
 def filler() -> MicroBatch:
-    """Build the smallest micro-batch, of weight 0: a rank without work must still take part in collectives."""
+    """Build a filler: the smallest possible micro-batch, of weight 0.
+
+    A rank that has no more work computes fillers, because all ranks must take part in collective operations.
+    """
     zero_weight = np.zeros(1, np.int32)
     return MicroBatch(
         input_ids=np.zeros(3, np.int32),

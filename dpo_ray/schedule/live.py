@@ -1,4 +1,4 @@
-"""A schedule that workers read while it is still being written: they wait for each file until it is ready."""
+"""A schedule that training workers read while it is still being written. They wait for each file until it is ready."""
 
 from __future__ import annotations
 
@@ -19,45 +19,49 @@ from .files import parse_file_name
 
 ASK_SECONDS = 5.0  # how long one request waits for its answer; then the worker reports that it waits and asks again
 MOST_WAITING = 10_000  # ranks that may wait concurrently
-MOVE_SECONDS = 60.0  # how long to look for a file that a commit has moved until it is found at its new place
+MOVE_SECONDS = 60.0  # how long to look for a file that a commit has moved to another place
 
 
 class Feed:
-    """An actor that knows which files are ready and where. It runs on the driver's node, so it dies only with the run.
+    """A Ray actor that knows which files of the schedule are ready, and where they are.
 
-    All ranks read the same buckets before they see a failure: once one rank has received its file of a bucket, that
-    bucket stays available to the other ranks, and after a failure no other bucket becomes available.
+    It runs on the driver's node, so it is lost only if the run is lost as well. If scoring fails, all ranks stop at the same
+    bucket (range of steps): if one rank has already received its file of a bucket, the bucket stays available to all ranks;
+    all other buckets become unavailable.
     """
 
     def __init__(self, staging: Storage) -> None:
-        """Begin with no file ready; all files will be written to `staging`."""
+        """Create the feed without ready files. All files will be written to `staging`."""
         self._place: Storage | Artifact = staging
         self._ready: set[str] = set()
-        self._given: set[tuple[str, int]] = set()  # buckets, by split and first step, that a rank has begun to read
+        self._given: set[tuple[str, int]] = set()  # (split, first step) of the buckets that a rank has begun to read
         self._failure = ""
         self._changed = asyncio.Condition()
 
     async def announce(self, names: Sequence[str]) -> None:
-        """Mark written files as ready; a bucket's files for all ranks are announced at once."""
+        """Mark written files as ready. The files of a bucket must be announced for all ranks in one call."""
         async with self._changed:
             self._ready.update(names)
             self._changed.notify_all()
 
     async def move(self, artifact: Artifact) -> None:
-        """Record that the files were committed, and where they are now."""
+        """Record that all files were committed, and are now in `artifact`."""
         async with self._changed:
             self._place = artifact
             self._changed.notify_all()
 
     async def fail(self, reason: str) -> None:
-        """Record that scoring has failed: training must end after its current bucket."""
+        """Record that scoring has failed. Training must then end after its current bucket."""
         async with self._changed:
             self._failure = reason
             self._ready = {name for name in self._ready if _bucket(name) in self._given}
             self._changed.notify_all()
 
     async def locate(self, name: str, wait_seconds: float) -> Storage | Artifact | TrainError | None:
-        """Return where a file is, within `wait_seconds`; None: not ready yet. An error is returned, not raised."""
+        """Wait at most `wait_seconds` for a file, and return where it is; return None if it is not ready by then.
+
+        If scoring has failed, return the error; it is not raised here.
+        """
         async with self._changed:
             if name not in self._ready and not self._failure:
                 try:
@@ -80,7 +84,7 @@ def _bucket(name: str) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class LiveSchedule:
-    """The `Schedule` of a worker while its files are being written. Pickles."""
+    """A `Schedule` whose files are still being written: the driver announces files, and workers read them. It can be pickled."""
 
     rows: Mapping[str, int]
     feed: Any  # handle of the Feed
@@ -88,30 +92,30 @@ class LiveSchedule:
 
     @classmethod
     def start(cls, rows: Mapping[str, int], staging: Storage, inbox: Any) -> LiveSchedule:
-        """Start a feed on the driver's node; it ends with the driver."""
+        """Start the feed as an actor on the driver's node. It ends when the driver ends."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": MOST_WAITING}
         return cls(rows, ray.remote(Feed).options(**options).remote(staging), inbox)
 
     def announce(self, names: Sequence[str]) -> None:
-        """Announce that a bucket's files for all ranks are written; called by the driver."""
+        """Announce that the files of a bucket (range of steps) were written for all ranks. The driver calls this."""
         ray.get(self.feed.announce.remote(names))
 
     def move(self, artifact: Artifact) -> None:
-        """Announce that all files were committed; called by the driver."""
+        """Announce that all files were committed. The driver calls this."""
         ray.get(self.feed.move.remote(artifact))
 
     def fail(self, reason: str) -> None:
-        """Announce that no further file will be written; called by the driver."""
+        """Announce that scoring has failed, so that no further file will be written. The driver calls this."""
         ray.get(self.feed.fail.remote(reason))
 
     def open(self, name: str) -> BinaryIO:
         """Open a file as soon as it is ready.
 
         Raises:
-            TrainError: the file will never be written because scoring has failed; every rank gets this at the same
-                file.
-            ArtifactError: the file was written and is lost.
+            TrainError: the file will never be written, because scoring has failed. All ranks get this error at the same
+                bucket.
+            ArtifactError: the file was written, but is lost.
         """
         missed_since = None
         while True:
@@ -122,7 +126,7 @@ class LiveSchedule:
                 missed_since = missed_since or time.monotonic()
                 if time.monotonic() - missed_since > MOVE_SECONDS:
                     raise
-                time.sleep(0.1)  # a commit has moved it, and the feed is about to be told
+                time.sleep(0.1)  # a commit has moved the file, and the feed does not know it yet
 
     def _located(self, name: str) -> Storage | Artifact:
         split, rank, first_step = parse_file_name(name)

@@ -1,4 +1,4 @@
-"""The packed micro-batch: preference groups concatenated in one row, without padding."""
+"""The packed micro-batch: several preference groups concatenated to one row of tokens, without padding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dpo_ray.data.groups import Group
 class MicroBatch:
     """Groups packed as `[prompt | completion 1 | ... | completion K] [prompt | ...] ...`.
 
-    Token q attends to token k iff both belong to the same group, k <= q, and k is in the prompt or in q's own
-    completion. `position_ids` of every completion begin at its prompt's length; `completion_index` is 0 in the prompt
-    and 1..K in the completions. The per-completion and per-token arrays follow the order of the row.
+    Token q attends to token k if both belong to the same group, k <= q, and k is in the prompt or in the same completion as
+    q. The `position_ids` of a completion begin at the length of its prompt. `completion_index` is 0 in the prompt, and 1 to K
+    in the completions. Arrays with a value per token or per completion have the order of the packed row.
     """
 
     input_ids: np.ndarray  # int32 [tokens]
@@ -28,15 +28,16 @@ class MicroBatch:
     rejected: np.ndarray  # int32 [pairs]
     reference_token_logps: np.ndarray  # float32 [completion tokens]
     preference_probability: np.ndarray  # float32 [groups]
-    weight: np.ndarray  # float32 [groups]; 0 = filler, which keeps the ranks' number of micro-batches equal
+    weight: np.ndarray  # float32 [groups]; 0 = filler, added so that all ranks have the same number of micro-batches
     group_ids: tuple[bytes, ...]
     sources: tuple[str, ...]
 
 
 def pack(groups: Sequence[Group]) -> MicroBatch:
-    """Concatenate groups in the order given.
+    """Concatenate groups, in the given order, to one packed row.
 
-    Groups without reference log-probs get zeros: reference-free objectives have none, nor has the pass that computes them.
+    A group without reference log-probs gets zeros. This happens with reference-free objectives, and in the forward pass that
+    computes the reference log-probs.
     """
     ids, positions, group_index, completion_index, references = [], [], [], [], []
     counts = [len(g.completion_ids) for g in groups]

@@ -1,4 +1,7 @@
-"""Order and packing: which groups a step contains, and how they are distributed to ranks. Pure and deterministic."""
+"""Decides which groups (prompts with completions) each step contains, and which rank and micro-batch each group gets.
+
+All functions are pure and deterministic.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +20,33 @@ ATTENTION_SCALE = 8192 * 12
 
 
 def epoch_order(group_ids: Sequence[bytes], seed: int, epoch: int) -> list[int]:
-    """Permute groups by a keyed hash of their ids, so that the order does not depend on their order in the files.
+    """Shuffle the groups for one epoch: sort them by a hash of seed, epoch and group id.
+
+    So the result does not depend on the order of the groups in the files.
 
     Returns:
-        Indices into `group_ids`. Ties (equal ids) are impossible: ids are unique in an artifact.
+        Indices into `group_ids`. No two ids may be equal; they are unique in an artifact.
     """
     key = f"{seed}/{epoch}".encode()
     return sorted(range(len(group_ids)), key=lambda i: hashlib.blake2b(group_ids[i], digest_size=16, key=key).digest())
 
 
 def count_steps(groups: int, groups_per_step: int, epochs: int, steps: int | None) -> int:
-    """Count the optimizer steps: `steps` if it is set, else as many as `epochs` passes need (the last may be short)."""
+    """Return the number of optimizer steps: `steps` if it is set, else the number that `epochs` passes over the data need.
+
+    The last step may have fewer groups than the others.
+    """
     return steps if steps is not None else math.ceil(groups * epochs / groups_per_step)
 
 
 def step_groups(group_ids: Sequence[bytes], seed: int, groups_per_step: int, epochs: int, steps: int | None):
-    """Yield the indices of the groups of every optimizer step: consecutive slices of the concatenated epochs.
+    """Yield, for each optimizer step, the indices of its groups.
 
-    The batch of a step is a function of (group ids, seed, step) alone.
+    The epochs, each shuffled differently, follow one another, and the steps are consecutive slices of this sequence. So the
+    groups of a step depend only on the group ids, the seed and the number of the step.
 
     Raises:
-        DataError: steps are requested, but there are no groups to fill them.
+        DataError: steps are requested, but there are no groups.
     """
     total = count_steps(len(group_ids), groups_per_step, epochs, steps) * groups_per_step
     if total and not group_ids:
@@ -57,7 +66,10 @@ def _endless(group_ids: Sequence[bytes], seed: int):
 
 
 def estimate_work(prompt_tokens: int, completion_tokens: Sequence[int]) -> float:
-    """Estimate a group's work in token units: linear layers per token, attention per visible token pair."""
+    """Estimate the work of a group. The unit is the work of one token in the linear layers.
+
+    The work of attention is proportional to the number of tokens that each token sees, added up over all tokens.
+    """
     visible = prompt_tokens * (prompt_tokens + 1) / 2
     visible += sum(n * prompt_tokens + n * (n + 1) / 2 for n in completion_tokens)
     return prompt_tokens + sum(completion_tokens) + visible / ATTENTION_SCALE
@@ -66,18 +78,19 @@ def estimate_work(prompt_tokens: int, completion_tokens: Sequence[int]) -> float
 def deal(
     tokens: Sequence[int], work: Sequence[float], ranks: int, tokens_per_micro_batch: int
 ) -> list[list[list[int]]]:
-    """Distribute a step's groups to ranks as micro-batches of at most `tokens_per_micro_batch` tokens.
+    """Distribute the groups of a step to ranks, as micro-batches of at most `tokens_per_micro_batch` tokens.
 
-    Every rank gets the same number of micro-batches (collectives need it), so some may be empty: the caller fills them.
-    Groups are assigned in order of decreasing work, each to the rank with the least work so far; each rank's groups are
-    then packed into its micro-batches first-fit.
+    Every rank gets the same number of micro-batches, because collective operations need it. Some of them may be empty; the
+    caller replaces these by fillers (micro-batches of weight 0). Groups are assigned in the order of decreasing work. Each
+    group goes to the rank that has the least work so far, and there to the first micro-batch with enough space.
 
     Args:
-        tokens: packed length of each group; a group that exceeds the budget gets its own micro-batch.
-        work: estimated work of each group, in any unit.
+        tokens: the number of tokens of each group. A group with more tokens than the limit gets a micro-batch of its own.
+        work: the estimated work of each group, in any unit.
 
     Returns:
-        [ranks][micro-batches][indices into `tokens`], each index exactly once, ascending within a micro-batch.
+        [ranks][micro-batches][indices into `tokens`]. Each index occurs exactly once, in ascending order within a
+        micro-batch.
     """
     longest_first = sorted(range(len(tokens)), key=lambda i: (-work[i], i))
     shares: list[list[int]] = [[] for _ in range(ranks)]

@@ -1,4 +1,4 @@
-"""The stage `schedule`: the groups of each optimizer step, packed for every rank."""
+"""The stage `schedule`: decides which groups each optimizer step uses, and packs them into micro-batches for every rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from .files import most_bucket_steps
 from .order import step_groups
 
 NAMED_GROUPS = 3  # limit of the group ids in an error text
-MOST_GROUPS_HERE = 10_000  # up to so many, a split is packed in this process: starting others would take as long
+MOST_GROUPS_HERE = (
+    10_000  # a split of at most so many groups is packed in this process: starting Ray tasks takes as long
+)
 MOST_PACKED_AT_ONCE = 8  # buckets packed concurrently; each needs up to a few GiB of memory
 
 
@@ -47,7 +49,7 @@ def run(
 
     Raises:
         DataError: the objective cannot learn from some groups, or there are no groups for the requested steps.
-        ArtifactError: the groups of `reference` are not those of `tokens`.
+        ArtifactError: the artifacts `reference` and `tokens` do not contain the same groups.
     """
     packing = Packing(train.workers, train.tokens_per_micro_batch)
     orders, entries = order_splits(tokens, train, seed, reference), []
@@ -65,7 +67,7 @@ def build_in_tasks(
     packing: Packing,
     staging: Staging,
 ) -> list[FileEntry]:
-    """Write the same bytes as `build_split`, but pack the buckets in Ray tasks, several concurrently."""
+    """Write the same files as `build_split`, but pack several buckets (ranges of steps) concurrently, in Ray tasks."""
     write: Any = ray.remote(write_bucket).options(label_selector=cpu_labels())
     at_once = max(1, min(MOST_PACKED_AT_ONCE, int(ray.cluster_resources().get("CPU", 0))))
     buckets, entries = buckets_of(split, steps), []
@@ -82,7 +84,7 @@ def build_in_tasks(
                 entries += ray.get(running[0])
                 running.popleft()
         finally:
-            for task in running:  # after an error nobody needs what they write
+            for task in running:  # after an error, nobody needs the files that these tasks write
                 ray.cancel(task)
     return entries
 
@@ -100,7 +102,9 @@ class SplitOrder:
 def order_splits(
     tokens: Artifact, train: TrainConfig, seed: int, reference: Artifact | None = None
 ) -> list[SplitOrder]:
-    """Order the groups of every split that has any, training first; those that `reference` has not scored are left out.
+    """Divide the groups of every split that has groups into steps, the training split first.
+
+    Groups are left out if the artifact `reference` has no log-probs for them.
 
     Raises:
         DataError: the objective cannot learn from some groups, or there are no groups for the requested steps.
@@ -117,13 +121,16 @@ def order_splits(
 
 
 def _scored_rows(reference: Artifact, names: Sequence[str]) -> np.ndarray:
-    """Return the numbers of the rows, counted through all parts, whose groups have log-probs: int64 [rows]."""
+    """Return the numbers of the rows whose groups have log-probs: int64 [rows]. Rows are counted through all files `names`."""
     scored = [read_table(reference, name, ["token_logps"])["token_logps"].is_valid().to_numpy() for name in names]
     return np.flatnonzero(np.concatenate(scored))
 
 
 def count_rows(orders: Sequence[SplitOrder]) -> dict[str, int]:
-    """Count the steps, groups and maximum steps of a bucket of every split, keyed as in the artifact's manifest."""
+    """Return the numbers of steps and groups of every split, and the maximum number of steps of its buckets.
+
+    The names are those of `Schedule.rows`.
+    """
     counts = {}
     for order in orders:
         counts[f"{order.split}/steps"] = len(order.steps)
@@ -150,7 +157,7 @@ def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Ob
     """
     ids: list[bytes] = []
     unusable: list[bytes] = []
-    sizes: set[int] = set()  # completions of the groups that the objective cannot use
+    sizes: set[int] = set()  # the numbers of completions of the groups that the objective cannot use
     for name in names:
         table = read_table(tokens, name, ["group_id", "scores", "chosen"])
         ids += table["group_id"].to_pylist()
@@ -163,12 +170,17 @@ def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Ob
 
 
 def _usable(table: pa.Table, kinds: set[str]) -> np.ndarray:
-    """Return which groups an objective can use that learns from all of `kinds` (a sum has several): bool [groups]."""
+    """Return bool [groups], True for each group that an objective can use.
+
+    `kinds` are the kinds of data that the objective learns from. A sum of objectives has several, and needs all of them.
+    """
     pairs = _lengths(table["chosen"]) > 0
     usable = np.ones(len(table), bool)
     if "pairs" in kinds:
         usable &= pairs
-    if "completions" in kinds:  # labelled ones: both of a pair have a label, and a single completion's is its score
+    if (
+        "completions" in kinds
+    ):  # these need labels: a pair labels its two completions; a single one has its score as label
         usable &= pairs | (_judged(table["scores"]) == 1)
     if "lists" in kinds:
         scores = table["scores"].combine_chunks()
@@ -184,7 +196,7 @@ def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
 
 
 def _judged(scores: pa.ChunkedArray) -> np.ndarray:
-    """Count each group's own completions; those taken from other prompts have the score NaN. int64 [groups]."""
+    """Count the completions of each group: int64 [groups]. Completions of other prompts, with the score NaN, do not count."""
     lists = scores.combine_chunks()
     known = np.cumsum([0, *~np.isnan(lists.values.to_numpy())])
     return np.diff(known[np.asarray(lists.offsets)])
@@ -222,7 +234,7 @@ def _load(tokens: Artifact, reference: Artifact | None, name: str) -> pa.Table:
     scored = read_table(reference, name)
     if scored["group_id"] != table["group_id"]:
         raise ArtifactError(
-            "the groups of the artifact `reference` are not those of the artifact `tokens`",
+            "the artifacts `reference` and `tokens` do not contain the same groups",
             where=f"{reference.storage.uri}/{name}",
             fix="delete this artifact's directory and run again; the stage will be repeated",
         )

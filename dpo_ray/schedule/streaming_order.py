@@ -1,4 +1,7 @@
-"""The order in which buckets are scored and written while training already reads them. Pure, except `deal_turns`."""
+"""Decides in which order buckets (ranges of steps) are scored and written, while training already reads the first ones.
+
+All functions are pure, except `deal_turns`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import pyarrow as pa
 
 from .buckets import Bucket, Steps, buckets_of, deal_rows
 
-SPARE_ROWS = 8192  # size of a turn of rows that are in no step
+SPARE_ROWS = 8192  # the maximum number of rows in a turn whose rows are in no step
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The rows of a bucket, which are scored together; `file` contains them, with the column `row`."""
+    """The rows (groups) of one bucket, which are scored together. `file` contains these rows, with the column `row`."""
 
     bucket: Bucket
     file: Path
@@ -24,10 +27,10 @@ class Turn:
 
 
 def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every_steps: int | None) -> list[Bucket]:
-    """Order the buckets of all splits as training that begins at `start_step` reads them.
+    """Sort the buckets of all splits in the order in which training reads them if it begins at `start_step`.
 
-    Held-out splits come before the steps that follow the first evaluation. Buckets before `start_step` come last:
-    training that resumes from a checkpoint does not read them, but the artifact still needs them.
+    The held-out splits come before the training steps that follow the first evaluation. Buckets before `start_step` come
+    last: training that resumes from a checkpoint does not read them, but the artifact still needs them.
     """
     evaluation = None if eval_every_steps is None else (start_step // eval_every_steps + 1) * eval_every_steps
     behind = [b for b in buckets["train"] if b.stop_step <= start_step]
@@ -38,7 +41,7 @@ def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every
 
 
 def spare_rows(split: str, steps: Steps, groups: int) -> list[Bucket]:
-    """Collect the rows that are in no step, for example if `train.steps` ends before the first epoch does."""
+    """Build buckets of the rows that are in no step, as when `train.steps` ends training before the end of the first epoch."""
     in_steps = np.zeros(groups, bool)
     for step in steps:
         in_steps[np.asarray(step, np.int64)] = True
@@ -52,10 +55,12 @@ def deal_turns(
     eval_every_steps: int | None,
     scratch: Path,
 ) -> list[Turn]:
-    """Write the rows of all splits to one file per turn below `scratch`, and return the turns in order.
+    """Write the rows of all splits to files below `scratch`, one file per turn (rows that are scored together).
+
+    Return the turns in the order in which they must be scored.
 
     Args:
-        splits: for each split, its name, the loaders of its parts, its steps, and its number of groups.
+        splits: for each split, its name, the functions that load its tables, its steps, and its number of groups.
     """
     buckets: dict[str, list[Bucket]] = {}
     spare: list[Bucket] = []

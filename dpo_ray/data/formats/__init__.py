@@ -1,1 +1,1 @@
-"""Rows, in any of the layouts that people have, as preference groups of text or messages."""
+"""Reads data rows of many layouts as preference groups, whose prompts and completions are text or messages."""

@@ -1,4 +1,4 @@
-"""All formats: those that dpo_ray includes, and those that installed packages add."""
+"""The table of all data formats: those that dpo_ray includes, and those that installed packages add."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS: dict[str, Format] = installed(ADDED, {*_BUILT_IN, "auto"}) | _BUILT_IN
 
 
 def fields_of(row: Mapping[str, Any], row_format: str, columns: Columns) -> Fields:
-    """Return a row's fields, read from the format's columns, or from those that the recipe names instead."""
+    """Combine a row with the column names to read: the names of the format, or those that the recipe sets instead."""
     names = _names(columns)[row_format]  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     return Fields(row, names, columns)
 
@@ -39,7 +39,7 @@ def _names(columns: Columns) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
 
 @functools.lru_cache(maxsize=64)
 def message_columns(columns: Columns) -> frozenset[str]:
-    """Return the names of columns that may hold messages, in any format or by the recipe's own names."""
+    """Return the names of all columns that may hold messages, in any of the formats."""
     roles = ("prompt", "chosen", "rejected", "completion", "completions")
     names = _names(columns)  # pyright: ignore[reportArgumentType] - as above
     return frozenset(name for each in names.values() for role in roles for name in each.get(role, ()))
@@ -47,14 +47,14 @@ def message_columns(columns: Columns) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def named_columns(columns: Columns) -> frozenset[str]:
-    """Return the columns that the recipe names itself."""
+    """Return all column names that the recipe sets, for any role."""
     return frozenset(name for role in type(columns).model_fields for name in named(role, columns))
 
 
 def wanted(names: Sequence[str], columns: Columns) -> list[str]:
-    """Return the columns of a table that any format could need.
+    """Return those columns of a table that at least one format reads.
 
-    If no format is complete, return all columns, so that the error names them.
+    If the table has too few columns for every format, return all its columns, so that the error can list them.
     """
     accepted: dict[str, set[str]] = {}
     for each in FORMATS.values():
@@ -70,7 +70,7 @@ def wanted(names: Sequence[str], columns: Columns) -> list[str]:
     )
     if not complete:
         return list(names)
-    needed = set().union(*present.values(), filter(is_media, names))  # a row with media is refused, not cut
+    needed = set().union(*present.values(), filter(is_media, names))  # so that a row with media is rejected
     return [name for name in names if name in needed]
 
 

@@ -1,4 +1,4 @@
-"""Two completions, and a column that tells which of them is better.
+"""Reads rows with two completions and a column that shows which completion is better.
 
 PKU-SafeRLHF: the card of huggingface.co/datasets/PKU-Alignment/PKU-SafeRLHF. HelpSteer2-Preference and HelpSteer3: the
 cards of huggingface.co/datasets/nvidia/HelpSteer2 and HelpSteer3. Chatbot Arena: the card of
@@ -19,7 +19,7 @@ from .pandalm import two_completions
 from .soundness import require
 
 SIDES = ("conversation_a", "conversation_b")
-"""Whole conversations with two models, of which the last turns are compared."""
+"""Columns with two whole conversations, each with another model. The last turns of the two are compared."""
 
 _WORDS = {
     **dict.fromkeys(("model_a", "a", "left", "first", "response_1", "1"), 1),
@@ -30,7 +30,7 @@ _TIE, _FIRST, _SECOND = 0, 1, 2
 
 
 def compared(fields: Fields) -> TextGroup:
-    """Read two completions and the verdict on them, as that of one annotator."""
+    """Read two completions, and which one is better; this counts as the verdict of a single annotator."""
     is_battle = fields.row.get(SIDES[0]) is not None
     prompt, completions = _battle(fields) if is_battle else (prompt_of(fields), two_completions(fields))
     verdict = _verdict(fields.need("preference", "BAD_LABEL"), fields.column("preference"))
@@ -41,15 +41,16 @@ def _battle(fields: Fields) -> tuple[str | Conversation, tuple[str | Message, ..
     sides = [conversation(fields.row.get(side), side) for side in SIDES]
     answers = tuple(last_turn(turns, side) for turns, side in zip(sides, ("chosen", "rejected"), strict=True))
     require(sides[0][:-1] == sides[1][:-1], "PROMPT_MISMATCH", "the conversations differ before their last turn")
-    require(len(sides[0]) > 1, "MISSING_PROMPT", "the conversations hold a single message")
+    require(len(sides[0]) > 1, "MISSING_PROMPT", "each conversation is a single message, without a prompt")
     return with_system(sides[0][:-1], fields), answers
 
 
 def _verdict(value: Any, name: str) -> int:
-    """Return 1 or 2, the better completion, or 0 for a tie.
+    """Return 1 if the first completion is better, 2 if the second is better, and 0 for a tie.
 
-    An id counts from 0 (`better_response_id`), a strength is negative if the first is better (HelpSteer), and words name
-    a side.
+    The column `name` decides how the value is read. In a column that ends with `_id`, 0 is the first completion and 1
+    the second. In a column of STRENGTHS (HelpSteer), a negative number means that the first is better. In any other
+    column the value is a word such as `model_a` or `tie`.
     """
     text = str(value).strip().lower().removesuffix(".0")  # CSV only has text, and a column with nulls may hold floats
     if name.endswith("_id") and text in ("0", "1") and not isinstance(value, bool):
@@ -59,7 +60,7 @@ def _verdict(value: Any, name: str) -> int:
         return _TIE if strength == 0 else _FIRST if strength < 0 else _SECOND
     if isinstance(value, str) and name not in STRENGTHS and text in _WORDS:
         return _WORDS[text]
-    raise Rejected("BAD_LABEL", f"`{name}` is {value!r}, which tells no better completion"[:200])
+    raise Rejected("BAD_LABEL", f"`{name}` is {value!r}, which does not show the better completion"[:200])
 
 
 STRENGTHS = ("preference_strength", "overall_preference")

@@ -1,4 +1,4 @@
-"""The columns of a row: what each format calls them, what a recipe calls them instead, and what they hold."""
+"""Finds the columns of a row by their role (`prompt`, `chosen`, ...): a format or the recipe sets the names for each role."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import DETAIL_CHARACTERS, Rejected
 
 NUMBERED = "#"
-"""Ends a name that stands for several columns: `response#` for response1, response2, ... or response_1, ..."""
+"""The last character of a name that stands for several columns: `response#` stands for response1, response2, ...
+or for response_1, response_2, ..."""
 
 
 class Fields(NamedTuple):
-    """One row, by the recipe's names of columns."""
+    """One row, and the names that its columns may have: `names` lists the accepted names for each role."""
 
     row: Mapping[str, Any]
     names: Mapping[str, tuple[str, ...]]
     columns: Columns
 
     def column(self, role: str) -> str:
-        """Name the column of a role: the first accepted one that is not null, else the first that is there, else the first."""
+        """Return the name of the column that holds a role (`prompt`, `chosen`, ...).
+
+        Among the names that the role accepts, it is the first whose value is not null. If all values are null, it is the
+        first name that the row has; if the row has none of the names, it is the first name.
+        """
         names = self.names.get(role, ())
         for name in names:
             if self.row.get(name) is not None:
@@ -32,19 +37,22 @@ class Fields(NamedTuple):
         return names[0] if names else role
 
     def get(self, role: str) -> Any:
-        """Return the value of a role, None where there is none."""
+        """Return the value of a role's column, or None if the row does not have the column."""
         return self.row.get(self.column(role))
 
     def need(self, role: str, missing: str) -> Any:
-        """Return the value of a role.
+        """Return the value of a role's column.
 
         Raises:
-            Rejected: with the reason `missing` where there is no such column; NULL_FIELD where it is null.
+            Rejected: with the reason `missing` if the row does not have the column; with NULL_FIELD if the value is null.
         """
         return self._value(self.column(role), missing)
 
     def spread(self, role: str) -> Sequence[str]:
-        """List the columns of a role that has one for each completion or annotator; [] for any other role."""
+        """List the columns of a role, if it has one column per completion or per annotator (response1, response2, ...).
+
+        If the role has a single column, the list is empty.
+        """
         given = getattr(self.columns, role)
         if isinstance(given, tuple):
             return given
@@ -52,10 +60,12 @@ class Fields(NamedTuple):
         return [column for pattern in patterns for column in numbered(self.row, pattern)]
 
     def several(self, role: str, missing: str) -> list[Any] | None:
-        """Return the values of a role that has a column for each completion or annotator; None where it has not.
+        """Return the values of a role, if it has one column per completion or per annotator (response1, response2, ...).
+
+        Return None if the role has a single column, or if the row has none of its columns.
 
         Raises:
-            Rejected: with the reason `missing` where the recipe names a column that is not there.
+            Rejected: with the reason `missing` if the row does not have a column that the recipe names.
         """
         columns = self.spread(role)
         absent = next((name for name in columns if name not in self.row), None)
@@ -75,13 +85,13 @@ class Fields(NamedTuple):
 
 
 def named(role: str, columns: Columns) -> tuple[str, ...]:
-    """List the recipe's own names for a role; none where it leaves them to the format."""
+    """Return the column names that the recipe sets for a role; () if it sets none, so that the format's names apply."""
     given = getattr(columns, role, None)  # some columns have no name in a recipe
     return (given,) if isinstance(given, str) else given or ()
 
 
 def numbered(names: Iterable[str], pattern: str) -> list[str]:
-    """List the names that a pattern such as `response#` stands for, by their numbers."""
+    """List the names that match a pattern such as `response#` (response1, response2, ...), sorted by their numbers."""
     form = re.compile(re.escape(pattern.removesuffix(NUMBERED)) + r"_?(\d+)")
     found = [(int(match[1]), name) for name in names if (match := form.fullmatch(name))]
     return [name for _, name in sorted(found)]

@@ -18,16 +18,18 @@ EXPLICIT = {"prompt": ("prompt",), "system": ("system",), **PAIR, **TEMPLATE}
 
 @dataclass(frozen=True)
 class Format:
-    """One format of rows.
+    """One data format: which columns its rows have, and how a row is read.
 
     Args:
-        name: its name in a recipe's `format`.
-        columns: the format's own column names, by their names in the recipe's `columns` (`prompt`, `chosen`, ...); the
-            first one that is not null is used. A name that ends with NUMBERED represents several columns.
-        read: builds a group from a row and the weights of several ratings; raises `Rejected` with the best-fitting
-            reason.
-        matches: returns whether a row without its null columns has this format, for `format: auto`. It is called before
-            the formats that are recognised together (`recognise`); with None, only `recognise` decides.
+        name: the format's name in a recipe, as the value of `format`.
+        columns: for each role (a key of the recipe's `columns`: `prompt`, `chosen`, ...) the column names that the format
+            accepts. The first column whose value is not null is used. A name that ends with NUMBERED ("#") stands for
+            several columns.
+        read: builds a group from a row; raises `Rejected` with the reason that fits best. The second argument holds the
+            recipe's `criteria`: the weights by which several ratings of a completion become one score.
+        matches: returns whether a row, passed without its null columns, has this format. `format: auto` calls it before it
+            tries the built-in formats. None for a built-in format, as `recognise` has its own rules for them; `auto`
+            never finds any other format for which this is None.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Transcripts: text with turns of a human and an assistant, as in HH-RLHF and Nectar.
+"""Reads transcripts: texts that contain the turns of a human and an assistant, as in HH-RLHF and Nectar.
 
 HH-RLHF: github.com/anthropics/hh-rlhf, README.md. Nectar: the card of huggingface.co/datasets/berkeley-nest/Nectar.
 """
@@ -16,7 +16,7 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # white space at the ve
 
 
 def hh_pair(chosen: str, rejected: str) -> TextGroup:
-    """Split two dialogues at the last turn of the assistant; everything before it is the prompt."""
+    """Split two dialogues before the assistant's last answer. The text before the answer, the same in both, is the prompt."""
     cuts = [text.rfind(ASSISTANT) for text in (chosen, rejected)]
     require(min(cuts) >= 0, "LAST_TURN_NOT_ASSISTANT", "no turn of the assistant")
     for text, cut, name in ((chosen, cuts[0], "chosen"), (rejected, cuts[1], "rejected")):

@@ -1,4 +1,4 @@
-"""The layouts of other trainers that differ from TRL's.
+"""Reads the layouts of LLaMA-Factory and Axolotl that differ from TRL's layouts.
 
 LLaMA-Factory: data/README.md, "Alpaca Format" and "Sharegpt Format". Axolotl: docs/rlhf.qmd, "DPO".
 """
@@ -18,7 +18,7 @@ from .unpaired import labelled, whole_conversation
 
 
 def alpaca(fields: Fields) -> TextGroup:
-    """Read instruction, input, history and system, and two answers; or one answer with a label."""
+    """Read a row of the Alpaca layout: a prompt, and either two answers or one answer with a label."""
     prompt = _alpaca_prompt(fields)
     if _is_labelled(fields):
         return labelled(prompt, answer(fields.need("completion", "MISSING_COMPLETION"), "completion"), fields)
@@ -26,7 +26,10 @@ def alpaca(fields: Fields) -> TextGroup:
 
 
 def _alpaca_prompt(fields: Fields) -> str | Conversation:
-    """Join instruction and input with a line end, as LLaMA-Factory does (src/llamafactory/data/converter.py)."""
+    """Build the prompt from the columns instruction, input, history and system.
+
+    Instruction and input are joined with a line end, as LLaMA-Factory does (src/llamafactory/data/converter.py).
+    """
     instruction = sound_text(fields.need("prompt", "MISSING_PROMPT"), fields.column("prompt"))
     more = fields.get("input")
     parts = (instruction, "" if more is None else sound_text(more, fields.column("input")))
@@ -36,7 +39,7 @@ def _alpaca_prompt(fields: Fields) -> str | Conversation:
 
 
 def history(value: Any) -> Conversation:
-    """Read earlier turns, a list of [user, assistant]."""
+    """Read the earlier turns of a conversation from a list of [user text, assistant text]."""
     require(value is None or isinstance(value, list | tuple), "WRONG_TYPE", "`history` is not a list")
     turns = []
     for exchange in value or ():
@@ -48,7 +51,10 @@ def history(value: Any) -> Conversation:
 
 
 def sharegpt(fields: Fields) -> TextGroup:
-    """Read a conversation and two answers to it; or a labelled conversation that ends with the answer."""
+    """Read a row of the ShareGPT layout.
+
+    The row has either a conversation and two answers to it, or a label and a conversation whose last turn is the answer.
+    """
     turns = conversation(fields.need("prompt", "MISSING_PROMPT"), fields.column("prompt"))
     if _is_labelled(fields):
         return whole_conversation(turns, fields)

@@ -1,4 +1,4 @@
-"""Images, videos and sound of a row. They are not supported: to train on the text alone would be another task."""
+"""Rejects rows with images, videos or sound. They are not supported, and to train on the text alone would be another task."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ _NAME = re.compile(r"(image|video|audio)s?(_?(url|path|file|data|bytes|base64)s?
 
 @functools.lru_cache(maxsize=1024)  # each row of a file has the same names
 def is_media(column: str) -> bool:
-    """Return whether a column of this name holds images, videos or sound."""
+    """Return whether a column's name shows that the column holds images, videos or sound."""
     return _NAME.fullmatch(column) is not None
 
 
 def check_media(row: Mapping[str, Any], used: Collection[str]) -> None:
-    """Check that the row has no images, videos or sound; columns that the recipe names as text are `used`.
+    """Check that the row has no images, videos or sound.
+
+    The columns in `used` are not checked: the recipe names them, so they hold text.
 
     Raises:
-        Rejected: UNSUPPORTED_MEDIA, with the column.
+        Rejected: UNSUPPORTED_MEDIA, with the name of the column.
     """
     for name, value in row.items():
         if isinstance(name, str) and is_media(name) and name not in used and not _is_empty(value):

@@ -1,4 +1,4 @@
-"""Messages in other forms than a list of objects: as JSON or Python text, and as a list for each of their fields."""
+"""Converts messages that are not stored as a list of objects, but as JSON text, as Python text, or as one list per field."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _KEYS = (
 
 
 def decoded(row: Mapping[str, Any], names: frozenset[str]) -> Mapping[str, Any]:
-    """Return the row with what the named columns hold of messages in another form as lists of objects.
+    """Return the row with all messages in the named columns converted to lists of objects; other values do not change.
 
     Raises:
-        Rejected: BAD_MESSAGE, if a text begins as messages do and cannot be read as such.
+        Rejected: BAD_MESSAGE, if a text begins like a list of messages and is neither JSON nor a Python list.
     """
     changed = {}
     for name in names & row.keys():
@@ -37,7 +37,10 @@ def decoded(row: Mapping[str, Any], names: frozenset[str]) -> Mapping[str, Any]:
 
 
 def _turned(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return messages from a list for each of their fields, as `datasets` stores a Sequence of objects."""
+    """Convert one list per field to a list of messages; return None for other values.
+
+    `datasets` stores a Sequence of objects as one list per field: {"role": [...], "content": [...]}.
+    """
     lists = {k: v for k, v in value.items() if isinstance(v, list | tuple)}
     if (
         not (_has(lists, "role", "content") or _has(lists, "from", "value"))
@@ -61,7 +64,7 @@ def _messages(text: str, name: str) -> Any:
         isinstance(m, Mapping) and (_has(m, "role", "content") or _has(m, "from", "value")) for m in items
     ):
         raise Rejected(
-            "BAD_MESSAGE", f"`{name}` is text that begins as messages do, and is neither JSON nor a Python list"
+            "BAD_MESSAGE", f"`{name}` is text that begins like messages, but is neither JSON nor a Python list"
         )
     return items
 

@@ -1,4 +1,4 @@
-"""Messages: conversations as lists of turns, with the completion as the last turn."""
+"""Reads conversations that are lists of messages. A message is one turn of the user, the assistant or a tool."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .soundness import require, sound_text, sound_value
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""What chat templates read from a message in addition to its role and content."""
+"""The keys of a message, besides role and content, that chat templates read."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of a content's parts that are text: of chat templates, and of OpenAI's Responses API."""
+"""The content of a message may be a list of parts. Parts of these types are text, in chat templates or OpenAI's Responses API."""
 
 # ShareGPT's roles as LLaMA-Factory defines them (data/README.md there, "tags"), and the usual names.
 _SHAREGPT_ROLES = {
@@ -32,14 +32,14 @@ _SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
 }
 CALLS = ("function_call", "tool_call")
-"""Speakers whose text is the JSON of a call, in ShareGPT's layout and in ms-swift's."""
+"""The speakers, in the layouts of ShareGPT and ms-swift, whose text is a tool call as JSON."""
 
 
 def conversation(value: Any, name: str) -> Conversation:
     """Read a list of messages, `{role, content}` or `{from, value}`.
 
     Raises:
-        Rejected: WRONG_TYPE, BAD_MESSAGE or BAD_ROLE, or the reason why a text is not sound.
+        Rejected: WRONG_TYPE, BAD_MESSAGE, BAD_ROLE or UNSUPPORTED_MEDIA, or a reason of `sound_text`.
     """
     if not isinstance(value, list | tuple):
         raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not a list of messages")
@@ -47,7 +47,7 @@ def conversation(value: Any, name: str) -> Conversation:
 
 
 def _message(message: Any, i: int, name: str) -> Message:
-    if type(message) is dict and len(message) == 2:  # fast path: nearly all of millions have only role and content
+    if type(message) is dict and len(message) == 2:  # fast path: nearly all messages have only role and content
         role, content = message.get("role"), message.get("content")
         if type(role) is str and role in ROLES and type(content) is str:
             sound_text(content, name)
@@ -73,7 +73,7 @@ def _message(message: Any, i: int, name: str) -> Message:
 
 
 def _text_of(content: Any, where: str) -> str:
-    """Return a message's text; parts of text are joined as templates do, with nothing between them.
+    """Return the text of a message. Content that is a list of parts is joined without separators, as in chat templates.
 
     Raises:
         Rejected: BAD_MESSAGE, if there is no text; UNSUPPORTED_MEDIA, if a part is an image, a video or sound.
@@ -99,7 +99,7 @@ def _part_text(part: Any, where: str) -> str:
 
 
 def _with_decoded_arguments(call: Message, where: str) -> Message:
-    """Decode a call's arguments that are JSON text, as vLLM does before it renders the template.
+    """Parse the arguments of a tool call if they are JSON text, as vLLM does before it renders the template.
 
     vLLM: vllm/entrypoints/chat_utils.py, `_postprocess_messages`.
     """
@@ -125,7 +125,7 @@ def _from_sharegpt(message: Mapping[str, Any], where: str) -> Message:
 
 
 def _function_calls(value: Any, where: str) -> list[Message]:
-    """Read the JSON text of a function call, or of a list of calls, each with name and arguments."""
+    """Read JSON text that holds one function call or a list of calls. A call has a name and arguments."""
     try:
         calls = json.loads(value)
     except (TypeError, ValueError, RecursionError):
@@ -151,25 +151,25 @@ def answer(value: Any, name: str) -> str | Message:
 
 
 def only_turn(turns: Conversation, name: str) -> str | Message:
-    """Return the completion from a conversation of one message."""
+    """Return the completion, which must be the only message of the conversation."""
     completion = last_turn(turns, name)
     if len(turns) != 1:
-        raise Rejected("PROMPT_MISMATCH", f"`{name}` holds {len(turns)} turns beside an explicit prompt")
+        raise Rejected("PROMPT_MISMATCH", f"`{name}` holds {len(turns)} turns, although the row has a separate prompt")
     return completion
 
 
 def last_turn(turns: Conversation, name: str) -> str | Message:
-    """Return the completion at the end of a conversation: its text, or the message if that contains more than text."""
+    """Return the completion at the end of a conversation: the text of the last message, or the message if it has more than text."""
     if not turns:
         raise Rejected(f"EMPTY_{name.upper()}", f"`{name}` has no messages")
     last = turns[-1]
     if last["role"] != "assistant":
-        raise Rejected("LAST_TURN_NOT_ASSISTANT", f"`{name}` ends with {last['role']}")
+        raise Rejected("LAST_TURN_NOT_ASSISTANT", f"the last turn of `{name}` has the role {last['role']}")
     return last["content"] if last.keys() == {"role", "content"} else last
 
 
 def prompt_of(fields: Fields) -> str | Conversation:
-    """Read an explicit prompt, text or messages, with the system text if the row has one."""
+    """Read the row's prompt column (text or messages), with the row's system text before it if there is any."""
     value = fields.need("prompt", "MISSING_PROMPT")
     name = fields.column("prompt")
     prompt = conversation(value, name) if isinstance(value, list | tuple) else sound_text(value, name)
@@ -177,7 +177,7 @@ def prompt_of(fields: Fields) -> str | Conversation:
 
 
 def with_system(prompt: str | Conversation, fields: Fields) -> str | Conversation:
-    """Put the row's system text, if there is any, before a prompt that does not begin with a system message."""
+    """Put the row's system text before a prompt, unless there is no system text or the prompt begins with a system message."""
     system = fields.get("system")
     if system is None or not sound_text(system, fields.column("system")).strip():
         return prompt
@@ -193,9 +193,9 @@ def user_turn(text: str) -> Conversation:
 
 
 def check_alternation(turns: Conversation) -> None:
-    """Check that no two turns of the user, or of the assistant, follow each other; a completion follows the last turn.
+    """Check that turns of the user and of the assistant alternate, also with the completion, which follows the last turn.
 
-    A tool's turn comes between two turns of the assistant; system and developer messages are not part of the dialogue.
+    The turns of a tool stand between two turns of the assistant. System and developer messages are ignored.
 
     Raises:
         Rejected: NON_ALTERNATING_ROLES.

@@ -1,7 +1,7 @@
-"""Chosen and rejected: TRL's preference types, which OpenRLHF and most data sets of pairs also use.
+"""Reads rows with a chosen and a rejected answer: TRL's preference types, which OpenRLHF and most other data sets use, too.
 
 TRL: docs/source/dataset_formats.md, "Preference". OpenRLHF: openrlhf/datasets/reward_dataset.py, with prompt_key,
-chosen_key and rejected_key. NeMo-RL's BinaryPreferenceDataset is `text`.
+chosen_key and rejected_key. NeMo-RL's BinaryPreferenceDataset has the format `text`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PairFormat = Literal["text", "messages", "implicit_messages", "implicit_text", "
 
 
 def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
-    """Read a row with chosen and rejected in one of TRL's formats or in HH-RLHF's."""
+    """Read a row with chosen and rejected, in one of TRL's formats or in the format of HH-RLHF."""
     chosen, rejected = both(fields)
     match row_format:
         case "text":
@@ -41,18 +41,21 @@ def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
 
 
 def both(fields: Fields) -> tuple[Any, Any]:
-    """Return chosen and rejected unchanged from the row."""
+    """Return the row's values for chosen and rejected, unchanged."""
     return fields.need("chosen", "MISSING_CHOSEN"), fields.need("rejected", "MISSING_REJECTED")
 
 
 def explicit_pair(fields: Fields) -> TextGroup:
-    """Read a row with a prompt of any kind, and two answers of any kind."""
+    """Read a row with a prompt column and two answers. Prompt and answers may be text or messages."""
     chosen, rejected = both(fields)
     return preference(prompt_of(fields), chosen, rejected, fields)
 
 
 def preference(prompt: str | Conversation, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
-    """Combine a prompt and two answers; the prompt may be repeated at the beginning of both."""
+    """Build a group from a prompt and two answers, which may be text or messages.
+
+    If both answers are conversations that begin with the prompt, the prompt is removed from them.
+    """
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return TextGroup(prompt, (sound_text(chosen, "chosen"), sound_text(rejected, "rejected")), (1.0, 0.0))
     if isinstance(prompt, str):
@@ -66,7 +69,11 @@ def preference(prompt: str | Conversation, chosen: Any, rejected: Any, fields: F
 
 
 def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
-    """Build a group; the prompt is the turns that two conversations share, or the prompt's text for single answers."""
+    """Build a group from two conversations that end with the answers.
+
+    The turns before the answers are the prompt, and must be the same in both conversations. If each conversation is only
+    an answer, the text `prompt` is the prompt.
+    """
     chosen, rejected = ([v] if isinstance(v, Mapping) else v for v in (chosen, rejected))
     turns = conversation(chosen, "chosen"), conversation(rejected, "rejected")
     answers = last_turn(turns[0], "chosen"), last_turn(turns[1], "rejected")
@@ -77,23 +84,25 @@ def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) 
         if isinstance(prompt, str):
             _check_same_prompt(sound_text(prompt, "prompt"), shared)
         require(shared == turns[1][:-1], "PROMPT_MISMATCH", "chosen and rejected differ before their last turn")
-        require(bool(shared), "MISSING_PROMPT", "chosen and rejected hold a single message each")
+        require(bool(shared), "MISSING_PROMPT", "chosen and rejected are single messages, without a prompt")
     return TextGroup(with_system(shared, fields), answers, (1.0, 0.0))
 
 
 def _check_same_prompt(prompt: str, turns: Conversation) -> None:
-    """Check that the prompt's text is that of a turn of the conversation, or holds its last one; or has no text."""
+    """Check that a prompt text fits the conversation: it is empty, equals a user turn, or contains the last user turn."""
     said = [turn["content"].strip() for turn in turns if turn["role"] == "user"]
     same = not prompt.strip() or prompt.strip() in said or (bool(said) and said[-1] in prompt)
-    require(same, "PROMPT_MISMATCH", "the prompt's text is not that of the conversation in chosen and rejected")
+    require(same, "PROMPT_MISMATCH", "the prompt's text does not occur in the conversation of chosen and rejected")
 
 
 def _implicit_text(chosen: str, rejected: str) -> TextGroup:
-    """Build a group whose prompt is the longest common beginning, cut back to white space so that no word is split."""
+    """Build a group from two texts. The prompt is their longest common beginning that does not end inside a word."""
     shared = os.path.commonprefix([chosen, rejected])
     if len(shared) < max(len(chosen), len(rejected)):
         shared = shared[: max(shared.rfind(c) for c in " \n\t") + 1].rstrip()
-    require(bool(shared.strip()) or chosen == rejected, "PROMPT_MISMATCH", "chosen and rejected share no beginning")
+    require(
+        bool(shared.strip()) or chosen == rejected, "PROMPT_MISMATCH", "chosen and rejected have no common beginning"
+    )
     answers = chosen[len(shared) :], rejected[len(shared) :]
     return TextGroup(shared, answers, (1.0, 0.0), messages=user_turn(shared))
 

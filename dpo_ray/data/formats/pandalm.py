@@ -1,6 +1,7 @@
-"""Two completions and the verdicts of several annotators.
+"""Reads rows with two completions and the verdicts of several annotators.
 
-PandaLM: github.com/WeOpenML/PandaLM, data/testset-v1.json: 0 is a tie, 1 and 2 are the number of the better response.
+PandaLM: github.com/WeOpenML/PandaLM, data/testset-v1.json. A verdict of 1 or 2 is the number of the better response, and
+0 is a tie.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .soundness import require, sound_text
 
 
 def verdicts(fields: Fields) -> TextGroup:
-    """Read two completions and the annotators' verdicts; a null verdict means that the annotator gave none."""
+    """Read two completions and the annotators' verdicts. Null values are skipped: these annotators gave no verdict."""
     completions = two_completions(fields)
     values = fields.several("annotators", "BAD_LABEL") or []
     votes = tuple(_verdict(value) for value in values if value is not None)
@@ -26,19 +27,19 @@ def verdicts(fields: Fields) -> TextGroup:
 
 
 def two_completions(fields: Fields) -> tuple[str | Message, ...]:
-    """Read the two completions that a verdict is on, from a column each or from a list."""
+    """Read the two completions that were compared, from two columns or from one column with a list."""
     items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
     require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
     if len(items) > 2:
-        items = [item for item in items if item is not None]  # a table of several layouts has columns of each
-    require(len(items) > 1, "MISSING_COMPLETION", "a verdict is on two completions")
-    require(len(items) == 2, "WRONG_TYPE", f"{len(items)} completions: a verdict is on two")
+        items = [item for item in items if item is not None]  # columns of other layouts in the same table are null
+    require(len(items) > 1, "MISSING_COMPLETION", "a verdict needs two completions")
+    require(len(items) == 2, "WRONG_TYPE", f"{len(items)} completions; a verdict compares two")
     require(None not in items, "NULL_FIELD", "a completion is null")
     return tuple(answer(item, "completion") for item in items)
 
 
 def _prompt(fields: Fields):
-    """Join the instruction and its input with a blank line."""
+    """Read the prompt. The instruction and its input, if there is any, are joined with a blank line."""
     prompt, more = prompt_of(fields), fields.get("input")
     if more is None or not sound_text(more, fields.column("input")).strip():
         return prompt

@@ -1,4 +1,4 @@
-"""From a row to a preference group: read by its format, and checked."""
+"""Reads a data row as a preference group, according to the row's format, and checks the group."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .recognise import recognise
 from .soundness import require, sound_value
 
 TEXT_FORMATS = ("text", "implicit_text", "hh")
-"""Formats of text alone: where the recipe names one, text that looks like messages is text all the same."""
+"""Formats without messages. If the recipe names one of them, text that looks like messages is still read as plain text."""
 
 
 def text_group(
     row: Mapping[str, Any], row_format: RowFormat, columns: Columns, criteria: Mapping[str, float]
 ) -> TextGroup:
-    """Read one row: its completions in its own order, with its scores, label or verdicts as they are given.
+    """Read one row as a group. The completions keep the order of the row; pairs of them are built later (`pairing`).
 
     Args:
-        row_format: how to read it; `auto` recognises it by its columns.
-        columns: the recipe's names of columns, where they are not the format's.
-        criteria: weights of several ratings in the score; empty for the overall score.
+        row_format: the name of the format; `auto` recognises the format from the row's columns.
+        columns: the column names that the recipe sets instead of the format's names.
+        criteria: the weights by which several ratings of a completion become one score; empty to use its overall score.
 
     Raises:
         Rejected: with the reason that fits best; the row is then quarantined.
@@ -73,14 +73,14 @@ def _with_template_variables(group: TextGroup, fields: Fields) -> TextGroup:
         return group
     listed = isinstance(tools or [], list | tuple) and all(isinstance(tool, Mapping) for tool in tools or [])
     require(listed, "BAD_TOOLS", "the tools are not a list of objects")
-    require(isinstance(variables or {}, Mapping), "BAD_TOOLS", "the template's variables are no mapping")
+    require(isinstance(variables or {}, Mapping), "BAD_TOOLS", "the template's variables are not a mapping")
     sound = sound_value(list(tools or ()), "tools", "BAD_TOOLS")
     variables = sound_value(variables or {}, "chat_template_kwargs", "BAD_TOOLS")
     return replace(group, tools=tuple(map(_schema, sound)) or None, template_kwargs=variables)
 
 
 def _decoded(fields: Fields, role: str) -> Any:
-    """Return a list or mapping that the row holds, as it is or as JSON text, in whole or item by item."""
+    """Return the value of a role, which is a list or mapping; JSON text is parsed, also if only the items of a list are text."""
     value = fields.get(role)
     items = value if isinstance(value, list | tuple) else None
     try:
@@ -92,6 +92,6 @@ def _decoded(fields: Fields, role: str) -> Any:
 
 
 def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tool in the form that chat templates expect; LLaMA-Factory has bare functions."""
+    """Return a tool as {type, function}, as chat templates expect it. Data for LLaMA-Factory has only the function."""
     bare = "name" in tool and not {"type", "function"} & tool.keys()
     return {"type": "function", "function": tool} if bare else tool

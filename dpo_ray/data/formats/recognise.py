@@ -1,7 +1,7 @@
-"""Which format a row has, by its columns and what they hold.
+"""Recognises the format of a row from its columns and their values.
 
-The order of the questions matters: layouts with chosen and rejected come first, then labels, then lists of completions, as
-rows of the first often have columns of the others.
+The order of the checks matters: layouts with chosen and rejected come first, then layouts with labels, then lists of
+completions. The reason is that rows with chosen and rejected often also have columns of the later layouts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "in
 
 
 def recognise(row: Mapping[str, Any], columns: Columns) -> str:
-    """Name the format of a row. Null columns say nothing, as a table has every column in every row, unless all are.
+    """Return the name of the format that a row has.
+
+    Null columns are ignored first, since a table has every column in every row. They count only if no format is found
+    without them.
 
     Raises:
         Rejected: UNKNOWN_FORMAT.
@@ -37,7 +40,7 @@ def recognise(row: Mapping[str, Any], columns: Columns) -> str:
 def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) -> str | None:
     def has(row_format: str, role: str) -> bool:
         fields = fields_of(given, row_format, columns)
-        if role == "annotators":  # one who gave no verdict is null
+        if role == "annotators":  # the value of an annotator who gave no verdict is null
             return any(name in given for name in fields.spread(role))
         spread = fields.spread(role) if role == "completions" else ()
         return all(name in given for name in spread or (fields.column(role),))
@@ -68,12 +71,12 @@ def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) 
 
 
 def _pair(fields: Fields, row: Mapping[str, Any]) -> str:
-    """Return which layout with chosen and rejected a row has, by where its prompt is and by what is a list."""
+    """Return the format of a row with chosen and rejected. It follows from the prompt's column and the types of the values."""
     given, columns = fields.row, fields.columns
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
     prompt = columns.prompt or next((name for name in PROMPTS if name in given), None)
     if prompt not in (columns.prompt, "prompt") and (_is_conversation(chosen) or _is_dialogue(chosen)):
-        prompt = None  # chosen holds the prompt, and the column tells something else
+        prompt = None  # chosen contains the prompt, so this column means something else
     argilla = {"chosen_response", "rejected_response"} & {fields.column("chosen"), fields.column("rejected")}
     match prompt:
         case "conversations":
@@ -94,7 +97,7 @@ def _pair(fields: Fields, row: Mapping[str, Any]) -> str:
 
 def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> str:
     if has_prompt and prompt is None and not (_is_conversation(chosen) or _is_conversation(rejected)):
-        return "text"  # which says that it is null
+        return "text"  # this format rejects the row with a message that the prompt is null
     if isinstance(prompt, list | tuple):
         return "messages"
     if any(isinstance(value, list | tuple | Mapping) for value in (chosen, rejected)):
@@ -121,7 +124,10 @@ def _is_nemo(given: Mapping[str, Any]) -> bool:
 
 
 def _meant(columns: Columns) -> str | None:
-    """Take the format that the recipe's columns speak of, so that the row's fault is that it lacks them."""
+    """Choose a format by the column names that the recipe sets, for a row that fits no format.
+
+    When the row is then read, it is rejected with the message that it does not have these columns.
+    """
     if columns.chosen or columns.rejected:
         return "text"
     if columns.completion or columns.label:

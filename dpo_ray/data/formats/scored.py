@@ -1,4 +1,4 @@
-"""Lists of completions with scores or ranks.
+"""Reads rows with a list of completions and their scores or ranks.
 
 UltraFeedback: github.com/OpenBMB/UltraFeedback, README.md, "Dataset Format". Nectar: the card of
 huggingface.co/datasets/berkeley-nest/Nectar. NeMo-RL: docs/guides/dpo.md, "Datasets" (the lowest rank is preferred).
@@ -23,16 +23,16 @@ TEXTS = ("response", "answer", "completion", "text")
 SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 RANKS = ("rank",)
 RATINGS = ("annotations", "ratings", "scores")
-"""Names within a completion: of its text, of its score, of its rank, and of the field that holds several ratings."""
+"""Names that the fields of a completion may have: for its text, its score, its rank, and its ratings by several criteria."""
 
 LARGEST = 3.4e38  # the largest float32; scores are stored as float32
 
 
 def scored(fields: Fields, criteria: Mapping[str, float]) -> TextGroup:
-    """Read a prompt, its completions in the row's order, and their scores unchanged; ranks become scores down to 0.
+    """Read a prompt, and its completions in the row's order with their scores. Ranks become scores; the last rank becomes 0.
 
     Args:
-        criteria: weights of ratings, whose weighted mean is the score; empty for the row's own score.
+        criteria: the weights of the ratings whose weighted mean is the score; empty to use the scores of the row.
     """
     items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
     require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
@@ -67,7 +67,12 @@ def _completion(item: Any, i: int) -> str | Message:
 
 
 def _scores(fields: Fields, items: Sequence[Any]) -> tuple[float, ...]:
-    """Return the scores: from the recipe's columns, or beside the completions, or by the first name within all."""
+    """Return the scores of the completions. They are read from the first of these that the row has:
+
+    1. one column of scores per completion, if the recipe names such columns
+    2. a column with a list of scores or ranks
+    3. a field inside every completion, with the name that the recipe sets, or else with a usual name
+    """
     if (beside := fields.several("scores", "BAD_SCORE")) is not None:
         return _beside(beside, items)
     for role, signed in (("scores", 1), ("ranks", -1)):
@@ -79,7 +84,7 @@ def _scores(fields: Fields, items: Sequence[Any]) -> tuple[float, ...]:
             values = [_number(item.get(name)) if isinstance(item, Mapping) else None for item in items]
             if None not in values:
                 return _best_highest(tuple(v for v in values if v is not None), signed)
-    raise Rejected("BAD_SCORE", f"no score or rank that all {len(items)} completions have as a finite number")
+    raise Rejected("BAD_SCORE", f"the {len(items)} completions do not all have a finite score or rank of the same name")
 
 
 def _beside(values: Any, items: Sequence[Any]) -> tuple[float, ...]:
@@ -91,7 +96,10 @@ def _beside(values: Any, items: Sequence[Any]) -> tuple[float, ...]:
 
 
 def _best_highest(values: tuple[float, ...], signed: int) -> tuple[float, ...]:
-    """Convert ranks, of which the lowest is best, to scores: 0 for the last, and one more for each rank above it."""
+    """Return scores, of which the highest is the best.
+
+    If `signed` is -1, the values are ranks, of which the lowest is the best: a rank becomes its distance to the last rank.
+    """
     return values if signed == 1 else tuple(max(values) - v for v in values)
 
 
@@ -119,7 +127,7 @@ def _need_number(value: Any, where: str) -> float:
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number, also from text; None for anything else."""
+    """Convert a number, or a text that contains one, to a float. Return None for other values, and if it is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

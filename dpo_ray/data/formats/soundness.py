@@ -1,4 +1,4 @@
-"""Checks that text and nested values can be used by a template and a tokenizer."""
+"""Checks that chat templates and tokenizers can use a text or a nested value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def sound_text(value: Any, name: str) -> str:
     """Return the value if it is text that a tokenizer can read.
 
     Raises:
-        Rejected: WRONG_TYPE, INVALID_UTF8 (a lone surrogate) or CONTROL_CHARS (C0 except tab and line ends, and DEL).
+        Rejected: WRONG_TYPE; INVALID_UTF8 for a lone surrogate; CONTROL_CHARS for DEL and for C0 characters other than
+            tab and line ends.
     """
     if not isinstance(value, str):
         raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not text")
@@ -36,10 +37,10 @@ def sound_text(value: Any, name: str) -> str:
 
 
 def sound_value(value: Any, name: str, reason: str, depth: int = 0) -> Any:
-    """Return a nested value of a message or a tool.
+    """Copy a nested value of a message or a tool, and check all text in it.
 
     Raises:
-        Rejected: as in `sound_text`, for text within it; `reason` if it is nested deeper than DEEPEST levels.
+        Rejected: a reason of `sound_text` for a text in the value; `reason` if the value has more than DEEPEST levels.
     """
     require(depth < DEEPEST, reason, f"`{name}` is nested deeper than {DEEPEST} levels")
     if isinstance(value, str):

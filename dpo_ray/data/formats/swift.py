@@ -1,4 +1,4 @@
-"""ms-swift's layouts, in which the chosen answer ends a conversation and the rejected one stands beside it.
+"""Reads ms-swift's layouts: the chosen answer is the last turn of a conversation, the rejected answer has its own column.
 
 ms-swift: docs/source_en/Customization/Custom-dataset.md, "DPO/ORPO/CPO/SimPO/RM".
 """
@@ -19,11 +19,11 @@ MESSAGES, QUERY = "messages", "query"
 
 
 def swift(fields: Fields) -> TextGroup:
-    """Read messages whose last turn is the chosen answer, or query and response; and the rejected answer."""
+    """Read the prompt and both answers. Prompt and chosen answer are in `messages`, or in `query` and `response`."""
     if fields.row.get(MESSAGES) is not None or fields.columns.prompt:
         turns = conversation(fields.need("prompt", "MISSING_PROMPT"), fields.column("prompt"))
         prompt, chosen = turns[:-1], last_turn(turns, "chosen")
-        require(bool(prompt), "MISSING_PROMPT", "the conversation holds a single message")
+        require(bool(prompt), "MISSING_PROMPT", "the conversation is a single message, without a prompt")
     else:
         query = sound_text(fields.need("query", "MISSING_PROMPT"), fields.column("query"))
         prompt = (*history(fields.get("history")), *user_turn(query))
@@ -33,7 +33,7 @@ def swift(fields: Fields) -> TextGroup:
 
 
 def _rejected(value: Any, prompt: Conversation) -> Any:
-    """Read the rejected answer, alone or at the end of a conversation with the same beginning."""
+    """Read the rejected answer. It may also be the last turn of a conversation that begins with the prompt."""
     if not isinstance(value, list | tuple) or len(value) < 2:
         return answer(value, "rejected")
     turns = conversation(value, "rejected")

@@ -1,7 +1,7 @@
-"""Unpaired examples: a prompt, one completion, and whether it is good.
+"""Reads unpaired examples: a prompt, one completion, and a label that shows whether the completion is good.
 
-TRL: docs/source/dataset_formats.md, "Unpaired preference". With the prompt in the completion's messages:
-argilla/kto-mix-15k.
+TRL: docs/source/dataset_formats.md, "Unpaired preference". In argilla/kto-mix-15k the completion's messages contain the
+prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0
 
 
 def unpaired(fields: Fields) -> TextGroup:
-    """Read a row with one completion; the prompt is a separate field, or the turns before the last one."""
+    """Read a row with one completion. The prompt is a column of its own, or the completion's turns before the last one."""
     completion = fields.need("completion", "MISSING_COMPLETION")
     implicit = isinstance(completion, list | tuple) and len(completion) > 1
     if implicit and fields.get("prompt") is None:
@@ -28,15 +28,15 @@ def unpaired(fields: Fields) -> TextGroup:
 
 
 def whole_conversation(turns: Conversation, fields: Fields) -> TextGroup:
-    """Build a group from a labelled conversation, whose last turn is the completion."""
+    """Build a group from a row with a label and a conversation, whose last turn is the completion."""
     completion = last_turn(turns, "completion")
     if len(turns) == 1:
-        raise Rejected("MISSING_PROMPT", "the conversation holds a single message")
+        raise Rejected("MISSING_PROMPT", "the conversation is a single message, without a prompt")
     return labelled(with_system(turns[:-1], fields), completion, fields)
 
 
 def labelled(prompt: str | Conversation, completion: Any, fields: Fields) -> TextGroup:
-    """Build a group of one completion, with the row's label as its score: 1 good, 0 bad."""
+    """Build a group of one completion. The row's label becomes its score: 1 if it is good, 0 if it is bad."""
     if fields.column("label") not in fields.row:
         raise Rejected("BAD_LABEL", "the row has no label")
     score = _LABELS.get(str(fields.get("label")).strip().lower())

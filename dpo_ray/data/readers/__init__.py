@@ -1,1 +1,1 @@
-"""Readers of rows from files of any kind and location: JSON, CSV, Parquet, Arrow; on disks, object stores, the hub."""
+"""Reads rows from JSON, CSV, Parquet and Arrow files, which may be on disks, in object stores or on the hub."""

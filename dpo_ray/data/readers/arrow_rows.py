@@ -1,4 +1,4 @@
-"""Rows of Parquet, Arrow and hub data; only the columns that a format needs are decoded."""
+"""Reads rows of Parquet files, Arrow files and hub data sets. Only the columns that a format needs are decoded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PLAIN_EXTENSIONS = ("arrow.json",)  # extension types that are stored as plain 
 
 
 def parquet_rows(raw: Any, columns: Columns, start: int, stop: int | None) -> Iterator[tuple[Any, int]]:
-    """Yield (row or Rejected, size in bytes) of the row groups [start, stop).
+    """Yield (row, size in bytes) for each row of the Parquet row groups [start, stop). An unreadable row is replaced by `Rejected`.
 
     Raises:
         Rejected: SHARD_EMPTY, SHARD_BAD_MAGIC, SHARD_TRUNCATED, SHARD_DAMAGED, SHARD_DUPLICATE_COLUMN or
@@ -49,10 +49,12 @@ def parquet_rows(raw: Any, columns: Columns, start: int, stop: int | None) -> It
 
 
 def arrow_rows(raw: Any, columns: Columns) -> Iterator[tuple[Any, int]]:
-    """Yield (row or Rejected, size in bytes) of an Arrow stream (`datasets` writes these) or an Arrow file.
+    """Yield (row, size in bytes) for each row of an Arrow file or stream. An unreadable row is replaced by `Rejected`.
+
+    `datasets` writes Arrow streams.
 
     Raises:
-        Rejected: the same reasons as for Parquet.
+        Rejected: with the same reasons as in `parquet_rows`.
     """
     _check_ends(raw, (_FILE_MAGIC, _STREAM_MAGIC), ())
     try:
@@ -68,10 +70,10 @@ def arrow_rows(raw: Any, columns: Columns) -> Iterator[tuple[Any, int]]:
 
 
 def hub_rows(what: Mapping[str, Any], columns: Columns) -> Iterator[tuple[Any, int]]:
-    """Yield (row or Rejected, size in bytes) of a hub data set, which is first downloaded to the local cache.
+    """Download a hub data set to the local cache, and yield (row, size in bytes). An unreadable row is replaced by `Rejected`.
 
     Raises:
-        DataError: it cannot be loaded.
+        DataError: the data set cannot be loaded.
         Rejected: SHARD_DUPLICATE_COLUMN or SHARD_ARROW_EXTENSION.
     """
     import datasets
@@ -90,29 +92,33 @@ def hub_rows(what: Mapping[str, Any], columns: Columns) -> Iterator[tuple[Any, i
 
 
 def _check_ends(raw: Any, begins: tuple[bytes, ...], ends: tuple[bytes, ...]) -> None:
-    """Check that the file begins and ends with the magic bytes of its kind."""
+    """Check that a file begins and ends with the magic bytes of its kind, Parquet or Arrow."""
     head = raw.read(8)
     if not head:
         raise Rejected("SHARD_EMPTY", "a file of zero bytes")
     if not head.startswith(begins):
-        raise Rejected("SHARD_BAD_MAGIC", f"it begins with {head!r}")
+        raise Rejected("SHARD_BAD_MAGIC", f"the file begins with {head!r}")
     ends = (_FILE_MAGIC,) if head.startswith(_FILE_MAGIC) else ends
     if ends:
         size = raw.seek(0, os.SEEK_END)
         raw.seek(max(size - len(ends[0]), len(begins[0])))
         tail = raw.read(len(ends[0]))
         if tail not in ends:
-            raise Rejected("SHARD_TRUNCATED", f"it ends with {tail!r}")
+            raise Rejected("SHARD_TRUNCATED", f"the file ends with {tail!r}")
     raw.seek(0)
 
 
 def _damaged(error: Exception) -> Exception:
-    """Convert a decoder's error to Rejected; return an error of reading the file, which has an errno, unchanged."""
+    """Convert an error of the decoder to Rejected. Return an error of reading the file unchanged; such errors have an errno."""
     return error if getattr(error, "errno", None) is not None else Rejected("SHARD_DAMAGED", str(error))
 
 
 def _checked_columns(schema: pa.Schema, columns: Columns) -> list[str]:
-    """Return the columns to read; raise Rejected if one of them must not be read."""
+    """Return the columns to read.
+
+    Raises:
+        Rejected: SHARD_DUPLICATE_COLUMN or SHARD_ARROW_EXTENSION, if one of these columns cannot be read.
+    """
     chosen = columns_to_read(schema.names, columns)
     for name in chosen:
         if extension := _extension(schema.field(name)):
@@ -121,7 +127,10 @@ def _checked_columns(schema: pa.Schema, columns: Columns) -> list[str]:
 
 
 def _extension(field: pa.Field) -> str:
-    """Return the name of an extension type at any depth, or ""; an unregistered one is only in the field's metadata."""
+    """Return the name of the Arrow extension type of a field, or of a field inside it; "" if there is none.
+
+    pyarrow reports an extension type that it does not know only in the metadata of the field.
+    """
     if isinstance(field.type, pa.BaseExtensionType):
         name = field.type.extension_name
         return "" if name in _PLAIN_EXTENSIONS else name
@@ -131,7 +140,7 @@ def _extension(field: pa.Field) -> str:
 
 
 def _batch_rows(file: pq.ParquetFile, group: int) -> int:
-    """Compute how many rows to decode at once from the mean size of the group's rows."""
+    """Compute how many rows to decode at once, from the mean size of a row in this Parquet row group."""
     metadata = file.metadata.row_group(group)
     mean_bytes = max(metadata.total_byte_size, 1) / max(metadata.num_rows, 1)
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / mean_bytes)))
@@ -157,7 +166,10 @@ def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _check_structure(batch: pa.RecordBatch) -> None:
-    """Raise ArrowInvalid if an offset leads out of its buffer; text that is not UTF-8 only affects its own row."""
+    """Raise ArrowInvalid if an offset points outside its buffer.
+
+    Text that is not UTF-8 raises no error here: it affects only its own row, which is rejected later.
+    """
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid:
@@ -166,7 +178,7 @@ def _check_structure(batch: pa.RecordBatch) -> None:
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """Return the type with the same layout in which text is replaced by bytes."""
+    """Replace text types by byte types within a type; the memory layout stays the same."""
     if pa.types.is_string(kind):
         return pa.binary()
     if pa.types.is_large_string(kind):
@@ -181,7 +193,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[tuple[Any, int]]:
-    """Convert a batch to rows; if that fails, convert them one by one, so that a bad value only costs its own row."""
+    """Convert a batch to rows. If that fails, convert the rows one by one, so that a bad value affects only its own row."""
     rows, sparse = _at_once(batch), [f.name for f in batch.schema if _may_lack_fields(f.type)]
     if rows is not None:
         mean_bytes = batch.nbytes // max(len(rows), 1)
@@ -193,15 +205,18 @@ def _records(batch: pa.RecordBatch) -> Iterator[tuple[Any, int]]:
 
 
 def _may_lack_fields(kind: pa.DataType) -> bool:
-    """Return whether values of a type hold objects that may lack fields: as structs, all objects have the fields of
-    each, and null stands for a field that an object does not have. A message of two fields lacks none."""
+    """Return whether a null inside values of a type can mean that the original object did not have the field.
+
+    A struct column stores objects with different fields as structs with all these fields; null stands for a field that
+    the object did not have. Structs of at most two fields, such as a message's role and content, are taken as complete.
+    """
     if pa.types.is_struct(kind) and kind.num_fields > 2:
         return True
     return any(_may_lack_fields(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _without_absent(row: Any, names: Sequence[str]) -> Any:
-    """Return the row with no field that is null in the objects that the named columns hold."""
+    """Remove the fields that are null from all objects inside the columns `names` of a row."""
     if not names or not isinstance(row, dict):
         return row
     return {name: _present(value) if name in names else value for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""The bytes of a text shard, chunk by chunk and decompressed; if they end early, the error names the cause."""
+"""Reads a text shard (a JSON or CSV file) as chunks of decompressed bytes. If the file is damaged, the error names the cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from dpo_ray.data.admission import Rejected
 
 PLAIN_CHUNK_BYTES = 1 << 20
-COMPRESSED_CHUNK_BYTES = 64 << 10  # read at once; if a file ends early, at most this much before the break is lost
+COMPRESSED_CHUNK_BYTES = 64 << 10  # read at once; if a file ends early, at most so many bytes before its end are lost
 _ZSTD_SKIPPABLE = tuple(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))  # RFC 8878, 3.1.2
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -25,9 +25,10 @@ _MAGIC = {
 
 
 def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """Yield the bytes of an open file; if it is damaged, the bytes before the damage are yielded before it raises.
+    """Yield the decompressed bytes of an open file. If it is damaged, yield the bytes before the damage, and then raise.
 
-    For a plain file these are the lines that begin at the bytes [start, stop); a compressed file is read completely.
+    From an uncompressed file, only the lines are read whose first byte is in [start, stop). A compressed file is read
+    completely.
 
     Raises:
         Rejected: SHARD_EMPTY, SHARD_COMPRESSION, SHARD_ENCODING, SHARD_TRUNCATED or SHARD_DAMAGED.
@@ -55,12 +56,12 @@ def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) ->
 
 
 def _check_encoding(head: bytes) -> None:
-    """Check that a text does not begin in UTF-16 or UTF-32, in which half of the bytes of most text are zero."""
+    """Check by the first bytes that a text is not UTF-16 or UTF-32. In these, at least half of the bytes are mostly zero."""
     sample = head[:64]
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or (
         len(sample) >= 8 and max(sample[0::2].count(0), sample[1::2].count(0)) > len(sample) / 4
     ):
-        raise Rejected("SHARD_ENCODING", f"it begins with {sample[:16]!r}")
+        raise Rejected("SHARD_ENCODING", f"the file begins with {sample[:16]!r}")
 
 
 def _gunzipped(raw: Any) -> Iterator[bytes]:
@@ -87,7 +88,7 @@ def _unzstd(raw: Any) -> Iterator[bytes]:
 
 
 def _plain(raw: Any, start: int, stop: int | None) -> Iterator[bytes]:
-    """Yield the complete lines that begin at the bytes [start, stop)."""
+    """Yield the whole lines whose first byte is in [start, stop)."""
     begun = start == 0
     after = max(start - 1, 0)  # the byte before `start` shows whether a line begins there
     if after:

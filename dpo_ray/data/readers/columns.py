@@ -1,4 +1,4 @@
-"""The choice of the columns of a shard that its rows are made of."""
+"""Selects the columns of a shard (input file) that are needed to read its rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dpo_ray.data.formats.catalog import wanted
 
 
 def columns_to_read(names: Sequence[str], columns: Columns) -> list[str]:
-    """Return those of a shard's columns that any format needs.
+    """Return those columns of a shard that at least one format reads.
 
     Raises:
-        Rejected: SHARD_DUPLICATE_COLUMN if one of them occurs twice.
+        Rejected: SHARD_DUPLICATE_COLUMN, if one of these columns occurs more than once.
     """
     chosen = list(wanted(list(dict.fromkeys(names)), columns))
     for name in chosen:

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV: text fields, named by the first line."""
+"""Reads rows of CSV and TSV files. The first line names the fields, and all values are text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def csv_rows(
 ) -> Iterator[tuple[dict[str, str] | Rejected, int]]:
     """Yield (row or Rejected, size in bytes) for each row after the header.
 
-    A quoted field may contain line ends. A quote that is never closed would swallow the rows below it: in that case
-    only the line of the quote is rejected.
+    A quoted field may contain line ends. So a quote that is never closed would include all rows below it; in that case
+    only the line with the quote is rejected, and the lines below it are read again.
 
     Raises:
         Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, or SHARD_UNREADABLE if the header cannot be read.
@@ -32,9 +32,9 @@ def csv_rows(
     if header is None:
         raise Rejected("SHARD_EMPTY", "there is no header")
     if isinstance(header, Rejected) and header.reason.startswith("SHARD_"):
-        raise header  # the file itself, not its header
+        raise header  # the file itself cannot be read, not only its header
     if isinstance(header, Rejected):
-        raise Rejected("SHARD_UNREADABLE", f"the header: {header.reason}: {header.detail}")
+        raise Rejected("SHARD_UNREADABLE", f"the header cannot be read: {header.reason}: {header.detail}")
     columns_to_read(header, columns)
     for fields, size in rows:
         if isinstance(fields, Rejected):
@@ -54,7 +54,7 @@ def _rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[list[str] |
             fields = next(reader)
         except StopIteration:
             return
-        except Rejected as rejected:  # raised by the lines
+        except Rejected as rejected:  # raised by `source`, while a line was read
             source.give_back()
             yield rejected, source.size
             continue
@@ -73,7 +73,7 @@ def _rows(chunks: Iterable[bytes], delimiter: str) -> Iterator[tuple[list[str] |
 
 
 class _Lines:
-    """The lines that a csv.reader consumes; those of the current row are kept, so that they can be read again."""
+    """An iterator of lines for csv.reader. It keeps the lines of the current row, so that they can be read again."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._lines = lines(chunks, keep_empty=True)
@@ -107,7 +107,10 @@ class _Lines:
         self.taken, self.size = [], 0
 
     def give_back(self) -> None:
-        """Return all lines of this row except the first to the input, so that they are read again."""
+        """Put the lines of this row, except the first, back into the input, so that they are read again.
+
+        Do nothing if more than RETRY_BYTES of the file would then have been read again.
+        """
         if self._retry_bytes >= self.size:
             self._retry_bytes -= self.size
             self._again.extendleft(reversed(self.taken[1:]))

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines and of JSON lists, each parsed separately, so that a damaged row does not affect the others."""
+"""Reads rows of JSON Lines and JSON lists. Each row is parsed separately, so that a damaged row does not affect the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_ray.data.admission import Rejected
 
 MAX_ROW_BYTES = 16 << 20
 
-_PRETTY = re.compile(rb'\{[ \t\r]*\n\s*"')  # in JSON Lines nothing follows the brace but the rest of its row
+_PRETTY = re.compile(rb'\{[ \t\r]*\n\s*"')  # in JSON Lines, a row is on the same line as its opening brace
 _LINE_ENDS = re.compile(rb"\n+")
 _IN_ELEMENT = re.compile(rb'[^"\[\]{}]*+')
 _BETWEEN_ELEMENTS = re.compile(rb'[^",\[\]{}]*+')
@@ -25,8 +25,8 @@ def json_rows(chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
     """Yield (value or Rejected, size in bytes) for each line, or for each element if the text is a list `[...]`.
 
     Raises:
-        Rejected: SHARD_PRETTY if an object goes over several lines; SHARD_TRUNCATED or SHARD_DAMAGED if the list itself
-            ends early or is damaged.
+        Rejected: SHARD_PRETTY if an object spans several lines; SHARD_TRUNCATED if the list is not closed; SHARD_DAMAGED
+            if its brackets do not match.
     """
     chunks, head = iter(chunks), b""
     for chunk in chunks:
@@ -34,14 +34,14 @@ def json_rows(chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
         if len(head) >= 64:
             break
     if _PRETTY.match(head):
-        raise Rejected("SHARD_PRETTY", f"it begins with {head[:60]!r}")
+        raise Rejected("SHARD_PRETTY", f"the file begins with {head[:60]!r}")
     rest = chain([head], chunks)
     for item, size in _list_items(rest) if head.startswith(b"[") else _filled(lines(rest)):
         yield (item if isinstance(item, Rejected) else _parsed(item)), size
 
 
 def begins_list(head: bytes) -> bool:
-    """Return whether a text with this beginning is a JSON list rather than JSON Lines."""
+    """Return whether a text that begins with `head` is a JSON list and not JSON Lines."""
     return without_bom(head).lstrip().startswith(b"[")
 
 
@@ -51,13 +51,13 @@ def without_bom(text: bytes) -> bytes:
 
 
 def lines(chunks: Iterable[bytes], *, keep_empty: bool = False) -> Iterator[tuple[bytes | Rejected, int]]:
-    """Split into lines without their `\\n`, holding only a chunk and a line of limited length; empty ones are left out.
+    """Split chunks of bytes into lines without their `\\n`. Empty lines are left out, unless `keep_empty` is set.
 
-    Each byte is looked at a fixed number of times: a compressed file of megabytes may hold a line, or empty lines, of
-    gigabytes.
+    Memory and time are limited, since a compressed file of megabytes may contain gigabytes of one line or of empty lines:
+    only one chunk and one line of at most MAX_ROW_BYTES are held, and each byte is read a fixed number of times.
     """
-    parts: list[bytes] = []  # of a line that no chunk has ended yet
-    held_bytes, skipping = 0, False  # skipping: the rest of a line that was already reported
+    parts: list[bytes] = []  # the beginning of a line whose end is in a later chunk
+    held_bytes, skipping = 0, False  # skipping: the rest of a line that was already reported as too long
     for chunk in chunks:
         if skipping:
             end = chunk.find(b"\n")
@@ -84,9 +84,9 @@ def _filled(items: Iterable[tuple[bytes | Rejected, int]]) -> Iterator[tuple[byt
 
 
 def _list_items(chunks: Iterator[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
-    """Split a list's text into its elements' texts; text after the list is treated as lines.
+    """Split the text of a JSON list into the texts of its elements. Text after the list is split into lines.
 
-    Only strings and brackets are parsed here. The element that begins at `start` extends at least to `position`.
+    Only strings and brackets are parsed here. The current element begins at `start`, and is parsed up to `position`.
     """
     text, start, position = next(chunks), 1, 1
     closers: list[int] = []  # the closing brackets that must follow before the element ends
@@ -129,7 +129,7 @@ def _list_items(chunks: Iterator[bytes]) -> Iterator[tuple[bytes | Rejected, int
 
 
 def _string_end(text: bytes, position: int) -> tuple[bool, int]:
-    """Find the quote that closes a string; return whether there is one, and where to continue."""
+    """Find the quote that closes a string. Return whether the text contains it, and the position where parsing continues."""
     begin = position
     while (at := text.find(b'"', position)) >= 0:
         before = at

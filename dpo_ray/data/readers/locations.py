@@ -1,4 +1,4 @@
-"""The locations of shards: local files and those that fsspec can access (s3://, gs://, hf://, https://)."""
+"""Opens the files of shards, which are local or at a location that fsspec can access (s3://, gs://, hf://, https://)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "Last-Modified", "LastModifie
 
 
 def file_system(location: str) -> tuple[Any, str]:
-    """Return the file system of a path or URI, and the path in it.
+    """Return the file system of a path or URI, and the path within this file system.
 
     Raises:
-        InfrastructureError: the package that accesses it is not installed.
+        InfrastructureError: the package that accesses this file system is not installed.
         ValueError: the protocol is not known.
     """
     try:
@@ -38,7 +38,7 @@ def file_system(location: str) -> tuple[Any, str]:
 
 
 def is_local(fs: Any) -> bool:
-    """Return whether a file system is the machine's own."""
+    """Return whether a file system is the local one of this machine."""
     protocols: Sequence[str] = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
     return "file" in protocols
 
@@ -56,8 +56,10 @@ def file_name(location: str) -> str:
 
 
 def shown(location: str) -> str:
-    """Return a location for people and manifests: without a URL's user and password, and without its query, which may
-    contain signatures."""
+    """Return a location without secrets, for messages and manifests.
+
+    User and password are removed from a URL, and also its query, which may contain a signature.
+    """
     scheme, sign, rest = location.partition("://")
     if not sign:
         return location
@@ -69,16 +71,16 @@ def shown(location: str) -> str:
 
 
 def content_tag(info: dict[str, Any]) -> str:
-    """Return a remote storage's tag of a file's content: a checksum if it has one, else the modification time."""
+    """Return a text that changes when a remote file changes: its checksum if the storage has one, else its modification time."""
     return next((str(info[key]) for key in _TAGS if info.get(key)), "")
 
 
 @contextmanager
 def opened(location: str, *, at_random: bool = False) -> Iterator[Any]:
-    """Open a file for reading bytes, sequentially or, with `at_random`, for seeking as well.
+    """Open a file for reading bytes. Set `at_random` if positions in the file are to be read in any order.
 
     Raises:
-        InfrastructureError: a remote storage failed, here or while the file is read; the data itself may be sound.
+        InfrastructureError: a remote storage failed when the file was opened or read; the data itself may be sound.
         OSError: a local file cannot be read, or the file does not exist.
     """
     fs, path = file_system(location)
@@ -103,7 +105,7 @@ def opened(location: str, *, at_random: bool = False) -> Iterator[Any]:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a remote storage. Its failures are the storage's, so rows must not be rejected because of them."""
+    """A file on a remote storage. An error while reading it is an error of the storage, so no row is rejected for it."""
 
     def __init__(self, raw: Any, location: str) -> None:
         self._raw, self._location = raw, location
@@ -116,7 +118,7 @@ class RemoteFile(io.RawIOBase):
             raise failing_storage(self._location, error) from error
 
     def readinto(self, buffer: Any) -> int:
-        """Read at most as many bytes as the buffer holds."""
+        """Read bytes into the buffer, at most as many as fit, and return their number."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -139,6 +141,6 @@ class RemoteFile(io.RawIOBase):
 
 
 def failing_storage(location: str, error: Exception) -> InfrastructureError:
-    """Build the error for a failure of the storage, not of the data."""
+    """Build the error to raise if a remote storage fails. It advises to run the same command again."""
     what = f"reading failed: {type(error).__name__}: {error}".replace(location, shown(location))
     return InfrastructureError(what[:300], where=shown(location), fix="run the same command again")

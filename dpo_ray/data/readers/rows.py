@@ -1,4 +1,4 @@
-"""The rows of a shard, piece by piece; damaged rows do not affect the others."""
+"""Reads the rows of a piece, which is a range of a shard (input file). A damaged row does not affect the other rows."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Batch = list[tuple[int, Any]]
 
 
 def read_batches(piece: Piece, max_rows: int, max_bytes: int = 64 << 20) -> Iterator[Batch]:
-    """Yield lists of (ordinal in the piece, row): a dict, another JSON value, or `Rejected` if it cannot be read.
+    """Yield lists of (ordinal, row). The ordinal is the number of the row within the piece, from 0.
 
-    A row that cannot be read does not affect its neighbours. If the shard itself cannot be read to its end, the last
-    row is a `Rejected` with one of the reasons SHARD_*, which counts as one row.
+    A row is a dict or another JSON value, or `Rejected` if this row cannot be read. If the shard itself cannot be read to
+    its end, the last row is a `Rejected` with one of the reasons SHARD_*; the lost rows together count as this one row.
 
     Args:
         max_rows: the maximum number of rows in a list.
-        max_bytes: the maximum input bytes that a list is made of (estimated for columnar files); a single row may
-            exceed it.
+        max_bytes: the maximum number of input bytes of the rows in a list (estimated for columnar files). A list that
+            holds a single row may exceed it.
 
     Raises:
-        InfrastructureError: a remote storage failed while it was read; the data itself may be sound.
+        InfrastructureError: a remote storage failed while the piece was read; the data itself may be sound.
         DataError: a data set of the hub cannot be loaded.
     """
     batch: Batch = []

@@ -1,1 +1,1 @@
-"""The conversion of a group of texts to token ids: chat templates in a sandbox, encoding, truncation."""
+"""Converts preference groups from text to token ids: chat templates in a sandbox, encoding, truncation."""

@@ -1,10 +1,11 @@
-"""Fast byte-level BPE with a dictionary: text is split into words as the tokenizer splits it, and each is encoded once.
+"""Encodes text with byte-level BPE faster than the tokenizer: splits text into words, and encodes each different word once.
 
-Byte-level BPE never merges across the words that its pre-tokenizer's regular expression splits. Most words of a corpus
-have been seen before, so splitting with Python's `re` and looking the words up is several times faster than encoding
-the text again. The result must also be exact. Therefore `Words.of` returns None if anything about the tokenizer is not
-supported here, a text with any character whose class could differ between versions of Unicode is left to the tokenizer,
-and the splits are compared with the tokenizer's own on random text before the first use.
+Byte-level BPE never merges across the words into which the pre-tokenizer's regular expression splits a text. Most words of
+a corpus have been seen before, so it is several times faster to split text with Python's `re` and look up the words than
+to encode the text again. The ids must be exactly those of the tokenizer. Therefore:
+- `Words.of` returns None if the tokenizer has a property that is not supported here.
+- A text is left to the tokenizer if it contains a character whose class could differ between versions of Unicode.
+- Before the first use, random texts are split here and by the tokenizer, and the words are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer, models
 
 from .special_tokens import Spelled
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel's use_regex means
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's expression if use_regex is set
 MAX_PIECES = 2**17  # in the cache at once; some 20 MiB
 _LONG_CHARACTERS = 64  # a piece of this length rarely occurs again, and is not cached
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \\s in the tokenizers' sense
@@ -33,14 +34,14 @@ _ALL_ODD_SPACES = (
     *"\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000",
     *map(chr, range(0x2000, 0x200B)),
 )
-"""Around these spaces, words need not begin at the space, as they do at one or two plain spaces between other text."""
+"""One or two plain spaces between other text always begin a word. Near the spaces listed here, a word may begin elsewhere."""
 
 _CLASS = re.compile(r"\\p\{([LNM][a-z]?)\}|\\s|\\S")
 _PROBES, _PROBE_CHARACTERS = 96, 160
 
 
 class _Cache(dict[str, bytes]):
-    """A cache of the ids (int32) of pieces of text; a missing piece is encoded. `fixed` entries are never evicted."""
+    """A cache of the ids (int32) of pieces of text. A missing piece is encoded when it is looked up. `fixed` entries stay."""
 
     def __init__(self, encode: Callable[[str], bytes], fixed: Mapping[str, bytes] | None = None) -> None:
         super().__init__(fixed or {})
@@ -57,9 +58,9 @@ class _Cache(dict[str, bytes]):
 
 
 class Words:
-    """An encoder for one byte-level BPE tokenizer that works word by word.
+    """Encodes text word by word, with the ids of one byte-level BPE tokenizer.
 
-    Text between two single spaces need not even be split into words: it is looked up as a whole.
+    Text between two single spaces is not even split into words; it is looked up as a whole.
     """
 
     def __init__(self, backend: Tokenizer, pattern: str) -> None:
@@ -83,7 +84,7 @@ class Words:
 
     @classmethod
     def of(cls, backend: Tokenizer) -> Words | None:
-        """Return the word encoder of a tokenizer, or None if the tokenizer is not of the supported kind."""
+        """Return the word encoder of a tokenizer, or None if this kind of tokenizer is not supported."""
         pattern = _pattern(backend)
         if pattern is None or not _is_understood(backend):
             return None
@@ -96,7 +97,7 @@ class Words:
     def encode(self, text: str) -> bytes | None:
         """Encode text that may contain added tokens, as int32 ids; return None for text that needs the tokenizer itself."""
         encoded: list[bytes] = []
-        odd_spaces: list[str] | None = None  # those in the text; None until they are searched for
+        odd_spaces: list[str] | None = None  # the odd spaces in the text; None until they are searched for
         for part in self._added.split(text):  # text, token, text, ..., text
             known = self._starts.get(part)
             if known is not None:
@@ -115,17 +116,21 @@ class Words:
         return b"".join(encoded)
 
     def _is_understood(self, text: str) -> bool:
-        """Return whether the tokenizer keeps text unchanged and its characters have the same class in every Unicode."""
+        """Return whether a text can be encoded here.
+
+        This is so if the tokenizer's normalizer does not change the text, and if the classes of its characters are the
+        same in every version of Unicode.
+        """
         if text.isascii():
             return True
         return bool(self._is_stable(text)) and not (self._is_nfc and not unicodedata.is_normalized("NFC", text))
 
     def settled(self, text: str) -> int:
-        """Return the last place where text can be cut whatever follows it: behind added tokens, before a word.
+        """Return the last position where a text can be cut without changing its ids, whatever text is appended to it.
 
-        Return 0 if there is none.
+        The position is after all added tokens and before a word. Return 0 if there is no such position.
         """
-        place = len(text) - max(self.longest_added, 1)  # no added token that begins before it extends beyond the text
+        place = len(text) - max(self.longest_added, 1)  # an added token that begins before this place ends in the text
         last_added = self._added.last(text)
         first = 0 if last_added is None else last_added.end()
         while (place := text.rfind(" ", first + 1, max(place, 0))) > 0:
@@ -141,7 +146,10 @@ class Words:
         return (self._ascii if text.isascii() else self._wide)(text)
 
     def _agrees_with(self, pre_tokenizer: Any) -> bool:
-        """Compare the words with the tokenizer's own on random text, also when cut at spaces and at settled places."""
+        """Return whether random texts are split into the same words here and by the tokenizer.
+
+        The words must also be the same if a text is first cut at spaces, or at the position that `settled` returns.
+        """
         chance = random.Random(0)
         for _ in range(_PROBES):
             text = _random_text(chance)
@@ -160,14 +168,17 @@ class Words:
 
 
 def _letters_of_bytes() -> dict[int, str]:
-    """Map each byte to its letter in byte-level vocabularies: printable bytes to themselves, others from 256 upward."""
+    """Map each byte to the character that represents it in byte-level vocabularies.
+
+    A printable byte is represented by its own character, and every other byte by a character from 256 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _pattern(backend: Tokenizer) -> str | None:
-    """Return the regular expression that splits words; None if anything else does so too."""
+    """Return the regular expression by which the tokenizer splits text into words; None if this expression is not enough."""
     if backend.pre_tokenizer is None:
         return None
     state = json.loads(backend.pre_tokenizer.__getstate__())
@@ -185,7 +196,10 @@ def _pattern(backend: Tokenizer) -> str | None:
 
 
 def _is_local(pattern: str) -> bool:
-    """Return whether a word's end depends only on the word and the next character, and `re` reads the pattern alike."""
+    """Return whether the end of a word depends only on the word and the next character, and `re` can use the pattern.
+
+    The pattern must have the same meaning in Python's `re` as in the tokenizer.
+    """
     rest = pattern.replace(r"(?!\S)", "").replace("(?i:", "").replace("(?:", "")
     rest = _CLASS.sub("", rest).replace(r"\r", "").replace(r"\n", "")
     return "(?" not in rest and "\\" not in rest and "&&" not in rest and "[:" not in rest
@@ -205,7 +219,7 @@ def _is_understood(backend: Tokenizer) -> bool:
 
 
 def _in_classes(pattern: str, *, ascii_only: bool) -> str:
-    """Write out the Unicode classes that `re` lacks or defines differently; the rest of the syntax is the same."""
+    """Replace the Unicode classes in a pattern by their characters, since `re` lacks them or defines them differently."""
 
     def written(match: re.Match[str]) -> str:
         name = match[0]
@@ -221,7 +235,10 @@ def _in_classes(pattern: str, *, ascii_only: bool) -> str:
 
 @functools.cache
 def _ranges(name: str, ascii_only: bool) -> str:
-    """Return the characters of a class: `s` in the tokenizers' sense, or a category's beginning such as L or Lu."""
+    """Return the characters of a class, for a regular expression.
+
+    `name` is `s` (white space, as tokenizers define it), a Unicode category such as Lu, or a category's first letter.
+    """
     if name == "s":
         return r"\t-\r " if ascii_only else _SPACE
     limit = 128 if ascii_only else 65536
@@ -233,8 +250,8 @@ def _ranges(name: str, ascii_only: bool) -> str:
 def _stable() -> Callable[[str], object]:
     """Return a matcher for text whose characters have the same class in every version of Unicode.
 
-    These are the characters assigned long ago, and emoji: characters assigned since then that are "other symbols" count
-    as neither letters, digits, marks nor spaces, before and after.
+    These are the characters whose class has not changed since Unicode 3.2, and newer symbols such as emoji. An old version
+    of Unicode does not know a newer symbol, but no version treats it as a letter, digit, mark or space.
     """
     old, codes = unicodedata.ucd_3_2_0, []
     for code in (*range(65536), *range(0x1F300, 0x1FB00)):
@@ -245,7 +262,7 @@ def _stable() -> Callable[[str], object]:
 
 
 def _as_ranges(codes: Iterable[int]) -> str:
-    """Write ascending code points as a regular expression's ranges, such as `A-Za-z`."""
+    """Convert ascending code points to the ranges of a regular expression, such as `A-Za-z`."""
     ranges: list[list[int]] = []
     for code in codes:
         if ranges and ranges[-1][1] == code - 1:
@@ -275,7 +292,7 @@ _ALPHABETS = (
 
 
 def _random_text(chance: random.Random) -> str:
-    """Build text from short and long runs of each class of characters that matters for splitting words."""
+    """Build a random text from short and long runs of all kinds of characters that matter for splitting words."""
     text = ""
     while len(text) < _PROBE_CHARACTERS:
         alphabet = chance.choice(_ALPHABETS)

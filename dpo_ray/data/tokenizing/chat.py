@@ -1,4 +1,4 @@
-"""Chat templates, which convert a conversation to the text that the model reads."""
+"""Renders chat templates, which convert a conversation to the text that the model reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RENDER_SECONDS = 1.0  # CPU time for one text: a thousand times as long as long 
 
 
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local directory, never running code from it.
+    """Load a tokenizer from a local directory, without running code that the directory contains.
 
     Raises:
         ConfigError: there is no tokenizer, or it has no end-of-sequence token.
@@ -50,12 +50,13 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
 
 
 def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
+    """Return the text of the chat template that the recipe chooses with `data.chat_template`. `plain` stays `plain`.
 
-    Without a tokenizer, because a hub model has not been downloaded yet, `auto` stays `auto`.
+    `auto` stays `auto` if there is no tokenizer yet, because a model of the hub has not been downloaded.
 
     Raises:
-        ConfigError: `auto` is set and the tokenizer has no template; the file is missing or not UTF-8; not valid Jinja.
+        ConfigError: `auto` is set and the tokenizer has no template; the template's file is missing or not UTF-8; or the
+            template is not valid Jinja.
     """
     if choice == PLAIN or (choice == AUTO and tokenizer is None):
         return choice
@@ -99,14 +100,14 @@ def _template_file(choice: str) -> str:
 
 
 class Rendered(NamedTuple):
-    """The prompt's text, and for each completion the text of the whole conversation, which begins with the prompt."""
+    """The rendered prompt, and for each completion the rendered whole conversation, which begins with the prompt."""
 
     prompt: str
     wholes: list[str]
 
 
 class Renderer:
-    """A renderer of preference groups with one template, compiled once; each text is limited in time and length."""
+    """Renders preference groups with one template, which is compiled once. The time and length of each text are limited."""
 
     def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self.is_plain = template == PLAIN
@@ -129,11 +130,12 @@ class Renderer:
         )
 
     def render(self, group: TextGroup, watchdog: Watchdog) -> Rendered:
-        """Render one group.
+        """Render the prompt of a group, and the whole conversation with each completion.
 
         Raises:
-            Rejected: the template refuses the conversation, takes too long or produces too much text; the whole
-                conversation does not begin with the prompt; or the text is not valid Unicode.
+            Rejected: the template raises an error, takes too long, produces too much text, or leaves out a part of the
+                conversation; the rendered conversation does not begin with the rendered prompt; or the text is not valid
+                Unicode.
         """
         if self.is_plain:
             if self._checks is not None:
@@ -148,7 +150,7 @@ class Renderer:
             answer = _answer(completion, strip=group.messages is not None)
             whole = self._text(group, [*messages, answer], watchdog, add_generation_prompt=False)
             if not whole.startswith(prompt):
-                raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
+                raise Rejected("PREFIX_BROKEN", "the template renders the prompt differently if an answer follows it")
             if self._checks is not None:
                 again = functools.partial(self._again, group, watchdog)
                 self._checks[group.tools is not None].check([*messages, answer], group.tools, whole, again)
@@ -160,7 +162,10 @@ class Renderer:
         return self._text(changed, list(messages), watchdog, add_generation_prompt=False)
 
     def user_turn(self) -> str:
-        """Render a single user turn: `x`, and what the template writes around it. Empty if the template refuses."""
+        """Render a single user turn with the content `x`, to find out which tokens the template writes around a turn.
+
+        Return "" if there is no template, or if the template raises an error.
+        """
         if self.is_plain:
             return ""
         group = TextGroup("x", ("y",), (1.0,))
@@ -197,13 +202,17 @@ def _sound(text: str) -> str:
     try:
         if not text.isascii():
             text.encode()
-    except UnicodeEncodeError as error:  # JSON can encode one, for instance in the arguments of a tool call
-        raise Rejected("INVALID_UTF8", f"rendered, a lone surrogate at character {error.start}") from None
+    except UnicodeEncodeError as error:  # JSON can encode a lone surrogate, for instance in arguments of a tool call
+        raise Rejected("INVALID_UTF8", f"the rendered text holds a lone surrogate at character {error.start}") from None
     return text
 
 
 def _check_plain(group: TextGroup) -> None:
-    """Check that plain text, which is nothing but the content of each turn, holds all of a group."""
+    """Check that a group has nothing that plain text would leave out. Plain text consists of the content of each turn.
+
+    Raises:
+        Rejected: DROPPED_BY_TEMPLATE.
+    """
     spoken = () if isinstance(group.prompt, str) else group.prompt
     messages = [*spoken, *(c for c in group.completions if not isinstance(c, str))]
     for key, part in (
@@ -238,7 +247,10 @@ def _plain_text(spoken: str | Mapping[str, Any]) -> str:
 
 
 def _answer(completion: str | Message, *, strip: bool) -> Message:
-    """Build the assistant's message. With `strip`, white space around it belongs to the text format and is removed."""
+    """Build the assistant's message.
+
+    `strip` removes the white space around a text: in a transcript it belongs to the data format, not to the answer.
+    """
     if isinstance(completion, str):
         return {"role": "assistant", "content": completion.strip() if strip else completion}
     return completion

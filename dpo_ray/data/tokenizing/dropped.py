@@ -1,4 +1,4 @@
-"""What a chat template leaves out: a conversation is trained on only if its text holds every part of it."""
+"""Detects what a chat template leaves out. A conversation is only used if its rendered text contains all its parts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dpo_ray.data.groups import Message
 Tools = Sequence[Mapping[str, Any]] | None
 Render = Callable[[Sequence[Message], Tools], str]
 REASONING = ("reasoning_content", "thinking")
-_OTHER = "qzx"  # what a part is changed to: the text changes as well if the template writes it
+_OTHER = "qzx"  # inserted into a part to change it; if the template writes the part, the rendered text changes, too
 
 
 class DropCheck:
-    """The check that a template leaves out no part of a conversation.
+    """Checks that a template leaves out no part of a conversation.
 
-    Once for each shape of a conversation, tool calls, tools, names and reasoning are changed in turn, and the
-    conversation is rendered again: its text must change as well.
+    The text of each message must occur in the rendered text. Tool calls, tools, names and reasoning are checked once for
+    each shape of a conversation (`_shape`): one of them is changed, and the conversation is rendered again. If the
+    rendered text is the same as before, the template leaves this part out.
 
     Args:
         template: the name of the template, shown in the detail of a rejection.
@@ -30,10 +31,10 @@ class DropCheck:
         self._dropped: dict[Any, str] = {}  # by shape: the part that is left out, or ""
 
     def check(self, messages: Sequence[Message], tools: Tools, whole: str, render: Render) -> None:
-        """Check that `whole`, the text of the conversation, holds all of it.
+        """Check that `whole`, the rendered text of a conversation, contains all its parts.
 
         Args:
-            render: renders other messages and tools in the same way; raises Rejected if the template refuses them.
+            render: renders changed messages and tools with the same template; raises Rejected if the template fails.
 
         Raises:
             Rejected: DROPPED_BY_TEMPLATE.
@@ -54,14 +55,17 @@ class DropCheck:
 
 
 def _is_written_otherwise(text: str, whole: str) -> bool:
-    """Return whether the text is there as JSON writes it, or with other white space, such as around a thought."""
+    """Return whether `whole` contains the text with JSON's escapes, or with other white space inside or around it."""
     if any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in whole for ascii_only in (False, True)):
         return True
     return "".join(text.split()) in "".join(whole.split())
 
 
 def _shape(messages: Sequence[Message], tools: Tools) -> Any:
-    """Return what can decide whether a template writes a part: who speaks, and which parts each message has."""
+    """Return the shape of a conversation: the role of each message, the parts that it has, and whether there are tools.
+
+    Whether a template writes a part can depend on the shape, but not on the content of the parts.
+    """
     return tuple((m["role"], bool(m["content"]), tuple(sorted(m))) for m in messages), bool(tools)
 
 
@@ -76,14 +80,14 @@ def _first_dropped(messages: Sequence[Message], tools: Tools, whole: str, render
 
 
 def _changes(messages: Sequence[Message], tools: Tools) -> Iterator[tuple[str, Sequence[Message], Tools]]:
-    """Yield each part that the conversation has, and the conversation with that part changed everywhere it occurs."""
+    """Yield (name, messages, tools) for each kind of part in the conversation; in messages and tools, these parts are changed."""
     *before, answer = messages
     if tools:
         yield "the tools", messages, [_changed_function(tool) for tool in tools]
     if any("tool_calls" in m for m in messages):
         yield "the names of tool calls", [_with_calls(m, _renamed) for m in messages], tools
         yield "the arguments of tool calls", [_with_calls(m, _with_other_arguments) for m in messages], tools
-    if any("name" in m for m in messages if m["role"] != "tool"):  # a tool's name is that of the call before it
+    if any("name" in m for m in messages if m["role"] != "tool"):  # a tool's message only repeats the name of its call
         yield "the names of speakers", [_changed(m, ("name",)) if m["role"] != "tool" else m for m in messages], tools
     if any(key in m for m in before for key in REASONING):
         yield "the reasoning of earlier turns", [*(_changed(m, REASONING) for m in before), answer], tools
@@ -102,7 +106,7 @@ def _with_calls(message: Message, change: Callable[[Mapping[str, Any]], dict[str
 
 
 def _within_function(call: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Change a call's function, which some rows hold without the object around it."""
+    """Apply `change` to the function of a tool call or tool. In some rows the call itself is the function."""
     return {**call, "function": change(call["function"])} if isinstance(call.get("function"), Mapping) else change(call)
 
 

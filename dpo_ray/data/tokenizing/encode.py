@@ -1,8 +1,8 @@
-"""The encoding of rendered text: the ids that the tokenizer gives the whole text, with the prompt encoded only once.
+"""Encodes rendered conversations. The ids are those of the whole text, although the prompt is encoded only once per group.
 
-If a text can be cut without changing its ids, only what follows the cut is encoded for each completion. Such places
-are the words of a byte-level BPE tokenizer (`byte_bpe`), and the start of an added token, at which every tokenizer
-splits text before anything else. If there is no such place, whole conversations are encoded.
+For this, the prompt is cut at a position where a cut does not change the ids; only the text after the cut is encoded for
+each completion. Such positions are the starts of words of a byte-level BPE tokenizer (`byte_bpe`), and the starts of added
+tokens, at which every tokenizer splits a text first. If there is no such position, whole conversations are encoded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """An encoder of batches of rendered groups with one tokenizer, which must not be changed meanwhile."""
+    """Encodes batches of rendered groups with one tokenizer. The tokenizer must not be changed while the encoder is used."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
         self._tokenizer = tokenizer
@@ -52,14 +52,14 @@ class Encoder:
         self._before = _ids_before(tokenizer) if plain else b""
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded | Rejected]:
-        """Encode a batch; a group whose conversations do not begin with the prompt's tokens becomes `Rejected`."""
+        """Encode a batch. A group becomes `Rejected` if the tokens of a conversation do not begin with those of its prompt."""
         words = self._words
         by_words = [None if words is None else self._by_words(words, r) for r in rendered]
         mine = [i for i, group in enumerate(by_words) if group is not None]
         checked = self._by_tokenizer([rendered[i] for i in mine[:_CHECKED_PER_BATCH]], may_cut=False)
         if any(_differ(by_words[i], group) for i, group in zip(mine, checked, strict=False)):
             _log.warning(
-                "the tokenizer splits words differently than expected; it encodes all text itself, which takes longer"
+                "the tokenizer splits words differently than expected; it now encodes all text itself, which takes longer"
             )
             self._words, by_words = None, [None] * len(rendered)
         missing = [i for i, group in enumerate(by_words) if group is None]
@@ -83,7 +83,7 @@ class Encoder:
         return Encoded(self._before + head + tail, completions)
 
     def _last_cut(self, prompt: str) -> int:
-        """Return the start of the last added token at which text can be cut; 0 if there is none."""
+        """Return the start of the last added token at which the prompt can be cut; 0 if there is no such token."""
         last = self._cuts.last(prompt)
         return 0 if last is None else last.start()
 
@@ -126,7 +126,10 @@ def _differ(first: Encoded | Rejected | None, second: Encoded | Rejected) -> boo
 
 
 def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Return the special tokens that the tokenizer puts before text; any after it would separate prompt and answer."""
+    """Return the special tokens that the tokenizer puts before a text, such as BOS.
+
+    Special tokens that it puts after a text are not used: they would separate the prompt from the answer.
+    """
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     dressed: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
     starts = (i for i in range(len(dressed)) if bare and dressed[i : i + len(bare)] == bare)
@@ -134,7 +137,7 @@ def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:
 
 
 def clean_starts(tokens: Iterable[str]) -> frozenset[str]:
-    """Return the added tokens that can never begin within an occurrence of another added token, or of themselves."""
+    """Return the added tokens that, in any text, never overlap with an added token that begins before them."""
     tokens = frozenset(tokens)
     within = {token[i:j] for token in tokens for i in range(1, len(token)) for j in range(i + 1, len(token) + 1)}
     ends = {token[i:] for token in tokens for i in range(1, len(token))}

@@ -1,8 +1,8 @@
-"""Jinja for chat templates, with limits: the sandbox of transformers, which also bounds the length of texts.
+"""Compiles chat templates with Jinja, in the same sandbox as transformers, and limits the length of texts.
 
-The result of anything that could produce gigabytes in one step (repeating, joining, padding, powers) is measured before
-it is built. The watchdog stops endless loops. This protects against templates and rows that get out of hand; it does
-not protect against a template that was written to attack the machine.
+Some operations (repeating, joining, padding, powers) could produce gigabytes in one step. The size of their result is
+computed before the result is built. `watchdog` stops endless loops. This protects against faulty templates and rows. It
+does not protect against a template that was written to attack the machine.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ MAX_INTEGER_BITS = 2**16
 
 
 class TextTooLong(Exception):
-    """Raised if a template produced, or was about to produce, more text than allowed."""
+    """Raised if a template has produced, or would produce, more text than allowed."""
 
 
 def compile_template(text: str, date: datetime.date) -> Callable[[Mapping[str, Any]], str]:
-    """Compile a chat template to a function from its variables to text.
+    """Compile a chat template to a function that takes the template's variables and returns the rendered text.
 
-    `date` is what `strftime_now` formats. The function raises TextTooLong, and any exception that the template raises.
+    The template's function `strftime_now` formats `date`. The returned function raises TextTooLong, and any exception
+    that the template raises.
 
     Raises:
         jinja2.TemplateSyntaxError: the template is not valid.
@@ -81,12 +82,12 @@ def _to_json(
 ) -> str:
     """Convert a value to JSON without Jinja's HTML escapes, as templates expect it."""
     if isinstance(indent, int) and indent > 100:
-        raise TextTooLong(f"an indentation of {indent}")
+        raise TextTooLong(f"uses an indentation of {indent}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """The block `{% generation %}`, with which some templates mark the assistant's tokens; it renders its content."""
+    """Adds the block `{% generation %}` to Jinja, with which some templates mark the assistant's text. It renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own way of declaring them
 
@@ -104,7 +105,7 @@ def _concat(pieces: Iterable[str]) -> str:
     for piece in pieces:
         characters += len(piece)
         if characters > MAX_CHARACTERS:  # the same as `_check`, without a call for each piece
-            raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")
+            raise TextTooLong(f"writes more than {MAX_CHARACTERS:,} characters")
         kept.append(piece)
     return "".join(kept)
 
@@ -113,9 +114,9 @@ _MEASURED = (str, list, tuple)
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):
-    """A code generator that compiles printed sums, `{{ a + b }}`, to Python's `+`; `_concat` measures their results.
+    """Compiles a sum that is printed, `{{ a + b }}`, to Python's `+`, without a check: `_concat` checks what is printed.
 
-    A sum that is stored in a variable can double with each iteration of a loop; a printed one cannot.
+    A sum that is stored in a variable is still checked (`call_binop`), since it can double with each iteration of a loop.
     """
 
     def visit_Output(self, node: jinja2.nodes.Output, frame: Any) -> None:
@@ -144,7 +145,7 @@ def _summands(node: jinja2.nodes.Expr) -> Iterator[jinja2.nodes.Expr]:
 
 
 class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """An environment that measures the results of operators and text methods before they are built."""
+    """A sandboxed Jinja environment that limits the size of the results of operators and of text methods."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     code_generator_class = _CodeGenerator
@@ -154,13 +155,13 @@ class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "+":  # the most frequent operator; a sum at most doubles, so it can be measured afterwards
             result = left + right
             if isinstance(result, _MEASURED) and len(result) > MAX_CHARACTERS:
-                raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")
+                raise TextTooLong(f"writes more than {MAX_CHARACTERS:,} characters")
             return result
         if operator == "*":
             _check_product(left, right)
         elif operator == "**":
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_INTEGER_BITS:
-                raise TextTooLong("a power of too many digits")
+                raise TextTooLong("computes a power with too many digits")
         elif isinstance(left, str):
             _check(_grown("format", left, right if isinstance(right, tuple) else (right,)))
         return self.binop_table[operator](left, right)
@@ -173,7 +174,10 @@ class _BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a filter so that its result is measured first. Only an evaluation context may precede the value."""
+    """Wrap a Jinja filter so that the size of its result is checked before it runs.
+
+    The value to filter is the first argument, or the second if the first is Jinja's evaluation context.
+    """
     first = 1 if hasattr(filter_, "jinja_pass_arg") else 0
 
     @functools.wraps(filter_)
@@ -195,7 +199,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 def _grown(method: str, text: str, args: tuple[Any, ...]) -> int:
-    """Return an upper bound for the length of a text method's result; 0 if it is no longer than its input."""
+    """Return an upper bound for the length of the text that a method returns; 0 if it cannot be longer than its input."""
     widths = [a for a in args if isinstance(a, int)]
     texts = [a for a in args if isinstance(a, str)]
     match method:
@@ -219,7 +223,10 @@ def _grown(method: str, text: str, args: tuple[Any, ...]) -> int:
 
 
 def _formatted(text: str, args: tuple[Any, ...]) -> int:
-    """Return a bound for the length of formatted text: its widths, plus its longest argument in each of its places."""
+    """Return an upper bound for the length that formatting adds to a text.
+
+    It is the largest width in the format, plus the length of the longest argument for each placeholder.
+    """
     values = [v for a in args for v in (a.values() if isinstance(a, Mapping) else (a,))]
     widths = [int(n[:12]) for n in _NUMBER.findall(text)] + [v for v in values if isinstance(v, int)]
     places = text.count("{") + text.count("%")
@@ -231,9 +238,9 @@ def _check_product(left: Any, right: Any) -> None:
         if isinstance(repeated, str | list | tuple) and isinstance(times, int):
             _check(len(repeated) * times)
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
-        raise TextTooLong("a product of too many digits")
+        raise TextTooLong("computes a product with too many digits")
 
 
 def _check(characters: int) -> None:
     if characters > MAX_CHARACTERS:
-        raise TextTooLong(f"more than {MAX_CHARACTERS:,} characters")
+        raise TextTooLong(f"writes more than {MAX_CHARACTERS:,} characters")

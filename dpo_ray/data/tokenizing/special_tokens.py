@@ -1,4 +1,4 @@
-"""Special tokens: those that the tokenizer has, and the search for rows whose text contains one."""
+"""Finds out which tokens of a tokenizer are special, and which rows contain the text of a special token."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dpo_ray.data.groups import TextGroup
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, user_turn: str) -> list[str]:
-    """Return the tokens that no row may contain: with them a row could end a turn, or begin one in another role.
+    """Return the tokens that the text of a row must not contain. With them a row could end a turn, or begin another one.
 
-    These are all tokens that the tokenizer marks as special or gives a role (BOS, EOS, ...), and those of its other
-    added tokens that the template writes around a user's turn: some models have ChatML's tokens, but neither mark them
-    as special nor give them a role. Added tokens that do not frame a turn (`<think>`, `<tool_call>`, runs of spaces)
-    are content, and answers contain them.
+    These are the tokens that the tokenizer marks as special, or that it uses as BOS, EOS and so on. Other added tokens are
+    included if the template writes them around a user's turn: some models have ChatML's tokens without marking them as
+    special. Added tokens that do not stand around a turn (`<think>`, `<tool_call>`, several spaces) are content that
+    answers may contain.
     """
     added = tokenizer.added_tokens_decoder.values()
     marked = [token.content for token in added if token.special]
@@ -30,7 +30,7 @@ def _looks_like_markup(token: str) -> bool:
 
 
 class InjectionScan:
-    """A search for text in rows that the tokenizer would read as a special token."""
+    """Searches the text of rows for special tokens: text that the tokenizer would encode as one of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
         self._spelled = Spelled(tokens)
@@ -54,7 +54,7 @@ class InjectionScan:
 
 
 class Spelled:
-    """A search for tokens in text: from left to right; if several match at one place, the longest."""
+    """Searches a text for written-out tokens, from left to right. If several match at one position, the longest counts."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         longest_first = sorted(tokens, key=lambda token: (-len(token), token))
@@ -62,7 +62,7 @@ class Spelled:
         self._firsts = {token[0] for token in longest_first}
 
     def may_be_in(self, text: str) -> bool:
-        """Return quickly whether the text can contain any token at all."""
+        """Return False if the text cannot contain any of the tokens. This is fast: only their first characters are searched."""
         return any(map(text.__contains__, self._firsts))
 
     def first(self, text: str) -> str | None:
@@ -79,18 +79,18 @@ class Spelled:
         return last
 
     def split(self, text: str) -> list[str]:
-        """Split text at its tokens: text, token, text, ..., text. Joined, the parts are the text."""
+        """Split a text into alternating parts: text, token, text, ..., text. All parts joined are the whole text."""
         return self._pattern.split(text) if self._pattern and self.may_be_in(text) else [text]
 
 
 def _text(group: TextGroup) -> str:
-    """Join all text of a row, including the arguments of tool calls, by a character that no token contains."""
+    """Join all texts of a row, including the arguments of tool calls. The separator is a character that no token contains."""
     texts: list[str] = []
     turns = (group.prompt,) if isinstance(group.prompt, str) else group.prompt
     for turn in (*turns, *group.completions):
         if isinstance(turn, str):
             texts.append(turn)
-        elif len(turn) == 2 and type(turn.get("content")) is str:  # role and content, as nearly all have
+        elif len(turn) == 2 and type(turn.get("content")) is str:  # only role and content, as in nearly all messages
             texts.append(turn["content"])
         else:  # the role is one of a few known values and need not be searched
             _collect([value for key, value in turn.items() if key != "role"], texts)

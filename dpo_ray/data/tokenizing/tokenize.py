@@ -1,4 +1,4 @@
-"""The tokenization of preference groups: text is rendered, encoded, checked and truncated."""
+"""Tokenizes preference groups: renders their text with the chat template, encodes it, checks it, and truncates it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .watchdog import Watchdog
 def tokenize_groups(
     groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig
 ) -> list[TokenGroup | Rejected]:
-    """Tokenize a batch; an item that was or becomes rejected is returned at its position as `Rejected`.
+    """Tokenize a batch of groups. The result of a group that is rejected, here or before, is a `Rejected`.
 
     `template` is the chat template's text, or `plain`. The ids are those that the tokenizer produces for the rendered
     conversation, up to the token that ends the answer's turn. The tokenizer must not be changed between calls.
@@ -52,22 +52,24 @@ def tokenize_groups(
 def stop_tokens(
     tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig, model_directory: Path
 ) -> tuple[int, ...]:
-    """List the tokens at which sampling stops: EOS, the one that ends an answer in the template, and those of
-    generation_config.json."""
+    """List the ids of the tokens at which sampling stops.
+
+    These are EOS, the token that the chat template writes after an answer, and the tokens that generation_config.json names.
+    """
     ending = _turn_ending(tokenizer, Renderer(template, tokenizer, config), _encoder(tokenizer, template == PLAIN))
     own = () if ending.own_id is None else (ending.own_id,)
     return tuple(sorted({ending.eos_id, *own, *generation_ends(model_directory)}))
 
 
 def _turn_ending(tokenizer: PreTrainedTokenizerBase, renderer: Renderer, encoder: Encoder) -> TurnEnding:
-    """Return the ending of an answer, as the template writes it after one that holds no special token."""
+    """Find out which token the template writes after an answer, by rendering a short answer without special tokens."""
     ending = TurnEnding(tokenizer, plain=renderer.is_plain)
     if renderer.is_plain:
         return ending
     try:
         with Watchdog(RENDER_SECONDS) as watchdog:
             rendered = renderer.render(TextGroup("x", ("y",), (1.0,), (), ()), watchdog)
-    except Rejected:  # it needs more than a question and an answer
+    except Rejected:  # the template needs more than a question and an answer
         return ending
     (encoded,) = encoder.encode([rendered])
     return ending if isinstance(encoded, Rejected) else ending.after(encoded.completions[0])
@@ -99,14 +101,14 @@ def _token_group(group: TextGroup, encoded: Encoded, ending: TurnEnding, config:
         raise Rejected("EMPTY_PROMPT", "the prompt has no tokens")
     ended = [ending.ended(ids) for ids in encoded.completions]
     if any(ids in ending.tokens for ids in ended):
-        raise Rejected("NO_RESPONSE_TOKENS", "rendered, a completion is nothing but the end of its turn")
+        raise Rejected("NO_RESPONSE_TOKENS", "after rendering, a completion consists only of its end-of-turn token")
     prompt, completions = truncate(
         np.frombuffer(encoded.prompt, np.int32), [np.frombuffer(ids, np.int32) for ids in ended], config
     )
     chosen, rejected = ([], []) if len(completions) == 1 else (list(group.chosen), list(group.rejected))
     pairs = zip(chosen, rejected, strict=True) if chosen else itertools.combinations(range(len(completions)), 2)
     if any(completions[a].tobytes() == completions[b].tobytes() for a, b in pairs):
-        raise Rejected("NO_RESPONSE_TOKENS", "as tokens, after truncation, two completions are the same")
+        raise Rejected("NO_RESPONSE_TOKENS", "after truncation, two completions have the same tokens")
     return TokenGroup(
         prompt,
         completions,

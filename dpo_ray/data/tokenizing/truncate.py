@@ -1,4 +1,4 @@
-"""Length limits: which tokens of a prompt and its completions are kept."""
+"""Applies the recipe's length limits to the tokens of a prompt and its completions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from dpo_ray.data.admission import Rejected
 def truncate(
     prompt: np.ndarray, completions: Sequence[np.ndarray], config: DataConfig
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Truncate prompt + completion to the recipe's limits; the prompt is the same for all completions.
+    """Truncate a prompt and its completions to the recipe's limits. The prompt stays the same for all completions.
 
-    keep_start cuts the completions' ends; keep_end cuts the prompt's start; drop cuts nothing.
+    data.truncation decides what is cut: `keep_start` cuts the ends of completions, `keep_end` cuts the start of the
+    prompt, and `drop` cuts nothing.
 
     Raises:
-        Rejected: cutting what may be cut is not sufficient.
+        Rejected: PROMPT_TOO_LONG or TOO_LONG, if the limits are exceeded even after these cuts.
     """
     limit, prompt_limit = config.max_length_tokens, config.max_prompt_tokens
     if prompt_limit is not None and len(prompt) > prompt_limit:

@@ -1,4 +1,4 @@
-"""The token that ends an answer's turn: where a completion ends, and at which tokens sampling stops."""
+"""Finds the token that ends the turn of an answer. It is the last token of a completion, and sampling stops at it."""
 
 from __future__ import annotations
 
@@ -12,28 +12,33 @@ _ID_BYTES = np.dtype(np.int32).itemsize
 
 
 class TurnEnding:
-    """The tokens that can end a turn: with a template any special token, in plain text only EOS."""
+    """The tokens that can end a turn. With a chat template this is any special token, and with plain text only EOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
         self._tokenizer = tokenizer
         marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         self.eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         ends = (self.eos_id,) if plain else (self.eos_id, *tokenizer.all_special_ids, *marked)
-        self.own_id: int | None = None  # the one that the template writes after an answer, once it is known
+        self.own_id: int | None = None  # the token that the template writes after an answer; None if it is not known
         self.tokens = frozenset(map(_as_bytes, ends))
         self._blank: dict[bytes, bool] = {}
 
     def after(self, answer: bytes) -> TurnEnding:
-        """Take the token that ends this answer (int32), which holds no special token itself, as the template's own."""
+        """Set `own_id`, the token that the template writes after answers, from the end of an encoded answer (int32).
+
+        The text of the answer must not contain a special token.
+        """
         self.own_id = int(np.frombuffer(self.ended(answer)[-_ID_BYTES:], np.int32)[0])
         return self
 
     def ended(self, ids: bytes) -> bytes:
-        """Return a completion (int32) that ends with its end-of-turn token; what a template writes after it is removed.
+        """Return a completion (int32) up to its end-of-turn token; tokens that the template writes after it are removed.
 
-        After the end token there are only end tokens and white space, as in `answer<|im_end|>\\n` or
-        `answer<|end|>\\n<|endoftext|>`. It is the first such token that the template itself writes, as an answer may end
-        with a special token (`</think><|im_end|>`), or else the first one. If there is none, EOS is appended.
+        The candidates are the end tokens at the end of the completion that are followed only by end tokens and white
+        space, as in `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. The end-of-turn token is the first
+        candidate that the template writes itself (`own_id`), because the answer may also end with a special token
+        (`</think><|im_end|>`). If the template writes none of them, it is the first candidate. If there is no candidate,
+        EOS is appended.
         """
         own = b"" if self.own_id is None else _as_bytes(self.own_id)
         first = end = None
@@ -54,7 +59,7 @@ class TurnEnding:
 
 
 def generation_ends(model_directory: Path) -> set[int]:
-    """Return the `eos_token_id` of a model's generation_config.json, which may be several; none without the file."""
+    """Return the ids that generation_config.json of a model lists as `eos_token_id`; an empty set if there are none."""
     try:
         found = json.loads((model_directory / "generation_config.json").read_bytes())["eos_token_id"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""A watchdog that stops Python code that runs too long, in any thread: templates are programs, and may never end."""
+"""Stops Python code that runs too long, in any thread. Chat templates need this: they are programs that may never end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
 class _OverTime(BaseException):
-    """Raised in the watched thread from outside; a BaseException, so that no `except Exception` there catches it."""
+    """Raised by the watchdog in the watched thread. As a BaseException, it is not caught by `except Exception` there."""
 
 
 class Watchdog:
-    """A context that limits the time of each call in the thread that enters it. One additional thread watches all calls.
+    """A context manager whose method `run` limits the time of a call. One additional thread watches all calls.
 
-    Time is the watched thread's own CPU time if the system provides it, so that valid rows are not rejected only
-    because the machine is busy; otherwise it is wall time. A single step within C code is not interrupted.
+    The time is the CPU time of the thread that entered the context, so that valid rows are not rejected only because the
+    machine is busy. If the system cannot measure it, wall time is used. A single step within C code is not interrupted.
     """
 
     def __init__(self, limit_seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Models that are small enough to ship in the package, so that the quickstart and the tests need no download."""
+"""Models so small that they are part of the package. With them, the quickstart and the tests need no download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpo_ray.errors import ConfigError
 
 
 def builtin_model(name: str) -> Path:
-    """Return the directory of a shipped model, in Hugging Face format; raise ConfigError if there is none."""
+    """Return the directory of a model of this package, in Hugging Face format; raise ConfigError if the name is unknown."""
     here = Path(__file__).parent
     names = sorted(path.parent.name for path in here.glob("*/config.json"))
     if name not in names:

@@ -1,10 +1,10 @@
-"""Script to build `sentiment_llama`: a byte-level BPE and a 0.36 M-parameter Llama for the reviews of data/synthetic.
+"""Script that trains `sentiment_llama`: a byte-level BPE tokenizer and a Llama of 0.36 M parameters for film reviews.
 
     python -m dpo_ray.models.builtin.make_sentiment_llama [output directory]
 
-It is the reference model of the quickstart, and takes the place of a supervised fine-tuned model in a real run: it is
-trained on unlabelled reviews, each ended by EOS, until its loss is close to the grammar's entropy. The script takes
-about a minute on two cores.
+The model is the reference model of the quickstart, where a real run would use a supervised fine-tuned model. It is trained
+on unlabelled reviews of data/synthetic.py, each followed by EOS, until its loss is close to the entropy of the grammar that
+generates them. The script takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ DOCUMENTS_OF_THE_TOKENIZER, HELD_OUT_DOCUMENTS = 8_000, 2_048
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE: any text can be encoded, and nothing (no BOS, no space) is added to it.
+    """Train the byte-level BPE tokenizer. It can encode any text, and adds nothing to a text (no BOS, no space).
 
-    Words are split before their space, so if a completion begins with a space, the encoding of
-    prompt + completion is the concatenation of their encodings.
+    A word includes the space before it. So if a completion begins with a space, the ids of prompt + completion are the ids
+    of the prompt followed by the ids of the completion.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,7 +62,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Build the untrained Llama in fp32: grouped-query attention and tied embeddings, as larger ones have."""
+    """Build an untrained Llama in float32. Like larger models, it has grouped-query attention and tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -103,9 +103,9 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
 
 @torch.no_grad()
 def document_nats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
-    """Measure the mean negative log-prob of a held-out document and its EOS, in nats, given its first token.
+    """Measure the mean negative log-prob, in nats, of a held-out document with its EOS.
 
-    The first token is predicted from nothing, so it is not counted; see `floor_nats`.
+    The first token is not counted, because no token before it predicts it; see `floor_nats`.
     """
     nats = 0.0
     for ids, mask in _batches(documents(HELD_OUT_DOCUMENTS, seed), tokenizer):
@@ -116,7 +116,7 @@ def document_nats(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, s
 
 
 def floor_nats(tokenizer: PreTrainedTokenizerFast) -> float:
-    """Return the grammar's entropy minus that of the first token: the lower bound of `document_nats`."""
+    """Return the lower bound of `document_nats`: the entropy of the grammar, minus the entropy of the first token."""
     first = [tokenizer.encode(text)[0] for text in RULES["when"]]
     counts = [first.count(token) for token in set(first)]
     return entropy_nats() + sum(c / len(first) * math.log(c / len(first)) for c in counts)
@@ -141,14 +141,14 @@ def main(directory: Path) -> None:
 
 
 def _learning_rate_factor(step: int) -> float:
-    """Return the learning-rate factor: it rises over the warm-up, then falls as a cosine to nearly 0."""
+    """Return the factor of the learning rate: it rises during the warm-up, and then falls as a cosine to nearly 0."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))
 
 
 def _batches(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (token ids, mask), each [documents, tokens]: documents ended by EOS, padded on the right."""
+    """Yield (token ids, mask), both [documents, tokens]. Each document is followed by EOS, and padded on the right."""
     while chunk := list(islice(texts, DOCUMENTS_PER_STEP)):
         rows = [torch.tensor([*tokenizer.encode(text), EOS_ID]) for text in chunk]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)

@@ -133,7 +133,7 @@ def test_splits_of_a_directory_are_not_mixed(tmp_path: Path, files: tuple[str, .
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     for path in (str(root), f"{root}/**"):
-        with pytest.raises(ConfigError, match=f"of the splits {found}, which must not be mixed"):
+        with pytest.raises(ConfigError, match=f"belong to the splits {found}, which must not be mixed"):
             shards_of(path)
     train = [name for name in files if "train" in name and not name.startswith("data.")]
     chosen = shards_of({"path": str(root), "split": "train"})

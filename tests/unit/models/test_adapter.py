@@ -161,7 +161,7 @@ def test_where_there_is_none(tmp_path: Path) -> None:
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"some_later_kind": {"x": 1}}, "some_later_kind"),
-        ({"r": 5}, "rank 4 (A) and 4 (B), and adapter_config.json says 5"),
+        ({"r": 5}, "rank 4 (A) and 4 (B), but adapter_config.json sets rank 5"),
         ({"rank_pattern": {"v_proj": 3}}, "self_attn.v_proj` have rank 4"),
         ({"rank_pattern": {"v_proj(": 3}}, "rank_pattern: "),
         ({"r": None}, "r is None"),

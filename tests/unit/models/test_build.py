@@ -68,11 +68,11 @@ def alone(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda w: w.pop("model.norm.weight"), "the files lack `model.norm.weight`"),
-        (lambda w: w.update({"v_head.weight": torch.ones(3)}), "the model has no place for `v_head.weight`"),
+        (lambda w: w.pop("model.norm.weight"), "the files do not contain the weight `model.norm.weight`"),
+        (lambda w: w.update({"v_head.weight": torch.ones(3)}), "the model has no weight `v_head.weight`"),
         (
             lambda w: w.update({"lm_head.weight": torch.ones(7, 32)}),
-            "config.json gives another shape to `lm_head.weight`",
+            "config.json sets another shape for the weight `lm_head.weight`",
         ),
     ],
 )

@@ -77,7 +77,7 @@ def with_config(**changes: object) -> Callable[[Path], None]:
         (no_header, "model.safetensors is damaged or incomplete"),
         (empty, "model.safetensors is damaged or incomplete"),
         (lies, "model.safetensors is damaged or incomplete"),
-        (index_of_nothing, "names model-00002.safetensors, which is not there"),
+        (index_of_nothing, "names model-00002.safetensors, which is missing"),
         (bad_index, "model.safetensors.index.json cannot be read"),
         (with_config(vocab_size=10**12), "rows, but config.json gives a vocabulary of 1000000000000"),
         (with_config(model_type="nobody_knows"), "transformers cannot read config.json"),

@@ -101,7 +101,7 @@ def test_an_architecture_falls_back_to_a_layout_that_it_computes_exactly(
     lines = [r.getMessage() for r in caplog.records if r.name == "dpo_ray.models.probe"]
     assert len(lines) <= 1
     if policy.layout != wanted:
-        assert f"`{config.model_type}` the layout is {policy.layout} in place of {wanted}" in lines[0]
+        assert f"`{config.model_type}` uses the layout {policy.layout} instead of {wanted}" in lines[0]
 
 
 @pytest.mark.parametrize(
