@@ -72,7 +72,6 @@ def train(
     """Run all steps after `progress`, and commit all checkpoints. Collective: all ranks must call this.
 
     Args:
-        steps: the remaining steps, each with this rank's micro-batches.
         report: called with one row of metrics per step, which includes the held-out figures if they were measured.
         wish: called after every step; returns what the driver or Ray requests.
 
