@@ -101,7 +101,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, unit: str, total: int | None = None, *, beside: bool = False) -> Iterator[Bar]:
-        """Context manager that shows a stage's progress. At the end it prints a last line, if the stage did not fail.
+        """Show the progress of a stage while this context is active. If the stage does not fail, print a last line.
 
         Args:
             unit: what is counted, such as `groups`.
