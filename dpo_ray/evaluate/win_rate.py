@@ -82,7 +82,10 @@ def _differences(ours: Sequence[float | None], theirs: Sequence[float | None]) -
 def _mean_interval(
     values: np.ndarray, bootstrap_samples: int, confidence: float, seed: int
 ) -> tuple[float | None, float | None, float | None]:
-    """Return the mean of `values` and the two ends of its percentile bootstrap interval; three None without values."""
+    """Return the mean of `values`, and the lower and upper end of its percentile bootstrap interval.
+
+    If there are no values, all three are None.
+    """
     if not len(values):
         return None, None, None
     rng = np.random.default_rng(seed)
