@@ -66,8 +66,8 @@ def heldout_sums(
     """Measure the policy on one held-out set. Collective: all ranks must call this.
 
     Returns:
-        First the sums over all ranks, in the form that `measures.measure` returns, but with the loss of each step
-        multiplied by the weight of the step. Second this rank's rows of the held-out table: float64 [pairs, HELDOUT]
+        First, the sums over all ranks, in the form that `measures.measure` returns, but with the loss of each step
+        multiplied by the weight of the step. Second, this rank's rows of the held-out table: float64 [pairs, HELDOUT]
         on the CPU, without fillers (micro-batches of weight 0).
     """
     policy.eval()

@@ -44,7 +44,7 @@ class Wish:
 
 
 def epochs_seen(steps: int, config: TrainConfig, groups: int) -> float:
-    """Return how many epochs are finished after `steps` steps, as a fraction.
+    """Return the number of epochs (with a fraction) that training has finished after `steps` steps.
 
     Without `config.steps`, the result is at most `config.epochs`: the very last step may be smaller than the others.
     """

@@ -53,7 +53,7 @@ def train_and_export(task: TrainTask) -> dict[str, Any]:
 
     Returns:
         On rank 0, the entries of the artifact's files and the figures of training; on other ranks {}. If all ranks
-        raised the same error, the key `error` holds it. If the audit forbids training, there is only `audit`.
+        raised the same error, only `error` is returned. If the audit forbids training, only `audit` is returned.
 
     Raises:
         TrainError: another rank did not respond in time. Ray Train then stops and restarts all workers.

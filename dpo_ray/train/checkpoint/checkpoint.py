@@ -65,7 +65,7 @@ class Progress:
 
 
 def oldest_step(place: Storage) -> int:
-    """Return the step of the oldest checkpoint; 0 without checkpoints. Training never resumes before it."""
+    """Return the step of the oldest checkpoint; 0 without checkpoints. Training never resumes before that."""
     return min(committed_steps(place), default=0)
 
 
@@ -85,7 +85,7 @@ class Checkpoints:
         seed: int = 0,
         hang_seconds: float = 1800,
     ) -> None:
-        """Write checkpoints to `place` under the name `attempt`, and keep the newest `keep` of them.
+        """Prepare to write checkpoints to `place` under the name `attempt`. The newest `keep` checkpoints are kept.
 
         Args:
             identity: digest of everything that determines the weights. A checkpoint with another digest is not loaded.
@@ -221,7 +221,7 @@ class Checkpoints:
         )
 
     def metrics(self, until_step: int) -> list[dict[str, float]]:
-        """Return one row of metrics for each step up to `until_step`, which has a checkpoint; in the order of steps."""
+        """Return one row of metrics per step, in order, up to `until_step`. That step must have a checkpoint."""
         rows: dict[int, dict[str, float]] = {}
         for start, stop in self._segments():
             if stop <= until_step:
@@ -231,7 +231,7 @@ class Checkpoints:
         return [rows[step] for step in sorted(rows)]
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Delete the metrics of all steps after `step`: these steps run again, perhaps with other file names."""
+        """Delete the metrics of all steps after `step`. These steps run again, and their files may get other names."""
         for start, stop in self._segments():
             if stop > step:
                 self._place.delete(f"metrics/{start:09d}-{stop:09d}.jsonl")

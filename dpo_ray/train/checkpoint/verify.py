@@ -96,9 +96,10 @@ class Soundness:
 
 
 def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | None]) -> str | None:
-    """Check again, on rank 0, the files that some rank found damaged; return what is wrong, or None without such files.
+    """Check again, on rank 0, the files that some rank found damaged.
 
-    Without this second check, one node with a bad mount would cause every checkpoint to be rejected.
+    Return what is wrong with a file; None if no rank found a damaged file. Without this second check, one node with a
+    bad mount would cause every checkpoint to be rejected.
 
     Args:
         files: digest of each file, by name.
