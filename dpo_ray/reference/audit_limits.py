@@ -147,14 +147,14 @@ def check_drift(judgement: Judgement, config: AuditConfig, engine: str) -> None:
     """Check that the measurement passes. If `on_drift` is "warn", check nothing.
 
     Raises:
-        AuditError: a statistic is over its limit. The error lists each such statistic with its value, its limit and the
-            usual cause, and the groups with the largest drift.
+        AuditError: a statistic is over its limit, or no tokens were compared. The error lists each such statistic with
+            its value, its limit and the usual cause, and the groups with the largest drift.
     """
     if judgement.passed or config.on_drift == "warn":
         return
     fix = "set reference.audit.on_drift=use_trainer, which scores everything again with the trainer's own forward pass"
     if engine == "trainer":
-        fix = "the trainer differs from itself: check whether the model, its adapter or the store's files have changed"
+        fix = "the trainer computed both: check whether the model, its adapter or the store's files have changed"
     fields = " and ".join(f"reference.audit.{f.field}" for f in judgement.over)
     raise AuditError(
         "\n  ".join(["the stored reference log-probs differ from the trainer's own", *described(judgement)]),

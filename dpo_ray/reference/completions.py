@@ -1,4 +1,4 @@
-"""Completions for evaluations: a pool of engines samples them, and computes their log-probs under another model."""
+"""Completions for evaluations: a pool of engines samples them, and computes their log-probs under a model."""
 
 from __future__ import annotations
 

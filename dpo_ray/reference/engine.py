@@ -134,7 +134,7 @@ class Engine:
             rescored=computed.rescored,
             seconds=computed.seconds,
             engine=self._name,
-            unscored=tuple(Unscored(i, "no_log_probs", f"said by {self._name}") for i in ids),
+            unscored=tuple(Unscored(i, "no_log_probs", f"scored by {self._name}") for i in ids),
         )
 
     def close(self) -> None:

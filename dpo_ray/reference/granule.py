@@ -18,7 +18,7 @@ GRANULE = pa.schema(
 )
 
 REASONS = {
-    "kills_engine": "an engine died twice while it scored this group",
+    "kills_engine": "two engines died while they scored this group",
     "no_log_probs": "the model gives no finite log-probs for this group",
 }
 """Explanations of why a group has no reference log-probs, by reason code."""

@@ -1,4 +1,4 @@
-"""The join of the reference store to the groups: log-probs are found by key, never by position, and counted."""
+"""The join of the reference store to the groups. Log-probs are found by key, never by position in a file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def join_part(
     """Write the reference log-probs for one file of the tokens artifact: the same groups in the same order.
 
     Args:
-        name: name of the file, which the new file gets too.
+        name: name of this file in the tokens artifact; the new file gets the same name.
         unscored: the groups that cannot be scored, by group_id. Their log-probs are written as null.
 
     Raises:

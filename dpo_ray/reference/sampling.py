@@ -51,7 +51,7 @@ class Sampled:
 def sample_seed(run_seed: int, round_number: int, prompt_id: bytes, sample: int) -> int:
     """Compute the seed (63 bits) of one sample from the run's seed, the round, the prompt and the sample's number.
 
-    So a restart gives the same samples, and no two samples use the same random numbers.
+    So a restart gives the same samples, and no two samples use the same sequence of random numbers.
     """
     content = f"{run_seed}/{round_number}/{sample}/".encode() + prompt_id
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1

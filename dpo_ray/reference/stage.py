@@ -53,7 +53,7 @@ class ScoringTally:
     unscored: dict[bytes, Unscored] = field(default_factory=dict)
 
     def add(self, scored: Scored) -> None:
-        """Add the result of scoring a granule."""
+        """Add the counts of one scored granule (a batch of groups)."""
         self.done += scored.groups
         for name in ("sequences", "tokens", "cached_tokens", "rescored", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(scored, name))
@@ -75,7 +75,7 @@ class ScoringTally:
         )
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures for the artifact's manifest."""
+        """Return the totals by name, as figures for the artifact's manifest."""
         names = ("sequences", "found", "tokens", "cached_tokens", "rescored", "seconds", "tokens_per_second")
         return {**{name: getattr(self, name) for name in names}, "engines": len(self.engines)}
 

@@ -58,8 +58,8 @@ class InOrder:
         granule_groups: maximum number of groups in a granule (a batch for an engine). Granules are smaller if a turn
             has too few groups for all `engines`.
         announce: called, in another thread, with the files of a turn when they are written.
-        on_lookup: called for each turn with two numbers: the completions that the store had, and the groups whose
-            completions it had all.
+        on_lookup: called for each turn with the number of completions that the store had, and the number of groups
+            whose completions were all in the store.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class InOrder:
             raise Stopped
 
     def _look_ups(self) -> Iterator[Any]:
-        """Start, for each turn, the look-up of the groups that no earlier turn contains. Yield the task's results.
+        """Start, for each turn, the look-up of the groups that no earlier turn contains. Yield the Ray task's results.
 
         Yield None for a turn without such groups.
         """

@@ -121,7 +121,8 @@ def _in_background(
 def score_worker(settings: dict[str, ScoringTask]) -> ConfigError | None:
     """Run one scoring process.
 
-    Return an error that all ranks get alike and that a restart would not fix; otherwise None.
+    If the model cannot be loaded, return the error, because it is the same on all ranks and a restart would not help.
+    Otherwise return None.
     """
     import torch
     from ray.train.torch import get_device

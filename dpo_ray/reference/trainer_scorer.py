@@ -182,7 +182,7 @@ def _unscored(granule: pa.Table, keys: np.ndarray, failed: Sequence[bytes]) -> t
     without = set(failed)
     rows = sorted({int(g) for g, key in zip(group_of, keys, strict=True) if key.tobytes() in without})
     ids = granule["group_id"].take(pa.array(rows, pa.int64())).to_pylist()
-    return tuple(Unscored(i, "no_log_probs", "by the trainer's own forward pass") for i in ids)
+    return tuple(Unscored(i, "no_log_probs", "scored by the trainer's own forward pass") for i in ids)
 
 
 def _missing_groups(granule: pa.Table, missing: np.ndarray) -> tuple[list[Group], list[np.ndarray]]:

@@ -179,9 +179,9 @@ def contradictions(partition: Storage, keys: Mapping[str, np.ndarray]) -> Contra
 
 
 def differing(some: pa.ListArray, others: pa.ListArray, tolerance: float) -> np.ndarray:
-    """Compare two columns of lists row by row: bool [n], True if the lists have different lengths or different values.
+    """Compare two columns of lists row by row. Return bool [n]: True if the two lists of a row differ.
 
-    Two values are different if they differ by more than `tolerance`.
+    Lists differ if their lengths differ, or if two values differ by more than `tolerance`.
     """
     lengths = np.diff(some.offsets.to_numpy())
     differ = lengths != np.diff(others.offsets.to_numpy())

@@ -1,7 +1,7 @@
 """Clean-up of a reference store.
 
-Damaged segments (files) and unfinished files are deleted, and small segments are merged. Unused partitions (the
-directory of one model and its numerics) are deleted on request.
+Damaged segments (files) and unfinished files are deleted, and small segments are merged. Unused partitions (each is
+the directory of one model and its numerics) are deleted on request.
 """
 
 from __future__ import annotations

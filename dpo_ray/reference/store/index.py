@@ -33,7 +33,7 @@ def halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
-    """Return for each position whether its key does not occur at an earlier position: bool [n]."""
+    """Return for each key of an array whether it occurs there for the first time: bool [n]."""
     first, second = halves(keys)
     order = _order(first, second)
     is_first = np.empty(len(keys), bool)
@@ -91,7 +91,7 @@ class StoreIndex:
         return len(self.first)
 
     def find(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Return for each key whether the index contains it, so that the store has its log-probs: bool [n]."""
+        """Return for each key whether the index contains it; then the store has its log-probs: bool [n]."""
         return self.positions(keys) >= 0
 
     def positions(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:

@@ -155,8 +155,8 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
     """Build the options that prepare an engine for one LoRA adapter.
 
     Only the modules that the adapter changes are prepared. By default vLLM would also prepare the output head. That
-    breaks the log-probs of prompts even if the adapter does not change the head, because vLLM then
-    treats each row of a prompt as a separate sequence.
+    breaks the log-probs of prompts even if the adapter does not change the head, because vLLM then treats each row of a
+    prompt as a separate sequence.
 
     Raises:
         ConfigError: the adapter changes the output head or the embeddings, or its rank is above vLLM's limit.

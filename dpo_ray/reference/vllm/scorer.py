@@ -204,7 +204,7 @@ def pack_head(worker: Any) -> None:
 
 
 def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
-    """Return the order in which to score requests: groups with the longest sequences first, each group together."""
+    """Return the indices of the requests in the order of scoring: long groups first, each group's requests together."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in requests]
     longest: dict[int, int] = {}
     for request, length in zip(requests, lengths, strict=True):
