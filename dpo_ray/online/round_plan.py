@@ -274,7 +274,7 @@ def sampler_config(plan: Plan) -> dict[str, Any]:
 
 
 def heldout_sampling_config(plan: Plan) -> dict[str, Any]:
-    """Return the settings on which a policy's samples of the held-out prompts depend (not the policy, not the data)."""
+    """Return the settings on which samples of the held-out prompts depend, besides the policy and the data."""
     online = online_of(plan.recipe)
     sampling = online.sampling.model_dump(mode="json", exclude={"samples_per_prompt", "pair_truncated"})
     return {"seed": plan.recipe.seed, "heldout_prompts": online.evaluate.prompts, **sampling, **sampler_config(plan)}

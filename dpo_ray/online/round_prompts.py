@@ -22,7 +22,7 @@ from .round_plan import online_of
 
 
 class RoundPrompts:
-    """All prompts of a run, each kind read when it is first needed, and their texts."""
+    """All prompts of a run and their texts. Each kind of prompts is read when it is first needed."""
 
     def __init__(self, plan: Plan, prepared: Artifact, source: Artifact | None, say: Callable[[str], None]) -> None:
         """Store the inputs; nothing is read yet.
@@ -77,14 +77,14 @@ class RoundPrompts:
 
     @cached_property
     def _fitting(self) -> list[Prompt]:
-        """List the prompts that are short enough for the model's context together with `max_new_tokens` more tokens."""
+        """List the prompts that leave enough of the model's context for `max_new_tokens` more tokens."""
         every = training_prompts(self._prepared) if self._source is None else read_prompts(self._source)
         fitting = [p for p in every if self._longest is None or len(p.ids) <= self._longest]
         if len(fitting) < len(every):
             left = len(every) - len(fitting)
             self._say(
-                f"{left:,} of {len(every):,} prompts are left out: the model's context is too short for them and "
-                "online.sampling.max_new_tokens more tokens"
+                f"{left:,} of {len(every):,} prompts are left out: they are too long to leave room in the model's "
+                "context for online.sampling.max_new_tokens tokens"
             )
         return fitting
 
@@ -98,12 +98,12 @@ class RoundPrompts:
         """List the held-out prompts on which policies are measured.
 
         Raises:
-            ConfigError: all held-out prompts are too long for the model's context together with a completion.
+            ConfigError: no held-out prompt leaves enough of the model's context for a completion.
         """
         prompts = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest)
         if not prompts:
             raise ConfigError(
-                "no held-out prompt leaves room for a completion",
+                "no held-out prompt leaves room in the model's context for a completion",
                 where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
                 fix=f"lower it: at this value, a prompt may have at most {self._longest} tokens",
             )

@@ -133,9 +133,10 @@ def next_action(
 
 
 def starting_policy(rounds: Sequence[Committed], number: int) -> int | None:
-    """Return the round whose policy is the start of round `number`: the last earlier round with a promoted policy.
+    """Return the number of the round from whose policy round `number` starts.
 
-    Return None if there is no such round; then round `number` starts from the initial model.
+    This is the last round before `number` whose policy was promoted; None if there is none. Then round `number` starts
+    from the initial model.
     """
     return max((r.number for r in rounds if r.number < number and r.promoted), default=None)
 
@@ -146,7 +147,7 @@ def _check_order(committed: Committed, order: Sequence[Stage]) -> None:
         raise ArtifactError(
             f"this round has an artifact of `{min(strange)}`, but its objective has no such stage",
             where=where,
-            fix="look up the round's artifacts by this recipe's own keys",
+            fix="find the round's artifacts by the keys of this recipe",
         )
     missing = next((k for k, s in enumerate(order) if s not in committed.stages), len(order))
     if later := [s for s in order[missing:] if s in committed.stages]:

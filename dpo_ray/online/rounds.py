@@ -85,7 +85,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
 
 
 def check_judges(config: OnlineConfig) -> None:
-    """Check that all judges can be constructed, before anything is sampled: that API keys are set, patterns valid, ...
+    """Check, before anything is sampled, that all judges can be constructed; for example, that API keys are set.
 
     Judges that load the weights of a model are not constructed here.
 

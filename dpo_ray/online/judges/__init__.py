@@ -1,1 +1,1 @@
-"""The judges of online rounds, which score sampled completions: one file per kind of judge, and stored answers."""
+"""The judges of online rounds, which score sampled completions. Their answers are stored and never asked for twice."""

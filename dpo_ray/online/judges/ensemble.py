@@ -14,7 +14,7 @@ class JudgeByEnsemble:
     """A judge that asks its members one after the other. Each member has its own stored answers and costs."""
 
     def __init__(self, members: Mapping[str, tuple[Judge, float]]) -> None:
-        """Create the ensemble from its members: by name, each a judge with its weight."""
+        """Create the ensemble. `members` maps the name of each member to its judge and its weight."""
         self._members = members
 
     @property
@@ -50,7 +50,7 @@ def combined(verdicts: Mapping[str, Verdict], weights: Mapping[str, float]) -> V
     for places in zip(*ranked.values(), strict=True):
         weighted = [(weights[name], place) for name, place in zip(ranked, places, strict=True) if place is not None]
         scores.append(sum(w * p for w, p in weighted) / sum(w for w, _ in weighted) if weighted else None)
-    reasons = [f"{name}: {v.reason or 'has nothing to rank'}" for name, v in verdicts.items() if None in ranked[name]]
+    reasons = [f"{name}: {v.reason or 'fewer than two scores'}" for name, v in verdicts.items() if None in ranked[name]]
     return Verdict(
         tuple(scores),
         agreement=concordance({name: v.scores for name, v in verdicts.items()}, weights),

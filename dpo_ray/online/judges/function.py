@@ -106,7 +106,7 @@ def import_function(path: str) -> Function:
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
         known = ", ".join(own) or "nothing"
         what = f"{module_name} has no function `{name}`"
-        raise ConfigError(what, where=where, fix=f"the functions there: {known[:300]}")
+        raise ConfigError(what, where=where, fix=f"name a function of this module; it has {known[:300]}")
     return cast(Function, function)
 
 

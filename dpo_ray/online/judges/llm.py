@@ -200,7 +200,9 @@ def by_pairs(completions: int, outcomes: Mapping[tuple[int, int], tuple[Outcome,
                 points[completion].append(point)
     scores = tuple(sum(p) / len(p) if p else None for p in points)
     reasons = (
-        [f"{contradictions} of {len(outcomes)} pairs contradict themselves in swapped order"] if contradictions else []
+        [f"{contradictions} of {len(outcomes)} pairs have contradicting answers in the two orders"]
+        if contradictions
+        else []
     )
     reasons += [f"{len(unanswered)} of {len(outcomes)} pairs have no answer ({unanswered[0]})"] if unanswered else []
     agreement = 1 - (contradictions + len(unanswered)) / len(outcomes)

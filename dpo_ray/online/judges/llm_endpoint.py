@@ -123,10 +123,10 @@ class Endpoint:
 
     def given_up(self, trouble: Trouble, retries: int) -> JudgeError:
         """Build the error that is raised when no retry is left, or when the endpoint asks for too long a wait."""
-        what = f"no answer after {retries} retries; the last: {trouble.what}"
+        what = f"no answer after {retries} retries; the last failure: {trouble.what}"
         if trouble.wait_seconds:
-            what = f"{what}; it asks to wait {trouble.wait_seconds:.0f} s"
-        fix = "check that it is running; if it needs more time, raise timeout_seconds or max_retries, or lower concurrency"
+            what = f"{what}; the endpoint asks to wait {trouble.wait_seconds:.0f} s"
+        fix = "check that the endpoint runs; if it is slow, raise timeout_seconds or max_retries, or lower concurrency"
         return JudgeError(what, where=self._where, fix=f"{fix}. Every answer so far is kept")
 
     def _read(self, response: httpx.Response) -> Answer | Trouble:
@@ -148,7 +148,7 @@ class Endpoint:
             return Trouble(str(error), with_answer=True)
 
     def _shown(self, text: str) -> str:
-        """Shorten a text of the endpoint to one line, and hide the API key, which some endpoints repeat."""
+        """Shorten a text from the endpoint to one line, and hide the API key, which some endpoints send back."""
         line = " ".join(text.split())
         return (line.replace(self._key, "***") if self._key else line)[:SHOWN_CHARACTERS]
 
@@ -161,7 +161,7 @@ class Endpoint:
         if status == 404:
             return "check online.judge.base_url (up to and with the version, as in http://host:8000/v1) and online.judge.model"
         if status in (400, 422):
-            return "if it does not support JSON schemas, set online.judge.structured_output=none; else correct the field it names"
+            return "if it does not support JSON schemas, set online.judge.structured_output=none; else correct the named field"
         return "check online.judge.base_url and the endpoint's own log"
 
 

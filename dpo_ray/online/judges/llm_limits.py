@@ -1,4 +1,4 @@
-"""The limits of the cost and of the rate of a judge's calls. Safe for several threads."""
+"""The limits of the cost and of the rate of a judge's calls, which several threads share."""
 
 from __future__ import annotations
 

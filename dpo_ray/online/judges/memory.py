@@ -1,4 +1,4 @@
-"""Storage of judges' answers, so that no question is asked twice. Safe with several writers, and after crashes."""
+"""Storage of judges' answers, so that no question is asked twice. Several processes may write; a crash loses none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A judge that uses a Hugging Face reward model. A prompt and a completion (a conversation) are scored in one pass."""
+"""A judge that uses a Hugging Face reward model. Each prompt with its completion is one row of a forward pass."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int, *, co
     Args:
         code: the completion's code.
         tests: the code of the tests, which use the names that `code` defines.
-        timeout_seconds: limit of the wall-clock time of the tests; rounded up, also of the CPU time of each process.
+        timeout_seconds: limit of the wall-clock time of the tests. Rounded up, it also limits each process's CPU time.
         memory_mib: limit of the address space of each process, and of the size of each file that it writes.
         confined: True: if the process of the code cannot be confined, run nothing and return False.
     """

@@ -3,8 +3,8 @@
 The tests call that code through messages. A result is either plain data, or a `Remote`, which stands for an object in
 the other process and is equal only to itself. So no object of the completion can pretend to equal the expected result.
 Arguments of the program: file descriptor of the connection to the other process, file descriptor of the pipe for the
-verdict, CPU seconds, bytes of memory. It reads the token to write as verdict, and after one line the tests, from
-standard input.
+verdict, CPU seconds, bytes of memory. Standard input: in the first line a secret token, which the program writes to the
+pipe if all tests pass; then the code of the tests.
 """
 
 from __future__ import annotations
