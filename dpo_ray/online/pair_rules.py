@@ -107,7 +107,7 @@ def _paired(
     apart = [(i, j) for i, j in _candidates(ranked, config) if values[i] - values[j] > config.min_margin]
     fitting = [(i, j) for i, j in apart if _like_long(lengths[i], lengths[j], config.max_length_ratio)]
     if not fitting:
-        # No other reason is left: the best and the worst are apart, and are a candidate in every mode.
+        # No other reason is possible: the best and the worst differ enough, and this pair is a candidate in every mode.
         return Paired(dropped="length_ratio")
     if config.pairs == "best_random":
         fitting = [fitting[int(random.Random(seed).random() * len(fitting))]]
