@@ -141,7 +141,7 @@ class ReferenceStore:
                 names = sorted(set(names) - {*known.segments, *known.damaged})
             try:
                 new = read_index(self.partition, names)
-            except FileNotFoundError:  # `dpo-ray store gc` has merged it into another since the listing
+            except FileNotFoundError:  # `dpo-ray store gc` has merged this segment into another since the listing
                 continue
             return new if known is None else known.joined(new)
         raise vanished(self.partition)
