@@ -16,7 +16,7 @@ from dpo_ray.models.packed_rows import PackedRows
 from dpo_ray.models.token_logps import TokenScores
 from dpo_ray.objectives.step_logps import StepLogps, Totals
 
-ROUNDING = 1e-6  # relative error of a float32 sum of log-probs, with room for another engine's order of operations
+ROUNDING = 1e-6  # relative error of a float32 sum of log-probs, with a margin for another engine's order of operations
 
 # TRL's names. A measure without weight in a step (for example accuracies of unpaired data) is omitted from its figures.
 MEASURES = (

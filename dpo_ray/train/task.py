@@ -46,4 +46,4 @@ class TrainTask:
     trained_adapter: str | None = None  # directory of the LoRA adapter that training continues from
     moments: Artifact | None = None  # optimizer state of the previous training, to continue from
     keep_moments: bool = False  # store the optimizer state in the artifact, for the next training
-    identity: str = ""  # digest of everything that determines the weights; checkpoints with another one are not used
+    identity: str = ""  # digest of everything that determines the weights; checkpoints with another digest are not used

@@ -38,7 +38,7 @@ from .planner import SharedPlanner
 from .ranks import Ranks
 from .verify import Soundness
 
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # when an adapter is trained, only its parameters
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # if an adapter is trained, only its parameters
 _RNG = "rng.json"
 
 
