@@ -19,8 +19,8 @@ def work_of_step(micro_batches: Sequence[MicroBatch], shape: ModelShape) -> Tens
     """Sum the work of a step over all ranks. Collective: all ranks must call this.
 
     Returns:
-        float64 [4]: the number of tokens if prompts are shared, if rows are packed, and if rows are padded; and the
-        number of floating-point operations.
+        float64 [4]: the number of tokens with shared prompts, with packed rows, and with padded rows; and the number of
+        floating-point operations.
     """
     works = [Work.of(batch, shape) for batch in micro_batches]
     own = [[w.shared_tokens, w.packed_tokens, w.padded_tokens, w.flops] for w in works]
