@@ -1,4 +1,4 @@
-"""Metrics of a trained policy: pure functions of held-out log-probs and of samples."""
+"""Metrics of a trained policy, computed by pure functions from held-out log-probs and from sampled completions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Completions of the same prompts, sampled from the policy and from the reference."""
+    """Completions that the policy and the reference sampled for the same prompts, in the order of the prompts."""
 
     prompt_ids: tuple[tuple[int, ...], ...]
     policy: tuple[Sample, ...]
@@ -32,9 +32,11 @@ class Comparison:
 
 
 def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
-    """Compute the figures of each named held-out set, by its name; empty if the held-out data has no named sets.
+    """Compute the figures of each named held-out set. Return them by the name of the set; {} if no set has a name.
 
-    The table's column `split` is `eval_NAME` for the pairs of a named set, and `eval` for held-out data without a name.
+    Args:
+        table: held-out table of training. Its column `split` is `eval_NAME` for pairs of the set NAME, and `eval` for
+            pairs of a set without a name.
     """
     splits = np.array(table["split"].to_pylist())
     return {
@@ -44,11 +46,13 @@ def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
 
 
 def heldout_figures(table: pa.Table) -> dict[str, float]:
-    """Average held-out pairs by weight: loss, rewards, margin, accuracy with its standard error, and "longer wins".
+    """Compute weighted means over held-out pairs: loss, rewards, margin, accuracy, and `longer_wins`.
 
-    `longer_wins` is the accuracy of preferring the longer completion: what length alone explains. A row of unpaired
-    data is one completion, with NaN on the side to which it does not belong: such data has neither accuracy nor
-    `longer_wins`, and its margin is the difference between the two sides' means.
+    `longer_wins` is the accuracy of a rule that always prefers the longer completion. It shows how much of the accuracy
+    the length alone can explain.
+
+    A row of unpaired data is a single completion, either chosen or rejected; the columns of the other side are NaN.
+    Such data has no accuracy and no `longer_wins`. Its margin is the mean chosen reward minus the mean rejected reward.
     """
     column = {name: table[name].to_numpy() for name in table.column_names if name != "split"}
     column["longer"] = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5
@@ -79,10 +83,10 @@ def heldout_figures(table: pa.Table) -> dict[str, float]:
 
 
 def sample_figures(comparison: Comparison) -> dict[str, float]:
-    """Estimate KL(policy || reference) per completion from the policy's own samples, and compare lengths.
+    """Estimate KL(policy || reference) per completion from the policy's samples; compare both models' lengths.
 
-    KL = E[log pi(y) - log pi_ref(y)], y ~ pi: unbiased at temperature 1. For completions cut off at the token limit it
-    is the KL of the sampled part. `kl_standard_error` is the standard error of the mean.
+    KL = E[log pi(y) - log pi_ref(y)], y ~ pi. The estimate is unbiased at temperature 1. If the token limit cuts a
+    completion off, only the sampled part counts. `kl_standard_error` is the standard error of the mean.
     """
     ratios = np.array([s.policy_logp - s.reference_logp for s in comparison.policy])
     return {
@@ -97,9 +101,13 @@ def sample_figures(comparison: Comparison) -> dict[str, float]:
 
 
 def reward_figures(policy: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Compare the true rewards of two models' completions of the same prompts.
+    """Compare the true rewards of the policy's and the reference's completions of the same prompts.
 
-    `true_reward_gain_in_sd` is the gain divided by the standard deviation of the reference's rewards.
+    `true_reward_gain_in_sd` is the mean gain divided by the standard deviation of the reference's rewards.
+
+    Args:
+        policy: the reward of the policy's completion of each prompt.
+        reference: the reward of the reference's completion of each prompt.
     """
     p, r = np.asarray(policy, float), np.asarray(reference, float)
     gain = p - r

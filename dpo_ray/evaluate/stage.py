@@ -1,4 +1,4 @@
-"""The stage `evaluate`: figures of the trained policy on held-out data, and how it differs from the reference."""
+"""The stage `evaluate`: figures of the trained policy on held-out data, and a comparison with the reference."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ TrueReward = Callable[[str, str], float]
 
 
 def heldout_prompts(tokens: Artifact, count: int, longest_tokens: int | None) -> list[list[int]]:
-    """Choose `count` different prompts that leave room for a completion, from the held-out sets in round-robin order.
+    """Choose up to `count` different prompts from the held-out sets of a tokens artifact.
 
-    Each set yields its prompts from the first on; when a set has none left, the others go on without it.
+    The sets take turns: each contributes its next prompt, until it has no prompts left.
+
+    Args:
+        longest_tokens: longer prompts are skipped, because they leave no room for a completion; None: no limit.
     """
     prompts: dict[tuple[int, ...], None] = {}
     sets = deque(_prompts(tokens, split) for split in eval_splits(tokens))
@@ -50,7 +53,13 @@ def run(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Compute all figures and commit the artifact `evaluate`."""
+    """Compute all figures and commit the artifact `evaluate`.
+
+    Args:
+        trained: the artifact `train`.
+        comparison: completions of both models; None: nothing was sampled.
+        true_reward: computes the true reward of a prompt and a completion; None: it is not known.
+    """
     figures: dict[str, Any] = {}
     entries = []
     if "heldout.parquet" in trained.names():
@@ -75,7 +84,7 @@ def run(
 def sample_rows(
     comparison: Comparison, tokenizer: PreTrainedTokenizerBase, true_reward: TrueReward | None
 ) -> list[dict[str, Any]]:
-    """Decode each prompt and both models' completions into one row, with the true rewards where they are known."""
+    """Build one row per prompt: the texts of the prompt and of both completions, and the true rewards if known."""
     rows = []
     for prompt_ids, policy, reference in zip(
         comparison.prompt_ids, comparison.policy, comparison.reference, strict=True

@@ -1,4 +1,4 @@
-"""Comparison of two policies' completions of the same prompts: win rate, mean difference and bootstrap intervals."""
+"""Comparison of two policies by the scores of their completions: win rate, mean difference, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ VALUES_PER_BLOCK = 4_000_000  # values drawn at once: 32 MB
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often our completion has the higher score. The rate and its interval are None if no prompt was judged."""
+    """Counts of the prompts for which our completion wins, ties or loses against the other policy's completion.
+
+    The completion with the higher score wins. The rate and its interval are None if no prompt has both scores.
+    """
 
     wins: int
     ties: int
@@ -26,7 +29,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """By how much our scores are higher on average. The mean is None if no prompt has both scores."""
+    """The mean of (our score - the other policy's score). It is None, like its interval, if no prompt has both."""
 
     prompts: int
     mean: float | None
@@ -41,12 +44,16 @@ def win_rate(
     confidence: float,
     seed: int,
 ) -> WinRate:
-    """Count wins prompt by prompt. If all outcomes are the same the interval has width 0: read it with the counts.
+    """Count the prompts on which our policy wins, and compute the win rate with a bootstrap interval.
+
+    If all prompts have the same outcome, the interval has width 0, so do not read it without the counts.
 
     Args:
-        ours: our policy's scores, one for each prompt; None or a non-finite number means that it was not judged.
-        theirs: the other policy's scores for the same prompts.
+        ours: the score of our policy's completion of each prompt; None or a number that is not finite: it has no score.
+        theirs: the scores of the other policy for the same prompts.
+        bootstrap_samples: number of bootstrap samples.
         confidence: confidence level of the interval, such as 0.95.
+        seed: seed of the bootstrap.
     """
     gaps = _differences(ours, theirs)
     wins, ties, losses = (int((np.sign(gaps) == sign).sum()) for sign in (1, 0, -1))
@@ -61,13 +68,13 @@ def mean_difference(
     confidence: float,
     seed: int,
 ) -> MeanDifference:
-    """Average `ours - theirs` over the prompts, for example of true rewards. The arguments are those of `win_rate`."""
+    """Compute the mean of `ours - theirs`, with a bootstrap interval. The arguments are those of `win_rate`."""
     gaps = _differences(ours, theirs)
     return MeanDifference(len(gaps), *_mean_interval(gaps, bootstrap_samples, confidence, seed))
 
 
 def _differences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> np.ndarray:
-    """Subtract the scores, ours - theirs, of the prompts that have both."""
+    """Return `ours - theirs` for each prompt that has both scores."""
     both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     return np.array([a - b for a, b in both if math.isfinite(a) and math.isfinite(b)], float)
 
@@ -75,7 +82,10 @@ def _differences(ours: Sequence[float | None], theirs: Sequence[float | None]) -
 def _mean_interval(
     values: np.ndarray, bootstrap_samples: int, confidence: float, seed: int
 ) -> tuple[float | None, float | None, float | None]:
-    """Return the mean and its percentile bootstrap interval, resampling prompts with replacement."""
+    """Return the mean of `values`, and the lower and upper end of its percentile bootstrap interval.
+
+    If there are no values, all three are None.
+    """
     if not len(values):
         return None, None, None
     rng = np.random.default_rng(seed)

@@ -1,1 +1,1 @@
-"""What a run reports while it runs and at its end: progress, metrics and the model card."""
+"""The reports of a run: its progress, its live metrics, and the model card of the finished policy."""

@@ -20,7 +20,14 @@ def model_card(
     recipe_yaml: str,
     versions: Mapping[str, str],
 ) -> str:
-    """Return the card in the hub's format: the model, its data, its figures and the full recipe."""
+    """Return the text of the model card in the format of the Hugging Face hub: model, data, figures, and full recipe.
+
+    Args:
+        rows: row counts of the data, such as `train/admitted`.
+        final: metrics of the last training step.
+        heldout: figures of the held-out evaluation at the end of training.
+        versions: version of each library, by its name.
+    """
     measured = {**{k: v for k, v in final.items() if k.startswith(("loss", "rewards/"))}, **heldout}
     table = "\n".join(f"| `{k}` | {v:.4f} |" for k, v in measured.items())
     counts = ", ".join(

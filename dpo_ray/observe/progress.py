@@ -1,4 +1,4 @@
-"""Progress of a stage: a live bar on a terminal, plain lines in a log."""
+"""Progress of a stage, shown as a live bar on a terminal, or as plain lines in a log."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rich.table import Column
 from dpo_ray.observe.text import duration
 
 LOG_EVERY_SECONDS = 5.0
-BESIDE_EVERY_SECONDS = 60.0  # for lines above the live bar of another stage
+BESIDE_EVERY_SECONDS = 60.0  # for a stage whose lines appear above the live bar of another stage
 
 Clock = Callable[[], float]
 
 
 class Bar:
-    """Progress of one running stage: the amount done and in total, the rate, the remaining time, and figures."""
+    """The progress of one running stage: units done and in total, rate, remaining time, and a note with figures."""
 
     def __init__(
         self,
@@ -40,19 +40,19 @@ class Bar:
         self._show()
 
     def begin_at(self, done: float) -> None:
-        """Set the amount that a previous attempt has done: it counts as progress, but not towards the rate."""
+        """Set how much a previous attempt has done. This amount counts as progress, but not in the rate."""
         self._done = self._before = done
         self._began = self._clock()
         self._show()
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Count `amount` more units as done; `note` is shown after the figures."""
+        """Count `amount` more units as done, and show `note` after the figures. An empty note keeps the last note."""
         self._done += amount
         self._note = note or self._note
         self._show()
 
     def close(self) -> None:
-        """Print the closing line, which remains in the log."""
+        """Print the last line of the stage, with the total amount and the time, which stays visible."""
         earlier = f" ({self._before:,.0f} of them earlier)" if self._before else ""
         rate = f", {self._rate()}" if self._done > self._before else ""
         note = f"; {self._note}" if self._note else ""
@@ -60,7 +60,7 @@ class Bar:
         self._line(f"{self._done:,.0f} {self._unit}{earlier} in {took}{rate}{note}", bold=True)
 
     def say(self, text: str) -> None:
-        """Print a line that is not about progress."""
+        """Print one line of text under the stage's title, without a change of the progress."""
         self._line(text)
 
     def _rate(self) -> str:
@@ -90,7 +90,7 @@ class Bar:
 
 
 class Reporter:
-    """The output of a run's progress: standard error, so that standard output contains results only."""
+    """Prints the progress of a run to standard error, so that standard output contains results only."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -101,10 +101,13 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, unit: str, total: int | None = None, *, beside: bool = False) -> Iterator[Bar]:
-        """Show a stage while it runs; its closing line is printed if it succeeds.
+        """Show the progress of a stage while this context is active. If the stage does not fail, print a last line.
 
         Args:
-            beside: another stage runs concurrently and uses the terminal's live bar, so this one prints lines.
+            unit: what is counted, such as `groups`.
+            total: number of units; None if it is not known.
+            beside: another stage, which runs at the same time, uses the terminal's live bar. So this stage prints
+                lines instead.
         """
         if beside or not self.console.is_terminal:
             self.console.print(f"{title}: started", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Outputs of live training metrics: always metrics.jsonl, and the trackers that the recipe names."""
+"""Outputs of live training metrics: the file metrics.jsonl, and the trackers in the recipe, such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from dpo_ray.errors import DpoRayError
 from .progress import Bar
 
 logger = logging.getLogger(__name__)
-MOST_PENDING_CALLS = 10_000  # by which a tracker may be behind training
-CLOSE_SECONDS = 30.0  # that a tracker may take to write what it still holds
+MOST_PENDING_CALLS = 10_000  # a tracker that is further behind training is stopped
+CLOSE_SECONDS = 30.0  # time that a tracker has at the end to write its pending data
 
 Row = dict[str, float]  # `step`, and the metrics of that step by name
 
 
 class Tracker(Protocol):
-    """Shows the metrics of a run somewhere else. It is created by the driver, once for each run."""
+    """Shows the metrics of a run in another program, such as TensorBoard. The driver creates it once for each run."""
 
     def begin(self, known: Sequence[Row]) -> None:
-        """Show exactly these rows, which are those of the checkpoint from which training resumes."""
+        """Start with exactly the rows `known`, and drop all other rows: training (re)starts after these steps."""
         ...
 
     def write(self, row: Row) -> None:
-        """Show the metrics of one more step."""
+        """Add the metrics of one more step."""
         ...
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """TensorBoard's event files in the run's directory; nothing is written if that is not a local directory."""
+    """Writes TensorBoard's event files into the run's directory. If that is not on a local disk, it writes nothing."""
 
     def __init__(self, run_dir: Storage) -> None:
         self._run_dir = run_dir
@@ -76,11 +76,11 @@ class TensorBoard:
 
 _BUILT_IN: dict[str, Callable[[Storage], Tracker]] = {"tensorboard": TensorBoard}
 TRACKERS = _BUILT_IN | installed(ADDED, _BUILT_IN)
-"""Constructors of trackers by their name in the recipe's `trackers`; each takes the run's directory."""
+"""The constructor of each tracker, by the tracker's name in the recipe. It is called with the run's directory."""
 
 
 class _Background:
-    """A tracker at work in a thread of its own: if it fails or hangs, training goes on without it."""
+    """Runs a tracker in a thread of its own. If the tracker fails or hangs, training continues without it."""
 
     def __init__(self, name: str, run_dir: Storage, say: Callable[[str], None]) -> None:
         self._name, self._say = name, say
@@ -90,7 +90,7 @@ class _Background:
         self._thread.start()
 
     def call(self, method: str, *argument: Any) -> None:
-        """Call a method of the tracker, after those that were called before; `close` waits for it."""
+        """Queue a call of one of the tracker's methods. After `close`, wait until the thread ends, but not too long."""
         if self._failed:
             return
         try:
@@ -120,10 +120,10 @@ class _Background:
 
 
 class MetricsSinks:
-    """The live metrics of one run, written by its driver.
+    """Context manager in the driver that writes the live metrics of one run to metrics.jsonl and to the trackers.
 
-    On a disk, metrics.jsonl grows line by line; on an object store, which cannot append, it is written as a whole when
-    training ends. The rows of a resumed run replace those of the same steps from before.
+    On a disk, metrics.jsonl grows line by line. An object store cannot append, so the file is written there when
+    training begins and ends. If training resumes and repeats a step, the new row replaces the old row of that step.
     """
 
     def __init__(self, run_dir: Storage, trackers: Sequence[str], say: Callable[[str], None] = logger.warning) -> None:
@@ -135,10 +135,11 @@ class MetricsSinks:
         return self
 
     def begin(self, known: Sequence[Row]) -> None:
-        """Start with exactly the rows of the checkpoint from which training resumes. Call this before `write`.
+        """Start with exactly the rows `known`, and drop all other rows. Call this before `write`.
 
-        The rows of the checkpoint are complete. The existing file may lack the last rows before a crash, or belong to
-        another recipe with the same name.
+        Args:
+            known: the rows of the checkpoint from which training resumes. They are complete. The existing file is not
+                used: it may lack the last rows before a crash, or belong to another recipe with the same name.
         """
         self._rows = {int(row["step"]): row for row in known}
         self._write_all()
@@ -146,7 +147,7 @@ class MetricsSinks:
             tracker.call("begin", known)
 
     def write(self, row: Row) -> None:
-        """Write one step's metrics."""
+        """Write the metrics of one step to all outputs."""
         self._rows[int(row["step"])] = row
         if self._run_dir.is_local:
             self._run_dir.append("metrics.jsonl", f"{json.dumps(row)}\n".encode())
@@ -169,7 +170,11 @@ class MetricsSinks:
 
 
 def follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
-    """Show and write one row of training metrics; the first row of a worker contains the step at which it starts."""
+    """Handle one row from the training workers: write its metrics and show them in the progress bar.
+
+    Two kinds of rows are not metrics. The first row of every attempt (`restored_step`) tells at which step training
+    starts. A row `waiting_for` tells that training waits for reference log-probs.
+    """
     if "restored_step" in row:
         sinks.begin(row["known"])
         bar.begin_at(row["restored_step"])

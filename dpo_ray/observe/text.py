@@ -1,4 +1,4 @@
-"""Figures and foreign text as readable text: durations, sizes, and what a terminal must not interpret."""
+"""Readable forms of durations and sizes, and of texts that may contain characters that control a terminal."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def size(count: int) -> str:
 
 
 def harmless(text: str) -> str:
-    """Replace characters that a terminal would interpret or cannot show: control and format characters, lone
-    surrogates."""
+    """Replace the characters that would control a terminal or that it cannot show, such as escape characters."""
     return "".join(c if c.isprintable() else _SIGNS.get(c, "\N{REPLACEMENT CHARACTER}") for c in text)
 
 

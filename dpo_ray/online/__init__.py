@@ -1,1 +1,1 @@
-"""Sampling from policies, and the rounds built on it."""
+"""Online training in rounds: a round samples completions, judges and pairs them, and trains the policy on the pairs."""

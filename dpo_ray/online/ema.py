@@ -1,4 +1,4 @@
-"""The stage `ema`: the running mean of the promoted policies' weights, which is the reference of the next round."""
+"""The stage `ema`: the running mean of the weights of the promoted policies, which is the next round's reference."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from dpo_ray.artifacts.staging import Staging
 
 
 def run(mean: Path, policy: Path, decay: float, staging: Staging, provenance: Provenance) -> Artifact:
-    """Write decay * mean + (1 - decay) * policy, computed in float32 and stored in the policy's dtypes, file by file.
+    """Compute new weights, decay * mean + (1 - decay) * policy, and commit them as the artifact `ema`.
+
+    The sum is computed in float32, one file after the other, and stored in the dtypes of the policy.
 
     Args:
-        mean, policy: directories of the same architecture in Hugging Face format; they may split their weights into
-            files differently.
+        mean: directory of the previous mean in Hugging Face format.
+        policy: directory of the promoted policy, of the same architecture. Its weights may be split into other files.
     """
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-ema-") as scratch:

@@ -1,4 +1,4 @@
-"""The stage `judge`: an actor pool of judges, each of which looks up stored answers before it computes new ones."""
+"""The stage `judge`: a pool of Ray actors judges all completions. Answers that are stored are not computed again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpo_ray.online.judges.protocol import Question, Spending, Usage, Verdict
 from dpo_ray.reference.pool import DEATHS
 
 SAY_WAITING_SECONDS = 60.0
-MAX_DEATHS = 5  # of judge processes in a row, with no answer in between
+MAX_DEATHS = 5  # maximum number of judge processes that die in a row, with no answer in between
 VERDICTS = pa.schema(
     [
         ("group_id", pa.binary(16)),
@@ -39,7 +39,7 @@ VERDICTS = pa.schema(
 
 
 class JudgeActor:
-    """One judge in its own process."""
+    """A Ray actor: a process with one judge."""
 
     def __init__(self, config: Judge, memory: Storage, name: str, device: str) -> None:
         self._config, self._memory, self._name, self._device = config, memory, name, device
@@ -47,13 +47,13 @@ class JudgeActor:
         self._spending = Spending()
 
     def judge(self, questions: Sequence[Question], spent_usd: float) -> tuple[list[Verdict], Usage]:
-        """Answer all questions; return the verdicts, and what they have cost.
+        """Judge all questions; return their verdicts and the cost.
 
         Args:
-            spent_usd: what the round has spent before, on all judges.
+            spent_usd: USD that this round has already spent on all judges.
 
         Raises:
-            JudgeError, ConfigError: the judge cannot work. The answers so far are stored.
+            JudgeError, ConfigError: the judge cannot work. The answers up to then are stored.
         """
         if self._judge is None:  # an error in a method reaches the driver, an error in a constructor does not
             journal = JournalMemory(self._memory, judge_digest(self._config), self._name)
@@ -66,7 +66,7 @@ class JudgeActor:
 
 
 class Judges:
-    """The actors of one judge. They start with the first question and live until `close`."""
+    """A pool of actors that all run the same judge. They start with the first question, and stop at `close`."""
 
     def __init__(
         self,
@@ -77,7 +77,14 @@ class Judges:
         device: str,
         on_event: Callable[[str], None],
     ) -> None:
-        """Create a pool that stores answers in `memory`, which runs share; `run` makes its writers' names unique."""
+        """Create a pool without starting an actor.
+
+        Args:
+            memory: where answers are stored; all runs share it.
+            run: unique name of this run, so that no other run writes to the same files of `memory`.
+            device: device of reward models.
+            on_event: called with messages for the user.
+        """
         self._config, self._memory, self._run, self._device, self._on_event = config, memory, run, device, on_event
         members = members_of(config)
         self._replicas, self._resources = replicas_of(config, role), judge_resources(config, role)
@@ -89,13 +96,16 @@ class Judges:
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None], spent_usd: float = 0.0
     ) -> tuple[list[Verdict], Usage]:
-        """Judge all questions; a judge that dies is replaced, and only answers that are not stored are computed again.
+        """Judge all questions; return their verdicts and the cost.
+
+        If an actor dies, another one takes over its questions. Only answers that are not stored are computed again.
 
         Args:
-            spent_usd: what the round has spent before.
+            advance: called with the number of questions done since the last call.
+            spent_usd: USD that this round has already spent on all judges.
 
         Raises:
-            JudgeError: the judge cannot work, or its processes die repeatedly.
+            JudgeError: the judge cannot work, or its processes die again and again.
         """
         chunks = [(i, questions[i : i + self._batch]) for i in range(0, len(questions), self._batch)]
         waiting, running, verdicts = deque(chunks), {}, dict[int, Verdict]()
@@ -108,7 +118,8 @@ class Judges:
             ready, _ = ray.wait(list(running), num_returns=1, timeout=SAY_WAITING_SECONDS)
             if not ready:
                 self._on_event(
-                    f"{len(running)} judges are at work, or wait for room; each requests {self._resources.describe()}"
+                    f"{len(running)} judges are working or waiting for free resources; each requests "
+                    f"{self._resources.describe()}"
                 )
                 continue
             answer = ready[0]
@@ -122,11 +133,11 @@ class Judges:
                 deaths += 1
                 if deaths > MAX_DEATHS:
                     raise JudgeError(
-                        f"its processes died {deaths} times in a row; the last error: {str(error).splitlines()[0]}",
+                        f"the judge's processes died {deaths} times in a row; last error: {str(error).splitlines()[0]}",
                         where=f"online.judge (type {self._config.type})",
-                        fix="read its log (--verbose), fix the cause and run again: what was judged before is kept",
+                        fix="read the judge's log (--verbose), fix the cause and run again: finished verdicts are kept",
                     ) from error
-                self._on_event("a judge was lost; another one takes over the questions that it has not answered")
+                self._on_event("a judge's process was lost: another process takes over its open questions")
                 waiting.appendleft((first, chunk))
                 continue
             self._idle.append(actor)
@@ -137,11 +148,11 @@ class Judges:
 
     @property
     def gpus(self) -> float:
-        """Return the number of GPUs that each of its processes holds."""
+        """Return the number of GPUs that each actor holds."""
         return self._resources.gpus
 
     def close(self) -> None:
-        """Stop all actors; a later question starts new ones."""
+        """Stop all actors. A later call of `ask` starts new ones."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors, self._idle = [], []
@@ -157,7 +168,7 @@ class Judges:
 def commit(
     keys: Sequence[bytes], verdicts: Sequence[Verdict], usage: Usage, staging: Staging, provenance: Provenance
 ) -> Artifact:
-    """Commit the artifact `judge`: one verdict for every sampled prompt."""
+    """Commit the artifact `judge`: one verdict for each sampled prompt, which covers all completions of the prompt."""
     columns = {
         "group_id": keys,
         "scores": [list(v.scores) for v in verdicts],
@@ -173,7 +184,7 @@ def commit(
 
 
 def read_verdicts(judged: Artifact) -> dict[bytes, Verdict]:
-    """Read the verdicts of an artifact `judge`, by prompt."""
+    """Read the verdicts of an artifact `judge`. Return them by the key (hash) of the prompt."""
     return {
         row["group_id"]: Verdict(
             tuple(row["scores"]),

@@ -1,4 +1,7 @@
-"""The stage `evaluate` of a round: compares its policy's completions with the previous and the initial policy's."""
+"""The stage `evaluate` of a round: it compares the new policy with the previous policy and with the initial policy.
+
+All three policies complete the same held-out prompts, and a judge compares the completions.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +33,18 @@ Ask = Callable[[Sequence[Question]], tuple[list[Verdict], Usage]]
 
 @dataclass(frozen=True)
 class PolicySamples:
-    """A policy's completions of the held-out prompts, in the order of the prompts."""
+    """The completions of all held-out prompts by one policy. All lists are in the order of the prompts."""
 
     prompt_ids: list[tuple[int, ...]]
     completion_ids: list[tuple[int, ...]]
     ended: list[bool]
     texts: list[str]
-    rewards: list[float] | None  # true ones, where they are known
+    rewards: list[float] | None  # the true rewards; None: they are not known
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A win rate with its interval, and what the judge's answers cost."""
+    """A win rate with its interval, and the cost of the judge's answers."""
 
     rate: WinRate
     usage: Usage
@@ -50,10 +53,14 @@ class Compared:
 def policy_samples(
     sampled: Artifact, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, reward: TrueReward | None
 ) -> PolicySamples:
-    """Read one completion per prompt.
+    """Read the completions of the held-out prompts, one per prompt, from an artifact `sample`.
+
+    Args:
+        prompts: the texts of the prompts.
+        reward: computes the true reward of a prompt and a completion; None: it is not known.
 
     Raises:
-        EngineError: a prompt has none, because no engine survived it.
+        EngineError: a prompt has no completion, because every engine died while it sampled for this prompt.
     """
     by_prompt = {p.prompt_ids: p for p in read_samples(sampled)}
     if len(by_prompt) < len(prompts):
@@ -77,7 +84,12 @@ def compare(
     config: RoundEvaluationConfig,
     seed: int,
 ) -> Compared:
-    """Compare two policies' completions of every prompt with the judge."""
+    """Compare the completions of two policies, prompt by prompt, with a judge. Return how often `ours` wins.
+
+    Args:
+        ask: asks the judge.
+        seed: seed of the bootstrap for the interval.
+    """
     pairs = zip(prompts, ours.texts, theirs.texts, strict=True)
     verdicts, usage = ask([Question(prompt, (a, b)) for prompt, a, b in pairs])
     a, b = ([v.scores[side] for v in verdicts] for side in (0, 1))
@@ -92,7 +104,13 @@ def figures_of(
     config: RoundEvaluationConfig,
     seed: int,
 ) -> dict[str, Any]:
-    """Compute what needs no judge; `kl` is each completion's log-prob under the policy minus under the initial one."""
+    """Compute all figures of a round's policy that need no judge.
+
+    Args:
+        samples, initial, previous: completions by the round's policy, by the initial and by the previous policy.
+        kl: for each completion of `samples`, its log-prob under the round's policy minus that under the initial policy.
+        seed: seed of the bootstrap for intervals.
+    """
     figures: dict[str, Any] = {
         "prompts": len(samples.texts),
         "kl": float(kl.mean()),
@@ -107,7 +125,7 @@ def figures_of(
 
 
 def sample_figures(samples: PolicySamples) -> dict[str, float | None]:
-    """Compute length and diversity, and the mean true reward where it is known."""
+    """Compute the length and diversity of a policy's completions; and their mean true reward, or None if not known."""
     return {
         "mean_tokens": mean_tokens(samples.completion_ids),
         "distinct_2": distinct_n(samples.completion_ids, 2),
@@ -118,7 +136,7 @@ def sample_figures(samples: PolicySamples) -> dict[str, float | None]:
 
 
 def round_figures(figures: dict[str, Any]) -> RoundFigures:
-    """Return the figures that the rules of promotion and of stopping use."""
+    """Select the figures that decide whether a round's policy is promoted and whether the rounds stop."""
     heldout = figures.get("heldout") or {}
     return RoundFigures(
         win_rate_against_previous=figures["against_previous"]["rate"],
@@ -144,7 +162,7 @@ def commit(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Commit the artifact `measure`: all figures, and the samples with their rewards, next to the initial policy's."""
+    """Commit the artifact `measure`: all figures, and the completions of the new and of the initial policy."""
     usage = sum((c.usage for c in against.values()), Usage())
     whole = figures | {name: asdict(c.rate) for name, c in against.items()} | {"usage": vars(usage)}
     if "heldout.parquet" in trained.names():

@@ -1,4 +1,4 @@
-"""The rules that turn a prompt's judged completions into pairs, or into the one reason why it has none."""
+"""The rules that turn the judged completions of a prompt into pairs, or find the reason why there are no pairs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ REASONS = {
     "below_margin": "no two scores differ by more than pairing.min_margin",
     "length_ratio": "one completion of each pair is more than pairing.max_length_ratio times as long as the other",
 }
-"""Why a prompt has no pairs, by reason code. If several apply, the first one counts."""
+"""Explanations of why a prompt has no pairs, by reason code. If several reasons apply, the first one counts."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The result for a prompt's completions, which are named by their indices: pairs, a list, or a reason."""
+    """The result of pairing the completions of one prompt: pairs, a ranked list, or the reason why there is neither.
+
+    Completions are given by their indices.
+    """
 
     pairs: tuple[tuple[int, int], ...] = ()  # (better, worse)
     listed: tuple[int, ...] = ()  # best first; with pairs=list
@@ -34,7 +37,10 @@ class Paired:
 def adjusted_scores(
     scores: Sequence[float | None], lengths: Sequence[int], config: RoundPairingConfig
 ) -> list[float | None]:
-    """Subtract the length penalty from the scores; completions are ranked by the result. None: the judge abstains."""
+    """Return the scores by which completions are ranked: each score minus the penalty for the completion's length.
+
+    The result is None for a completion without a finite score, on which the judge abstains.
+    """
     return [
         None if score is None or not math.isfinite(score) else score - config.length_penalty * length
         for score, length in zip(scores, lengths, strict=True)
@@ -51,16 +57,19 @@ def pairs_of(
     pair_truncated: bool,
     seed: int,
 ) -> Paired:
-    """Pair a prompt's completions by the recipe's `online.pairing`. A list has no pairs, so no length ratio is checked.
+    """Pair the completions of one prompt by the rules of the recipe's section `online.pairing`.
+
+    With `pairs: list`, the result is a ranked list without pairs, and the ratio of lengths is not checked.
 
     Args:
-        scores: higher is better; None, or a number that is not finite: the judge abstains.
-        lengths: in tokens.
-        truncated: whether the token limit cut off a completion.
-        completion_keys: equal for equal completions, of which the first that was judged stays.
-        agreement: of the judges on this prompt.
+        scores: score of each completion; higher is better. None or a number that is not finite: the judge abstains.
+        lengths: length of each completion in tokens.
+        truncated: for each completion, whether the token limit cut it off.
+        completion_keys: a key for each completion, equal for equal completions. Of equal completions, only the first
+            usable one counts.
+        agreement: how far the judges agree on this prompt, from 0 to 1.
         pair_truncated: whether truncated completions may be in pairs.
-        seed: of the random choice; a function of the run's seed, the round and the prompt.
+        seed: seed of the random choice, which depends on the run's seed, the round and the prompt.
     """
     if len(scores) < 2:
         return Paired(dropped="too_few_completions")
@@ -82,11 +91,11 @@ def pairs_of(
 def _paired(
     ranked: Sequence[int], values: dict[int, float], lengths: Sequence[int], config: RoundPairingConfig, seed: int
 ) -> Paired:
-    """Pair at least two completions.
+    """Pair the usable completions of one prompt; there are at least two.
 
     Args:
-        ranked: their indices, best first.
-        values: the scores that ranked them.
+        ranked: indices of these completions, best first.
+        values: the score of each completion by which it was ranked.
     """
     best, worst = ranked[0], ranked[-1]
     if values[best] == values[worst]:
@@ -98,7 +107,7 @@ def _paired(
     apart = [(i, j) for i, j in _candidates(ranked, config) if values[i] - values[j] > config.min_margin]
     fitting = [(i, j) for i, j in apart if _like_long(lengths[i], lengths[j], config.max_length_ratio)]
     if not fitting:
-        # No other reason is left: the best and the worst are apart, and are a candidate in every mode.
+        # No other reason is possible: the best and the worst differ enough, and this pair is a candidate in every mode.
         return Paired(dropped="length_ratio")
     if config.pairs == "best_random":
         fitting = [fitting[int(random.Random(seed).random() * len(fitting))]]
@@ -106,7 +115,10 @@ def _paired(
 
 
 def _candidates(ranked: Sequence[int], config: RoundPairingConfig) -> list[tuple[int, int]]:
-    """List the candidate pairs of a mode, the better completion first. For best_random, one of them is then chosen."""
+    """List the pairs that the mode `config.pairs` allows, each with the better completion first.
+
+    For `best_random`, the caller then chooses one of these pairs.
+    """
     match config.pairs:
         case "best_worst":
             return [(ranked[0], ranked[-1])]

@@ -1,6 +1,7 @@
-"""The stage `pair`: judged completions become preference groups, mixed with older ones; held-out groups are copied.
+"""The stage `pair`: it builds preference groups from judged completions, and mixes them with older groups.
 
-The artifact has the form of the tokens artifact, so that all later stages are those of an offline run.
+A group is one prompt with completions and the pairs among them. The artifact has the same form as the tokens artifact
+of `prepare` (all groups as token ids, also the held-out groups). So the later stages are those of an offline run.
 """
 
 from __future__ import annotations
@@ -45,15 +46,19 @@ def run(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Pair round `number`, mix in older groups by `online.mix`, and commit the artifact `pair`.
+    """Build the groups of a round, mix in older groups by `online.mix`, and commit the artifact `pair`.
 
     Args:
+        number: number of the round.
+        sampled: the artifact `sample` of the round.
+        verdicts: the judge's verdict on each prompt, by the prompt's key.
+        prepared: the tokens artifact of `prepare`.
         earlier: the artifacts `pair` of the earlier rounds.
-        mismatched_tokens: add to each group a completion of another prompt, with up to this many tokens including the
-            group's own prompt; None: add none.
+        mismatched_tokens: if given, each group also gets a completion of another prompt; this completion and the
+            group's own prompt have at most this number of tokens together.
 
     Raises:
-        DataError: there are fewer pairs than `online.pairing.min_pairs`, with the reasons.
+        DataError: there are fewer pairs than `online.pairing.min_pairs`. The error lists the reasons.
     """
     groups, dropped, pairs = [], Counter[str](), 0
     for prompt in read_samples(sampled):
@@ -66,7 +71,7 @@ def run(
         pairs += len(paired.pairs) or 1
     _check_enough(number, pairs, dropped, config)
     own = pa.Table.from_pylist(groups, schema=TOKENS)
-    if mismatched_tokens is not None:  # groups of the data and of earlier rounds have theirs already
+    if mismatched_tokens is not None:  # groups of the data and of earlier rounds have such a completion already
         own = with_mismatched(own, mismatched_tokens)
     tables, mixed = [own], {"own": len(own)}
     for name, share, parts in (
@@ -113,7 +118,10 @@ def _paired(prompt: SampledPrompt, verdict: Verdict, config: OnlineConfig, seed:
 def _group(
     prompt: SampledPrompt, verdict: Verdict, paired: Paired, config: RoundPairingConfig, source: str
 ) -> dict[str, Any]:
-    """Build the row of schema TOKENS: the completions in a pair or in the list, best first, with the ranking scores."""
+    """Build the group of a prompt as a row of schema TOKENS.
+
+    It contains the completions that are in a pair or in the ranked list, best first, with the scores that ranked them.
+    """
     adjusted = adjusted_scores(verdict.scores, [len(ids) for ids in prompt.completion_ids], config)
     scores = {i: score for i, score in enumerate(adjusted) if score is not None}
     used = list(paired.listed) or sorted({i for pair in paired.pairs for i in pair}, key=lambda i: (-scores[i], i))
@@ -134,7 +142,10 @@ def _group(
 
 
 def _label(scores: Mapping[int, float], paired: Paired, config: RoundPairingConfig) -> float:
-    """Return the probability that the better completion of the only pair is preferred (Bradley and Terry, 1952)."""
+    """Return the label of a group: the probability that the better completion is preferred.
+
+    With hard labels it is 1. Otherwise it follows from the scores of the only pair (Bradley and Terry, 1952).
+    """
     if config.labels == "hard":
         return 1.0
     ((better, worse),) = paired.pairs
@@ -152,7 +163,7 @@ def _check_enough(number: int, pairs: int, dropped: Mapping[str, int], config: O
     if pairs < config.pairing.min_pairs:
         reasons = "; ".join(f"{REASONS[code]} ({count:,} prompts)" for code, count in sorted(dropped.items()))
         raise DataError(
-            f"it has {pairs:,} pairs, and online.pairing.min_pairs is {config.pairing.min_pairs:,}: {reasons}",
+            f"there are {pairs:,} pairs, fewer than online.pairing.min_pairs={config.pairing.min_pairs:,}: {reasons}",
             where=f"round {number}",
             fix="sample more (online.prompts_per_round, online.sampling.samples_per_prompt), at a higher temperature or with "
             "a larger max_new_tokens; or loosen online.pairing",
@@ -164,10 +175,15 @@ def _parts(artifacts: Sequence[Artifact]) -> list[tuple[Artifact, str]]:
 
 
 def _chosen(parts: Sequence[tuple[Artifact, str]], count: int, purpose: str, whole: bool, not_of: str) -> pa.Table:
-    """Choose groups by a keyed hash of their ids, so that the choice depends neither on files nor on their order.
+    """Choose up to `count` groups at random.
+
+    The choice is by a keyed hash of the group ids, so that it depends neither on the files nor on their order.
 
     Args:
-        whole: choose from all groups; otherwise only from those that a round built itself, except the round `not_of`.
+        parts: the files of groups to choose from, each with its artifact.
+        purpose: text from which the hash key is made.
+        whole: True: choose from all groups. False: choose only from groups that rounds built from their own samples.
+        not_of: with `whole=False`, the name of a round whose groups are not chosen.
     """
     if not count:
         return TOKENS.empty_table()
@@ -196,7 +212,10 @@ def _firsts(ids: Sequence[bytes]) -> list[int]:
 
 
 def _heldout(prepared: Artifact, staging: Staging) -> Iterator[FileEntry]:
-    """Copy the held-out groups, on which every round's policy is evaluated; yield the entries of their files."""
+    """Copy the held-out groups from the tokens artifact, and yield the manifest entries of the new files.
+
+    Every round's policy is evaluated on these groups.
+    """
     for split in splits(prepared):
         for name in prepared.names(f"{split}/") if split != "train" else ():
             yield staging.write(name, prepared.read_bytes(name), rows=prepared.entry(name).rows)

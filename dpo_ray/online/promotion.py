@@ -1,4 +1,4 @@
-"""The decisions after a round: whether its policy is promoted, and whether the round is the last one."""
+"""The decisions after a round: whether its policy is promoted (the next round starts from it), and whether to stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EVEN = 0.5  # the win rate of two equally good policies
 
 @dataclass(frozen=True)
 class RoundFigures:
-    """The figures that were measured of a round's policy; None: not measured."""
+    """The measured figures of a round's policy. A figure that was not measured is None."""
 
     win_rate_against_previous: float | None = None
     win_rate_against_initial: float | None = None
@@ -27,7 +27,7 @@ class RoundFigures:
 
     @property
     def length_growth(self) -> float | None:
-        """Return the mean length of the completions divided by that of the initial policy's."""
+        """Return the mean length of this policy's completions divided by that of the initial policy's completions."""
         if self.mean_tokens is None or not self.initial_mean_tokens:
             return None
         return self.mean_tokens / self.initial_mean_tokens
@@ -35,24 +35,24 @@ class RoundFigures:
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision on a round's policy."""
+    """The decision whether a round's policy is promoted, with the reasons."""
 
     promoted: bool
-    reasons: tuple[str, ...]  # a sentence for each rule that is set; broken rules come first
+    reasons: tuple[str, ...]  # a sentence for each rule of the recipe; broken rules come first
 
 
 @dataclass(frozen=True)
 class DecidedRound:
-    """A round whose policy was promoted or rejected."""
+    """A finished round: its figures, and whether its policy was promoted (otherwise it was rejected)."""
 
     figures: RoundFigures
     promoted: bool
 
 
 def decide(figures: RoundFigures, rules: PromotionConfig) -> Decision:
-    """Check a round's figures against the rules of `online.promote_if`: all rules that are set must hold.
+    """Decide whether a round's policy is promoted: all rules of the recipe's `online.promote_if` must hold.
 
-    A rule is broken if the figure that it needs was not measured.
+    A rule whose figure was not measured does not hold.
     """
     f = figures
     least = {
@@ -81,12 +81,13 @@ def decide(figures: RoundFigures, rules: PromotionConfig) -> Decision:
 
 
 def stop_reason(history: Sequence[DecidedRound], rules: StopConfig) -> str | None:
-    """Return why no further round is run, according to `online.stop_if`; None: none of its rules stops the rounds.
+    """Return the reason why the rounds stop, according to the recipe's `online.stop_if`; None if they continue.
 
-    A figure that was not measured reaches no budget and no target, and shows no gain.
+    A figure that was not measured reaches no limit. A round without a measured win rate against the previous policy
+    counts as a round without a gain.
 
     Args:
-        history: all decided rounds, from the first.
+        history: all decided rounds, beginning with the first one.
     """
     last_promoted = max((n for n, r in enumerate(history, 1) if r.promoted), default=None)
     if last_promoted is not None:

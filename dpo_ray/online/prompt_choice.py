@@ -1,4 +1,4 @@
-"""The choice of the prompts that a round samples completions for."""
+"""The choice of the prompts for which a round samples completions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from dpo_ray.schedule.order import epoch_order
 
 
 def prompts_of_round(ids: Sequence[bytes], excluded: Container[bytes], seed: int, number: int, count: int) -> list[int]:
-    """Choose the prompts of a round: every prompt is used once before any is used again, in a new order in each pass.
+    """Choose the prompts of a round. Every prompt is used once before any prompt is used again.
 
-    The result depends only on the set of ids, the seed, `count` and the round's number. If a pass ends within a round,
-    the round continues with prompts of the next pass that it does not have yet.
+    Each pass through the prompts has a new random order. If a pass ends within a round, the round continues with the
+    next pass, but takes no prompt twice. The result depends only on the set of ids, the excluded ids, the seed, `count`
+    and the number of the round.
 
     Args:
-        ids: content hashes of the prompts; of equal ones the first counts.
-        excluded: ids of prompts that evaluation uses.
-        number: of the round; the first is 1.
-        count: prompts per round, in every round; if there are fewer, a round has them all.
+        ids: content hashes of the prompts; if some are equal, the first one is used.
+        excluded: ids of prompts that are used in evaluation.
+        number: number of the round; the first round is 1.
+        count: number of prompts per round. If there are fewer prompts, a round uses all of them.
 
     Returns:
         Indices into `ids`.
 
     Raises:
-        DataError: no prompt is left.
+        DataError: there are no prompts, or all are excluded.
     """
     index = {key: k for k, key in reversed([*enumerate(ids)]) if key not in excluded}
     if not index:

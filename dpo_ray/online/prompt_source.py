@@ -1,4 +1,4 @@
-"""The stage `prompts`: rows of a source of prompts, rendered and tokenized like those of the preference data."""
+"""The stage `prompts`: it reads prompts from a separate source and tokenizes them like the preference data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dpo_ray.errors import DataError
 from .prompts import Prompt
 
 ANSWERS = ("answer", "reference_answer", "ground_truth", "solution")
-"""Columns that may hold a prompt's reference answer; the first that is present counts."""
+"""Columns that may contain the reference answer of a prompt. The first one that has a value counts."""
 
 SOURCE = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("answer", pa.string())])
 FILE = "prompts.parquet"
@@ -38,10 +38,11 @@ STAND_IN = "."  # placeholder for the completion, which rendering requires
 
 
 def run(shards: Sequence[Shard], task: PrepareTask, staging: Staging, provenance: Provenance) -> Artifact:
-    """Read all shards in Ray tasks, and commit the artifact `prompts`: each prompt once, with its answer.
+    """Read all shards in Ray tasks, and commit the artifact `prompts`: each prompt once, with its reference answer.
 
     Raises:
-        DataError: more rows than data.max_quarantined_fraction are not valid, with the reasons; or there are no rows.
+        DataError: there are no valid prompts, or the fraction of rows that are not valid prompts is above
+            data.max_quarantined_fraction. The error lists the reasons.
     """
     read: Any = ray.remote(_read).options(label_selector=cpu_labels())
     prompts: dict[tuple[int, ...], str | None] = {}
@@ -68,12 +69,17 @@ def run(shards: Sequence[Shard], task: PrepareTask, staging: Staging, provenance
 
 
 def read_prompts(artifact: Artifact) -> list[Prompt]:
-    """Read the prompts of an artifact `prompts`."""
+    """Read all prompts of an artifact `prompts`, with their reference answers."""
     return [Prompt(tuple(row["prompt_ids"]), row["answer"]) for row in read_table(artifact, FILE).to_pylist()]
 
 
 def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]:
-    """Read one shard; return its prompts and answers, the reasons why other rows have none, and the number of rows."""
+    """Read one shard.
+
+    Returns:
+        A table of its prompts and reference answers; the number of rows without a valid prompt, by reason; and the
+        number of all rows.
+    """
     tokenizer = load_tokenizer(task.tokenizer_dir)
     template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
     reasons: Counter[str] = Counter()
@@ -99,7 +105,10 @@ def _batches(shard: Shard, task: PrepareTask) -> Iterator[list[Any]]:
 
 
 def _text(row: Any, shard: Shard) -> TextGroup | Rejected:
-    """Return a row's prompt: from its own column, else from the completions of preference data, which may hold it."""
+    """Return the prompt of a row, or the reason why the row is rejected.
+
+    The prompt is in the row's column for prompts. In preference data it may instead be contained in the completions.
+    """
     if isinstance(row, Rejected):
         return row
     if not isinstance(row, dict):

@@ -1,4 +1,4 @@
-"""The prompts of online rounds as token ids: those to sample for, and those to measure by."""
+"""Prompts as token ids: rounds sample for the training prompts, and never for the held-out prompts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dpo_ray.reference.sampling import prompt_key
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and its reference answer if its row has one."""
+    """A prompt as token ids, with its reference answer if there is one."""
 
     ids: tuple[int, ...]
     answer: str | None = None
 
     @property
     def key(self) -> bytes:
-        """Return the hash of the prompt's content, 16 bytes."""
+        """Return a hash of 16 bytes of the prompt's token ids."""
         return prompt_key(self.ids)
 
 
 def training_prompts(tokens: Artifact) -> list[Prompt]:
-    """List the distinct prompts of a tokens artifact's training groups, in order."""
+    """List the different prompts of the training groups of a tokens artifact, in the order of the groups."""
     prompts: dict[tuple[int, ...], None] = {}
     for name in tokens.names("train/"):
         prompts |= dict.fromkeys(map(tuple, read_table(tokens, name, ["prompt_ids"])["prompt_ids"].to_pylist()))
@@ -32,6 +32,6 @@ def training_prompts(tokens: Artifact) -> list[Prompt]:
 
 
 def heldout_keys(tokens: Artifact) -> set[bytes]:
-    """Return the keys of all prompts of held-out groups: no round samples for them."""
+    """Return the keys (hashes) of all prompts of held-out groups. Rounds do not sample for these prompts."""
     names = [name for split in eval_splits(tokens) for name in tokens.names(f"{split}/")]
     return {prompt_key(ids) for n in names for ids in read_table(tokens, n, ["prompt_ids"])["prompt_ids"].to_pylist()}

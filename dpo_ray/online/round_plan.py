@@ -1,4 +1,7 @@
-"""The plan of a recipe's rounds: the policies of each, and the keys of its artifacts. Starts nothing, reads no data."""
+"""The plan of a recipe's rounds: the policies of each round, and the keys of its artifacts.
+
+Making the plan starts nothing and reads no training data.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ from .round_state import Action, Committed, Done, Stage, next_action, stages_of_
 
 VERSIONS = {"prompts": 1, "sample": 2, "judge": 1, "pair": 1, "evaluate": 2, "promote": 1, "ema": 1}
 ARTIFACT_STAGE: dict[Stage, str] = {"evaluate": "measure"}
-"""Artifact names that differ from the stage's name: a round's evaluation is not that of an offline run."""
+"""The artifact names of stages whose artifact has another name. (The artifact `evaluate` is that of an offline run.)"""
 
 
 @dataclass(frozen=True)
 class PromptsPlan:
-    """A separate source of prompts: its shards, and the key of the artifact that is built from them."""
+    """The plan for a separate source of prompts: its shards (files), and the key of the artifact built from them."""
 
     shards: tuple[Shard, ...]
     config: dict[str, Any]
@@ -41,25 +44,28 @@ class PromptsPlan:
 
 @dataclass(frozen=True)
 class OutsideInputs:
-    """What rounds depend on outside the recipe, read once: a file that changes while they run changes no key."""
+    """The inputs of the rounds that are not in the recipe itself: files of prompts, and files of the judges.
+
+    They are read once, so that a file that changes while the rounds run changes no key.
+    """
 
     prompts: PromptsPlan | None  # None: the prompts of the training data
-    judge: str  # digest
-    evaluation_judge: str
+    judge: str  # digest of the judge
+    evaluation_judge: str  # digest of the judge that compares policies
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that rounds start from, end with, or are compared with."""
+    """A model: one that a round starts from, has trained, or is compared with."""
 
-    key: str  # of the artifact that holds it; for the recipe's own model, its digest
-    artifact: Artifact | None  # None: the recipe's own model, or one that does not exist yet
+    key: str  # key of the artifact that holds the model; for the recipe's own model, the digest of the model
+    artifact: Artifact | None  # None: it is the recipe's own model, or it does not exist yet
     mean_of: tuple[Policy, Policy] | None = None  # for a running mean: the previous mean, and the policy added to it
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round: what it starts from, and its stages with the artifacts that exist."""
+    """One round: the policy that it starts from, the plan of its stages, and the artifacts that exist already."""
 
     number: int
     start: Policy
@@ -80,34 +86,34 @@ class Round:
 
 @dataclass(frozen=True)
 class Rounds:
-    """All rounds that have begun, the next one if there is one, and the next action."""
+    """The state of all rounds: those that have begun, the next round if there is one, and the next action."""
 
-    plan: Plan  # of the recipe: its data, its hardware
+    plan: Plan  # of the recipe
     outside: OutsideInputs
     initial: Policy
     rounds: tuple[Round, ...]
     action: Action
-    stopped: str | None  # the stop rule that ends the rounds; None: none does
+    stopped: str | None  # the reason for which a rule of online.stop_if ends the rounds; None: no rule does
 
     @property
     def promoted(self) -> Policy:
-        """Return the policy of the last promoted round; without one, the recipe's own model."""
+        """Return the policy of the last round whose policy was promoted; the recipe's own model if there is none."""
         last = starting_policy([r.committed for r in self.rounds], len(self.rounds) + 1)
         return self.initial if last is None else self.rounds[last - 1].trained
 
 
 def online_of(recipe: Recipe) -> OnlineConfig:
-    """Return the section `online` of a recipe that is known to have it."""
+    """Return the section `online` of a recipe. The recipe must have this section."""
     assert recipe.online is not None  # noqa: S101
     return recipe.online
 
 
 def derive(plan: Plan) -> Rounds:
-    """Derive the state of a recipe's rounds.
+    """Derive the state of a recipe's rounds from the committed artifacts.
 
     Raises:
-        ConfigError: a path of online.prompts matches nothing, or a judge's function or model is missing.
-        ArtifactError: what is committed contradicts the order of a round's stages.
+        ConfigError: a path of online.prompts matches nothing, or the function or model of a judge is missing.
+        ArtifactError: a stage of a round has an artifact although an earlier stage has none.
     """
     online = online_of(plan.recipe)
     judges = online.judge, online.evaluate.judge or online.judge
@@ -115,10 +121,10 @@ def derive(plan: Plan) -> Rounds:
 
 
 def derive_from(plan: Plan, outside: OutsideInputs) -> Rounds:
-    """Derive the state of the rounds from what is committed, and from outside inputs that were read before.
+    """Derive the state of a recipe's rounds from the committed artifacts and from inputs that were read before.
 
     Raises:
-        ArtifactError: what is committed contradicts the order of a round's stages.
+        ArtifactError: a stage of a round has an artifact although an earlier stage has none.
     """
     recipe, store = plan.recipe, artifact_store(plan.recipe)
     online, with_reference = online_of(recipe), uses_reference(recipe.train.objective)
@@ -141,10 +147,10 @@ def derive_from(plan: Plan, outside: OutsideInputs) -> Rounds:
 
 
 def prompts_plan(plan: Plan) -> PromptsPlan | None:
-    """Return the plan of the prompts that rounds sample for, if the recipe names a separate source; otherwise None.
+    """Return the plan for a separate source of prompts; None if the recipe does not name one (`online.prompts`).
 
     Raises:
-        ConfigError: a path matches nothing.
+        ConfigError: a path of online.prompts matches nothing.
     """
     recipe, sources = plan.recipe, online_of(plan.recipe).prompts
     if sources is None:
@@ -156,7 +162,7 @@ def prompts_plan(plan: Plan) -> PromptsPlan | None:
 
 
 def next_mean(store: ArtifactStore, mean: Policy, promoted: Policy, decay: float) -> Policy:
-    """Return the running mean after a promotion."""
+    """Return the running mean that results from `mean` and the policy `promoted`. Its artifact may not exist yet."""
     key = artifact_key("ema", VERSIONS["ema"], {"decay": decay}, {"mean": mean.key, "policy": promoted.key})
     return Policy(key, store.find("ema", key), (mean, promoted))
 
@@ -179,7 +185,7 @@ def _planned(
     reference: Policy | None,
     earlier: Sequence[Round],
 ) -> Round:
-    """Plan the next round: compute the keys of its artifacts, and look up those that exist."""
+    """Plan the next round: compute the keys of its artifacts, and find the artifacts that exist already."""
     number = len(earlier) + 1
     configs = _configs(plan, outside, number, start, reference, earlier)
     keys = {"prepare": plan.stages["prepare"].key, "policy": start.key, "initial": initial.key}
@@ -211,14 +217,14 @@ def _planned(
 
 
 def version(stage: Stage) -> int:
-    """Return the version of a stage's code."""
+    """Return the version number of a stage's code, which is part of the stage's key."""
     return VERSIONS[stage] if stage in VERSIONS else planning.VERSIONS[stage]
 
 
 def _configs(
     plan: Plan, outside: OutsideInputs, number: int, start: Policy, reference: Policy | None, earlier: Sequence[Round]
 ) -> dict[Stage, dict[str, Any]]:
-    """Return, for each stage of a round, what its result depends on in the recipe."""
+    """Return, for each stage of a round, all settings on which its result depends. They are part of the stage's key."""
     recipe, online = plan.recipe, online_of(plan.recipe)
     own = {"seed": recipe.seed, "round": number}
     scored = planning.stage_configs(recipe, {}, reference.key if reference else "", plan.numerics, plan.hardware)
@@ -253,29 +259,33 @@ def _configs(
 
 
 def carries(online: OnlineConfig, earlier: Sequence[Round]) -> Round | None:
-    """Return the round whose optimizer state the next round loads: the last promoted, or None for a new optimizer."""
+    """Return the round whose optimizer state the next round loads: the last round with a promoted policy.
+
+    Return None if there is no such round, or if the recipe does not carry the optimizer state over. Then the next round
+    starts with a new optimizer.
+    """
     last = starting_policy([r.committed for r in earlier], len(earlier) + 1)
     return earlier[last - 1] if online.optimizer == "carry" and last is not None else None
 
 
 def sampler_config(plan: Plan) -> dict[str, Any]:
-    """Return what samples depend on in the engines."""
+    """Return the settings of the engines on which samples depend."""
     return {"engine": planning.engine_version("vllm"), "device": plan.hardware.device, "dtype": plan.hardware.dtype}
 
 
 def heldout_sampling_config(plan: Plan) -> dict[str, Any]:
-    """Return what a policy's samples of the held-out prompts depend on, besides the policy and the data."""
+    """Return the settings on which samples of the held-out prompts depend, besides the policy and the data."""
     online = online_of(plan.recipe)
     sampling = online.sampling.model_dump(mode="json", exclude={"samples_per_prompt", "pair_truncated"})
     return {"seed": plan.recipe.seed, "heldout_prompts": online.evaluate.prompts, **sampling, **sampler_config(plan)}
 
 
 def training_plan(rounds: Rounds, current: Round, start: ModelConfig, *, audited: bool) -> Plan:
-    """Return the plan to schedule and train a round: an offline run from the policy that the round starts with.
+    """Return the plan for the stages `schedule` and `train` of a round, in the form of an offline run's plan.
 
     Args:
-        start: the location of that policy.
-        audited: whether training starts from the reference model, so that the reference can be audited by it.
+        start: location of the policy that the round starts from.
+        audited: whether this policy is the reference model. Only then can training audit the reference log-probs.
     """
     recipe = rounds.plan.recipe
     audit = recipe.reference.audit if audited else recipe.reference.audit.model_copy(update={"groups": 0})

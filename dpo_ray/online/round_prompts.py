@@ -1,4 +1,4 @@
-"""The prompts of a run's rounds: those to sample for, those to measure by, and the text of prompts and completions."""
+"""The prompts of a run: those for which rounds sample, and the held-out prompts on which policies are measured."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .round_plan import online_of
 
 
 class RoundPrompts:
-    """All prompts of a run, read once."""
+    """All prompts of a run and their texts. Each kind of prompts is read when it is first needed."""
 
     def __init__(self, plan: Plan, prepared: Artifact, source: Artifact | None, say: Callable[[str], None]) -> None:
-        """Store the inputs.
+        """Store the inputs; nothing is read yet.
 
         Args:
-            prepared: the preference data.
-            source: the artifact `prompts`, if the rounds have a separate source of prompts.
-            say: reports prompts that are left out.
+            prepared: the tokens artifact of the preference data.
+            source: the artifact `prompts`, if the recipe has a separate source of prompts; otherwise None.
+            say: called with a message about prompts that are left out.
         """
         self._plan, self._online, self._prepared, self._source = plan, online_of(plan.recipe), prepared, source
         self._say = say
@@ -46,17 +46,17 @@ class RoundPrompts:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """List the tokens that end a completion."""
+        """List the ids of the tokens that end a completion."""
         data = self._plan.recipe.data
         template = resolve_template(data.chat_template, self.tokenizer)
         ends = stop_tokens(self.tokenizer, template, data, self._model_directory)
         return tuple(sorted({*ends, *self._online.sampling.stop_token_ids}))
 
     def of_round(self, number: int) -> list[tuple[int, ...]]:
-        """Return the prompts of a round; prompts of held-out groups are excluded.
+        """Return the prompts for which a round samples. Prompts of held-out groups are excluded.
 
         Raises:
-            DataError: no prompt is left.
+            DataError: there are no prompts, or all are excluded.
         """
         seed, count = self._plan.recipe.seed, self._online.prompts_per_round
         chosen = prompts_of_round(self._keys, self._heldout_keys, seed, number, count)
@@ -72,17 +72,20 @@ class RoundPrompts:
 
     @cached_property
     def answers(self) -> dict[tuple[int, ...], str | None]:
-        """Return the reference answer of each prompt; None where its row has none."""
+        """Return the reference answer of each prompt by its token ids; None for a prompt without an answer."""
         return {p.ids: p.answer for p in self._fitting}
 
     @cached_property
     def _fitting(self) -> list[Prompt]:
-        """List the prompts that leave room for a completion."""
+        """List the prompts that leave enough of the model's context for `max_new_tokens` more tokens."""
         every = training_prompts(self._prepared) if self._source is None else read_prompts(self._source)
         fitting = [p for p in every if self._longest is None or len(p.ids) <= self._longest]
         if len(fitting) < len(every):
             left = len(every) - len(fitting)
-            self._say(f"{left:,} of {len(every):,} prompts are left out: no room for online.sampling.max_new_tokens")
+            self._say(
+                f"{left:,} of {len(every):,} prompts are left out: they are too long to leave room in the model's "
+                "context for online.sampling.max_new_tokens tokens"
+            )
         return fitting
 
     @cached_property
@@ -92,15 +95,15 @@ class RoundPrompts:
 
     @cached_property
     def heldout(self) -> list[list[int]]:
-        """List the prompts that policies are measured by.
+        """List the held-out prompts on which policies are measured.
 
         Raises:
-            ConfigError: none leaves room for a completion.
+            ConfigError: no held-out prompt leaves enough of the model's context for a completion.
         """
         prompts = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest)
         if not prompts:
             raise ConfigError(
-                "no held-out prompt leaves room for a completion",
+                "no held-out prompt leaves room in the model's context for a completion",
                 where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
                 fix=f"lower it: at this value, a prompt may have at most {self._longest} tokens",
             )

@@ -1,4 +1,4 @@
-"""The state of the rounds and the next action: derived from what is committed, and stored nowhere."""
+"""The state of the rounds and the next action. Both are derived from the committed artifacts, and stored nowhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpo_ray.errors import ArtifactError
 Stage = Literal["sample", "judge", "pair", "reference", "schedule", "train", "evaluate", "promote"]
 
 STAGES: tuple[Stage, ...] = ("sample", "judge", "pair", "reference", "schedule", "train", "evaluate", "promote")
-"""The stages of a round, in the order in which they are committed."""
+"""The stages of a round, in the order in which they run and commit their artifacts."""
 
 
 class State(StrEnum):
-    """The progress of a round: the last stage that it has reached, or its outcome."""
+    """The progress of a round: the last stage that is finished; or the decision, once there is one."""
 
     PLANNED = "planned"
     SAMPLED = "sampled"
@@ -42,25 +42,25 @@ REACHED_BY: dict[Stage, State] = {
     "train": State.TRAINED,
     "evaluate": State.EVALUATED,
 }
-"""The state that a stage's artifact leads to. A schedule leads to none: it is rebuilt from its inputs at no cost."""
+"""The state of a round when a stage's artifact exists. The stage `schedule` has no state: repeating it costs little."""
 
 
 @dataclass(frozen=True)
 class Committed:
-    """The artifacts that one round has."""
+    """The stages of one round whose artifacts exist, and the decision of the round."""
 
-    number: int  # of the round; the first is 1
+    number: int  # of the round; the first round is 1
     stages: frozenset[Stage] = frozenset()
-    promoted: bool | None = None  # what the artifact of `promote` says; None: there is none
+    promoted: bool | None = None  # the decision in the artifact of `promote`; None: there is no such artifact
 
     def __post_init__(self) -> None:
         if ("promote" in self.stages) != (self.promoted is not None):
-            raise ValueError("a decision and the artifact of `promote` must come together")
+            raise ValueError("`promoted` must be given if, and only if, the artifact of `promote` exists")
 
 
 @dataclass(frozen=True)
 class RunStage:
-    """The next action: to run this stage of this round."""
+    """The next action is to run the stage `stage` of the round `number`."""
 
     number: int
     stage: Stage
@@ -68,7 +68,7 @@ class RunStage:
 
 @dataclass(frozen=True)
 class Done:
-    """The next action when nothing is left to run."""
+    """There is no next action: all rounds have ended, for the reason `reason`."""
 
     decided_rounds: int
     reason: str
@@ -78,18 +78,19 @@ Action = RunStage | Done
 
 
 def stages_of_round(uses_reference: bool) -> tuple[Stage, ...]:
-    """List the stages that a round runs, in order."""
+    """List the stages of a round in order, without `reference` if the objective uses no reference."""
     return STAGES if uses_reference else tuple(s for s in STAGES if s != "reference")
 
 
 def state_of(committed: Committed, uses_reference: bool = True) -> State:
-    """Return how far a round has come.
+    """Return the state of a round: how far it has come.
 
     Args:
         uses_reference: whether the objective uses a reference; otherwise the round has no stage `reference`.
 
     Raises:
-        ArtifactError: a stage is committed although an earlier one is not, or although the objective does not have it.
+        ArtifactError: a stage has an artifact although an earlier stage has none; or there is an artifact of
+            `reference` although the objective uses no reference.
     """
     order = stages_of_round(uses_reference)
     _check_order(committed, order)
@@ -102,21 +103,23 @@ def state_of(committed: Committed, uses_reference: bool = True) -> State:
 def next_action(
     rounds: Sequence[Committed], wanted_rounds: int, stop: str | None = None, uses_reference: bool = True
 ) -> Action:
-    """Return which stage to run next, or why none is left.
+    """Return the stage to run next, or the reason why there is nothing left to run.
 
     Args:
-        rounds: from the first; rounds without any artifact may be left out.
-        stop: why the decided rounds are the last (`promotion.stop_reason`). A round that has begun stays as it is.
+        rounds: the rounds in order, beginning with the first. Rounds without artifacts may be left out at the end.
+        wanted_rounds: number of rounds that the recipe asks for.
+        stop: the reason to run no further round (`promotion.stop_reason`); None: there is no reason. A round that has
+            begun is then not continued.
 
     Raises:
-        ArtifactError: what is committed contradicts the order of the stages, or a round began before the previous one
-            was decided.
+        ArtifactError: a stage has an artifact although an earlier stage has none; or a round has artifacts although the
+            previous round has no decision.
     """
     states = [state_of(r, uses_reference) for r in rounds]
     for (earlier, before), (later, state) in pairwise(zip(rounds, states, strict=True)):
         if state != State.PLANNED and not before.decided:
             raise ArtifactError(
-                f"a skipped state: it has artifacts, but round {earlier.number} is {before} and not decided",
+                f"this round has artifacts, but round {earlier.number} before it is {before} and has no decision",
                 where=f"round {later.number}",
                 fix=f"restore the missing artifacts of round {earlier.number}; or delete those of round {later.number}",
             )
@@ -130,7 +133,11 @@ def next_action(
 
 
 def starting_policy(rounds: Sequence[Committed], number: int) -> int | None:
-    """Return the round whose policy round `number` starts from: the last promoted before. None: the initial model."""
+    """Return the number of the round from whose policy round `number` starts.
+
+    This is the last round before `number` whose policy was promoted; None if there is none. Then round `number` starts
+    from the initial model.
+    """
     return max((r.number for r in rounds if r.number < number and r.promoted), default=None)
 
 
@@ -138,15 +145,15 @@ def _check_order(committed: Committed, order: Sequence[Stage]) -> None:
     where = f"round {committed.number}"
     if strange := committed.stages - {*order}:
         raise ArtifactError(
-            f"it has an artifact of `{min(strange)}`, a stage that its objective does not have",
+            f"this round has an artifact of `{min(strange)}`, but its objective has no such stage",
             where=where,
-            fix="look up the round's artifacts by this recipe's own keys",
+            fix="find the round's artifacts by the keys of this recipe",
         )
     missing = next((k for k, s in enumerate(order) if s not in committed.stages), len(order))
     if later := [s for s in order[missing:] if s in committed.stages]:
         listed = " and ".join(f"`{s}`" for s in later)
         raise ArtifactError(
-            f"a skipped state: `{later[0]}` is committed, but `{order[missing]}` before it is not",
+            f"the stage `{later[0]}` has an artifact, but the stage `{order[missing]}` before it has none",
             where=where,
             fix=f"restore the artifact of `{order[missing]}`; or delete that of {listed} and run again: all are then rebuilt",
         )

@@ -58,14 +58,14 @@ from .round_prompts import RoundPrompts
 from .round_state import Done, Stage
 from .sample import read_samples, sample
 
-JUDGEMENTS = "judgements"  # a directory in the output, which runs share
+JUDGEMENTS = "judgements"  # a directory in the output with the judges' answers, which all runs share
 
 
 def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Rounds, bool]:
-    """Run the rounds that are not done; return their state afterwards, and whether anything had to run.
+    """Run all rounds that are not finished. Return the state of the rounds afterwards, and whether anything had to run.
 
     Raises:
-        DpoRayError: a subclass of it, with what is wrong, where, and what to do. What was committed stays.
+        DpoRayError: one of its subclasses, with what is wrong, where, and what to do. Committed artifacts are kept.
     """
     recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
@@ -85,18 +85,20 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
 
 
 def check_judges(config: OnlineConfig) -> None:
-    """Check, before anything is sampled, that the judges can be constructed: keys are set, patterns are valid.
+    """Check, before anything is sampled, that all judges can be constructed; for example, that API keys are set.
+
+    Judges that load the weights of a model are not constructed here.
 
     Raises:
-        ConfigError: one of them cannot.
+        ConfigError: a judge cannot be constructed.
     """
     for judge in config.judges():
-        if not judge.loads_weights:  # weights take long to load, and the plan has checked their files
+        if not judge.loads_weights:  # weights take long to load, and making the plan has checked their files
             make_judge(judge, NoMemory()).close()
 
 
 class _Driver:
-    """The driver of one run's rounds under its lease, with the engines and judges that live through all rounds."""
+    """The driver of a run's rounds. It holds the engines and judges, which live through all rounds."""
 
     def __init__(self, run: RunContext) -> None:
         self._run, self._plan, self._recipe, self._reporter = run, run.plan, run.recipe, run.reporter
@@ -107,7 +109,7 @@ class _Driver:
         self._rounds = derive(run.plan)
 
     def run(self) -> Rounds:
-        """Run stage after stage until none is left; each depends only on what is committed."""
+        """Run one stage after the other until none is left. The next stage follows from the committed artifacts."""
         self._prepared = stages.prepare(self._run)
         steps: dict[Stage, Callable[[Round], Artifact]] = {
             "sample": self._sample,
@@ -185,7 +187,10 @@ class _Driver:
 
     @property
     def _mismatched_tokens(self) -> int | None:
-        """Return the maximum length of a prompt with another prompt's completion; None if the objective needs none."""
+        """Return the maximum length, in tokens, of a prompt together with a completion of another prompt.
+
+        Return None if the objective needs no completions of other prompts.
+        """
         longest = self._recipe.data.max_length_tokens + self._online.sampling.max_new_tokens
         return longest if planning.needs_mismatched(self._recipe) else None
 
@@ -274,14 +279,14 @@ class _Driver:
         return EnginePool(model.settings, model.store, reference, engine, say, start_sampling_vllm, living=True)
 
     def _engine_model(self, policy: Policy) -> EngineModel:
-        """Return a policy as the engines load it, with the store of its log-probs."""
+        """Return the settings with which engines load a policy, and the store of its log-probs."""
         extra_tokens = self._online.sampling.max_new_tokens
         if policy.artifact is None:
             return self._run.reference_model(extra_tokens)
         return self._run.policy_model(policy.artifact, extra_tokens)
 
     def _make_room(self) -> None:
-        """Stop engines and judges that hold GPUs if the cluster has no room for training besides them."""
+        """Stop the engines, and the judges that hold GPUs, if the cluster has too few free resources for training."""
         worker = self._plan.hardware.worker
         if worker.gpus and not has_room(worker, self._recipe.train.workers):
             self._pool.close()
@@ -301,7 +306,10 @@ class _Driver:
             return sample(self._pool, table, sampling, config.prompts_per_granule, kept, staging, provenance, bar)
 
     def _policy_samples(self, name: str, policy: Policy) -> PolicySamples:
-        """Return a policy's completions of all held-out prompts, sampled with the same seeds for all policies."""
+        """Return a policy's completions of all held-out prompts. Sample them first if they do not exist yet.
+
+        All policies sample with the same seeds.
+        """
         if policy.key not in self._heldout_samples:
             config = heldout_sampling_config(self._plan)
             inputs = {"policy": policy.key, "prepare": self._plan.stages["prepare"].key}
@@ -332,7 +340,7 @@ class _Driver:
         return RoundPrompts(self._plan, self._prepared, self._prompts_artifact(), self._reporter.say)
 
     def _prompts_artifact(self) -> Artifact | None:
-        """Return the prompts of the recipe's separate source, read now if that is not done; None if it names none."""
+        """Return the artifact `prompts`, built now if it does not exist; None without a separate source of prompts."""
         planned = self._rounds.outside.prompts
         if planned is None:
             return None
@@ -366,7 +374,7 @@ class _Driver:
     # ---- artifacts
 
     def _made(self, policy: Policy) -> Policy:
-        """Build the running mean that a round uses as reference, if it does not exist yet; return its policy."""
+        """Return `policy`. If it is a running mean of weights that does not exist yet, build it first."""
         if policy.artifact is not None or policy.mean_of is None:
             return policy
         mean, promoted = self._made(policy.mean_of[0]), policy.mean_of[1]
@@ -379,7 +387,10 @@ class _Driver:
         return self._run.model_directory if policy.artifact is None else policy_directory(policy.artifact)
 
     def _context(self, current: Round) -> RunContext:
-        """Return the context of a round's stages `schedule` and `train`, which start from the round's first policy."""
+        """Return the run context for the stages `schedule` and `train` of a round.
+
+        Its plan names the round's starting policy as the model to train.
+        """
         start = self._recipe.model
         if current.start.artifact is not None and not is_adapter(current.start.artifact):
             start = ModelConfig(path=str(self._directory(current.start)), dtype=self._recipe.model.dtype)

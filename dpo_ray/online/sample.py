@@ -1,4 +1,7 @@
-"""The stage `sample`: granules of prompts go to the live engines; each result is kept, so a restart resumes."""
+"""The stage `sample`: the engines sample completions for granules (batches) of prompts.
+
+The result of each granule is stored at once, so that an interrupted run does not sample it again.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ from dpo_ray.observe.progress import Bar
 from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.sampling import SAMPLES, Sampled, Sampling
 
-PROMPTS_WITHOUT = "without"  # in the manifest's rows: prompts without samples: every engine that tried them died
+PROMPTS_WITHOUT = "without"  # name, in the manifest's rows, of the number of prompts on which every engine died
 
 
 @dataclass(frozen=True)
 class SampledPrompt:
-    """A prompt and its completions."""
+    """A prompt and the completions that were sampled for it."""
 
     key: bytes
     prompt_ids: tuple[int, ...]
@@ -42,11 +45,12 @@ def sample(
     provenance: Provenance,
     bar: Bar,
 ) -> Artifact:
-    """Sample what is not kept yet, and commit the artifact `sample`.
+    """Sample completions for all prompts, and commit the artifact `sample`.
 
     Args:
-        prompts: of schema PROMPTS.
-        kept: where each granule is stored once it is sampled; deleted after all are committed.
+        prompts: table of schema PROMPTS.
+        prompts_per_granule: number of prompts that an engine gets at once (a granule).
+        kept: where finished granules are stored until the commit. Granules that are stored are not sampled again.
     """
     granules = [prompts.slice(i, prompts_per_granule) for i in range(0, len(prompts), prompts_per_granule)]
     existing = set(kept.list_files())
@@ -80,7 +84,10 @@ def _name(granule: int) -> str:
 
 
 def _whole(granule: pa.Table, pieces: Sequence[Sampled]) -> pa.Table:
-    """Join the pieces of a granule in its order; prompts that no engine survived are missing."""
+    """Join the results for the pieces of a granule, in the order of its prompts.
+
+    Prompts on which every engine died are missing in the result.
+    """
     table = pa.concat_tables([SAMPLES.empty_table(), *(piece.table for piece in pieces)])
     row = {key: i for i, key in enumerate(table["group_id"].to_pylist())}
     return table.take([row[key] for key in granule["group_id"].to_pylist() if key in row])
@@ -91,7 +98,7 @@ def _count_tokens(tables: Sequence[pa.Table]) -> int:
 
 
 def read_samples(sampled: Artifact) -> Iterator[SampledPrompt]:
-    """Yield the prompts of an artifact `sample` with their completions."""
+    """Yield each prompt of an artifact `sample`, with its completions."""
     for name in sampled.names("samples/"):
         for row in read_table(sampled, name).to_pylist():
             yield SampledPrompt(

@@ -1,1 +1,1 @@
-"""Log-probs of the frozen reference model: scoring, a store addressed by content, the join by key, and the audit."""
+"""Log-probs of the frozen reference model: how they are computed, stored, joined to the data, and audited."""

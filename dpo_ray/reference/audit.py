@@ -1,7 +1,7 @@
-"""The audit: how much the stored reference log-probs differ from the training stack's own forward pass.
+"""The audit: it measures how much the stored reference log-probs differ from the trainer's own forward pass.
 
-The measurement depends neither on limits nor on beta, so a recipe that changes them judges it again
-(`audit_limits.py`).
+The measurement depends neither on the recipe's limits nor on its beta. If these change, the stored measurement is
+compared with the new limits (`audit_limits.py`).
 """
 
 from __future__ import annotations
@@ -15,28 +15,32 @@ from dpo_ray.errors import AuditError
 from dpo_ray.schedule.audit_pairs import ComparedGroup
 
 WORST_GROUPS = 3  # number of groups with the largest drift that are listed by id
-MAX_POINTS = 64  # pairs whose errors are kept for the report
+MAX_POINTS = 64  # number of pairs whose errors are kept for the report
 HISTOGRAM_BINS = 41  # odd: the middle bin is centred on zero difference
 _LARGEST_EXPONENT = 600.0  # keeps even an extreme drift finite, as JSON requires
 _INNER = 0.995  # share of the tokens within the histogram's axis; a few outliers would flatten all other bins
 
 
 def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
-    """Compute the statistics of d = stored - own log-prob, in nats, over a sample's tokens and pairs, as JSON values.
+    """Compute statistics of d = (stored log-prob - the trainer's own log-prob), in nats, over a sample of groups.
 
-    A group that occurs twice (a second epoch) counts once, and the order of the sample does not matter. The error of a
-    pair is the sum of d over its chosen completion minus that over its rejected one: the error of its reference margin
-    in training.
+    A group (a prompt with its completions) that occurs twice counts once. The order of the sample does not matter. The
+    error of a pair is the sum of d over its chosen completion minus the sum of d over its rejected completion. It is
+    the error of the pair's reference margin in training.
 
     Returns:
-        Counts `groups`, `paired_groups`, `pairs`, `tokens`; over tokens `mean_token_drift` and `max_token_drift` (of
-        |d|), `signed_bias` (mean d) with `signed_bias_error` (its standard error; groups are independent, their tokens
-        are not; null for one group), `multiplicative_error` (mean exp |d|); over pairs `margin_error_nats` (standard
-        deviation), `margin_error_nats_per_token` (of the error per token) and `length_correlation` (with the difference
-        in length); and for the report `worst_groups`, `drift_histogram` and `pair_errors`.
+        JSON values by name.
+        - Counts: `groups`, `paired_groups` (groups with pairs), `pairs`, `tokens`.
+        - Over tokens: `mean_token_drift` and `max_token_drift` (mean and maximum of |d|), `signed_bias` (mean of d),
+          `signed_bias_error` (standard error of that mean, with groups and not tokens taken as independent; None for
+          a single group), and `multiplicative_error` (mean of exp |d|).
+        - Over pairs: `margin_error_nats` (standard deviation of the error), `margin_error_nats_per_token` (the same,
+          with means of d in place of sums), and `length_correlation` (correlation of the error with the difference in
+          length).
+        - For the report: `worst_groups`, `drift_histogram` and `pair_errors`.
 
     Raises:
-        AuditError: a value is not finite; training cannot start with such a model, whatever `on_drift` is.
+        AuditError: a log-prob is not finite. Training cannot start with such a model, whatever `on_drift` is.
     """
     groups = [g for _, g in sorted({g.group_id: g for g in sample}.items())]
     drift = [_drift(g) for g in groups]
@@ -72,7 +76,7 @@ def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
 
 
 def _drift(group: ComparedGroup) -> list[np.ndarray]:
-    """Compute d = stored - own log-prob for each completion: K x float64 [completion tokens]."""
+    """Compute d = (stored log-prob - own log-prob) for each completion of a group: K x float64 [completion tokens]."""
     drift = [s.astype(np.float64) - o.astype(np.float64) for s, o in zip(group.stored, group.own, strict=True)]
     if not all(np.isfinite(d).all() for d in drift):
         owner = "trainer" if not all(np.isfinite(o).all() for o in group.own) else "stored reference"
@@ -85,7 +89,7 @@ def _drift(group: ComparedGroup) -> list[np.ndarray]:
 
 
 def _error_of_mean(by_group: Sequence[np.ndarray]) -> float | None:
-    """Estimate the standard error of the mean over all tokens, taking the groups as a random sample of all groups."""
+    """Estimate the standard error of the mean over all tokens. The groups count as a random sample of all groups."""
     if len(by_group) < 2:
         return None
     sums, counts = np.array([g.sum() for g in by_group]), np.array([len(g) for g in by_group])
@@ -107,7 +111,10 @@ def _worst(groups: Sequence[ComparedGroup], by_group: Sequence[np.ndarray]) -> l
 
 
 def _histogram(flat: np.ndarray) -> dict[str, Any]:
-    """Count d in bins of equal width from -range_nats to range_nats; range 0 and no bins if nothing differs."""
+    """Count the values of d in bins of equal width from -range_nats to range_nats; `beyond` counts the other values.
+
+    If all values are 0, the range is 0 and there are no bins.
+    """
     size = np.abs(flat)
     if not size.any():
         return {"range_nats": 0.0, "counts": [], "beyond": 0}

@@ -1,4 +1,4 @@
-"""Judgement of the audit's measurement: each statistic against its limit, and what such a drift usually means."""
+"""Comparison of the audit's measurement with limits, and what a statistic above its limit usually means."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Literal
 from dpo_ray.config.reference import AuditConfig
 from dpo_ray.errors import AuditError
 
-# Nats; keyed by the fields of reference.audit. Measured between vLLM and a plain forward pass: in float32, 3e-6 on
-# average and at most 2e-5; in bfloat16, whose rounding alone moves a log-prob by 0.03, 0.03 on average and at most 0.2.
+# Nats; keyed by the fields of reference.audit. Measured differences between vLLM and a plain forward pass: in float32,
+# 3e-6 on average and at most 2e-5; in bfloat16, 0.03 on average (which its rounding alone explains) and at most 0.2.
 # A bias rewards length: 2e-3 per token over 500 tokens is 0.1 of the reward at beta 0.1. A margin error of 0.1 in the
-# loss's own unit moves a pair's gradient weight from 0.5 to 0.525, and does so in every epoch.
+# unit of the loss moves a pair's gradient weight from 0.5 to 0.525, and does so in every epoch.
 DEFAULT_LIMITS = {
-    # Of float32 as real models round it, ten times as much as models of a few layers: a bias of 5e-5 moves the reward
-    # margin of two completions that differ by 200 tokens by 1e-3 at beta 0.1.
+    # Real models round ten times as much in float32 as models of a few layers; these limits allow for that. A bias of
+    # 5e-5 moves the reward margin of two completions that differ by 200 tokens by 1e-3 at beta 0.1.
     "float32": {"max_token_drift": 1e-3, "max_mean_drift": 1e-4, "max_bias": 5e-5, "max_margin_error": 1e-3},
     "bfloat16": {"max_token_drift": 0.5, "max_mean_drift": 0.05, "max_bias": 2e-3, "max_margin_error": 0.1},
 }
-STANDARD_ERRORS = 3  # a bias or a spread within so many standard errors may be due to chance
+STANDARD_ERRORS = 3  # an estimate may be wrong by chance by this number of standard errors
 FEWEST_GROUPS = 16  # minimum for an estimate: with fewer groups, the standard error itself is unreliable
 SHOWN_CORRELATION = 0.5  # a message mentions a correlation that is stronger than this
 
@@ -29,7 +29,7 @@ Verdict = Literal["within", "over", "too few", "not judged"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One statistic, its limit in the recipe, and the verdict on it from the sample."""
+    """One statistic of the audit, its limit, and the verdict: whether it is within this limit."""
 
     name: str
     value: float
@@ -41,7 +41,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The findings on one measurement. It passes if tokens were compared and no statistic is over its limit."""
+    """The findings on all statistics of one measurement.
+
+    The measurement passes if tokens were compared and no statistic is over its limit.
+    """
 
     measured: Mapping[str, Any]
     findings: tuple[Finding, ...]
@@ -62,7 +65,7 @@ class Judgement:
         return ", ".join(f"{f.name} {_short(f.value)} over {_short(f.limit)}" for f in self.over) or "within its limits"
 
     def figures(self) -> dict[str, Any]:
-        """Return the measurement with the limits and verdicts, as JSON values."""
+        """Return the measurement together with the limits and verdicts, as JSON values."""
         return {
             **self.measured,
             "margin_error": next(f.value for f in self.findings if f.name == "margin_error"),
@@ -73,15 +76,19 @@ class Judgement:
 
 
 def judge(measured: Mapping[str, Any], config: AuditConfig, dtype: str, beta: float, per_token: bool) -> Judgement:
-    """Compare a measurement (`audit.measure`) with the recipe's limits, or with the defaults of the compute dtype.
+    """Compare a measurement (the result of `audit.measure`) with limits.
 
-    Token drift is judged on any sample: one wrong token is a fact. Bias and margin error are estimates with a sampling
-    error, taken as three standard errors. The verdict is "too few" if there are fewer than 16 groups, or if the
-    sampling error is larger than the limit, unless the estimate exceeds the limit by more than that error. So a tiny
-    sample does not fail by chance; it passes with a verdict that shows how little it proves.
+    The limits are those of the recipe; where it sets none, the defaults for `dtype` apply.
+
+    Token drift is judged on any sample, because even one wrong token is a fact. Bias and margin error are estimates.
+    Their sampling error is taken as three standard errors, and as infinite for fewer than 16 groups. If the estimate is
+    above the limit by more than the sampling error, the verdict is "over". Otherwise, if the sampling error is larger
+    than the limit, it is "too few" (groups). In all other cases the estimate itself is compared with the limit. So a
+    tiny sample does not fail by chance, and its verdict shows that it proves little.
 
     Args:
-        per_token: the objective compares log-ratios per token, so the margin's error is also taken per token.
+        dtype: the compute dtype.
+        per_token: whether the objective uses log-ratios per token; then the margin error is also taken per token.
     """
     m = measured
     limits = DEFAULT_LIMITS[dtype] | config.model_dump(include=set(DEFAULT_LIMITS[dtype]), exclude_none=True)
@@ -114,7 +121,10 @@ def _verdict(size: float, limit: float, chance: float) -> Verdict:
 
 
 def goes_on(config: AuditConfig, dtype: str, beta: float, per_token: bool, measured: Mapping[str, Any]) -> bool:
-    """Return whether to train after such a measurement. Imports no torch, as Ray Train's controller unpickles it."""
+    """Return whether training may start after the measurement `measured`.
+
+    This module imports no torch, because Ray Train's controller unpickles this function.
+    """
     return config.on_drift == "warn" or judge(measured, config, dtype, beta, per_token).passed
 
 
@@ -134,17 +144,17 @@ MEANINGS = {
 
 
 def check_drift(judgement: Judgement, config: AuditConfig, engine: str) -> None:
-    """Raise if the reference is not within its limits and `on_drift` is not "warn".
+    """Check that the measurement passes. If `on_drift` is "warn", check nothing.
 
     Raises:
-        AuditError: lists each statistic over its limit with value, limit and usual cause, and the groups that drift
-            most.
+        AuditError: a statistic is over its limit, or no tokens were compared. The error lists each such statistic with
+            its value, its limit and the usual cause, and the groups with the largest drift.
     """
     if judgement.passed or config.on_drift == "warn":
         return
     fix = "set reference.audit.on_drift=use_trainer, which scores everything again with the trainer's own forward pass"
     if engine == "trainer":
-        fix = "the trainer differs from itself: check whether the model, its adapter or the store's files have changed"
+        fix = "the trainer computed both: check whether the model, its adapter or the store's files have changed"
     fields = " and ".join(f"reference.audit.{f.field}" for f in judgement.over)
     raise AuditError(
         "\n  ".join(["the stored reference log-probs differ from the trainer's own", *described(judgement)]),
@@ -156,7 +166,7 @@ def check_drift(judgement: Judgement, config: AuditConfig, engine: str) -> None:
 
 
 def described(judgement: Judgement) -> list[str]:
-    """Describe, line by line, what was compared, which statistics are over their limits and what that usually means."""
+    """Describe a judgement in lines: what was compared, and each statistic over its limit with the usual cause."""
     m = judgement.measured
     lines = [f"compared: {m['groups']:,} groups, {m['pairs']:,} pairs, {m['tokens']:,} completion tokens"]
     shown = list(judgement.over)

@@ -1,13 +1,14 @@
-"""Records of reference log-probs that drift from the trainer's: how they are judged and stored, and who scores instead.
+"""Records of failed audits, so that later runs know that an engine's log-probs differ from the trainer's.
 
-A measurement that was over its limits is committed as an artifact `audit`, so that later plans use it without measuring
-again: with `on_drift: use_trainer` they plan with the trainer's own scores, from the first stage that uses them. The
-record holds the measurement and not the verdict: a recipe with other limits, or another beta, judges it again.
+If a measurement is over its limits, it is committed as an artifact `audit` (the record). With `on_drift: use_trainer`,
+a later plan that finds a record lets the trainer score instead of the engine, without measuring again. The record holds
+the measurement and not the verdict, because a recipe with other limits, or another beta, must judge it again.
 
-A record applies to one committed reference, identified by its key and by the attempt that created it. So it is void
-when data, model, engine, version, dtype or parallelism change, and when the reference artifact is deleted and created
-again. A record that streaming wrote before the reference was committed identifies it by the key alone, since the commit
-may come while training is already stopping. All records are void when the trainer's libraries change.
+A record applies to one committed artifact `reference`, identified by its key and by the attempt that created it. So the
+record no longer applies when data, model, engine, version, dtype or parallelism change, or when the artifact is deleted
+and created again. With streaming, a record may be written before the artifact is committed; it then contains only the
+key, because the commit may happen while training is already stopping. No record applies after the trainer's libraries
+have changed.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ NOT_COMMITTED = ""  # stands for the attempt of a reference that is not committe
 
 
 def judged(measured: Mapping[str, Any], recipe: Recipe, dtype: str) -> Judgement:
-    """Compare a measurement with a recipe's limits, for its objective."""
+    """Compare a measurement of the audit with the recipe's limits, in the unit of the recipe's objective."""
     objective = recipe.train.objective
     return judge(measured, recipe.reference.audit, dtype, reward_beta(objective), is_per_token(objective))
 
 
 def rule(recipe: Recipe, dtype: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Return the function that decides whether to train after a measurement. It pickles and is cheap to unpickle."""
+    """Return a function that decides, from a measurement of the audit, whether training may start.
+
+    The function can be pickled, and unpickling it imports no large library.
+    """
     objective = recipe.train.objective
     return partial(goes_on, recipe.reference.audit, dtype, reward_beta(objective), is_per_token(objective))
 
@@ -44,11 +48,13 @@ def rule(recipe: Recipe, dtype: str) -> Callable[[Mapping[str, Any]], bool]:
 def remember(
     store: ArtifactStore, reference_key: str, trainer: str, run: str, measured: dict[str, Any], versions: dict[str, str]
 ) -> None:
-    """Commit a measurement that was over its limits, for later plans.
+    """Commit the record of a measurement that was over its limits, so that later plans find it.
 
     Args:
-        trainer: version of the forward pass with which the stored log-probs were compared.
+        reference_key: key of the artifact `reference` that was measured.
+        trainer: version of the trainer's forward pass, with which the stored log-probs were compared.
         run: name of the run that measured.
+        versions: version of each library, for the manifest.
     """
     config = {"trainer": trainer}
     inputs = {"reference": reference_key, "attempt": _attempt(store, reference_key)}
@@ -58,7 +64,10 @@ def remember(
 
 
 def remembered(store: ArtifactStore, reference_key: str, trainer: str, recipe: Recipe, dtype: str) -> Judgement | None:
-    """Find a measurement of this reference that is over the recipe's limits; if there are several, any one of them."""
+    """Find a record for this reference whose measurement is over the recipe's limits; None if there is no such record.
+
+    If there are several, return any of them.
+    """
     attempts = (NOT_COMMITTED, _attempt(store, reference_key))
     for m in store.manifests(STAGE):
         matches = (
@@ -77,6 +86,6 @@ def _attempt(store: ArtifactStore, reference_key: str) -> str:
 
 
 def with_trainer(recipe: Recipe) -> Recipe:
-    """Return a copy of the recipe in which the trainer scores, ahead of training, instead of the recipe's engine."""
+    """Return a copy of the recipe in which the trainer scores the reference, before training starts."""
     reference = recipe.reference.model_copy(update={"engine": "trainer", "mode": "ahead", "tensor_parallel": 1})
     return recipe.model_copy(update={"reference": reference})

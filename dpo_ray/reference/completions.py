@@ -1,4 +1,4 @@
-"""Sampling of completions with a pool's engines, and their log-probs under a model, as evaluations compare them."""
+"""Completions for evaluations: a pool of engines samples them, and computes their log-probs under a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SampledCompletion = tuple[tuple[int, ...], bool]  # token ids; True if they end 
 
 @dataclass(frozen=True)
 class EngineModel:
-    """A model as engines load it, and the store for its log-probs."""
+    """The settings with which engines load a model, and the store for the model's log-probs."""
 
     settings: ScorerSettings
     store: ReferenceStore
@@ -32,17 +32,21 @@ class EngineModel:
 def sample_completions(
     pool: EnginePool, model: EngineModel, table: pa.Table, sampling: Sampling, groups_per_granule: int
 ) -> list[SampledCompletion]:
-    """Sample one completion for each prompt of a table of schema PROMPTS, in the order of its rows.
+    """Sample one completion for each row of a table of prompts; return them in the order of the rows.
+
+    Args:
+        table: of schema PROMPTS.
+        groups_per_granule: number of prompts that an engine gets at once.
 
     Raises:
-        EngineError: every engine that sampled for some prompt died.
+        EngineError: some prompt has no completion, because every engine died while it sampled for this prompt.
     """
     pool.load(model.settings, model.store)
     by_prompt: dict[bytes, SampledCompletion] = {}
     for answer in pool.sample((ray.put(granule) for granule in cut([table], groups_per_granule)), sampling):
         if not isinstance(answer, Sampled):
             raise EngineError(
-                f"every engine died that sampled for {answer.groups} held-out prompts",
+                f"{answer.groups} held-out prompts have no completion: every engine died while it sampled for them",
                 where=model.settings.model_dir,
                 fix="remove their rows from data.eval, or give the engines more memory; --verbose shows their logs",
             )
@@ -58,13 +62,13 @@ def completion_logps(
     completions: Sequence[Sequence[int]],
     groups_per_granule: int,
 ) -> np.ndarray:
-    """Score one completion of each prompt, using the store.
+    """Compute the log-prob of one completion per prompt. Only log-probs that the store lacks are computed.
 
     Returns:
-        float64 [prompts], in nats: the sum over each completion's tokens; 0 for an empty completion.
+        float64 [prompts], in nats: the sum over the tokens of each completion; 0 for an empty completion.
 
     Raises:
-        EngineError: the model has no finite log-probs for a completion.
+        EngineError: the model gives no finite log-probs for a completion.
     """
     rows = [i for i, completion in enumerate(completions) if len(completion)]
     columns = {

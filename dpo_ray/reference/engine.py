@@ -1,4 +1,4 @@
-"""One engine of the pool: it scores granules, and commits each to the store while the next is being scored."""
+"""One engine of the pool. It scores granules (batches of groups), and stores one while it scores the next."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ class _Computed:
 
 
 class Engine:
-    """A scorer and a store. Two calls of `score` may run concurrently: one computes while the other writes.
+    """A scorer, and the store to which it writes its log-probs.
 
-    The scorer always runs in the same thread, as its number of compute threads and torch's modes are set per thread.
+    Two calls of `score` may run concurrently: one computes while the other writes. The scorer always runs in the same
+    thread, because torch keeps some settings, such as the number of compute threads, for each thread.
     """
 
     def __init__(self, name: str, settings: ScorerSettings, store: ReferenceStore, start: StartScorer) -> None:
@@ -53,7 +54,7 @@ class Engine:
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="scorer")
 
     def start(self) -> None:
-        """Start the scorer.
+        """Start the scorer, which loads the model.
 
         Raises:
             EngineError: the scorer does not start.
@@ -61,10 +62,12 @@ class Engine:
         self._scorer = self._computing.submit(self._start, self._settings).result()
 
     def load(self, settings: ScorerSettings, store: ReferenceStore) -> None:
-        """Switch to another model for scoring and sampling; the running scorer is kept if it can load the weights.
+        """Switch to another model for scoring and sampling.
+
+        If the running scorer can load this model, it is kept; otherwise a new scorer is started.
 
         Raises:
-            EngineError: a scorer cannot be started with the model.
+            EngineError: the model cannot be loaded.
         """
         self._store = store
         if settings != self._settings:
@@ -77,7 +80,10 @@ class Engine:
             self._scorer = self._start(self._settings)
 
     def sample(self, granule: pa.Table, first: int, last: int | None, sampling: Sampling) -> Sampled:
-        """Sample completions for the prompts `first` to `last` (exclusive; None: the end) of a granule of PROMPTS."""
+        """Sample completions for the rows `first` to `last` of a granule (a table of schema PROMPTS).
+
+        `last` is exclusive; None means to the end.
+        """
         table = granule.slice(first, None if last is None else last - first)
         began = time.monotonic()
         prompts, seeds = table["prompt_ids"].to_pylist(), table["seeds"].to_pylist()
@@ -90,19 +96,20 @@ class Engine:
         return Sampled(sampled, tokens, time.monotonic() - began, self._name)
 
     def alive(self) -> bool:
-        """Return True; used to probe that the process is up."""
+        """Return True. A call that fails shows that this process has ended."""
         return True
 
     def score(self, granule: pa.Table, first: int, last: int | None, known: Sequence[str] | None) -> Scored:
-        """Score the groups `first` to `last` of a granule and commit their log-probs as one segment.
+        """Score the groups `first` to `last` of a granule, and commit their log-probs as one file of the store.
 
         Args:
             last: exclusive; None means to the end.
-            known: segments whose keys are not in the granule; passed for a granule during which an engine died, to
-                leave out what that engine had committed. None: nothing of the granule can have been committed.
+            known: None for a granule that no engine had before. If an engine died with this granule, it may have
+                committed some log-probs already. Then `known` lists the older segments (files) of the store; only the
+                newer ones are searched for these log-probs, and only those that are missing are computed.
 
         Raises:
-            EngineError: the scorer's answer violates its contract.
+            EngineError: the scorer returned a wrong result, such as log-probs of other tokens.
             ArtifactError: the store cannot be written.
         """
         table = granule.slice(first, None if last is None else last - first)
@@ -127,7 +134,7 @@ class Engine:
             rescored=computed.rescored,
             seconds=computed.seconds,
             engine=self._name,
-            unscored=tuple(Unscored(i, "no_log_probs", f"said by {self._name}") for i in ids),
+            unscored=tuple(Unscored(i, "no_log_probs", f"scored by {self._name}") for i in ids),
         )
 
     def close(self) -> None:
@@ -143,7 +150,11 @@ class Engine:
         )
 
     def _requests(self, table: pa.Table) -> tuple[list[ScoreRequest], list[list[int]], np.ndarray]:
-        """Build one request per distinct sequence; also return the rows of the groups that contain it, and its key."""
+        """Build one request for each distinct sequence (a prompt and a completion).
+
+        Returns:
+            The requests; for each request, the rows of the groups that contain its sequence; and its key in the store.
+        """
         keys = self._store.keys(table)
         firsts: dict[bytes, int] = {}  # by key, the number of its request
         requests: list[ScoreRequest] = []

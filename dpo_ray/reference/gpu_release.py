@@ -1,4 +1,4 @@
-"""Release of GPUs: the engines' processes have ended and their memory is free before others use the devices."""
+"""Release of GPUs: functions that wait until the engines' processes have ended and their GPU memory is free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Place:
-    """Where an engine runs."""
+    """The process, node and GPUs of an engine."""
 
     pid: int
     node: str  # Ray's id
@@ -28,16 +28,16 @@ class Place:
 
 
 def place_of_this_process() -> Place:
-    """Return where the current process runs; called inside an actor."""
+    """Return the process id, node and GPUs of the current process. Call this inside an actor."""
     context = ray.get_runtime_context()
     return Place(os.getpid(), context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ())))
 
 
 def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until Ray has marked killed actors as dead; from then on others can use their resources.
+    """Wait until Ray has marked the killed actors as dead. Only then can others use the resources of these actors.
 
     Args:
-        actors: each has a method `alive`.
+        actors: killed actors; each has a method `alive`.
 
     Raises:
         InfrastructureError: an actor is not dead before the deadline.
@@ -63,9 +63,12 @@ def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SE
 def wait_until_memory_is_free(
     places: Sequence[Place], share: float, deadline_seconds: float = DEADLINE_SECONDS
 ) -> None:
-    """Wait until the GPUs that engines used have `share` of their memory free: what an engine needs to start.
+    """Wait until enough memory is free on each GPU that an engine used.
 
-    A GPU's memory becomes free some time after its process has ended; a training run that starts before then fails.
+    A GPU's memory becomes free some time after the process has ended. A training run that starts too early fails.
+
+    Args:
+        share: fraction of each GPU's memory that must be free; an engine needs this much to start.
 
     Raises:
         InfrastructureError: the memory is not free before the deadline.
@@ -92,7 +95,10 @@ def wait_until_memory_is_free(
 
 
 def _least_free_share(gpus: Sequence[str], share: float, deadline_seconds: float) -> float:
-    """Poll this node's GPUs until each has `share` of its memory free; return the smallest share at the last poll."""
+    """Wait until each of this node's `gpus` has the fraction `share` of its memory free, or until the deadline.
+
+    Return the smallest fraction of free memory that was found at the end.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     import torch
 

@@ -1,4 +1,7 @@
-"""The granule, the unit of scoring: groups with the completions that the store lacks, scored and committed together."""
+"""The granule: a batch of groups that one engine scores and commits at once.
+
+It contains only the completions whose log-probs the store lacks.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ GRANULE = pa.schema(
 )
 
 REASONS = {
-    "kills_engine": "an engine died twice while it scored this group",
+    "kills_engine": "two engines died while they scored this group",
     "no_log_probs": "the model gives no finite log-probs for this group",
 }
-"""Why a group has no reference log-probs, by reason code."""
+"""Explanations of why a group has no reference log-probs, by reason code."""
 
 
 @dataclass(frozen=True)
 class Unscored:
-    """A group that cannot be scored."""
+    """A group (a prompt with its completions) that cannot be scored, and why."""
 
     group_id: bytes
     reason: str  # a key of REASONS
@@ -32,14 +35,14 @@ class Unscored:
 
 @dataclass(frozen=True)
 class Scored:
-    """The result of scoring one granule, or a piece of a granule that was split. Its log-probs are in the store."""
+    """The counts of scoring one granule, or one piece of a granule that was split. The log-probs are in the store."""
 
     groups: int
     sequences: int  # distinct sequences
-    tokens: int  # of prompts and completions; the prompt counts once for each sequence
+    tokens: int  # of prompts and completions; a prompt counts once for each of its completions
     cached_tokens: int  # those of `tokens` that were read from the engine's cache
     rescored: int  # sequences that were scored again without the cache
     seconds: float
     engine: str  # its name in the pool
     unscored: tuple[Unscored, ...] = ()
-    granule: int = 0  # number of the granule, in the order in which the run received the granules
+    granule: int = 0  # number of the granule, counted from 0 in the order of the run's input

@@ -1,4 +1,4 @@
-"""The join of the reference store to the groups: by key, never by position; one log-prob for each completion token."""
+"""The join of the reference store to the groups. Log-probs are found by key, never by position in a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFERENCE = pa.schema(
 
 @dataclass(frozen=True)
 class JoinedPart:
-    """The reference part that corresponds to one tokens part, and its groups without log-probs."""
+    """The file of reference log-probs for one file of the tokens artifact, and its groups without log-probs."""
 
     entry: FileEntry
     quarantine: pa.Table  # of schema QUARANTINE
@@ -43,10 +43,11 @@ def join_part(
     unscored: Mapping[bytes, Unscored],
     staging: Staging,
 ) -> JoinedPart:
-    """Write the reference part that corresponds to a tokens part: the same groups in the same order.
+    """Write the reference log-probs for one file of the tokens artifact: the same groups in the same order.
 
     Args:
-        unscored: groups that cannot be scored, by group_id; their log-probs become null.
+        name: name of this file in the tokens artifact; the new file gets the same name.
+        unscored: the groups that cannot be scored, by group_id. Their log-probs are written as null.
 
     Raises:
         ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.
@@ -55,7 +56,7 @@ def join_part(
     ids = table["group_id"].to_pylist()
     left_out = np.array([group_id in unscored for group_id in ids], bool)  # [groups]
     scored = fetch_token_logps(table.filter(pa.array(~left_out)), store, index)
-    places = np.cumsum(~left_out) - 1  # [groups]: the place of each group in `scored`
+    places = np.cumsum(~left_out) - 1  # [groups]: the row of each group in `scored`
     token_logps = scored.take(pa.array(places, mask=left_out))
     joined = pa.table({"group_id": table["group_id"], "token_logps": token_logps}, schema=REFERENCE)
     rows = [
@@ -75,7 +76,10 @@ def join_part(
 
 
 def fetch_token_logps(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> pa.ListArray:
-    """Fetch the log-probs of a table's completions by key: [groups] lists of [completions] lists of float32.
+    """Fetch the log-probs of all completions of a table from the store, by key.
+
+    Returns:
+        For each group a list with, for each completion, the float32 log-probs of its tokens.
 
     Raises:
         ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.

@@ -1,4 +1,4 @@
-"""Finding the completions that the reference store lacks, and cutting them into granules."""
+"""Look-up of completions in the reference store. Missing completions are cut into granules (batches for an engine)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .granule import GRANULE
 
 
 def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> tuple[pa.Table, int]:
-    """Select from a table of groups those with completions that the store lacks.
+    """Find the completions of a table of groups whose log-probs the store lacks.
 
     Args:
-        table: rows with group_id, prompt_ids and completion_ids; other columns are ignored.
+        table: one group per row, with the columns group_id, prompt_ids and completion_ids; other columns are ignored.
 
     Returns:
-        A table of schema GRANULE in the order of the rows, with only the missing completions, and the number of
-        completions that the store has.
+        A table of schema GRANULE: the groups with missing completions, in the order of the rows, each with only its
+        missing completions. And the number of completions that the store has.
     """
     groups = table.select(GRANULE.names).combine_chunks().cast(GRANULE)
     if not len(groups):
@@ -45,7 +45,7 @@ def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> t
 
 
 def cut(tables: Iterable[pa.Table], groups: int) -> Iterator[pa.Table]:
-    """Cut the concatenation of tables into tables of `groups` rows; the last may be shorter, none is empty."""
+    """Concatenate tables, and cut the result into tables of `groups` rows. The last may be shorter, but not empty."""
     buffer: list[pa.Table] = []
     rows = 0
     for table in tables:
@@ -61,9 +61,9 @@ def cut(tables: Iterable[pa.Table], groups: int) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class LookupProgress:
-    """Progress of a look-up since its last report."""
+    """Counts of a look-up since its previous report."""
 
-    known_groups: int  # groups of which the store has all completions
+    known_groups: int  # groups whose completions are all in the store
     found: int  # completions that the store has
     granule: bool  # True: a granule follows
 
@@ -71,7 +71,10 @@ class LookupProgress:
 def look_up(
     tables: Iterable[pa.Table], store: ReferenceStore, index: StoreIndex, groups_per_granule: int
 ) -> Iterator[LookupProgress | pa.Table]:
-    """Yield counts and granules alternately, and at the end only counts."""
+    """Look up all groups of `tables` in the store, and yield granules of the missing completions.
+
+    Before each granule, and once more at the end, a LookupProgress is yielded with the counts since the last one.
+    """
     known_groups = found = 0
 
     def missing() -> Iterator[pa.Table]:

@@ -1,7 +1,7 @@
-"""The pool of engines: it hands out granules in order, replaces engines that die, and finds the groups that kill them.
+"""The pool of engines. It gives them granules in order, replaces engines that die, and finds groups that kill engines.
 
-A pool scores granules of groups, or samples for granules of prompts. A pool with `living=True` keeps its engines when a
-run has ended, and its engines then load the next model.
+A granule is a batch of groups to score, or a batch of prompts for which completions are sampled. A pool with
+`living=True` keeps its engines at the end of a run, so that they can load the next model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .sampling import Sampled, Sampling
 from .scorer import ScorerSettings
 
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
-"""The exceptions that Ray raises if an actor's process or node has died."""
+"""The exceptions that Ray raises when the process or the node of an actor has died."""
 MAX_FAILED_STARTS = 3  # in a row
 MAX_FRUITLESS_DEATHS = 12  # in a row, with nothing scored in between; plus two for each engine of the pool
-DEATHS_OF_A_GRANULE = 2  # after so many engine deaths a granule is split
-PIECES = 8  # number of pieces into which it is split
+DEATHS_OF_A_GRANULE = 2  # a granule is split after this number of engines have died with it
+PIECES = 8  # number of pieces into which a granule is split
 CALLS_OF_AN_ENGINE = 2  # one call computes while the other writes, or waits for its turn
 SAY_WAITING_SECONDS = 60.0
 CLOSING_SECONDS = 30.0
@@ -39,19 +39,19 @@ CLOSING_SECONDS = 30.0
 
 @dataclass(frozen=True, order=True)
 class _Work:
-    """Consecutive groups of a granule. Works are done in the order of their granules."""
+    """A piece of work: consecutive groups of one granule. Pieces are done in the order of their granules."""
 
     number: int  # of the granule
     first: int
     last: int | None = field(compare=False)  # exclusive; None: to the granule's end
     table: ray.ObjectRef = field(compare=False)
-    deaths: int = field(default=0, compare=False)  # number of engines that died while they had it
-    alone: bool = field(default=False, compare=False)  # an engine died with it: its next engine gets no other work
+    deaths: int = field(default=0, compare=False)  # number of engines that died while they had this work
+    alone: bool = field(default=False, compare=False)  # an engine died with this work: the next one gets no other work
 
 
 @dataclass
 class _Engine:
-    """The driver's view of an engine's actor."""
+    """One engine as the driver sees it: the actor, its state, and the work that it has."""
 
     name: str
     actor: Any
@@ -62,13 +62,13 @@ class _Engine:
 
 
 class EnginePool:
-    """Engines on the cluster. They start with the first granule and stop when a `run` ends or `close` is called.
+    """A pool of engines on the cluster. Engines start when the first granule arrives, and stop when the run ends.
 
     Args:
-        resources: what each engine requests from Ray; tensor parallelism is inside an engine.
-        on_event: called with a sentence about what a person should know: an engine lost, a group left out.
-        start: starts the scorer in an engine's process; must be picklable.
-        living: keep the engines after a run, until `close` is called or a run is interrupted while they are working.
+        resources: what each engine requests from Ray. With tensor parallelism, one engine has several GPUs.
+        on_event: called with a message for the user, for example that an engine was lost or a group was left out.
+        start: starts the scorer in the process of an engine; must be picklable.
+        living: keep the engines after a run. They then stop only at `close`, or if a run is interrupted during work.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class EnginePool:
             "max_concurrency": CALLS_OF_AN_ENGINE,
         }
         self._engines: list[_Engine] = []  # those that are not dead
-        self._places: list[Place] = []  # where engines ran, to check that their memory is free again
+        self._places: list[Place] = []  # GPUs that engines used; `close` waits until their memory is free
         self._waiting: list[_Work] = []  # a heap
         self._source: Iterator[ray.ObjectRef] | None = None
         self._known: tuple[str, ...] = ()  # segments that existed when the granules were looked up
@@ -121,33 +121,39 @@ class EnginePool:
         return {e.name: e.place.node for e in self._in("idle", "busy") if e.place is not None}
 
     def run(self, granules: Iterable[ray.ObjectRef]) -> Generator[Scored, None, None]:
-        """Score granules (references to tables of GRANULE), consumed as engines have capacity and handed out in order.
+        """Score granules, and yield the result of each granule as soon as it is finished.
 
-        Yields the result of each granule, in the order in which they finish; a granule that was split gives several
-        results. The log-probs of a yielded result are in the store.
+        When a result is yielded, its log-probs are in the store. A granule that was split has several results.
+
+        Args:
+            granules: references to tables of schema GRANULE. They are taken only when engines can use them, and are
+                given to engines in this order.
 
         Raises:
-            EngineError: an engine does not start, or its answer violates its contract.
+            EngineError: an engine does not start, or returned a wrong result.
             InfrastructureError: engines die again and again, or do not release their memory.
             ArtifactError: the store cannot be written.
         """
         yield from self._run(granules, None)  # pyright: ignore[reportReturnType] - a run that scores yields no samples
 
     def sample(self, granules: Iterable[ray.ObjectRef], sampling: Sampling) -> Generator[Sampled | Scored, None, None]:
-        """Sample for granules of schema PROMPTS; yields the result of each granule as it finishes.
+        """Sample completions for granules of prompts; yield the result of each granule as soon as it is finished.
 
-        A prompt that kills engines by itself is reported as a `Scored` with the prompt in `unscored`.
+        If a single prompt kills engines, it is left out, and a `Scored` with the prompt in `unscored` is yielded.
+
+        Args:
+            granules: references to tables of schema PROMPTS.
 
         Raises:
-            EngineError, InfrastructureError: as `run` does.
+            EngineError, InfrastructureError: for the same reasons as `run`.
         """
         yield from self._run(granules, sampling)
 
     def load(self, settings: ScorerSettings, store: ReferenceStore) -> None:
-        """Switch all engines, current and future ones, to another model, whose log-probs are written to `store`.
+        """Switch all engines, also those that start later, to another model. Its log-probs are written to `store`.
 
         Raises:
-            EngineError: an engine cannot be started with the model.
+            EngineError: an engine cannot load the model.
         """
         self._settings, self._store = settings, store
         loading = {engine.actor.load.remote(settings, store): engine for engine in self._in("idle")}
@@ -180,10 +186,10 @@ class EnginePool:
                 self.close()
 
     def close(self) -> None:
-        """Stop all engines, and wait until their processes have ended and their GPUs' memory is free.
+        """Stop all engines. Wait until their processes have ended and the memory of their GPUs is free.
 
         Raises:
-            InfrastructureError: that takes longer than the deadline.
+            InfrastructureError: the wait takes too long.
         """
         engines, self._engines, self._waiting, self._source = self._engines, [], [], None
         closing = [e.awaited for e in engines if e.state == "leaving"]
@@ -202,7 +208,7 @@ class EnginePool:
     # ---- sending work to engines
 
     def _place_work(self) -> None:
-        """Fetch as many granules as the pool can use, start engines, hand granules out, and stop surplus engines."""
+        """Take as many granules as the pool can use, start engines, give them granules, and stop surplus engines."""
         self._grow()
         self._hand_out()
         while self._source is not None and len(self._waiting) <= self._most:
@@ -218,7 +224,7 @@ class EnginePool:
             self._shrink()
 
     def _grow(self) -> None:
-        """Start engines for granules without a free engine: up to `replicas`, or `max_replicas` if more granules wait.
+        """Start engines while more granules wait than engines are free: up to `replicas`; if many wait, `max_replicas`.
 
         An actor that fits on no node stays pending, which makes Ray's autoscaler add a node.
         """
@@ -233,7 +239,7 @@ class EnginePool:
             self._engines.append(_Engine(name, actor, actor.__ray_call__.remote(_start)))
 
     def _hand_out(self) -> None:
-        """Send each idle engine a granule; while enough wait, also send busy engines their next, so they never idle."""
+        """Send each idle engine a granule. If many granules wait, also send busy engines their next one in advance."""
         for engine in self._in("idle"):
             if self._waiting:
                 self._give(engine)
@@ -253,7 +259,7 @@ class EnginePool:
         engine.state = "busy"
 
     def _shrink(self) -> None:
-        """Stop engines for which no granule is left, beginning with those that have not started."""
+        """Stop idle engines for which no granule is left. Engines that have not finished starting are stopped first."""
         free = [*reversed(self._in("starting")), *self._in("idle")]
         for engine in free[: max(0, len(free) - len(self._waiting))]:
             if engine.state == "starting":
@@ -264,7 +270,7 @@ class EnginePool:
     # ---- receiving results from engines
 
     def _answers(self) -> Iterator[Sampled | Scored]:
-        """Wait until an engine's call returns, and handle the result."""
+        """Wait until a call of some engine returns; handle it, and yield the finished results."""
         awaited: dict[ray.ObjectRef, _Engine] = {}
         for engine in self._in("starting", "busy", "leaving"):
             awaited |= dict.fromkeys(engine.work or [engine.awaited], engine)
@@ -311,7 +317,10 @@ class EnginePool:
     # ---- handling engine deaths
 
     def _lost(self, engine: _Engine, why: str) -> Iterator[Sampled | Scored]:
-        """Queue a lost engine's work again, with a new look-up in the store; yield the results that it had returned."""
+        """Handle the death of an engine: yield the results that it had returned, and queue its other work again.
+
+        The next engine looks up this work in the store first, because the lost engine may have committed some of it.
+        """
         state, place = engine.state, engine.place
         for answer in ray.wait(list(engine.work), num_returns=len(engine.work), timeout=0)[0] if engine.work else ():
             try:
@@ -336,12 +345,17 @@ class EnginePool:
                 yield from self._split(retry, engine, why)
 
     def _split(self, work: _Work, engine: _Engine, why: str) -> Iterator[Scored]:
-        """Split a granule with which two engines have died into pieces; leave it out if it is a single group."""
+        """Split a piece of work with which two engines have died into smaller pieces.
+
+        If it is a single group, leave this group out instead, and yield a result that says so.
+        """
         table = ray.get(work.table)
         last = len(table) if work.last is None else work.last
         if last - work.first == 1:
             group = table["group_id"][work.first].as_py()
-            self._on_event(f"{DEATHS_OF_A_GRANULE} engines died with the group {group.hex()} alone: it is left out")
+            self._on_event(
+                f"{DEATHS_OF_A_GRANULE} engines died while they processed only the group {group.hex()}: it is left out"
+            )
             yield Scored(1, 0, 0, 0, 0, 0.0, engine.name, (Unscored(group, "kills_engine", why),), work.number)
             return
         step = ceil((last - work.first) / PIECES)
@@ -349,7 +363,7 @@ class EnginePool:
         for first in firsts:
             heapq.heappush(self._waiting, replace(work, first=first, last=min(first + step, last), deaths=0))
         self._on_event(
-            f"{DEATHS_OF_A_GRANULE} engines died with a granule of {last - work.first:,} groups: "
+            f"{DEATHS_OF_A_GRANULE} engines died while they processed a batch of {last - work.first:,} groups: "
             f"it is tried again in {len(firsts)} pieces"
         )
 
@@ -380,13 +394,13 @@ class EnginePool:
 
 
 def _start(engine: Engine) -> Place:
-    """Start an engine's scorer; runs in the engine's process and returns where that is."""
+    """Start the scorer of an engine, in the engine's process; return the process, its node and its GPUs."""
     engine.start()
     return place_of_this_process()
 
 
 def _why(error: Exception) -> str:
-    """Extract the cause from Ray's report of a death, which continues with a list of common causes."""
+    """Extract the cause of an actor's death from Ray's long message, which also lists common causes."""
     text = " ".join(str(error).split())
     cause = text.rsplit("because ", 1)[-1].split(" Some common causes", 1)[0]
     return cause.replace("Worker exit type: SYSTEM_ERROR Worker exit detail: ", "")[:240] or type(error).__name__

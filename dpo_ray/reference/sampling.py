@@ -1,4 +1,4 @@
-"""Data types and seeds of sampling: engines sample for granules of prompts, each with the seeds of its samples."""
+"""Data types of sampling, and the seed of each sample. Engines sample completions for granules (batches of prompts)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The result of sampling for a granule, or for a piece of one."""
+    """The completions that an engine sampled for one granule (a batch of prompts), or for a piece of a granule."""
 
     table: pa.Table  # of schema SAMPLES
     tokens: int  # number of sampled tokens
@@ -49,21 +49,24 @@ class Sampled:
 
 
 def sample_seed(run_seed: int, round_number: int, prompt_id: bytes, sample: int) -> int:
-    """Hash a sample's identity to a seed of 63 bits: restarts give the same samples, and no two share a stream."""
+    """Compute the seed (63 bits) of one sample from the run's seed, the round, the prompt and the sample's number.
+
+    So a restart gives the same samples, and no two samples use the same sequence of random numbers.
+    """
     content = f"{run_seed}/{round_number}/{sample}/".encode() + prompt_id
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 def prompt_key(ids: Sequence[int]) -> bytes:
-    """Hash a prompt's token ids to 16 bytes."""
+    """Return a hash of 16 bytes of a prompt's token ids."""
     return hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
 
 
 def prompt_table(prompts: Sequence[Sequence[int]], seed: int, number: int, samples: int) -> pa.Table:
-    """Build the table of schema PROMPTS that engines sample for: `samples` completions of each prompt.
+    """Build the table (schema PROMPTS) that asks engines for `samples` completions of each prompt.
 
     Args:
-        number: number of the round, on which the samples' seeds depend; 0 for the samples that evaluate policies.
+        number: number of the round, which determines the seeds; 0 for samples that are used to evaluate policies.
     """
     keys = [prompt_key(ids) for ids in prompts]
     seeds = [[sample_seed(seed, number, key, k) for k in range(samples)] for key in keys]

@@ -1,4 +1,4 @@
-"""The protocol of a scorer, which computes the log-prob of every completion token from token ids."""
+"""The interface of a scorer, which computes the log-prob of every completion token from token ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sampling import Sampling
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One prompt and one completion; requests with the same `group` share their prompt."""
+    """One prompt and one completion to score. Requests with the same `group` have the same prompt."""
 
     group: int
     prompt_ids: np.ndarray  # int32 [prompt tokens]
@@ -22,14 +22,14 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """Settings of a scorer; the same for every engine of a pool. Pickles."""
+    """Settings of a scorer, the same for every engine of a pool. Can be pickled."""
 
     engine: Literal["vllm", "trainer"]
     model_dir: str
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
     max_length_tokens: int
-    max_batched_tokens: int | None  # None: the scorer chooses a value for which its logits fit in memory
+    max_batched_tokens: int | None  # None: the scorer chooses a number of tokens whose logits fit in memory
     gpu_memory_fraction: float
     share_prompt: bool
     tensor_parallel: int = 1
@@ -37,33 +37,38 @@ class ScorerSettings:
 
 
 class Scorer(Protocol):
-    """An object that scores completions with a frozen model. It holds the model; `close` frees it.
+    """An object that holds a frozen model and scores completions with it. `close` frees the model.
 
-    The counters only grow, from 0 when the scorer starts; the count for one call is a difference.
+    The two counters start at 0 and only grow. To get the count of one call, subtract the count before the call.
     """
 
-    # Prompt tokens that were read from a cache instead of computed again; they count for each sequence scored.
+    # Prompt tokens that were read from a cache instead of being computed again, summed over all sequences.
     cached_tokens: int
-    rescored: int  # sequences that were scored a second time, because reading the cache had spoilt their result
+    rescored: int  # sequences that were scored again, because reading the cache gave no valid result
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
-        """Return float32 [completion tokens] for each request, in the order given; all are finite and at most 0.
+        """Return the log-probs of the completion of each request, in the same order: float32 [completion tokens].
 
-        None stands for a sequence for which the model gives no finite log-probs; it does not affect the others.
+        All log-probs are finite and at most 0. The result of a request is None if the model gives no finite log-probs
+        for it; this does not affect the other requests.
 
         Raises:
-            EngineError: a sequence is empty or longer than `max_length_tokens`, or the answer is for other tokens.
+            EngineError: a prompt or completion is empty, both together are longer than `max_length_tokens`, or the
+                result belongs to other tokens.
         """
         ...
 
     def load(self, settings: ScorerSettings) -> bool:
-        """Switch to the model in `settings`; return False if only a new scorer can do that."""
+        """Load the model in `settings` and return True; return False if only a new scorer can load it."""
         ...
 
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[tuple[list[int], bool]]]:
-        """Return, for each prompt and each seed, the sampled token ids and whether they end with a stop token."""
+        """Sample one completion for each seed of each prompt.
+
+        Return the token ids of each completion, and whether it ends with a stop token.
+        """
         ...
 
     def close(self) -> None: ...

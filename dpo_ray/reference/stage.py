@@ -1,4 +1,4 @@
-"""The stage `reference`: it scores the completions that the store lacks, then joins the store to the groups by key."""
+"""The stage `reference`: it scores the completions that the store lacks, then looks up the log-probs of all groups."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .pool import EnginePool
 from .scorer import ScorerSettings
 from .trainer_pool import score_with_trainer
 
-PARTS_OF_A_LOOK_UP = 4  # parts that one task looks up; a granule may contain groups of several of them
-MAX_LOOK_UPS = 8  # limit of look-up tasks that run concurrently
-RESULTS_AHEAD = 8  # results that each task may be ahead: four granules and their counts
+PARTS_OF_A_LOOK_UP = 4  # files of the tokens artifact that one task looks up; a granule may span several of them
+MAX_LOOK_UPS = 8  # maximum number of look-up tasks that run concurrently
+RESULTS_AHEAD = 8  # results that each task may produce in advance: four granules and their counts
 QUARANTINE_FILE = "quarantine.parquet"
 
 
 @dataclass
 class ScoringTally:
-    """Running totals of looking up and scoring."""
+    """Running totals of the look-up and of scoring."""
 
-    groups: int  # of all splits
+    groups: int  # number of groups of all splits
     done: int = 0  # groups that were found in the store, scored, or left out
     found: int = 0  # completions that the store had
     sequences: int = 0  # completions that were scored
@@ -53,7 +53,7 @@ class ScoringTally:
     unscored: dict[bytes, Unscored] = field(default_factory=dict)
 
     def add(self, scored: Scored) -> None:
-        """Add the result of scoring a granule."""
+        """Add the counts of one scored granule (a batch of groups)."""
         self.done += scored.groups
         for name in ("sequences", "tokens", "cached_tokens", "rescored", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(scored, name))
@@ -63,7 +63,7 @@ class ScoringTally:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the speed of one engine."""
+        """Return the mean speed of one engine, in tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def describe(self) -> str:
@@ -75,13 +75,13 @@ class ScoringTally:
         )
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures for the artifact's manifest."""
+        """Return the totals by name, as figures for the artifact's manifest."""
         names = ("sequences", "found", "tokens", "cached_tokens", "rescored", "seconds", "tokens_per_second")
         return {**{name: getattr(self, name) for name in names}, "engines": len(self.engines)}
 
 
 def token_parts(tokens: Artifact) -> list[str]:
-    """List the artifact's parts of admitted groups, those for training first."""
+    """List the files of a tokens artifact that hold groups. Files of training data come first."""
     return [name for split in splits(tokens) for name in tokens.names(f"{split}/")]
 
 
@@ -97,18 +97,17 @@ def score(
     say: Callable[[str], None],
     pool: EnginePool | None = None,
 ) -> ScoringTally:
-    """Score all completions that the store lacks. Engines start only if there are any, and are stopped afterwards.
+    """Score all completions that the store lacks. If the store lacks none, no engine is started.
 
     Args:
-        request: what each engine requests from Ray, or each training worker if the trainer scores.
+        request: the resources that each engine requests from Ray; or each training worker, if the trainer scores.
         advance: called with the number of groups done since the last call, and a description of the totals.
         say: called with messages about the engines and about the groups that are left out.
-        pool: running engines, which load the model; None: this call starts its own pool.
+        pool: running engines, which load the model; None: this call starts its own engines, and stops them at the end.
 
     Raises:
         DataError: more than the fraction `max_unscored_fraction` of all groups cannot be scored.
-        EngineError, InfrastructureError, TrainError, ArtifactError: as raised by the pool of engines, or by the
-            trainer.
+        EngineError, InfrastructureError, TrainError, ArtifactError: raised by the pool of engines or by the trainer.
     """
     tally = ScoringTally(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
 
@@ -137,7 +136,7 @@ def score(
 
 
 def check_unscored(tally: ScoringTally, limit: float) -> None:
-    """Check that no more groups remain without scores than data.max_quarantined_fraction allows.
+    """Check that the groups without log-probs are at most the fraction `limit` of all groups.
 
     Raises:
         DataError: there are more; the error lists the reasons.
@@ -161,11 +160,16 @@ def look_up_all(
     engine_cpus: float,
     on_lookup: Callable[[LookupProgress], None],
 ) -> Iterator[ray.ObjectRef]:
-    """Look up every part in Ray tasks, and yield granules of what the store lacks, in the order of the parts.
+    """Look up all groups in the store, in Ray tasks, and yield granules of the completions that the store lacks.
 
-    The tasks run slightly ahead of the consumer of the granules: each produces a few and then waits.
+    The granules are in the order of the groups. Each task produces a few granules in advance, then waits until they
+    are taken.
+
+    Args:
+        engine_cpus: CPUs that each engine requests, which the tasks must leave free.
+        on_lookup: called with the counts of the look-up.
     """
-    segments = store.segments()  # listed once: a task that is run again must give the same granules
+    segments = store.segments()  # listed once, because a task that Ray runs again must give the same granules
     make_index: Any = ray.remote(_index).options(label_selector=cpu_labels())
     index = make_index.remote(store, segments)
     # At least one task runs beside the engines, whatever the cluster's size; a waiting task keeps its CPU.
@@ -207,7 +211,7 @@ def _look_up(
 def join(
     tokens: Artifact, store: ReferenceStore, tally: ScoringTally, staging: Staging, provenance: Provenance
 ) -> Artifact:
-    """Join the store to every group by key, part by part in Ray tasks, and commit the artifact `reference`.
+    """Fetch the log-probs of every group from the store, in Ray tasks, and commit the artifact `reference`.
 
     Raises:
         ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.

@@ -1,4 +1,8 @@
-"""Scoring in step order (`reference.mode: streaming`): each bucket of steps is written as soon as it is scored."""
+"""Scoring in the order of training (`reference.mode: streaming`), so that training starts before all groups are scored.
+
+The schedule's steps are divided into buckets (ranges of steps). The files of a bucket are written as soon as its groups
+are scored. A turn is the groups of one bucket, or groups that no step uses.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +33,14 @@ RunPool = Callable[[Iterable[ray.ObjectRef]], Iterator[Scored]]
 
 
 class Stopped(Exception):
-    """Scoring was stopped because nobody needs the log-probs any more: training has ended with an error."""
+    """Raised when scoring stops early because training has ended with an error, so nobody needs the log-probs."""
 
 
 class UnscorableError(Exception):
-    """Some groups cannot be scored. Without them the steps contain other groups, so all training so far is void."""
+    """Raised if some groups cannot be scored. Without these groups, all steps contain other groups than before.
+
+    So the training that has run so far cannot be used.
+    """
 
     def __init__(self, unscored: Sequence[Unscored]) -> None:
         super().__init__(f"{len(unscored)} groups cannot be scored ({unscored[0].reason}: {unscored[0].detail})")
@@ -41,16 +48,18 @@ class UnscorableError(Exception):
 
 
 class InOrder:
-    """Scoring of turns in order; a turn's files are written when it and all turns before it are scored.
+    """Scores turns in order. A turn is the groups of one bucket of steps, or groups that no step uses.
 
-    Looking up, fetching and packing are Ray tasks that request no CPU: training waits for them, so they must never wait
-    for a CPU that training holds.
+    The files of a turn are written when this turn and all turns before it are scored.
+    The Ray tasks of this class request no CPU. Training waits for them, so they must never wait for a CPU that training
+    holds.
 
     Args:
-        granule_groups: groups of a granule; fewer if a bucket has too few groups for all `engines`.
+        granule_groups: maximum number of groups in a granule (a batch for an engine). Granules are smaller if a turn
+            has too few groups for all `engines`.
         announce: called, in another thread, with the files of a turn when they are written.
-        on_lookup: called for each turn with the number of completions that the store had, and of groups that it had in
-            full.
+        on_lookup: called for each turn with the number of completions that the store had, and the number of groups
+            whose completions were all in the store.
     """
 
     def __init__(
@@ -66,24 +75,24 @@ class InOrder:
     ) -> None:
         self._turns, self._store, self._granule_groups, self._engines = turns, store, granule_groups, engines
         self._packing, self._staging, self._announce, self._on_lookup = packing, staging, announce, on_lookup
-        self._index = ray.remote(num_cpus=0)(_index).remote(store)  # of what was scored before this run
-        self._turn_of: list[int] = []  # turn of each granule, in the order in which they were handed out
-        self._groups_left = [0] * len(turns)  # for each turn, groups handed to the pool and not scored yet
-        self._handed_out = 0  # number of turns whose groups have all been handed to the pool
+        self._index = ray.remote(num_cpus=0)(_index).remote(store)  # of the log-probs that existed before this run
+        self._turn_of: list[int] = []  # for each granule given to the pool, the number of its turn
+        self._groups_left = [0] * len(turns)  # for each turn, groups given to the pool and not scored yet
+        self._handed_out = 0  # number of turns whose groups have all been given to the pool
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="schedule-writer")
         self._writes: list[Future[list[FileEntry]]] = []  # one for each turn so far, in order
 
     def run(self, run_pool: RunPool, stop: threading.Event) -> Iterator[Scored]:
-        """Run all turns; yields the result of each granule.
+        """Score and write all turns; yield the result of each granule.
 
         Args:
-            run_pool: `EnginePool.run`.
-            stop: when set, scoring ends at the next granule.
+            run_pool: the method `EnginePool.run`.
+            stop: when this is set, scoring ends at the next granule.
 
         Raises:
             UnscorableError: the pool could not score a group.
             Stopped: `stop` was set.
-            EngineError, InfrastructureError, ArtifactError: as raised by the pool and the store.
+            EngineError, InfrastructureError, ArtifactError: raised by the pool or the store.
         """
         try:
             answers = run_pool(self._granules(stop))
@@ -101,11 +110,11 @@ class InOrder:
             self._writer.shutdown(cancel_futures=True)
 
     def entries(self) -> list[FileEntry]:
-        """Return the files of all turns, once `run` has ended."""
+        """Return the manifest entries of the files of all turns. Call this after `run` has ended."""
         return [entry for write in self._writes for entry in write.result()]
 
     def _granules(self, stop: threading.Event) -> Iterator[ray.ObjectRef]:
-        """Yield the granules of the turns in order; the next turn is looked up while this one's are scored."""
+        """Yield the granules of all turns in order. The next turn is already looked up while this turn is scored."""
         for number, answers in enumerate(_one_ahead(self._look_ups())):
             if answers is not None:
                 found, known_groups, sizes = ray.get(next(answers))
@@ -120,7 +129,10 @@ class InOrder:
             self._write_scored()
 
     def _write_scored(self) -> None:
-        """Start writing scored turns, in order: a later turn may need groups that are scored with an earlier one."""
+        """Start writing the turns that are scored, in order.
+
+        The order matters because a group that occurs in two turns is scored with the earlier one.
+        """
         while (number := len(self._writes)) < self._handed_out and not self._groups_left[number]:
             self._writes.append(self._writer.submit(self._write, self._turns[number]))
 
@@ -132,7 +144,10 @@ class InOrder:
             raise Stopped
 
     def _look_ups(self) -> Iterator[Any]:
-        """Start a look-up for each turn's groups that no earlier turn contains; yield None for a turn without any."""
+        """Start, for each turn, the look-up of the groups that no earlier turn contains. Yield the Ray task's results.
+
+        Yield None for a turn without such groups.
+        """
         look_up = ray.remote(num_cpus=0, num_returns="streaming")(_look_up)
         seen: dict[str, np.ndarray] = {}  # by split: bool [rows]
         for turn in self._turns:
@@ -158,7 +173,7 @@ class InOrder:
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield items, each only after the following one has been taken from `items`."""
+    """Yield all items, but take the next item from `items` before yielding the current one."""
     buffer: list[Item] = []
     for item in items:
         buffer.append(item)
@@ -177,7 +192,10 @@ def _index(store: ReferenceStore) -> StoreIndex:
 def _look_up(
     table: pa.Table, store: ReferenceStore, index: StoreIndex, granule_groups: int, engines: int
 ) -> Iterator[tuple[int, int, list[int]] | pa.Table]:
-    """Yield counts (completions in the store, groups in it in full, the granules' sizes), then the granules."""
+    """Look up one turn's groups; yield a tuple of counts, then the granules of the missing completions.
+
+    The counts are: completions in the store, groups whose completions are all in the store, and each granule's size.
+    """
     missing, found = find_missing(table, store, index)
     size = min(granule_groups, max(1, ceil(len(missing) / engines)))
     granules = list(cut([missing], size))
@@ -189,6 +207,6 @@ def _look_up(
 def _join_and_write(
     bucket: Bucket, table: pa.Table, store: ReferenceStore, index: StoreIndex, packing: Packing, staging: Staging
 ) -> list[FileEntry]:
-    """Join a bucket's rows to the store by key, pack them, and write the files."""
+    """Fetch the log-probs of a bucket's groups from the store, pack the groups into micro-batches, write the files."""
     table = table.append_column("token_logps", fetch_token_logps(table, store, store.index(known=index)))
     return write_bucket(bucket, table, packing, staging)

@@ -1,7 +1,6 @@
-"""Scoring on the training workers: a Ray Train run in which every rank holds its shard of the model, without gradients.
+"""Scoring by training workers: a Ray Train run in which every rank holds its shard of the model, without gradients.
 
-This module is cheap to import, as Ray's controller loads it: torch and modules that need it are imported in the
-workers.
+This module must import quickly, because Ray's controller imports it too. So torch is imported only in the workers.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """All inputs of a scoring worker. Pickles."""
+    """All inputs of a scoring worker. Can be pickled."""
 
     settings: ScorerSettings
     store: ReferenceStore
     train: TrainConfig
     cpus: float  # of each worker
     granules: tuple[ray.ObjectRef, ...]
-    known: tuple[str, ...]  # segments of the store that cannot contain anything of the granules
+    known: tuple[str, ...]  # segments (files) of the store that contain no completion of the granules
     inbox: Any  # handle of the driver's inbox, which receives a Scored for each granule
 
 
@@ -51,16 +50,16 @@ def score_with_trainer(
     request: Resources,
     say: Callable[[str], None] = logger.warning,
 ) -> Generator[Scored, None, None]:
-    """Score granules (tables of GRANULE) on `train.workers` training workers; yields each result once, as it is ready.
+    """Score granules on `train.workers` training workers. Yield the result of each granule once, when it is ready.
 
-    The log-probs are in the store by then. If a worker dies, its group of workers loses only the current granule: all
-    workers start again and continue with what the store lacks. Nothing is started if there are no granules. If the
-    iterator is closed early, the workers end after their current granule.
+    By then the log-probs of the granule are in the store. If a worker dies, all workers start again and score what the
+    store still lacks, so only the current granule is lost. Without granules nothing is started. If the iterator is
+    closed early, the workers end after their current granule.
 
     Args:
-        request: what each worker requests from Ray.
-        granules: tables with completions that the store lacked when they were cut.
-        say: called with messages about workers that were lost, and about what the run waits for.
+        request: the resources that each worker requests from Ray.
+        granules: references to tables of schema GRANULE, with completions that the store lacks.
+        say: called with messages about lost workers, and about what the run waits for.
 
     Raises:
         TrainError: the workers died more often than train.max_failures allows.
@@ -77,7 +76,7 @@ def score_with_trainer(
         while not ended:
             ended = bool(wait([run], POLL_SECONDS).done)
             for scored in ray.get(inbox.take.remote()):
-                if scored.granule not in yielded:  # restarted workers report a granule again, though they skip it
+                if scored.granule not in yielded:  # restarted workers report finished granules again
                     yielded.add(scored.granule)
                     yield scored
         if (error := run.result()) is not None:
@@ -91,7 +90,10 @@ def score_with_trainer(
 def _in_background(
     task: ScoringTask, request: Resources, say: Callable[[str], None], unwanted: threading.Event
 ) -> Future[ConfigError | None]:
-    """Run the workers in a thread, since the driver follows them in its own; the result is that of `score_worker`."""
+    """Run the workers from a new thread, because the driver's own thread reads their results meanwhile.
+
+    Return a future for the result of `score_worker`.
+    """
     future: Future[ConfigError | None] = Future()
 
     def run() -> None:
@@ -117,7 +119,11 @@ def _in_background(
 
 
 def score_worker(settings: dict[str, ScoringTask]) -> ConfigError | None:
-    """Run one scoring process; returns an error that is the same on all ranks and that no restart would fix."""
+    """Run one scoring process.
+
+    If the model cannot be loaded, return the error, because it is the same on all ranks and a restart would not help.
+    Otherwise return None.
+    """
     import torch
     from ray.train.torch import get_device
 

@@ -1,4 +1,4 @@
-"""Scoring with the training stack's own forward pass, without gradients: exact, but slower than an engine."""
+"""Scoring with the trainer's own forward pass, without gradients. It agrees with training, but is slower than vLLM."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ from .scorer import ScoreRequest, ScorerSettings
 
 
 class TrainerScorer:
-    """The frozen model as the trainer runs it: packed groups, shared prompts, the same kernels.
+    """A scorer that runs the frozen model exactly as training does: packed groups, shared prompts, the same kernels.
 
-    In a process group the model is sharded over the ranks exactly as for training, and all ranks make the same calls.
+    In a process group, the model is sharded over the ranks as for training, and all ranks must make the same calls.
     """
 
     def __init__(
         self, settings: ScorerSettings, train: TrainConfig | None = None, device: torch.device | None = None
     ) -> None:
-        """Load the model. `train` limits the size of forward passes; `device` is this rank's if there are several.
+        """Load the model.
+
+        Args:
+            train: settings that limit the size of a forward pass.
+            device: the device of this rank; None: the device in `settings`.
 
         Raises:
             ConfigError: the model or its adapter cannot be loaded.
@@ -59,11 +63,11 @@ class TrainerScorer:
 
     @torch.no_grad()
     def score_share(self, groups: Sequence[Group]) -> dict[int, list[np.ndarray]]:
-        """Score this rank's share of the groups. This is a collective call: `groups` is the same list on every rank.
+        """Score this rank's share of the groups. Collective: all ranks must call this with the same groups.
 
         Returns:
-            By index into `groups`: float32 [completion tokens] of each completion. The ranks' shares together are
-                complete.
+            By index into `groups`: the log-probs of each completion, float32 [completion tokens]. Together, the ranks
+                return each group once.
         """
         tokens = [g.tokens for g in groups]
         work = [estimate_work(len(g.prompt_ids), [len(c) for c in g.completion_ids]) for g in groups]
@@ -78,9 +82,10 @@ class TrainerScorer:
         return scores
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
-        """Return float32 [completion tokens] for each request, in the order given; None if a value is not finite.
+        """Return the log-probs of the completion of each request, in the same order: float32 [completion tokens].
 
-        This is `Scorer.score`, for a single process only.
+        The result of a request is None if a log-prob is not finite. This implements `Scorer.score`, and works in a
+        single process only.
         """
         members: dict[tuple[int, bytes], list[int]] = {}
         for i, request in enumerate(requests):
@@ -98,7 +103,7 @@ class TrainerScorer:
         return results
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the memory of the model."""
         del self._policy
 
 
@@ -109,14 +114,16 @@ def score_granules(
     granules: Iterable[pa.Table],
     report: Callable[[Scored], bool],
 ) -> None:
-    """Score granules (tables of schema GRANULE). All ranks call this with the same granules; each commits a segment for
-    each granule.
+    """Score granules and commit their log-probs to the store.
 
-    Completions that a previous attempt has committed are not scored again. Rank 0 reports each granule when all of it
-    is in the store, and all ranks end when `report` returns False because nobody needs the results.
+    Collective: all ranks must call this with the same granules. For each granule, each rank scores its share of the
+    groups and commits it as one segment (file). Completions that a previous attempt has committed are not scored again.
 
     Args:
-        known: segments of the store that cannot contain a completion of these granules, and need not be searched.
+        known: segments of the store that contain no completion of these granules, so that they need not be searched.
+        granules: tables of schema GRANULE.
+        report: called on rank 0 for each granule when all its log-probs are in the store. If it returns False, nobody
+            needs further results, and all ranks return.
 
     Raises:
         ArtifactError: the store cannot be read or written.
@@ -126,7 +133,7 @@ def score_granules(
     for number, granule in enumerate(granules):
         began, keys = time.monotonic(), store.keys(granule)
         different = first_of_equal(keys)
-        # Rank 0 decides for all: other writers could make the ranks' look-ups differ, and the ranks would deadlock.
+        # Rank 0 looks up for all ranks. If each rank did, other writers could cause different results, and a deadlock.
         missing = _from_rank_0(different & ~index.find(keys) if index is not None and listening else None)
         if missing is None:
             return
@@ -164,20 +171,28 @@ def _commit(store: ReferenceStore, scores: dict[int, list[np.ndarray]], keys: Se
 
 
 def _unscored(granule: pa.Table, keys: np.ndarray, failed: Sequence[bytes]) -> tuple[Unscored, ...]:
-    """List the groups that contain a completion without log-probs."""
+    """List the groups of a granule that contain a completion without finite log-probs.
+
+    Args:
+        keys: keys of all completions of the granule.
+        failed: keys of the completions without finite log-probs.
+    """
     counts = granule["completion_ids"].combine_chunks().value_lengths().to_numpy()
     group_of = np.repeat(np.arange(len(granule)), counts)  # [completions]
     without = set(failed)
     rows = sorted({int(g) for g, key in zip(group_of, keys, strict=True) if key.tobytes() in without})
     ids = granule["group_id"].take(pa.array(rows, pa.int64())).to_pylist()
-    return tuple(Unscored(i, "no_log_probs", "by the trainer's own forward pass") for i in ids)
+    return tuple(Unscored(i, "no_log_probs", "scored by the trainer's own forward pass") for i in ids)
 
 
 def _missing_groups(granule: pa.Table, missing: np.ndarray) -> tuple[list[Group], list[np.ndarray]]:
-    """Select the groups with `missing` completions (bool [completions]), each with only these completions.
+    """Select the groups of a granule that have missing completions, and keep only these completions.
+
+    Args:
+        missing: bool [completions], for all completions of the granule.
 
     Returns:
-        The groups, and for each the positions of its completions among all completions of the granule.
+        The groups; and for each group, the positions of its completions among all completions of the granule.
     """
     groups, positions, first = [], [], 0
     for row in range(len(granule)):
@@ -197,7 +212,7 @@ def _group(group_id: bytes, prompt_ids: np.ndarray, completion_ids: Sequence[np.
 
 
 def _shared_tokens(group: Group) -> int:
-    """Count the prompt tokens that are not computed again, since a prompt is computed once for all its completions."""
+    """Count the tokens that are saved because the prompt is computed once for all completions of the group."""
     return len(group.prompt_ids) * (len(group.completion_ids) - 1)
 
 
@@ -210,7 +225,7 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _gathered(values: list[bytes]) -> list[bytes]:
-    """Concatenate the ranks' lists; no rank continues before all ranks have called this."""
+    """Concatenate the lists of all ranks; return the result on every rank. Each rank waits for all other ranks."""
     if not dist.is_initialized():
         return values
     parts: list[Any] = [None] * dist.get_world_size()

@@ -1,1 +1,1 @@
-"""Preference optimisation under FSDP2: the step, the loop, checkpoints, and the stage that runs on Ray Train."""
+"""Training of the policy with FSDP2: one optimizer step, the loop over all steps, checkpoints, the stage `train`."""

@@ -1,4 +1,4 @@
-"""Helpers for sharded tensors: the local shard of this rank, and the full tensor."""
+"""Helpers for sharded tensors (DTensor): they return this rank's local shard, or the full tensor."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from torch.distributed.tensor import DTensor
 
 
 def own_part(value: Tensor) -> Tensor:
-    """Return the local shard of a tensor, not a copy: attributes that are set on it (such as `is_paged`) are kept."""
+    """Return this rank's shard of a tensor; a plain tensor is returned unchanged.
+
+    The result is not a copy, so attributes of the shard (such as `is_paged`) are kept.
+    """
     return value._local_tensor if isinstance(value, DTensor) else value
 
 
 def gathered(value: Tensor) -> Tensor:
-    """Gather the full tensor on every rank. Collective."""
+    """Gather the full tensor on every rank. Collective: all ranks must call this."""
     if not isinstance(value, DTensor):
         return value
     on_device = value.to(value.device_mesh.device_type)  # an offloaded shard is on the CPU

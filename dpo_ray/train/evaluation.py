@@ -1,4 +1,4 @@
-"""Held-out evaluation during training: the measures of a training step for each named set, and one row per pair."""
+"""Held-out evaluation during training: the same measures as for a training step, and a table with one row per pair."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .step import losses, over_ranks
 
 # Columns of the held-out table: one row per pair. Unpaired data has one row per completion, with NaN on the other side.
 HELDOUT = (
-    "loss",  # of the pair's step; the weighted mean over steps is the loss of the set
+    "loss",  # of the step to which the pair belongs; the weighted mean over the steps is the loss of the set
     "reward_chosen",
     "reward_rejected",
     "accurate",
@@ -37,15 +37,16 @@ Heldout = Mapping[str, Callable[[], Iterable[RankStep]]]
 
 
 def evaluate(policy: TokenLogps, heldout: Heldout, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Measure the held-out sets: figures over all sets have the prefix `eval_`, those of a named set `eval_NAME_`.
+    """Measure the policy on all held-out sets. Collective: all ranks must call this.
 
-    The loss of a set is the weighted mean of its steps' losses. Collective.
+    Figures over all sets together have the prefix `eval_`. Figures of a single named set have the prefix `eval_NAME_`.
+    The loss of a set is the weighted mean of the losses of its steps.
     """
     return heldout_figures({name: heldout_sums(policy, read(), config, device)[0] for name, read in heldout.items()})
 
 
 def heldout_figures(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the named figures of each set, computed from its sums, and those of all sets together."""
+    """Compute the figures of each named set, and of all sets together, from the sums of the sets (`heldout_sums`)."""
     if not sums:
         return {}
     means = _named(EVAL, torch.stack(list(sums.values())).sum(dim=0))
@@ -62,11 +63,12 @@ def _named(prefix: str, sums: Tensor) -> dict[str, float]:
 def heldout_sums(
     policy: TokenLogps, steps: Iterable[RankStep], config: TrainConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Measure a held-out set.
+    """Measure the policy on one held-out set. Collective: all ranks must call this.
 
     Returns:
-        Sums over all ranks as `measures.measure` returns them, with the loss weighted by the steps' weights; and the
-        rows of this rank, float64 [pairs, HELDOUT] on the CPU, without fillers.
+        First, the sums over all ranks, in the form that `measures.measure` returns, but with the loss of each step
+        multiplied by the weight of the step. Second, this rank's rows of the held-out table: float64 [pairs, HELDOUT]
+        on the CPU, without fillers (micro-batches of weight 0).
     """
     policy.eval()
     total, tables = empty(0), [torch.zeros(0, len(HELDOUT), dtype=torch.float64)]
@@ -88,8 +90,12 @@ def heldout_sums(
 
 
 def table(config: TrainConfig, logps: StepLogps) -> Tensor:
-    """Build the rows of a micro-batch's pairs, or of its labelled completions if it has no pairs: float64
-    [pairs, HELDOUT without loss] on the CPU."""
+    """Build the rows of the held-out table for a micro-batch, without the column `loss`.
+
+    Returns:
+        float64 [rows, HELDOUT without loss] on the CPU: one row per pair; or, if there are no pairs, one row per
+        labelled completion. Rows of weight 0 are left out.
+    """
     p = logps.pairs
     if len(logps.pair_weight):
         chosen, rejected = pair_rewards(config.objective, logps)

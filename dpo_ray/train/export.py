@@ -1,4 +1,4 @@
-"""Export of the trained policy in Hugging Face format: safetensors, tokenizer, chat template, generation config."""
+"""Export of the trained policy in Hugging Face format: weights, tokenizer, chat template and generation config."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from dpo_ray.models.token_logps import TokenLogps
 
 from .dtensor import gathered
 
-TEMPLATE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # one that cannot lead out of its directory
+TEMPLATE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # as a file name, it cannot point outside of its directory
 
 
 def gather_policy(policy: TokenLogps, dtype: torch.dtype, lora: LoraConfig | None = None) -> dict[str, Tensor]:
-    """Gather the weights to export on rank 0's CPU, one at a time; other ranks get an empty dict. Collective.
+    """Gather the weights to export on rank 0's CPU, one tensor at a time. Other ranks return an empty dict.
 
-    If an adapter is not merged, only its matrices are exported, in float32. Otherwise all weights are exported in
-    `dtype`,
-    the type for serving: float32 master weights are rounded once, after a merged adapter has been added.
+    If the trained adapter is not merged into the model, only the adapter's matrices are exported, in float32. Otherwise
+    all weights are exported in `dtype`. They are rounded from float32 only once, after the adapter (if any) has been
+    added. Collective: all ranks must call this.
     """
     held = {  # this rank's shards
         name.removeprefix("model."): w for name, w in get_model_state_dict(policy).items() if isinstance(w, Tensor)
@@ -60,12 +60,13 @@ def write_policy(
     lora: LoraConfig | None = None,
     base: str = "",
 ) -> None:
-    """Write the model directory, or the adapter's directory if an adapter was trained and is not merged.
+    """Write the policy to the directory `target`: the full model, or only the adapter if it is not merged into it.
 
     Args:
         weights: the result of `gather_policy` on rank 0.
-        template: the text of the chat template that training used, or `plain`, or `auto`.
-        base: the base model that the adapter's configuration names.
+        source: directory of the base model; the tokenizer's files and the generation config are copied from there.
+        template: text of the chat template that training used; or `plain`, or `auto` (the tokenizer's own template).
+        base: name of the base model, for the adapter's configuration.
     """
     model = policy.model
     if lora is not None and not lora.merge:
@@ -92,8 +93,11 @@ def _write_tokenizer(source: Path, template: str, target: Path) -> None:
 
 
 def _write_named_templates(target: Path) -> None:
-    """Write the templates that tokenizer_config.json holds by name to files: next to chat_template.jinja, which becomes
-    the default, loaders read no others."""
+    """Write each named template of tokenizer_config.json to a file of its own.
+
+    This is needed because the policy also gets a file chat_template.jinja, the default template. If that file exists,
+    loaders ignore the templates in tokenizer_config.json.
+    """
     try:
         templates = json.loads((target / "tokenizer_config.json").read_bytes()).get("chat_template")
     except (OSError, ValueError, AttributeError):

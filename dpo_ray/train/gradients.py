@@ -1,4 +1,4 @@
-"""Gradient norms over all shards, and gradient clipping."""
+"""Gradient norms over the shards of all ranks, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 
 
 def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, dict[str, float]]:
-    """Clip the gradient norm over all shards to `max_norm`. Collective.
+    """Scale all gradients down if their norm over the shards of all ranks is above `max_norm`; None never scales them.
+
+    Collective: all ranks must call this.
 
     Returns:
-        The norm before clipping, and the norm of each parameter group as `grad_norm/GROUP`; groups without gradients
-        are omitted.
+        The norm before clipping, and the norm of each part of the model (GROUPS) as `grad_norm/GROUP`. Parts without
+        gradients are omitted.
     """
     squares = torch.zeros(len(GROUPS), dtype=torch.float64)
     with_gradients = [(name, p.grad) for name, p in policy.named_parameters() if p.grad is not None]
@@ -42,7 +44,7 @@ def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, di
 
 
 def _copies(gradient: Tensor) -> int:
-    """Count the ranks that hold the same shard of a gradient (the replicas of HSDP)."""
+    """Count the ranks that hold the same shard of a gradient: more than 1 with replicas (HSDP)."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh
@@ -50,7 +52,7 @@ def _copies(gradient: Tensor) -> int:
 
 
 def group_of(name: str) -> str:
-    """Return the part of the model that a parameter belongs to, from its name in transformers' decoders."""
+    """Return the part of the model (one of GROUPS) to which a parameter belongs, judged by the parameter's name."""
     parts = name.lower().split(".")
     if any("embed" in part or part == "wte" for part in parts):
         return "embed"

@@ -1,4 +1,4 @@
-"""The training loop: steps in the order of the schedule, with evaluation and checkpoints. It does not depend on Ray."""
+"""The training loop: it runs the steps in the order of the schedule, evaluates, and saves checkpoints, without Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .throughput import throughput, work_of_step
 
 @dataclass(frozen=True)
 class Extent:
-    """The extent of a training run, which is known before it starts."""
+    """The size of a training run and its device, which are known before the run starts."""
 
     total_steps: int
     groups: int  # training groups in an epoch
@@ -37,20 +37,23 @@ class Extent:
 
 @dataclass(frozen=True)
 class Wish:
-    """A request to training between two steps; it is the same on all ranks."""
+    """A request to the training loop, which obeys it after a step. All ranks get the same request."""
 
-    checkpoint: bool = False  # write one now: a machine is about to be removed
-    stop: bool = False  # after writing a checkpoint
+    checkpoint: bool = False  # write a checkpoint now, because a machine is about to be removed
+    stop: bool = False  # write a checkpoint, then stop
 
 
 def epochs_seen(steps: int, config: TrainConfig, groups: int) -> float:
-    """Return how often training has seen each group after some steps; the last step of the epochs may be smaller."""
+    """Return the number of epochs (with a fraction) that training has finished after `steps` steps.
+
+    Without `config.steps`, the result is at most `config.epochs`: the very last step may be smaller than the others.
+    """
     seen = steps * config.groups_per_step / groups
     return seen if config.steps is not None else min(seen, float(config.epochs))
 
 
 def no_wish() -> Wish:
-    """Return the empty request: training continues."""
+    """Return a request that asks for nothing, so that training continues."""
     return Wish()
 
 
@@ -66,15 +69,15 @@ def train(
     report: Callable[[dict[str, float]], None],
     wish: Callable[[], Wish] = no_wish,
 ) -> Progress:
-    """Run the remaining steps, starting at `progress`; on return all checkpoints are committed. Collective.
+    """Run all steps after `progress`, and commit all checkpoints. Collective: all ranks must call this.
 
     Args:
-        report: called with one row per step; the row includes held-out figures if they were measured in that step.
+        report: called with one row of metrics per step, which includes the held-out figures if they were measured.
         wish: called after every step; returns what the driver or Ray requests.
 
     Raises:
-        TrainError: a loss or gradient is not finite, which no checkpoint contains; or train.best.metric is not measured.
-        StoppedError: a stop was requested; a checkpoint contains every finished step.
+        TrainError: a loss or gradient is not finite (no checkpoint contains it); or train.best.metric is unknown.
+        StoppedError: a stop was requested. A checkpoint contains every finished step.
         ArtifactError: a checkpoint could not be written.
     """
     rows: list[dict[str, float]] = []
@@ -118,7 +121,7 @@ def train(
             raise StoppedError(
                 f"training was asked to stop, and has, after step {progress.step} of {plan.total_steps}",
                 where="train",
-                fix="run the same command again: it resumes from there",
+                fix="run the same command again: training resumes after that step",
             )
         if last:
             break
@@ -133,7 +136,7 @@ def _is_best(progress: Progress) -> bool:
 def _step(
     policy: TokenLogps, optimizer: torch.optim.Optimizer, share: RankStep, plan: Extent, config: TrainConfig
 ) -> dict[str, float]:
-    """Update the policy and return the step's metrics; an error names the groups of the step."""
+    """Update the policy and return the step's metrics. An error lists the ids of the groups in the step."""
     learning_rate = set_learning_rate(optimizer, share.step, plan.total_steps, config.optimizer)
     micro_batches = [packed_rows(m, plan.device, policy.layout, plan.sources) for m in share.micro_batches]
     every = config.entropy_every_steps
@@ -152,14 +155,14 @@ def _step(
 
 
 def _of_divergence(config: TrainConfig) -> str:
-    """Return what else helps where the score of a completion grows exponentially with its log-ratio."""
+    """Return further advice for a loss that is not finite: some divergences make scores grow exponentially."""
     kind = config.shaping.divergence.type
     grows = kind in ("forward_kl", "alpha")
     return f", or set train.shaping.divergence (the scores of {kind} grow exponentially)" if grows else ""
 
 
 def _timed(steps: Iterable[RankStep]) -> Iterator[tuple[RankStep, float]]:
-    """Yield each step with the time spent waiting for it, in seconds."""
+    """Yield each step, and the number of seconds spent waiting for it."""
     iterator = iter(steps)
     while True:
         began = time.monotonic()
@@ -171,10 +174,13 @@ def _timed(steps: Iterable[RankStep]) -> Iterator[tuple[RankStep, float]]:
 
 
 def judged(progress: Progress, found: Mapping[str, float], config: BestConfig | None) -> Progress:
-    """Compare the evaluation at the current step with the best so far; the first of equal values counts as the best.
+    """Compare the evaluation at the current step with the best so far; return the progress with the better of the two.
+
+    If the two values are equal, the earlier evaluation stays the best.
 
     Args:
-        found: the figures of the evaluation by name.
+        found: the figures of the evaluation at the current step, by name.
+        config: the figure to compare; None: nothing is compared.
 
     Raises:
         TrainError: the evaluation has no figure with the name of `config.metric`.
@@ -196,12 +202,12 @@ def judged(progress: Progress, found: Mapping[str, float], config: BestConfig | 
 
 
 def has_ended(progress: Progress, config: BestConfig | None) -> bool:
-    """Return whether early stopping applies: the last `patience` evaluations brought no improvement."""
+    """Return whether early stopping ends training: none of the last `patience` evaluations was the best so far."""
     return config is not None and config.patience is not None and (progress.best or Best(0, 0)).since >= config.patience
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far in GiB: allocated tensors on a GPU, else the resident memory of this process."""
+    """Return the peak memory so far in GiB: of allocated tensors on a GPU, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

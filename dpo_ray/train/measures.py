@@ -1,4 +1,7 @@
-"""The measures of a step. Each is a sum and a weight to divide by, so ranks and micro-batches can be added up."""
+"""The measures of a step. Each is kept as a sum and a weight, so that the measures of all ranks can be added up.
+
+The value of a measure is its sum divided by its weight.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dpo_ray.models.packed_rows import PackedRows
 from dpo_ray.models.token_logps import TokenScores
 from dpo_ray.objectives.step_logps import StepLogps, Totals
 
-ROUNDING = 1e-6  # relative error of a float32 sum of log-probs, with room for another engine's order of operations
+ROUNDING = 1e-6  # relative error of a float32 sum of log-probs, with a margin for another engine's order of operations
 
 # TRL's names. A measure without weight in a step (for example accuracies of unpaired data) is omitted from its figures.
 MEASURES = (
@@ -34,8 +37,8 @@ MEASURES = (
 def rewards(objective: Objective, logps: StepLogps) -> Tensor:
     """Compute the implicit reward of every completion: float32 [completions].
 
-    This is beta * (policy - reference log-prob), or beta * policy without a reference; the latter is averaged over
-    tokens if the loss is.
+    The reward is beta * (policy log-prob - reference log-prob). If the objective uses no reference, it is beta * policy
+    log-prob; this log-prob is the mean over the tokens if the loss uses the mean, otherwise the sum.
     """
     beta = reward_beta(objective)
     if uses_reference(objective):
@@ -54,9 +57,10 @@ def pair_rewards(objective: Objective, logps: StepLogps) -> tuple[Tensor, Tensor
 
 
 def accurate(objective: Objective, logps: StepLogps) -> Tensor:
-    """Return for which pairs the implicit reward prefers chosen: bool [pairs]. A tie up to float32 rounding is False.
+    """Return for each pair whether the chosen completion has the higher implicit reward: bool [pairs].
 
-    Without that tolerance the accuracy of an untrained policy would be rounding noise instead of 0.
+    The rewards must differ by more than float32 rounding. Without that tolerance the accuracy of an untrained policy
+    would be rounding noise instead of 0.
     """
     p = logps.pairs
     sides = [p.policy_chosen, p.policy_rejected]
@@ -75,11 +79,12 @@ def measure(
 ) -> Tensor:
     """Compute a micro-batch's contribution to the step's figures: float64 [measures + sources + 3, 2] on the CPU.
 
-    Rows are (sum, weight): first MEASURES, then the accuracy of each source. The last three rows hold the moments of
-    reward margin and length difference.
+    Each row is a sum and a weight. The first rows are those of MEASURES, the next ones the accuracies of the data
+    sources. The last three rows hold the six moments from which `figures` computes the correlation `length_bias`.
 
     Args:
         loss: this micro-batch's contribution to the step's loss.
+        sources: number of data sources.
     """
     pair_weight, weight = rows.pair_weight.double(), rows.completion_weight.double()
     chosen, rejected = (side.double() for side in pair_rewards(objective, logps))
@@ -124,9 +129,9 @@ def measure(
 
 
 def figures(sums: Tensor, sources: Sequence[str]) -> dict[str, float]:
-    """Convert a step's sums [measures + sources + 3, 2] into named means; measures without weight are omitted.
+    """Convert a step's sums [measures + sources + 3, 2] into means by name. Measures of weight 0 are omitted.
 
-    `length_bias` is the correlation between a pair's reward margin and its difference in length.
+    `length_bias` is the correlation, over pairs, of the reward margin with the difference in length (in tokens).
     """
     names = [*MEASURES, *(f"rewards/accuracies/{source}" for source in sources)]
     values, moments = sums[: len(names)].tolist(), sums[len(names) :].flatten().tolist()
@@ -144,10 +149,10 @@ def figures(sums: Tensor, sources: Sequence[str]) -> dict[str, float]:
 
 
 def empty(sources: int) -> Tensor:
-    """Return zero sums: float64 [measures + sources + 3, 2]."""
+    """Return sums that are all zero, to which those of micro-batches are added: float64 [measures + sources + 3, 2]."""
     return torch.zeros(len(MEASURES) + sources + 3, 2, dtype=torch.float64)
 
 
 def totals_of(sums: Tensor) -> Totals:
-    """Build a step's totals from its weights, which are summed over ranks and micro-batches: float64 [5]."""
+    """Build the totals of a step from `sums`: float64 [5], the weights summed over all ranks and micro-batches."""
     return Totals.of(sums.tolist())

@@ -1,6 +1,7 @@
-"""The random generators of a training process: Python, numpy, and torch on the CPU and on the GPU.
+"""The random generators of a training process: those of Python, numpy, and torch on the CPU and on the GPU.
 
-Dropout draws from them: with their state restored, a resumed run draws the same numbers as an uninterrupted one.
+Dropout draws numbers from them. A checkpoint restores their state, so that a resumed run draws the same numbers as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the generators from the result of `rng_state`; the GPU's only if the state and this machine have one."""
+    """Restore all generators from the result of `rng_state`.
+
+    The GPU's generator is restored only if the state contains one and this machine has a GPU.
+    """
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
@@ -43,7 +47,7 @@ def _tensor(text: str) -> torch.Tensor:
 
 
 def seed_rank(seed: int, rank: int, step: int = 0) -> None:
-    """Seed all generators from seed, rank and step, so that the same position in a run draws the same numbers."""
+    """Seed all generators from seed, rank and step. A run that resumes at this step always draws the same numbers."""
     words = np.random.SeedSequence((seed, rank, step)).generate_state(2, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[0]) % 2**32)

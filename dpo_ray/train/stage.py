@@ -1,4 +1,4 @@
-"""The stage `train`: Ray Train runs the workers; the driver collects their metrics and commits the policy."""
+"""The stage `train`: Ray Train runs the workers, and the driver collects their metrics and commits the policy."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ POLL_SECONDS = 0.5
 
 
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
-    """Run one training process.
+    """Run one training process; return its result (`worker.train_and_export`).
 
-    Imports are inside the function because torch and transformers take seconds to import, and Ray's controller
-    unpickles this function as well.
+    The import is inside the function because torch and transformers take seconds to import. Ray's controller also
+    unpickles this function, but does not need them.
     """
     from .worker import train_and_export
 
@@ -44,13 +44,13 @@ def run(
     """Run training to the end and return the result of rank 0.
 
     Args:
-        request: what each worker requests from Ray.
+        request: the resources that each worker requests from Ray.
         on_row: called in this process with every row of metrics.
-        say: called with a line about lost workers or about missing resources.
+        say: called with messages about lost workers or missing resources.
 
     Raises:
-        TrainError: the workers failed more often than train.max_failures allows.
-        AuditError, TrainError: raised by the workers.
+        TrainError: the workers failed more often than train.max_failures allows, or raised this error themselves.
+        AuditError: raised by the workers.
         StoppedError: SIGTERM was received. If possible, the workers wrote a checkpoint after their current step.
     """
     stopping = threading.Event()
@@ -81,7 +81,12 @@ def run(
 
 
 def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Provenance) -> Artifact:
-    """Commit the policy, its model card, metrics and held-out table, then delete the checkpoints."""
+    """Commit the artifact `train` (policy, model card, metrics and held-out table), then delete the checkpoints.
+
+    Args:
+        account: the result of rank 0 (`run`).
+        card: text of the model card.
+    """
     entries = [*account["entries"], task.staging.write("policy/README.md", card.encode())]
     figures = {name: account[name] for name in ("audit", "steps", "num_tokens", "final", "final_evaluation")}
     artifact = provenance.commit(task.staging, entries, rows={"steps": account["steps"]}, figures=figures)
@@ -91,7 +96,10 @@ def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Prov
 
 @contextmanager
 def _sigterm(stopping: threading.Event) -> Iterator[None]:
-    """Set the event at the first SIGTERM, where Ray's own handler would exit; a second SIGTERM ends the process."""
+    """Handle SIGTERM: the first one sets the event `stopping`, and a second one ends the process.
+
+    Ray's own handler would exit at the first SIGTERM. Outside of the main thread nothing is handled.
+    """
     if threading.current_thread() is not threading.main_thread():  # the calling program handles signals itself
         yield
         return
@@ -113,7 +121,10 @@ def _stopped(when: str) -> StoppedError:
 
 
 class _following:
-    """Context manager that polls the inbox in a thread during training and once at the end, and forwards a stop."""
+    """Context manager that takes rows of metrics from the inbox, in a thread, while training runs and once at its end.
+
+    When the event `stopping` is set, it sends the workers a request to stop.
+    """
 
     def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None], stopping: threading.Event) -> None:
         self._inbox, self._on_row, self._stopping = inbox, on_row, stopping

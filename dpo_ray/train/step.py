@@ -1,4 +1,4 @@
-"""One optimizer step of preference optimisation: the same code for a single process and for FSDP2 with many."""
+"""One optimizer step of preference optimisation; the same code runs in a single process and on all ranks of FSDP2."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ def train_step(
 ) -> dict[str, float]:
     """Update the policy once: compute the step's loss and gradient, clip the gradient, run the optimizer.
 
-    The loss is normalised by the weights of the global step, over all ranks and micro-batches, so it depends neither on
-    packing nor on the number of ranks. Collective: every rank calls it with the same number of micro-batches.
+    The loss is divided by the total weight of the step over all ranks and micro-batches. So it depends neither on how
+    groups are packed nor on the number of ranks. Collective: all ranks must call this, with equally many micro-batches.
 
     Args:
-        sources: names of the data sources; accuracy is measured for each.
+        micro_batches: those of this rank.
+        sources: names of the data sources; the accuracy of each source is measured.
         with_statistics: also measure the entropy.
 
     Returns:
-        Means over the global step under TRL's names, and `grad_norm` before clipping, in total and by parameter group.
+        Means over the step on all ranks, under TRL's names; and the gradient norm before clipping, as `grad_norm` and
+        for each part of the model as `grad_norm/PART`.
 
     Raises:
-        TrainError: the loss or the gradient is not finite. The optimizer has not stepped, so the state is unchanged.
+        TrainError: the loss or the gradient is not finite. The weights and the optimizer state are unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = empty(len(sources))
@@ -63,10 +65,11 @@ def train_step(
 def losses(
     policy: nn.Module, micro_batches: Sequence[PackedRows], config: TrainConfig, sources: int, with_statistics: bool
 ) -> Iterator[tuple[Tensor, Tensor, StepLogps]]:
-    """Yield each micro-batch's contribution to the step's loss, its measures and log-probs; the caller runs backward.
+    """Yield for each micro-batch its contribution to the step's loss, its measures, and its log-probs.
 
-    If the loss of one pair depends on others of the step, all log-probs of the step are gathered. Those of other
-    micro-batches and ranks are constants, so that all gradients add up to the gradient of the step's loss.
+    The caller runs the backward pass. If the loss of one pair depends on other pairs of the step, the log-probs of the
+    whole step are gathered. The gathered log-probs of other micro-batches and ranks are constants, so that the
+    gradients of all micro-batches add up to the gradient of the step's loss. Collective: all ranks must call this.
     """
     totals = totals_of(over_ranks(torch.stack([weight_sums(rows).cpu() for rows in micro_batches]).sum(dim=0)))
     statistics = with_statistics or config.shaping.wpo
@@ -92,7 +95,7 @@ def losses(
 
 
 def _gathered(own: Sequence[StepLogps]) -> list[StepLogps]:
-    """Gather the log-probs of all ranks as constants, in rank order."""
+    """Gather the log-probs of all ranks, in the order of the ranks. The result carries no gradients."""
     parts = [logps.detached("cpu") for logps in own]
     if dist.is_initialized() and dist.get_world_size() > 1:
         ranks: list[list[StepLogps]] = [[] for _ in range(dist.get_world_size())]
@@ -108,7 +111,7 @@ def _with_own(known: Sequence[StepLogps], own: StepLogps, i: int, micro_batches:
 
 
 def over_ranks(sums: Tensor) -> Tensor:
-    """Sum a CPU tensor over all ranks. Collective."""
+    """Sum a CPU tensor over all ranks. Collective: all ranks must call this."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         sums = sums.to("cuda" if "nccl" in dist.get_backend() else "cpu")
         dist.all_reduce(sums)
@@ -116,7 +119,7 @@ def over_ranks(sums: Tensor) -> Tensor:
 
 
 def _reduce_gradients_after(policy: nn.Module, *, last: bool) -> None:
-    """Configure FSDP to reduce gradients over ranks once per step, after the last micro-batch."""
+    """Configure FSDP to sum gradients over the ranks only after the last micro-batch of a step."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(last)
         policy.set_is_last_backward(last)

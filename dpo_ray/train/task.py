@@ -1,4 +1,4 @@
-"""The input of a training run. The module imports quickly because Ray's controller loads it too."""
+"""The inputs of a training run. This module must import quickly, because Ray's controller imports it too."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from dpo_ray.schedule.files import Schedule
 
 @dataclass(frozen=True)
 class AuditTask:
-    """The audit of the reference before step 1. Built by the pipeline, which knows the reference. Can be pickled."""
+    """How to audit the reference before step 1: its log-probs are compared with the trainer's own. Can be pickled.
 
-    groups: int  # minimum number of groups to compare, if there are as many
-    measure: Callable[[list[ComparedGroup]], dict[str, Any]]
-    goes_on: Callable[[dict[str, Any]], bool]  # whether to train, from the figures of this or a previous attempt
+    The functions are passed in, because this package does not import the package `reference`.
+    """
+
+    groups: int  # minimum number of groups to compare; fewer only if the data has fewer
+    measure: Callable[[list[ComparedGroup]], dict[str, Any]]  # computes the figures
+    goes_on: Callable[[dict[str, Any]], bool]  # decides by the figures (of this or a previous attempt) whether to train
 
 
 @dataclass(frozen=True)
 class TrainTask:
-    """Everything that a worker needs. Can be pickled."""
+    """Everything that a training worker needs. Can be pickled."""
 
     model: ModelConfig
     config: TrainConfig
@@ -43,4 +46,4 @@ class TrainTask:
     trained_adapter: str | None = None  # directory of the LoRA adapter that training continues from
     moments: Artifact | None = None  # optimizer state of the previous training, to continue from
     keep_moments: bool = False  # store the optimizer state in the artifact, for the next training
-    identity: str = ""  # digest of all that determines the weights; checkpoints with another are not used
+    identity: str = ""  # digest of everything that determines the weights; checkpoints with another digest are not used

@@ -1,4 +1,4 @@
-"""Hardware utilisation of a step: operations per second, and tokens that did not have to be computed."""
+"""Hardware utilisation of a step: operations per second, and the share of tokens that was saved."""
 
 from __future__ import annotations
 
@@ -16,18 +16,27 @@ from .step import over_ranks
 
 
 def work_of_step(micro_batches: Sequence[MicroBatch], shape: ModelShape) -> Tensor:
-    """Sum the work of a step over all ranks: float64 [4], shared, packed and padded tokens, operations. Collective."""
+    """Sum the work of a step over all ranks. Collective: all ranks must call this.
+
+    Returns:
+        float64 [4]: the number of tokens with shared prompts, with packed rows, and with padded rows; and the number of
+        floating-point operations.
+    """
     works = [Work.of(batch, shape) for batch in micro_batches]
     own = [[w.shared_tokens, w.packed_tokens, w.padded_tokens, w.flops] for w in works]
     return over_ranks(torch.tensor(own, dtype=torch.float64).sum(dim=0))
 
 
 def throughput(work: Tensor, layout: Layout, seconds: float, peak_flops: float | None) -> dict[str, float]:
-    """Convert a step's work [4] into figures.
+    """Convert a step's work (the result of `work_of_step`) into figures.
 
-    `tflops` is 10^12 useful operations per second and worker, and `mfu` is their share of the device's peak.
-    `sharing_saved` is the share of tokens that is saved by computing shared prompts once, `padding_saved` the share of
-    a padded batch's tokens that would be padding.
+    `tflops` counts 10^12 useful operations per second and worker; `mfu` is that rate divided by the device's peak.
+    `sharing_saved` is the share of tokens that is saved because a prompt is computed once for all its completions.
+    `padding_saved` is the share of tokens of a padded batch that would be padding.
+
+    Args:
+        seconds: duration of the step.
+        peak_flops: the device's peak in operations per second; None if it is not known.
     """
     shared, packed, padded, flops = work.tolist()
     per_second = flops / seconds / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -1,4 +1,4 @@
-"""The code that each training process runs under Ray Train."""
+"""The code that each training process (worker) runs under Ray Train."""
 
 from __future__ import annotations
 
@@ -44,12 +44,16 @@ from .task import AuditTask, TrainTask
 logger = logging.getLogger(__name__)
 MOMENTS = "moments.safetensors"
 
-# Errors that all ranks raise together, because they result from gathered values: all ranks return, and none waits.
+# Errors that all ranks raise together, because they depend on gathered values only. So no rank waits for another.
 COLLECTIVE = (AuditError, StoppedError, TrainError)
 
 
 def train_and_export(task: TrainTask) -> dict[str, Any]:
-    """Run training and export and return rank 0's result; if all ranks raise the same error, return it under `error`.
+    """Train the policy and export it.
+
+    Returns:
+        On rank 0, the entries of the artifact's files and the figures of training; on other ranks {}. If all ranks
+        raised the same error, only `error` is returned. If the audit forbids training, only `audit` is returned.
 
     Raises:
         TrainError: another rank did not respond in time. Ray Train then stops and restarts all workers.
@@ -92,7 +96,7 @@ def _run(task: TrainTask) -> dict[str, Any]:
     if task.moments is not None and not progress.step:
         scatter_moments(policy, optimizer, load(task.moments.read_bytes(MOMENTS)) if rank == 0 else {})
     counts = task.schedule.rows
-    sources = task.sources if len(task.sources) > 1 else ()  # a single source has the accuracy of all data
+    sources = task.sources if len(task.sources) > 1 else ()  # the accuracy of a single source is that of all data
     plan = Extent(counts["train/steps"], counts["train/groups"], device, sources)
 
     def report(row: dict[str, Any]) -> None:
@@ -137,14 +141,17 @@ def _run(task: TrainTask) -> dict[str, Any]:
 
 
 class _Wishes:
-    """Requests of the driver and of Ray, combined over ranks so that all ranks see them after the same step."""
+    """Requests of the driver and of Ray, combined over the ranks so that all ranks obey them after the same step."""
 
     def __init__(self, inbox: Any, rank: int) -> None:
         self._stopped = inbox.stopped.remote() if rank == 0 else None
-        self._preemption: Any = None  # the last one that was handled
+        self._preemption: Any = None  # the last preemption notice that was handled
 
     def __call__(self) -> Wish:
-        """Return the current request, combined over all ranks, without sending Ray messages. Collective."""
+        """Return the current request, combined over all ranks. This sends no Ray messages.
+
+        Collective: all ranks must call this.
+        """
         stop = False
         if self._stopped is not None and ray.wait([self._stopped], timeout=0)[0]:
             ray.get(self._stopped)  # raises if the actor has died instead
@@ -156,7 +163,13 @@ class _Wishes:
 
 
 def _audited(policy: TokenLogps, audit: AuditTask, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
-    """Score the first groups of the schedule (a random sample) before step 1; measure the drift. Collective."""
+    """Audit the reference: score the first groups of the schedule (a random sample) with the policy before step 1.
+
+    Collective: all ranks must call this.
+
+    Returns:
+        Statistics of the differences between these log-probs and the stored reference log-probs.
+    """
     compared: list[ComparedGroup] = []
     policy.eval()
     steps = math.ceil(audit.groups / task.config.groups_per_step)
@@ -187,7 +200,11 @@ def _written(
     progress: Progress,
     task: TrainTask,
 ) -> dict[str, Any]:
-    """Write the artifact's files to the staging place (rank 0); return their entries and the figures of training."""
+    """Write the files of the artifact `train` to its staging directory, on rank 0.
+
+    Returns:
+        The entries of these files for the manifest, and the figures of training.
+    """
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-policy-") as scratch:
         dtype, lora = getattr(torch, task.dtype), task.config.lora
@@ -210,7 +227,7 @@ def _written(
 
 
 def heldout_pairs(heldout: dict[str, np.ndarray]) -> pa.Table:
-    """Build the table of all splits' pairs, one row each; `split` is `eval`, or `eval_NAME` for a named set."""
+    """Build one table from the held-out rows of each split (`eval`, or `eval_NAME` for a named set)."""
     splits = np.repeat(list(heldout), [len(table) for table in heldout.values()])
     pairs = np.concatenate(list(heldout.values()))
     return pa.table({"split": splits, **{name: pairs[:, i] for i, name in enumerate(HELDOUT)}})

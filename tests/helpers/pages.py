@@ -149,7 +149,7 @@ def reference_page(text: str = "plain") -> ReferencePage:
         ),
         note=text,
         unscored=[
-            UnscoredRow("kills_engine", "an engine died twice while it scored this group", 2, [text, "group 07"])
+            UnscoredRow("kills_engine", "two engines died while they scored this group", 2, [text, "group 07"])
         ],
         checks=[
             Check("max_token_drift", 0.21, 0.5, "within", "Largest difference of one token."),

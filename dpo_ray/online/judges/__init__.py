@@ -1,1 +1,1 @@
-"""The judges of online rounds: their questions, how each of them answers, and the memory of their answers."""
+"""The judges of online rounds, which score sampled completions. Their answers are stored and never asked for twice."""

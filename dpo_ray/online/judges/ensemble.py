@@ -1,4 +1,4 @@
-"""Several judges combined into one: the weighted mean of their ranks within a prompt, and how far they agree."""
+"""An ensemble: several judges (members) as one judge. Its score is the weighted mean of the ranks that members give."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Scores = Sequence[float | None]
 
 
 class JudgeByEnsemble:
-    """A judge that asks its members one after the other; each has its own memory and costs."""
+    """A judge that asks its members one after the other. Each member has its own stored answers and costs."""
 
     def __init__(self, members: Mapping[str, tuple[Judge, float]]) -> None:
-        """Store the members by name, each with its weight."""
+        """Create the ensemble. `members` maps the name of each member to its judge and its weight."""
         self._members = members
 
     @property
@@ -22,7 +22,11 @@ class JudgeByEnsemble:
         return sum((judge.usage for judge, _ in self._members.values()), Usage())
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield the combined verdicts of all members. Raises JudgeError if a member does."""
+        """Yield for each question its number and the combined verdict of all members.
+
+        Raises:
+            JudgeError: raised by a member.
+        """
         *earlier, last = self._members
         verdicts = {name: dict(self._members[name][0].judge(questions)) for name in earlier}
         weights = {name: weight for name, (_, weight) in self._members.items()}
@@ -35,17 +39,18 @@ class JudgeByEnsemble:
 
 
 def combined(verdicts: Mapping[str, Verdict], weights: Mapping[str, float]) -> Verdict:
-    """Combine the members' verdicts on one question into one.
+    """Combine the verdicts of all members on one question into one verdict.
 
-    A completion's score is the weighted mean of its ranks (`ranks`) from those members that rank it; None if none does.
-    `members` holds the members' own scores; `concordance` defines `agreement`.
+    The score of a completion is the weighted mean of the ranks (see `ranks`) that members give it. A member that gives
+    no rank is ignored; if no member gives a rank, the score is None. The verdict's `agreement` is the result of
+    `concordance`, and its `members` are the members' own scores.
     """
     ranked = {name: ranks(v.scores) for name, v in verdicts.items()}
     scores = []
     for places in zip(*ranked.values(), strict=True):
         weighted = [(weights[name], place) for name, place in zip(ranked, places, strict=True) if place is not None]
         scores.append(sum(w * p for w, p in weighted) / sum(w for w, _ in weighted) if weighted else None)
-    reasons = [f"{name}: {v.reason or 'has nothing to rank'}" for name, v in verdicts.items() if None in ranked[name]]
+    reasons = [f"{name}: {v.reason or 'fewer than two scores'}" for name, v in verdicts.items() if None in ranked[name]]
     return Verdict(
         tuple(scores),
         agreement=concordance({name: v.scores for name, v in verdicts.items()}, weights),
@@ -55,9 +60,9 @@ def combined(verdicts: Mapping[str, Verdict], weights: Mapping[str, float]) -> V
 
 
 def ranks(scores: Scores) -> list[float | None]:
-    """Convert scores to ranks from 0, the worst, to 1, the best; equal scores share the mean of their ranks.
+    """Convert scores to ranks from 0 (worst) to 1 (best). Equal scores all get the mean of their ranks.
 
-    Missing scores stay missing and take no rank; a single score has nothing to be ranked against, and is missing too.
+    A missing score (None) gets the rank None. If there is only one score, it cannot be ranked, and all ranks are None.
     """
     present = [s for s in scores if s is not None]
     if len(present) < 2:
@@ -69,12 +74,15 @@ def ranks(scores: Scores) -> list[float | None]:
 
 
 def concordance(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> float:
-    """Return how far members agree on the order, 0 to 1: (1 + Kendall's tau) / 2 if nothing is tied or missing.
+    """Return how far the members agree on the order of the completions, from 0 to 1.
 
-    Each two members, weighted by the product of their weights, and each two completions that both members score count 1
-    if both order them alike or both call them equal, 0 if they order them in opposite ways, and 1/2 if only one calls
-    them equal. The result is the mean of these; it is 1 if no two members score the same two completions, because then
-    nobody contradicts.
+    Every two members are compared on every two completions that both have scored. Such a comparison counts
+    - 1 if both members put the completions in the same order, or both give them equal scores;
+    - 1/2 if only one member gives them equal scores;
+    - 0 if the members put them in opposite orders.
+    The result is the weighted mean of all comparisons. The weight of a comparison is the product of the two members'
+    weights. Without any comparison the result is 1, because nobody contradicts. With two members, and no equal or
+    missing scores, the result is (1 + Kendall's tau) / 2.
     """
     agreed = total = 0.0
     for a, b in combinations(scores, 2):

@@ -1,4 +1,4 @@
-"""A user's Python function as judge: how it is imported, called and checked."""
+"""A judge that calls a Python function of the user: how the function is imported and called, and its result checked."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ Function = Callable[[list[str], list[str]], Sequence[float | None]]
 
 
 class JudgeByFunction:
-    """A judge that calls the function on batches; its answers are stored."""
+    """A judge that calls a user's function for batches of completions. The scores are stored."""
 
     def __init__(self, config: FunctionJudge, memory: Memory) -> None:
-        """Import the function. Raises ConfigError if it cannot be imported."""
+        """Import the function.
+
+        Raises:
+            ConfigError: the function cannot be imported.
+        """
         self._config, self._memory = config, memory
         self._function = import_function(config.function)
 
@@ -32,7 +36,11 @@ class JudgeByFunction:
         return Usage()
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield verdicts as batches are done. Raises JudgeError if the function fails."""
+        """Yield the number and the verdict of each question, batch by batch.
+
+        Raises:
+            JudgeError: the function raised an error, or returned something else than one score per completion.
+        """
         return remembered(questions, self._memory, self._config.questions_per_batch, self._ask)
 
     def close(self) -> None: ...
@@ -69,7 +77,7 @@ class JudgeByFunction:
         return JudgeError(
             f"the function {what}",
             where=f"online.judge.function={self._config.function}",
-            fix="it gets (prompts, completions) and must return a finite number, or None, for each completion",
+            fix="the function gets (prompts, completions) and must return a finite number or None for each completion",
         )
 
 
@@ -78,13 +86,17 @@ def _verdict(scores: Sequence[float | None]) -> Verdict:
 
 
 def import_function(path: str) -> Function:
-    """Import `package.module.function`. Raises ConfigError if there is no such function."""
+    """Import the function with the path `package.module.function`.
+
+    Raises:
+        ConfigError: the module cannot be imported, or has no such function.
+    """
     module_name, _, name = path.rpartition(".")
     where = f"online.judge.function={path}"
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code
-        fix = "write it as package.module.function, and make it importable: install its package, or set PYTHONPATH"
+        fix = "write the path as package.module.function; install the package, or add its directory to PYTHONPATH"
         if not isinstance(error, ModuleNotFoundError) or error.name not in _parents(module_name):
             fix = f"fix the module, so that `python -c 'import {module_name}'` works"
         what = f"cannot import {module_name}: {type(error).__name__}: {error}"
@@ -94,7 +106,7 @@ def import_function(path: str) -> Function:
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
         known = ", ".join(own) or "nothing"
         what = f"{module_name} has no function `{name}`"
-        raise ConfigError(what, where=where, fix=f"the functions there: {known[:300]}")
+        raise ConfigError(what, where=where, fix=f"name a function of this module; it has {known[:300]}")
     return cast(Function, function)
 
 
@@ -104,7 +116,10 @@ def _parents(module_name: str) -> set[str]:
 
 
 def source_digest(path: str) -> str:
-    """Hash the source file of a function's module, without running it; return "" if it has none or is not found."""
+    """Return a hash of the source file of a function's module, without running the file.
+
+    Return "" if the module is not found or has no source file.
+    """
     try:
         spec = importlib.util.find_spec(path.rpartition(".")[0])
     except (ImportError, ValueError):

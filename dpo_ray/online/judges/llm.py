@@ -1,4 +1,7 @@
-"""A language model as judge, at an OpenAI-compatible endpoint: it compares pairs in both orders, or gives scores."""
+"""A judge that asks a language model at an OpenAI-compatible endpoint.
+
+The model compares pairs of completions, each pair in both orders, or scores each completion.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .llm_limits import Budget, Pace
 from .protocol import Memory, Question, Spending, Usage, Verdict
 
 FIRST_BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 0.5, 30.0
-LONGEST_WAIT_SECONDS = 600.0  # the judge does not wait for an endpoint that requests more
+LONGEST_WAIT_SECONDS = 600.0  # if an endpoint asks for a longer wait, the judge gives up
 
 Outcome = Answer | Unanswered
 SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
@@ -26,10 +29,14 @@ POINTS = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}
 
 
 class JudgeByLlm:
-    """A judge that asks the endpoint; each answer is stored before it counts, and no stored one is asked for again."""
+    """A judge that asks a language model. Each answer is stored before it is used, and is never asked for again."""
 
     def __init__(self, config: LlmJudge, memory: Memory, spending: Spending) -> None:
-        """Prepare the endpoint; nothing is sent yet. Raises ConfigError if the key is missing from the environment."""
+        """Prepare the calls; nothing is sent yet.
+
+        Raises:
+            ConfigError: the environment variable with the API key is missing or not usable.
+        """
         self._config, self._memory = config, memory
         where = f"online.judge ({config.base_url}, model {config.model})"
         self._account = Budget(config, spending, where)
@@ -42,11 +49,11 @@ class JudgeByLlm:
         return self._account.usage
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield verdicts as their calls are answered.
+        """Yield the number and the verdict of each question as soon as its calls are answered.
 
         Raises:
-            JudgeError: the endpoint refuses the request or does not respond, or `max_usd` is spent. Before it is raised,
-                calls that are already in flight finish, and their answers are kept.
+            JudgeError: the endpoint refuses a request or does not respond, or `max_usd` is spent. Calls in flight are
+                first finished, and their answers are stored.
         """
         with asyncio.Runner() as runner:
             asking = _Asking(self._config, self._endpoint, self._pace, self._account, self._memory)
@@ -61,13 +68,13 @@ class JudgeByLlm:
 
 
 class _Asking:
-    """The calls for one batch of questions, in one event loop."""
+    """All calls to the endpoint for one batch of questions, in one event loop."""
 
     def __init__(self, config: LlmJudge, endpoint: Endpoint, pace: Pace, account: Budget, memory: Memory) -> None:
         self._config, self._endpoint, self._pace, self._account, self._memory = config, endpoint, pace, account, memory
         self._client = endpoint.client()
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._calls: dict[str, asyncio.Task[Outcome]] = {}  # by the request's digest: no request is open twice
+        self._calls: dict[str, asyncio.Task[Outcome]] = {}  # by the request's digest; equal requests share a call
         self._open: set[asyncio.Task[Any]] = set()  # requests in flight
         self._waiting: set[asyncio.Task[tuple[int, Verdict]]] = set()
         self._failure: JudgeError | None = None
@@ -76,14 +83,18 @@ class _Asking:
         self._waiting = {asyncio.create_task(self._judged(n, q)) for n, q in enumerate(questions)}
 
     async def next(self) -> list[tuple[int, Verdict]]:
-        """Wait for at least one verdict and return those that are ready; [] at the end. Raises a question's error."""
+        """Wait until a verdict is ready; return all verdicts that are ready, or [] when all have been returned.
+
+        Raises:
+            JudgeError: a call of one of the questions failed.
+        """
         if not self._waiting:
             return []
         done, self._waiting = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
         return [task.result() for task in done]
 
     async def stop(self) -> None:
-        """Start no more calls; wait for those in flight, which are paid for, so that their answers are kept."""
+        """Stop starting calls. Wait for the calls in flight and store their answers, because they must be paid for."""
         tasks = [*self._waiting, *self._calls.values()]
         for task in tasks:
             task.cancel()
@@ -119,8 +130,8 @@ class _Asking:
         return await self._calls[key]
 
     async def _asked(self, key: str, request: dict[str, Any]) -> Outcome:
-        """Call until there is an answer or the retries are used up."""
-        async with self._slots:  # the slot is held during waits, too: an endpoint in trouble gets fewer calls
+        """Send a request again and again, until there is an answer or the retries are used up."""
+        async with self._slots:  # the slot is also held during waits, so that an endpoint in trouble gets fewer calls
             try:
                 return await self._tried(key, request)
             except JudgeError as error:
@@ -158,20 +169,24 @@ class _Asking:
 
 
 def _back_off(attempt: int) -> float:
-    """Return a delay in seconds that doubles with each attempt, times a random 0.5 to 1, so that calls spread out."""
+    """Return the delay, in seconds, before the next attempt. It doubles with each attempt, up to a limit.
+
+    The delay is multiplied by a random number from 0.5 to 1, so that calls spread out.
+    """
     return min(FIRST_BACK_OFF_SECONDS * 2**attempt, LONGEST_BACK_OFF_SECONDS) * random.uniform(0.5, 1.0)
 
 
 def by_pairs(completions: int, outcomes: Mapping[tuple[int, int], tuple[Outcome, Outcome]]) -> Verdict:
-    """Score each completion by the share of its comparisons that it wins; a tie is half a win.
+    """Score each completion by the share of its comparisons that it wins. A tie counts as half a win.
 
-    A pair whose two orders contradict each other, or one of whose orders has no answer, counts for neither completion.
-    `agreement` is the share of pairs whose orders agree.
+    Each pair was compared in both orders. The pair does not count if the two answers contradict each other, or if an
+    answer is missing. `agreement` is the share of pairs whose two answers agree.
 
     Args:
-        outcomes: by pair (i, j): the outcome with i first, and the one with j first.
+        completions: number of completions.
+        outcomes: for each pair (i, j), the outcome with i first and the outcome with j first.
     """
-    if completions < 2:  # all texts are equal, so nothing was asked
+    if completions < 2:  # the texts of all completions are equal, so the model was not asked
         return Verdict((0.5,) * completions)
     points: list[list[float]] = [[] for _ in range(completions)]
     contradictions, unanswered = 0, []
@@ -185,7 +200,9 @@ def by_pairs(completions: int, outcomes: Mapping[tuple[int, int], tuple[Outcome,
                 points[completion].append(point)
     scores = tuple(sum(p) / len(p) if p else None for p in points)
     reasons = (
-        [f"{contradictions} of {len(outcomes)} pairs contradict themselves in swapped order"] if contradictions else []
+        [f"{contradictions} of {len(outcomes)} pairs have contradicting answers in the two orders"]
+        if contradictions
+        else []
     )
     reasons += [f"{len(unanswered)} of {len(outcomes)} pairs have no answer ({unanswered[0]})"] if unanswered else []
     agreement = 1 - (contradictions + len(unanswered)) / len(outcomes)
@@ -193,6 +210,6 @@ def by_pairs(completions: int, outcomes: Mapping[tuple[int, int], tuple[Outcome,
 
 
 def by_scores(outcomes: Sequence[Outcome]) -> Verdict:
-    """Return each completion's score as the model gave it."""
+    """Return a verdict with the score that the model gave each completion; None for a completion without an answer."""
     scores = tuple(float(o.score) if isinstance(o, ScoreAnswer) else None for o in outcomes)
     return Verdict(scores, reason="; ".join(dict.fromkeys(o.why for o in outcomes if isinstance(o, Unanswered))))

@@ -1,4 +1,4 @@
-"""Requests to a language model as judge, and its valid answers: one JSON object of a strict schema, nothing else."""
+"""Requests to a language model that judges, and its answers. A valid answer is one JSON object of a strict schema."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class _Answer(BaseModel):
 
 
 class PairAnswer(_Answer):
-    """Which of two completions is better."""
+    """The model's answer to a comparison: which of two completions is better."""
 
     better: Literal["first", "second", "tie"]
 
 
 class ScoreAnswer(_Answer):
-    """How good a completion is."""
+    """The model's answer to a request for a score: how good one completion is, from 1 to 10."""
 
     # As an enumeration, because not every endpoint enforces bounds.
     score: Annotated[int, Field(ge=1, le=10), WithJsonSchema({"type": "integer", "enum": list(range(1, 11))})]
@@ -50,7 +50,7 @@ Answer = PairAnswer | ScoreAnswer
 
 
 class Unparsable(ValueError):
-    """Raised if the text is not the one JSON object that was requested."""
+    """Raised if the model's text is not exactly the requested JSON object."""
 
 
 def pair_request(config: LlmJudge, prompt: str, first: str, second: str) -> dict[str, Any]:
@@ -83,12 +83,17 @@ def _request(config: LlmJudge, system: str, parts: dict[str, str], answer: type[
 
 
 def parsed(text: str, mode: Literal["pairwise", "score"]) -> Answer:
-    """Parse an answer. Raises Unparsable for text around it, other keys or values, a repeated key, or invalid JSON."""
+    """Parse the text of an answer.
+
+    Raises:
+        Unparsable: the text is not valid JSON, has a repeated key, has other keys or values than requested, or there is
+            other text around the JSON object.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
         return (PairAnswer if mode == "pairwise" else ScoreAnswer).model_validate(value)
     except (ValidationError, ValueError, RecursionError):
-        raise Unparsable(f"not the JSON object that was asked for: {text[:80]!r}") from None
+        raise Unparsable(f"the answer is not the JSON object that was requested: {text[:80]!r}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Calls of an OpenAI-compatible endpoint: the result is an answer, a temporary trouble, or a permanent error."""
+"""Calls to an OpenAI-compatible endpoint. A call results in an answer, a temporary trouble, or a permanent error."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ TOO_LONG = (
     "maximum context length",
     "context window",
 )  # OpenAI's code; what vLLM and others write
-BUSY = (408, 429)  # and 5xx: the same request may succeed later
+BUSY = (408, 429)  # for these and for 5xx, the same request may succeed later
 SHOWN_CHARACTERS = 300
-MAX_REPLY_BYTES = 4 << 20  # a thousand times as long as answers are
-OF_THE_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")  # headers that the read body has no more
+MAX_REPLY_BYTES = 4 << 20  # a thousand times the usual length of an answer
+OF_THE_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")  # headers that the decoded body lacks
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a call gave no answer, although another call may."""
+    """The reason why a call gave no answer. The same request may succeed in another call."""
 
     what: str
     with_answer: bool = False  # the endpoint worked, but the model's text is not a valid answer
-    wait_seconds: float = 0.0  # requested by the endpoint
+    wait_seconds: float = 0.0  # time to wait that the endpoint requests
 
 
 @dataclass(frozen=True)
 class Unanswered:
-    """Why a question remains without an answer."""
+    """The reason why a request has no answer and is not sent again."""
 
     why: str
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = Field(default=0, ge=0)  # below 0, a call would add to what may be spent
+    prompt_tokens: int = Field(default=0, ge=0)  # a number below 0 would lower the counted cost
     completion_tokens: int = Field(default=0, ge=0)
 
 
@@ -69,23 +69,27 @@ class Endpoint:
     """The endpoint that serves the judge's model."""
 
     def __init__(self, config: LlmJudge, account: Budget, where: str) -> None:
-        """Read the key. Raises ConfigError if it is missing from the environment."""
+        """Read the API key from the environment.
+
+        Raises:
+            ConfigError: the environment variable is missing or cannot be a key.
+        """
         self._config, self._account, self._where = config, account, where
         self._url = f"{config.base_url.rstrip('/')}/chat/completions"
         self._key = _key(config)
 
     def client(self) -> httpx.AsyncClient:
-        """Create a client; it belongs to the event loop in which it is first used."""
+        """Create an HTTP client. Use it only in one event loop."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        # The time limit of the whole call is set below; httpx's own limit applies to each piece of it.
+        # `call` limits the time of the whole call; httpx's own limit would apply to each piece of it.
         limits = httpx.Limits(max_connections=self._config.concurrency)
         return httpx.AsyncClient(headers=headers, limits=limits, timeout=None)  # noqa: S113
 
     async def call(self, client: httpx.AsyncClient, request: dict[str, Any]) -> Answer | Unanswered | Trouble:
-        """Send one request.
+        """Send one request, and return the answer or why there is none.
 
         Raises:
-            JudgeError: the endpoint refuses it for a permanent reason.
+            JudgeError: the endpoint refuses the request for a permanent reason.
         """
         seconds = self._config.timeout_seconds
         try:
@@ -105,7 +109,7 @@ class Endpoint:
         raise JudgeError(message, where=self._where, fix=self._advice(response.status_code))
 
     async def _post(self, client: httpx.AsyncClient, request: dict[str, Any]) -> httpx.Response:
-        """Send a request and read the reply, up to a size that no answer has."""
+        """Send a request and read the reply. A reply of more than MAX_REPLY_BYTES is refused."""
         async with client.stream("POST", self._url, json=request) as reply:
             body = bytearray()
             async for chunk in reply.aiter_bytes():
@@ -118,22 +122,22 @@ class Endpoint:
             return httpx.Response(reply.status_code, headers=headers, content=bytes(body), request=reply.request)
 
     def given_up(self, trouble: Trouble, retries: int) -> JudgeError:
-        """Return the error for an endpoint that does not respond."""
-        what = f"no answer after {retries} retries; the last: {trouble.what}"
+        """Build the error that is raised when no retry is left, or when the endpoint asks for too long a wait."""
+        what = f"no answer after {retries} retries; the last failure: {trouble.what}"
         if trouble.wait_seconds:
-            what = f"{what}; it asks to wait {trouble.wait_seconds:.0f} s"
-        fix = "check that it is running; if it needs more time, raise timeout_seconds or max_retries, or lower concurrency"
+            what = f"{what}; the endpoint asks to wait {trouble.wait_seconds:.0f} s"
+        fix = "check that the endpoint runs; if it is slow, raise timeout_seconds or max_retries, or lower concurrency"
         return JudgeError(what, where=self._where, fix=f"{fix}. Every answer so far is kept")
 
     def _read(self, response: httpx.Response) -> Answer | Trouble:
         try:
             reply = _Reply.model_validate_json(response.content)
         except ValidationError:
-            return Trouble(f"its reply is not a chat completion: {self._shown(response.text)}")
+            return Trouble(f"the endpoint's reply is not a chat completion: {self._shown(response.text)}")
         if reply.usage is None and self._config.max_usd is not None:
             fix = "remove max_usd, or use an endpoint whose replies contain `usage`"
             raise JudgeError(
-                "its replies do not contain `usage`, so max_usd cannot be enforced", where=self._where, fix=fix
+                "the endpoint's replies lack `usage`, so max_usd cannot be enforced", where=self._where, fix=fix
             )
         usage = reply.usage or _Usage()
         self._account.answered(usage.prompt_tokens, usage.completion_tokens)
@@ -144,7 +148,7 @@ class Endpoint:
             return Trouble(str(error), with_answer=True)
 
     def _shown(self, text: str) -> str:
-        """Shorten the endpoint's text to one line without the key, which some endpoints repeat."""
+        """Shorten a text from the endpoint to one line, and hide the API key, which some endpoints send back."""
         line = " ".join(text.split())
         return (line.replace(self._key, "***") if self._key else line)[:SHOWN_CHARACTERS]
 
@@ -157,7 +161,7 @@ class Endpoint:
         if status == 404:
             return "check online.judge.base_url (up to and with the version, as in http://host:8000/v1) and online.judge.model"
         if status in (400, 422):
-            return "if it does not support JSON schemas, set online.judge.structured_output=none; else correct the field it names"
+            return "if it does not support JSON schemas, set online.judge.structured_output=none; else correct the named field"
         return "check online.judge.base_url and the endpoint's own log"
 
 
@@ -174,7 +178,10 @@ def _key(config: LlmJudge) -> str | None:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Return the seconds to wait that the header requests, as a number or as a date; 0 without it."""
+    """Return the seconds to wait that the header `retry-after` requests, as a number or as a date.
+
+    Return 0 if there is no such header, or if it cannot be read.
+    """
     value = response.headers.get("retry-after", "")
     try:
         return max(0.0, float(value))

@@ -1,4 +1,4 @@
-"""The limits on the cost and the rate of a judge's calls, shared by all its threads."""
+"""The limits of the cost and of the rate of a judge's calls, which several threads share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .protocol import Spending, Usage
 
 
 class Pace:
-    """The pacing of calls: they come no faster than the rate, and none comes while the endpoint requests a pause."""
+    """Spreads calls over time: at most a given number per minute, and no call while the endpoint requests a pause."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._interval_seconds = 60.0 / per_minute if per_minute else 0.0
         self._next, self._lock = 0.0, threading.Lock()
 
     def reserve(self) -> float:
-        """Reserve the next moment for a call; return how many seconds to wait for it."""
+        """Reserve the next free moment for one call; return how many seconds the caller must wait until then."""
         with self._lock:
             now = time.monotonic()
             moment = max(self._next, now)
@@ -28,13 +28,13 @@ class Pace:
             return moment - now
 
     def hold(self, seconds: float) -> None:
-        """Delay all calls by at least `seconds` from now."""
+        """Delay all calls that are reserved from now on until at least `seconds` have passed."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Budget:
-    """The cost of a judge's answers so far, and the check against its limit."""
+    """Counts the cost of a judge's answers, and checks it against the limit `max_usd`."""
 
     def __init__(self, config: LlmJudge, spending: Spending, where: str) -> None:
         self._config, self._spending, self._where = config, spending, where
@@ -45,7 +45,7 @@ class Budget:
         return self._usage
 
     def answered(self, input_tokens: int, output_tokens: int) -> None:
-        """Count an answer, usable or not: it is paid for."""
+        """Count one answer of the endpoint. An answer that cannot be used counts too, because it must be paid for."""
         usd = input_tokens * self._config.usd_per_million_input_tokens / 1e6
         usd += output_tokens * self._config.usd_per_million_output_tokens / 1e6
         self._spending.add(usd)
@@ -57,11 +57,17 @@ class Budget:
             self._usage = replace(self._usage, retries=self._usage.retries + 1)
 
     def check(self) -> None:
-        """Raise JudgeError if `max_usd` is spent. Calls that are open by then are still paid for, and kept."""
+        """Check that the round has spent less than `max_usd`.
+
+        Calls that are in flight at that time still cost money; their answers are stored.
+
+        Raises:
+            JudgeError: `max_usd` is spent.
+        """
         limit = self._config.max_usd
         if limit is not None and self._spending.usd >= limit:
             raise JudgeError(
-                f"max_usd={limit:g} is spent: {self._spending.usd:.4g} USD in this round",
+                f"max_usd={limit:g} is spent: this round has cost {self._spending.usd:.4g} USD",
                 where=self._where,
                 fix="raise online.judge.max_usd and run the same command again: every answer so far is kept",
             )

@@ -1,4 +1,4 @@
-"""From a judge's section of the recipe to the judge that works, and to the digest of what its verdicts depend on."""
+"""Builds a judge from its section of the recipe, and computes the digest of everything that its verdicts depend on."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ _BUILT_IN: dict[str, Callable[[Any, Memory, str, Spending], protocol.Judge]] = {
     "verifier": lambda config, memory, device, spending: JudgeByVerifier(config, memory),
 }
 MAKERS = _BUILT_IN | installed(JUDGES, _BUILT_IN)
-"""By the judge's `type`: what builds the judge, in the process where it works."""
+"""The function that builds a judge, by the judge's `type`. It is called in the process in which the judge works."""
 
 
 def make_judge(config: Judge, memory: Memory, device: str = "cpu", spending: Spending | None = None) -> protocol.Judge:
-    """Build a judge, in the process where it works.
+    """Build a judge in this process.
 
     Args:
-        device: of reward models: `cpu` or `cuda`.
-        spending: what the round has cost, against `max_usd`; None: all that this judge spends counts.
+        memory: where the judge stores its answers.
+        device: device of reward models: `cpu` or `cuda`.
+        spending: counts what this round has spent, for the limit `max_usd`; None: only this judge's own costs count.
 
     Raises:
         ConfigError: a function, model, pattern or key is missing or not usable.
@@ -56,7 +57,7 @@ def make_judge(config: Judge, memory: Memory, device: str = "cpu", spending: Spe
 
 
 def judge_digest(config: Judge) -> str:
-    """Hash everything that can change a judge's verdicts: its settings, a function's source file, a reward model's files."""
+    """Hash everything that can change a judge's verdicts: its settings, and the files of its function or model."""
     if isinstance(config, EnsembleJudge):
         members = [[judge_digest(m.judge), m.weight] for m in config.members]
         return digest({"type": config.type, "members": members})

@@ -1,4 +1,4 @@
-"""The memory of judges' answers, so that nothing is asked twice: safe with several writers and across crashes."""
+"""Storage of judges' answers, so that no question is asked twice. Several processes may write; a crash loses none."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ READERS = 16  # objects that are fetched concurrently; a bucket takes tens of mi
 
 
 class JournalMemory:
-    """The answers of one judge in a directory or bucket, one JSON line each. Safe for threads.
+    """The stored answers of one judge, in files with one JSON line per answer, on a disk or in a bucket.
 
-    Each writer has its own files, and reads the files of all writers when it opens; it does not see what others write
-    later. Threads that put at the same time share one write.
+    Each process writes its own files. When it opens the memory it reads the files of all processes; it does not see
+    answers that others write later. Several threads may use one object; answers that they put at the same time are
+    written together.
     """
 
     def __init__(self, storage: Storage, digest: str, writer: str) -> None:
         """Read all stored answers of a judge.
 
         Args:
-            digest: of the judge (`make.judge_digest`): answers of another judge do not count.
-            writer: a name that no other process uses at the same time.
+            storage: where the answers of all judges are stored.
+            digest: digest of the judge (`make.judge_digest`), so that answers of other judges are not read.
+            writer: name for this process's files; no other process may use the same name at the same time.
 
         Raises:
-            ArtifactError, InfrastructureError: the place cannot be read.
+            ArtifactError, InfrastructureError: the stored answers cannot be read.
         """
         self._place, self._writer = storage.child(digest), writer
         self._answers = _read(self._place)
@@ -46,30 +48,30 @@ class JournalMemory:
         return len(self._answers)
 
     def get(self, key: str) -> Any | None:
-        """Return the answer, or None if none is safely stored."""
+        """Return the stored answer to a question with this key; None if there is no answer or it is not stored yet."""
         return self._answers.get(key)
 
     def put(self, key: str, answer: Any) -> None:
-        """Store one answer; the first that is stored for a key counts."""
+        """Store one answer. If the key has an answer already, the first answer is kept."""
         self.put_all({key: answer})
 
     def put_all(self, answers: Mapping[str, Any]) -> None:
-        """Store answers with one write.
+        """Store several answers with one write. When this returns, they survive a crash.
 
         Raises:
-            ArtifactError, InfrastructureError: the answers are not safely stored, so they must not count.
+            ArtifactError, InfrastructureError: the answers could not be stored, so they must not be used.
         """
         with self._state:
             self._pending |= {key: answer for key, answer in answers.items() if key not in self._answers}
         with self._writing:
             with self._state:
                 batch, self._pending = self._pending, {}
-            if not batch:  # another thread has written them along with its own
+            if not batch:  # another thread has written these answers together with its own
                 return
             try:
                 self._write([canonical_json({"key": key, "answer": answer}) for key, answer in batch.items()])
             except BaseException:
-                with self._state:  # the threads that put these find them here, and write them or fail themselves
+                with self._state:  # threads that wait to write these answers find them here, and try it themselves
                     self._pending = batch | self._pending
                 raise
             self._answers |= batch
@@ -94,12 +96,12 @@ def _read(place: Storage) -> dict[str, Any]:
             entry = json.loads(line)
             answers.setdefault(entry["key"], entry["answer"])
         except (ValueError, KeyError, TypeError):
-            continue  # a disk that lost power may fill a block with zeros: that question is asked again
+            continue  # a disk that lost power may fill a block with zeros; the question of this line is asked again
     return answers
 
 
 class NoMemory:
-    """The memory of a judge that is constructed only to check that this is possible, and is asked nothing."""
+    """A memory that stores nothing, for a judge that is constructed only to check that this is possible."""
 
     def get(self, key: str) -> Any | None:
         return None
@@ -110,7 +112,7 @@ class NoMemory:
 
 
 class Section:
-    """A part of a memory, for one member of an ensemble; its keys cannot collide with those of other parts."""
+    """The part of a memory that belongs to one member of an ensemble. Its keys cannot equal those of other members."""
 
     def __init__(self, memory: Memory, name: str) -> None:
         self._memory, self._name = memory, name
@@ -131,10 +133,13 @@ def remembered(
     questions_per_batch: int,
     ask: Callable[[Sequence[Question]], Sequence[Verdict]],
 ) -> Iterator[tuple[int, Verdict]]:
-    """Yield the stored verdicts, then ask for the others in batches, and store each batch before it is yielded.
+    """Yield the number and the verdict of each question, and ask only questions whose verdict is not stored.
+
+    Stored verdicts are yielded first. The other questions are asked in batches; the verdicts of a batch are stored
+    before they are yielded.
 
     Args:
-        ask: maps a list of distinct questions to a list of their verdicts, without members.
+        ask: returns the verdicts of a batch of different questions. Their field `members` is not stored.
     """
     places: dict[str, list[int]] = {}
     for number, question in enumerate(questions):

@@ -1,4 +1,4 @@
-"""The protocol of judges: questions, verdicts, costs, the memory of answers, and the interface of a judge."""
+"""The interface of a judge, and its data types: questions, verdicts, costs, and the memory of answers."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt and the completions to judge, as text without special tokens."""
+    """One prompt and the completions of it that a judge has to score, as texts without special tokens."""
 
     prompt: str
     completions: tuple[str, ...]
-    answer: str | None = None  # for verifiers: the prompt's reference answer, if its row has one
+    answer: str | None = None  # for verifiers: the prompt's reference answer, if the data contains one
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's answer to a question."""
+    """A judge's answer to one question: a score for each completion."""
 
-    scores: tuple[float | None, ...]  # of each completion, higher is better; None: the judge abstains on it
-    agreement: float = 1.0  # 0 to 1: of an ensemble's members, or of both orders of a pairwise judge
-    reason: str = ""  # why the judge abstains, if it does
+    scores: tuple[float | None, ...]  # of each completion, higher is better; None: the judge abstains (gives no score)
+    agreement: float = 1.0  # 0 to 1: how far an ensemble's members agree, or an LLM's answers in both orders of a pair
+    reason: str = ""  # why the judge gives no score, if there is a None in `scores`
     members: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # the scores of an ensemble's members
 
 
 @dataclass(frozen=True)
 class Usage:
-    """The cost of answers. Stored answers cost nothing."""
+    """The cost of a judge's answers. Reading a stored answer costs nothing."""
 
-    calls: int = 0  # only those that were answered
+    calls: int = 0  # only calls that were answered
     retries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
@@ -42,7 +42,7 @@ class Usage:
 
 
 class Memory(Protocol):
-    """The stored answers of a judge, by the digest of the question. `put` returns when the answer is safe on disk."""
+    """The stored answers of a judge, by the digest of the question. `put` returns once the answer is stored safely."""
 
     def get(self, key: str) -> Any | None: ...
 
@@ -52,10 +52,10 @@ class Memory(Protocol):
 
 
 class Spending:
-    """The cost of a round's answers so far, in all processes: judges add to it, and compare it with `max_usd`.
+    """The cost of a round's answers so far, in all processes. Judges add their costs, and compare it with `max_usd`.
 
-    A caller that knows what other processes have spent reports it with `set` before a call of `judge`, and sets 0 for a
-    new round. Without that, it counts everything that this process has spent.
+    If the caller knows what other processes have spent, it must call `set` with the total before each call of
+    `Judge.judge`, and with 0 for a new round. Without calls of `set`, only the costs of this process count.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Spending:
 
 
 class Judge(Protocol):
-    """A judge in the process where it works. Constructed by `dpo_ray.online.judges.make.make_judge`."""
+    """Scores completions. `dpo_ray.online.judges.make.make_judge` constructs it in the process in which it works."""
 
     @property
     def usage(self) -> Usage:
@@ -83,13 +83,13 @@ class Judge(Protocol):
         ...
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield the number of a question and its verdict as each is reached, in any order.
+        """Yield the number and the verdict of each question, in any order, as soon as the verdict is known.
 
-        An answer that costs something is stored before its verdict is yielded; a question (or, for an LLM, each single
-        call) that the memory knows is not asked again.
+        Answers that cost time or money are stored before the verdict is yielded. Stored answers are not computed again.
 
         Raises:
-            JudgeError: the judge cannot work: a function raises, or an endpoint refuses the key or does not respond.
+            JudgeError: the judge cannot work. For example, a function raises an error, or an endpoint refuses the API
+                key or does not respond.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""A Hugging Face reward model as judge: one forward pass over each conversation."""
+"""A judge that uses a Hugging Face reward model. Each prompt with its completion is one row of a forward pass."""
 
 from __future__ import annotations
 
@@ -24,10 +24,17 @@ from .protocol import Memory, Question, Usage, Verdict
 
 
 class JudgeByRewardModel:
-    """A judge that holds a reward model. A score depends only on its conversation, whatever else is in the batch."""
+    """A judge that holds a reward model.
+
+    The score of a completion depends only on its prompt and itself, not on the other completions in the batch.
+    """
 
     def __init__(self, config: RewardModelJudge, memory: Memory, device: str) -> None:
-        """Load the model: float32 on CPU, bfloat16 on CUDA. Raises ConfigError if it is not a reward model."""
+        """Load the model: in float32 on a CPU, in bfloat16 on a GPU.
+
+        Raises:
+            ConfigError: the model cannot be loaded, or is not a reward model.
+        """
         self._config, self._memory, self._device = config, memory, device
         with _named(config):
             directory = model_directory(ModelConfig(path=config.path, revision=config.revision))
@@ -41,7 +48,11 @@ class JudgeByRewardModel:
         return Usage()
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield verdicts as batches are done. Raises JudgeError if a score is not finite."""
+        """Yield the number and the verdict of each question, batch by batch.
+
+        Raises:
+            JudgeError: a score is not finite.
+        """
         return remembered(questions, self._memory, self._config.questions_per_batch, self._ask)
 
     def close(self) -> None:
@@ -73,19 +84,23 @@ class JudgeByRewardModel:
         ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], device=self._device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
         try:
-            config.pad_token_id = padding  # transformers uses it to find a row's last token
+            config.pad_token_id = padding  # transformers uses it to find the last token of a row
             logits = self._model(input_ids=ids, attention_mask=mask).logits
         finally:
             config.pad_token_id = own_padding
         scores = logits[:, 0].float().tolist()
         if not all(map(math.isfinite, scores)):
-            fix = "check that its weights are complete, and that it works in this dtype"
+            fix = "check that the model's weights are complete, and that it works in this dtype"
             raise JudgeError("the reward model gave a score that is not finite", where=_where(self._config), fix=fix)
         return scores
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    """Tokenize a conversation by the model's chat template, else as one text, or as two for encoders (like BERT)."""
+    """Tokenize a prompt and its completion with the model's chat template.
+
+    Without a template, they are tokenized as a pair of texts if the tokenizer has a separator token (encoders like
+    BERT), otherwise as one text.
+    """
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -96,7 +111,10 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str)
 
 
 def _absent(rows: Sequence[Sequence[int]]) -> int:
-    """Return a token that no row contains: without a padding token, any other could look like the end of a row."""
+    """Return a token id that no row contains, for a model without a padding token.
+
+    If a row contained the token that is used for padding, the end of the row would not be found.
+    """
     present = {token for row in rows for token in row}
     return next(token for token in range(len(present) + 1) if token not in present)
 
@@ -114,7 +132,9 @@ def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         fix = "use a sequence classifier that this version of transformers supports"
-        raise ConfigError(f"transformers cannot load it: {str(error).splitlines()[0]}", where=where, fix=fix) from None
+        raise ConfigError(
+            f"transformers cannot load the model: {str(error).splitlines()[0]}", where=where, fix=fix
+        ) from None
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers would initialise them at random
         fix = "use a reward model: a language model has no head that scores"
@@ -126,7 +146,10 @@ def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
 
 
 def reward_model_identity(config: RewardModelJudge) -> str:
-    """Return a digest of the model and tokenizer: of their bytes, or of name and revision for a hub model not here."""
+    """Return a digest of the reward model and its tokenizer.
+
+    It is a digest of their files; for a hub model that is not on this machine, of its name and revision.
+    """
     model = ModelConfig(path=config.path, revision=config.revision)
     with _named(config):
         return digest([model_identity(model), tokenizer_identity(model)])
@@ -134,7 +157,10 @@ def reward_model_identity(config: RewardModelJudge) -> str:
 
 @contextmanager
 def _named(config: RewardModelJudge) -> Iterator[None]:
-    """Make a ConfigError name the judge's field: the shared model code would name the policy's."""
+    """Change each ConfigError that is raised in this context, so that it names the judge's field `online.judge.path`.
+
+    The code for models is shared with the policy, and would name the policy's field.
+    """
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Checks against a prompt's reference answer: the same text, the same number, a matching pattern, or passing tests."""
+"""A judge that checks completions against the prompt's reference answer: a text, a number, a pattern, or unit tests."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from .memory import remembered
 from .protocol import Memory, Question, Usage, Verdict
 from .unit_test.run import can_confine, passes
 
-# A sign directly after a word or a number is a minus operator or a hyphen, not part of a number; commas group
-# thousands; `1.5.2` holds no number after its first dot.
+# A sign directly after a word or a number is a minus operator or a hyphen, not part of a number. Commas may separate
+# thousands. In `1.5.2`, nothing after the first dot is taken as the start of a number.
 NUMBER = re.compile(
     r"(?<!\w)(?<!\d\.)[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?", re.ASCII
 )
 
 
 class JudgeByVerifier:
-    """A judge that scores 1 if a completion passes its check, else 0. Only the slow checks, tests, are stored."""
+    """A judge that scores a completion 1 if it passes the check, else 0.
+
+    Only the verdicts of unit tests are stored, because all other checks are fast.
+    """
 
     def __init__(self, config: VerifierJudge, memory: Memory) -> None:
-        """Compile `extract`.
+        """Compile the pattern `extract`, and check that unit tests can run safely here.
 
         Raises:
-            ConfigError: it is not a pattern with one group; or code is to run that cannot be confined here.
+            ConfigError: `extract` is not a regular expression with one group; or unit tests are wanted, but this machine
+                cannot confine their process.
         """
         if config.check == "unit_test" and not config.allow_unconfined and not can_confine():
             raise ConfigError(
-                "this machine does not let a user's process enter namespaces of its own, so code of the model would reach "
+                "this machine does not let a user's process enter new namespaces, so code of the model could reach "
                 "the network and other processes",
                 where="online.judge.check=unit_test",
                 fix="run where unprivileged user namespaces are allowed, or set online.judge.allow_unconfined=true on a "
-                "machine that may be lost",
+                "machine whose loss does not matter",
             )
         self._config, self._memory = config, memory
         self._extract = None if config.extract is None else _extracting(config.extract)
@@ -80,7 +84,10 @@ class JudgeByVerifier:
                 return passes(text, answer, *limits, confined=not self._config.allow_unconfined)
 
     def _extracted(self, completion: str) -> str | None:
-        """Return what the last match captured; None if nothing matches: the answer does not have the requested form."""
+        """Return the text that the group of `extract` captured in its last match.
+
+        Return None if nothing matches, because the completion then does not have the requested form.
+        """
         assert self._extract is not None  # noqa: S101 - the caller has checked
         answer = None
         try:
@@ -94,7 +101,7 @@ class JudgeByVerifier:
         try:
             return regex.search(pattern, text, timeout=self._config.timeout_seconds) is not None
         except regex.error as error:
-            raise _Unknown(f"the reference answer is no pattern: {error}") from None
+            raise _Unknown(f"the reference answer is not a regular expression: {error}") from None
         except TimeoutError:
             raise _Unknown(f"the pattern took over {self._config.timeout_seconds:g} s on a completion") from None
 
@@ -122,11 +129,14 @@ def _plain(text: str) -> str:
 def _same_number(text: str, answer: str, tolerance: float) -> bool:
     expected, actual = _last_number(answer), _last_number(text)
     if expected is None:
-        raise _Unknown("the reference answer holds no number")
+        raise _Unknown("the reference answer contains no number")
     return actual is not None and abs(actual - expected) <= tolerance
 
 
 def _last_number(text: str) -> float | None:
-    """Return the last number in a text: `1,234.5`, `-3`, `2e-4`, `.5`; of a fraction, the denominator."""
+    """Return the last number in a text, such as `1,234.5`, `-3`, `2e-4` or `.5`; None if there is none.
+
+    In a fraction this is the denominator.
+    """
     numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return float(numbers[-1].replace(",", "")) if numbers else None

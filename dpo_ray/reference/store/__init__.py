@@ -1,1 +1,1 @@
-"""The reference store: log-probs keyed by the content that was scored, in append-only segments."""
+"""The reference store: log-probs, found by a hash of the model and the token ids, in files that are never changed."""

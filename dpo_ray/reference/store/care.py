@@ -1,4 +1,7 @@
-"""Inspection of a reference store: its contents, and whether they are valid."""
+"""Inspection of a reference store: it counts the contents, and checks whether they are valid.
+
+A partition is the directory of the store for one model and its numerics (engine, version, device, dtypes).
+"""
 
 from __future__ import annotations
 
@@ -29,21 +32,21 @@ from .store import (
     vanished,
 )
 
-READERS = 4  # limit of whole segments in memory at once
-COMPARED_AT_ONCE = 16_384  # entries, of keys that occur in several places, that are compared at once
+READERS = 4  # maximum number of complete segments (files) in memory at once
+COMPARED_AT_ONCE = 16_384  # number of repeated entries that are compared at once
 AGREEMENT = {"float32": 1e-4}
 ROUGH_AGREEMENT = 0.5
-"""Limits (nats) of the difference between two computations of one log-prob: in float32, and with 16 bits or fewer."""
+"""Largest allowed difference (nats) between two computations of the same log-prob: in float32, and in other dtypes."""
 _PARTITION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class PartitionStats:
-    """Contents of the store for one model and its numerics, from the footers of the files."""
+    """The contents of one partition of the store, read from the footers of its files."""
 
     partition: str
-    model_digest: str  # "" where about.json is missing or damaged
-    numerics: dict[str, Any]  # {} likewise
+    model_digest: str  # "" if about.json is missing or damaged
+    numerics: dict[str, Any]  # {} if about.json is missing or damaged
     segments: int
     sequences: int  # a sequence that occurs in two segments counts twice
     tokens: int
@@ -54,7 +57,7 @@ class PartitionStats:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault in the store."""
+    """A fault in the store: the file, and what is wrong with it."""
 
     where: str
     what: str
@@ -62,11 +65,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Contradictions:
-    """Entries of keys that occur twice with different log-probs: one of the two is wrong, and it is unknown which."""
+    """Keys that occur twice with different log-probs. One of the two entries is wrong, and it is unknown which."""
 
     keys: np.ndarray  # KEY [m]
-    segment: np.ndarray  # int64 [m], the segment's position among the names that were compared
-    against: np.ndarray  # int64 [m], the position of the segment with the entry from which it differs
+    segment: np.ndarray  # int64 [m], the segment of the later entry: its position among the compared segments
+    against: np.ndarray  # int64 [m], the segment of the first entry of the same key
 
 
 def partitions(root: Storage) -> list[str]:
@@ -75,12 +78,12 @@ def partitions(root: Storage) -> list[str]:
 
 
 def stats(root: Storage) -> list[PartitionStats]:
-    """Return what each partition contains, without reading any log-prob."""
+    """Return the contents of each partition of a store. This reads no log-probs, only the footers of the files."""
     return [_stats(root.child(name), name) for name in partitions(root)]
 
 
 def verify(root: Storage) -> Iterator[Fault]:
-    """Read everything and yield all faults: damage, values that cannot be log-probs, contradicting entries."""
+    """Read a whole store and yield all faults: damaged files, values that are no log-probs, contradicting entries."""
     for name in partitions(root):
         partition = root.child(name)
         try:
@@ -99,7 +102,7 @@ def verify(root: Storage) -> Iterator[Fault]:
 
 
 def read_about(partition: Storage) -> dict[str, Any]:
-    """Read the model and numerics of a partition; {} if its description is missing.
+    """Read the description (about.json) of a partition: its model and numerics. Return {} if the file is missing.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -120,14 +123,18 @@ def read_about(partition: Storage) -> dict[str, Any]:
 
 
 def last_used_unix_seconds(partition: Storage) -> float | None:
-    """Return when a partition was last used, to within an hour; None if that is unknown."""
+    """Return the Unix time when a partition was last used, accurate to one hour; None if it is not known."""
     stamps = [stamp_nanoseconds(name) or 0 for name in list_partition(partition)[0]]
     known = [marked_unix_seconds(partition) or 0.0, max(stamps, default=0) / 1e9]
     return max(known) or None
 
 
 def check_segments(partition: Storage) -> tuple[dict[str, np.ndarray], dict[str, ArtifactError]]:
-    """Read and check all segments; return, by name, the valid ones' keys (KEY [n]) and the others' errors."""
+    """Read and check all segments (files) of a partition.
+
+    Returns:
+        The keys (KEY [n]) of each valid segment, by its name; and the error of each damaged segment, by its name.
+    """
 
     def keys_or_error(name: str) -> np.ndarray | ArtifactError | None:
         try:
@@ -145,10 +152,10 @@ def check_segments(partition: Storage) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def contradictions(partition: Storage, keys: Mapping[str, np.ndarray]) -> Contradictions:
-    """Compare the log-probs of keys that occur in several places with those in the first place.
+    """Find keys that occur several times with different log-probs. Each entry is compared with the key's first entry.
 
     Args:
-        keys: the keys of each segment, by its name.
+        keys: the keys of each segment, by the segment's name.
     """
     names, columns = list(keys), list(keys.values())
     tolerance = _tolerance(partition)
@@ -172,7 +179,10 @@ def contradictions(partition: Storage, keys: Mapping[str, np.ndarray]) -> Contra
 
 
 def differing(some: pa.ListArray, others: pa.ListArray, tolerance: float) -> np.ndarray:
-    """Return for each pair of lists whether they differ in length, or in a value by more than `tolerance`: bool [n]."""
+    """Compare two columns of lists row by row. Return bool [n]: True if the two lists of a row differ.
+
+    Lists differ if their lengths differ, or if two values differ by more than `tolerance`.
+    """
     lengths = np.diff(some.offsets.to_numpy())
     differ = lengths != np.diff(others.offsets.to_numpy())
     alike = np.flatnonzero(~differ)

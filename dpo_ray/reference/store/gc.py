@@ -1,6 +1,7 @@
 """Clean-up of a reference store.
 
-Damaged segments and leftovers are deleted, small segments are merged, and unused partitions are deleted on request.
+Damaged segments (files) and unfinished files are deleted, and small segments are merged. Unused partitions (each is
+the directory of one model and its numerics) are deleted on request.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from .segment import key_column, new_name, stamp_nanoseconds, to_bytes
 from .store import ABOUT, MARK_SECONDS, USED, StoreIndex, list_partition, read_places, vanished
 
 IN_USE_SECONDS = 3600 + MARK_SECONDS
-"""A partition whose mark is younger may have been used in the last hour: a mark can be MARK_SECONDS out of date."""
+"""A partition counts as in use if its mark of use is younger: one hour, plus the time by which a mark may be late."""
 MERGED_BYTES = 64 << 20
-"""Segments are merged up to this size: few enough to list and open, small enough to hold in memory."""
+"""Maximum size of a merged segment: large enough that there are few files, small enough to hold one in memory."""
 SMALL_BYTES = MERGED_BYTES // 2
-DEAD_SECONDS = 3600  # the writer of a file that has been unfinished for so long has died
+DEAD_SECONDS = 3600  # if a file stays unfinished for this time, its writer has died
 
 
 @dataclass(frozen=True)
 class Cleared:
-    """An action that was done, or would be done, on some files of a partition."""
+    """One action of the clean-up on files of a partition, which was done or (with `dry_run`) would be done."""
 
     partition: str
     action: Literal["left alone", "deleted", "merged"]
@@ -44,11 +45,11 @@ class Cleared:
 
 @dataclass(frozen=True)
 class _Merge:
-    """Segments that are merged into one."""
+    """A plan to merge some segments into one."""
 
     segments: Sequence[int]  # positions among the valid segments
-    entries: np.ndarray  # int64 [n], positions in the index of the entries to keep, in the order of segments and rows
-    left_out: int  # number of sequences left out because their log-probs contradict each other
+    entries: np.ndarray  # int64 [n], the entries to keep, as positions in the index; ordered by segment and row
+    left_out: int  # number of sequences that are left out because their log-probs contradict each other
 
 
 def clear(
@@ -56,20 +57,20 @@ def clear(
 ) -> list[Cleared]:
     """Clean up all partitions of a store, and return what was done.
 
-    Valid data is never lost, even on interruption: a replacement is committed before the segments that it replaces are
-    deleted. A partition that was used in the last hour is left alone.
+    Valid data is never lost, even if the clean-up is interrupted: a merged segment is committed before the segments
+    that it replaces are deleted. A partition that was used in the last hour is not changed.
 
     Args:
-        unused_days: delete partitions that no run has used for so many days.
-        force: also clean up partitions that are in use. A run that reads there lists the segments again if some are
-            gone.
+        unused_days: delete partitions that no run has used for this number of days; None: delete no unused partition.
+        force: also clean up partitions that are in use. If a run that reads such a partition misses a deleted segment,
+            it lists the segments again.
         dry_run: change nothing, and return what would be done.
 
     Raises:
         LeaseError: another process is cleaning up this store.
     """
     names = partitions(root)
-    # A second such process could delete the segment into which the first has just merged the second one's entries.
+    # Two such processes could destroy data: one could delete a segment into which the other has just merged entries.
     with contextlib.nullcontext() if dry_run or not names else Lease(root.child("gc")):
         return [cleared for name in names for cleared in _clear(root.child(name), name, unused_days, force, dry_run)]
 
@@ -114,7 +115,7 @@ def _merge(partition: Storage, name: str, keys: dict[str, np.ndarray], dry_run: 
 def _plan(
     partition: Storage, index: StoreIndex, keys: dict[str, np.ndarray], sizes: Sequence[int]
 ) -> tuple[list[int], list[_Merge]]:
-    """Choose which segments to delete, because others contain all of their entries, and which to merge.
+    """Choose the segments to delete, because other segments contain all their entries; and the segments to merge.
 
     Returns:
         The positions of the segments to delete, and the merges.
@@ -138,7 +139,7 @@ def _plan(
 
 
 def _batches(segments: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Cut a list of segments into batches of up to MERGED_BYTES, in their order."""
+    """Cut a list of segments into batches of at most MERGED_BYTES, without a change of the order."""
     batch, total = [], 0
     for segment in segments:
         if batch and total + sizes[segment] > MERGED_BYTES:
@@ -158,14 +159,14 @@ def _write_merged(partition: Storage, index: StoreIndex, merge: _Merge) -> None:
         values = read_places(partition, index.segments, index.segment[at], index.row[at])
     except FileNotFoundError as error:
         raise vanished(partition) from error
-    # The merged segment gets the age of its oldest part. So if the same key is in an older segment that is not merged,
-    # that entry still counts.
+    # The merged segment gets the time of the oldest segment in it. If the same key is also in a still older segment,
+    # which is not merged, the entry there remains the one that counts.
     stamp = min(stamp_nanoseconds(index.segments[s]) or 0 for s in merge.segments)
     partition.write(new_name(stamp), to_bytes(key_column(index.keys_at(at)), values), rows=len(at))
 
 
 def _drop(partition: Storage, name: str, why: str, dry_run: bool) -> Cleared:
-    """Delete a partition; files in it that are not the store's are kept."""
+    """Delete a partition, but keep the files in it that do not belong to the store."""
     bytes_of, (segments, foreign) = partition.file_sizes(), list_partition(partition)
     if not dry_run and foreign:
         for file in (*segments, ABOUT, USED):
@@ -193,7 +194,7 @@ def _damaged_about(partition: Storage) -> list[str]:
 
 
 def _delete_unfinished(partition: Storage, name: str, dry_run: bool) -> Iterator[Cleared]:
-    """Delete the unfinished files of writers that died; on an object store unfinished uploads are invisible."""
+    """Delete files that writers left unfinished when they died. On an object store there are no such files."""
     leftovers: dict[Path, int] = {}
     for path in partition.local_path().glob(f"{TEMPORARY_PREFIX}*") if partition.is_local else ():
         with contextlib.suppress(FileNotFoundError):  # its writer has just finished it

@@ -1,4 +1,4 @@
-"""The index of the reference store: sorted arrays with the segment and row of each key's log-probs."""
+"""The index of the reference store: sorted arrays with the segment (file) and the row of each key's log-probs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 KEY = np.dtype("V16")
-"""The dtype of keys in arrays. It is void and not bytes, since NumPy strips zeros from the end of a byte string."""
+"""The dtype of an array of keys (16 bytes each): void, because NumPy strips zeros from the end of byte strings."""
 
 
 def as_keys(keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-    """Convert keys to an array of KEY; an array of KEY is returned unchanged.
+    """Convert keys to an array of dtype KEY. An array of this dtype is returned unchanged.
 
     Raises:
         ValueError: a key does not have 16 bytes.
@@ -27,13 +27,13 @@ def as_keys(keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
 
 
 def halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split KEY [n] into two uint64 [n], which NumPy sorts and searches fast; keys are equal iff both halves are."""
+    """Split each key into two halves: KEY [n] becomes two arrays uint64 [n], which NumPy can sort and search fast."""
     both = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
     return both[:, 0], both[:, 1]
 
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
-    """Return for each key whether it is its first occurrence: bool [n]."""
+    """Return for each key of an array whether it occurs there for the first time: bool [n]."""
     first, second = halves(keys)
     order = _order(first, second)
     is_first = np.empty(len(keys), bool)
@@ -43,24 +43,29 @@ def first_of_equal(keys: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class StoreIndex:
-    """The location of each key's log-probs: 24 bytes per key, sorted by key, without duplicates.
+    """The location of each key's log-probs: 24 bytes per key, sorted by key, each key once.
 
-    It contains only arrays and names, so Ray shares one copy between all processes of a node. `ReferenceStore.index`
-    builds it.
+    `ReferenceStore.index` builds it. It contains only arrays and names, so that Ray can share one copy between all
+    processes of a node.
     """
 
-    first: np.ndarray  # uint64 [n], the key's first half
-    second: np.ndarray  # uint64 [n], its second half; ascending where the first halves are equal
+    first: np.ndarray  # uint64 [n], the first half of each key, ascending
+    second: np.ndarray  # uint64 [n], the second half of each key; ascending where the first halves are equal
     segment: np.ndarray  # uint32 [n], a position in `segments`
     row: np.ndarray  # uint32 [n], the row in that segment
     segments: tuple[str, ...]
-    damaged: tuple[str, ...] = ()  # segments that could not be read: entries that only they contain count as missing
+    damaged: tuple[str, ...] = ()  # segments that could not be read; the index lacks their entries
 
     @classmethod
     def of(cls, segments: Sequence[str], keys: Sequence[np.ndarray], damaged: Sequence[str] = ()) -> StoreIndex:
-        """Build the index of the segments' keys, one array of KEY per segment.
+        """Build the index of some segments.
 
-        Of equal keys, the one in the first segment counts, and within a segment the one in the first row.
+        If a key occurs several times, the entry in the earliest segment counts; within a segment, the earliest row.
+
+        Args:
+            segments: names of the segments.
+            keys: the keys of each segment, an array of dtype KEY.
+            damaged: names of segments that could not be read.
         """
         rows = [np.arange(len(column), dtype=np.uint32) for column in keys]
         numbers = np.repeat(np.arange(len(keys), dtype=np.uint32), [len(column) for column in keys])
@@ -69,7 +74,10 @@ class StoreIndex:
         return _sorted(first, second, numbers, row, tuple(segments), tuple(damaged))
 
     def joined(self, other: StoreIndex) -> StoreIndex:
-        """Add the keys of another index, of other segments; keys in both keep their location in this one."""
+        """Return an index with the keys of this index and of `other`, which is an index of other segments.
+
+        If a key is in both, its location in this index counts.
+        """
         return _sorted(
             np.concatenate([self.first, other.first]),
             np.concatenate([self.second, other.second]),
@@ -83,16 +91,17 @@ class StoreIndex:
         return len(self.first)
 
     def find(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Return for each key whether the store has its log-probs: bool [n]."""
+        """Return for each key whether the index contains it; then the store has its log-probs: bool [n]."""
         return self.positions(keys) >= 0
 
     def positions(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Return each key's position in the index, -1 if it is missing: int64 [n]."""
+        """Return the position of each key in the index, or -1 if the index does not contain the key: int64 [n]."""
         first, second = halves(as_keys(keys))
         order = np.argsort(first)  # a search in ascending order reads the index once, from beginning to end
         at = np.empty(len(first), np.int64)
         at[order] = np.searchsorted(self.first, first[order])
-        # Different keys with equal first halves do not occur by chance; this loop steps over constructed ones.
+        # Different keys with equal first halves do not occur by chance. If somebody constructs such keys, this loop
+        # steps over them.
         open_ = np.flatnonzero(at < len(self))
         while len(open_ := open_[self.first[at[open_]] == first[open_]]):
             open_ = open_[self.second[at[open_]] != second[open_]]
@@ -103,7 +112,7 @@ class StoreIndex:
         return np.where(known, at, -1)
 
     def keys_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the keys at positions of the index: KEY [n]."""
+        """Return the keys at the given positions of the index: KEY [n]."""
         return np.stack([self.first[positions], self.second[positions]], axis=1).view(KEY)[:, 0]
 
 
@@ -121,7 +130,7 @@ def _sorted(
 
 
 def _order(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Compute the order that sorts keys stably: by the first half, then reordering those with equal first halves."""
+    """Return the indices that sort keys by both halves. Equal keys keep their order (the sort is stable)."""
     order = np.argsort(first)  # several times as fast as a stable sort by both halves
     equal = first[order[1:]] == first[order[:-1]]
     tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))
@@ -131,7 +140,7 @@ def _order(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _begins_run(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return for each of the sorted keys whether it differs from the previous one: bool [n]."""
+    """Return for each key, in sorted order, whether it differs from the key before it: bool [n]."""
     begins = np.ones(len(first), bool)
     begins[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
     return begins

@@ -1,4 +1,7 @@
-"""A segment of the reference store: a Parquet file of keys and token log-probs. Readers get valid data or an error."""
+"""A segment of the reference store: a Parquet file with keys and the token log-probs of each key.
+
+A reader gets valid data or an error.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,23 @@ from .index import KEY
 T = TypeVar("T")
 TOKEN_LOGPS = pa.list_(pa.float32())
 SEGMENT = pa.schema([("key", pa.binary(KEY.itemsize)), ("token_logps", TOKEN_LOGPS)])
-ROWS_PER_ROW_GROUP = 8192  # rows that a reader must read to get a single row
-MAX_LOGP = 1e-4  # nats; the log-prob of a token with probability 1 may round to slightly above 0
+ROWS_PER_ROW_GROUP = 8192  # to read a single row, a reader must read all rows of its row group
+MAX_LOGP = 1e-4  # nats; rounding may put the log-prob of a token with probability 1 slightly above 0
 _NAME = re.compile(r"segment-([0-9a-f]{16})-[0-9a-f]{16}\.parquet")
 
 
 def new_name(stamp_nanoseconds: int | None = None) -> str:
-    """Build a segment's name: the time lists the oldest first, and random digits keep writers from colliding."""
+    """Build the name of a segment from a Unix time (None: now) and random digits.
+
+    Because of the time, sorted names list the oldest segment first. Because of the digits, two writers never choose
+    the same name.
+    """
     stamp = time.time_ns() if stamp_nanoseconds is None else stamp_nanoseconds
     return f"segment-{stamp:016x}-{uuid.uuid4().hex[:16]}.parquet"
 
 
 def stamp_nanoseconds(name: str) -> int | None:
-    """Return the Unix time at which a segment was created, None if the name is not that of a segment."""
+    """Return the Unix time in the name of a segment; None if this is not the name of a segment."""
     match = _NAME.fullmatch(name)
     return int(match[1], 16) if match else None
 
@@ -44,7 +51,7 @@ def are_logps(values: np.ndarray) -> bool:
 
 
 def to_bytes(keys: pa.FixedSizeBinaryArray, token_logps: pa.ListArray) -> bytes:
-    """Convert keys [n] and float32 lists [n] to the bytes of a segment, with page checksums."""
+    """Build the bytes of a segment (a Parquet file with page checksums) from keys [n] and lists of log-probs [n]."""
     sink = io.BytesIO()
     pq.write_table(
         pa.table([keys, token_logps], schema=SEGMENT),
@@ -62,32 +69,32 @@ def read_keys(partition: Storage, name: str) -> np.ndarray:
 
     Raises:
         ArtifactError: the file is damaged or is not a segment.
-        FileNotFoundError: the file does not exist (any more).
+        FileNotFoundError: the file does not exist, or has been deleted.
     """
     return _read(partition, name, lambda file: key_array(file.read(["key"])["key"]))
 
 
 def read_values(partition: Storage, name: str, rows: np.ndarray) -> pa.ListArray:
-    """Read the log-probs of some rows; only the row groups that contain them are read.
+    """Read the log-probs in some rows of a segment. Only the row groups that contain these rows are read.
 
     Args:
         rows: int64 [m], ascending; a row may occur twice.
 
     Raises:
         ArtifactError: the file is damaged or is not a segment.
-        FileNotFoundError: the file does not exist (any more).
+        FileNotFoundError: the file does not exist, or has been deleted.
     """
     return _read(partition, name, lambda file: _values(file, rows))
 
 
 def read_whole(partition: Storage, name: str) -> tuple[np.ndarray, pa.ListArray]:
-    """Read and check all of a segment: KEY [n] and float32 lists [n].
+    """Read and check a complete segment; return its keys (KEY [n]) and its lists of log-probs (float32) [n].
 
-    All bytes are fetched before they are decoded, so a network failure is never mistaken for damage.
+    All bytes are fetched before they are decoded, so that a network failure is never mistaken for a damaged file.
 
     Raises:
         ArtifactError: the file is damaged, is not a segment, or contains values that cannot be log-probs.
-        FileNotFoundError: the file does not exist (any more).
+        FileNotFoundError: the file does not exist, or has been deleted.
     """
     data = partition.read_bytes(name)
 
@@ -102,7 +109,11 @@ def read_whole(partition: Storage, name: str) -> tuple[np.ndarray, pa.ListArray]
 
 
 def read_size(partition: Storage, name: str) -> tuple[int, int]:
-    """Return a segment's numbers of sequences and tokens, from its footer only; raises what `read_keys` raises."""
+    """Return the number of sequences and the number of tokens in a segment. Only the file's footer is read.
+
+    Raises:
+        ArtifactError, FileNotFoundError: for the same reasons as `read_keys`.
+    """
 
     def size(file: pq.ParquetFile) -> tuple[int, int]:
         footer = file.metadata
@@ -112,7 +123,11 @@ def read_size(partition: Storage, name: str) -> tuple[int, int]:
 
 
 def key_array(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
-    """Convert a column of keys to an array of KEY."""
+    """Convert an Arrow column of keys to an array of dtype KEY.
+
+    Raises:
+        ValueError: a key is null.
+    """
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     if any(chunk.null_count for chunk in chunks):
         raise ValueError("a key is missing")
@@ -125,7 +140,7 @@ def key_array(column: pa.ChunkedArray | pa.FixedSizeBinaryArray) -> np.ndarray:
 
 
 def key_column(keys: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """Convert an array of KEY to a column."""
+    """Convert an array of keys (dtype KEY) to an Arrow column."""
     return pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(KEY.itemsize), len(keys), [None, pa.py_buffer(keys.tobytes())]
     )
@@ -181,7 +196,10 @@ def _decoded(partition: Storage, name: str, stream: BinaryIO, decode: Callable[[
 
 
 def _is_damage(error: Exception) -> bool:
-    """Return whether an error means damaged bytes, not a disk or network failure (an error number, or a timeout)."""
+    """Return whether an error means that the file's bytes are damaged.
+
+    Otherwise the disk or the network failed: such errors have an error number, or are timeouts.
+    """
     if isinstance(error, OSError):
         return type(error) is OSError and error.errno is None
     return isinstance(error, pa.ArrowException | ValueError)

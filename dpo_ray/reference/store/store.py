@@ -1,4 +1,7 @@
-"""The reference store: token log-probs by content key, append-only, shared by all runs that use the same location."""
+"""The reference store: token log-probs, found by a key that is a hash of the model, its numerics and the token ids.
+
+The store only grows, and all runs with the same location share it.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +38,22 @@ __all__ = ["KEY", "SEGMENT", "Numerics", "ReferenceStore", "StoreIndex"]
 logger = logging.getLogger(__name__)
 ABOUT = "about.json"
 USED = "used.json"
-MARK_SECONDS = 3600  # the mark of use is written at most once in this time
+MARK_SECONDS = 3600  # USED, the file with the time of last use, is written at most once in this time
 READ_THREADS = 8  # segments read concurrently: an object store has a high latency, but serves many requests at once
-LISTINGS = 3  # attempts to read all segments of a listing while others delete some of them
+LISTINGS = 3  # attempts to list and read all segments, in case another process deletes some of them meanwhile
 GROUPS_AT_ONCE = 16_384  # groups whose token ids are copied at once for hashing
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """Everything that a log-prob depends on besides the weights and the tokens."""
+    """Everything that can change a log-prob, except for the model's weights and the token ids."""
 
     engine: str  # vllm | trainer
     version: str  # of the engine
     device: str  # cpu | cuda
     dtype: str
-    head_dtype: str  # of the matrix that computes the logits; log-softmax is always float32
-    tensor_parallel: int = 1  # above 1, sums are split over GPUs and round differently
+    head_dtype: str  # dtype of the matrix that computes the logits; log-softmax is always float32
+    tensor_parallel: int = 1  # above 1, sums are split over GPUs, which changes their rounding
 
     def tag(self) -> dict[str, str | int]:
         return asdict(self)
@@ -58,10 +61,11 @@ class Numerics:
 
 @dataclass(frozen=True)
 class ReferenceStore:
-    """The partition of the store for one model and its numerics; picklable.
+    """The part of the store for one model and its numerics (its partition, one directory). Can be pickled.
 
-    A segment is a Parquet file that appears completely or not at all and is never changed, so writers do not conflict
-    and readers need no lock. The same key may be in several segments (two writers at once): the oldest one counts.
+    A partition consists of segments: Parquet files that are written completely or not at all, and are never changed. So
+    writers do not conflict, and readers need no lock. If two writers work at the same time, a key may be in several
+    segments; the oldest segment counts.
     """
 
     root: Storage
@@ -73,7 +77,7 @@ class ReferenceStore:
         object.__setattr__(self, "partition", self.root.child(partition_name(self.model_digest, self.numerics.tag())))
 
     def key(self, prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
-        """Compute the key (16 bytes) of a completion: model, numerics and exact token ids."""
+        """Compute the key of a completion: a hash (16 bytes) of the model, its numerics and the exact token ids."""
         h = self._hash()
         for ids in (prompt_ids, completion_ids):
             h.update(len(ids).to_bytes(4, "little"))
@@ -81,10 +85,11 @@ class ReferenceStore:
         return h.digest()
 
     def keys(self, table: pa.Table) -> np.ndarray:
-        """Compute the keys of all completions of a table, in the order of its groups.
+        """Compute the keys of all completions of a table, group by group in the order of the rows.
 
         Args:
-            table: columns `prompt_ids` (list of int32) and `completion_ids` (list of lists of int32), no nulls.
+            table: one group per row, without nulls; columns `prompt_ids` (list of int32) and `completion_ids` (list of
+                lists of int32).
 
         Returns:
             KEY [completions]; the same values as `key` returns for each completion.
@@ -114,13 +119,16 @@ class ReferenceStore:
         return list_partition(self.partition)[0]
 
     def index(self, segments: Sequence[str] | None = None, known: StoreIndex | None = None) -> StoreIndex:
-        """Read the keys of all segments, and record that the store is in use.
+        """Read the keys of the segments, return an index of them, and record that the store is in use.
 
-        A damaged segment is skipped with a warning: sequences that only it contains are scored again.
+        A damaged segment is skipped with a warning. Sequences that are only in this segment are scored again.
 
         Args:
-            segments: read only these segments. Default: all.
-            known: an existing index; only the segments that it lacks are read.
+            segments: read only these segments; None: read all.
+            known: an existing index. Only segments that it lacks are read, and the result is both together.
+
+        Raises:
+            ArtifactError: another process keeps deleting segments during the reading.
         """
         for _ in range(LISTINGS):
             names, foreign = list_partition(self.partition)
@@ -133,16 +141,16 @@ class ReferenceStore:
                 names = sorted(set(names) - {*known.segments, *known.damaged})
             try:
                 new = read_index(self.partition, names)
-            except FileNotFoundError:  # `dpo-ray store gc` has merged it into another since the listing
+            except FileNotFoundError:  # `dpo-ray store gc` has merged this segment into another since the listing
                 continue
             return new if known is None else known.joined(new)
         raise vanished(self.partition)
 
     def fetch(self, index: StoreIndex, keys: Sequence[bytes] | np.ndarray) -> pa.ListArray:
-        """Read the log-probs of each key: float32 lists [n], in the order of `keys`; a key may occur twice.
+        """Read the log-probs of each key: lists of float32 [n], in the order of `keys`. A key may occur twice.
 
-        Each needed segment is read once, and only its needed row groups. If a segment was deleted since the index was
-        built, the index is built again and the read is repeated once.
+        Each segment is read at most once, and only the row groups that contain some of the keys. If a segment has been
+        deleted since the index was built, a new index is built, and all is read once more.
 
         Raises:
             ArtifactError: a key is not in the store, or its segment is damaged.
@@ -158,14 +166,16 @@ class ReferenceStore:
             raise vanished(self.partition) from error
 
     def append(self, keys: Sequence[bytes] | np.ndarray, token_logps: Sequence[np.ndarray] | pa.ListArray) -> str:
-        """Commit a segment durably; return its name.
+        """Write log-probs to the store, as one new segment (file); return the name of the segment.
+
+        When this returns, the segment survives a crash.
 
         Args:
-            keys: [n], one for each completion.
-            token_logps: float32 [completion tokens] of each completion.
+            keys: [n], the key of each completion.
+            token_logps: [n], the log-probs of each completion: float32 [completion tokens].
 
         Raises:
-            ArtifactError: a value is not finite or is above 0: it is not a log-prob and must never be stored.
+            ArtifactError: a value is not finite or is above 0, so it is not a log-prob and must not be stored.
             ValueError: a key does not have 16 bytes, or the numbers of keys and completions differ.
         """
         keys, values = as_keys(keys), as_lists(token_logps)
@@ -200,7 +210,7 @@ class ReferenceStore:
 
 
 def partition_name(model_digest: str, numerics: dict[str, str | int]) -> str:
-    """Build the name of the directory for one model and its numerics."""
+    """Build the name of the directory (partition) for one model and its numerics."""
     return f"{model_digest[:16]}-{digest(numerics)[:12]}"
 
 
@@ -212,13 +222,19 @@ def list_partition(partition: Storage) -> tuple[list[str], list[str]]:
 
 
 def vanished(partition: Storage) -> ArtifactError:
-    """Build the error for segments that were deleted in the meantime."""
+    """Build the error that is raised when segments are deleted while they are being read."""
     fix = "wait until `dpo-ray store gc` has ended, then run again"
     return ArtifactError("segments were deleted while they were being read", where=partition.uri, fix=fix)
 
 
 def read_index(partition: Storage, names: Sequence[str]) -> StoreIndex:
-    """Read the keys of segments, several concurrently. Raises FileNotFoundError if one does not exist (any more)."""
+    """Read the keys of segments, several concurrently, and build an index of them.
+
+    A damaged segment is logged and listed in the index as damaged.
+
+    Raises:
+        FileNotFoundError: a segment does not exist, or has been deleted.
+    """
 
     def keys_or_error(name: str) -> np.ndarray | ArtifactError:
         try:
@@ -236,11 +252,15 @@ def read_index(partition: Storage, names: Sequence[str]) -> StoreIndex:
 
 
 def read_places(partition: Storage, segments: Sequence[str], segment: np.ndarray, row: np.ndarray) -> pa.ListArray:
-    """Read the lists at the given places, in their order; raises what `read_values` raises.
+    """Read the log-probs at given places of the store; return them in the order of the places.
 
     Args:
-        segment: [n], positions in `segments`.
-        row: [n], the rows in these segments.
+        segments: names of segments.
+        segment: [n], for each place the position of its segment in `segments`.
+        row: [n], for each place the row in its segment.
+
+    Raises:
+        ArtifactError, FileNotFoundError: for the same reasons as `read_values`.
     """
     order = np.lexsort((row, segment))
     cuts = np.flatnonzero(np.diff(segment[order])) + 1
@@ -262,7 +282,7 @@ def as_lists(token_logps: Sequence[np.ndarray] | pa.ListArray) -> pa.ListArray:
 
 
 def mark_used(partition: Storage) -> None:
-    """Record that the partition is in use, at most once an hour. A read-only location stays unmarked."""
+    """Record that the partition is used now, at most once an hour. If that is not possible, log a warning."""
     try:
         if time.time() - (marked_unix_seconds(partition) or 0.0) >= MARK_SECONDS:
             partition.write(USED, json.dumps({"unix_seconds": time.time()}).encode())
@@ -271,7 +291,7 @@ def mark_used(partition: Storage) -> None:
 
 
 def marked_unix_seconds(partition: Storage) -> float | None:
-    """Return when use was last recorded, None if it never was or the mark cannot be read."""
+    """Return the Unix time that `mark_used` recorded last; None if there is none, or if it cannot be read."""
     try:
         return float(json.loads(partition.read_bytes(USED))["unix_seconds"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
@@ -279,10 +299,10 @@ def marked_unix_seconds(partition: Storage) -> float | None:
 
 
 def _hashable(lists: pa.ListArray) -> tuple[memoryview, list[int]]:
-    """Concatenate lists of token ids in the form that is hashed: each list follows its length, all int32.
+    """Concatenate lists of token ids into the bytes that are hashed: for each list its length, then its ids, as int32.
 
     Returns:
-        The bytes, and for each list the position in bytes at which it ends.
+        The bytes; and for each list, the position in bytes where it ends.
     """
     offsets, values = lists.offsets.to_numpy(), lists.flatten().to_numpy()
     lengths = np.diff(offsets)

@@ -1,4 +1,4 @@
-"""Start of a vLLM engine for scoring: its options follow from the model, the device and the longest sequence."""
+"""Start of a vLLM engine. Its options are derived from the model, the device and the longest sequence."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dpo_ray.errors import ConfigError, EngineError
 from dpo_ray.models.adapter import Adapter, read_adapter
 from dpo_ray.reference.scorer import ScorerSettings
 
-# vLLM reads these when it is imported. The engine's core runs in the actor's own process: so its schedule depends only
-# on the requests, and it dies with the actor.
+# vLLM reads these when it is imported. They keep the engine's core in the actor's own process. So its schedule depends
+# only on the requests, and it ends together with the actor.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
 # Without compilation and without binding threads to cores, an engine starts on CPU in seconds instead of a minute.
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
@@ -24,14 +24,14 @@ CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE":
 MAX_SEQUENCES = 256  # in one step
 CPU_BLOCK_TOKENS = 32  # vLLM's CPU kernels require multiples of 32
 MIN_STEP_TOKENS = 256
-V2_LOGITS_ROWS = 1024  # the V2 runner computes prompt logits in chunks of so many rows
+V2_LOGITS_ROWS = 1024  # the V2 runner computes prompt logits in chunks of this number of rows
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # maximum ranks that vLLM supports
 OUTSIDE_LAYERS = ("lm_head", "embed", "wte", "wpe")  # embed_tokens, embed_in, embed_out, ...
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """The facts that determine an engine's sizes, as vLLM itself reports them for the model."""
+    """Facts from vLLM about the model and the device, which determine the engine's step size and KV cache size."""
 
     vocabulary: int
     value_bytes: int  # size of one logit, and of one number in the KV cache
@@ -42,13 +42,13 @@ class EngineFacts:
 
 
 def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> Any:
-    """Start a vLLM engine in this process, with the adapter loaded if there is one.
+    """Start a vLLM engine in this process, and load the LoRA adapter if there is one.
 
-    vLLM always samples one token after a prompt, so its context is one token longer than the longest sequence; that
-    token's log-prob is never used.
+    vLLM always samples one token after a prompt. So the engine's context is one token longer than the longest sequence.
+    The sampled token is never used.
 
     Raises:
-        ConfigError: the adapter cannot be scored correctly.
+        ConfigError: vLLM cannot score correctly with this adapter.
         EngineError: the engine does not start; the error contains vLLM's reason.
     """
     options = _options(settings, enable_sampling)
@@ -67,7 +67,7 @@ def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> 
 
 @contextmanager
 def start_errors(settings: ScorerSettings) -> Iterator[None]:
-    """Convert the exceptions that vLLM raises while it starts to an EngineError."""
+    """Convert the exceptions that vLLM raises in this context, while it starts, to an EngineError."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
@@ -80,10 +80,10 @@ def start_errors(settings: ScorerSettings) -> Iterator[None]:
 
 
 def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
-    """Build vLLM's request object for the settings' LoRA adapter, as `generate` needs it; None if there is no adapter.
+    """Build the object (LoRARequest) with which vLLM's `generate` uses the LoRA adapter; None if there is no adapter.
 
     Args:
-        number: counts the adapters of the engine; vLLM's caches identify adapters by it and by the name.
+        number: a new number for each adapter that the engine loads, because vLLM's caches identify adapters by it.
     """
     if settings.adapter_dir is None:
         return None
@@ -95,12 +95,13 @@ def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
 def can_load(started: ScorerSettings, now: ScorerSettings, wanted: ScorerSettings) -> bool:
     """Return whether an engine can load the model of `wanted` without a restart.
 
-    An engine that was started without an adapter has no room for one; one that was started with one keeps its base
-    model.
+    An engine that was started without an adapter cannot load an adapter. An engine that was started with an adapter
+    cannot load another base model.
 
     Args:
         started: the settings with which the engine was started.
-        now: the settings that it has loaded.
+        now: the settings of the model that the engine has loaded now.
+        wanted: the settings of the model to load.
     """
     if replace(started, model_dir="", adapter_dir=None) != replace(wanted, model_dir="", adapter_dir=None):
         return False
@@ -116,7 +117,7 @@ def _room(adapter_dir: str) -> dict[str, Any]:
 
 
 def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
-    """Build the engine's options, without its sizes."""
+    """Build the options of the engine, except for its sizes (`_sizes`)."""
     options: dict[str, Any] = {
         "model": settings.model_dir,
         # The same files that the trainer reads: by default vLLM prefers Mistral's own format if a directory has both.
@@ -126,8 +127,8 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
         "max_model_len": settings.max_length_tokens + 1,
         "tensor_parallel_size": settings.tensor_parallel,
         # With "ray", each shard would be an actor in a placement group of single GPUs, and the engine's own actor would
-        # have no GPU. One actor that owns all its GPUs, with one process for each, is simpler, and the processes end
-        # with it, as each waits on a pipe to its parent. The price is that an engine must fit on one node.
+        # have no GPU. It is simpler if one actor owns all GPUs of the engine, with one process for each GPU. These
+        # processes end with the actor, because each waits on a pipe to it. But an engine must then fit on one node.
         "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
         "enable_prefix_caching": True,
         "enforce_eager": settings.device == "cpu" or not enable_sampling,
@@ -151,11 +152,11 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
 
 
 def lora_options(adapter: Adapter) -> dict[str, Any]:
-    """Build the options that prepare an engine for one adapter.
+    """Build the options that prepare an engine for one LoRA adapter.
 
-    Only the modules that the adapter changes are prepared. By default the output head is prepared too, which breaks
-    prompt log-probs even if the adapter does not change the head: vLLM treats each row of a prompt as a separate
-    sequence.
+    Only the modules that the adapter changes are prepared. By default vLLM would also prepare the output head. That
+    breaks the log-probs of prompts even if the adapter does not change the head, because vLLM then treats each row of a
+    prompt as a separate sequence.
 
     Raises:
         ConfigError: the adapter changes the output head or the embeddings, or its rank is above vLLM's limit.
@@ -178,7 +179,10 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
 
 
 def _sizes(settings: ScorerSettings, vllm_config: Any) -> dict[str, Any]:
-    """Choose the size of one step and, on CPU, of the KV cache (on a GPU the cache gets the remaining memory)."""
+    """Choose the number of tokens in one engine step and, on CPU, the size of the KV cache.
+
+    On a GPU, the cache gets the remaining memory.
+    """
     facts = _facts(settings, vllm_config)
     tokens = settings.max_batched_tokens or step_tokens(facts, settings)
     if not vllm_config.scheduler_config.enable_chunked_prefill:
@@ -205,13 +209,13 @@ def _facts(settings: ScorerSettings, vllm_config: Any) -> EngineFacts:
 
 
 def step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
-    """Choose the tokens of one engine step so that the logits of its prompts fit beside the memory that vLLM reserves.
+    """Choose the number of tokens in one engine step, so that the logits of these tokens fit in memory.
 
-    vLLM measures the memory of a forward pass, but not that of prompt logits, so these must fit in the memory that
-    `gpu_memory_fraction` leaves free. A sequence that is longer than a step is computed in chunks.
+    vLLM measures the memory of a forward pass, but not that of prompt logits. So the logits must fit in the memory that
+    `gpu_memory_fraction` leaves free. A sequence that is longer than a step is computed in several steps.
 
     Raises:
-        ConfigError: not even a small step fits.
+        ConfigError: not even the logits of a small step fit.
     """
     rows = logits_room_bytes(facts, settings) // logits_bytes_per_row(facts)
     needed = min(settings.max_length_tokens, V2_LOGITS_ROWS) if facts.v2_runner else settings.max_length_tokens
@@ -227,19 +231,20 @@ def step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
 
 
 def logits_bytes_per_row(facts: EngineFacts) -> int:
-    """Return the peak memory, in bytes, of one row of logits (one token of a prompt).
+    """Return the peak memory, in bytes, per row of logits. One row belongs to one token of a prompt.
 
-    The runners loop over requests (V1: a whole chunk of each) or over chunks of 1024 rows (V2), and the tensors of one
-    iteration are freed only when the next iteration has created its own. V1: the logits, their float32 log-softmax, and
-    the previous iteration's log-softmax. V2: the logits, and the previous iteration's; its kernel outputs only the
-    requested tokens. With tensor parallelism there is a second copy of the gathered shards while they are put in order.
+    vLLM's V1 runner loops over requests, its V2 runner over chunks of 1024 rows. The tensors of one iteration are freed
+    only after the next iteration has created its own. So at the peak, the V1 runner holds the logits, their float32
+    log-softmax, and the log-softmax of the previous iteration. The V2 runner holds the logits of this and of the
+    previous iteration, because its kernel outputs only the requested tokens. With tensor parallelism, there is also a
+    second copy of the gathered shards while they are put in order.
     """
     logits = facts.value_bytes * (1 if facts.tensor_parallel == 1 else 2)
     return facts.vocabulary * (logits + (facts.value_bytes if facts.v2_runner else 4 + 4))
 
 
 def logits_room_bytes(facts: EngineFacts, settings: ScorerSettings) -> int:
-    """Return the memory that is available for logits."""
+    """Return the number of bytes that are available for logits."""
     if settings.device == "cpu":
         return facts.device_bytes // 16  # other engines and Ray's object store share the machine
     # A small fraction means that other engines share the GPU. A quarter is reserved for CUDA itself and fragmentation.
@@ -247,18 +252,18 @@ def logits_room_bytes(facts: EngineFacts, settings: ScorerSettings) -> int:
 
 
 def most_step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
-    """Return the step size above which throughput does not improve: vLLM's own defaults for offline batches."""
+    """Return the largest useful number of tokens in one step. These values are vLLM's defaults for offline batches."""
     if settings.device == "cpu":
         return 4096
     return 16384 if facts.device_bytes >= 70 << 30 else 8192
 
 
 def kv_cache_bytes(facts: EngineFacts, longest_tokens: int, step: int) -> int:
-    """Compute the size of a CPU KV cache that keeps a group's prompt until all its completions have used it.
+    """Compute the size of the KV cache on CPU, in bytes. It must keep a prompt until all its completions have used it.
 
-    The completions of a group are adjacent, so a prompt is needed again in the same step or the next: four steps, plus
-    some sequences of the full length, are ample. At least 256 MiB, so that small models can sample many sequences at
-    once.
+    The completions of a group are adjacent, so a prompt is needed again in the same step or in the next one. Memory for
+    four steps and some sequences of the full length is more than enough. The size is at least 256 MiB, so that small
+    models can sample many sequences at once.
     """
     tokens = 4 * step + 8 * (longest_tokens + 1 + CPU_BLOCK_TOKENS)
     return max(256 << 20, tokens * facts.kv_values_per_token * facts.value_bytes)

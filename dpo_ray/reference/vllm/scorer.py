@@ -1,4 +1,4 @@
-"""Scoring with vLLM: prompt log-probs of stored token ids, with a prompt's KV cache shared between its completions."""
+"""Scoring with vLLM: it computes log-probs from token ids, and computes a prompt once for all its completions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from .engine import adapter_request, can_load, start_engine, start_errors
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 1e-4  # rounding may put a log-prob so much above 0
+ROUNDING = 1e-4  # rounding may put a log-prob above 0 by at most this much
 # Largest allowed |difference| of a token's log-prob, in nats, with and without the cache. In float32 only the order of
-# summation differs. bfloat16 itself has errors up to 0.2 on single tokens of a random text, however it is computed,
-# while a wrong cache causes errors of whole nats.
+# summation differs. In bfloat16, rounding alone causes errors up to 0.2 on single tokens of a random text. But a wrong
+# cache causes errors of 1 nat and more.
 SHARING_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
 
 class VllmScorer:
-    """A scorer with one vLLM engine. A group's sequences are adjacent, so later ones find the prompt in the cache."""
+    """A scorer with one vLLM engine.
 
-    share_prompt: bool  # whether the cache is read: True if that is requested and a check at the start passed
+    The completions of one prompt are scored directly after each other, so that vLLM computes the prompt only once and
+    finds it in its prefix cache afterwards.
+    """
+
+    share_prompt: bool  # whether the prefix cache is used: True if the settings say so and a check at the start passed
     adapter: Any | None  # the `lora_request` for `generate`
 
     def __init__(self, settings: ScorerSettings, *, enable_sampling: bool = False) -> None:
@@ -47,15 +51,18 @@ class VllmScorer:
         self.cached_tokens = self.rescored = 0
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
-        """Return float32 [completion tokens] for each request, in the order given; None if the values are no log-probs.
+        """Return the log-probs of the completion of each request, in the same order: float32 [completion tokens].
 
-        A cache hit is valid only if it ends inside the prompt: completion tokens that it covers get no log-prob (V2) or
-        uninitialised memory (V1). Such sequences are scored again without reading the cache.
+        The result of a request is None if vLLM returned values that cannot be log-probs.
+
+        A hit in the prefix cache is valid only if it ends inside the prompt. If it reaches into the completion, vLLM
+        returns no log-probs for the cached tokens (V2 runner), or uninitialised memory (V1 runner). Such sequences are
+        scored again without reading the cache.
 
         Raises:
-            EngineError: a sequence is empty or longer than the engine was set up for, or vLLM's answer has other tokens
-                or another shape. Exceptions that vLLM raises while it computes are not caught: the engine is then
-                unusable.
+            EngineError: a prompt or completion is empty, both together are longer than the engine's limit, or vLLM's
+                result has other tokens or another shape. Other exceptions from vLLM are not caught; after them the
+                engine is unusable.
         """
         ids = [np.concatenate((r.prompt_ids, r.completion_ids)).tolist() for r in requests]
         for request, sequence in zip(requests, ids, strict=True):
@@ -75,9 +82,9 @@ class VllmScorer:
         return scores
 
     def load(self, settings: ScorerSettings) -> bool:
-        """Load other weights, or another adapter, into the running engine; return False if that needs a new engine.
+        """Load other weights or another adapter into the running engine; return False if this needs a new engine.
 
-        The cache of prompts that were computed with the old weights is cleared.
+        The prefix cache is cleared, because it was computed with the old weights.
 
         Raises:
             EngineError: the weights do not fit the model with which the engine was started.
@@ -100,9 +107,10 @@ class VllmScorer:
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[tuple[list[int], bool]]]:
-        """Return, for each prompt and each seed, the sampled token ids and whether they end with a stop token.
+        """Sample one completion for each seed of each prompt.
 
-        The cache is cleared first, so that the result depends only on the arguments.
+        Return the token ids of each completion, and whether it ends with a stop token. The prefix cache is cleared
+        first, so that the result depends only on the arguments.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -135,10 +143,13 @@ class VllmScorer:
     def _run(
         self, requests: Sequence[ScoreRequest], ids: Sequence[list[int]], *, read_cache: bool
     ) -> list[np.ndarray | None]:
-        """Score requests in order; None for a cache hit that reaches too far, and for values that are no log-probs.
+        """Score requests, and return the log-probs of each request in order.
+
+        The result of a request is None if a cache hit reached the completion, or if the values cannot be log-probs.
 
         Args:
             ids: for each request, the token ids of its prompt and completion together.
+            read_cache: whether vLLM may read the prefix cache.
         """
         if not requests:
             return []
@@ -165,7 +176,10 @@ class VllmScorer:
         return np.minimum(logps, 0.0)
 
     def _sharing_fault(self, tolerance: float) -> str | None:
-        """Score one synthetic group with and without the prefix cache; return what is wrong with the cache, or None."""
+        """Check the prefix cache: score one artificial group with and without it, and compare the results.
+
+        Return what is wrong with the cache, or None.
+        """
         config = self._llm.llm_engine.vllm_config
         requests = probe_group(config.cache_config.block_size, self._longest, config.model_config.get_vocab_size())
         if not requests:
@@ -177,10 +191,10 @@ class VllmScorer:
 
 
 def pack_head(worker: Any) -> None:
-    """Pack the output head's weight again for the CPU kernels; runs in vLLM's worker.
+    """Convert the weight of the output head again to the layout of the CPU kernels. This runs in vLLM's worker.
 
-    vLLM does this when it loads the head's weight. A head that is tied to the embedding is never loaded itself, so the
-    old packed weight would stay in use.
+    vLLM converts it when it loads the weight of the head. But a head that is tied to the embedding is never loaded
+    itself, so the old converted weight would stay in use.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -190,7 +204,7 @@ def pack_head(worker: Any) -> None:
 
 
 def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
-    """Sort requests: groups by their longest sequence, longest first, with the completions of a group adjacent."""
+    """Return the indices of the requests in the order of scoring: long groups first, each group's requests together."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in requests]
     longest: dict[int, int] = {}
     for request, length in zip(requests, lengths, strict=True):
@@ -199,7 +213,10 @@ def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
 
 
 def probe_group(block_tokens: int, longest_tokens: int, vocabulary: int) -> list[ScoreRequest]:
-    """Build a prompt of a few blocks with two completions that differ in the first token; [] if that is too long."""
+    """Build two requests to test the prefix cache: one prompt, and two completions that differ in the first token.
+
+    The prompt fills a few blocks of the cache. Return [] if that is too long for the engine.
+    """
     tokens = min(8, longest_tokens // 4)
     prompt_tokens = min(3 * block_tokens + block_tokens // 2, longest_tokens - tokens)
     if tokens < 1 or prompt_tokens <= block_tokens:
@@ -217,10 +234,11 @@ def probe_group(block_tokens: int, longest_tokens: int, vocabulary: int) -> list
 def sharing_fault(
     with_cache: Sequence[np.ndarray | None], without_cache: Sequence[np.ndarray | None], hits: int, tolerance: float
 ) -> str | None:
-    """Return what is wrong with a group's scores that were computed with the cache; None if nothing is.
+    """Compare a group's log-probs with and without the cache; return what is wrong with the cache, or None.
 
     Args:
-        hits: tokens of the group that were read from the cache and accepted.
+        hits: number of tokens that were read from the cache.
+        tolerance: largest allowed difference of two log-probs, in nats.
     """
     if any(logps is None for logps in without_cache):
         return "the model gives no log-probs for a random text"
@@ -235,12 +253,12 @@ def sharing_fault(
 
 
 def flat_parameters(read_cache: bool) -> dict[str, Any]:
-    """Build parameters that request the log-probs of all tokens of a prompt: the only way with the V1 runner."""
+    """Build vLLM's parameters for the V1 runner, which can only return the log-probs of all tokens of a sequence."""
     return {"prompt_logprobs": 0, "flat_logprobs": True, **_common_parameters(read_cache)}
 
 
 def token_id_parameters(request: ScoreRequest, read_cache: bool) -> dict[str, Any]:
-    """Build parameters that request only the completion's log-probs, which the V2 runner gathers on the GPU."""
+    """Build vLLM's parameters for the V2 runner, which can return only the log-probs of the completion's tokens."""
     return {
         "prompt_logprob_token_ids": np.ascontiguousarray(request.completion_ids, np.int32)[:, None],
         "prompt_logprob_start": len(request.prompt_ids) - 1,  # the row that predicts the completion's first token
@@ -253,10 +271,10 @@ def _common_parameters(read_cache: bool) -> dict[str, Any]:
 
 
 def read_flat(answer: Any, ids: list[int], tokens: int) -> np.ndarray:
-    """Read the log-probs of the last `tokens` tokens from vLLM's answer: float32 [tokens].
+    """Read the log-probs of the last `tokens` tokens from a result of vLLM's V1 runner: float32 [tokens].
 
     Raises:
-        EngineError: the answer is for other tokens.
+        EngineError: the result belongs to other tokens.
     """
     flat = answer.prompt_logprobs
     if flat is None or flat.token_ids[-tokens:] != ids[-tokens:]:
@@ -265,10 +283,12 @@ def read_flat(answer: Any, ids: list[int], tokens: int) -> np.ndarray:
 
 
 def read_token_ids(answer: Any, ids: list[int], tokens: int) -> np.ndarray | None:
-    """Read the log-probs requested by token id from vLLM's answer: float32 [tokens]; None if a cache hit covers some.
+    """Read the log-probs of a completion from a result of vLLM's V2 runner: float32 [tokens].
+
+    Return None if the result has no log-probs because a cache hit covers some of the tokens.
 
     Raises:
-        EngineError: the answer is for other tokens, or has another number of log-probs.
+        EngineError: the result belongs to other tokens, or has another number of log-probs.
     """
     logps = answer.prompt_token_id_logprobs
     if logps is None:

@@ -1,1 +1,1 @@
-"""Sharded checkpoints: written asynchronously, hashed, committed by a manifest, verified when read."""
+"""Sharded checkpoints: written in the background, committed by a manifest, and verified before they are read."""

@@ -1,12 +1,14 @@
-"""Training checkpoints: sharded files of PyTorch DCP, written while training continues, and committed by a manifest.
+"""Training checkpoints: sharded files of PyTorch DCP (distributed checkpoint), written while training continues.
 
     <place>/step-000000010/<attempt>/__0_0.distcp, ..., .metadata, rng.json
-    <place>/step-000000010.json                      the commit
-    <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the last checkpoint
+    <place>/step-000000010.json                      the manifest: a checkpoint exists once this file exists
+    <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the previous checkpoint
 
-Each rank hashes the files that it wrote, and verifies a share of all files before they are loaded. The newest intact
-checkpoint is used; a damaged one is moved to `damaged/`. Loading reshards, so the number of ranks may change.
-DCP's `.metadata` is a pickle, which can run code when it is read: only files with a recorded digest are ever loaded.
+Each rank hashes the files that it wrote. Before a checkpoint is loaded, the ranks verify all of its files; each rank
+takes a share of them. The newest intact checkpoint is used, and a damaged one is moved to `damaged/`. Loading reshards,
+so the number of ranks may change.
+DCP's file `.metadata` is a pickle, which can run code when it is read. Therefore a file is only loaded if it still has
+the digest that the manifest records.
 """
 
 from __future__ import annotations
@@ -36,36 +38,43 @@ from .planner import SharedPlanner
 from .ranks import Ranks
 from .verify import Soundness
 
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # when an adapter is trained, only its parameters
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # if an adapter is trained, only its parameters
 _RNG = "rng.json"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far; its checkpoint is kept."""
+    """The best evaluation so far. The checkpoint of its step is kept."""
 
     step: int
     value: float
-    since: int = 0  # number of evaluations since then, none of which was better
+    since: int = 0  # number of evaluations after the best one
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The data cursor and running totals, which a checkpoint stores besides weights, optimizer state and generators."""
+    """The position in the data and the running totals.
+
+    A checkpoint stores them besides the weights, the optimizer state and the state of the random generators.
+    """
 
     step: int = 0  # finished steps == index of the next step
     num_tokens: int = 0
-    figures: dict[str, Any] | None = None  # of the audit before step 1
+    figures: dict[str, Any] | None = None  # measured by the audit before step 1
     best: Best | None = None
 
 
 def oldest_step(place: Storage) -> int:
-    """Return the step of the oldest checkpoint, from which training may have to resume; 0 if there is none."""
+    """Return the step of the oldest checkpoint; 0 without checkpoints. Training never resumes before that."""
     return min(committed_steps(place), default=0)
 
 
 class Checkpoints:
-    """The checkpoints of one training run. All ranks construct it together; save, finish and load are collective."""
+    """The checkpoints of one training run.
+
+    All ranks must construct this object together. `save`, `finish`, `load_newest` and `load` are collective: all ranks
+    must call them.
+    """
 
     def __init__(
         self,
@@ -76,12 +85,12 @@ class Checkpoints:
         seed: int = 0,
         hang_seconds: float = 1800,
     ) -> None:
-        """Write checkpoints to `place` under the name `attempt`, and keep the newest `keep` of them.
+        """Prepare to write checkpoints to `place` under the name `attempt`. The newest `keep` checkpoints are kept.
 
         Args:
-            identity: digest of all that determines the weights; a checkpoint with another identity is not loaded.
-            seed: seeds the random generators if a checkpoint was written by another number of ranks.
-            hang_seconds: limit of the time that one rank waits for another.
+            identity: digest of everything that determines the weights. A checkpoint with another digest is not loaded.
+            seed: used to seed the random generators when the loaded checkpoint was written by another number of ranks.
+            hang_seconds: maximum time that one rank waits for another.
         """
         self._place, self._attempt, self._keep = place, attempt, keep
         self._identity, self._seed = identity, seed
@@ -98,9 +107,12 @@ class Checkpoints:
     def save(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]
     ) -> None:
-        """Copy the state of all ranks, then write and commit it in the background, after the previous checkpoint.
+        """Copy the state of all ranks, then write and commit the copy in the background.
 
-        `metrics` are the rows of the steps since the last checkpoint, or since the one that was loaded.
+        This first waits until the previous checkpoint is committed.
+
+        Args:
+            metrics: one row for each step since the previous checkpoint was saved or loaded.
 
         Raises:
             ArtifactError: the previous checkpoint could not be written.
@@ -145,12 +157,15 @@ class Checkpoints:
         prune(self._place, self._keep)
 
     def check(self) -> None:
-        """Raise the error of a background checkpoint if it has already failed. Does not wait; not collective."""
+        """Raise the error of the checkpoint that is being written, if it has already failed.
+
+        This does not wait, and each rank may call it alone.
+        """
         if self._in_flight is not None and self._in_flight.done():
             self._wait()
 
     def finish(self) -> None:
-        """Wait until all checkpoints are committed. Collective."""
+        """Wait until all checkpoints are committed. Collective: all ranks must call this."""
         self._wait()
         self._ranks.meet()
 
@@ -168,10 +183,10 @@ class Checkpoints:
             raise ArtifactError(f"a checkpoint could not be written: {error}", where=place, fix=fix) from error
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Restore the newest intact checkpoint and return its progress, which is at step 0 if there is none.
+        """Load the newest intact checkpoint and return its progress; return the progress of step 0 if there is none.
 
-        The random generators are restored too; if the number of ranks has changed, they are seeded from seed, rank and
-        step instead.
+        The random generators are restored too. If the number of ranks has changed, they are instead seeded from the
+        seed, the rank and the step. Collective: all ranks must call this.
         """
         manifest = Soundness(self._place, self._identity, self._ranks).newest()
         if self._ranks.rank == 0:
@@ -188,10 +203,10 @@ class Checkpoints:
         return Progress(manifest["step"], manifest["num_tokens"], manifest["figures"], best)
 
     def load(self, policy: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Restore weights and optimizer state from the checkpoint of a step. Collective.
+        """Load weights and optimizer state from the checkpoint of a step. Collective: all ranks must call this.
 
         Raises:
-            ArtifactError: on every rank, if the checkpoint is damaged. `load_newest` then returns an earlier one.
+            ArtifactError: the checkpoint is damaged. All ranks raise it; `load_newest` then loads an earlier checkpoint.
         """
         self._restore(policy, optimizer, Soundness(self._place, self._identity, self._ranks).read(step))
 
@@ -209,7 +224,7 @@ class Checkpoints:
         )
 
     def metrics(self, until_step: int) -> list[dict[str, float]]:
-        """Return the metrics of all steps up to a committed checkpoint, in order and each step once."""
+        """Return one row of metrics per step, in order, up to `until_step`. That step must have a checkpoint."""
         rows: dict[int, dict[str, float]] = {}
         for start, stop in self._segments():
             if stop <= until_step:
@@ -219,7 +234,7 @@ class Checkpoints:
         return [rows[step] for step in sorted(rows)]
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Delete the metrics of later steps, which are run again, perhaps in files with other step ranges."""
+        """Delete the metrics of all steps after `step`. These steps run again, and their files may get other names."""
         for start, stop in self._segments():
             if stop > step:
                 self._place.delete(f"metrics/{start:09d}-{stop:09d}.jsonl")

@@ -1,7 +1,7 @@
-"""Digests of a checkpoint's files: the rank that wrote a file hashes it, so hashing is as parallel as writing.
+"""Digests of a checkpoint's files. Each rank hashes the files that it wrote, so hashing is as parallel as writing.
 
-The digests reach rank 0 with the write results that DCP gathers there: they need no extra message, file or
-synchronisation.
+DCP (PyTorch's distributed checkpoint) gathers the write results of all ranks on rank 0. The digests travel with these
+results, so they need no message, file or synchronisation of their own.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def digest(directory: Storage, name: str) -> str:
 
 
 class _Digests(WriteResult):
-    """The digests of a rank's files by name, as `storage_data`; passed along with the results of its writes."""
+    """An additional write result, whose `storage_data` is a dict with the digest of each file that a rank wrote."""
 
 
 class HashingWriter(FileSystemWriter):
-    """A DCP writer for disks that reads its files back and hashes them, in the writing thread."""
+    """A DCP writer for disks. After writing, the same thread reads the files back and hashes them."""
 
     def __init__(self, directory: Storage) -> None:
-        """Write to `directory`."""
+        """Prepare a writer that writes to `directory`."""
         super().__init__(directory.full_path(), sync_files=True)
-        self.digests: dict[str, str] = {}  # of all ranks' files; only on rank 0, after `finish`
+        self.digests: dict[str, str] = {}  # of the files of all ranks; filled by `finish`, on rank 0 only
         self._directory = directory
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files; the results include their digests.
+        """Write this rank's files; return the write results, followed by the digests of the files.
 
         Raises:
-            DpoRayError: the disk or the object store refuses to write; the error of its own says why.
+            DpoRayError: the disk or the object store refuses to write. The message is the storage's own and says why.
         """
         try:
             results = super().write_data(plan, planner).wait()
@@ -61,7 +61,10 @@ class HashingWriter(FileSystemWriter):
         return hashed
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Remove the digests from the results of all ranks and write `.metadata` from the rest; runs on rank 0."""
+        """Store the digests of all ranks in `self.digests`, and write `.metadata` from the other results.
+
+        Runs on rank 0 only.
+        """
         for of_rank in results:
             for result in of_rank:
                 if isinstance(result, _Digests):
@@ -70,7 +73,7 @@ class HashingWriter(FileSystemWriter):
 
 
 class HashingObjectWriter(HashingWriter, FsspecWriter):
-    """The same writer for an object store."""
+    """A `HashingWriter` that writes to an object store."""
 
 
 def hashing_writer(directory: Storage) -> HashingWriter:

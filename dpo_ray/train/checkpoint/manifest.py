@@ -1,8 +1,8 @@
-"""The manifest that commits a training checkpoint, with the digests of its files; pruning and removal of damaged ones.
+"""The manifest of a training checkpoint, which lists the digests of its files; deletion of old and damaged checkpoints.
 
-<place>/step-000000010.json                      the commit
-<place>/step-000000010/<attempt>/...             its files
-<place>/damaged/step-000000010.json, .reason     a damaged checkpoint, and the reason
+<place>/step-000000010.json                      the manifest: the checkpoint exists once this file exists
+<place>/step-000000010/<attempt>/...             the files of the checkpoint
+<place>/damaged/step-000000010.json, .reason     the manifest of a damaged checkpoint, and what is wrong with it
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ UNSOUND = (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionEr
 
 
 def step_name(step: int) -> str:
-    """Return the name of a checkpoint; names sort in the order of steps."""
+    """Return the name of a step's checkpoint. Sorting the names sorts the steps."""
     return f"{_PREFIX}{step:09d}"
 
 
 def committed_steps(place: Storage) -> list[int]:
     """List the steps that have a checkpoint, intact or damaged, oldest first."""
-    found = (_MANIFEST.fullmatch(name) for name in place.list_files())  # other files there are nobody's checkpoint
+    found = (_MANIFEST.fullmatch(name) for name in place.list_files())  # any other file there is not a checkpoint
     return sorted(int(match[1]) for match in found if match)
 
 
 def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[str, str]) -> None:
-    """Commit the files in `directory` as the checkpoint of `facts["step"]`; files not in `digests` are hashed here.
+    """Commit the files in `directory` as the checkpoint of the step `facts["step"]`, by writing its manifest.
 
-    A file whose digest came from another rank is listed even if this rank does not see the file.
+    Args:
+        facts: further fields of the manifest.
+        digests: digests of files that are known already. All of them are listed in the manifest, even if this rank does
+            not see the file of another rank. Files without a known digest are hashed here.
     """
     files = place.child(directory)
     own = {name: digest(files, name) for name in files.list_files() if name not in digests}
@@ -49,10 +52,10 @@ def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[
 
 
 def read_manifest(place: Storage, step: int, identity: str) -> dict[str, Any]:
-    """Return a checkpoint's manifest; its files are not checked.
+    """Return the manifest of a step's checkpoint. This checks the manifest, but not the files that it lists.
 
     Raises:
-        ArtifactError: the manifest is damaged, or belongs to another configuration than `identity`.
+        ArtifactError: the manifest is damaged, or its checkpoint was written for another configuration (`identity`).
     """
     name = f"{step_name(step)}.json"
     try:
@@ -69,12 +72,12 @@ def read_manifest(place: Storage, step: int, identity: str) -> dict[str, Any]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason of an error as one line."""
+    """Return the text of an error: what is wrong, without where it is or how to fix it."""
     return error.what if isinstance(error, ArtifactError) else str(error) or repr(error)
 
 
 def set_aside(place: Storage, name: str, reason: str) -> None:
-    """Move a manifest to `damaged/`, with the reason: its checkpoint is ignored from then on."""
+    """Move a manifest to `damaged/` and write the reason beside it. From then on its checkpoint is ignored."""
     place.write(f"damaged/{name}.reason", reason.encode())
     try:
         place.write(f"damaged/{name}.json", place.read_bytes(f"{name}.json"))
@@ -84,9 +87,10 @@ def set_aside(place: Storage, name: str, reason: str) -> None:
 
 
 def prune(place: Storage, keep: int) -> None:
-    """Delete all checkpoints except the newest `keep` and the best ones that these refer to.
+    """Delete old checkpoints. Keep the newest `keep` checkpoints, and the best checkpoints that their manifests name.
 
-    Newer files are never deleted, because another attempt may be writing them.
+    A directory without a manifest is deleted only if it is older than these checkpoints. Another attempt may be writing
+    to a newer one.
     """
     steps = committed_steps(place)
     newest = steps[-keep:]
@@ -105,7 +109,7 @@ def _best_step(place: Storage, step: int) -> int | None:
         best = json.loads(place.read_bytes(f"{step_name(step)}.json"))["best"]
         return None if best is None else int(best["step"])
     except UNSOUND:
-        return None  # damaged after it was written: it is moved away when it is needed
+        return None  # the manifest is damaged: it is moved to `damaged/` if it is to be loaded
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""DCP's plans of what each rank writes, made once per run: only rank 0 makes them, for the tensors of all ranks."""
+"""DCP's plans, which list the tensors that each rank writes. Rank 0 makes them for all ranks, once in a run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 
 class SharedPlanner(DefaultSavePlanner):
-    """DCP's planner, which reuses the plans of the previous save if the tensors have not changed on any rank.
+    """DCP's planner, set up to reuse the plans of the previous save if no rank's tensors have changed.
 
-    In that case nothing is gathered. The cached plans take no more memory than planning takes at its peak.
+    Reusing them avoids gathering the plans of all ranks. The cached plans take no more memory than making them takes.
     """
 
     def __init__(self, owner: str) -> None:
-        """Share plans between all saves with the same `owner` in this process."""
+        """Create a planner that shares its cached plans with all planners of this process with the same `owner`."""
         super().__init__(enable_plan_caching=True)
         self._cached_plans_key = owner  # by default all planners of a process share one key
 
@@ -22,9 +22,9 @@ class SharedPlanner(DefaultSavePlanner):
         """Build the plans of all ranks; runs on rank 0.
 
         Raises:
-            RuntimeError: a rank refers to cached plans that rank 0 does not have. DCP would then write a checkpoint
-                without that rank's tensors.
+            RuntimeError: a rank reuses cached plans, but rank 0 does not have them. Without this error, DCP would write
+                a checkpoint that lacks that rank's tensors.
         """
         if self._cached_plans_key not in SavePlanner._cached_all_plans and not all(plan.usable for plan in all_plans):
-            raise RuntimeError("a rank refers to plans of a save that rank 0 has not seen")
+            raise RuntimeError("a rank reuses the plans of a previous save, but rank 0 has no such plans")
         return super().create_global_plan(all_plans)

@@ -1,4 +1,4 @@
-"""The ranks of a run, and their communication about checkpoints."""
+"""Communication between the ranks of a training run while they write and load checkpoints."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All ranks, or a single process. All ranks construct it together, and every method is collective."""
+    """All ranks of a run, or a single process without a process group.
+
+    All ranks must construct this object together, and must call each of its methods together.
+    """
 
     def __init__(self, hang_seconds: float) -> None:
-        """Create the process group, in which a rank waits for another for at most `hang_seconds`."""
+        """Create a process group for checkpoints. In it, one rank waits at most `hang_seconds` for another."""
         self.rank, self.count = 0, 1
         self.group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
-            # A separate group: checkpoint writing communicates in one thread while training does so in another.
+            # A separate group, because the thread that writes checkpoints communicates while training does so, too.
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=hang_seconds))
             self.group = group if isinstance(group, dist.ProcessGroup) else None  # it is an int only on ranks outside
 
     def gathered(self, value: T) -> list[T]:
-        """Return the values of all ranks, on every rank."""
+        """Gather the values of all ranks; return them on every rank, in the order of the ranks."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.count
@@ -35,7 +38,10 @@ class Ranks:
         return values
 
     def first_does(self, act: Callable[[], T]) -> T:
-        """Run `act` on rank 0 only; every rank returns its result, or raises its error if that is a DpoRayError."""
+        """Run `act` on rank 0 only, and return its result on every rank.
+
+        If `act` raises a DpoRayError, every rank raises that error.
+        """
         outcome: Any = None
         if self.rank == 0:
             try:

@@ -1,4 +1,4 @@
-"""Verification of checkpoints: each rank verifies a share of the files, and all ranks reach the same verdict."""
+"""Verification of checkpoints. Each rank verifies some of the files, and all ranks get the same result."""
 
 from __future__ import annotations
 
@@ -16,19 +16,28 @@ logger = logging.getLogger(__name__)
 
 
 class Soundness:
-    """The verdicts of one restore: each checkpoint is verified once. All ranks construct it; methods are collective."""
+    """Verifies checkpoints before they are loaded, each one only once.
+
+    All ranks must construct this object together, and must call each of its methods together.
+    """
 
     def __init__(self, place: Storage, identity: str, ranks: Ranks) -> None:
-        """Verify the checkpoints in `place`; those with another identity than `identity` do not count."""
+        """Prepare the verification of the checkpoints in `place`.
+
+        Args:
+            identity: digest of the configuration. A checkpoint with another digest is treated as damaged.
+        """
         self._place, self._identity, self._ranks = place, identity, ranks
         self._verdicts: dict[int, dict[str, Any] | ArtifactError] = {}
 
     def newest(self) -> dict[str, Any] | None:
-        """Return the manifest of the newest intact checkpoint; newer, damaged ones are moved to `damaged/`.
+        """Return the manifest of the newest intact checkpoint; None if there is no intact checkpoint.
+
+        Damaged checkpoints that are newer are moved to `damaged/`.
 
         Raises:
-            InfrastructureError: on every rank, if one of them cannot read a file that rank 0 has read. No checkpoint is
-                moved then.
+            InfrastructureError: some rank cannot read a file that rank 0 can read. All ranks raise this error, and
+                the checkpoint is not moved.
         """
         for step in self._ranks.first_does(lambda: committed_steps(self._place)[::-1]):
             verdict = self._verdict(step)
@@ -38,11 +47,13 @@ class Soundness:
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """Return a checkpoint's manifest after verifying its files and those of the best checkpoint that it refers to.
+        """Verify a step's checkpoint, and the best checkpoint that its manifest names; return the manifest.
+
+        All ranks raise the same error.
 
         Raises:
-            ArtifactError: on every rank, if the checkpoint is damaged or belongs to another configuration.
-            InfrastructureError: on every rank, if one of them cannot read a file that rank 0 has read.
+            ArtifactError: one of the two checkpoints is damaged or belongs to another configuration.
+            InfrastructureError: some rank cannot read a file that rank 0 can read.
         """
         verdict = self._verdict(step)
         if isinstance(verdict, ArtifactError):
@@ -80,17 +91,22 @@ class Soundness:
 
     def _set_aside(self, step: int, error: ArtifactError) -> None:
         what, where = error.what, error.where
-        logger.warning("checkpoint %s is damaged (%s): it is moved to damaged/, the previous one is used", where, what)
+        logger.warning("checkpoint %s is damaged (%s): it is moved to damaged/; the previous one is used", where, what)
         set_aside(self._place, step_name(step), what)
 
 
 def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | None]) -> str | None:
-    """Return the fault of a suspect file that rank 0 confirms; runs on rank 0.
+    """Check again, on rank 0, the files that some rank found damaged.
 
-    Without this check, one node with a bad mount would cause every checkpoint to be rejected.
+    Return what is wrong with a file; None if no rank found a damaged file. Without this second check, one node with a
+    bad mount would cause every checkpoint to be rejected.
+
+    Args:
+        files: digest of each file, by name.
+        suspects: for each rank, the name of the first file that it found damaged, or None.
 
     Raises:
-        InfrastructureError: rank 0 finds nothing wrong with the files that other ranks suspect.
+        InfrastructureError: rank 0 finds nothing wrong with these files.
     """
     rank_of = {name: rank for rank, name in enumerate(suspects) if name is not None}
     for name in rank_of:
@@ -109,7 +125,7 @@ def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | N
 def _is_suspect(directory: Storage, name: str, known: str) -> bool:
     try:
         return _fault(directory, name, known) is not None
-    except InfrastructureError:  # if rank 0 has the same problem, it raises when it confirms
+    except InfrastructureError:  # if rank 0 has the same problem, it raises this error when it checks the file again
         return True
 
 

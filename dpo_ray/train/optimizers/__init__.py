@@ -1,1 +1,1 @@
-"""The optimizers, and their state, which is carried from round to round."""
+"""The optimizers, and how their state is passed from the training of one round to the next."""

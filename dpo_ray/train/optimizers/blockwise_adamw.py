@@ -1,7 +1,7 @@
-"""AdamW with 8-bit state, or with state that is paged between GPU and CPU: bitsandbytes' kernels on each rank's shards.
+"""AdamW with 8-bit state, or with state that is paged between GPU and CPU, by the kernels of bitsandbytes.
 
-The optimizers of bitsandbytes support plain tensors only. Here its kernels get the shards, and the state is sharded as
-the weights are. So checkpoints are sharded too, and can be loaded with any number of ranks.
+The optimizers of bitsandbytes support plain tensors only. Here its kernels are called for each rank's shards, and the
+state is sharded like the weights. So checkpoints are sharded too, and can be loaded with any number of ranks.
 Source: Dettmers et al. 2021 (2110.02861); https://huggingface.co/docs/bitsandbytes/reference/functional
 """
 
@@ -25,10 +25,11 @@ FEWEST_PAGED_VALUES = 100_000  # in a shard whose state is paged
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):
-    """AdamW with 8-bit state (`bits`), or paged state, or both.
+    """AdamW with 8-bit state (`bits=8`), with paged state (`paged`), or with state that is both.
 
-    Only matrices whose rows consist of whole blocks have 8-bit state: so the result does not depend on where they are
-    cut into shards, and thus not on the number of ranks. All others have 32-bit state. On a CPU nothing is paged.
+    A parameter has 8-bit state only if it is a large matrix whose rows can be divided into full blocks of BLOCK values.
+    Then no block crosses the border of two shards, so the result does not depend on the number of ranks. All other
+    parameters have 32-bit state. On a CPU nothing is paged.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, *, bits: int, paged: bool) -> None:
@@ -97,7 +98,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         )
 
     def _maps_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the quantization maps of the first moment (signed) and of the second (unsigned)."""
+        """Return two quantization maps: a signed one for the first moment, an unsigned one for the second moment."""
         if device not in self._maps:
             signed, unsigned = (self._kernels.create_dynamic_map(signed=s).to(device) for s in (True, False))
             self._maps[device] = signed, unsigned
@@ -105,7 +106,10 @@ class BlockwiseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy the values into the existing state: torch's own method would convert bytes and replace paged memory."""
+        """Copy the loaded values into the existing state.
+
+        torch's own method is not used: it would convert the 8-bit values, and replace paged memory by ordinary memory.
+        """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, name in zip(group["params"], saved["params"], strict=True):  # an index; in checkpoints a name
                 for what, value in state_dict["state"].get(name, {}).items():
@@ -115,9 +119,10 @@ class BlockwiseAdamW(torch.optim.Optimizer):
 
 
 def _sharded_as(p: Tensor, local: Tensor, shape: torch.Size) -> Tensor:
-    """Build the DTensor of `shape`, sharded by rows as `p` is, whose local shard is `local`.
+    """Build a DTensor of the full shape `shape` from this rank's shard `local`. It is sharded like `p`.
 
-    `DTensor.from_local` is not used because it would move offloaded shards from the CPU to the GPU.
+    If `p` is a plain tensor, `local` is returned unchanged. `DTensor.from_local` is not used because it would move
+    offloaded shards from the CPU to the GPU.
     """
     if not isinstance(p, DTensor):
         return local

@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule."""
+"""Construction of the optimizer, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gathered_adafactor import GatheredAdafactor
 
 
 def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build the optimizer of all trainable parameters; matrices have weight decay, vectors (norms, biases) do not.
+    """Build the optimizer of all trainable parameters. Matrices have weight decay; vectors (norms, biases) do not.
 
     RMSprop is the optimizer of the DPO paper (2305.18290, appendix B).
     """
@@ -38,12 +38,13 @@ def build_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.O
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Compute what the learning rate is multiplied by at the 0-based `step`: linear warm-up, then decay.
+    """Compute the factor of the learning rate at a step (the first step is 0): linear warm-up, then decay.
 
-    The multiplier is never 0, so that every step updates the weights: a warm-up of w steps starts at 1 / (w + 1), while
-    the first step of transformers' schedules has rate 0
-    (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules). As there, cosine, linear and wsd end
-    just above 0, and inverse_sqrt decays as 1 / sqrt(step / warm-up steps), with 10,000 if there is no warm-up.
+    The factor is never 0, so that every step updates the weights. A warm-up of w steps starts at 1 / (w + 1), whereas
+    the schedules of transformers start at 0
+    (https://huggingface.co/docs/transformers/main_classes/optimizer_schedules). As in transformers, cosine, linear and
+    wsd (warm-up, stable, decay) end just above 0, and inverse_sqrt decays as 1 / sqrt(step / warm-up steps). Without a
+    warm-up, inverse_sqrt decays as 1 / sqrt(1 + step / 10,000).
     """
     warmup_steps = (
         config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_fraction * total_steps)
@@ -67,7 +68,7 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Set the learning rate of `step` and return it. It depends on the step alone, so checkpoints need not store it."""
+    """Set the learning rate of `step` and return it. It depends only on the step, so checkpoints do not store it."""
     rate = config.learning_rate * learning_rate_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate

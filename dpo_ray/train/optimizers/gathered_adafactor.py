@@ -1,8 +1,8 @@
 """Adafactor for sharded weights: torch's implementation, applied to one full parameter at a time.
 
-Its means over rows and columns need the full matrix, and torch's implementation supports plain tensors only. Each
-parameter is gathered for its update, so a rank needs memory for three copies of the largest one. The state of a matrix
-is one row and one column, the same on all ranks.
+Adafactor takes means over the rows and columns of a full matrix, and torch's implementation supports plain tensors
+only. So each parameter is gathered for its update, and a rank needs memory for three copies of the largest parameter.
+The state of a matrix is one row and one column, the same on all ranks.
 Source: Shazeer & Stern 2018 (1804.04235); https://docs.pytorch.org/docs/2.13/generated/torch.optim.Adafactor.html
 """
 
@@ -19,14 +19,14 @@ from dpo_ray.train.dtensor import gathered
 
 
 class GatheredAdafactor(torch.optim.Optimizer):
-    """Adafactor with relative steps: the size of an update is the learning rate times the size of the parameter."""
+    """Adafactor with relative steps: the size of an update is the learning rate times the size of the weights."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         super().__init__(groups, {"lr": config.learning_rate})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update all parameters that have a gradient. Collective."""
+        """Update all parameters that have a gradient. Collective: all ranks must call this."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -42,7 +42,7 @@ class GatheredAdafactor(torch.optim.Optimizer):
 
 
 def _take(p: Tensor, whole: Tensor) -> None:
-    """Copy this rank's shard of `whole`, which is the same on all ranks, into the parameter."""
+    """Copy this rank's shard of the full tensor `whole` into the parameter `p`. `whole` is the same on all ranks."""
     if isinstance(p, DTensor):
         part = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # None: without communication
         p.to_local().copy_(part.to_local())

@@ -1,4 +1,4 @@
-"""The optimizer state in full (unsharded): one training passes it to the next, which may have other ranks."""
+"""The full (unsharded) optimizer state. One training passes it to the next, whose number of ranks may differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ SEPARATOR = "//"  # does not occur in parameter names
 
 
 def gather_moments(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Gather the state of every parameter, as `PARAMETER//STATE`, on rank 0; others get an empty dict. Collective."""
+    """Gather the optimizer state of all parameters on rank 0, with keys `PARAMETER//STATE`. Other ranks return {}.
+
+    Collective: all ranks must call this.
+    """
     state: Any = get_optimizer_state_dict(policy, optimizer, options=GATHERED).get("state", {})
     return {
         f"{name}{SEPARATOR}{kind}": torch.as_tensor(value).contiguous()
@@ -28,10 +31,12 @@ def gather_moments(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def scatter_moments(policy: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Load the result of `gather_moments` into an optimizer that has not stepped yet. Collective.
+    """Load the result of `gather_moments` into an optimizer that has not made a step yet.
+
+    Collective: all ranks must call this.
 
     Args:
-        moments: read on rank 0 only.
+        moments: the state on rank 0, which sends it to all ranks; other ranks pass {}.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for name, value in moments.items():

@@ -83,7 +83,7 @@ def test_the_weighted_mean_of_ranks_and_who_abstains() -> None:
         {"one": Verdict((None, 1.0), reason="slow"), "two": Verdict((None, None))}, {"one": 1.0, "two": 1.0}
     )
     assert silent.scores == (None, None)
-    assert silent.reason == "one: slow; two: has nothing to rank"
+    assert silent.reason == "one: slow; two: fewer than two scores"
 
 
 def lengths(prompts: Sequence[str], completions: Sequence[str]) -> Iterator[float]:

@@ -99,7 +99,7 @@ def test_a_question_whose_every_pair_contradicts_abstains(tmp_path: Path) -> Non
         (verdict,), _ = asked(tmp_path, config(endpoint), [ABC])
         assert verdict.scores == (None, None, None)
         assert verdict.agreement == 0
-        assert "3 of 3 pairs contradict" in verdict.reason
+        assert "3 of 3 pairs have contradicting answers" in verdict.reason
 
 
 def test_a_preference_against_a_tie_is_a_contradiction(tmp_path: Path) -> None:

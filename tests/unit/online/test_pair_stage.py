@@ -150,7 +150,7 @@ def test_a_length_penalty_turns_the_order_of_scores_too(tmp_path: Path) -> None:
 
 
 def test_too_few_pairs_stop_the_round_with_the_reasons(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"18 pairs, and online.pairing.min_pairs is 19") as error:
+    with pytest.raises(DataError, match=r"18 pairs, fewer than online.pairing.min_pairs=19") as error:
         World(tmp_path).pair(online(pairing={"min_pairs": 19}))
     assert "(1 prompts)" in str(error.value)
 

@@ -1,1 +1,1 @@
-"""Unit tests of a completion's code: what runs them, and the programs of the two processes in which they run."""
+"""Unit tests of code that a completion contains. They run in two processes; this folder has the programs of both."""

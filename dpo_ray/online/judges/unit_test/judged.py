@@ -1,7 +1,9 @@
-"""The program that runs a completion's code, and calls of it that the tests make. It is told nothing of their result.
+"""The program of the process that runs a completion's code. The tests run in another process (`tester.py`).
 
-It confines itself before it reads the code: a user namespace, with no network, no process of anybody else in sight, and
-no way to more rights. Arguments: file descriptor, CPU seconds, bytes of memory, whether it must be confined.
+This process executes the calls that the tests request, and never learns the result of the tests. Before it reads the
+code, it confines itself to new namespaces: without a network, without a view of other processes, and without a way to
+get more rights.
+Arguments of the program: file descriptor, CPU seconds, bytes of memory, whether it must be confined.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def confine() -> bool:
-    """Enter namespaces of our own, and return in a process that is the first in them; False where that is refused."""
+    """Enter new namespaces, and return True in a new process, which is the first one in them.
+
+    Return False if the machine refuses this.
+    """
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID):
@@ -35,13 +40,14 @@ def confine() -> bool:
     except OSError:
         return False
     child = os.fork()
-    if child:  # with the first process of a namespace, all others in it are killed
+    if child:  # when the first process of a namespace ends, the kernel kills all other processes in it
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None):
         return False
-    # The old /proc would show all processes of this user, with their environment. Some containers allow no new one.
+    # The old /proc would show all processes of this user, with their environment. If no new /proc is allowed (in some
+    # containers), an empty directory hides the old one.
     return not (
         libc.mount(b"proc", b"/proc", b"proc", 0, None)
         and libc.mount(b"none", b"/proc", b"tmpfs", 0, b"size=0,mode=555")
@@ -49,7 +55,10 @@ def confine() -> bool:
 
 
 class Served:
-    """The names that a completion defines, served to its tests: an answer is plain data, a `ref` (an object's number) or an error."""
+    """Serves the objects of the completion's code to the tests in the other process.
+
+    A reply is plain data, a `ref` (the number of an object that stays in this process), or an error.
+    """
 
     def __init__(self, channel: Any) -> None:
         self._channel, self._objects = channel, []
@@ -70,7 +79,7 @@ class Served:
         return lambda *arguments, **named: self._call_back(number, arguments, named)
 
     def _call_back(self, number: int, arguments: Any, named: Any) -> Any:
-        """Ask the tests' process to call a function that it passed as an argument."""
+        """Ask the process of the tests to call a function that it passed to us as an argument; return the result."""
         self._channel.send({"callback": number, "arguments": self.describe(arguments), "named": self.describe(named)})
         return self._read(self.serve_until_reply())
 

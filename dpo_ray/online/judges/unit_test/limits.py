@@ -1,4 +1,4 @@
-"""Limits that a process sets for itself before it runs code of others. This file is a part of both programs."""
+"""Limits that a process sets for itself before it runs foreign code. Both programs of this folder contain this file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 
 def limit_resources(cpu_seconds: int, size_bytes: int) -> None:
-    """Limit this process's CPU time, its address space and each file that it writes; it writes no core dump."""
+    """Limit this process's CPU time, its address space, and the size of each file that it writes. Forbid core dumps."""
     for limit, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, size_bytes),

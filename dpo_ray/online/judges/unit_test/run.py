@@ -1,8 +1,8 @@
-"""Unit tests of a completion's Python code, in two processes with limits: one runs the code, the other runs the tests.
+"""Runs unit tests of a completion's Python code in two processes: one runs the code, the other runs the tests.
 
-The verdict comes from the second, into which the code cannot reach. The first confines itself to namespaces of its own:
-no network, no sight of other processes, and it takes everything with it that it has started. It can still read what this
-user can read, and write where this user can write.
+Both have limits of time and memory. The verdict comes from the process of the tests, which the code cannot reach. The
+process of the code confines itself to new namespaces: it has no network and does not see other processes, and when it
+ends, all processes that it has started end too. But it can still read and write the same files as this user.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ _CONFINED = "import sys\nsys.exit(0 if confine() else 3)\n"
 
 
 def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int, *, confined: bool = True) -> bool:
-    """Return whether the tests, which use the names that the code defines, end without an exception.
+    """Run tests of some code, and return whether they end without an exception.
 
     Args:
-        timeout_seconds: limit of both processes together, in wall-clock time and, rounded up, each in CPU time.
-        memory_mib: limit of the address space of each, and of each file that it writes.
-        confined: run nothing where the code's process cannot be confined.
+        code: the completion's code.
+        tests: the code of the tests, which use the names that `code` defines.
+        timeout_seconds: limit of the wall-clock time of the tests. Rounded up, it also limits each process's CPU time.
+        memory_mib: limit of the address space of each process, and of the size of each file that it writes.
+        confined: True: if the process of the code cannot be confined, run nothing and return False.
     """
     token = secrets.token_hex(16).encode()
     limits = [str(int(timeout_seconds) + 1), str(memory_mib << 20)]
@@ -72,7 +74,7 @@ def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int, *, co
 
 @functools.cache
 def can_confine() -> bool:
-    """Return whether this machine lets a process of this user enter namespaces of its own."""
+    """Return whether a process of this user can enter new namespaces on this machine."""
     program = _text(*_SHARED, "judged.py").replace('if __name__ == "__main__":\n    main()\n', "") + _CONFINED
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-I", "-c", program], capture_output=True, timeout=60, start_new_session=True
@@ -95,7 +97,7 @@ def _started(program: str, arguments: Sequence[str], directory: Path, *descripto
 
 @functools.cache
 def _text(*names: str) -> str:
-    """Return the programs' text, one after the other, as one program that imports nothing of ours."""
+    """Join the text of some files of this folder to one program, without the imports of dpo_ray."""
     lines = [line for name in names for line in (_HERE / name).read_text(encoding="utf-8").splitlines()]
     own = [line for line in lines if not line.startswith(("from __future__ import", "from dpo_ray."))]
     return "\n".join(["from __future__ import annotations", *own, ""])
@@ -103,7 +105,7 @@ def _text(*names: str) -> str:
 
 def _wait(process: subprocess.Popen[bytes], timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
-    # The process is reaped last: until then no other process can get its id, which is also the group's.
+    # The process is reaped last (in `_kill`). Until then no other process can get its id, which its group has too.
     while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if time.monotonic() > deadline:
             break
@@ -111,7 +113,7 @@ def _wait(process: subprocess.Popen[bytes], timeout_seconds: float) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process, and what it left in its process group."""
+    """Kill a process, and all processes that are left in its process group."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -1,9 +1,10 @@
-"""The program that runs the tests of a completion. The completion's own code runs elsewhere, and is called from here.
+"""The program of the process that runs the tests. The completion's code runs in another process (`judged.py`).
 
-What comes back is plain data, or stands for an object over there, which is equal to nothing but itself: no object of the
-completion's can claim to be the expected result. Arguments: file descriptor of the completion's process, and of the pipe
-for the verdict, CPU seconds, bytes of memory. The token of the verdict and, from the next line on, the
-tests are read from standard input.
+The tests call that code through messages. A result is either plain data, or a `Remote`, which stands for an object in
+the other process and is equal only to itself. So no object of the completion can pretend to equal the expected result.
+Arguments of the program: file descriptor of the connection to the other process, file descriptor of the pipe for the
+verdict, CPU seconds, bytes of memory. Standard input: in the first line a secret token, which the program writes to the
+pipe if all tests pass; then the code of the tests.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PR_SET_DUMPABLE = 4
 
 
 class Remote:
-    """An object of the completion's."""
+    """Stands for an object in the completion's process. Each operation on it is sent to that process."""
 
     __slots__ = ("_calls", "_number")
 
@@ -78,13 +79,13 @@ class Remote:
 
 
 class Calls:
-    """Requests to the completion's process."""
+    """Sends requests to the completion's process, and reads the replies."""
 
     def __init__(self, channel: Any) -> None:
         self._channel, self._functions = channel, []
 
     def names(self) -> dict[str, Any]:
-        """Return what the completion defines, once it has run."""
+        """Wait until the completion's code has run; return the names that it defines, with their values."""
         return {name: self._read(value) for name, value in self._channel.receive()["names"].items()}
 
     def ask(self, operation: str, *arguments: Any) -> Any:
@@ -125,7 +126,10 @@ class Calls:
 
 
 def _exception(names: list[str], text: str) -> Exception:
-    """Return the nearest exception that Python itself has."""
+    """Build an exception from the class names of an exception in the other process, the most specific name first.
+
+    The first name that is a built-in exception is used; if there is none, RuntimeError.
+    """
     for name in names:
         kind = getattr(builtins, str(name), None)
         if isinstance(kind, type) and issubclass(kind, Exception):
@@ -142,7 +146,7 @@ def _change_in_place(before: Any, after: Any) -> None:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may look into this process
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no process of the same user may read this process's memory
     descriptor, verdict, seconds, size = map(int, sys.argv[1:5])
     token, _, text = sys.stdin.buffer.read().partition(b"\n")  # not from files, which the completion could change
     limit_resources(seconds, size)

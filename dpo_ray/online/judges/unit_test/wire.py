@@ -1,7 +1,8 @@
-"""What the process that runs a completion and the one that runs its tests send each other: plain data, and references.
+"""Messages between the process that runs a completion's code and the process that runs its tests.
 
-This file is a part of both programs, so it imports nothing of dpo_ray. Data is JSON, which cannot make the reader run
-anything; an object that is not plain data stays where it is, and the other process gets a number for it.
+Both programs contain this file, so it imports nothing of dpo_ray. Messages are JSON, which cannot make the reader run
+code. Plain data is None, booleans, numbers, texts, bytes, and lists, tuples, sets and dicts of them. Any other object
+stays in its process, and the other process gets a number that refers to it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ sys.set_int_max_str_digits(0)
 
 
 def encode(value: Any, refer: Callable[[Any], dict[str, Any]]) -> Any:
-    """Encode a value; `refer` encodes what is not plain data. Subclasses of plain types are sent as plain ones."""
+    """Encode a value as JSON data. An object of a subclass of a plain type is sent as the plain type.
+
+    Args:
+        refer: encodes an object that is not plain data, as a reference to it.
+    """
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -39,7 +44,11 @@ def encode(value: Any, refer: Callable[[Any], dict[str, Any]]) -> Any:
 
 
 def decode(data: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
-    """Decode a value; `resolve` finds what a reference stands for."""
+    """Decode the result of `encode`.
+
+    Args:
+        resolve: returns the object for a reference.
+    """
     if not isinstance(data, dict):
         return data
     ((name, inner),) = data.items()
@@ -62,7 +71,7 @@ def decode(data: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 class Channel:
-    """Messages over a socket, one on a line."""
+    """Sends and receives messages over a socket, one message per line."""
 
     def __init__(self, connection: Any) -> None:
         self._file = connection.makefile("rwb")

@@ -79,5 +79,5 @@ def test_plans_that_rank_0_never_saw_are_an_error() -> None:
     """As if it alone had been started again: DCP would leave the other ranks' tensors out, and say nothing."""
     planner = SharedPlanner("nobody")
     planner.set_up_planner({}, is_coordinator=True)
-    with pytest.raises(RuntimeError, match="rank 0 has not seen"):
+    with pytest.raises(RuntimeError, match="rank 0 has no such plans"):
         planner.create_global_plan([SavePlan([]), SavePlan([], usable=False)])
