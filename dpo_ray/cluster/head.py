@@ -1,4 +1,7 @@
-"""The watch over Ray's head: without it, Ray's own code ends the driver after a minute, with code 1 and without a word."""
+"""The watch over Ray's head node, which ends a run with an error if the head is lost.
+
+Without it, Ray's own code ends the driver after a minute with exit code 1 and no message.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ LAST_WORDS_SECONDS = 15.0  # for the driver's main thread to end by itself, once
 
 @contextmanager
 def watched_head(address: str) -> Iterator[None]:
-    """End what runs in the `with` block if Ray's head does not answer any more.
+    """Interrupt the code in the `with` block if Ray's head no longer answers.
+
+    If the main thread does not react, because it waits in Ray's own code, print the error and end the process.
 
     Raises:
-        HeadLostError: it did not answer for so long that Ray is about to end this process.
+        HeadLostError: the head did not answer for so long that Ray would soon end this process.
     """
     place = ray.get_runtime_context().gcs_address
     patience_seconds = LOCAL_PATIENCE_SECONDS if address == "local" else CLUSTER_PATIENCE_SECONDS
