@@ -1,4 +1,7 @@
-"""The rules of the KubeRay operator beyond its schemas: those of release 1.7 with the default feature gates."""
+"""Checks of manifests by the rules of the KubeRay operator that its schemas cannot express.
+
+The rules are those of release 1.7 with the default feature gates.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
 def violations(manifest: Json) -> list[Violation]:
-    """List what is wrong with a manifest: first by its schema and, if that finds nothing, by the operator's rules."""
+    """List what is wrong with a manifest. The operator's rules are checked only if its schema finds nothing wrong."""
     wrong = schema_violations(manifest)
     if not wrong and not manifest["metadata"].keys() & {"name", "generateName"}:
         wrong = [Violation("metadata.name", "is required, but missing")]
@@ -318,6 +321,6 @@ def _is_token_of_kubernetes(spec: Json) -> bool:
 
 
 def _version(spec: Json) -> tuple[int, ...]:
-    """Return rayVersion as numbers; an invalid one counts as older than all others."""
+    """Return the first two numbers of rayVersion. A missing or invalid version is (0, 0), older than every other."""
     match = re.match(r"v?(\d+)\.(\d+)", spec.get("rayVersion") or "")
     return (int(match[1]), int(match[2])) if match else (0, 0)
