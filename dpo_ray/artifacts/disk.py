@@ -84,7 +84,7 @@ class Disk:
             file.write(data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist yet. Of several callers exactly one succeeds; the others get FileExistsError."""
+        """Write a file that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError."""
         if os.path.lexists(self.path(name)):  # only saves work; the exclusive link below decides
             raise FileExistsError(f"{self.path(name)} exists")
         with self._new_file(name, _link_exclusively) as file:

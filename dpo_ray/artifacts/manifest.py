@@ -38,7 +38,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The description of one committed artifact: its files, the inputs it was made from, and the attempt that made it."""
+    """The description of one committed artifact: its files, its inputs, and the run and the attempt that made it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -71,7 +71,7 @@ class ObjectStore:
             self._call("pipe_file", self._path(name), data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write an object that must not exist yet. Of several callers exactly one succeeds; others get FileExistsError.
+        """Write an object that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError.
 
         If the response to a request is lost, the client may send the request again, and the store refuses it because
         the first request succeeded. So a caller that gets FileExistsError must compare the object with its own data.

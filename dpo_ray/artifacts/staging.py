@@ -195,7 +195,7 @@ class Staging:
 
 
 def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
-    """Open a staging directory that no other attempt uses."""
+    """Begin a new attempt to make an artifact, with a staging directory that no other attempt uses."""
     name, attempt = artifact_name(stage, key), f"{int(time.time()):x}-{secrets.token_hex(6)}"
     place = (STAGING_NAME, checked_run(run), f"{name}.{attempt}") if root.is_local else (name, attempt)
     storage = root.child(*place)
@@ -205,7 +205,7 @@ def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
 
 
 def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str) -> None:
-    """Delete an attempt's marker, and its files unless they are committed."""
+    """Delete the files of an attempt to make an artifact, unless they are committed, and its marker file."""
     name = artifact_name(stage, key)
     root.delete(marker_name(stage, key, run, attempt))
     if root.is_local:
@@ -217,7 +217,7 @@ def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str)
 
 
 def marker_name(stage: str, key: str, run: str, attempt: str) -> str:
-    """Return the name of the file that records which process began an attempt."""
+    """Return the name of an attempt's marker file, which records the process that began the attempt."""
     return f"{STAGING_NAME}/{checked_run(run)}/{artifact_name(stage, key)}.{attempt}.json"
 
 

@@ -127,7 +127,7 @@ class Storage:
         return FileEntry(name=name, path=name, bytes=count, sha256=sha256, rows=rows)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist yet. Of several callers exactly one succeeds; others get FileExistsError.
+        """Write a file that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError.
 
         An object store may refuse a repeated request because the first request succeeded, although its response was
         lost. A caller that needs certainty puts something unique into the data and, after FileExistsError, reads the file.

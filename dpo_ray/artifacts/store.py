@@ -28,7 +28,7 @@ _ATTEMPT = re.compile(r"(?P<stage>[a-z][a-z0-9_-]*)-(?P<key>[A-Za-z0-9_]+)\.(?P<
 
 
 class ArtifactStore:
-    """The artifacts below one directory, shared by all runs that use it."""
+    """The artifacts below one directory. All runs that use this directory share them."""
 
     def __init__(self, root: Storage) -> None:
         self.root = root
@@ -75,7 +75,7 @@ class ArtifactStore:
                 yield directory, None
 
     def latest(self, stage: str, run: str) -> Manifest | None:
-        """Return the newest manifest that this run committed for a stage; it explains why that result is outdated now."""
+        """Return the newest manifest that this run committed for a stage, to explain why the stage is outdated now."""
         ours = (manifest for manifest in self.manifests(stage) if manifest.run == run)
         return max(ours, key=lambda manifest: manifest.created_unix_seconds, default=None)
 
