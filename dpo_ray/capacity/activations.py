@@ -104,9 +104,9 @@ def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool)
     """Count the bytes that RMS norms save: their input in float32, the normalised input (for the weight's gradient), and
     their result.
 
-    Gemma scales in float32. Two kinds of results are not saved: that of a norm after attention or feed-forward (the
-    third and fourth norm of a block), because it is only added to the residual; and that of a norm of heads, because
-    it is rotated by its position (RoPE).
+    Gemma scales in float32. Two kinds of results are not saved. The result of a norm after attention or feed-forward
+    (the third and fourth norm of a block) is only added to the residual. The result of a norm of heads is rotated by
+    its position (RoPE), and only the rotated result is saved.
     """
     scaled = FLOAT32_BYTES if sizes.gemma_norms else v
     per_value = FLOAT32_BYTES + (scaled if trained else 0)
@@ -114,7 +114,7 @@ def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool)
 
 
 def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -> tuple[int, int]:
-    """Return two numbers of bytes for a block's LoRA adapters: those that autograd saves, and those of their products.
+    """Return how many bytes autograd saves for a block's LoRA adapters, and how many bytes their products have.
 
     Each layer with an adapter saves its low-rank result and, with dropout, a copy of its input and the dropout mask.
     With dropout the layer's own input is not needed. It is counted anyway, so the estimate is slightly too high.

@@ -49,7 +49,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Parts:
-    """The bytes of one rank at one moment of a step, by their purpose."""
+    """The GPU memory of one training rank at one moment of a step, in bytes by purpose."""
 
     weights: float = 0
     optimizer: float = 0

@@ -46,7 +46,7 @@ class Traffic:
 
 
 def group_flops(sizes: ModelSizes, workload: Workload, recipe: Recipe) -> float:
-    """Count the operations to train on one group of mean size. The metric `mfu` counts the same way (`models/work.py`)."""
+    """Count the operations to train on one preference group of mean size, as the metric `mfu` does (`models/work.py`)."""
     from dpo_ray.models.work import ModelShape
 
     weights = Weights.of(sizes, recipe.train)
@@ -59,7 +59,10 @@ def group_flops(sizes: ModelSizes, workload: Workload, recipe: Recipe) -> float:
 
 
 def forward_flops(sizes: ModelSizes, workload: Workload) -> float:
-    """Count the operations to score one group of mean size: the prompt is computed once, and logits for every token."""
+    """Count the operations to compute the log-probs of one preference group of mean size.
+
+    The prompt is computed once for all completions, and logits are computed for every token.
+    """
     seen = workload.prompt_tokens**2 / 2 + workload.completions * workload.completion_tokens * (
         workload.prompt_tokens + workload.completion_tokens / 2
     )
@@ -117,7 +120,7 @@ def training_time(
 
 
 def scoring_time(sizes: ModelSizes, workload: Workload, groups: float, cluster: Cluster, gpus: int) -> StageTime:
-    """Estimate the time to score all groups with the reference model."""
+    """Estimate the time to compute the reference model's log-probs of all preference groups."""
     flops = forward_flops(sizes, workload) * groups
     return StageTime("reference", flops, flops / (gpus * cluster.gpu.bf16_flops * SCORING_EFFICIENCY), "computing")
 

@@ -35,7 +35,7 @@ class Workload:
 
     @property
     def group_tokens(self) -> float:
-        """Return the number of tokens in a group of mean size, in which the prompt counts once."""
+        """Return the number of tokens in a preference group of mean size. Its prompt counts once."""
         return self.prompt_tokens + self.completions * self.completion_tokens
 
     @property
@@ -48,7 +48,7 @@ class Workload:
 
 
 def measured_workload(recipe: Recipe, statistics: Mapping[str, Mapping[str, Any]]) -> Workload:
-    """Compute the workload from the statistics that the stage `prepare` wrote for each source of the training data."""
+    """Compute the amount of data from the statistics that the stage `prepare` wrote for each source of training data."""
     parts = [s for s in statistics.values() if s["groups"]]
     groups, completions = sum(s["groups"] for s in parts), sum(s["completions"] for s in parts)
     prompt = sum(s["prompt"]["sum"] for s in parts) / groups
@@ -61,7 +61,7 @@ def measured_workload(recipe: Recipe, statistics: Mapping[str, Mapping[str, Any]
 
 
 def assumed_workload(recipe: Recipe) -> Workload:
-    """Estimate the workload from the recipe alone; `source` lists the assumptions."""
+    """Estimate the amount of data from the recipe alone. The result's `source` lists the assumptions."""
     rows, parts = 0, []
     for source in recipe.data.train:
         match source:
