@@ -15,7 +15,7 @@ from .options import Json, Overrides, RecipeFile, Tiny, load
 
 
 def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Check a recipe, and those of its files and models that this machine can access. Starts nothing."""
+    """Check a recipe. Also check the files and models in it that this machine can access. Starts nothing."""
     from dpo_ray.run.preflight import preflight
 
     loaded = load(recipe, overrides, tiny=tiny)
