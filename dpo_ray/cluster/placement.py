@@ -106,7 +106,7 @@ def _requests(
 
 
 def _had_gpus(recipe: Recipe) -> bool:
-    """Return whether a previous attempt at this run used GPUs, according to the recipe.yaml that it wrote."""
+    """Return whether this run used GPUs before, according to the recipe.yaml that it wrote then."""
     try:
         before = yaml.safe_load(run_storage(recipe).read_bytes("recipe.yaml"))
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _had_gpus(recipe: Recipe) -> bool:
 
 
 def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:
-    """Return the fewest GPUs with which scoring and training can run at the same time; 0 if they do not have to."""
+    """Return the fewest GPUs with which engines and training can run at the same time; 0 if they do not have to."""
     if recipe.reference.mode != "streaming" or "train" not in stages or "reference" not in stages:
         return 0.0
     return (recipe.train.min_workers or recipe.train.workers) * train_gpus + engine_gpus

@@ -115,7 +115,7 @@ def _attempt(
     workers: int,
     name: str,
 ) -> Any:
-    """Run the workers once, until they end or one of them is lost; return what rank 0 returned, or the loss."""
+    """Run the workers once, until they end or a worker is lost; return what rank 0 returned, or why it was lost."""
     # Imported here because they load torch, which not every importer of this module needs.
     from ray.train.torch import TorchConfig, TorchTrainer
 
