@@ -180,8 +180,8 @@ class KubernetesConfig(StrictModel):
     """Pods that prepare data and run judges without GPUs."""
 
     engines: GroupConfig | None = GroupConfig()
-    """Pods of the engines, which score with the reference model and sample. null: engines run on the pods of
-    `training`."""
+    """Pods of the engines, which compute the reference's log-probs and sample completions. null: engines run on the pods
+    of `training`."""
 
     training: GroupConfig = GroupConfig()
     """Pods that train. Their number is fixed, and they start together."""

@@ -30,7 +30,7 @@ _KINDS = {  # pydantic's type of error -> what is expected, in terms of YAML
 def explain_all(root: type[BaseModel], problems: Iterable[Any]) -> list[str]:
     """Return one line for each wrong field in `ValidationError.errors()`.
 
-    If a field allows several types, pydantic reports one error for each type; only the first of them is explained.
+    If a field allows several types, pydantic reports one error for each type; only the first error is explained.
     """
     lines: dict[str, str] = {}
     for problem in problems:

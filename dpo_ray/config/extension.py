@@ -158,7 +158,7 @@ class JudgeConfig(StrictModel):
         return 0.0
 
     def environment(self) -> set[str]:
-        """Return the names of the environment variables that the judge's processes need, such as that of an API key."""
+        """Return the names of the environment variables that the judge's processes need, such as for an API key."""
         return set()
 
     def urls(self) -> set[str]:

@@ -158,7 +158,7 @@ class Member(StrictModel):
 
 
 class EnsembleJudge(StrictModel):
-    """Several judges. The scores of each judge become ranks among a prompt's completions; their weighted mean counts."""
+    """Several judges. Each judge ranks a prompt's completions by its scores; the weighted mean of the ranks counts."""
 
     type: Literal["ensemble"] = "ensemble"
     members: tuple[Member, ...] = Field(min_length=2)

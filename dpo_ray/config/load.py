@@ -81,7 +81,9 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"not valid YAML: {what}", where=place, fix=fix) from None
     except RecursionError:
         raise ConfigError(
-            "the YAML is nested too deeply", where=where, fix="a recipe is a page of YAML: check that this is not data"
+            "the YAML is nested too deeply",
+            where=where,
+            fix="a recipe is a short file: check that this is not a data file",
         ) from None
     except ValueError as error:  # raised by YAML's constructors: an invalid date, a number of thousands of digits
         raise ConfigError(f"a value cannot be read: {error}", where=where, fix="quote it if it is text") from None
@@ -116,7 +118,7 @@ def _read_text(path: Path, where: str) -> str:
         raise ConfigError(
             f"the file is larger than {MAX_RECIPE_BYTES} bytes",
             where=where,
-            fix="a recipe is a page of YAML: check that this is not data",
+            fix="a recipe is a short file: check that this is not a data file",
         )
     try:
         return path.read_text(encoding="utf-8")

@@ -29,8 +29,8 @@ class ModelConfig(StrictModel):
     adapter."""
 
     dtype: DType = "auto"
-    """Data type in which training and scoring compute. auto: bfloat16 on a GPU, float32 on a CPU. The weights that the
-    optimizer updates are always float32."""
+    """Data type in which policy and reference model compute. auto: bfloat16 on a GPU, float32 on a CPU. The weights that
+    the optimizer updates are always float32."""
 
 
 def is_hub_name(path: str) -> bool:

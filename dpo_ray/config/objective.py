@@ -76,7 +76,7 @@ class NcaPairObjective(ObjectiveConfig):
 
 
 class RobustObjective(ObjectiveConfig):
-    """Robust DPO: unbiased under flipped labels. Chowdhury et al. 2024 (2403.00409), eq. 12."""
+    """Robust DPO: its loss is unbiased even if some labels are flipped. Chowdhury et al. 2024 (2403.00409), eq. 12."""
 
     type: Literal["robust"] = "robust"
     beta: Beta = 0.1
@@ -127,14 +127,14 @@ class AotUnpairedObjective(ObjectiveConfig):
 
 
 class ApoZeroObjective(ObjectiveConfig):
-    """APO-zero: raises the reward of chosen, lowers that of rejected. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
+    """APO-zero: raises the reward of chosen and lowers the other. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
 
     type: Literal["apo_zero"] = "apo_zero"
     beta: Beta = 0.1
 
 
 class ApoDownObjective(ObjectiveConfig):
-    """APO-down: lowers both rewards, that of rejected more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
+    """APO-down: lowers both rewards, the rejected one more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
 
     type: Literal["apo_down"] = "apo_down"
     beta: Beta = 0.1
@@ -175,7 +175,7 @@ class RpoObjective(ObjectiveConfig):
 
 
 class DpopObjective(ObjectiveConfig):
-    """DPO-Positive: penalises a fall of chosen below the reference. Pal et al. 2024 (Smaug, 2402.13228), eq. 3."""
+    """DPO-Positive: a penalty if chosen is less likely than under the reference. Pal et al. 2024 (2402.13228), eq. 3."""
 
     type: Literal["dpop"] = "dpop"
     beta: Beta = 0.1
@@ -355,7 +355,7 @@ def summands(objective: Objective) -> tuple[tuple[float, Single], ...]:
 
 
 def reward_beta(objective: Objective) -> float:
-    """Return the beta that turns log-ratios into the reported rewards: that of the first objective in a sum."""
+    """Return the beta that turns log-ratios into the reported rewards. In a sum, the first objective decides."""
     return summands(objective)[0][1].beta
 
 

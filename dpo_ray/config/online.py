@@ -55,8 +55,8 @@ class RoundPairingConfig(StrictModel):
     """A pair is dropped if one completion is more than this many times as long as the other."""
 
     labels: Literal["hard", "bradley_terry"] = "hard"
-    """hard: the better completion is preferred with probability 1. bradley_terry: with probability sigmoid(better score -
-    worse score), which assumes that scores are log-odds, as those of reward models; only for best_worst and best_random."""
+    """The probability that the better completion of a pair is preferred. hard: 1. bradley_terry: sigmoid(better score -
+    worse score), for scores that are log-odds, as reward models learn them; only for best_worst and best_random."""
 
     min_pairs: int = Field(default=1, gt=0)
     """A round that makes fewer pairs than this stops and reports the reasons."""
@@ -117,7 +117,7 @@ class PromotionConfig(StrictModel):
 
     min_heldout_accuracy: float | None = Field(default=None, ge=0, le=1)
     max_length_growth: float | None = Field(default=None, gt=1)
-    """Largest ratio of the mean completion length, in tokens, to that of the initial policy."""
+    """Largest mean length of completions, in tokens, divided by the mean length for the initial policy."""
 
 
 class StopConfig(StrictModel):
@@ -173,7 +173,7 @@ class OnlineConfig(StrictModel):
         return [member for judge in self.named_judges() for member in members_of(judge)]
 
     def judge_environment(self) -> set[str]:
-        """Return the names of the environment variables that the judges need, such as those of API keys."""
+        """Return the names of the environment variables that the judges need, such as for API keys."""
         return set().union(*(judge.environment() for judge in self.judges()))
 
     def judges_cpus(self, role: JudgeRole) -> float:

@@ -87,7 +87,7 @@ class Recipe(StrictModel):
         if self.train.quantization and uses_reference(self.train.objective) and self.reference.engine != "trainer":
             raise field_error(
                 "reference.engine",
-                "must be trainer: with train.quantization the reference is the quantized model, which engines cannot score",
+                "must be trainer: with train.quantization the reference is the quantized model, with which engines cannot compute",
             )
         if self.online is not None:
             self._check_online(self.online)
@@ -105,7 +105,7 @@ class Recipe(StrictModel):
             )
         if self.reference.engine != "vllm":
             raise field_error(
-                "reference.engine", "rounds need vllm, as the engines that sample also score the reference"
+                "reference.engine", "rounds need vllm: the engines that sample also compute the reference's log-probs"
             )
         if self.reference.mode != "ahead":
             raise field_error(
@@ -113,7 +113,7 @@ class Recipe(StrictModel):
             )
         if self.reference.audit.on_drift == "use_trainer":
             raise field_error(
-                "reference.audit.on_drift", "rounds need the scores of the engines: set it to stop or warn"
+                "reference.audit.on_drift", "rounds need the log-probs of the engines: set it to stop or warn"
             )
         if self.train.quantization is not None:
             raise field_error("train.quantization", "engines cannot sample from the quantized model: leave it out")

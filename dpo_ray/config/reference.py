@@ -13,8 +13,8 @@ class AuditConfig(StrictModel):
     """The audit before step 1: stored reference log-probs are compared with the training workers' own forward pass."""
 
     groups: int = Field(default=64, ge=0)
-    """Preference groups that the training workers score again: the first groups in the random order of training, rounded
-    up to whole steps. 0: no audit."""
+    """Number of preference groups whose log-probs the training workers compute again: the first groups in the random
+    order of training, rounded up to whole steps. 0: no audit."""
 
     max_token_drift: float | None = Field(default=None, gt=0)
     """Largest |difference| between the two log-probs of a token, in nats. Default: 1e-3 in float32, 0.5 in bfloat16."""
@@ -31,8 +31,8 @@ class AuditConfig(StrictModel):
     Needs 16 pairs or more."""
 
     on_drift: Literal["stop", "use_trainer", "warn"] = "stop"
-    """What happens if a limit is exceeded. stop: the run stops before the first update. use_trainer: the trainer scores
-    all groups again, so that both sides agree exactly. warn: the run continues with a warning."""
+    """What happens if a limit is exceeded. stop: the run stops before the first update. use_trainer: the trainer computes
+    all log-probs again, which are then exact. warn: the run continues with a warning."""
 
 
 class ReferenceConfig(StrictModel):
@@ -43,8 +43,8 @@ class ReferenceConfig(StrictModel):
     forward pass and no gradients."""
 
     mode: Literal["ahead", "streaming"] = "ahead"
-    """ahead: all data is scored before training starts. streaming: training starts as soon as the data of its first steps
-    is scored, so engines and training need resources at the same time. The resulting weights are the same."""
+    """ahead: all log-probs are computed before training starts. streaming: training starts as soon as the log-probs of
+    its first steps are known, so engines and training need resources at the same time. The resulting weights are equal."""
 
     replicas: int = Field(default=1, gt=0)
     """Number of engines in the pool. `cluster.roles.reference` sets what each engine requests."""
@@ -64,8 +64,8 @@ class ReferenceConfig(StrictModel):
     """Largest number of tokens in one forward pass of an engine. Default: as many as the memory for their logits allows."""
 
     share_prompt: bool = True
-    """Reuse the KV cache of a prompt for all its completions. If the cache hit extends into a completion, the completion
-    is scored again without the cache."""
+    """Reuse the KV cache of a prompt for all its completions. If a cache hit extends into a completion, its log-probs are
+    computed again without the cache."""
 
     store: str | None = None
     """The directory or URI where all runs store their reference log-probs. Default: OUTPUT/reference-store."""
@@ -81,7 +81,9 @@ class ReferenceConfig(StrictModel):
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise field_error("max_replicas", f"at least replicas={self.replicas} is expected")
         if self.mode == "streaming" and self.engine == "trainer":
-            raise field_error("mode", "the trainer cannot score while it trains; use mode=ahead, or engine=vllm")
+            raise field_error(
+                "mode", "the trainer cannot compute log-probs while it trains: use mode=ahead, or engine=vllm"
+            )
         if self.tensor_parallel > 1 and self.engine == "trainer":
             raise field_error("tensor_parallel", "is only for engine=vllm; the trainer shards over train.workers")
         return self

@@ -17,7 +17,7 @@ NodeLabels = dict[
 
 
 class TrainRole(StrictModel):
-    """What each training worker requests. `train.workers` sets the number of workers."""
+    """The resources that each training worker requests. `train.workers` sets the number of workers."""
 
     cpus: float = Field(default=1, gt=0)
     gpus: float | None = Field(default=None, ge=0)
@@ -32,8 +32,10 @@ class TrainRole(StrictModel):
 
 
 class ReferenceRole(StrictModel):
-    """What each engine requests that scores, and in online rounds samples. `reference.replicas` sets the number of
-    engines."""
+    """The resources that each engine requests. Engines compute reference log-probs and, in online rounds, also sample.
+
+    `reference.replicas` sets the number of engines.
+    """
 
     cpus: float = Field(default=1, gt=0)
     gpus: float | None = Field(default=None, ge=0)
@@ -47,9 +49,9 @@ class ReferenceRole(StrictModel):
 
 
 class SampleRole(StrictModel):
-    """What each engine requests that samples for an evaluation. Default: what an engine of `reference` requests.
+    """The resources that each engine requests when it samples for an evaluation.
 
-    The number of engines and their GPUs are always those of `reference`.
+    The defaults are the values in `reference`. The number of engines and their GPUs are always the same as there.
     """
 
     cpus: float | None = Field(default=None, gt=0)
@@ -58,7 +60,7 @@ class SampleRole(StrictModel):
 
 
 class PrepareRole(StrictModel):
-    """What each task requests that reads, tokenizes, looks up or joins data. No such task uses a GPU."""
+    """The resources that each data task requests: tasks that read, tokenize, look up or join data. None uses a GPU."""
 
     count: int | None = Field(default=None, gt=0)
     """Tokenizing tasks that run at the same time. Default: as many as there are CPUs."""
@@ -72,7 +74,7 @@ class PrepareRole(StrictModel):
 
 
 class JudgeRole(StrictModel):
-    """What each process of a judge requests. Default: what the judge itself declares."""
+    """The resources that each process of a judge requests. The defaults are the values in the judge's own section."""
 
     count: int | None = Field(default=None, gt=0)
     """Number of processes of each judge."""
@@ -87,7 +89,7 @@ class JudgeRole(StrictModel):
 
 
 class RolesConfig(StrictModel):
-    """What one worker of each role requests. Another cluster may need other values for all of them."""
+    """The resources that a worker of each role requests. They do not change the result, only where and how fast it runs."""
 
     prepare: PrepareRole = PrepareRole()
     reference: ReferenceRole = ReferenceRole()

@@ -127,8 +127,8 @@ class TrainConfig(StrictModel):
 
     quantization: Literal["nf4"] | None = None
     """nf4: store each frozen weight in 4 bits (QLoRA, by bitsandbytes), with a full copy on every worker. It needs
-    train.lora. Policy and reference both use these weights, so the trainer scores the reference, and only the adapter
-    is exported."""
+    train.lora. Policy and reference both use these weights, so the trainer must compute the reference's log-probs, and
+    only the adapter is exported."""
 
     layout: Literal["shared", "packed", "padded"] = "shared"
     """shared: compute a prompt once for all its completions. packed: compute the prompt again for each completion,
@@ -155,7 +155,7 @@ class TrainConfig(StrictModel):
     """Evaluate on the held-out data every N steps; null: only at the end."""
 
     best: BestConfig | None = None
-    """Export the weights of the best evaluation; null: export those of the last step."""
+    """Export the weights of the best evaluation; null: export the weights of the last step."""
 
     checkpoint_every_steps: int | None = Field(default=100, gt=0)
     """Write a checkpoint every N steps; null: only at the end."""
