@@ -36,7 +36,7 @@ CONTAINER_SECURITY: Json = {
 
 
 def image(recipe: Recipe) -> str:
-    """Return the container image of every pod: that of the recipe, or the default for GPUs or CPUs."""
+    """Return the container image of every pod: the one in the recipe, or the default image for GPUs or CPUs."""
     kind = "gpu" if any(group.gpus for group in groups(recipe)) else "cpu"
     return recipe.cluster.kubernetes.image or f"dpo-ray:{__version__}-{kind}"
 

@@ -207,7 +207,9 @@ def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Vi
 def _group(group: Json, where: str) -> Iterator[Violation]:
     start = group.get("rayStartParams") or {}
     if not group["template"]["spec"].get("containers"):
-        yield Violation(f"{where}.template.spec.containers", "at least one is expected, the first of which is Ray's")
+        yield Violation(
+            f"{where}.template.spec.containers", "at least one container is expected, and the first must be Ray's"
+        )
     if group.get("resources") and any(start.get(key) for key in SIZES_OF_START):
         yield Violation(f"{where}.resources", "rayStartParams sets resources as well: use one of the two")
     if "labels" in start:

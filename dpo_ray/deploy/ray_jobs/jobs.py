@@ -30,7 +30,7 @@ ENDING_SECONDS = 120.0  # after Ray's own stop
 
 @dataclass(frozen=True)
 class Job:
-    """One submitted job. Times are in seconds since 1970. `exit_code` is the driver's; None if it did not end by itself."""
+    """One submitted job, with times in seconds since 1970. `exit_code` is None if its driver did not end by itself."""
 
     id: str
     status: str

@@ -33,7 +33,7 @@ def connect(address: str) -> JobSubmissionClient:
     A token is sent only to a cluster that requires a token.
 
     Raises:
-        ConfigError: the address is not that of a dashboard.
+        ConfigError: `address` is not the address of a dashboard.
         InfrastructureError: nothing listens at the address, it is not a Ray dashboard, the cluster refuses the token, or
             it runs another version of Ray.
     """
@@ -59,7 +59,7 @@ def dashboard_url(address: str) -> str:
     """Return the complete URL of a dashboard. An address without a scheme, such as `host:8265`, means http.
 
     Raises:
-        ConfigError: the address is not that of a dashboard, but for example that of Ray Client.
+        ConfigError: this is not the address of a dashboard, but for example the address of Ray Client.
     """
     place = address.strip()
     place = (place if "://" in place else f"http://{place}").rstrip("/")

@@ -45,7 +45,7 @@ def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, A
         code: a directory with the user's code to upload, or None.
 
     Raises:
-        ConfigError: the recipe names a path that only this machine sees, or the upload would be too large.
+        ConfigError: the recipe contains a path that only this machine can access, or the upload would be too large.
         LeaseError: the same run is still active on the cluster.
         InfrastructureError: the cluster does not answer, or refuses the job.
     """
@@ -79,7 +79,7 @@ def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, A
 
 
 def next_attempt(name: str, jobs: list[Job]) -> int:
-    """Return the number of a run's next attempt: one more than the highest that the cluster knows, in any state."""
+    """Return the number for the next job of a run: one more than the highest number among its jobs in any state."""
     matches = [re.fullmatch(rf"{re.escape(name)}-(\d+)", job.id) for job in jobs]
     return 1 + max((int(match[1]) for match in matches if match), default=0)
 
