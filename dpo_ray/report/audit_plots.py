@@ -1,6 +1,7 @@
-"""Plots of the audit, which compares stored reference log-probs with those of the trainer.
+"""Plots of the audit, which compares stored reference log-probs with log-probs that the trainer computes.
 
-One plot shows the differences of single tokens, the other the error of a pair's margin over its difference in length.
+One plot shows the differences of single tokens. The other plot shows the error of each pair's margin over the pair's
+difference in length.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ _WHERE_MEASURED = (
 
 
 def curves(train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]]) -> list[Curve]:
-    """List the curves in the report of a run. Some are in every report; the others only if they were measured."""
+    """List the curves in the report of a run. Some curves are in every report; further ones only if they were measured."""
     names = {name for row in (*train, *held_out) for name, value in row.items() if value is not None}
     trained = bool(names & {"loss"})
     always = [

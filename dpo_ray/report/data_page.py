@@ -116,7 +116,7 @@ class DataPage:
     """Everything that the data page shows. All text may come from untrusted data, so it is escaped.
 
     sources, splits: row counts of each source, and of each whole split.
-    measured: statistics of each whole split, followed by those of its sources.
+    measured: statistics of each whole split, followed by the statistics of its sources.
     max_quarantined_fraction, max_length_tokens: the limits in the recipe.
     samples_note: why there are no samples.
     """

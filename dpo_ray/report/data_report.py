@@ -151,7 +151,7 @@ def _example(plan: Plan, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerB
 
 
 def _measured(tokens: Artifact, split: str) -> Iterator[Measured]:
-    """Yield the statistics of a whole split, then those of its largest sources."""
+    """Yield the statistics of a whole split, then the statistics of each of its largest sources."""
     by_source: dict[str, Any] = tokens.manifest.figures["statistics"].get(split, {})
     by_source = {name: s for name, s in by_source.items() if s["groups"]}
     if not by_source:
@@ -173,7 +173,7 @@ def _counted(histogram: Mapping[str, Any]) -> Counted:
 
 
 def _difference(statistics: Mapping[str, Any]) -> Counted:
-    """Build one histogram of chosen minus rejected length, from those of longer chosen and of longer rejected ones.
+    """Build one histogram of chosen minus rejected length, from two histograms of the positive and negative differences.
 
     Pairs of equal length are counted at 0.
     """

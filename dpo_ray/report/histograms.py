@@ -138,7 +138,10 @@ def _draw(
     drawn: Mapping[str, tuple[np.ndarray, float]],
     described: str,
 ) -> str:
-    """Draw the histogram and the mean of each part of the data over the same bins. A part's name sets its colour."""
+    """Draw a histogram and the mean for each part, such as chosen and rejected, over the same bins.
+
+    The name of a part sets its colour.
+    """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axis = figure.subplots()

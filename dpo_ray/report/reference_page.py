@@ -1,6 +1,6 @@
 """The report's section on the reference model: what computed its log-probs and how fast, and how the audit ended.
 
-It also lists the groups that could not be scored.
+It also lists the preference groups whose log-probs could not be computed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ WORDS = {"within": "within", "over": "over", "too few": "too few to tell", "not 
 class Scoring:
     """Counts of the stage `reference`.
 
-    sequences: sequences (prompt with completion) that were scored; found: those whose log-probs were already stored.
-    tokens: scored tokens of prompts and completions; a prompt counts once for each sequence.
+    sequences: sequences (prompt with completion) whose log-probs were computed.
+    found: sequences whose log-probs were already stored.
+    tokens: tokens of the computed sequences; a prompt counts once for each sequence.
     cached_tokens: how many of these tokens were read from the prompt cache.
     tokens_per_second: speed of one engine.
-    rescored: sequences that were scored again without the cache.
+    rescored: sequences that were computed again without the cache.
     """
 
     engine: str  # and its version
@@ -39,7 +40,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class UnscoredRow:
-    """One reason why preference groups could not be scored, with details of some of these groups."""
+    """One reason why the log-probs of some preference groups could not be computed, with details of a few groups."""
 
     reason: str
     meaning: str
@@ -62,7 +63,7 @@ class Check:
 class ReferencePage:
     """Everything that the section on the reference model shows.
 
-    note: why another engine than that of the recipe computed the log-probs; empty if it was that engine.
+    note: why another engine than the recipe's engine computed the log-probs; empty if it was the recipe's engine.
     measured: the audit's counts, `worst_groups`, `drift_histogram` and `pair_errors`; empty if there was no audit.
     audit_note: why there was no audit, or what followed from its result.
     """

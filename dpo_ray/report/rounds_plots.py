@@ -95,7 +95,7 @@ def by_round_plot(
 def stage_colours(*given: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
     """Assign colours to stages, so that a stage has the same colour in every plot.
 
-    If there are too few colours, the stages with the largest amounts get them, those of the first plot before others.
+    If there are too few colours, the stages of the first plot get theirs first, and in each plot the largest stages.
 
     Args:
         given: for each plot, the amounts by round and stage.
