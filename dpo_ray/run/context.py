@@ -101,7 +101,7 @@ class RunContext:
         return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
 
     def scorer_settings(self, extra_tokens: int = 0) -> ScorerSettings:
-        """Return the settings of an engine (or trainer) that scores with the reference model.
+        """Return the settings of an engine (or trainer) that computes log-probs with the reference model.
 
         Args:
             extra_tokens: by how many tokens a sequence may be longer than `data.max_length_tokens`, for sampling.
@@ -120,7 +120,7 @@ class RunContext:
         )
 
     def reference_model(self, extra_tokens: int = 0) -> EngineModel:
-        """Return the reference model in the form that vLLM's engines load, for sampling and scoring."""
+        """Return the reference model in the form that vLLM's engines load, to sample and to compute log-probs."""
         store = self.reference_store
         if (
             store.numerics.engine != "vllm"

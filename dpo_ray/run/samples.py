@@ -1,6 +1,6 @@
 """The comparison of policy and reference when an offline run is evaluated.
 
-Completions are sampled from both models, and both models score every completion.
+Completions are sampled from both models, and both models compute the log-prob of every completion (they score it).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .context import RunContext
 def compare_models(
     run: RunContext, trained: Artifact, prompts: Sequence[Sequence[int]], stop_token_ids: tuple[int, ...], bar: Bar
 ) -> Comparison:
-    """Sample a completion for every prompt from the policy and from the reference; score all of them with both models.
+    """Sample a completion for every prompt from the policy and from the reference; compute its log-prob under both.
 
     One pool of engines does all the work. The engines load the reference, then the policy, then the reference again.
 

@@ -1,6 +1,7 @@
-"""Scoring, scheduling and training at the same time (`reference.mode: streaming`).
+"""The stages `reference`, `schedule` and `train` at the same time (`reference.mode: streaming`).
 
-The artifacts are equal to those of `reference.mode: ahead`, where these stages run one after the other.
+The artifacts are the same as with `reference.mode: ahead`, where these stages run one after the other. To score a
+group means to compute its reference log-probs.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ T = TypeVar("T")
 def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, Artifact, Artifact] | None:
     """Run the stages `reference`, `schedule` and `train` at the same time; return their artifacts.
 
-    Return None if the recipe does not ask for this, or if a group cannot be scored. In the second case the checkpoints
-    of the training so far are deleted.
+    Return None if the recipe does not ask for this, or if a group's log-probs cannot be computed. In the second case the
+    checkpoints of the training so far are deleted.
 
     Raises:
         DpoRayError: scoring or training failed. The other of the two has ended by then.
@@ -62,7 +63,7 @@ def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, A
 
 
 def _is_wanted(run: RunContext) -> bool:
-    """Return whether to score while training: the recipe asks for this, and neither scoring nor training is done."""
+    """Return whether to run the stages at the same time: the recipe asks for it, and `reference`, `train` are not done."""
     reference = run.recipe.reference
     if "reference" not in run.plan.stages or reference.mode != "streaming" or reference.engine != "vllm":
         return False
@@ -70,7 +71,7 @@ def _is_wanted(run: RunContext) -> bool:
 
 
 def _score_and_train(run: RunContext, tokens: Artifact, first_step: int) -> tuple[Artifact, Artifact, Artifact]:
-    """Score and pack groups in the order of the steps, in a thread, and train on the steps that are ready.
+    """Compute log-probs and pack groups in the order of the steps, in a thread; train on the steps that are ready.
 
     Args:
         first_step: the step from which training may resume; training does not wait for earlier steps.
@@ -79,7 +80,7 @@ def _score_and_train(run: RunContext, tokens: Artifact, first_step: int) -> tupl
         The artifacts of the stages `reference`, `schedule` and `train`.
 
     Raises:
-        UnscorableError: a group cannot be scored. The steps then change, so the training so far cannot be used.
+        UnscorableError: a group's log-probs cannot be computed. The steps then change, so the training is of no use.
     """
     orders, staging = order_splits(tokens, run.recipe.train, run.recipe.seed), run.begin("schedule")
     live = LiveSchedule.start(count_rows(orders), staging.storage, start_inbox())
@@ -111,9 +112,9 @@ def _score(
     began: threading.Event,
     stop: threading.Event,
 ) -> tuple[ScoringTally, list[FileEntry]]:
-    """Score all groups and write all files of the schedule; return the counts of scoring, and the files' entries.
+    """Compute the log-probs of all groups and write all files of the schedule; return the counts and the files' entries.
 
-    Set `began` when training may start. `live` learns of each file that is ready.
+    Set `began` when training may start, and announce each file to `live` when it is ready.
     """
     config, train = run.recipe.reference, run.recipe.train
     tally = ScoringTally(sum(order.groups for order in orders))
