@@ -199,7 +199,7 @@ def _metrics(curve: Curve) -> set[str]:
 def _named(names: Iterable[str]) -> list[Curve]:
     """Build the curves with one line for each source of the data, held-out set, or part of the model.
 
-    Their metrics are found by the beginnings and endings of `names`.
+    `names` are the metrics of the run; their beginnings and endings show for which sources, sets and parts they are.
     """
     after = {
         p: sorted(n.removeprefix(p) for n in names if n.startswith(p)) for p in ("rewards/accuracies/", "grad_norm/")

@@ -41,7 +41,7 @@ class RowCounts:
 
     @property
     def unaccounted(self) -> int:
-        """Return rows_in - (admitted + faults + rules + duplicates): 0 if every row is accounted for."""
+        """Return how many rows that were read are in none of the counts; 0 if every row is counted once."""
         return self.rows_in - self.admitted - self.faults - self.rules - self.duplicates
 
 
