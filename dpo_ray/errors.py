@@ -1,10 +1,10 @@
-"""The errors that a user sees. Each states what is wrong, where, and how to fix it, and has its own exit code."""
+"""The errors that a user sees. Each error states what is wrong, where it was found, how to fix it, and an exit code."""
 
 from __future__ import annotations
 
 
 class DpoRayError(Exception):
-    """The base of all errors that a user sees: what is wrong, where it was found, and how to fix it.
+    """The base class of all errors that a user sees: what is wrong, where it was found, and how to fix it.
 
     `exit_code` is what the command line returns; the codes are documented in docs/operations.md.
     """
@@ -34,7 +34,7 @@ class ConfigError(DpoRayError):
 
 
 class DataError(DpoRayError):
-    """The input data cannot be used: no rows admitted, or too many quarantined."""
+    """The input data cannot be used; for example, no row is usable, or too many rows are invalid."""
 
     exit_code = 3
 
@@ -46,7 +46,7 @@ class ArtifactError(DpoRayError):
 
 
 class WriteRefusedError(ArtifactError):
-    """A disk is full or read-only: to try again, without a person's help, would end the same way."""
+    """A disk is full or read-only. Trying again fails in the same way until a person has solved the problem."""
 
 
 class LeaseError(DpoRayError):
@@ -56,13 +56,13 @@ class LeaseError(DpoRayError):
 
 
 class AuditError(DpoRayError):
-    """The reference log-probs differ from the trainer's own beyond the tolerance."""
+    """The stored log-probs of the reference model differ too much from those that the trainer computes itself."""
 
     exit_code = 6
 
 
 class TrainError(DpoRayError):
-    """Training stopped: a non-finite loss or gradient, or the workers failed too often."""
+    """Training stopped because a loss or a gradient was not finite, or because the workers failed too often."""
 
     exit_code = 7
 
@@ -80,17 +80,20 @@ class InfrastructureError(DpoRayError):
 
 
 class RayLostError(InfrastructureError):
-    """Ray's head, or its process on this machine, is lost. Ray's own clean-up would wait for it: end at once instead."""
+    """A process of Ray that the driver needs is lost: the head's, or the raylet of this machine.
+
+    Ray's own clean-up would wait for the lost process, so the driver must end at once.
+    """
 
 
 class JudgeError(DpoRayError):
-    """A judge of online rounds cannot work, or has used up its budget."""
+    """A judge, which scores completions in online rounds, cannot work or has spent its budget."""
 
     exit_code = 10
 
 
 class StoppedError(DpoRayError):
-    """Stopped by SIGTERM; the same command goes on from what was committed."""
+    """Stopped by SIGTERM; the same command continues from the committed work."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -112,5 +115,5 @@ EXIT_CODES = {
             StoppedError,
         )
     },
-    130: "Stopped by Ctrl-C; the same command goes on from what was committed.",
+    130: "Stopped by Ctrl-C; the same command continues from the committed work.",
 }

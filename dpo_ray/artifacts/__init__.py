@@ -1,7 +1,7 @@
-"""The results of stages: content-addressed, committed atomically, and opened only through their manifest.
+"""Artifacts, the results of stages: named by a hash, committed atomically, and opened only through their manifest.
 
-`digest` names things by their content; `storage` is a directory on a disk or in an object store; `manifest` lists
-what an artifact holds; `store` finds and begins artifacts; `lease` allows only one driver at a time to own a run.
+`digest` computes the hashes; `storage` is a directory on a disk or in an object store; `manifest` lists the files of
+an artifact; `store` finds artifacts and begins new ones; `lease` allows only one driver at a time to own a run.
 This package is the only one that renames or fsyncs files.
 """
 

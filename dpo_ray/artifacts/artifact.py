@@ -1,4 +1,4 @@
-"""Committed artifacts: opened only through their manifest, and checked on request against sizes and digests."""
+"""Committed artifacts. Their files are opened through the manifest, and checked against its sizes and digests."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MAX_HASHING_THREADS = 8  # a disk and a processor of a node are busy with these
 
 @dataclass(frozen=True)
 class Artifact:
-    """The committed result of a stage. It is small and can be pickled: workers open the files themselves."""
+    """The committed result of a stage. The object holds no file content, so it can be pickled and sent to workers."""
 
     manifest: Manifest
     storage: Storage  # the artifact's directory
 
     @property
     def key(self) -> str:
-        """Return the hash of everything that determines this artifact: stage, version of the stage, config and inputs."""
+        """Return the hash of what determines this artifact's content: the stage, its version, config and inputs."""
         return self.manifest.key
 
     @property
@@ -46,7 +46,7 @@ class Artifact:
         return self.manifest.rows
 
     def names(self, prefix: str = "") -> list[str]:
-        """List the files whose names begin with a prefix, sorted."""
+        """List the names of the files that begin with a prefix, sorted."""
         return sorted(entry.name for entry in self.manifest.files if entry.name.startswith(prefix))
 
     def entry(self, name: str) -> FileEntry:
@@ -60,9 +60,10 @@ class Artifact:
         return {entry.name: entry for entry in self.manifest.files}
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading after checking its size, and on a disk its digest, once in a process.
+        """Open a file for reading, after checking its size.
 
-        An object store checks its own files against their checksums.
+        For a file on a disk, its digest is checked as well, once in each process. An object store checks its files
+        against checksums itself.
         """
         entry = self.entry(name)
         self._check_size(entry)
@@ -82,11 +83,11 @@ class Artifact:
         return data
 
     def local_dir(self, prefix: str, cache: Path) -> Path:
-        """Return a local directory with the files below a prefix ("" for all), for libraries that need paths.
+        """Return a local directory with the files below a prefix ("" for all files), for libraries that need paths.
 
-        For a local artifact this is its own directory. From an object store the files are copied below `cache`; several
-        workers of a machine may share it, as a file gets its final name after it was checked. Every file is checked
-        against its sha256, on a disk once in a process.
+        For an artifact on a disk, this is the artifact's own directory; each process checks every file once against its
+        sha256. From an object store, the files are copied into a directory below `cache`. Several workers of a machine
+        may share that directory, because a file gets its final name only after its sha256 was checked.
         """
         prefix = prefix.rstrip("/")
         entries = [entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")]
@@ -105,9 +106,10 @@ class Artifact:
         return home / prefix if prefix else home
 
     def verify(self, deep: bool = True) -> None:
-        """Check the manifest, the list of files and their sizes, and with `deep` every sha256.
+        """Check that the manifest is unchanged, that exactly its files exist, and that each has the right size.
 
-        Raises an ArtifactError that names the file and says what to do.
+        With `deep`, compare every file with its sha256 as well. Raises an ArtifactError that names the file and says
+        what to do.
         """
         if read_manifest(self.storage) != self.manifest:
             raise ArtifactError("the manifest has changed since it was opened", where=self.storage.uri, fix=_RERUN)
@@ -153,7 +155,7 @@ class Artifact:
             raise self._damaged(entry, f"has {size} bytes, but the manifest records {entry.bytes}")
 
     def _check_digest(self, entry: FileEntry) -> None:
-        """Compare a file with its sha256, unless this process has done so before."""
+        """Compare a file with the sha256 in the manifest, unless this process has done so before."""
         checked = (self.storage.uri, self.manifest.attempt, entry.path)
         if checked not in _CHECKED:
             if self._sha256(entry) != entry.sha256:
@@ -176,7 +178,10 @@ _RERUN = "delete the artifact's directory; its stage then runs again"
 
 
 def read_manifest(storage: Storage) -> Manifest | None:
-    """Read the manifest in an artifact's directory; None if there is none. Raises ArtifactError if it is damaged."""
+    """Read the manifest in an artifact's directory; return None if there is no manifest.
+
+    Raises ArtifactError if it is damaged.
+    """
     try:
         data = storage.read_bytes(MANIFEST_NAME)
     except FileNotFoundError:
@@ -187,8 +192,8 @@ def read_manifest(storage: Storage) -> Manifest | None:
 def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
     """Return the committed artifact of a stage and key, or None if its stage has to run.
 
-    A damaged manifest on a disk is treated as missing: the next commit moves that directory aside. An object store
-    cannot do that in one step, so there ArtifactError is raised before any work is wasted.
+    A damaged manifest on a disk counts as missing, because the next commit can move the artifact's directory away. An
+    object store cannot move a directory in one step. There, ArtifactError is raised before any work is wasted.
     """
     storage = root.child(artifact_name(stage, key))
     try:
@@ -198,7 +203,7 @@ def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
             raise ArtifactError(what, where=storage.uri, fix=_RERUN)
     except ArtifactError as error:
         if not storage.is_local or not isinstance(error.__cause__, ValueError | RecursionError):
-            raise  # the text is not damaged: it is a newer format, another artifact's manifest or a failing disk
+            raise  # not a damaged text: the format is newer, the manifest is another artifact's, or the disk fails
         logger.warning("the artifact is not used, and its stage runs again: %s", error)
         return None
     return None if manifest is None else Artifact(manifest, storage)

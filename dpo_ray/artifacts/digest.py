@@ -1,4 +1,4 @@
-"""Names by content: canonical JSON, sha256 of values and of files, artifact keys."""
+"""Hashes of content: canonical JSON, the sha256 of values and of files, and the keys of artifacts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ KEY_HEX_CHARACTERS = 20  # 80 bits: enough to rule out an accidental collision a
 
 
 def canonical_json(value: Any) -> bytes:
-    """Write a value as canonical JSON, so that equal values have equal bytes: sorted keys, no spaces, UTF-8.
+    """Write a value as canonical JSON (sorted keys, no spaces, UTF-8), so that equal values give equal bytes.
 
-    Tuples are written as lists. Raises ValueError for NaN and infinities, and TypeError for keys that are not
-    strings (JSON would write 1 and "1" alike) and for values of types that JSON does not have.
+    Tuples are written as lists. Raises ValueError for NaN and infinities. Raises TypeError for types that JSON does not
+    have, and for keys that are not strings, because JSON would write the keys 1 and "1" in the same way.
     """
     _refuse_other_keys(value)
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -22,21 +22,22 @@ def canonical_json(value: Any) -> bytes:
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 of a JSON value's canonical text, 64 hex characters."""
+    """Return the sha256 of a value's canonical JSON, as 64 hex characters."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes, 64 hex characters, without holding the file in memory."""
+    """Return the sha256 of a file's bytes, as 64 hex characters, without holding the whole file in memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def artifact_key(stage: str, stage_version: int, config: dict[str, Any], inputs: dict[str, str]) -> str:
-    """Return the key of a stage's result before it is made: a hash of everything that can change it, 20 hex characters.
+    """Return the key of a stage's result: a hash, as 20 hex characters, of everything that can change the result.
 
-    `config` is the stage's own section; `inputs` maps each role to the key or digest of what the stage reads.
-    The parts are hashed as one JSON object, not as joined strings, so two different sets of parts never share a text.
+    So the key is known before the stage runs. `config` holds the settings of the stage. `inputs` maps the name of each
+    input to the key or digest of the data that the stage reads. All parts are hashed as one JSON object, because joined
+    strings could be equal for different parts.
     """
     parts = {"stage": stage, "stage_version": stage_version, "config": config, "inputs": inputs}
     return digest(parts)[:KEY_HEX_CHARACTERS]

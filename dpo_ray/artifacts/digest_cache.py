@@ -1,4 +1,4 @@
-"""A cache for the sha256 of large files, so that planning a run does not read the model's weights each time."""
+"""A cache for the sha256 of large files, so that planning a run does not read all of the model's weights each time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ SMALL_BYTES = 4 << 20  # files up to this size are read each time, which is chea
 
 
 def cached_file_sha256(path: Path) -> str:
-    """Return a file's sha256, from the cache if a large file has not changed (path, size, times, inode).
+    """Return a file's sha256. For a large file it comes from the cache, unless the file has changed.
 
-    The cache is in $XDG_CACHE_HOME/dpo_ray/sha256 and may be deleted at any time.
+    A file counts as unchanged if its path, size, times and inode are the same. The cache is in
+    $XDG_CACHE_HOME/dpo_ray/sha256 and may be deleted at any time.
     """
     path = path.resolve()
     stat = path.stat()

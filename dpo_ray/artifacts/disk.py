@@ -1,7 +1,7 @@
 """Writes to a local or network disk: after a crash or power cut, a file is complete or absent, never partial.
 
-Every write goes to a temporary file in the same directory, which is fsynced and then gets its name by one
-atomic call; the directory is fsynced too, because a name is part of the directory's data, not of the file's.
+Every write goes to a temporary file in the same directory. This file is fsynced and then gets its final name by one
+atomic call. The directory is fsynced as well, because a file's name is part of the directory's data.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ COPY_CHUNK_BYTES = 8 * 2**20
 
 
 class Disk:
-    """A directory on a disk. Its methods raise OSError; `Storage` converts these to errors that advise the user."""
+    """A directory on a disk. Its methods raise OSError, which `Storage` converts to errors that say what to do."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def path(self, name: str) -> Path:
-        """Return the path of a name, refusing symbolic links below the root: they could lead anywhere."""
+        """Return the path of a file or directory. Refuse symbolic links below the root, because they could lead anywhere."""
         path = self.root
         for part in name.split("/") if name else ():
             path = path / part
@@ -59,7 +59,7 @@ class Disk:
         return open(self.path(name), "rb")
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """List the files below a prefix with their sizes in bytes; a symbolic link counts as a file."""
+        """Return the size in bytes of every file below a directory; a symbolic link counts as a file."""
         sizes: dict[str, int] = {}
         for directory, below, names in os.walk(self.path(prefix), onerror=_raise_unless_absent):
             links = [name for name in below if Path(directory, name).is_symlink()]
@@ -79,19 +79,19 @@ class Disk:
             return []
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file with these bytes, durably."""
+        """Write a file, or replace it, so that the new content survives a crash."""
         with self._new_file(name, _replace) as file:
             file.write(data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist yet: one of many callers succeeds, others get FileExistsError."""
+        """Write a file that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError."""
         if os.path.lexists(self.path(name)):  # only saves work; the exclusive link below decides
             raise FileExistsError(f"{self.path(name)} exists")
         with self._new_file(name, _link_exclusively) as file:
             file.write(data)
 
     def upload(self, name: str, source: Path) -> tuple[int, str]:
-        """Copy a local file to this directory, durably; return its size in bytes and its sha256."""
+        """Copy a local file to this directory so that it survives a crash; return its size in bytes and its sha256."""
         with open(source, "rb") as input_file, self._new_file(name, _replace) as file:
             return copy_and_hash(input_file, file)
 
@@ -102,14 +102,14 @@ class Disk:
         self.path(name).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
-        """Delete a directory and everything in it, if it exists; links in it are removed and not followed."""
+        """Delete a directory and everything in it, if it exists. Links in it are removed, but not followed."""
         path = self.path(prefix)
         while path.exists():
             with contextlib.suppress(FileNotFoundError):  # another process is deleting the same tree
                 shutil.rmtree(path)
 
     def rename_dir(self, source: Path, name: str) -> None:
-        """Rename a directory to its final name and make that durable.
+        """Rename a directory to its final name so that the files and the name survive a crash.
 
         Raises OSError (ENOTEMPTY or EEXIST) if a directory of that name exists and is not empty.
         """
@@ -122,7 +122,7 @@ class Disk:
 
     @contextlib.contextmanager
     def _new_file(self, name: str, publish: Callable[[str, str], None]) -> Iterator[BinaryIO]:
-        """Yield a temporary file; on exit, fsync it and name it with `publish(temporary, final)`."""
+        """Yield a temporary file. On exit, fsync it and call `publish(temporary, final)` with both paths to rename it."""
         final = self.path(name)
         make_dirs(final.parent)
         temporary = str(final.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
@@ -140,7 +140,7 @@ class Disk:
 
 
 def copy_and_hash(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
-    """Copy a stream in chunks; return the number of bytes and their sha256."""
+    """Copy a stream in chunks; return the number of bytes and their sha256 in hex."""
     sha256, count = hashlib.sha256(), 0
     while chunk := source.read(COPY_CHUNK_BYTES):
         sha256.update(chunk)
@@ -150,7 +150,10 @@ def copy_and_hash(source: BinaryIO, target: BinaryIO) -> tuple[int, str]:
 
 
 def make_dirs(path: Path) -> None:
-    """Create a directory and its parents, each durably: a new directory's name is part of its parent's data."""
+    """Create a directory and its parents so that they survive a crash.
+
+    Each parent is fsynced, because the name of a new directory is part of its parent's data.
+    """
     missing = []
     while not path.exists():
         missing.append(path)
@@ -161,7 +164,7 @@ def make_dirs(path: Path) -> None:
 
 
 def sync_dir(path: Path) -> None:
-    """Write the names in a directory durably to disk."""
+    """Fsync a directory, so that the names in it survive a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -170,7 +173,7 @@ def sync_dir(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Write every file and directory below a directory durably to disk, whoever created them."""
+    """Fsync a directory and every file and directory below it, even those that other processes created."""
     for directory, _, names in os.walk(root, topdown=False, onerror=_raise_unless_absent):
         for name in names:
             path = Path(directory, name)

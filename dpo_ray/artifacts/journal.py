@@ -1,4 +1,7 @@
-"""A file to which one writer appends lines: when `append` returns, a line is durable; if it fails, it is absent."""
+"""A journal: a file to which one writer appends lines.
+
+When `append` returns, its lines survive a crash. If `append` fails, none of its lines is in the file.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .disk import make_dirs, sync_dir
 
 
 class Journal:
-    """The writer of a journal. Each line ends with a newline; text that a crash left after the last one is cut off."""
+    """The writer of a journal. Every line ends with a newline; an unfinished last line, left by a crash, is removed."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file. Raises ArtifactError if that fails."""
@@ -27,7 +30,10 @@ class Journal:
             raise self._explained(error) from error
 
     def append(self, lines: Sequence[bytes]) -> None:
-        """Append lines (without newlines in them) durably. Raises ArtifactError; then none of them is in the file."""
+        """Append lines, which must contain no newline, so that they survive a crash.
+
+        Raises ArtifactError if that fails; then none of the lines is in the file.
+        """
         data = b"".join(line + b"\n" for line in lines)
         try:
             os.ftruncate(self._descriptor, self._bytes)  # remove what a failed append may have left

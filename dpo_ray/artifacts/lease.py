@@ -1,8 +1,9 @@
-"""A lease that allows only one driver at a time to write to a run, on disks and object stores alike.
+"""A lease that allows only one driver at a time to write to a run, on disks and in object stores.
 
 Lease files are numbered: lease-000001.json, lease-000002.json, ... The file with the highest number is the lease.
-A driver takes it over by exclusively creating the next number, so exactly one of many contenders wins; the number
-is the fencing token. A thread of the holder rewrites its own file regularly as a heartbeat.
+A driver takes the lease over by creating the file with the next number. Only one driver can create it, so exactly one
+of several drivers wins; the number is the fencing token. A thread of the holder rewrites its file regularly as a
+heartbeat.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _FILE = re.compile(r"lease-(\d{6,})\.json")
 
 
 class Lease:
-    """The right to write to a run. Entering the context takes it or raises LeaseError; leaving releases it.
+    """The right to write to a run, as a context: entering acquires the lease or raises LeaseError; leaving releases it.
 
-    A lease is free when it was released, when its heartbeat is older than its own `ttl_seconds`, or immediately
-    if its holder was a process of this machine that has ended.
+    A lease is free if its holder has released it, if its heartbeat is older than its `ttl_seconds`, or if its holder
+    was a process of this machine and has ended.
     """
 
     def __init__(self, storage: Storage, holder: str = "", ttl_seconds: float = 60.0) -> None:
-        """Prepare a lease kept in `storage`. `holder` names its owner for others (default: user, host, pid)."""
+        """Prepare a lease whose files are in `storage`. Errors of other drivers show `holder` (default: user, host, pid)."""
         self.storage, self.ttl_seconds = storage, ttl_seconds
         self.token = 0  # grows with every acquisition; 0 before the first
         self.lost = False
@@ -52,7 +53,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
-        """Acquire the lease. Raises a LeaseError that names the holder if a live driver holds it."""
+        """Acquire the lease. If a driver that is still alive holds it, raise a LeaseError that names this holder."""
         for _ in range(MAX_TRIES):
             highest = self._highest()
             if highest:
@@ -67,7 +68,7 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the lease and remove the older lease files; a forked child leaves this to its parent."""
+        """Release the lease and remove older lease files. In a forked child process, do nothing: the parent does this."""
         if os.getpid() != self._pid:
             return
         self._stop.set()
@@ -82,9 +83,10 @@ class Lease:
         self._pid = 0
 
     def check(self) -> None:
-        """Raise LeaseError if another driver has taken over the run; call this before every commit.
+        """Raise LeaseError if another driver has taken over the run. Call this before every commit.
 
-        After a pause longer than the time to live (a suspended machine), the lease is first read from the storage.
+        If the last heartbeat is older than `ttl_seconds`, for example because the machine was suspended, the lease
+        files are read again first.
         """
         if not self.lost and time.time() - self._refreshed_unix_seconds > self.ttl_seconds:
             self._refresh(released=False)
@@ -92,7 +94,7 @@ class Lease:
             raise LeaseError(
                 f"this driver lost the run: another driver took over lease {self.token}",
                 where=self.storage.uri,
-                fix="let the other driver continue; everything that this driver committed is visible to it",
+                fix="let the other driver continue; it uses everything that this driver has committed",
             )
 
     def _take(self, number: int) -> bool:
@@ -132,7 +134,7 @@ class Lease:
                 logger.warning("the lease's heartbeat failed: %s", error)
 
     def _refresh(self, released: bool) -> None:
-        """Write the heartbeat, or mark the lease as lost if a higher number has been taken."""
+        """Write the heartbeat. If another driver has taken a higher number, mark the lease as lost instead."""
         if os.getpid() != self._pid:
             return
         with self._lock:
@@ -157,7 +159,7 @@ class Lease:
         return max(self._numbers(), default=0)
 
     def _read(self, number: int) -> dict[str, Any] | None:
-        """Read a lease file. None if it is missing or holds no lease: then the next number may be taken."""
+        """Read a lease file; return None if it is missing or unreadable. A driver may then take the next number."""
         try:
             record = json.loads(self.storage.read_bytes(_file_name(number)))
             return record if isinstance(record, dict) else None
@@ -175,7 +177,7 @@ class Lease:
 
 
 def is_free(record: dict[str, Any], now_unix_seconds: float) -> bool:
-    """Return whether a lease may be taken over. Its age is measured by wall clocks, with a margin for clock skew."""
+    """Return whether a lease may be taken over. The age of its heartbeat is measured by wall clocks, which may differ."""
     if record.get("released"):
         return True
     process = Process.from_json(record.get("process"))

@@ -1,4 +1,4 @@
-"""Manifests, which list what an artifact holds. A manifest is the commit: an artifact exists when its manifest does."""
+"""Manifests, which list the files of an artifact. An artifact exists as soon as its manifest exists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileEntry(BaseModel):
-    """One file of an artifact: its name for readers, and its path below the artifact's directory."""
+    """One file of an artifact. `name` is what readers ask for; `path` is its place below the artifact's directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What one committed artifact holds, what it was made from and by which attempt."""
+    """The description of one committed artifact: its files, its inputs, and the run and the attempt that made it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,10 +59,10 @@ class Manifest(BaseModel):
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Write a manifest as JSON for people and programs, with its own digest under `digest`.
+    """Write a manifest as JSON that people can read. The key `digest` has the digest of all other content.
 
-    Raises ArtifactError if `config` or `figures` hold what JSON cannot represent: NaN, infinities, keys that are
-    not strings.
+    Raises ArtifactError if `config` or `figures` contain NaN, infinities or keys that are not strings, because JSON
+    cannot represent these.
     """
     content = manifest.model_dump(mode="python")
     try:
@@ -77,7 +77,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read a manifest and check it against its own digest. Raises ArtifactError if even one bit has changed."""
+    """Read a manifest and check it against the digest in it. Raises ArtifactError if even one bit has changed."""
     fix = "delete the artifact's directory; its stage then runs again"
     try:
         content = json.loads(data)

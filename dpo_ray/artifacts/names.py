@@ -1,4 +1,4 @@
-"""The names that a file, a stage, a key or a run may have, so that no name leads out of its directory."""
+"""Checks of the names of files, stages, keys and runs, so that no name leads out of its directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def fault_in_name(name: str) -> str:
-    """Return what is wrong with a relative file name, or an empty string if nothing is."""
+    """Return what is wrong with a relative file name, or an empty string if nothing is wrong."""
     if not name:
         return "is empty"
     if name.startswith("/"):
@@ -39,14 +39,14 @@ def fault_in_name(name: str) -> str:
 
 
 def checked_name(name: str, where: str = "") -> str:
-    """Return the name; raise ArtifactError if it could lead out of its directory."""
+    """Return the file name unchanged; raise ArtifactError if it could lead out of its directory."""
     if fault := fault_in_name(name):
         raise ArtifactError(f"the name {name!r} {fault}", where=where, fix="use a plain relative name like a/b.parquet")
     return name
 
 
 def artifact_name(stage: str, key: str) -> str:
-    """Return an artifact's directory name, `<stage>-<key>`. Raises ArtifactError if either part is not valid."""
+    """Return the name of an artifact's directory, `<stage>-<key>`. Raises ArtifactError if stage or key is not valid."""
     if not _STAGE.fullmatch(stage):
         raise ArtifactError(f"the stage name {stage!r} must consist of a-z, 0-9, '_' and '-' and begin with a letter")
     if not _KEY.fullmatch(key):
@@ -55,7 +55,7 @@ def artifact_name(stage: str, key: str) -> str:
 
 
 def checked_run(run: str) -> str:
-    """Return the run's name; raise ArtifactError if it cannot be the name of a directory."""
+    """Return the run's name unchanged; raise ArtifactError if it cannot be the name of a directory."""
     if not _RUN.fullmatch(run):
         raise ArtifactError(
             f"the run name {run!r} must consist of letters, digits, '.', '_' and '-' and begin with a letter or digit"

@@ -1,4 +1,4 @@
-"""S3 and Google Cloud Storage through fsspec. A PUT is atomic there, and `create` is a conditional PUT."""
+"""Files in S3 and Google Cloud Storage, through fsspec. A PUT request is atomic there; `create` is a conditional PUT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFLICT_WAIT_SECONDS = 0.2
 
 
 class ObjectStore:
-    """A prefix in a bucket. Its methods raise OSError; the client's own exceptions become InfrastructureError."""
+    """A prefix in a bucket. Its methods raise OSError; other exceptions of the client become InfrastructureError."""
 
     def __init__(self, scheme: str, root: str) -> None:
         self.scheme, self.root = scheme, root  # root: bucket/prefix
@@ -48,7 +48,7 @@ class ObjectStore:
         return cast(BinaryIO, self._call("open", self._path(name), "rb"))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """List the objects below a prefix with their sizes in bytes."""
+        """Return the size in bytes of every object below a prefix."""
         try:
             objects = self._call("find", self._path(prefix), detail=True)
         except FileNotFoundError:
@@ -71,10 +71,10 @@ class ObjectStore:
             self._call("pipe_file", self._path(name), data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write an object that must not exist yet: one of many callers succeeds, others get FileExistsError.
+        """Write an object that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError.
 
-        If a response is lost, the client may retry the request, which is then refused because the first try
-        succeeded: a caller that gets FileExistsError must compare the object with what it wrote.
+        If the response to a request is lost, the client may send the request again, and the store refuses it because
+        the first request succeeded. So a caller that gets FileExistsError must compare the object with its own data.
         """
         for attempt in range(CONFLICT_TRIES):
             try:
@@ -140,7 +140,7 @@ class ObjectStore:
 
 
 def _file_system(scheme: str) -> Any:
-    """Return fsspec's client. fsspec keeps one per process and thread, so this is cheap, and safe after a fork.
+    """Return fsspec's client. fsspec keeps one client per process and thread, so this is cheap, and safe after a fork.
 
     Listings are never cached, because other processes write to the same bucket.
     """
@@ -155,7 +155,7 @@ def _file_system(scheme: str) -> Any:
 
 
 def _translated(action: str, where: str, call: Callable[[], Any]) -> Any:
-    """Run a client's call; convert its own exceptions, which have no common base class, to InfrastructureError."""
+    """Make a call of the client. Convert the client's own exceptions to InfrastructureError: they share no base class."""
     try:
         return call()
     except (OSError, DpoRayError):
@@ -169,7 +169,10 @@ def _translated(action: str, where: str, call: Callable[[], Any]) -> Any:
 
 
 def _service_code(error: OSError) -> str:
-    """Return the service's own error code from the cause: s3fs recognises only the spelling of AWS."""
+    """Return the error code of the storage service, or "" if there is none.
+
+    The code is read from the cause of the error, because s3fs recognises only the codes of AWS.
+    """
     response = getattr(error.__cause__, "response", None)
     problem = response.get("Error") if isinstance(response, dict) else None
     return str(problem.get("Code", "")) if isinstance(problem, dict) else ""

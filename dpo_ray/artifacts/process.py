@@ -1,4 +1,4 @@
-"""The identity of a process, and whether the process has certainly ended."""
+"""The identity of a process, and checks whether the process is running or has ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Process:
-    """A process of some machine. A pid alone is reused; together with its start time and the boot it is unique."""
+    """The identity of a process on some machine. A pid may be reused, but pid, start time and boot together are unique."""
 
     host: str
     boot: str  # the boot of the machine and the pid namespace; empty if the system does not report it
@@ -26,18 +26,24 @@ class Process:
 
     @classmethod
     def from_json(cls, value: Any) -> Process | None:
-        """Read the output of `dataclasses.asdict`; return None if the value is something else."""
+        """Build a Process from the output of `dataclasses.asdict`; return None if the value is something else."""
         try:
             return cls(str(value["host"]), str(value["boot"]), int(value["pid"]), str(value["started"]))
         except (KeyError, TypeError, ValueError):
             return None
 
     def is_gone(self) -> bool:
-        """Return True only if it is certain: a process of this boot whose pid is free or reused."""
+        """Return True only if it is certain that the process has ended.
+
+        This is known for processes of this machine since its last boot: their pid is then free or reused.
+        """
         return self._is_of_this_machine() and _start_ticks(self.pid) != self.started
 
     def is_alive_here(self) -> bool:
-        """Return True only if it is certain: a process of this boot that is running."""
+        """Return True only if it is certain that the process is running.
+
+        This is known for processes of this machine since its last boot: pid and start time are then the same.
+        """
         return self._is_of_this_machine() and _start_ticks(self.pid) == self.started
 
     def _is_of_this_machine(self) -> bool:
@@ -45,7 +51,7 @@ class Process:
 
 
 def user_name() -> str:
-    """Return the login name, or the numeric id if the container has no such user."""
+    """Return the user's login name, or the numeric user id if the system has no name for it."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):

@@ -1,4 +1,4 @@
-"""What an artifact records about how it was made: the same fields for every stage, decided by the plan."""
+"""Provenance: what an artifact records about how it was made. Every stage records the same fields, from the plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .staging import Staging
 
 @dataclass(frozen=True)
 class Provenance:
-    """Inputs, configuration and versions of one stage's run; the stage's duration is measured from its construction."""
+    """Inputs, configuration and versions of a stage. The stage's duration counts from when this object is made."""
 
     stage_version: int
     inputs: dict[str, str]
@@ -25,7 +25,7 @@ class Provenance:
     def commit(
         self, staging: Staging, files: Iterable[FileEntry], *, rows: dict[str, int], figures: dict[str, Any]
     ) -> Artifact:
-        """Commit a staged artifact with this provenance."""
+        """Commit the staged files as an artifact whose manifest records this provenance."""
         return staging.commit(
             files,
             stage_version=self.stage_version,

@@ -1,10 +1,10 @@
 """Staging: an artifact is written where no reader looks, and then committed in one atomic step.
 
-On a disk an attempt writes to `<root>/.staging/<run>/<stage>-<key>.<attempt>/`; the commit writes the
-manifest there and renames the directory to `<root>/<stage>-<key>`. On an object store, which has no rename,
-the files lie at `<root>/<stage>-<key>/<attempt>/` from the start, and the commit is the conditional PUT of
-`manifest.json`. With a marker `<root>/.staging/<run>/<stage>-<key>.<attempt>.json`, a later driver can find what
-a dead attempt left behind.
+On a disk, an attempt writes to `<root>/.staging/<run>/<stage>-<key>.<attempt>/`. The commit writes the manifest there
+and renames the directory to `<root>/<stage>-<key>`. An object store cannot rename, so there the files are at
+`<root>/<stage>-<key>/<attempt>/` from the start, and the commit is a conditional PUT of `manifest.json`. Each attempt
+has a marker file `<root>/.staging/<run>/<stage>-<key>.<attempt>.json`, by which a later driver finds the files that
+dead attempts left.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Staging:
-    """One attempt at one artifact. It can be pickled: workers on any machine write into it, and the driver commits it.
+    """One attempt to make an artifact. Workers on any machine write its files, and the driver commits it.
 
-    If a name is written twice, the last write counts. Workers whose tasks may run twice therefore either write the
-    same bytes under the same name, or use unique names, only one of which is passed to `commit`.
+    It can be pickled. If a name is written twice, the last write counts. A task that may run twice must therefore write
+    the same bytes under the same name, or use a new name each time, of which only one is passed to `commit`.
     """
 
     root: Storage
@@ -46,11 +46,11 @@ class Staging:
     run: str
 
     def write(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
-        """Write a file of the artifact, durably."""
+        """Write a file of the artifact, which survives a crash; return its entry for `commit`."""
         return self._placed(self.storage.write(_file_name(name), data, rows))
 
     def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
-        """Copy a local file into the artifact, durably."""
+        """Copy a local file into the artifact, where it survives a crash; return its entry for `commit`."""
         return self._placed(self.storage.upload(_file_name(name), source, rows))
 
     def commit(
@@ -65,11 +65,11 @@ class Staging:
         versions: dict[str, str],
         seconds: float,
     ) -> Artifact:
-        """Commit exactly these files as the artifact, and drop whatever else dead or repeated tasks left here.
+        """Commit exactly these files as the artifact, and delete other files that dead or repeated tasks left here.
 
-        If another driver has already committed the same artifact, ours is discarded and theirs is returned.
-        Raises ArtifactError if a listed file is missing, has another size or lies elsewhere, or a name is listed
-        twice.
+        If another driver has already committed the same artifact, delete our files and return that artifact.
+        Raises ArtifactError if a listed file is missing, has another size or is in another place, or if a name is
+        listed twice.
         """
         if theirs := find_artifact(self.root, self.stage, self.key):
             self.abandon()
@@ -95,7 +95,7 @@ class Staging:
         return self._commit_by_put(data)
 
     def abandon(self) -> None:
-        """Delete what this attempt wrote; committed files are kept."""
+        """Delete all files that this attempt has written, unless they are already committed."""
         discard_attempt(self.root, self.stage, self.key, self.run, self.attempt)
 
     def _commit_by_rename(self, data: bytes) -> Artifact:
@@ -144,7 +144,7 @@ class Staging:
         return Artifact(parse_manifest(data, home.uri), home)
 
     def _checked(self, files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
-        """Check the entries against the files in the staging directory, and remove files that are not listed."""
+        """Check that every entry has its file in the staging directory; delete files that no entry lists."""
         entries = sorted((self._placed(entry) for entry in files), key=lambda entry: entry.name)
         sizes = self.storage.file_sizes()
         seen: set[str] = set()
@@ -167,7 +167,7 @@ class Staging:
         return tuple(entries)
 
     def _placed(self, entry: FileEntry) -> FileEntry:
-        """Return the entry with its path, which is relative to the artifact's directory."""
+        """Return the entry of a file with its path set, which is relative to the artifact's directory."""
         path = entry.name if self.root.is_local else f"{self.attempt}/{entry.name}"
         if entry.path not in (entry.name, path):
             raise ArtifactError(
@@ -195,7 +195,7 @@ class Staging:
 
 
 def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
-    """Open a staging directory that no other attempt uses."""
+    """Begin a new attempt to make an artifact, with a staging directory that no other attempt uses."""
     name, attempt = artifact_name(stage, key), f"{int(time.time()):x}-{secrets.token_hex(6)}"
     place = (STAGING_NAME, checked_run(run), f"{name}.{attempt}") if root.is_local else (name, attempt)
     storage = root.child(*place)
@@ -205,7 +205,7 @@ def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
 
 
 def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str) -> None:
-    """Delete an attempt's marker and files; files of a committed attempt are kept."""
+    """Delete the files of an attempt to make an artifact, unless they are committed, and its marker file."""
     name = artifact_name(stage, key)
     root.delete(marker_name(stage, key, run, attempt))
     if root.is_local:
@@ -217,7 +217,7 @@ def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str)
 
 
 def marker_name(stage: str, key: str, run: str, attempt: str) -> str:
-    """Return the name of the file that records which process began an attempt."""
+    """Return the name of an attempt's marker file, which records the process that began the attempt."""
     return f"{STAGING_NAME}/{checked_run(run)}/{artifact_name(stage, key)}.{attempt}.json"
 
 

@@ -1,4 +1,4 @@
-"""A directory on a disk or under a bucket's prefix, with the same few operations and guarantees on both."""
+"""A directory on a disk or in an object store, with the same few operations and guarantees on both."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from .object_store import EXTRAS, ObjectStore
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-_WRITING = ("write", "create", "commit", "append to")  # actions, by the words of their errors
+_WRITING = ("write", "create", "commit", "append to")  # actions, by the words in their errors
 
 
 class Storage:
-    """A directory, local or on an object store. It holds only its address, so it is cheap and can be pickled.
+    """A directory on a disk or in an object store. The object holds only an address, so it is cheap and can be pickled.
 
-    Names are relative, with '/' between parts; a name that could lead out of the directory raises
-    ArtifactError. FileNotFoundError and FileExistsError are raised unchanged. Other failures of a disk raise
-    ArtifactError, those of an object store or its client InfrastructureError; both say what failed, where, and
-    what to do.
+    Names of files are relative, with '/' between parts; a name that could lead out of the directory raises
+    ArtifactError. FileNotFoundError and FileExistsError are raised unchanged. Any other failure raises ArtifactError on
+    a disk and InfrastructureError in an object store. These errors say what failed, where, and what to do.
     """
 
     uri: str
@@ -60,19 +59,19 @@ class Storage:
         return hash(self.uri)
 
     def child(self, *parts: str) -> Storage:
-        """Return the storage of a directory below this one; the directory need not exist."""
+        """Return the Storage of a directory below this one; the directory need not exist."""
         if not parts:
             raise ArtifactError("child() needs at least one name", where=self.uri)
         return Storage(self.full_path("/".join(checked_name(part, self.uri) for part in parts)))
 
     def local_path(self, name: str = "") -> Path:
-        """Return a path for libraries that need one. Raises ArtifactError on an object store."""
+        """Return the path of a file on a disk, for libraries that need a path. Raises ArtifactError on an object store."""
         if not isinstance(self._place, Disk):
             raise ArtifactError("an object store has no local paths", where=self.uri, fix="download the file first")
         return self._place.path(self._optional(name))
 
     def full_path(self, name: str = "") -> str:
-        """Return the full path or URI of a name, for messages and for other libraries."""
+        """Return the full path or URI of a file, for messages and for other libraries."""
         return f"{self.uri.rstrip('/')}/{self._optional(name)}" if name else self.uri
 
     def exists(self, name: str) -> bool:
@@ -96,11 +95,11 @@ class Storage:
             return self._place.open_input(checked_name(name, self.uri))
 
     def list_files(self, prefix: str = "") -> list[str]:
-        """List all files below a directory, named relative to this storage, sorted; [] if it does not exist."""
+        """List all files below a directory, sorted, with names relative to this storage; [] if it does not exist."""
         return sorted(self.file_sizes(prefix))
 
     def file_sizes(self, prefix: str = "") -> dict[str, int]:
-        """Return the size in bytes of every file below a directory, using one listing."""
+        """Return the size in bytes of every file below a directory, by its name relative to this storage."""
         with self._explained("list", prefix):
             return self._place.sizes(self._optional(prefix))
 
@@ -110,34 +109,34 @@ class Storage:
             return sorted(self._place.list_dirs(self._optional(prefix)))
 
     def write(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
-        """Write or replace a file atomically: readers see the old or the new file, complete, even after a crash."""
+        """Write or replace a file atomically: readers always see the complete old or new file, even after a crash."""
         with self._explained("write", name):
             self._place.write(checked_name(name, self.uri), data)
         sha256 = hashlib.sha256(data).hexdigest()
         return FileEntry(name=name, path=name, bytes=len(data), sha256=sha256, rows=rows)
 
     def append(self, name: str, data: bytes) -> None:
-        """Append to a file of a disk, which is created if it does not exist; a crash may leave a part of the data."""
+        """Append data to a file on a disk. A missing file is created. A crash may leave only a part of the data."""
         with self._explained("append to", name), self.local_path(checked_name(name, self.uri)).open("ab") as stream:
             stream.write(data)
 
     def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
-        """Copy a local file to this storage with the guarantees of `write`, hashing it chunk by chunk."""
+        """Copy a local file to this storage, with the guarantees of `write`. The file is hashed while it is copied."""
         with self._explained("write", name):
             count, sha256 = self._place.upload(checked_name(name, self.uri), source)
         return FileEntry(name=name, path=name, bytes=count, sha256=sha256, rows=rows)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist: one of many callers succeeds, others get FileExistsError.
+        """Write a file that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError.
 
-        On an object store a retried request may be refused because its own first try succeeded. A caller that needs
-        certainty puts something unique in the data and reads it back.
+        An object store may refuse a repeated request because the first request succeeded, although its response was
+        lost. A caller that needs certainty puts something unique into the data and, after FileExistsError, reads the file.
         """
         with self._explained("create", name):
             self._place.create(checked_name(name, self.uri), data)
 
     def download(self, name: str, target: Path) -> None:
-        """Copy a file to a local path, which appears complete or not at all."""
+        """Copy a file to a local path. The local file appears only when it is complete."""
         with self._explained("download", name):
             make_dirs(target.parent)
             temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
@@ -158,9 +157,10 @@ class Storage:
             self._place.delete_tree(self._optional(prefix))
 
     def rename_into(self, source: Storage, name: str) -> None:
-        """Rename a directory of the same disk to its final name here, durably: the commit of local artifacts.
+        """Rename another directory of the same disk to a name in this one. This commits an artifact on a disk.
 
-        Raises FileExistsError if a directory of that name exists and is not empty. Local storages only.
+        The files and the name survive a crash. Raises FileExistsError if a directory of that name exists and is not
+        empty, and ArtifactError on an object store.
         """
         if not isinstance(self._place, Disk):
             raise ArtifactError("an object store cannot rename a directory", where=self.uri)
@@ -173,7 +173,7 @@ class Storage:
                 raise
 
     def check_writable(self) -> None:
-        """Write, read and delete a probe file, and check that exclusive creation is honoured.
+        """Write, read and delete a test file, and check that `create` refuses to replace an existing file.
 
         Call this before any work starts. Raises an ArtifactError or InfrastructureError that says what to do.
         """
@@ -185,7 +185,7 @@ class Storage:
             intact = self.read_bytes(name) == data
         else:
             raise InfrastructureError(
-                "exclusive creation (If-None-Match: *) is not honoured: runs could overwrite each other",
+                "the storage ignores exclusive creation (If-None-Match: *), so runs could overwrite each other",
                 where=self.uri,
                 fix="use a disk, AWS S3, Google Cloud Storage or an S3 server with conditional writes",
             )
@@ -203,7 +203,7 @@ class Storage:
 
     @contextmanager
     def _explained(self, action: str, name: str) -> Iterator[None]:
-        """Convert an OSError to an error that says what to do, except for missing and existing files."""
+        """Convert an OSError to an error that says what to do. FileNotFoundError and FileExistsError stay unchanged."""
         try:
             yield
         except (FileNotFoundError, FileExistsError):

@@ -1,7 +1,7 @@
-"""The artifact store: finds committed artifacts, begins new ones, and deletes what dead attempts left behind.
+"""The artifact store: it finds committed artifacts, begins new ones, and deletes the files that dead attempts left.
 
-Artifacts are at `<root>/<stage>-<key>/`. The key depends on everything that could change the content, so an artifact
-that exists is never made again and a stale one is never found.
+Artifacts are at `<root>/<stage>-<key>/`. The key is a hash of everything that could change the content. So an artifact
+that exists is never made again, and an outdated artifact is never found.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ATTEMPT = re.compile(r"(?P<stage>[a-z][a-z0-9_-]*)-(?P<key>[A-Za-z0-9_]+)\.(?P<
 
 
 class ArtifactStore:
-    """The artifacts below one directory, shared by all runs that use it."""
+    """The artifacts below one directory. All runs that use this directory share them."""
 
     def __init__(self, root: Storage) -> None:
         self.root = root
@@ -36,12 +36,12 @@ class ArtifactStore:
     def find(self, stage: str, key: str) -> Artifact | None:
         """Return the committed artifact of a stage and key, or None if its stage has to run.
 
-        Raises ArtifactError if the manifest is of a newer format or, on an object store, damaged.
+        Raises ArtifactError if the manifest has a newer format or, on an object store, is damaged.
         """
         return find_artifact(self.root, stage, key)
 
     def begin(self, stage: str, key: str, run: str) -> Staging:
-        """Open a separate staging directory for this attempt at an artifact; `Staging.commit` makes it visible."""
+        """Open a new staging directory for an attempt to make an artifact. `Staging.commit` makes its files visible."""
         return begin_attempt(self.root, stage, key, run)
 
     def manifests(self, stage: str) -> Iterator[Manifest]:
@@ -61,7 +61,7 @@ class ArtifactStore:
     def verify(self) -> Iterator[tuple[str, ArtifactError | None]]:
         """Check every committed artifact: its manifest, its list of files, and every digest.
 
-        Yields the name of each artifact, and what is wrong with it.
+        Yields the name of each artifact, with the error that was found or None.
         """
         for directory in self.root.list_dirs():
             place = self.root.child(directory)
@@ -75,15 +75,15 @@ class ArtifactStore:
                 yield directory, None
 
     def latest(self, stage: str, run: str) -> Manifest | None:
-        """Return the newest manifest of a stage that this run committed, to explain why it is stale now."""
+        """Return the newest manifest that this run committed for a stage, to explain why the stage is outdated now."""
         ours = (manifest for manifest in self.manifests(stage) if manifest.run == run)
         return max(ours, key=lambda manifest: manifest.created_unix_seconds, default=None)
 
     def sweep(self, run: str) -> int:
-        """Delete what dead attempts of a run left behind; return the number of these attempts.
+        """Delete the files that dead attempts of a run left; return the number of these attempts.
 
-        The caller holds the run's lease. An attempt of a process that is known to be running on this machine is
-        kept; any other is dead, or belongs to a driver that lost the lease and must not commit any more.
+        The caller must hold the run's lease. An attempt is kept only if its process is known to be running on this
+        machine. Any other attempt is dead, or its driver has lost the lease and must not commit any more.
         """
         place = f"{STAGING_NAME}/{checked_run(run)}"
         below = {name.removeprefix(f"{place}/").partition("/")[0] for name in self.root.list_files(place)}

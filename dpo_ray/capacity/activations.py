@@ -1,7 +1,7 @@
-"""The activations that the forward pass keeps for the backward pass: the bytes that autograd saves, for each operation.
+"""The memory of activations: how many bytes autograd saves in the forward pass for the backward pass.
 
-The counts follow from the operations of transformers' decoders as this project runs them. `docs/capacity.md` lists them
-with what each saves, and the tests compare the sums with what PyTorch's memory tracker counts.
+The counts follow from the operations of transformers' decoders as this project runs them. `docs/capacity.md` lists
+these operations with the tensors that each of them saves. The tests compare the sums with PyTorch's memory tracker.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Rows:
     """The tokens of one forward pass of one rank."""
 
     tokens: int  # tokens that go through the blocks
-    keys: int  # keys that attention gathers: those of a prompt once for each completion
+    keys: int  # keys that attention gathers; the keys of a prompt count once for each completion
     scored: int  # completion tokens, which go through the head
 
     @classmethod
     def of(cls, tokens: int, prompt_share: float, completions: float, layout: str) -> Rows:
-        """Estimate a micro-batch of whole groups; `prompt_share` is the share of prompt tokens among its tokens."""
+        """Estimate the tokens of a micro-batch; `prompt_share` is the share of prompt tokens among its `tokens`."""
         prompts = tokens * prompt_share
         scored = tokens - prompts
         if layout != "shared":  # each completion has its own copy of the prompt, and keys are not gathered
@@ -36,7 +36,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """The bytes of one block for one micro-batch."""
+    """The bytes of activations of one transformer block for one micro-batch."""
 
     input: int
     saved: int  # saved by autograd without checkpointing
@@ -50,11 +50,11 @@ class BlockActivations:
     feed_forward_gradients: int  # in addition to what is saved, at the peak of the backward pass
 
     def kept(self, checkpointing: str) -> int:
-        """Return the bytes that are kept from the forward to the backward pass."""
+        """Return the bytes that the block keeps from the forward pass to its backward pass."""
         return {"none": self.saved, "selective": self.input + self.products, "full": self.input}[checkpointing]
 
     def recomputed(self, checkpointing: str) -> int:
-        """Return the bytes that the block's own backward pass holds in addition to those that are kept."""
+        """Return the bytes that checkpointing computes again in the block's backward pass, in addition to `kept`."""
         match checkpointing:
             case "full":
                 return self.saved
@@ -67,7 +67,7 @@ class BlockActivations:
 def block_activations(
     sizes: ModelSizes, rows: Rows, value_bytes: int, lora: LoraConfig | None = None
 ) -> BlockActivations:
-    """Compute the activations of a block.
+    """Compute the bytes of activations of one transformer block.
 
     Args:
         value_bytes: The bytes of one number in the forward pass: 2 in bfloat16, 4 in float32.
@@ -101,11 +101,12 @@ def block_activations(
 
 
 def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool) -> int:
-    """Count the bytes that RMS norms save: the input in float32, the normalised input (for the weight's gradient), the
-    result.
+    """Count the bytes that RMS norms save: their input in float32, the normalised input (for the weight's gradient), and
+    their result.
 
-    Gemma scales in float32. The result of a norm after attention or feed-forward (the third and fourth norm of a block)
-    is only added to the residual, and that of a norm of heads is rotated by its position (RoPE): neither is saved.
+    Gemma scales in float32. Two kinds of results are not saved. The result of a norm after attention or feed-forward
+    (the third and fourth norm of a block) is only added to the residual. The result of a norm of heads is rotated by
+    its position (RoPE), and only the rotated result is saved.
     """
     scaled = FLOAT32_BYTES if sizes.gemma_norms else v
     per_value = FLOAT32_BYTES + (scaled if trained else 0)
@@ -113,10 +114,10 @@ def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool)
 
 
 def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -> tuple[int, int]:
-    """Return two numbers of bytes for the adapters of a block: what autograd saves, and the results of their products.
+    """Return how many bytes autograd saves for a block's LoRA adapters, and how many bytes their products have.
 
-    Each adapted layer saves its low-rank result and, with dropout, a copy of its input and the mask. With
-    dropout, the layer's own input is no longer needed, but it is still counted: the estimate is slightly too high.
+    Each layer with an adapter saves its low-rank result and, with dropout, a copy of its input and the dropout mask.
+    With dropout the layer's own input is not needed. It is counted anyway, so the estimate is slightly too high.
     """
     if lora is None:
         return 0, 0
@@ -126,18 +127,18 @@ def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -
 
 
 def adapted(sizes: ModelSizes, lora: LoraConfig) -> list[tuple[int, int]]:
-    """List the linear layers of a block that get an adapter, [in, out]; weights of experts are not linear layers."""
+    """List the shapes [in, out] of a block's linear layers that get an adapter; experts' weights are no linear layers."""
     named = sizes.linear_layers
     targets = list(named) if lora.target_modules == "all-linear" else [n for n in named if n in lora.target_modules]
     return [named[name] for name in targets]
 
 
 def between_blocks_bytes(sizes: ModelSizes, rows: Rows, value_bytes: int) -> int:
-    """Return the bytes kept outside the blocks until the backward pass is over: the cosines and sines of positions."""
+    """Return the bytes of the cosines and sines of positions (RoPE), which all blocks use until the backward pass ends."""
     return 2 * rows.tokens * sizes.head_dim * value_bytes
 
 
 def after_blocks_bytes(sizes: ModelSizes, rows: Rows, value_bytes: int) -> int:
-    """Return the bytes that the last norm (see `_norms`) and the head (the scored rows) keep, without the logits."""
+    """Return the bytes that the last norm and the head keep for the backward pass, without the logits."""
     norm = (FLOAT32_BYTES + (FLOAT32_BYTES if sizes.gemma_norms else value_bytes)) * rows.tokens * sizes.hidden
     return norm + value_bytes * rows.scored * sizes.hidden

@@ -1,7 +1,7 @@
 """The resources that a recipe needs on a cluster: memory, time, storage, and what to change if it does not fit.
 
-Everything is computed from the recipe, the sizes of the model and the data sheet of the GPU; nothing is started. The
-method, all assumptions and the measurements that they were compared with are in docs/capacity.md.
+Everything is computed from the recipe, the sizes of the model and the data sheet of the GPU; nothing is started.
+docs/capacity.md explains the method and its assumptions, and compares the results with measurements.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .workload import Workload, steps_of
 
 @dataclass(frozen=True)
 class StorageNeeds:
-    """The bytes on the shared storage, without compression."""
+    """The bytes that a run's files need on the shared storage, before compression."""
 
     tokens: float
     reference: float
@@ -59,7 +59,7 @@ class Capacity:
 
 
 def work_out(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Capacity:
-    """Compute what a recipe needs on a cluster of GPUs."""
+    """Compute what a recipe needs on a cluster of GPUs: memory, time, traffic and storage."""
     training = training_on(recipe, sizes, workload, cluster)
     engine = engine_on(recipe, sizes, cluster)
     problems = problems_of(recipe, sizes, cluster, training, engine)
@@ -130,8 +130,10 @@ def _stages(
 
 
 def _storage(recipe: Recipe, sizes: ModelSizes, workload: Workload, steps: int, trained: int) -> StorageNeeds:
-    """Compute the sizes of files before compression: 4 bytes per token id and log-prob; a schedule has four numbers per
-    token."""
+    """Compute the sizes of files before compression: a token id and a log-prob have 4 bytes each.
+
+    A schedule holds four numbers per token, and the log-prob of each completion token.
+    """
     t, tokens = recipe.train, workload.groups * workload.group_tokens
     scored = workload.groups * workload.completions * workload.completion_tokens
     taken = steps * t.groups_per_step / workload.groups  # epochs

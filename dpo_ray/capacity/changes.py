@@ -1,4 +1,4 @@
-"""The changes that help if a recipe does not fit, and the fewest nodes on which it fits."""
+"""Help for a recipe that does not fit on a cluster: changes to try, and the fewest nodes on which it fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_NODES = 1024
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the recipe, and the memory of a rank with only this change."""
+    """One possible change of the recipe, and the memory that a training rank needs with only this change."""
 
     overrides: str
     total_bytes: float
@@ -29,7 +29,7 @@ class Change:
 
 
 def changes_of(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Iterator[Change]:
-    """Yield changes in the order in which to try them: first those that do not change the result of training."""
+    """Yield changes of the recipe in the order to try them; those that keep the result of training come first."""
     t, now = recipe.train, training_on(recipe, sizes, workload, cluster)
     free = max(1, cluster.gpus - gpus_beside(recipe))
 
@@ -72,8 +72,10 @@ def changes_of(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: C
 
 
 def _overridden(recipe: Recipe, **sections: dict[str, Any]) -> Recipe | None:
-    """Return the recipe with values of `train`, `train.sharding` and `train.optimizer` replaced; None if it is then
-    invalid."""
+    """Return a copy of the recipe with other values in `train`, `train.sharding` and `train.optimizer`.
+
+    Return None if the copy is not a valid recipe.
+    """
     values = recipe.model_dump(mode="json")
     train = values["train"]
     train |= sections.get("train", {})
@@ -86,7 +88,7 @@ def _overridden(recipe: Recipe, **sections: dict[str, Any]) -> Recipe | None:
 
 
 def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Cluster | None:
-    """Return the fewest nodes of this shape on which the recipe fits, if it trains on all of them."""
+    """Return the smallest cluster of such nodes on which the recipe fits if it trains on all of them, or None."""
 
     def fits(nodes: int) -> bool:
         other = replace(cluster, nodes=nodes)
@@ -105,7 +107,9 @@ def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, clu
 
 
 def _first(fits: Callable[[int], bool], cluster: Cluster) -> Cluster | None:
-    """Return the first cluster that fits, of 1 to 64 nodes, then powers of 2: memory does not fall evenly with the
-    nodes."""
+    """Return the first cluster that fits among those with 1 to 64 nodes, then 128, 256, ... nodes; None if there is none.
+
+    All counts are tried in order, because more nodes do not always need less memory.
+    """
     counts = [*range(1, 65), *(2**i for i in range(7, MOST_NODES.bit_length()))]
     return next((replace(cluster, nodes=n) for n in counts if fits(n)), None)

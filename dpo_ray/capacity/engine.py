@@ -1,5 +1,4 @@
-"""The GPU memory of a vLLM engine that scores or samples: weights, prompt log-probs, and what is left for the KV
-cache."""
+"""The GPU memory of a vLLM engine: the weights, the logits of prompts, and the remaining memory for the KV cache."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ BFLOAT16_BYTES = 2
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """The bytes on each GPU of one engine. `problem` is empty if they fit."""
+    """The bytes on each GPU of one engine. `problem` says why they do not fit; it is empty if they fit."""
 
     weights: float
     step: float  # the activations of a step of `step_tokens`
@@ -32,8 +31,8 @@ def engine_memory(
 ) -> EngineMemory:
     """Divide a GPU's memory as vLLM does: `gpu_memory_fraction` of it is for weights, a step and the KV cache.
 
-    The tokens of a step are those that the scorer itself chooses (`reference/vllm/engine.py`), for the runner of vLLM's
-    two that needs more memory.
+    The number of tokens in a step is chosen by the scorer's own code (`reference/vllm/engine.py`). vLLM has two model
+    runners; the estimate is for the one that needs more memory.
     """
     from dpo_ray.reference.scorer import ScorerSettings
     from dpo_ray.reference.vllm.engine import EngineFacts, logits_bytes_per_row, step_tokens
@@ -66,6 +65,6 @@ def engine_memory(
     kv_tokens = max(0, int(room / (kv_values * value_bytes)))
     if not problem and kv_tokens < max_length_tokens + 1:
         limit = f"{config.gpu_memory_fraction:.0%} of {gpu.memory_bytes / 1e9:.0f} GB"
-        problem = f"weights of {weights / 1e9:.1f} GB leave no room in {limit} for the KV cache of one sequence"
+        problem = f"weights of {weights / 1e9:.1f} GB leave too little of {limit} for the KV cache of one sequence"
     logits = logits_bytes_per_row(facts) * min(tokens, max_length_tokens)
     return EngineMemory(weights, step, logits, max(0.0, room), kv_tokens, tokens, problem)

@@ -1,4 +1,4 @@
-"""The placement of training and engines on a cluster: whether they fit and, if not, why."""
+"""The placement of training and engines on a cluster: whether they fit and, if they do not, why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESERVED_BYTES, RESERVED_SHARE = 1.5e9, 0.04
 
 @dataclass(frozen=True)
 class Training:
-    """The placement of training on the cluster."""
+    """How training is placed on the cluster: its workers and micro-batches, and the memory of one rank."""
 
     workers: int
     shard_ranks: int
@@ -39,14 +39,14 @@ def value_bytes(recipe: Recipe) -> int:
 
 
 def gpus_beside(recipe: Recipe) -> int:
-    """Count the GPUs that engines hold while the policy trains."""
+    """Return the number of GPUs that engines use while the policy trains."""
     if recipe.reference.mode == "streaming" or recipe.online is not None:
         return recipe.reference.replicas * recipe.reference.tensor_parallel
     return 0
 
 
 def training_on(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Training:
-    """Place training on the cluster: with the workers of the recipe, or as many as there are GPUs for."""
+    """Place training on the cluster, with the recipe's workers or, if there are too few GPUs, with one for each GPU."""
     free = max(1, cluster.gpus - gpus_beside(recipe))
     workers = min(recipe.train.workers, free)
     shard = recipe.train.sharding.shard_workers or workers
@@ -91,7 +91,10 @@ def problems_of(
 
 
 def _reasons(recipe: Recipe, sizes: ModelSizes, training: Training) -> list[str]:
-    """List what takes the memory: each part above a third of the available memory, or all parts if there is none."""
+    """List what needs the memory: every part that is larger than a third of the available memory.
+
+    If no part is that large, list all parts.
+    """
     peak, third = training.memory.peak, training.room_bytes / 3
     trained = Weights.of(sizes, recipe.train).trained(sizes.layers)
     state = peak.weights + peak.optimizer
@@ -112,7 +115,7 @@ def remarks_of(recipe: Recipe, cluster: Cluster, training: Training) -> tuple[st
     remarks, free = [], cluster.gpus - gpus_beside(recipe)
     if recipe.train.workers > training.workers:
         remarks.append(
-            f"the recipe sets train.workers={recipe.train.workers}; there are GPUs for {training.workers}, which this plan uses"
+            f"the recipe sets train.workers={recipe.train.workers}; this plan uses {training.workers}, as there are no more GPUs"
         )
     elif free > training.workers:
         remarks.append(
@@ -120,7 +123,7 @@ def remarks_of(recipe: Recipe, cluster: Cluster, training: Training) -> tuple[st
         )
     if recipe.train.sharding.shard_workers not in (None, training.shard_ranks):
         remarks.append(
-            f"this plan uses shard_workers={training.shard_ranks}, as that of the recipe does not divide the number of workers"
+            f"this plan uses shard_workers={training.shard_ranks}, as the recipe's value does not divide the number of workers"
         )
     batches = training.batches
     if batches.is_single_for_sure:

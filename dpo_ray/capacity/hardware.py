@@ -1,4 +1,4 @@
-"""GPUs by the data sheets of their vendors, and clusters of them: `4x8xH100` is four nodes with eight H100 each."""
+"""GPUs with the numbers of their data sheets, and clusters of them: `4x8xH100` is four nodes with eight H100 each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, by its data sheet.
+    """One kind of GPU, with the numbers of its data sheet.
 
-    A GB of memory is counted as 10^9 bytes. Drivers report as much or up to 7 % more, so plans err on the safe side.
+    A GB of memory counts as 10^9 bytes. Drivers report this much or up to 7 % more, so plans are on the safe side.
     """
 
     name: str
@@ -59,7 +59,7 @@ _SHAPE = re.compile(r"(?:(\d+)[xX])?(\d+)[xX]([A-Za-z][\w-]*)(?::(\d+))?")
 
 @dataclass(frozen=True)
 class Cluster:
-    """A number of identical nodes."""
+    """A cluster of identical nodes."""
 
     nodes: int
     gpus_per_node: int
@@ -74,9 +74,9 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Read NODESxGPUSxGPU, such as `4x8xH100`; for a single node, NODES may be left out (`8xH100`).
+    """Read a cluster from a text NODESxGPUSxGPU, such as `4x8xH100`; for a single node, `8xH100` is enough.
 
-    `:GB` at the end sets the memory of each GPU, for a GPU that exists in several sizes: `1x8xH100:94`.
+    If a GPU exists with several sizes of memory, `:GB` at the end sets the memory of each GPU: `1x8xH100:94`.
 
     Raises:
         ConfigError: the text has another form, or the GPU is not known.

@@ -1,13 +1,13 @@
-"""The GPU memory of one training rank over the course of a step: its peak is in the head, in some block, or at the
-root.
+"""The GPU memory of one training rank during a step. Its peak may be in the head, in any block, or in the optimizer.
 
-Weights, their gradients and the optimizer state are shards in float32 (`models/sharding.py`). The weights of a block
-are gathered in the type of the forward pass while it is computed, together with those of the next block; those of the
-root (embedding, last norm, head) from the beginning of a forward pass to the end of the backward pass.
+Each rank keeps a shard of the weights, gradients and optimizer state, in float32 (`models/sharding.py`). Whole weights
+are gathered in the data type of the forward pass. Those of a block are gathered while that block or the previous one is
+computed; those of the root (embedding, last norm, head) from the start of the forward pass to the end of the backward
+pass.
 
-Gradients are reduced once per step, after its last micro-batch (`train/step.py`). With more than one micro-batch per
-rank, each rank holds the gradients of the whole model until then, unsharded and in float32: four bytes per trained
-parameter, whatever the number of ranks.
+Gradients are reduced once per step, after its last micro-batch (`train/step.py`). If a rank has more than one
+micro-batch, it holds the gradients of the whole model until then, unsharded and in float32. These are four bytes per
+trained parameter, for any number of ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEAD_BLOCK_ROWS = 16_384  # `models/head.py`: the rows of the head's gradient th
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that the memory of a rank depends on."""
+    """Everything that the memory of one training rank depends on."""
 
     sizes: ModelSizes
     train: TrainConfig
@@ -49,7 +49,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Parts:
-    """The bytes of one rank at one moment, by their purpose."""
+    """The GPU memory of one training rank at one moment of a step, in bytes by purpose."""
 
     weights: float = 0
     optimizer: float = 0
@@ -67,7 +67,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The memory of a rank at its peak, and what it keeps in CPU memory."""
+    """The GPU memory of a rank at its peak, and the bytes that the rank keeps in CPU memory."""
 
     peak: Parts
     moment: str
@@ -76,7 +76,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers of parameters, by where they are and whether they are trained."""
+    """The numbers of parameters: in a block or in the root (embedding, last norm, head), and trained or not."""
 
     block: int  # the sharded parameters of one block
     block_trained: int
@@ -86,7 +86,7 @@ class Weights:
 
     @classmethod
     def of(cls, sizes: ModelSizes, train: TrainConfig) -> Weights:
-        """Count the parameters of a model that is trained as `train` says."""
+        """Count the parameters of a model under the settings of `train` (all weights, LoRA, or quantized with LoRA)."""
         if train.lora is None:
             return cls(sizes.block_parameters, sizes.block_parameters, sizes.root_parameters, sizes.root_parameters, 0)
         own = adapter_parameters(sizes, train.lora)
@@ -94,17 +94,17 @@ class Weights:
         return cls(sizes.block_parameters - linear + own, own, sizes.root_parameters, 0, linear)
 
     def trained(self, layers: int) -> int:
-        """Count all trained parameters."""
+        """Count all trained parameters of a model with this number of layers."""
         return layers * self.block_trained + self.root_trained
 
 
 def adapter_parameters(sizes: ModelSizes, lora: LoraConfig) -> int:
-    """Count an adapter's parameters in one block: A [rank, in] and B [out, rank] of each layer."""
+    """Count the parameters of a LoRA adapter in one block: A [rank, in] and B [out, rank] for each adapted layer."""
     return sum(lora.rank * (a + b) for a, b in adapted(sizes, lora))
 
 
 def training_memory(setup: Setup) -> RankMemory:
-    """Compute the memory of a rank at each moment of a step, and return its peak."""
+    """Compute a rank's memory at each moment of a step, and return the moment with the largest total."""
     sizes, train = setup.sizes, setup.train
     weights = Weights.of(sizes, train)
     trained = weights.trained(sizes.layers)
@@ -124,7 +124,7 @@ def training_memory(setup: Setup) -> RankMemory:
 
 
 def _moments(setup: Setup, weights: Weights, fixed: Parts):
-    """Yield the moments of the last micro-batch's backward pass at which memory may be largest, by name."""
+    """Yield the moments in the last micro-batch's backward pass when memory may be largest, as (name, bytes)."""
     sizes, train, rows, v = setup.sizes, setup.train, setup.rows, setup.value_bytes
     block = block_activations(sizes, rows, v, train.lora)
     kept, layers = block.kept(train.activation_checkpointing), sizes.layers
@@ -198,8 +198,8 @@ def _moments(setup: Setup, weights: Weights, fixed: Parts):
 def _optimizer_step(setup: Setup, trained: int, fixed: Parts) -> Parts:
     """Return the memory during the optimizer's step.
 
-    A fused step works in place; that of Adafactor holds the whole of the largest parameter: weight, gradient and
-    update.
+    Most optimizers work in place. Adafactor gathers one whole parameter at a time, with its gradient and update; the
+    largest parameter counts.
     """
     sizes, work = setup.sizes, 0.0
     if setup.train.optimizer.type == "adafactor":

@@ -1,5 +1,4 @@
-"""The sizes of a causal language model, from its configuration alone: parameters, and the cost of a token in each
-block."""
+"""The sizes of a causal language model: dimensions and numbers of parameters, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from dpo_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of a decoder of transformers: an embedding, identical blocks, a norm and a head."""
+    """The sizes of a decoder in transformers, which has an embedding, identical blocks, a norm and a head."""
 
     name: str
     hidden: int
@@ -40,7 +39,7 @@ class ModelSizes:
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Return the linear layers of a block, [in, out], without those of experts."""
+        """Return the shapes [in, out] of a block's linear layers by name, without the layers of experts."""
         layers = {
             "q_proj": (self.hidden, self.query_width),
             "k_proj": (self.hidden, self.kv_width),
@@ -64,13 +63,13 @@ class ModelSizes:
 
     @property
     def block_matrices(self) -> int:
-        """Count the weights of a block's matrices."""
+        """Count the weights in all matrices of a block, including all experts."""
         own = sum(a * b for a, b in self.linear_layers.values())
         return own + self.experts * (self.expert_parameters + self.hidden)  # each expert has a row of the router
 
     @property
     def block_vectors(self) -> int:
-        """Count the weights of a block's norms and biases."""
+        """Count the weights in the norms and biases of a block."""
         biases = self.attention_bias * (self.query_width + 2 * self.kv_width)
         return self.norms * self.hidden + (2 * self.head_dim if self.head_norms else 0) + biases
 
@@ -93,7 +92,7 @@ class ModelSizes:
 
     @property
     def active_block_matrices(self) -> int:
-        """Count the weights of a block's matrices that are used for one token."""
+        """Count the weights in the matrices of a block that compute one token: not all experts do."""
         return self.block_matrices - max(0, self.experts - self.experts_per_token) * self.expert_parameters
 
     @property
@@ -105,8 +104,8 @@ def _llama(name: str, hidden: int, layers: int, heads: int, kv: int, intermediat
     return ModelSizes(name, hidden, layers, heads, kv, hidden // heads, intermediate, vocabulary)
 
 
-# Hub models, by parts of their names; the first entry that matches is used. The source of each is the published
-# config.json of the repository that is named.
+# Hub models, by parts of their names; the first entry that matches is used. The sizes are from the config.json of the
+# repository in the comment.
 KNOWN: tuple[tuple[tuple[str, ...], ModelSizes], ...] = (
     (("llama-3.1-tulu-3-70b", "llama-3.1-70b", "llama-3.3-70b", "meta-llama-3-70b"),  # meta-llama/Llama-3.1-70B
      _llama("Llama 3 70B", 8192, 80, 64, 8, 28672, 128256)),
@@ -159,10 +158,12 @@ _UNLIKE = (
 
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
-    """Find a model's sizes without loading it and without network: from a local config.json, else by its name.
+    """Find a model's sizes without loading it and without a network.
+
+    They are read from the model's config.json if it is on this machine, and are otherwise known for some names.
 
     Raises:
-        ConfigError: it is only on the hub and its name is not known, or its blocks are not like those of Llama.
+        ConfigError: the model is only on the hub and its name is not known, or its blocks differ from Llama's.
     """
     where = f"model.path={config.path}"
     from dpo_ray.models.load import config_file  # it imports torch, which takes seconds
@@ -191,7 +192,7 @@ def sizes_of_config(values: dict[str, Any], where: str) -> ModelSizes:
     """Read the sizes from the values of a config.json.
 
     Raises:
-        ConfigError: the architecture has blocks of another kind.
+        ConfigError: the architecture is not supported, because its blocks differ from Llama's.
     """
     values = values.get("text_config", values)
     kind = str(values.get("model_type"))

@@ -1,5 +1,7 @@
-"""The workload of a recipe whose data is local but not prepared: from the first rows of each shard, tokenized as in
-`prepare`."""
+"""The amount of data in a recipe whose data is on this machine but not yet prepared.
+
+It is estimated from the first rows of some shards, which are tokenized as in the stage `prepare`.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ SYNTHETIC = "synthetic"
 
 
 def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
-    """Tokenize the first rows of some training shards; return None if the tokenizer or all shards are not on this
-    machine.
+    """Estimate the amount of training data from the first rows of some shards, which are tokenized here.
 
-    Filters are not applied, and duplicates are not removed.
+    Filters are not applied, and duplicates are not removed. Return None if the tokenizer or all shards are not on this
+    machine, or if no row is valid.
     """
     shards = [s for s in plan.checked.shards if s.split == "train" and _is_here(s)]
     if is_hub_name(recipe.model.path) or not shards:
@@ -83,8 +85,10 @@ def _text(row: Any, shard: Shard, recipe: Recipe) -> TextGroup | Rejected:
 
 
 def _rows_of(shard: Shard, batch: Sequence[Any]) -> int | None:
-    """Count the rows of a shard, those of JSON Lines by the size of the rows read; None if the whole shard must be
-    read."""
+    """Return the number of rows of a shard, or None if only reading the whole shard would tell.
+
+    For JSON Lines the number is estimated from the mean size of the rows in `batch`, the first rows.
+    """
     if shard.kind == SYNTHETIC:
         return json.loads(shard.location)["pairs"]
     if shard.kind == "parquet":

@@ -1,5 +1,8 @@
-"""Time and traffic of a run's stages by a roofline model: operations by peak, bytes by bandwidth, with the efficiencies
-below."""
+"""The time and network traffic of a run's stages, by a roofline model.
+
+A stage takes the longer of two times: its operations divided by the GPUs' peak speed, and its bytes divided by the
+bandwidth. The constants below say which share of the peak and of the bandwidth is reached.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ ASSUMED_HELDOUT_GROUPS = 2000
 
 @dataclass(frozen=True)
 class StageTime:
-    """The operations of one stage (on all GPUs together), and how long they take."""
+    """The floating-point operations of one stage, on all GPUs together, and how long they take."""
 
     stage: str
     flops: float
@@ -43,7 +46,7 @@ class Traffic:
 
 
 def group_flops(sizes: ModelSizes, workload: Workload, recipe: Recipe) -> float:
-    """Count the useful training operations of a group of mean size, as `mfu` in the metrics does (`models/work.py`)."""
+    """Count the operations to train on one preference group of mean size, as the metric `mfu` does (`models/work.py`)."""
     from dpo_ray.models.work import ModelShape
 
     weights = Weights.of(sizes, recipe.train)
@@ -56,7 +59,10 @@ def group_flops(sizes: ModelSizes, workload: Workload, recipe: Recipe) -> float:
 
 
 def forward_flops(sizes: ModelSizes, workload: Workload) -> float:
-    """Count the operations of scoring a group of mean size, with its prompt once and the logits of every token."""
+    """Count the operations to compute the log-probs of one preference group of mean size.
+
+    The prompt is computed once for all completions, and logits are computed for every token.
+    """
     seen = workload.prompt_tokens**2 / 2 + workload.completions * workload.completion_tokens * (
         workload.prompt_tokens + workload.completion_tokens / 2
     )
@@ -75,9 +81,10 @@ def traffic(
 ) -> Traffic:
     """Compute what FSDP2 sends: weights twice per micro-batch (forward, backward), gradients once per step.
 
-    In an all-gather or a reduce-scatter over R ranks, a rank receives (R - 1)/R of the whole; in an all-reduce, twice
-    that. Within a node the traffic uses the links between GPUs. Across nodes it may use the whole network of a node, as each
-    node receives the data of the others once. Between copies of the model each rank has only its share of the network.
+    In an all-gather or a reduce-scatter over R ranks, a rank receives (R - 1)/R of all data; in an all-reduce, twice as
+    much. Within a node, this traffic uses the links between GPUs. Across nodes, it can use the whole network of a node,
+    because a node receives the data of the other nodes only once. Between copies of the model, each rank has only its
+    share of the network.
     """
     weights = Weights.of(sizes, recipe.train)
     blocks, trained = sizes.layers * weights.block, weights.trained(sizes.layers)
@@ -97,10 +104,10 @@ def traffic(
 def training_time(
     sizes: ModelSizes, recipe: Recipe, workload: Workload, cluster: Cluster, workers: int, steps: int, sent: Traffic
 ) -> StageTime:
-    """Estimate the time of training; FSDP2 sends while it computes, so a step takes the longer of the two.
+    """Estimate the time of training. FSDP2 sends while it computes, so a step takes the longer of the two times.
 
-    Full checkpointing adds a forward pass of the blocks; a layout that computes prompts repeatedly adds those
-    computations.
+    Full activation checkpointing adds a forward pass of the blocks. A layout other than `shared` computes a prompt
+    again for each completion.
     """
     t = recipe.train
     useful = group_flops(sizes, workload, recipe) * t.groups_per_step
@@ -113,7 +120,7 @@ def training_time(
 
 
 def scoring_time(sizes: ModelSizes, workload: Workload, groups: float, cluster: Cluster, gpus: int) -> StageTime:
-    """Estimate the time of the reference's forward pass."""
+    """Estimate the time to compute the reference model's log-probs of all preference groups."""
     flops = forward_flops(sizes, workload) * groups
     return StageTime("reference", flops, flops / (gpus * cluster.gpu.bf16_flops * SCORING_EFFICIENCY), "computing")
 
@@ -128,8 +135,8 @@ def sampling_time(
     tp: int,
     v: int,
 ) -> StageTime:
-    """Estimate the time of sampling: each step of a batch of sequences reads the weights once, and the KV cache of each
-    sequence."""
+    """Estimate the time of sampling. For each new token, an engine reads its weights once for a batch of sequences, and
+    the KV cache of each sequence."""
     batch = max(1, min(SEQUENCES_PER_ENGINE, ceil(sequences / engines)))
     cache = v * 2 * sizes.layers * sizes.kv_width * (prompt_tokens + new_tokens / 2)
     gpu = cluster.gpu

@@ -1,4 +1,4 @@
-"""The amount of data: groups and their tokens, as far as they are known before the data is prepared."""
+"""The amount of data in a recipe: preference groups and their tokens, measured or assumed, and how ranks share them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ASSUMED_PROMPT, ASSUMED_COMPLETION = 1 / 4, 1 / 4  # the mean lengths, as shares
 
 @dataclass(frozen=True)
 class Workload:
-    """The preference groups of one epoch and their mean lengths; `source` tells where these numbers come from."""
+    """The number of preference groups in one epoch and their mean lengths. `source` says where the numbers come from."""
 
     groups: int
     completions: float  # per group
@@ -35,7 +35,7 @@ class Workload:
 
     @property
     def group_tokens(self) -> float:
-        """Return the tokens of a group of mean size, with its prompt once."""
+        """Return the number of tokens in a preference group of mean size. Its prompt counts once."""
         return self.prompt_tokens + self.completions * self.completion_tokens
 
     @property
@@ -48,7 +48,7 @@ class Workload:
 
 
 def measured_workload(recipe: Recipe, statistics: Mapping[str, Mapping[str, Any]]) -> Workload:
-    """Compute the workload from the statistics that `prepare` wrote for the training split, by source."""
+    """Compute the amount of data from the statistics that the stage `prepare` wrote for each source of training data."""
     parts = [s for s in statistics.values() if s["groups"]]
     groups, completions = sum(s["groups"] for s in parts), sum(s["completions"] for s in parts)
     prompt = sum(s["prompt"]["sum"] for s in parts) / groups
@@ -61,7 +61,7 @@ def measured_workload(recipe: Recipe, statistics: Mapping[str, Mapping[str, Any]
 
 
 def assumed_workload(recipe: Recipe) -> Workload:
-    """Estimate the workload from the recipe alone; `source` lists the assumptions."""
+    """Estimate the amount of data from the recipe alone. The result's `source` lists the assumptions."""
     rows, parts = 0, []
     for source in recipe.data.train:
         match source:
@@ -87,14 +87,12 @@ def assumed_workload(recipe: Recipe) -> Workload:
 
 
 def longest_group_tokens(recipe: Recipe, completions: float) -> int:
-    """Return the upper limit of a group's tokens: prompt and completion have at most max_length_tokens; the prompt
-    counts once."""
+    """Return an upper limit of the tokens in a group: `max_length_tokens` for each of its completions, with the prompt."""
     return ceil(completions) * recipe.data.max_length_tokens
 
 
 def steps_of(recipe: Recipe, groups: int) -> int:
-    """Count the optimizer steps, for an online run those of all rounds, where each prompt is assumed to give one
-    pair."""
+    """Count the optimizer steps of a run. For an online run, count all rounds, and assume one pair for each prompt."""
     t, online = recipe.train, recipe.online
     if online is not None:
         each = t.steps if t.steps is not None else ceil(online.prompts_per_round * t.epochs / t.groups_per_step)
@@ -104,7 +102,7 @@ def steps_of(recipe: Recipe, groups: int) -> int:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The distribution of a step's groups over ranks."""
+    """The micro-batches that a rank gets in one step: their number and their tokens."""
 
     tokens: int  # of the largest micro-batch, with prompts once
     most_tokens: int  # the upper limit of a rank's tokens in a step
@@ -113,13 +111,15 @@ class MicroBatches:
 
 
 def micro_batches(workload: Workload, groups_per_step: int, ranks: int, budget_tokens: int) -> MicroBatches:
-    """Return how `schedule/order.py` distributes the groups of a step.
+    """Compute the micro-batches of a rank in one step, as `schedule/order.py` distributes the step's groups.
 
-    With k = ceil(groups / ranks), a rank with at most k groups has at most k L tokens, where L is the greatest length.
-    Groups are assigned in the order of their work, greatest first, each to the rank with the least work. If a rank got
-    more than k groups, it had, before its last group, no more work than a rank that ends with k - 1 groups, so at most
-    (k - 1) W, where W is the work of the longest group; and its last group has at most the mean work of the k or more
-    groups before it. As a token is at least one unit of work, the rank has at most (k - 1) (1 + 1/k) W tokens.
+    The order of work is greatest first, and each group goes to the rank with the least work so far. This gives an upper
+    limit for the tokens of a rank. Let k = ceil(groups / ranks), L the length and W the work of the longest group.
+
+    - A rank with at most k groups has at most k L tokens.
+    - A rank with more than k groups had, before its last group, no more work than some rank that ends with at most
+      k - 1 groups. So it had at most (k - 1) W. Its last group has at most the mean work of the k or more groups before
+      it. Because a token is at least one unit of work, the rank has at most (k - 1) (1 + 1/k) W tokens.
     """
     per_rank, longest = ceil(groups_per_step / ranks), workload.longest_group_tokens
     completions = ceil(workload.completions)

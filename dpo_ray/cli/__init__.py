@@ -1,1 +1,1 @@
-"""The command line: one module for each kind of command; each command is a few lines that call one function."""
+"""The command line, with one module for each kind of command. A command is only a few lines that call one function."""

@@ -1,4 +1,4 @@
-"""The command line: all commands, the exit codes, and how errors are printed. A file a kind of command."""
+"""The entry point of the command line: it registers all commands, prints errors, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MEANINGS = EXIT_CODES | {1: "A bug in dpo-ray itself: the traceback shows where
 _CODES = "\n".join(f"* {code}: {meaning.rstrip('.')}" for code, meaning in sorted(_MEANINGS.items()))
 OVERRIDE_AS_OPTION = re.compile(r"No such option:? (?:--)?-*([a-z_]+(?:\.[a-z_]+)+)")
 app = typer.Typer(
-    help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file; each of its values can be "
+    help="Align a language model with preference data (DPO and its family), on Ray.\n\nA recipe is a YAML file. Every value in it can be "
     "overridden on the command line as key.path=value. Begin with `dpo-ray init` and `dpo-ray run`.",
     epilog="Exit codes:\n\n" + _CODES,
     no_args_is_help=True,
@@ -50,19 +50,19 @@ app.add_typer(kubernetes, name="kubernetes")
 
 
 def _print_error(text: str) -> None:
-    """Print an error, whose text may quote file names and data, so that a terminal interprets none of it."""
+    """Print an error in red. Its text may quote file names and data, so control characters in it are replaced."""
     lines = "\n".join(harmless(line) for line in f"error: {text}".split("\n"))
     Console(stderr=True, soft_wrap=True).print(lines, style="red", highlight=False, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its code; errors of dpo-ray are printed without a traceback."""
+    """Run a command of the command line, and exit with its exit code. Print errors of dpo-ray without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
     except DpoRayError as error:
         _print_error(str(error))
-        if isinstance(error, RayLostError):  # at the exit of Python, Ray would wait for its own processes
+        if isinstance(error, RayLostError):  # when Python exits, Ray would wait for its lost process
             sys.stdout.flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)

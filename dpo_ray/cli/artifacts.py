@@ -1,4 +1,4 @@
-"""The commands that check the artifacts of a recipe's output."""
+"""The commands that check artifacts, the committed results of stages, below a recipe's `output`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dpo_ray.observe.text import harmless
 from .options import Json, Overrides, RecipeFile, Tiny, load
 
 artifacts = typer.Typer(
-    help="Check the artifacts of a recipe's output: what its stages have committed.", no_args_is_help=True
+    help="Check the artifacts, the committed results of stages, below a recipe's output.", no_args_is_help=True
 )
 
 
 @artifacts.command("verify")
 def verify(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Read all artifacts below the recipe's output and compare every file with the digest that was committed.
+    """Read all artifacts below the recipe's output, and compare every file with the digest that was committed with it.
 
-    Exits with code 4 if one is damaged. A run checks what it reads by itself; this checks everything.
+    Exits with code 4 if an artifact is damaged. A run checks only the files that it reads; this command checks all files.
     """
     from dpo_ray.artifacts.places import artifact_store
     from dpo_ray.errors import ArtifactError

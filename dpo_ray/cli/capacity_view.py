@@ -36,8 +36,8 @@ def capacity_of(recipe: Recipe, cluster: str, plan: Plan | None = None) -> Capac
     """Compute what a recipe needs on a cluster such as `4x8xH100`.
 
     Args:
-        plan: The plan of the recipe, if its inputs are accessible: lengths are then those of the prepared tokens, or of
-            a sample.
+        plan: The plan of the recipe, or None if its inputs are not accessible. With a plan, lengths are measured on the
+            prepared tokens or on a sample; without, they are assumed.
 
     Raises:
         ConfigError: there is no such cluster or GPU, or the sizes of the model are not known on this machine.
@@ -46,7 +46,7 @@ def capacity_of(recipe: Recipe, cluster: str, plan: Plan | None = None) -> Capac
 
 
 def plan_if_possible(recipe: Recipe) -> tuple[Plan | None, str]:
-    """Return the plan of a recipe's stages; if its model or data are not accessible from here, None and the reason."""
+    """Return the plan of a recipe's stages and ""; or None and the reason if this machine has no access to its inputs."""
     try:
         return make_plan(recipe), ""
     except (ConfigError, InfrastructureError) as error:
@@ -63,7 +63,7 @@ def _workload(recipe: Recipe, plan: Plan | None) -> Workload:
 
 
 def figures(capacity: Capacity) -> dict[str, Any]:
-    """Return the result as values for JSON, in bytes, seconds and operations."""
+    """Return the result of the planner as values for JSON, in bytes, seconds and operations."""
     training = capacity.training
     return {
         "cluster": str(capacity.cluster),

@@ -39,7 +39,7 @@ _BOUNDARY = "│"  # between tokens if there are no colours
 
 
 def figures(page: DataPage, place: str) -> dict[str, Any]:
-    """Return what the page shows, as values for JSON."""
+    """Return the data report as values for JSON; `place` is the path of the web page."""
     return {
         "data_page": place,
         "splits": [dataclasses.asdict(row) for row in page.splits],
@@ -53,7 +53,7 @@ def figures(page: DataPage, place: str) -> dict[str, Any]:
 
 
 def print_account(page: DataPage, name: str, place: str, console: Console) -> None:
-    """Print the data report; control characters in text of the data are replaced."""
+    """Print the data report. Control characters in text from the data are replaced."""
     console.print(_rows_table(page, name))
     if page.unaccounted:
         console.print(Text(f"{page.unaccounted:,} rows are not accounted for", style="bold red"))
@@ -86,7 +86,7 @@ def print_account(page: DataPage, name: str, place: str, console: Console) -> No
 
 
 def text_histogram(counted: Counted, longest: int) -> str:
-    """Draw a histogram from 0 to `longest` in one line of text; a bin that is not empty is never drawn as empty."""
+    """Draw a histogram from 0 to `longest` as one line of text. A bin with few values is still drawn visibly."""
     counts = counted.within(np.linspace(-0.5, longest + 0.5, HISTOGRAM_COLUMNS + 1))
     top = counts.max(initial=0.0)
     if not top:

@@ -12,10 +12,12 @@ from .options import Json, console
 
 
 def doctor(
-    output: Annotated[str, typer.Option(help="The output to check for write access: a directory or a URI.")] = "runs",
+    output: Annotated[
+        str, typer.Option(help="A directory or URI; the command checks that runs can be written to it.")
+    ] = "runs",
     as_json: Json = False,
 ) -> None:
-    """Check versions, devices, Ray and storage; show what will not work and how to fix it."""
+    """Check versions, devices, Ray and storage. Show what will not work, and how to fix it."""
     from .machine_checks import examine  # imports torch
 
     checks = examine(output)

@@ -17,13 +17,15 @@ def inspect_data(
     recipe: RecipeFile,
     overrides: Overrides = None,
     tiny: Tiny = False,
-    sample: Annotated[int, typer.Option(min=0, max=100, help="Number of groups to show as the model sees them.")] = 3,
+    sample: Annotated[
+        int, typer.Option(min=0, max=100, help="Number of preference groups to show as the model sees them.")
+    ] = 3,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show which rows were read or left out and why, their lengths, and what the model sees; also write data.html.
+    """Show which rows are used or left out and why, their lengths, and what the model sees. Also write data.html.
 
-    Runs the stage `prepare` if it is not done yet. Starts no engine.
+    Runs the stage `prepare` first if it is not done yet. Starts no engine.
     """
     from dpo_ray.observe.progress import Reporter
     from dpo_ray.report import data_report

@@ -41,12 +41,16 @@ def submit(
     working_dir: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Also upload this directory of code, without the files that its ignore files name."
+            metavar="DIR",
+            help="Also upload this directory of code, except the files that its .gitignore and .rayignore name.",
         ),
     ] = None,
     pip: Annotated[
         list[str] | None,
-        typer.Option(metavar="REQ|FILE", help="Install this first, in addition to the packages of the image."),
+        typer.Option(
+            metavar="REQ|FILE",
+            help="Install this requirement, or this file of requirements, in addition to the packages of the image.",
+        ),
     ] = None,
     uv: Annotated[
         list[str] | None, typer.Option(metavar="REQ|FILE", help="The same as --pip, but installed by uv.")
@@ -59,8 +63,8 @@ def submit(
 ) -> None:
     """Submit a recipe to a running Ray cluster, where it runs independently of this machine.
 
-    Submitted again after a failure, a stop or the loss of the cluster, it goes on from what was committed.
-    Every node must be able to access the paths in it. Data, models and secrets are never uploaded.
+    After a failure, a stop or the loss of the cluster, submit the recipe again: the run continues from the committed work.
+    Every node must be able to access the paths in the recipe. Data, models and secrets are never uploaded.
     """
     from dpo_ray.config.load import load_recipe
     from dpo_ray.deploy.ray_jobs import submit as submission
@@ -84,7 +88,7 @@ def submit(
 
 
 def status(job: JobId, address: Address, as_json: Json = False) -> None:
-    """Show the state of a job, and what to do next."""
+    """Show the state of a job. If the job has ended, also show what to do next."""
     from dpo_ray.deploy.ray_jobs.jobs import look
 
     state = look(_client(address), job)
@@ -98,7 +102,7 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Follow the output until the job ends, and exit with its exit code.")
     ] = False,
 ) -> None:
-    """Print the output of a job's driver."""
+    """Print the log of a job, that is, the output of its driver."""
     from dpo_ray.deploy.ray_jobs.logs import printed
 
     client = _client(address)
@@ -117,7 +121,7 @@ def stop(
         ),
     ] = 600,
 ) -> None:
-    """Stop a job after it has written a checkpoint; submitted again, it goes on from there."""
+    """Stop a job after it has written a checkpoint. If the recipe is submitted again, the run continues from there."""
     from dpo_ray.deploy.ray_jobs import jobs as known
 
     ended = known.stop(_client(address), job, grace_seconds, typer.echo)
@@ -153,7 +157,7 @@ def _client(address: str) -> Any:
 
 
 def _follow(client: Any, job: str, address: str) -> None:
-    """Print a job's log until it ends, and exit with its code; Ctrl-C stops only the following, not the job."""
+    """Print a job's log until the job ends, and exit with its exit code. Ctrl-C ends only the printing, not the job."""
     from dpo_ray.deploy.ray_jobs.logs import follow
 
     try:
@@ -175,7 +179,7 @@ def _times(job: Job) -> str:
 
 
 def _duration(job: Job) -> str:
-    """Return how long a job ran, or has been running."""
+    """Return as text how long a job ran or has been running; "" if it has not started."""
     if job.started is None:
         return ""
     return duration((job.ended or time.time()) - job.started)

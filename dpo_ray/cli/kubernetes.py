@@ -24,7 +24,9 @@ Overrides = Annotated[
 ]
 Kind = Annotated[
     Literal["RayJob", "RayCluster"],
-    typer.Option(help="RayJob runs the recipe and is then deleted; RayCluster stays, for Ray's own job submission."),
+    typer.Option(
+        help="RayJob: a cluster that runs the recipe and is then deleted. RayCluster: one that stays, for `dpo-ray submit`."
+    ),
 ]
 Context = Annotated[
     str | None, typer.Option(metavar="NAME", help="A context of the kubeconfig. Default: its current context.")
@@ -33,7 +35,7 @@ Context = Annotated[
 
 @kubernetes.command()
 def render(recipe: RecipeFile, overrides: Overrides = None, kind: Kind = "RayJob") -> None:
-    """Print the manifests that run a recipe, for `kubectl apply -f -` or for a repository. Needs no cluster."""
+    """Print the manifests that run a recipe, for `kubectl apply -f -` or for a repository. This needs no cluster."""
     from dpo_ray.deploy.kubernetes.render import text
 
     typer.echo(text(_rendered(_loaded(recipe, overrides), kind)), nl=False)
@@ -63,7 +65,8 @@ def apply(
     replace: Annotated[
         bool,
         typer.Option(
-            "--replace", help="First delete an existing RayJob or RayCluster of this name; its run goes on afterwards."
+            "--replace",
+            help="First delete an existing RayJob or RayCluster of this name; the new one continues its run.",
         ),
     ] = False,
     wait: Annotated[

@@ -1,4 +1,4 @@
-"""Checks of this machine: versions, devices, engine, Ray and storage, with a fix for everything that will not work."""
+"""Checks of this machine for `dpo-ray doctor`: versions, devices, engine, Ray and storage, and a fix for each fault."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMORY_BYTES_NEEDED, DISK_BYTES_NEEDED = 4 << 30, 5 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check."""
+    """The result of one check of this machine: what was checked, its state, what was found, and how to fix it."""
 
     what: str
     state: Literal["ok", "warning", "broken"]
@@ -36,7 +36,7 @@ class Check:
 
 
 def examine(output: str) -> list[Check]:
-    """Check everything that a run needs, without starting anything."""
+    """Check everything on this machine that a run needs, without starting anything. `output` is where runs are written."""
     return [_python(), *_packages(), *_devices(), _engine(), *_leftovers(), _ray(), _memory(), *_storage(output)]
 
 
@@ -121,9 +121,9 @@ def _system_has(library: str) -> bool:
 
 
 def _leftovers() -> list[Check]:
-    """Find CUDA builds of torchvision and related packages, which break transformers if torch is a CPU build.
+    """Find installed vision and audio packages of torch, which break transformers if torch itself is a CPU build.
 
-    Together with torch from PyPI, which is a CUDA build as well, they are unused but harmless.
+    They are CUDA builds. Together with torch from PyPI, which is a CUDA build as well, they are unused but harmless.
     """
     if "+cpu" not in torch.__version__:
         return []
@@ -166,8 +166,10 @@ def _memory() -> Check:
 
 
 def _available_memory_bytes() -> int:
-    """Return the memory that programs can still allocate, caches included; if the system does not report it, the free
-    memory."""
+    """Return the memory that programs can still allocate, including caches that the system would give up for them.
+
+    If the system does not report this, return the free memory.
+    """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
@@ -198,13 +200,13 @@ def _storage(output: str) -> list[Check]:
 
 
 def _nearest(path: Path) -> Path:
-    """Return the path, or the nearest directory above it that exists."""
+    """Return the path if it exists, otherwise the nearest directory above it that exists."""
     return path if path.exists() else _nearest(path.parent)
 
 
 @contextmanager
 def _no_new_directories(place: Storage) -> Iterator[None]:
-    """Remove the directories that the check had to create, so that it leaves no trace."""
+    """On exit, remove the directories that the `with` block created for the check, so that no trace is left."""
     path = place.local_path() if place.is_local else Path()
     missing = [p for p in (path, *path.parents) if not p.exists()]
     try:

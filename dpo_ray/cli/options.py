@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what they load."""
+"""Arguments and options that several commands share, the loading of a recipe, and the console."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Tiny = Annotated[
     bool,
     typer.Option(
         "--tiny",
-        help="Run a miniature of the recipe: a tiny random model, synthetic data, 3 steps, this machine, no network.",
+        help="Use a miniature of the recipe: a tiny random model, synthetic data, 3 steps, on this machine, without a network.",
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray and its workers log.")]
 
 
 def load(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
-    """Load a recipe, as a miniature if `tiny`; the values that make it small take precedence over overrides."""
+    """Load a recipe with its overrides. With `tiny`, shrink it to a miniature, whose small values win over overrides."""
     from dpo_ray.config.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])
@@ -40,5 +40,5 @@ def load(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
 
 
 def console() -> Console:
-    """Open a console on standard output; if that is not a terminal, it is wide enough that no cell is cut off."""
+    """Open a console on standard output. If the output is not a terminal, the console is so wide that no cell is cut."""
     return Console() if sys.stdout.isatty() else Console(width=200)

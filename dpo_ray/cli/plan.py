@@ -22,10 +22,10 @@ def plan(
     as_json: Json = False,
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="NODESxGPUSxGPU", help="Also show what the recipe needs on such a cluster: 4x8xH100."),
+        typer.Option(metavar="NODESxGPUSxGPU", help="Also show what the recipe needs on a cluster such as 4x8xH100."),
     ] = None,
 ) -> None:
-    """Show which stages are done, which would run, and why. Starts nothing and writes nothing."""
+    """Show which stages are done, which stages would run, and why. Starts nothing and writes nothing."""
     from dpo_ray.run.planning import make_plan
 
     from . import capacity_view

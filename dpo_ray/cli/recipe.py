@@ -1,4 +1,4 @@
-"""The commands about a recipe itself: check it, print its schema, write a first one."""
+"""The commands about a recipe itself: check a recipe, print the schema of recipes, write a first recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .options import Json, Overrides, RecipeFile, Tiny, load
 
 
 def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Check a recipe, and all files and models it names that are accessible from this machine. Starts nothing."""
+    """Check a recipe. Also check the files and models in it that this machine can access. Starts nothing."""
     from dpo_ray.run.preflight import preflight
 
     loaded = load(recipe, overrides, tiny=tiny)
@@ -27,7 +27,7 @@ def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False
 
 
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, by which an editor can check and complete a recipe."""
     from dpo_ray.config.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))

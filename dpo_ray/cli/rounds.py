@@ -14,7 +14,7 @@ from .options import Json, Overrides, RecipeFile, Tiny, console, load
 def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
     """Show every round of an online run: its state, its figures, and whether its policy was promoted. Starts nothing.
 
-    A finished run continues when `online.rounds` is increased.
+    To continue a finished run with further rounds, increase `online.rounds` and use `dpo-ray run`.
     """
     from dpo_ray.online.round_plan import derive
     from dpo_ray.report import rounds_report

@@ -1,4 +1,4 @@
-"""The table of online rounds for a terminal, and the same figures for JSON."""
+"""The output of `dpo-ray rounds`: the table of online rounds for a terminal, and the same figures for JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = ("pairs", "KL", "true\nreward", "win rate\nv. initial", "win rate\nv.
 
 
 def figures(page: RoundsPage) -> list[dict[str, Any]]:
-    """Return what is known of each round, as values for JSON."""
+    """Return the known figures of each round as values for JSON."""
     return [
         dataclasses.asdict(row)
         | {name: _named(getattr(row, name)) for name in ("win_rate_initial", "win_rate_previous")}
@@ -29,7 +29,7 @@ def figures(page: RoundsPage) -> list[dict[str, Any]]:
 
 
 def print_rounds(page: RoundsPage, console: Console) -> None:
-    """Print a line for each round, then why policies were rejected and why the rounds ended."""
+    """Print a table with a line for each round. Then print why policies were rejected, and why the rounds have ended."""
     if not page.rows:
         console.print(Text(harmless(f"{page.name}: no round has started")))
         return
@@ -72,7 +72,7 @@ def _fixed(value: float | None, digits: int) -> str:
 
 
 def _rate(rate: Interval | None) -> str:
-    """Return a rate and its interval as text that is short enough for a terminal."""
+    """Return a win rate and its confidence interval as short text, for a terminal."""
     if rate is None or not all(map(math.isfinite, rate)):
         return "–"
     return f"{rate[0]:.1%} ({100 * rate[1]:.0f}–{100 * rate[2]:.0f})"

@@ -23,7 +23,7 @@ def run(
 ) -> None:
     """Run every stage of a recipe that is not done yet. The last line of the output contains the main figures.
 
-    A run can be stopped at any moment and by any means: the same command goes on from what was committed.
+    You can stop a run at any moment and by any means. The same command then continues from the committed work.
     """
     from dpo_ray.observe.progress import Reporter
     from dpo_ray.report import summary

@@ -1,4 +1,4 @@
-"""The commands that maintain a reference store."""
+"""The commands that maintain a reference store, in which runs share the log-probs of reference models."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
     from dpo_ray.artifacts.storage import Storage
 
 store = typer.Typer(
-    help="Maintain a reference store, which runs share: show its size, verify its files, delete what is not needed.",
+    help="Maintain a reference store, in which runs share the log-probs of reference models: show its size, verify its files, "
+    "delete what is not needed.",
     no_args_is_help=True,
 )
 
 StorePlace = Annotated[
-    str, typer.Argument(metavar="STORE", help="The store's directory or URI, or a recipe (*.yaml) that uses it.")
+    str, typer.Argument(metavar="STORE", help="The store's directory or URI, or a recipe (*.yaml) that uses the store.")
 ]
 
 
 @store.command("stats")
 def store_stats(place: StorePlace, as_json: Json = False) -> None:
-    """Show what a store holds for each model and way of computing: sequences, tokens, bytes, damage, last use.
+    """Show the partitions of a store: sequences, tokens, bytes, damaged files, and the time of the last use.
 
-    Reads only the footers of the files. The name of a partition begins with the digest of its model.
+    A partition has the log-probs of one model, computed in one way (engine, data type, device). Its name begins with the
+    digest of the model. Only the footers of the files are read.
     """
     from dpo_ray.reference.store import care
 
@@ -45,9 +47,10 @@ def store_stats(place: StorePlace, as_json: Json = False) -> None:
 
 @store.command("verify")
 def store_verify(place: StorePlace, as_json: Json = False) -> None:
-    """Read a whole store and list all faults: damaged files, values that are not log-probs, contradictions.
+    """Read a whole store and list all faults: damaged files, values that are not log-probs, contradictory values.
 
-    Exits with code 4 if there is a fault. `dpo-ray store gc` removes it, and the next run scores what is missing.
+    Exits with code 4 if there is a fault. `dpo-ray store gc` removes damaged files. The next run then computes the missing
+    log-probs again.
     """
     from dpo_ray.errors import ArtifactError
     from dpo_ray.reference.store import care
@@ -61,7 +64,7 @@ def store_verify(place: StorePlace, as_json: Json = False) -> None:
     elif faults:
         store_view.print_faults(root, faults, console())
     if faults:
-        fix = "`dpo-ray store gc` removes what is damaged; the next run scores what is then missing"
+        fix = "`dpo-ray store gc` removes what is damaged; the next run then computes the missing log-probs again"
         what = f"{len(faults):,} {'fault' if len(faults) == 1 else 'faults'} in the reference store"
         raise ArtifactError(what, where=root.uri, fix=fix)
     if not as_json:
@@ -72,7 +75,7 @@ def store_verify(place: StorePlace, as_json: Json = False) -> None:
 def store_gc(
     place: StorePlace,
     unused_days: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Also delete partitions that no run has used for N days.")
+        int | None, typer.Option(min=0, metavar="N", help="Also delete all partitions that no run has used for N days.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; only show what would be done.")] = False,
     force: Annotated[
@@ -82,8 +85,8 @@ def store_gc(
 ) -> None:
     """Clean up a store: delete damaged and leftover files, merge small segments and, if asked, delete unused partitions.
 
-    Partitions that were used in the last hour are left alone, because a run may still be writing to them. No intact
-    data is lost, and what was damaged is scored again by the next run that needs it.
+    Partitions that were used in the last hour are left alone, because a run may still be writing to them. Intact data is
+    lost only with unused partitions. The next run that needs data that was damaged computes it again.
     """
     from dpo_ray.reference.store.gc import clear
 
@@ -99,7 +102,11 @@ def store_gc(
 
 
 def _store_root(place: str) -> Storage:
-    """Open the store at an address, or the one that a recipe uses, which may still be empty."""
+    """Return the directory of a store, given its address or a recipe that uses it. A recipe's store may be empty.
+
+    Raises:
+        ConfigError: there is no store at the address.
+    """
     from dpo_ray.artifacts.places import reference_root
     from dpo_ray.artifacts.storage import Storage
     from dpo_ray.config.load import load_recipe

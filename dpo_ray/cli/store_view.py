@@ -16,7 +16,7 @@ from dpo_ray.reference.store.gc import Cleared
 
 
 def print_stats(root: Storage, found: Sequence[PartitionStats], console: Console) -> None:
-    """Print a line for each partition, and the totals."""
+    """Print a table with a line for each partition of a store, and the totals."""
     table = Table(title=root.uri, title_justify="left", show_footer=len(found) > 1, show_lines=True)
     table.add_column("partition, engine, numerics", "all", overflow="fold")
     for name in ("sequences", "tokens", "segments"):
@@ -33,7 +33,7 @@ def print_stats(root: Storage, found: Sequence[PartitionStats], console: Console
 
 
 def print_faults(root: Storage, faults: Sequence[Fault], console: Console) -> None:
-    """Print a line for each fault; file names are relative to the store."""
+    """Print a table with a line for each fault in a store. File names are relative to the store."""
     table = Table(title=root.uri, title_justify="left", show_lines=True)
     table.add_column("file", overflow="fold", min_width=40)
     table.add_column("what is wrong", overflow="fold")
@@ -43,7 +43,7 @@ def print_faults(root: Storage, faults: Sequence[Fault], console: Console) -> No
 
 
 def print_cleared(done: Sequence[Cleared], dry_run: bool, console: Console) -> None:
-    """Print a line for each change that was made, or would be made in a dry run."""
+    """Print a table with a line for each change that `store gc` has made, or in a dry run would make."""
     table = Table(title="dry run: this would be done" if dry_run else "", title_justify="left")
     table.add_column("partition", no_wrap=True)
     table.add_column("what")

@@ -1,1 +1,1 @@
-"""The Ray cluster: the connection to it, the resources of each role, and the groups of training workers."""
+"""The Ray cluster: the connection to it, the resources of each kind of worker, and the groups of training workers."""

@@ -1,4 +1,4 @@
-"""Placement of CPU work: Ray Data's own setting, which our plain Ray tasks follow as well."""
+"""Placement of CPU work. It is a setting of Ray Data, and our plain Ray tasks follow the same setting."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def cpu_work_on(role: PrepareRole) -> Iterator[None]:
 
 
 def cpu_labels() -> dict[str, str] | None:
-    """Return the node labels for plain Ray tasks that use only CPUs."""
+    """Return the node labels that `cpu_work_on` has set, for plain Ray tasks that use only CPUs; None if it set none."""
     return DataContext.get_current().execution_options.label_selector

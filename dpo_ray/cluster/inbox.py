@@ -1,4 +1,4 @@
-"""The messages between the driver and its workers. Light to import, because the actor's own process loads it."""
+"""The messages between the driver and its workers. The actor's process loads this module, so it imports very little."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 class Inbox:
-    """An actor that holds rows from rank 0 until the driver takes them, and the driver's request to stop."""
+    """An actor between the training workers and the driver.
+
+    It keeps rows of metrics from rank 0 until the driver takes them, and passes on the driver's request to stop.
+    """
 
     def __init__(self) -> None:
         self._rows: list[Any] = []
@@ -21,14 +24,17 @@ class Inbox:
         return rows
 
     async def stop(self) -> None:
-        """Notify everyone who waits, now or later, that the driver was asked to stop."""
+        """Request all workers to stop: every call of `stopped`, present or later, returns."""
         self._stop.set()
 
     async def pause(self) -> None:
-        """Notify those who wait now, but not those who wait later, to stop: the workers are to start again."""
+        """Request the present workers to stop, so that new workers can start.
+
+        Only the present calls of `stopped` return. Later calls, from the new workers, wait.
+        """
         self._stop.set()
         self._stop.clear()
 
     async def stopped(self) -> None:
-        """Wait until the driver was asked to stop. A worker holds a reference to this call, so it needs no message."""
+        """Wait for a request to stop. A worker keeps the reference to this call and sees when it has returned."""
         await self._stop.wait()

@@ -1,4 +1,7 @@
-"""Placement of roles on the recipe's cluster: fills in what the recipe leaves open, and finds what can never fit."""
+"""Placement of a recipe's workers on its cluster.
+
+It fills in the settings of hardware that the recipe does not set, and finds requests that the cluster can never hold.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from .session import session
 
 
 def resolve_hardware(recipe: Recipe, *, verbose: bool = False) -> Recipe:
-    """Fill in what the recipe leaves open, according to the place where it runs.
+    """Return the recipe with the settings of hardware that it leaves open, as they follow from where it runs.
 
-    On a local Ray (this machine only), node labels are ignored. On a cluster, workers have GPUs if its nodes have them,
-    whatever the driver's machine has.
+    On a local Ray (this machine only), node labels are removed. On a cluster, training workers get GPUs if the nodes of
+    the cluster have GPUs; the GPUs of the driver's machine do not matter.
 
     Raises:
         InfrastructureError: the cluster does not answer, or it cannot be determined whether its nodes have GPUs.
@@ -50,26 +53,28 @@ def _with_roles(recipe: Recipe, roles: RolesConfig) -> Recipe:
 def check_room(
     recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float, say: Callable[[str], None]
 ) -> None:
-    """Check that the cluster can hold each role of the stages to run; if it may get more nodes, report what waits.
+    """Check that the cluster can hold the workers of the stages that have to run.
+
+    If it cannot, but an autoscaler may add nodes, only report what the run waits for.
 
     Raises:
-        InfrastructureError: the cluster can never hold them; the message says what is missing.
+        InfrastructureError: the cluster can never hold the workers; the message says what is missing.
     """
     missing = []
     for request, least in _requests(recipe, stages, train_gpus, engine_gpus):
         if (now := capacity(request)) < least:
             missing.append(
-                f"{least} {request.what} are needed (each: {request.describe()}), and there is room for {now}"
+                f"{least} {request.what} are needed (each: {request.describe()}), but the nodes can hold only {now}"
             )
     there = ray.cluster_resources()
     wanted = {"CPU": recipe.least_cpus(), "GPU": _least_gpus(recipe, stages, train_gpus, engine_gpus)}
     for what, amount in wanted.items():
         if there.get(what, 0.0) < amount:
             missing.append(
-                f"the run needs {amount:g} {what}s at once at its peak, and the cluster has {there.get(what, 0.0):g}"
+                f"the run needs up to {amount:g} {what}s at the same time, but the cluster has {there.get(what, 0.0):g}"
             )
     if missing and scales():
-        say("there is not enough room yet, so the run waits until the cluster has more nodes: " + "; ".join(missing))
+        say("the cluster is too small now, so the run waits until it has more nodes: " + "; ".join(missing))
     elif missing:
         raise InfrastructureError(
             "the cluster can never hold what the recipe requests: " + "; ".join(missing),
@@ -81,7 +86,10 @@ def check_room(
 def _requests(
     recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float
 ) -> list[tuple[Resources, int]]:
-    """List what the roles of the stages request, and the minimum count of each: for a pool of engines it is one."""
+    """List what the workers of these stages request, with the smallest number of each kind of worker.
+
+    For a pool of engines and for judges this number is 1, because one of them is enough to make progress.
+    """
     r, t, roles = recipe.reference, recipe.train, recipe.cluster.roles
     requests: list[tuple[Resources, int]] = []
     if "train" in stages or ("reference" in stages and r.engine == "trainer"):
@@ -98,7 +106,7 @@ def _requests(
 
 
 def _had_gpus(recipe: Recipe) -> bool:
-    """Return whether a previous attempt of this run used GPUs, according to the recipe that it wrote."""
+    """Return whether this run used GPUs before, according to the recipe.yaml that it wrote then."""
     try:
         before = yaml.safe_load(run_storage(recipe).read_bytes("recipe.yaml"))
     except FileNotFoundError:
@@ -107,7 +115,7 @@ def _had_gpus(recipe: Recipe) -> bool:
 
 
 def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:
-    """Return the number of GPUs without which scoring and training, which run concurrently, would wait for ever."""
+    """Return the fewest GPUs with which engines and training can run at the same time; 0 if they do not have to."""
     if recipe.reference.mode != "streaming" or "train" not in stages or "reference" not in stages:
         return 0.0
     return (recipe.train.min_workers or recipe.train.workers) * train_gpus + engine_gpus

@@ -1,4 +1,4 @@
-"""The resources that the workers of each role request. Imports no Ray, because manifests are sized by it as well."""
+"""The resources that each kind of worker requests. It does not import Ray, as it also sizes pods of Kubernetes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_ray.config.roles import JudgeRole, ReferenceRole, RolesConfig, TrainRol
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources that each of several identical workers requests from Ray."""
+    """The resources that each worker of one kind requests from Ray."""
 
     what: str  # in the plural, as in `training workers`
     cpus: float
@@ -27,7 +27,7 @@ class Resources:
         return {k: v for k, v in {"CPU": self.cpus, "GPU": self.gpus, "memory": memory}.items() if v}
 
     def options(self) -> dict[str, Any]:
-        """Return the request as the options of an actor."""
+        """Return the request as options of a Ray actor."""
         return {
             "num_cpus": self.cpus,
             "num_gpus": self.gpus or None,
@@ -36,7 +36,7 @@ class Resources:
         }
 
     def describe(self) -> str:
-        """Describe the request in words, for a person."""
+        """Describe the request in words, for messages."""
         parts = [f"{self.cpus:g} CPU", *([f"{self.gpus:g} GPU"] if self.gpus else [])]
         parts += [f"{self.memory_gib:g} GiB"] if self.memory_gib else []
         parts += [f"a node with {k}={v}" for k, v in self.labels.items()]

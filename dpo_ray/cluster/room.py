@@ -1,4 +1,4 @@
-"""Room on the cluster for identical workers: whether it can ever be enough, and waiting until it is available."""
+"""Room on the cluster, that is, free resources for a number of identical workers: counting it, and waiting for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASK_SECONDS = 10.0
 
 
 def capacity(request: Resources) -> int:
-    """Count the workers that the present nodes could hold if nothing else ran on them."""
+    """Return how many such workers the present nodes could hold if nothing else ran on them."""
     nodes = [n for n in ray.nodes() if n["Alive"] and _has(n.get("Labels") or {}, request.labels)]
     return sum(_fit(request, node["Resources"]) for node in nodes)
 
@@ -34,7 +34,7 @@ def capacity(request: Resources) -> int:
 def scales() -> bool:
     """Return whether an autoscaler (Ray's version 2, as on Kubernetes) is alive and adds nodes for waiting requests.
 
-    It does not report which nodes it may add, so what does not fit now may fit later.
+    An autoscaler does not report which nodes it can add. So workers that do not fit now may fit later.
     """
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue] - generated
@@ -50,15 +50,15 @@ def wait(
     gives_up: Callable[[], bool] = lambda: False,
     patience_seconds: float | None = None,
 ) -> int:
-    """Wait until there is room for `most` workers, or after a while for at least `least`; return the count.
+    """Wait until `most` workers can start; return how many can start. After `patience_seconds`, `least` are enough.
 
-    The request is a placement group, so a cluster that scales adds nodes for it. Every half a minute, `say` reports how
-    many workers the nodes could hold.
+    The request is a placement group of Ray, so a cluster with an autoscaler adds nodes for it. Every half a minute,
+    `say` reports how many workers the nodes could hold.
 
     Args:
         gives_up: called every few seconds; the wait ends when it returns True.
-        patience_seconds: how long to wait before fewer than `most` are enough; default: 30 s, and 10 minutes where
-            nodes may be added.
+        patience_seconds: how long to wait before fewer than `most` workers are enough. Default: 30 s, or 10 minutes on
+            a cluster that may add nodes.
 
     Raises:
         StoppedError: `gives_up` returned True.
@@ -72,29 +72,34 @@ def wait(
         while not group.wait(PROBE_SECONDS):
             if gives_up():
                 fix = "the same command continues from what was committed"
-                raise StoppedError(f"{most} {request.what} waited for room when the run was told to stop", fix=fix)
+                raise StoppedError(
+                    f"the run was told to stop while {most} {request.what} waited for resources", fix=fix
+                )
             now = time.monotonic()
             if least < most and now - began >= patience and (count := _largest(request, least, most)):
-                say(f"there is room for {count} of {most} {request.what}: they continue without the others")
+                say(f"there are free resources for only {count} of {most} {request.what}: the run continues with these")
                 return count
             if now - said_at >= SAY_SECONDS:
                 say(
-                    f"{most} {request.what} wait for room, and the present nodes could hold {min(capacity(request), most)}; "
-                    f"each requests {request.describe()}"
+                    f"{most} {request.what} wait for free resources, and the present nodes could hold "
+                    f"{min(capacity(request), most)}; each requests {request.describe()}"
                 )
                 said_at = now
     return most
 
 
 def has_room(request: Resources, count: int) -> bool:
-    """Return whether `count` more workers could start now."""
+    """Return whether the cluster has free resources for `count` more workers now."""
     with _reserved(request, count) as group:
         return bool(group.wait(PROBE_SECONDS))
 
 
 @contextmanager
 def given_back(request: Resources, count: int) -> Iterator[None]:
-    """Release the room of `count` workers after an error; Ray Train keeps it where workers fail to start."""
+    """If the `with` block raises, release the resources that it reserved for `count` workers.
+
+    Ray Train itself keeps them reserved if its workers fail to start.
+    """
     before = _groups_of(request, count)
     try:
         yield
@@ -105,7 +110,7 @@ def given_back(request: Resources, count: int) -> Iterator[None]:
 
 
 def _groups_of(request: Resources, count: int) -> set[str]:
-    """List this program's placement groups of `count` such workers that have no name."""
+    """Return the ids of this program's unnamed placement groups for `count` workers with this request."""
     job, bundles = ray.get_runtime_context().get_job_id(), [request.as_ray] * count
     return {
         i
@@ -118,7 +123,7 @@ def _groups_of(request: Resources, count: int) -> set[str]:
 
 
 def _largest(request: Resources, least: int, most: int) -> int | None:
-    """Find the largest number of workers from `least` to `most` - 1 that have room now; None if there is none."""
+    """Find how many workers, from `least` to `most` - 1, can start now; return None if not even `least` can."""
     low, high = least - 1, min(capacity(request), most - 1)
     while low < high:
         middle = (low + high + 1) // 2
@@ -145,5 +150,5 @@ def _fit(request: Resources, resources: Mapping[str, float]) -> int:
 
 
 def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Match labels as Ray does in the simple case of equal values. `in(...)` and `!` are assumed to match."""
+    """Return whether a node has the wanted labels. Conditions `in(...)` and `!` are assumed to be true."""
     return all(v.startswith(("in(", "!")) or labels.get(k) == v for k, v in wanted.items())

@@ -1,4 +1,4 @@
-"""The connection to Ray: always by an explicit address, never to whatever cluster happens to run on the machine."""
+"""The connection to Ray, always by the recipe's address, never to some other cluster that runs on this machine."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def local_cpus(recipe: Recipe) -> int:
-    """Return the number of CPUs to offer on this machine: its cores, but at least the recipe's peak need.
+    """Return the number of CPUs that a local Ray may use: the machine's cores, but at least what the recipe requests.
 
-    Ray uses CPUs to count what may run at once; more of them than cores only means that processes share.
+    Ray counts CPUs only to decide what may run at the same time. If there are more of them than cores, processes share
+    the cores.
     """
     return recipe.ray.cpus or max(os.cpu_count() or 1, recipe.cpus_needed())
 
 
 @contextmanager
 def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
-    """Connect to the recipe's Ray for the `with` block; a connection that already exists is used and left open.
+    """Connect to the recipe's Ray for the `with` block. A connection that already exists is used, and stays open.
 
     Raises:
         InfrastructureError: the address does not answer, or runs another Ray version.
@@ -85,7 +86,7 @@ _OURS = re.compile(r"^dpo_ray\.errors\.(?P<kind>\w+): (?P<what>.*)(?:\n  -> (?P<
 
 
 def _from_text(trace: str) -> DpoRayError | None:
-    """Find our error in a worker's traceback: for an error in a data task, Ray passes on only the text."""
+    """Find our own error in a worker's traceback. For an error in a task of Ray Data, Ray passes on only the text."""
     match = _OURS.search(trace)
     kind = getattr(errors, match["kind"], None) if match else None
     return kind(match["what"], fix=match["fix"] or "") if match and kind else None
@@ -93,7 +94,10 @@ def _from_text(trace: str) -> DpoRayError | None:
 
 @contextmanager
 def _causes() -> Iterator[None]:
-    """Raise the error that our own code raised in a worker, without the wrappers that Ray puts around it."""
+    """If a worker fails with an error of our own, raise this error again without the wrappers that Ray puts around it.
+
+    Any other failure of a worker becomes an InfrastructureError.
+    """
     try:
         yield
     except ray.exceptions.RayError as error:
@@ -108,7 +112,7 @@ def _causes() -> Iterator[None]:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Hide what Ray's C++ code prints at its start (that it obeys RAY_BACKEND_LOG_LEVEL); errors are raised instead."""
+    """Hide what Ray's C++ code prints when it starts (a note on RAY_BACKEND_LOG_LEVEL). Its errors are still raised."""
     saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)

@@ -1,4 +1,4 @@
-"""Groups of training workers: Ray Train runs one function on all of them, and they start again if one is lost."""
+"""Groups of training workers: Ray Train runs one function on all workers, and all start again if a worker is lost."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .resources import Resources
 from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
-GROW_SECONDS = 30.0  # between two checks for room for missing workers
+GROW_SECONDS = 30.0  # between two checks for free resources for missing workers
 LASTING = (ConfigError, DataError, EngineError, WriteRefusedError)  # another attempt would end with the same error
 
 
 def start_inbox() -> Any:
-    """Start an inbox on the driver's node, so that it ends with the driver and not with any other node."""
+    """Start an inbox on the driver's node, so that it lives as long as the driver, even if other nodes are lost."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Inbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
@@ -50,23 +50,26 @@ def run_workers(
     pause: Callable[[], None] | None = None,
     gives_up: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """Call `function({"task": task})` on every worker of `config`, in one process group; return what rank 0 returned.
+    """Call `function({"task": task})` on all training workers, in one process group; return what rank 0 returned.
 
-    There are `config.workers` of them, or as few as `config.min_workers` while the cluster has no room for more. If one
-    is lost, alone or with its node, all start again, as many as there is room for by then. Each attempt is a separate
-    Ray Train run (`name` is unique), so Ray's own snapshot is never the source of truth; what our workers commit is.
+    There are `config.workers` workers, or as few as `config.min_workers` if the cluster has no free resources for more.
+    If a worker or its node is lost, all workers start again, as many as then have resources. Every attempt is a new run
+    of Ray Train with a unique name, so the state of the training is only what our workers commit, never Ray's own.
 
     Args:
         request: what each worker requests from Ray.
+        where: the stage, for errors.
+        goes_on: says from where the same command continues, for errors.
         say: reports lost workers, and what the run waits for.
-        pause: requests the workers, while there are fewer than there could be, to save their state and return a result
-            whose `error` is a StoppedError; more of them then continue. None: the group never grows.
-        gives_up: called after a loss, and while the run waits for room; True: end instead of starting again.
+        pause: called when more workers could start than are running. It must request the workers to save their state
+            and to return a result whose `error` is a StoppedError; all then start again with more workers. None: the
+            number of workers never grows.
+        gives_up: called after a loss and while the run waits for resources. If it returns True, workers do not start
+            again.
 
     Raises:
-        StoppedError: `gives_up` returned True during the wait for room.
-        TrainError: the workers failed more often than config.max_failures allows. `where` is the stage, `goes_on` says
-            from where the same command continues.
+        StoppedError: `gives_up` returned True while the run waited for resources.
+        TrainError: the workers failed more often than config.max_failures allows.
         DpoRayError: the error that a worker raised.
     """
     failures, patience_seconds = 0, None
@@ -79,7 +82,7 @@ def run_workers(
             failures += not result.is_of_the_cluster
             may_mend = not isinstance(result.cause, LASTING)
             if may_mend and failures <= config.max_failures and not gives_up():
-                say(f"training workers were lost ({_line(result.cause)}): all start again {goes_on}")
+                say(f"training workers were lost ({_line(result.cause)}): all workers start again {goes_on}")
                 continue
             if isinstance(result.cause, DpoRayError):
                 raise result.cause
@@ -91,17 +94,17 @@ def run_workers(
         stopped = isinstance(result, dict) and isinstance(result.get("error"), StoppedError)
         if gives_up() or not (paused.is_set() and stopped):
             return result
-        patience_seconds = 0.0  # the room is available now, and others may take it
-        say("there is room for more training workers: all start again")
+        patience_seconds = 0.0  # the resources are free now, and other programs may take them
+        say("there are free resources for more training workers: all workers start again")
     raise AssertionError  # itertools.count never ends
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """Why an attempt failed. The traceback is dropped: its frames would keep Ray's controller and its room."""
+    """Why an attempt failed. The error has no traceback, whose frames would keep Ray's controller and its resources."""
 
     cause: BaseException
-    is_of_the_cluster: bool  # a preempted machine, or no room after all: no fault of the workers
+    is_of_the_cluster: bool  # a preempted machine, or too few resources after all: not the workers' fault
 
 
 def _attempt(
@@ -112,7 +115,7 @@ def _attempt(
     workers: int,
     name: str,
 ) -> Any:
-    """Run the workers once, to the end or to the first loss; return what rank 0 returned, or the loss."""
+    """Run the workers once, until they end or a worker is lost; return what rank 0 returned, or why it was lost."""
     # Imported here because they load torch, which not every importer of this module needs.
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -146,7 +149,10 @@ def _attempt(
 
 @contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Restore the Ctrl-C handler that Ray Train replaces: its own keeps its controller, and so the workers' room."""
+    """Restore the handler of Ctrl-C on exit, because Ray Train replaces it.
+
+    Ray Train's handler keeps a reference to its controller, and so the resources of the workers stay reserved.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -159,7 +165,8 @@ def _own_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _watch_for_room(request: Resources, pause: Callable[[], None] | None) -> Iterator[threading.Event]:
-    """Watch for room for another worker while fewer than wanted run; then set the event and call `pause`."""
+    """In a thread, check for free resources for one more worker; if there are some, set the yielded event and call
+    `pause`. If `pause` is None, do nothing."""
     paused, end = threading.Event(), threading.Event()
 
     def look() -> None:
@@ -181,7 +188,10 @@ def _watch_for_room(request: Resources, pause: Callable[[], None] | None) -> Ite
 
 
 def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
-    """Return the error that a worker raised, without Ray Train's wrappers; a worker process that died raised none."""
+    """Return the error that a worker raised, without Ray Train's wrappers.
+
+    If a worker process died without raising an error, return Ray's own error.
+    """
     if isinstance(error, ray.train.ControllerError):  # for example, a worker did not start
         failure = error.controller_failure
         return getattr(failure, "cause", None) or failure
@@ -200,6 +210,6 @@ def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:
 
 
 def _line(cause: BaseException) -> str:
-    """Return the first sentence of an error, because Ray's errors continue with the state of everything involved."""
+    """Return the kind and the first sentence of an error; Ray's errors continue with the state of all workers."""
     sentence = " ".join(str(cause).split()).split(". ")[0].rstrip(".")
     return f"{type(cause).__name__}: {sentence[:160]}"

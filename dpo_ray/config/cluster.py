@@ -1,4 +1,4 @@
-"""The section `cluster`: the roles of a run on a cluster, and the profile of a Kubernetes cluster."""
+"""The recipe section `cluster`: what each kind of worker requests, and the settings of a Kubernetes cluster."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Toleration(StrictModel):
-    """A taint of nodes that pods tolerate."""
+    """A Kubernetes toleration: it allows pods on nodes with this taint."""
 
     key: str = Field(min_length=1)
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = None
-    """The value of the taint; only for operator=Equal."""
+    """Only for operator=Equal: the value of the taint."""
 
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """null: all effects."""
+    """The effect of the taint; null: any effect."""
 
     @model_validator(mode="after")
     def _value_is_of_equal(self) -> Toleration:
@@ -45,7 +45,7 @@ class Toleration(StrictModel):
 
 
 class PlacementConfig(StrictModel):
-    """The nodes on which the pods of a group may run."""
+    """The nodes on which the pods of one group (identical pods) may run."""
 
     node_selector: dict[Label, LabelValue] = Field(default_factory=dict)
     """Labels of Kubernetes nodes, such as {cloud.google.com/gke-accelerator: nvidia-h100-80gb}."""
@@ -57,7 +57,7 @@ class PlacementConfig(StrictModel):
 
 
 class HeadConfig(StrictModel):
-    """The pod of Ray's head, which also runs the driver; the stages do not run on it."""
+    """The pod of Ray's head. It also runs the driver, but no work of the stages."""
 
     cpus: Count = 2
     memory_gib: Count = 8
@@ -65,29 +65,29 @@ class HeadConfig(StrictModel):
 
 
 class GroupConfig(StrictModel):
-    """A group of identical pods. Fields that are not set follow from what the recipe requests."""
+    """A group of identical pods. The defaults are derived from what the recipe requests."""
 
     replicas: Count | None = None
     """Number of pods. Default: as many as the recipe's workers need."""
 
     min_replicas: int | None = Field(default=None, ge=0)
-    """Autoscaling only: pods that are kept while there is no work. Default: 0."""
+    """Autoscaling only: number of pods that are kept while there is no work. Default: 0."""
 
     max_replicas: Count | None = None
-    """Autoscaling only: the limit. Default: replicas, or the number up to which the recipe may grow."""
+    """Autoscaling only: largest number of pods. Default: replicas, or more if the recipe lets its engines grow in number."""
 
     cpus: Count | None = None
-    """CPUs of one pod. Default: what the recipe's workers on it need."""
+    """CPUs of one pod. Default: what the recipe's workers on this pod need."""
 
     memory_gib: Count | None = None
-    """Memory of one pod, half of which may be shared memory. Default: 4 for each CPU, and 64 for each GPU."""
+    """Memory of one pod in GiB, of which up to half may be shared memory. Default: 4 for each CPU and 64 for each GPU."""
 
     gpus: int | None = Field(default=None, ge=0)
-    """GPUs of one pod. Default: what the recipe's workers need, up to 8."""
+    """GPUs of one pod. Default: what the recipe's workers on this pod need, up to 8."""
 
     devices: dict[Label, Count] = Field(default_factory=dict)
-    """Further devices of one pod, by the resource name of their plugin, such as {rdma/ib: 8} or {vpc.amazonaws.com/efa:
-    4}."""
+    """Further devices of one pod, as {resource name of the device plugin: number of devices}, such as {rdma/ib: 8} or
+    {vpc.amazonaws.com/efa: 4}."""
 
     placement: PlacementConfig = PlacementConfig()
 
@@ -104,27 +104,27 @@ class GroupConfig(StrictModel):
 
 
 class StorageConfig(StrictModel):
-    """A persistent volume that every pod mounts (ReadWriteMany); relative outputs of a recipe are written to it."""
+    """A persistent volume that every pod mounts (ReadWriteMany). A relative `output` of a recipe is a path on it."""
 
     claim: ObjectName = "dpo-ray"
     """The name of the PersistentVolumeClaim."""
 
     mount: str = Field(default="/mnt/shared", pattern=r"^/[\w.-]+(/[\w.-]+)*$")
     create_gib: Count | None = None
-    """Also render the claim, with this size; null: the claim exists already."""
+    """Size of a new claim, which is rendered with the other manifests; null: the claim already exists."""
 
     storage_class: ObjectName | None = None
-    """Storage class of a claim that is created. Default: that of the cluster."""
+    """Storage class of a new claim. Default: the default storage class of the cluster."""
 
     @model_validator(mode="after")
     def _class_is_of_a_new_claim(self) -> StorageConfig:
         if self.storage_class is not None and self.create_gib is None:
-            raise field_error("storage_class", "is only for a claim that is created: set create_gib")
+            raise field_error("storage_class", "is only for a new claim: set create_gib")
         return self
 
 
 class SecretVariable(StrictModel):
-    """An environment variable whose value is in a Secret; the value is never part of a recipe."""
+    """An environment variable whose value is in a Kubernetes Secret. A recipe never contains the value."""
 
     variable: Variable
     secret: ObjectName
@@ -136,31 +136,32 @@ class QueueConfig(StrictModel):
 
     type: Literal["kueue", "volcano", "yunikorn"]
     name: LabelValue = Field(min_length=1)
-    """The queue (for Kueue: the LocalQueue)."""
+    """Name of the queue (for Kueue: of the LocalQueue)."""
 
     priority_class: ObjectName | None = None
-    """For Kueue a WorkloadPriorityClass, otherwise a PriorityClass."""
+    """Name of a PriorityClass, or for Kueue of a WorkloadPriorityClass."""
 
 
 class NetworkConfig(StrictModel):
-    """The network connections from and to the pods that are allowed."""
+    """The network connections that the pods of the run may have."""
 
     policy: bool = True
-    """Render a NetworkPolicy that allows connections among the pods of the run, with the operator, to DNS, and to
-    `egress_ports` of any address."""
+    """Render a NetworkPolicy. It allows connections among the pods of the run, from the KubeRay operator and Prometheus,
+    to DNS, and to `egress_ports` of any address."""
 
     operator_namespace: Name = "kuberay-system"
     """Namespace of the KubeRay operator, which submits the job."""
 
     monitoring_namespace: Name = "monitoring"
-    """Namespace of Prometheus, which reads the metrics."""
+    """Namespace of Prometheus, which reads the metrics from the pods."""
 
     egress_ports: tuple[Annotated[int, Field(gt=0, lt=65536)], ...] = (443, 6443)
-    """Ports of hubs, object stores and the Kubernetes API server; those of the recipe's LLM judges are added."""
+    """Ports of the Hugging Face hub, object stores and the Kubernetes API server. The ports of the recipe's LLM judges
+    are added."""
 
 
 class KubernetesConfig(StrictModel):
-    """The profile from which `dpo-ray kubernetes render` writes its manifests."""
+    """The settings from which `dpo-ray kubernetes render` writes the manifests of a run."""
 
     name: str | None = Field(default=None, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=MAX_RAYJOB_NAME)
     """Name of the RayJob. Default: the recipe's name, with - instead of _."""
@@ -171,34 +172,36 @@ class KubernetesConfig(StrictModel):
 
     image_pull_secrets: tuple[ObjectName, ...] = ()
     service_account: ObjectName | None = None
-    """An existing service account, such as one with access to an object store. Default: a new one for the run. Only the
-    autoscaler's container gets its token."""
+    """An existing service account, such as one with access to an object store. Default: a new account for the run. Only
+    the container of the autoscaler gets the token of the account."""
 
     head: HeadConfig = HeadConfig()
     cpu: GroupConfig = GroupConfig()
     """Pods that prepare data and run judges without GPUs."""
 
     engines: GroupConfig | None = GroupConfig()
-    """Pods that score with the reference and sample. null: engines run on the pods of `training`."""
+    """Pods of the engines, which compute the reference's log-probs and sample completions. null: engines run on the pods
+    of `training`."""
 
     training: GroupConfig = GroupConfig()
-    """Pods that train: a fixed number, which are started together."""
+    """Pods that train. Their number is fixed, and they start together."""
 
     gpu_resource: Label = "nvidia.com/gpu"
     scratch_gib: Count = 32
     """Local disk of each pod, for Ray's logs, spilled objects and caches."""
 
     autoscaling: bool = True
-    """Add and remove engine and CPU pods as the work requires. Not possible with Kueue, which admits a fixed number."""
+    """Add and remove pods of `engines` and `cpu` as the work requires. Not possible with Kueue, which admits a fixed
+    number of pods."""
 
     idle_seconds: Count = 300
-    """Autoscaling only: a pod is removed after it was idle for this time."""
+    """Autoscaling only: a pod is removed when it has been idle for this time."""
 
     storage: StorageConfig | None = StorageConfig()
-    """The volume that all pods share; null: outputs are at s3:// or gs://."""
+    """The volume that all pods share; null: no volume, so `output` must be at s3:// or gs://."""
 
     environment: dict[Variable, str] = Field(default_factory=dict)
-    """Environment variables of every pod, such as {NCCL_SOCKET_IFNAME: eth0}. Secrets do not belong here."""
+    """Environment variables of every pod, such as {NCCL_SOCKET_IFNAME: eth0}. Put secrets into `secrets` instead."""
 
     secrets: tuple[SecretVariable, ...] = ()
     queue: QueueConfig | None = None
@@ -207,10 +210,10 @@ class KubernetesConfig(StrictModel):
     """Render a PodMonitor; the Prometheus operator must be installed."""
 
     retries: int = Field(default=3, ge=0)
-    """How often a failed run is restarted on a new Ray cluster; it goes on from what was committed."""
+    """How often a failed run is restarted on a new Ray cluster. A restart continues from the committed work."""
 
     ttl_seconds: int = Field(default=3600, ge=0)
-    """The Ray cluster is deleted this long after the end of the run; until then its dashboard shows the logs."""
+    """Time from the end of the run until its Ray cluster is deleted. Until then the dashboard shows the logs."""
 
     deadline_seconds: Count | None = None
     """The run is stopped after this time. Default: never."""
@@ -231,7 +234,7 @@ class KubernetesConfig(StrictModel):
                 if group is not None and (group.min_replicas is not None or group.max_replicas is not None):
                     raise field_error(
                         f"{name}.replicas",
-                        "without autoscaling only this is used: leave out min_replicas and max_replicas",
+                        "without autoscaling only replicas is used: leave out min_replicas and max_replicas",
                     )
         twice = {s.variable for s in self.secrets} & set(self.environment)
         if twice:
@@ -240,7 +243,7 @@ class KubernetesConfig(StrictModel):
 
 
 class ClusterConfig(StrictModel):
-    """Profiles of the cluster on which the recipe runs; the result does not depend on them."""
+    """Settings for the cluster on which the recipe runs. They do not change the result of a run."""
 
     roles: RolesConfig = RolesConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()

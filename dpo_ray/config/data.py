@@ -1,4 +1,4 @@
-"""The section `data`: what is read, what is admitted, and how rows are processed before training."""
+"""The recipe section `data`: which rows are read, which are used, and how they are processed before training."""
 
 from __future__ import annotations
 
@@ -17,43 +17,46 @@ class PairingConfig(StrictModel):
     """How completions with scores, ranks or verdicts become preferences."""
 
     pairs: Literal["best_worst", "all", "adjacent", "list"] = "best_worst"
-    """Pairs that are made of K > 2 completions: the best with the worst; each with every worse one; each with the next;
-    or the whole ranked list, for listwise objectives."""
+    """How pairs are made from K > 2 completions. best_worst: the best and the worst completion. all: each completion with
+    every worse one. adjacent: each completion with the next one in the ranking. list: no pairs, but the whole ranking,
+    for objectives that learn from lists."""
 
     min_margin: float = Field(default=0.0, ge=0)
-    """Smallest difference of scores for a pair. Two equal scores are a tie, whatever this value is."""
+    """Smallest difference between the two scores of a pair. Two equal scores are always a tie."""
 
     ties: Literal["drop", "keep"] = "drop"
-    """Two equally good completions: leave the row out, or train on it with probability 1/2."""
+    """Rows with two equally good completions. drop: leave the row out. keep: train on it with the label 1/2, the
+    probability that chosen is better."""
 
     annotators: Literal["probability", "majority", "unanimous"] = "probability"
-    """Several verdicts on a pair: use their mean as the probability that chosen is better (a soft label; a tie counts
-    as one half), the verdict of the majority, or only unanimous verdicts."""
+    """Pairs that several annotators have judged. probability: the mean of their verdicts is a soft label, the probability
+    that chosen is better; a tie counts as one half. majority: the verdict of the majority is the label. unanimous: only
+    pairs on which all agree are used."""
 
 
 class RulesConfig(StrictModel):
-    """Rules by which valid rows are left out as well; each rule has its own reason code in the data report."""
+    """Rules that leave out rows although they are valid. The data report counts these rows under a code for each rule."""
 
     special_tokens: Literal["quarantine", "allow"] = "quarantine"
-    """Rows whose text contains one of the tokenizer's special tokens, which would be read as such a token."""
+    """Rows whose text contains the spelling of a special token, which the tokenizer would read as that token."""
 
     dropped_content: Literal["quarantine", "keep"] = "quarantine"
-    """Rows of which the chat template does not write everything, such as tool calls, names or reasoning. With keep, the
-    rest of such a row is trained on."""
+    """Rows with content that the chat template does not write, such as tool calls, names or reasoning. keep: train on
+    what the template writes."""
 
     conflicts: Literal["drop", "keep"] = "drop"
-    """Pairs that the data also contains with chosen and rejected swapped: leave out both."""
+    """Pairs that the data also contains with chosen and rejected swapped. drop: leave out both pairs."""
 
     leakage: Literal["drop", "keep"] = "drop"
-    """Training rows whose prompt is also in the held-out data: leave them out of training."""
+    """Training rows whose prompt is also in the held-out data. drop: leave these rows out of training."""
 
     near_duplicates: float | None = Field(default=None, gt=0, le=1)
     """Leave out rows whose similarity to an earlier row is at least this value (Jaccard similarity of their 5-grams of
-    tokens, estimated by MinHash; 0.8 is usual). Exact duplicates are always left out. Not set: no search."""
+    tokens, estimated by MinHash; 0.8 is usual). Exact duplicates are always left out. null: near duplicates are kept."""
 
     filters: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")], ...] = ()
-    """Your own functions, as `module:function`. Each is called with the prompt (text or messages) and the list of
-    completions (text). It returns True to keep the row, or False or a text with the reason to leave it out."""
+    """Your own functions, as `module:function`. A function is called with the prompt (text or messages) and the list of
+    completions (text). It returns True to keep the row. To leave the row out, it returns False or the reason as text."""
 
 
 def _shape_of_eval(value: Any) -> str:
@@ -68,45 +71,45 @@ EvalSources = Annotated[
 
 
 class DataConfig(StrictModel):
-    """Which data is read, how it is rendered, what is admitted, and how long it may be."""
+    """Which data is read, how the chat template writes it, which rows are used, and how long they may be."""
 
     train: Sources
     """Training data: a path or glob, `hub:NAME`, `synthetic`, a mapping with `type`, or a list of these."""
 
     eval: EvalSources = ()
-    """Held-out data, in the same forms, or several named sets, `NAME: sources`. Without it no held-out accuracy is
-    measured."""
+    """Held-out data, in the same forms as `train`; or several named sets, as a mapping from NAME to sources. Without
+    held-out data no held-out accuracy is measured."""
 
     chat_template: str = "auto"
     """auto: the tokenizer's own template. plain: the text as it is, without a template. Otherwise the path of a Jinja
     file."""
 
     chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Further variables for the template, such as enable_thinking; those of a row take precedence."""
+    """Further variables for the template, such as enable_thinking. Variables that a row sets take precedence."""
 
     chat_template_date: datetime.date = datetime.date(2024, 7, 26)
     """The date for templates that use today's date, so that the same data gives the same tokens on every day."""
 
     max_length_tokens: int = Field(default=1024, gt=1)
-    """Maximum length of prompt + completion."""
+    """Largest number of tokens of prompt and completion together."""
 
     max_prompt_tokens: int | None = Field(default=None, gt=0)
-    """Maximum length of a prompt. Of a longer one, keep_end keeps the end; otherwise the row is left out. Not set: no
-    limit."""
+    """Largest number of tokens of a prompt; null: no limit. If a prompt is longer, truncation=keep_end keeps its end, and
+    the other values of truncation leave the row out."""
 
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
-    """Rows that are too long: cut off the end of the completion, cut off the start of the prompt, or leave the row
-    out."""
+    """Rows that are too long. keep_start: cut off the end of the completion. keep_end: cut off the start of the prompt.
+    drop: leave the row out."""
 
     pairing: PairingConfig = PairingConfig()
     rules: RulesConfig = RulesConfig()
 
     max_quarantined_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of invalid rows, of the training rows or of a held-out set. If there are more, the run stops before
-    anything expensive starts. Rows that your own rules leave out do not count."""
+    """Largest allowed share of invalid rows, for the training rows and for each held-out set. If the share is larger, the
+    run stops before anything expensive starts. Rows that a rule of the recipe leaves out do not count as invalid."""
 
     rows_per_part: int = Field(default=2048, gt=0)
-    """Rows of one Parquet part: the unit of work, and of what is repeated after a restart."""
+    """Largest number of rows in one Parquet file (part) of token ids. Rows are tokenized in batches of this size."""
 
     @property
     def eval_sets(self) -> dict[str, Sources]:

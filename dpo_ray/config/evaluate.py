@@ -1,4 +1,4 @@
-"""The section `evaluate`: what is measured on the finished policy."""
+"""The recipe section `evaluate`: how the finished policy is compared with the reference model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from .base import StrictModel
 
 
 class EvaluateConfig(StrictModel):
-    """Sampling from the policy and the reference on held-out prompts, to compare them."""
+    """How completions are sampled from the policy and from the reference model on held-out prompts, to compare both."""
 
     sample_prompts: int = Field(default=64, ge=0)
-    """Held-out prompts to sample completions for; 0, which is the default without data.eval: no sampling, so no KL
-    estimate and no comparison of samples."""
+    """Number of held-out prompts for which completions are sampled. 0, the default without data.eval: nothing is sampled,
+    so there is no KL estimate and no comparison of samples."""
 
     max_new_tokens: int = Field(default=128, gt=0)
     temperature: float = Field(default=1.0, gt=0)
-    """1 samples from the policy itself; only then is the KL estimate unbiased."""
+    """Sampling temperature. Only at 1 do samples follow the policy's own distribution, so the KL estimate is unbiased."""
 
     shown_samples: int = Field(default=8, ge=0)
-    """Prompts whose two completions are shown side by side in the report."""
+    """Number of prompts for which the report shows the completions of policy and reference side by side."""

@@ -1,4 +1,4 @@
-"""Pydantic's errors as readable lines: the path of the field, what is wrong, and what is allowed."""
+"""Turn pydantic's errors into readable lines: the path of the field, what is wrong, and what is allowed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ _KINDS = {  # pydantic's type of error -> what is expected, in terms of YAML
 
 
 def explain_all(root: type[BaseModel], problems: Iterable[Any]) -> list[str]:
-    """Return a line for each place in `ValidationError.errors()`, which lists a wrong value once for each possible
-    type."""
+    """Return one line for each wrong field in `ValidationError.errors()`.
+
+    If a field allows several types, pydantic reports one error for each type; only the first error is explained.
+    """
     lines: dict[str, str] = {}
     for problem in problems:
         line = explain(root, problem)
@@ -62,8 +64,11 @@ def explain(root: type[BaseModel], problem: Any) -> str:
 
 
 def _hint(root: type[BaseModel], model: type[BaseModel] | None, path: list[str]) -> str:
-    """Suggest the most similar key of the section, else the field of that name elsewhere in the recipe, else all
-    keys."""
+    """Suggest what the user may have meant by an unknown key, the last part of `path`.
+
+    This is the most similar key of the section; if there is none, a field of that name elsewhere in the recipe; if
+    there is none either, all keys of the section.
+    """
     key, section = path[-1], ".".join(path[:-1]) or "the recipe"
     known = sorted(model.model_fields) if model else []
     elsewhere = next((p for p in _field_paths(root) if p.rpartition(".")[2] == key), None)
@@ -75,7 +80,7 @@ def _hint(root: type[BaseModel], model: type[BaseModel] | None, path: list[str])
 
 
 def _field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the paths of all fields; the fields of a section follow the section itself."""
+    """Yield the paths of all fields of a recipe. The fields of a section follow the section itself."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for below in _models_in(field.annotation):
@@ -83,16 +88,16 @@ def _field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 class _Kind(NamedTuple):
-    """One of the types that a value may have, and the tag that represents it in the location of an error."""
+    """One of the types that a value may have, and the tag by which pydantic names this type in an error's location."""
 
     tag: str
     type: Any
 
 
 def _walk(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel] | None, list[str]]:
-    """Follow the location of an error and return the model of the last section, and the path.
+    """Follow pydantic's location of an error; return the model of the innermost section, and the path in the recipe.
 
-    Parts of the location that name one of several types are left out, because they are not keys.
+    The location also contains tags of types. The path leaves them out, because they are not keys of the recipe.
     """
     owner: type[BaseModel] | None = root
     kinds, path = [_Kind("", root)], []
@@ -119,7 +124,7 @@ def _walk(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel] 
 
 
 def _kinds(annotation: Any) -> list[_Kind]:
-    """List the types that an annotation allows; a section's tag is its `type`."""
+    """List the types that an annotation allows, with their tags. The tag of a section is its field `type`."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
         tag = next((m.tag for m in metadata if isinstance(m, Tag)), "")

@@ -1,4 +1,4 @@
-"""What other packages may add by their entry points, and the classes that their configuration inherits."""
+"""Extensions: what other packages can add through entry points, and the base classes of their configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_ray.errors import ConfigError
 
 from .base import StrictModel
 
-# Groups of entry points. The name of an entry is the `type` (of a format and a tracker: the name) that a recipe uses.
+# Groups of entry points. A recipe uses the name of an entry point as `type`, or as the name of a format or a tracker.
 OBJECTIVE_CONFIGS = "dpo_ray.objective_configs"  # a subclass of ObjectiveConfig
 OBJECTIVES = "dpo_ray.objectives"  # its loss: a function like those of dpo_ray.objectives
 JUDGE_CONFIGS = "dpo_ray.judge_configs"  # a subclass of JudgeConfig
@@ -29,15 +29,20 @@ def _entries(group: str) -> tuple[EntryPoint, ...]:
 
 @functools.cache
 def _all_entries() -> Any:  # the type differs between versions of Python; all have `select`
-    """Read the entry points of all packages once: it takes tens of milliseconds, in every process of a run."""
+    """Read the entry points of all installed packages, once in a process because it takes tens of milliseconds."""
     return entry_points()
 
 
 def installed(group: str, built_in: Collection[str] = ()) -> dict[str, Any]:
-    """Import everything that installed packages add to a group, by name. Ray's workers need the same packages.
+    """Import all objects that installed packages add to a group of entry points; return them by name.
+
+    Ray's workers need the same packages.
+
+    Args:
+        built_in: names that dpo_ray itself uses. A package that adds one of them is an error.
 
     Raises:
-        ConfigError: as `installed_names` does, or what a package adds cannot be imported.
+        ConfigError: a name is already taken, or an object cannot be imported.
     """
     installed_names(group, built_in)
     added: dict[str, Any] = {}
@@ -51,42 +56,48 @@ def installed(group: str, built_in: Collection[str] = ()) -> dict[str, Any]:
 
 
 def installed_configs(group: str, built_in: Collection[str], implementations: str) -> tuple[type[StrictModel], ...]:
-    """Import the configurations that installed packages add, each of which needs an implementation of the same name.
+    """Import the configuration classes that installed packages add to a group of entry points.
+
+    Args:
+        group: the entry points of the configuration classes.
+        built_in: names that dpo_ray itself uses. A package that adds one of them is an error.
+        implementations: another group of entry points, which must have an entry with the same name for every class.
 
     Raises:
-        ConfigError: as `installed` does; or a name has no implementation, or is not the `type` of its configuration.
+        ConfigError: a name is already taken or has no implementation, a class cannot be imported, or the `type` of a
+            class differs from the name of its entry point.
     """
     configs = installed(group, built_in)
     for name, config in configs.items():
         if name not in installed_names(implementations):
             fix = f"add an entry point of that name to {implementations}"
-            raise ConfigError(f"`{name}` has a configuration and no implementation", where=group, fix=fix)
+            raise ConfigError(f"`{name}` has a configuration, but no implementation", where=group, fix=fix)
         if config.model_fields["type"].default != name:
-            fix = "name the entry point as the configuration's `type`"
-            raise ConfigError(f"`{name}` is not the type of its configuration", where=group, fix=fix)
+            fix = "use the same name for the entry point and for the `type` of the configuration"
+            raise ConfigError(f"the configuration of `{name}` has another `type`", where=group, fix=fix)
     return tuple(configs.values())
 
 
 def installed_names(group: str, built_in: Collection[str] = ()) -> tuple[str, ...]:
-    """List what installed packages add to a group, sorted by name, without importing anything.
+    """List the names that installed packages add to a group of entry points, sorted, without importing anything.
 
     Args:
-        built_in: names that dpo_ray has itself, which no package may take.
+        built_in: names that dpo_ray itself uses. A package that adds one of them is an error.
 
     Raises:
-        ConfigError: a name is taken, by dpo_ray or by another package.
+        ConfigError: a package adds a name that dpo_ray or another package already uses.
     """
     names = set(built_in)
     for entry in _entries(group):
         if entry.name in names:
-            fix = "rename it in the package, or uninstall that"
-            raise ConfigError(f"`{entry.name}` is there already", where=_where(entry), fix=fix)
+            fix = "rename the entry point in the package, or uninstall the package"
+            raise ConfigError(f"the name `{entry.name}` is already taken", where=_where(entry), fix=fix)
         names.add(entry.name)
     return tuple(sorted(names.difference(built_in)))
 
 
 def packages_of(group: str, names: Collection[str]) -> list[str]:
-    """List the packages, with their versions, that add these names to a group: what is made by their code depends on it."""
+    """List the packages that add these names to a group of entry points, with versions: their code affects results."""
     return sorted({_package(entry) for entry in _entries(group) if entry.name in names})
 
 
@@ -99,60 +110,61 @@ def _package(entry: EntryPoint) -> str:
 
 
 class ObjectiveConfig(StrictModel):
-    """The base of every objective: the facts of its loss that other parts of the project depend on."""
+    """The base class of all objectives. Its class variables are facts about the loss that other modules depend on."""
 
     uses_reference: ClassVar[bool] = True
-    """False: the stage `reference` is skipped."""
+    """True: the loss needs the reference model's log-probs. False: the stage `reference` is skipped."""
 
     per_token: ClassVar[bool] = False
-    """Rewards and margins are averages over a completion's tokens."""
+    """True: rewards and margins are averages over a completion's tokens. False: they are sums."""
 
     learns_from: ClassVar[Literal["pairs", "completions", "lists"]] = "pairs"
-    """completions: single ones with labels. lists: rankings of two or more."""
+    """pairs: two completions, one of them preferred. completions: single completions with labels. lists: rankings of two
+    or more completions."""
 
     step_wide: ClassVar[bool] = False
-    """The loss of one completion depends on others of the step."""
+    """True: the loss of one completion depends on other completions of the same step."""
 
     diverges: ClassVar[bool] = False
-    """Other f-divergences than the reverse KL change it."""
+    """True: a recipe may combine this loss with another f-divergence than the reverse KL."""
 
     weighable: ClassVar[bool] = True
-    """WPO's weights of pairs apply."""
+    """True: WPO can weigh the pairs of this loss."""
 
     compares_lengths: ClassVar[bool] = True
-    """LD-DPO's weights of tokens apply."""
+    """True: LD-DPO can weigh the tokens of the two completions by their lengths."""
 
     takes_soft_labels: ClassVar[bool] = False
-    """The loss takes `preference_probability` into account itself; otherwise it is mixed with the loss of the swapped
-    pair."""
+    """True: the function of the loss uses `preference_probability` itself. False: the loss is mixed with the loss of the
+    swapped pair."""
 
 
 class JudgeConfig(StrictModel):
-    """The base of every judge: the processes it runs in, and what these need."""
+    """The base class of all judge configurations: how many processes a judge has, and what a process needs."""
 
     replicas: int = Field(default=1, gt=0)
     cpus_per_replica: float = Field(default=1.0, gt=0)
     questions_per_batch: int = Field(default=64, gt=0)
-    """Prompts, each with its completions, that one call gets."""
+    """Questions in one call of the judge; a question is a prompt with its completions."""
 
     not_in_digest: ClassVar[frozenset[str]] = frozenset({"replicas", "cpus_per_replica", "questions_per_batch"})
-    """Fields that change how the judge works and not its verdicts: earlier verdicts stay valid when they change."""
+    """Fields that cannot change the judge's verdicts. Stored verdicts stay valid if these fields change."""
 
     loads_weights: ClassVar[bool] = False
-    """Building it takes long, so that a run does not try this before its first round."""
+    """True: the judge loads model weights, which takes long. So a run does not build it as a check at the start."""
 
     def gpus(self) -> float:
-        """Return how many GPUs each process requests."""
+        """Return how many GPUs each process of the judge requests."""
         return 0.0
 
     def environment(self) -> set[str]:
-        """Return the environment variables that its processes need, such as the one with an API key."""
+        """Return the names of the environment variables that the judge's processes need, such as for an API key."""
         return set()
 
     def urls(self) -> set[str]:
-        """Return the addresses that its processes call, for the network rules of a cluster."""
+        """Return the addresses that the judge's processes call; the network rules of a cluster must allow them."""
         return set()
 
     def identity(self) -> dict[str, Any]:
-        """Return what else its verdicts depend on besides its fields, such as the digest of a file."""
+        """Return what the verdicts depend on besides the fields of this class, such as the digest of a file."""
         return {}

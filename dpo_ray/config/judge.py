@@ -1,4 +1,4 @@
-"""Judges: which of several completions of a prompt is better."""
+"""The configuration of judges, which decide which of several completions of a prompt is better."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
 
 class FunctionJudge(JudgeConfig):
-    """A Python function that scores completions; the verifiable reward of a world that has one, or anything else."""
+    """A Python function that scores completions, for example by a reward that can be computed exactly."""
 
     type: Literal["function"] = "function"
     function: str = Field(pattern=DOTTED)
-    """Dotted path, `package.module.function`. It is called with (prompts, completions): two lists of strings of one length, and
-    returns as many scores, higher is better; None where it abstains."""
+    """Dotted path `package.module.function`. The function is called with two lists of strings of equal length, (prompts,
+    completions). It returns a list with a score for each completion: a higher score is better, None means no score."""
 
 
 class RewardModelJudge(JudgeConfig):
-    """A Hugging Face sequence classifier with one output, such as reward models are."""
+    """A reward model: a Hugging Face sequence classifier with one output, which is the score."""
 
     type: Literal["reward_model"] = "reward_model"
     path: str = Field(min_length=1)
-    """A directory or a hub name."""
+    """A directory, or a name on the Hugging Face hub."""
 
     revision: str | None = None
     max_length_tokens: int = Field(default=2048, gt=0)
-    """Longer conversations are not judged: their score is missing, with the reason."""
+    """Longest conversation that is judged. A longer one gets no score, and the reason is recorded."""
 
     completions_per_batch: int = Field(default=16, gt=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
 
     not_in_digest: ClassVar[frozenset[str]] = JudgeConfig.not_in_digest | {
-        "path",  # its files are, wherever they are
+        "path",  # the digest covers the files themselves, wherever they are
         "revision",
         "completions_per_batch",
         "gpus_per_replica",
@@ -49,42 +49,45 @@ class RewardModelJudge(JudgeConfig):
 
 
 class LlmJudge(JudgeConfig):
-    """A language model behind an OpenAI-compatible endpoint, asked for a preference or for a score."""
+    """A language model behind an OpenAI-compatible endpoint. It is asked for preferences or for scores."""
 
     type: Literal["llm"] = "llm"
     base_url: str = Field(pattern=r"^https?://")
-    """Up to and with the version: `http://127.0.0.1:8000/v1`."""
+    """Address of the endpoint, including the version: `http://127.0.0.1:8000/v1`."""
 
     model: str = Field(min_length=1)
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
-    """Name of the environment variable that holds the key; the key itself never stands in a recipe."""
+    """Name of the environment variable that holds the API key. The key itself is never part of a recipe."""
 
     mode: Literal["pairwise", "score"] = "pairwise"
-    """pairwise: every two completions in both orders, and a contradiction abstains. score: each completion by the rubric, 1 to 10."""
+    """pairwise: the model compares every two completions, in both orders; contradictory answers do not count. score: the
+    model scores each completion from 1 to 10."""
 
     rubric: str = "helpful, correct, clear and harmless"
-    """What the judge is told to look for."""
+    """What makes an answer good. This text is part of the judge's prompt."""
 
     max_tokens: int = Field(default=256, gt=0)
     temperature: float = Field(default=0.0, ge=0)
     structured_output: Literal["json_schema", "none"] = "json_schema"
-    """json_schema: ask the endpoint to hold the answer to the schema (`response_format`). none: for endpoints that cannot."""
+    """json_schema: ask the endpoint for an answer that follows a JSON schema (`response_format`). none: for endpoints that
+    do not support this."""
 
     concurrency: int = Field(default=8, gt=0)
-    """Calls that are open at once, of each replica."""
+    """Calls that each replica has open at the same time."""
 
     requests_per_minute: float | None = Field(default=None, gt=0)
-    """Of all replicas together; None: no limit but the endpoint's."""
+    """Limit for all replicas together; null: only the endpoint's own limit."""
 
     timeout_seconds: float = Field(default=60.0, gt=0)
     max_retries: int = Field(default=6, ge=0)
-    """Of a call, with back-off, after a refusal for load (429), an error of the server (5xx), a timeout, a broken connection or an
-    answer that is not what was asked for."""
+    """How often a call is repeated, after growing pauses, if the server is overloaded (429) or fails (5xx), if the
+    connection breaks or times out, or if the answer does not have the requested form."""
 
     usd_per_million_input_tokens: float = Field(default=0.0, ge=0)
     usd_per_million_output_tokens: float = Field(default=0.0, ge=0)
     max_usd: float | None = Field(default=None, gt=0)
-    """Of a round; when it is spent the run stops, and keeps every answer. An ensemble's members spend from one purse."""
+    """Budget of one round. When it is spent, the run stops and keeps all answers. The costs of all members of an ensemble
+    are added up."""
 
     cpus_per_replica: float = Field(default=0.5, gt=0)
     questions_per_batch: int = Field(default=16, gt=0)
@@ -109,30 +112,34 @@ class LlmJudge(JudgeConfig):
     @model_validator(mode="after")
     def _money_has_prices(self) -> LlmJudge:
         if self.max_usd is not None and not (self.usd_per_million_input_tokens or self.usd_per_million_output_tokens):
-            raise field_error("max_usd", "it cannot be held without usd_per_million_input_tokens or ..._output_tokens")
+            raise field_error(
+                "max_usd", "this limit needs prices: set usd_per_million_input_tokens or usd_per_million_output_tokens"
+            )
         return self
 
 
 class VerifierJudge(JudgeConfig):
-    """A check of each completion against the prompt's reference answer: 1 where it holds, else 0."""
+    """A judge that checks completions against the prompt's reference answer. The score is 1 if the check passes, else 0."""
 
     type: Literal["verifier"] = "verifier"
     check: Literal["exact", "numeric", "regex", "unit_test"]
-    """exact: the same text but for white space and case. numeric: the last number of the completion, within `tolerance`. regex: the
-    answer is a pattern that the completion holds. unit_test: the completion's Python code passes the answer's assertions; it
-    runs in a process of its own, and the tests in another."""
+    """exact: both texts are equal, apart from white space and case. numeric: the last number of the completion differs
+    from the answer by at most `tolerance`. regex: the answer is a pattern that the completion must contain. unit_test:
+    the completion is Python code that must pass the answer's assertions; the code and the tests run in two separate
+    processes."""
 
     extract: str | None = None
-    """A regular expression with one group, which takes the answer out of the completion; the last match counts. None: all of it."""
+    """A regular expression with one group, which is the part of the completion to check; the last match counts. null: the
+    whole completion is checked."""
 
     tolerance: float = Field(default=1e-6, ge=0)
     timeout_seconds: float = Field(default=5.0, gt=0)
     memory_mib: int = Field(default=512, gt=0)
-    """unit_test: the limit of each of its two processes."""
+    """unit_test: memory limit of each of the two processes."""
 
     allow_unconfined: bool = False
-    """unit_test: run the code also where it cannot be confined to namespaces of its own, so that it reaches the network and
-    other processes; only on a machine that may be lost."""
+    """unit_test: run the code even if this machine cannot confine it to its own namespaces. The code can then access the
+    network and other processes, so use this only on a machine that you can afford to lose."""
 
 
 BuiltIn = FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge
@@ -144,14 +151,14 @@ else:
 
 
 class Member(StrictModel):
-    """One judge of an ensemble."""
+    """One judge of an ensemble, and its weight."""
 
     judge: SingleJudge = Field(discriminator="type")
     weight: float = Field(default=1.0, gt=0)
 
 
 class EnsembleJudge(StrictModel):
-    """Several judges; each one's scores are put in ranks within a prompt, and these averaged by weight."""
+    """Several judges. Each judge ranks a prompt's completions by its scores; the weighted mean of the ranks counts."""
 
     type: Literal["ensemble"] = "ensemble"
     members: tuple[Member, ...] = Field(min_length=2)
@@ -167,20 +174,20 @@ Judge = Annotated[SingleJudge | EnsembleJudge, Field(discriminator="type")]
 
 
 def members_of(judge: Judge) -> list[SingleJudge]:
-    """List the judges that one is made of: itself, or an ensemble's members."""
+    """List the members of a judge that is an ensemble; any other judge is its own only member."""
     return [member.judge for member in judge.members] if isinstance(judge, EnsembleJudge) else [judge]
 
 
 def replicas_of(judge: Judge, role: JudgeRole) -> int:
-    """Count its processes: each has all members of an ensemble, one at work at a time."""
+    """Return the number of a judge's processes. Each process has all members of an ensemble; one works at a time."""
     return role.count or max(m.replicas for m in members_of(judge))
 
 
 def cpus_per_replica(judge: Judge, role: JudgeRole) -> float:
-    """Return how many CPUs each of its processes requests."""
+    """Return how many CPUs each process of a judge requests."""
     return role.cpus or max(m.cpus_per_replica for m in members_of(judge))
 
 
 def cpus_of(judge: Judge, role: JudgeRole) -> float:
-    """Count the CPUs that all its processes hold."""
+    """Return how many CPUs all processes of a judge request together."""
     return replicas_of(judge, role) * cpus_per_replica(judge, role)

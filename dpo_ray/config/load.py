@@ -19,8 +19,8 @@ MOST_DIGITS = 40
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A loader that refuses repeated keys, which are ambiguous, and all aliases, which can make a small file expand
-    hugely."""
+    """A YAML loader that refuses repeated keys, because they are ambiguous, and aliases, because they can make a small
+    file expand hugely."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -50,7 +50,7 @@ def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
     return int(text, 16 if text.startswith("0x") else 8 if text.startswith("0o") else 10)
 
 
-# Numbers follow YAML 1.2's core schema (10.3.2). YAML 1.1, as PyYAML has it, reads `5e-7` as text, `010` as 8, and
+# Numbers follow YAML 1.2's core schema (10.3.2). PyYAML follows YAML 1.1, which reads `5e-7` as text, `010` as 8, and
 # `190:20:30` as 685,230.
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _StrictLoader.yaml_implicit_resolvers = {
@@ -81,14 +81,16 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"not valid YAML: {what}", where=place, fix=fix) from None
     except RecursionError:
         raise ConfigError(
-            "the YAML is nested too deeply", where=where, fix="a recipe is a page of YAML: check that this is not data"
+            "the YAML is nested too deeply",
+            where=where,
+            fix="a recipe is a short file: check that this is not a data file",
         ) from None
     except ValueError as error:  # raised by YAML's constructors: an invalid date, a number of thousands of digits
         raise ConfigError(f"a value cannot be read: {error}", where=where, fix="quote it if it is text") from None
 
 
 def read_recipe_values(path: Path) -> dict[str, Any]:
-    """Read the mapping in a recipe file.
+    """Read a recipe file; return its values as a mapping that is not validated yet.
 
     Raises:
         ConfigError: the file is missing, too large, not UTF-8, not YAML, not a mapping, or has a repeated key.
@@ -116,7 +118,7 @@ def _read_text(path: Path, where: str) -> str:
         raise ConfigError(
             f"the file is larger than {MAX_RECIPE_BYTES} bytes",
             where=where,
-            fix="a recipe is a page of YAML: check that this is not data",
+            fix="a recipe is a short file: check that this is not a data file",
         )
     try:
         return path.read_text(encoding="utf-8")
@@ -127,10 +129,11 @@ def _read_text(path: Path, where: str) -> str:
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a copy of `values` with `key.path=value` pairs set (the value is YAML); the last one wins.
+    """Return a copy of `values` with the overrides `key.path=value` applied in order; each value is read as YAML.
 
     Raises:
-        ConfigError: an override has no `=`, an empty key, or a path through something that is not a section.
+        ConfigError: an override has no `=` or an empty key, its value is not YAML, or its path leads through a value
+            that is not a section.
     """
     result = _copy_mappings(values)
     for override in overrides:
@@ -158,16 +161,17 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Read, override and validate a recipe.
+    """Read a recipe, apply the overrides `key.path=value`, and validate the result.
 
     Raises:
-        ConfigError: fields are wrong; the message lists each with its path, its value, and what is allowed.
+        ConfigError: the file cannot be read, or fields are wrong. The message lists each wrong field with its path, its
+            value, and what is allowed.
     """
     return validate_recipe(apply_overrides(read_recipe_values(path), overrides), where=str(path))
 
 
 def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Build a Recipe from plain values; see `load_recipe`."""
+    """Build a Recipe from plain values. Raises ConfigError as `load_recipe` does; `where` is the place in its message."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The section `model`: the model that is aligned; its original weights are the reference."""
+"""The recipe section `model`: the model that is trained. Its original weights are the reference model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 
 class ModelConfig(StrictModel):
-    """The model that is the policy at step 0 and, frozen, the reference."""
+    """The model to train. Before step 1 it is both the policy, which is then trained, and the reference, which is frozen."""
 
     path: str = Field(min_length=1)
     """A directory in Hugging Face format (config.json, *.safetensors, tokenizer), a hub name, or `builtin:NAME`."""
@@ -25,12 +25,14 @@ class ModelConfig(StrictModel):
     """Hub names only: a branch, a tag or, preferably, a commit of 40 hex digits."""
 
     adapter: str | None = Field(default=None, min_length=1)
-    """A directory with a LoRA adapter in PEFT's format: policy and reference are then the model with this adapter."""
+    """A directory with a LoRA adapter in PEFT's format. If it is set, policy and reference start as the model with this
+    adapter."""
 
     dtype: DType = "auto"
-    """Compute type of training and scoring. auto: bfloat16 on a GPU, float32 on CPU. Master weights are float32."""
+    """Data type in which policy and reference model compute. auto: bfloat16 on a GPU, float32 on a CPU. The weights that
+    the optimizer updates are always float32."""
 
 
 def is_hub_name(path: str) -> bool:
-    """Return whether `path` means `organisation/name` on the hub rather than a file or directory."""
+    """Return whether `path` is a model's name on the Hugging Face hub (`organisation/name`), not a file or directory."""
     return HUB_NAME.fullmatch(path) is not None and not Path(path).exists()

@@ -1,4 +1,4 @@
-"""The preference objectives; one class each, told apart by `type`. Their functions stand in `dpo_ray.objectives`."""
+"""The configuration of the preference objectives, one class for each `type`. `dpo_ray.objectives` has the functions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class SigmoidObjective(ObjectiveConfig):
     """Strength of the pull towards the reference, in 1/nat."""
 
     label_smoothing: Smoothing = 0.0
-    """Share of labels assumed to be flipped (conservative DPO)."""
+    """Share of the labels that are assumed to be flipped, that is, wrong (conservative DPO)."""
 
     diverges: ClassVar[bool] = True
     takes_soft_labels: ClassVar[bool] = True
 
 
 class SigmoidNormObjective(ObjectiveConfig):
-    """DPO on log-ratios per token (Tulu 3's dpo_norm). Lambert et al. 2024 (2411.15124), eq. 6."""
+    """DPO on mean log-ratios per token (Tulu 3's dpo_norm). Lambert et al. 2024 (2411.15124), eq. 6."""
 
     type: Literal["sigmoid_norm"] = "sigmoid_norm"
     beta: Beta = 5.0
@@ -39,7 +39,7 @@ class SigmoidNormObjective(ObjectiveConfig):
 
 
 class HingeObjective(ObjectiveConfig):
-    """max(0, 1 - beta * margin). Liu et al. 2023 (RSO, 2309.06657), eq. 8."""
+    """Hinge loss: max(0, 1 - beta * margin). Liu et al. 2023 (RSO, 2309.06657), eq. 8."""
 
     type: Literal["hinge"] = "hinge"
     beta: Beta = 0.1
@@ -59,7 +59,7 @@ class IpoObjective(ObjectiveConfig):
 
 
 class ExoPairObjective(ObjectiveConfig):
-    """EXO: reverse KL between the policy's and the smoothed preference. Ji et al. 2024 (2402.00856), eq. 16."""
+    """EXO: reverse KL from the policy's preference to the smoothed label. Ji et al. 2024 (2402.00856), eq. 16."""
 
     type: Literal["exo_pair"] = "exo_pair"
     beta: Beta = 0.1
@@ -68,7 +68,7 @@ class ExoPairObjective(ObjectiveConfig):
 
 
 class NcaPairObjective(ObjectiveConfig):
-    """NCA: contrasts each completion with noise, so that likelihoods do not fall. Chen et al. 2024 (2402.05369), eq. 11."""
+    """NCA: contrasts a completion with noise, so that its likelihood does not fall. Chen et al. 2024 (2402.05369), eq. 11."""
 
     type: Literal["nca_pair"] = "nca_pair"
     beta: Beta = 0.1
@@ -76,7 +76,7 @@ class NcaPairObjective(ObjectiveConfig):
 
 
 class RobustObjective(ObjectiveConfig):
-    """Robust DPO: unbiased under flipped labels. Chowdhury et al. 2024 (2403.00409), eq. 12."""
+    """Robust DPO: its loss is unbiased even if some labels are flipped. Chowdhury et al. 2024 (2403.00409), eq. 12."""
 
     type: Literal["robust"] = "robust"
     beta: Beta = 0.1
@@ -85,7 +85,7 @@ class RobustObjective(ObjectiveConfig):
 
 
 class BcoPairObjective(ObjectiveConfig):
-    """BCO: a binary classifier of chosen and rejected by reward. Jung et al. 2024 (2404.04656), eq. 8, without its shift."""
+    """BCO: the reward classifies chosen and rejected. Jung et al. 2024 (2404.04656), eq. 8, without its reward shift."""
 
     type: Literal["bco_pair"] = "bco_pair"
     beta: Beta = 0.1
@@ -93,7 +93,11 @@ class BcoPairObjective(ObjectiveConfig):
 
 
 class SppoHardObjective(ObjectiveConfig):
-    """SPPO with hard labels: (s+ - 1/(2 beta))^2 + (s- + 1/(2 beta))^2. Wu et al. 2024 (2405.00675), eq. 4.8."""
+    """SPPO with hard labels. Wu et al. 2024 (2405.00675), eq. 4.8.
+
+    The loss is (s+ - 1/(2 beta))^2 + (s- + 1/(2 beta))^2, where s+ and s- are the scores (by default log-ratios) of
+    chosen and rejected.
+    """
 
     type: Literal["sppo_hard"] = "sppo_hard"
     beta: Beta = 0.1
@@ -101,7 +105,7 @@ class SppoHardObjective(ObjectiveConfig):
 
 
 class AotObjective(ObjectiveConfig):
-    """AOT: aligns sorted margins of policy and reference over the step. Melnyk et al. 2024 (2406.05882), eq. 9."""
+    """AOT: compares the sorted margins of policy and reference in a step. Melnyk et al. 2024 (2406.05882), eq. 9."""
 
     type: Literal["aot"] = "aot"
     beta: Beta = 0.1
@@ -112,7 +116,7 @@ class AotObjective(ObjectiveConfig):
 
 
 class AotUnpairedObjective(ObjectiveConfig):
-    """AOT of sorted rewards of chosen against those of rejected. Melnyk et al. 2024 (2406.05882), eq. 6."""
+    """AOT: compares the sorted rewards of chosen and rejected in a step. Melnyk et al. 2024 (2406.05882), eq. 6."""
 
     type: Literal["aot_unpaired"] = "aot_unpaired"
     beta: Beta = 0.1
@@ -123,14 +127,14 @@ class AotUnpairedObjective(ObjectiveConfig):
 
 
 class ApoZeroObjective(ObjectiveConfig):
-    """APO-zero: chosen up, rejected down. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
+    """APO-zero: raises the reward of chosen and lowers the other. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
 
     type: Literal["apo_zero"] = "apo_zero"
     beta: Beta = 0.1
 
 
 class ApoDownObjective(ObjectiveConfig):
-    """APO-down: both down, rejected more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
+    """APO-down: lowers both rewards, the rejected one more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
 
     type: Literal["apo_down"] = "apo_down"
     beta: Beta = 0.1
@@ -148,7 +152,7 @@ class DiscopopObjective(ObjectiveConfig):
 
 
 class SftObjective(ObjectiveConfig):
-    """Likelihood of chosen: the mean over all chosen tokens of the step."""
+    """SFT: the negative log-likelihood of chosen, as the mean over all chosen tokens of the step."""
 
     type: Literal["sft"] = "sft"
     beta: Beta = 0.1
@@ -159,19 +163,19 @@ class SftObjective(ObjectiveConfig):
 
 
 class RpoObjective(ObjectiveConfig):
-    """DPO plus the likelihood of chosen per token. Pang et al. 2024 (iterative RPO, 2404.19733), eq. 1."""
+    """RPO: DPO plus the negative log-likelihood of chosen per token. Pang et al. 2024 (2404.19733), eq. 1."""
 
     type: Literal["rpo"] = "rpo"
     beta: Beta = 0.1
     alpha: float = Field(default=1.0, ge=0)
-    """Weight of the likelihood."""
+    """Weight of the log-likelihood."""
 
     diverges: ClassVar[bool] = True
     compares_lengths: ClassVar[bool] = False
 
 
 class DpopObjective(ObjectiveConfig):
-    """DPO-Positive: a penalty where chosen falls below the reference. Pal et al. 2024 (Smaug, 2402.13228), eq. 3."""
+    """DPO-Positive: a penalty if chosen is less likely than under the reference. Pal et al. 2024 (2402.13228), eq. 3."""
 
     type: Literal["dpop"] = "dpop"
     beta: Beta = 0.1
@@ -180,12 +184,12 @@ class DpopObjective(ObjectiveConfig):
 
 
 class RDpoObjective(ObjectiveConfig):
-    """R-DPO: a margin that is corrected for length. Park et al. 2024 (2403.19159), eq. 9."""
+    """R-DPO: DPO with a margin that is corrected for length. Park et al. 2024 (2403.19159), eq. 9."""
 
     type: Literal["r_dpo"] = "r_dpo"
     beta: Beta = 0.1
     alpha: float = Field(default=0.01, ge=0)
-    """Nats a token of difference in length."""
+    """Correction of the margin, in nats per token by which the two completions differ in length."""
 
     diverges: ClassVar[bool] = True
 
@@ -193,8 +197,8 @@ class RDpoObjective(ObjectiveConfig):
 class KtoObjective(ObjectiveConfig):
     """KTO: learns from single completions with labels. Ethayarajh et al. 2024 (2402.01306), eq. 8.
 
-    Of a pair, chosen is desirable and rejected is not. z0, the KL term, is estimated once per step, from prompts with the
-    completions of other prompts.
+    In a pair, chosen counts as desirable and rejected as undesirable. The KL term z0 is estimated once per step, from
+    prompts that are combined with the completions of other prompts.
     """
 
     type: Literal["kto"] = "kto"
@@ -208,9 +212,10 @@ class KtoObjective(ObjectiveConfig):
 
 
 class OrpoObjective(ObjectiveConfig):
-    """ORPO: likelihood of chosen, plus beta times the log odds ratio. Hong et al. 2024 (2403.07691), eq. 6 and 7.
+    """ORPO: log-likelihood of chosen, plus beta times a log odds ratio. Hong et al. 2024 (2403.07691), eq. 6 and 7.
 
-    The likelihood is the mean over all chosen tokens of the step; of completions, as in the paper (TRL's holds prompts too).
+    The log-likelihood is the mean over all tokens of chosen completions in the step. As in the paper, tokens of prompts
+    do not count; in TRL they do.
     """
 
     type: Literal["orpo"] = "orpo"
@@ -229,7 +234,7 @@ class SimpoObjective(ObjectiveConfig):
     type: Literal["simpo"] = "simpo"
     beta: Beta = 2.0
     gamma: float = Field(default=0.5, ge=0)
-    """Target margin of rewards: the loss is -log sigmoid(beta * difference - gamma). TRL's simpo_gamma is this."""
+    """Target margin of rewards, TRL's simpo_gamma. The loss is -log sigmoid(beta * difference - gamma)."""
 
     label_smoothing: Smoothing = 0.0
     uses_reference: ClassVar[bool] = False
@@ -239,12 +244,12 @@ class SimpoObjective(ObjectiveConfig):
 
 
 class CpoObjective(ObjectiveConfig):
-    """CPO: DPO with a uniform reference, plus the likelihood of chosen. Xu et al. 2024 (2401.08417), eq. 5 to 8."""
+    """CPO: DPO with a uniform reference, plus the log-likelihood of chosen. Xu et al. 2024 (2401.08417), eq. 5 to 8."""
 
     type: Literal["cpo"] = "cpo"
     beta: Beta = 0.1
     alpha: float = Field(default=1.0, ge=0)
-    """Weight of the likelihood, the mean over all chosen tokens of the step."""
+    """Weight of the log-likelihood, which is the mean over all chosen tokens of the step."""
 
     label_smoothing: Smoothing = 0.0
     uses_reference: ClassVar[bool] = False
@@ -253,17 +258,20 @@ class CpoObjective(ObjectiveConfig):
 
 
 class SlicObjective(ObjectiveConfig):
-    """SLiC-HF: max(0, delta - difference of log-probs), plus the likelihood of chosen. Zhao et al. 2023 (2305.10425), eq. 2."""
+    """SLiC-HF: hinge loss plus the log-likelihood of chosen. Zhao et al. 2023 (2305.10425), eq. 2.
+
+    The hinge loss is max(0, delta - (logp of chosen - logp of rejected)).
+    """
 
     type: Literal["slic"] = "slic"
     beta: Beta = 0.1
     """Scales the rewards that are reported, and nothing else."""
 
     delta: float = Field(default=1.0, gt=0)
-    """Margin, in nats."""
+    """Target difference of the two log-probs, in nats."""
 
     alpha: float = Field(default=1.0, ge=0)
-    """Weight of the likelihood, the mean over all chosen tokens of the step."""
+    """Weight of the log-likelihood, which is the mean over all chosen tokens of the step."""
 
     uses_reference: ClassVar[bool] = False
     weighable: ClassVar[bool] = False
@@ -271,9 +279,9 @@ class SlicObjective(ObjectiveConfig):
 
 
 class ListwiseObjective(ObjectiveConfig):
-    """DPO under the Plackett-Luce model: the likelihood of a whole ranking. Rafailov et al. 2023 (2305.18290), eq. 18.
+    """DPO on whole rankings (Plackett-Luce model). Rafailov et al. 2023 (2305.18290), eq. 18.
 
-    Completions of equal score share a place: their order among each other is not learned.
+    Completions with equal scores have the same rank; no order among them is learned.
     """
 
     type: Literal["listwise"] = "listwise"
@@ -323,14 +331,14 @@ else:
 
 
 class Term(StrictModel):
-    """One summand of a sum of objectives."""
+    """One objective in a weighted sum of objectives."""
 
     weight: float = Field(default=1.0, gt=0)
     objective: Single
 
 
 class SumObjective(StrictModel):
-    """A weighted sum of objectives, such as MPO's: sigmoid, bco_pair and sft. Rewards are reported by the first one's beta."""
+    """A weighted sum of objectives, such as MPO's: sigmoid, bco_pair and sft. The beta of the first scales the rewards."""
 
     type: Literal["sum"] = "sum"
     terms: tuple[Term, ...] = Field(min_length=1)
@@ -340,32 +348,32 @@ Objective = Annotated[Single | SumObjective, Field(discriminator="type"), Before
 
 
 def summands(objective: Objective) -> tuple[tuple[float, Single], ...]:
-    """List the (weight, objective) pairs of a sum; any other objective is treated as a sum of one term with weight 1."""
+    """List the (weight, objective) pairs of a sum. Any other objective counts as a sum of one term with weight 1."""
     if isinstance(objective, SumObjective):
         return tuple((term.weight, term.objective) for term in objective.terms)
     return ((1.0, objective),)
 
 
 def reward_beta(objective: Objective) -> float:
-    """Return the factor between log-ratios and the rewards that are reported."""
+    """Return the beta that turns log-ratios into the reported rewards. In a sum, the first objective decides."""
     return summands(objective)[0][1].beta
 
 
 def uses_reference(objective: Objective) -> bool:
-    """Return whether any summand needs the reference's log-probs."""
+    """Return whether the objective, or any objective in a sum, needs the reference model's log-probs."""
     return any(o.uses_reference for _, o in summands(objective))
 
 
 def is_per_token(objective: Objective) -> bool:
-    """Return whether the rewards that are reported, those of the first summand, are averages over tokens."""
+    """Return whether the reported rewards are averages over tokens. In a sum, the first objective decides."""
     return summands(objective)[0][1].per_token
 
 
 def is_step_wide(objective: Objective) -> bool:
-    """Return whether the loss of one pair or completion depends on others of the step."""
+    """Return whether the loss of one pair or completion depends on other pairs or completions of the same step."""
     return any(o.step_wide for _, o in summands(objective))
 
 
 def kinds_of_groups(objective: Objective) -> set[str]:
-    """Return the kinds of groups that the objective learns from: "pairs", "completions", "lists"; a sum may learn from several."""
+    """Return what the objective learns from: "pairs", "completions" or "lists". A sum may learn from several of these."""
     return {o.learns_from for _, o in summands(objective)}

@@ -1,4 +1,4 @@
-"""The root of the recipe: everything that a run depends on."""
+"""The recipe, with all its sections: everything that a run depends on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class RayConfig(StrictModel):
     nodes."""
 
     cpus: int | None = Field(default=None, gt=0)
-    """Local only: CPUs that Ray may use. Default: the cores of this machine, and at least what the recipe requests."""
+    """Only for address=local: CPUs that Ray may use. Default: the cores of this machine, but at least as many as the recipe
+    requests."""
 
 
 class Recipe(StrictModel):
@@ -64,13 +65,14 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
         if self.name in RESERVED_NAMES:
-            raise field_error("name", f"`{self.name}` is the name of a directory that runs share; choose another")
+            raise field_error("name", f"`{self.name}` is the name of a directory that all runs share; choose another")
         if not self.data.eval and "sample_prompts" not in self.evaluate.model_fields_set:
             # There are no prompts. A frozen model can be completed only like this, and only while it is validated.
             object.__setattr__(self, "evaluate", self.evaluate.model_copy(update={"sample_prompts": 0}))
         if self.train.eval_every_steps is not None and not self.data.eval:
             raise field_error(
-                "train.eval_every_steps", "there is nothing to evaluate on; set data.eval or leave it out"
+                "train.eval_every_steps",
+                "there is no held-out data: set data.eval, or leave out train.eval_every_steps",
             )
         parallel, engine_gpus = self.reference.tensor_parallel, self.cluster.roles.reference.gpus
         if engine_gpus and engine_gpus < parallel:
@@ -85,7 +87,7 @@ class Recipe(StrictModel):
         if self.train.quantization and uses_reference(self.train.objective) and self.reference.engine != "trainer":
             raise field_error(
                 "reference.engine",
-                "must be trainer: with train.quantization the reference is the quantized model, which engines cannot score",
+                "must be trainer: with train.quantization the reference is the quantized model, with which engines cannot compute",
             )
         if self.online is not None:
             self._check_online(self.online)
@@ -103,7 +105,7 @@ class Recipe(StrictModel):
             )
         if self.reference.engine != "vllm":
             raise field_error(
-                "reference.engine", "rounds need vllm, as the engines that sample also score the reference"
+                "reference.engine", "rounds need vllm: the engines that sample also compute the reference's log-probs"
             )
         if self.reference.mode != "ahead":
             raise field_error(
@@ -111,10 +113,10 @@ class Recipe(StrictModel):
             )
         if self.reference.audit.on_drift == "use_trainer":
             raise field_error(
-                "reference.audit.on_drift", "rounds need the scores of the engines: set it to stop or warn"
+                "reference.audit.on_drift", "rounds need the log-probs of the engines: set it to stop or warn"
             )
         if self.train.quantization is not None:
-            raise field_error("train.quantization", "engines do not sample from the quantized model; leave it out")
+            raise field_error("train.quantization", "engines cannot sample from the quantized model: leave it out")
         kinds = kinds_of_groups(self.train.objective)
         if online.pairing.pairs == "list" and kinds != {"lists"}:
             what = (
@@ -137,8 +139,10 @@ class Recipe(StrictModel):
         return self._cpus(self.train.workers)
 
     def least_cpus(self) -> int:
-        """Return the CPUs without which the recipe would wait forever: those for the fewest workers that it may train
-        with."""
+        """Return the fewest CPUs with which the recipe can run, training with as few workers as it allows.
+
+        With fewer CPUs the recipe would wait forever.
+        """
         return self._cpus(self.train.min_workers or self.train.workers)
 
     def _cpus(self, workers: int) -> int:

@@ -1,4 +1,4 @@
-"""The section `reference`: how the log-probs of the frozen reference model are computed and checked."""
+"""The recipe section `reference`: how the log-probs of the frozen reference model are computed and checked."""
 
 from __future__ import annotations
 
@@ -10,66 +10,69 @@ from .base import StrictModel, field_error
 
 
 class AuditConfig(StrictModel):
-    """The comparison of stored reference log-probs with the training stack's own forward pass, before step 1."""
+    """The audit before step 1: stored reference log-probs are compared with the training workers' own forward pass."""
 
     groups: int = Field(default=64, ge=0)
-    """Preference groups that are scored again: the first in training's random order, rounded up to whole steps. 0: no
-    audit."""
+    """Number of preference groups whose log-probs the training workers compute again: the first groups in the random
+    order of training, rounded up to whole steps. 0: no audit."""
 
     max_token_drift: float | None = Field(default=None, gt=0)
-    """Largest |difference| of the log-prob of a token, in nats. Default: 1e-3 in float32, 0.5 in bfloat16."""
+    """Largest |difference| between the two log-probs of a token, in nats. Default: 1e-3 in float32, 0.5 in bfloat16."""
 
     max_mean_drift: float | None = Field(default=None, gt=0)
-    """Largest mean |difference|. Default: 1e-4 in float32, 0.05 in bfloat16."""
+    """Largest mean of |difference| over all tokens, in nats. Default: 1e-4 in float32, 0.05 in bfloat16."""
 
     max_bias: float | None = Field(default=None, gt=0)
-    """Largest |mean difference|: a bias rewards length. Default: 5e-5 in float32, 2e-3 in bfloat16. Needs 16 groups or
-    more."""
+    """Largest |mean difference| per token, in nats. Such a bias adds up over tokens, so it rewards length. Default: 5e-5
+    in float32, 2e-3 in bfloat16. Needs 16 groups or more."""
 
     max_margin_error: float | None = Field(default=None, gt=0)
-    """Largest beta * standard deviation of a pair's margin error. Default: 1e-3 in float32, 0.1 in bfloat16. Needs 16
-    pairs or more."""
+    """Largest beta * standard deviation of the errors in the pairs' margins. Default: 1e-3 in float32, 0.1 in bfloat16.
+    Needs 16 pairs or more."""
 
     on_drift: Literal["stop", "use_trainer", "warn"] = "stop"
-    """If a tolerance is exceeded: stop before the first update, score all again with the trainer, which is exact, or
-    only warn."""
+    """What happens if a limit is exceeded. stop: the run stops before the first update. use_trainer: the trainer computes
+    all log-probs again, which are then exact. warn: the run continues with a warning."""
 
 
 class ReferenceConfig(StrictModel):
-    """Which engine scores the reference, how many engines there are, and where their results are stored."""
+    """Which engine computes the reference log-probs, how many engines there are, and where their results are stored."""
 
     engine: Literal["vllm", "trainer"] = "vllm"
-    """vllm: a pool of vLLM engines. trainer: the training workers' own sharded forward pass, without gradients."""
+    """What computes the log-probs. vllm: a pool of vLLM engines. trainer: the training workers, with their own sharded
+    forward pass and no gradients."""
 
     mode: Literal["ahead", "streaming"] = "ahead"
-    """ahead: everything is scored before training starts. streaming: training starts as soon as its first steps are
-    scored, and the engines need resources of their own. The resulting weights are the same."""
+    """ahead: all log-probs are computed before training starts. streaming: training starts as soon as the log-probs of
+    its first steps are known, so engines and training need resources at the same time. The resulting weights are equal."""
 
     replicas: int = Field(default=1, gt=0)
-    """Number of engines in the pool; `cluster.roles.reference` is what each requests."""
+    """Number of engines in the pool. `cluster.roles.reference` sets what each engine requests."""
 
     max_replicas: int | None = Field(default=None, gt=0)
-    """The pool grows up to this number while there is work and the cluster has free resources. Default: replicas."""
+    """The pool grows up to this number of engines while there is work and the cluster has free resources. Default:
+    replicas."""
 
     tensor_parallel: int = Field(default=1, gt=0)
-    """GPUs of one node over which the model of an engine is split; use more than 1 only if the model does not fit on
-    one GPU."""
+    """Number of GPUs of one node over which each engine splits its model. Use more than 1 only if the model does not fit
+    on one GPU."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
-    """Share of a GPU's memory that an engine uses; the rest is headroom for logits, which vLLM does not profile."""
+    """Share of a GPU's memory that an engine plans to use. The rest is needed for logits, which vLLM does not plan for."""
 
     max_batched_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of one engine step. Default: as many as the memory for the logits of a step allows."""
+    """Largest number of tokens in one forward pass of an engine. Default: as many as the memory for their logits allows."""
 
     share_prompt: bool = True
-    """Reuse the KV cache of a prompt for all its completions (guarded: a cache hit that extends into a completion is
-    scored again)."""
+    """Reuse the KV cache of a prompt for all its completions. If a cache hit extends into a completion, its log-probs are
+    computed again without the cache."""
 
     store: str | None = None
-    """Where the token log-probs of all runs are stored. Default: OUTPUT/reference-store."""
+    """The directory or URI where all runs store their reference log-probs. Default: OUTPUT/reference-store."""
 
     groups_per_granule: int = Field(default=1024, gt=0)
-    """Groups that are scored and committed to the store together: the work that is lost with an engine."""
+    """Preference groups of one unit of work (granule), whose log-probs are committed together. An engine that dies loses
+    only its unfinished units."""
 
     audit: AuditConfig = AuditConfig()
 
@@ -78,7 +81,9 @@ class ReferenceConfig(StrictModel):
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise field_error("max_replicas", f"at least replicas={self.replicas} is expected")
         if self.mode == "streaming" and self.engine == "trainer":
-            raise field_error("mode", "the trainer cannot score while it trains; use mode=ahead, or engine=vllm")
+            raise field_error(
+                "mode", "the trainer cannot compute log-probs while it trains: use mode=ahead, or engine=vllm"
+            )
         if self.tensor_parallel > 1 and self.engine == "trainer":
             raise field_error("tensor_parallel", "is only for engine=vllm; the trainer shards over train.workers")
         return self

@@ -1,4 +1,4 @@
-"""The roles of a run on a cluster: what each worker of a role requests from Ray, and on which nodes it may run."""
+"""The roles (kinds of workers) of a run: what a worker of each role requests from Ray, and on which nodes it may run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ NodeLabels = dict[
     Annotated[str, Field(pattern=rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_NAME}$")],
     Annotated[str, Field(pattern=rf"^(!?({_NAME})?|!?in\({_NAME}(, *{_NAME})*\))$")],
 ]
-"""Labels of Ray nodes with the value that each must have, or a condition: `!value`, `in(a, b)`, `!in(a, b)`."""
+"""Labels of Ray nodes, with the value that a label must have, or a condition: `!value`, `in(a, b)`, `!in(a, b)`."""
 
 
 class TrainRole(StrictModel):
-    """What each training worker requests; `train.workers` is their number."""
+    """The resources that each training worker requests. `train.workers` sets the number of workers."""
 
     cpus: float = Field(default=1, gt=0)
     gpus: float | None = Field(default=None, ge=0)
-    """Default: 1 if the machine that runs the command, or the cluster that `ray.address` names, has GPUs; 0
-    otherwise."""
+    """Default: 1 if there are GPUs, 0 otherwise. They are looked for on the machine that runs the command, or in the
+    cluster at `ray.address`."""
 
     memory_gib: float | None = Field(default=None, gt=0)
     """Memory that Ray reserves for each worker; using more is not prevented."""
@@ -32,7 +32,10 @@ class TrainRole(StrictModel):
 
 
 class ReferenceRole(StrictModel):
-    """What each engine requests, which also samples in online rounds; `reference.replicas` is their number."""
+    """The resources that each engine requests. Engines compute reference log-probs and, in online rounds, also sample.
+
+    `reference.replicas` sets the number of engines.
+    """
 
     cpus: float = Field(default=1, gt=0)
     gpus: float | None = Field(default=None, ge=0)
@@ -46,8 +49,10 @@ class ReferenceRole(StrictModel):
 
 
 class SampleRole(StrictModel):
-    """What each engine requests that samples for an evaluation. Default: what an engine of `reference` requests, in
-    the same number, and always with the same GPUs."""
+    """The resources that each engine requests when it samples for an evaluation.
+
+    The defaults are the values in `reference`. The number of engines and their GPUs are always the same as there.
+    """
 
     cpus: float | None = Field(default=None, gt=0)
     memory_gib: float | None = Field(default=None, gt=0)
@@ -55,7 +60,7 @@ class SampleRole(StrictModel):
 
 
 class PrepareRole(StrictModel):
-    """What each task requests that reads, tokenizes, looks up or joins; no task uses a GPU."""
+    """The resources that each data task requests: tasks that read, tokenize, look up or join data. None uses a GPU."""
 
     count: int | None = Field(default=None, gt=0)
     """Tokenizing tasks that run at the same time. Default: as many as there are CPUs."""
@@ -69,10 +74,10 @@ class PrepareRole(StrictModel):
 
 
 class JudgeRole(StrictModel):
-    """What each process of a judge requests. Default: what the judge itself declares."""
+    """The resources that each process of a judge requests. The defaults are the values in the judge's own section."""
 
     count: int | None = Field(default=None, gt=0)
-    """Processes of each judge."""
+    """Number of processes of each judge."""
 
     cpus: float | None = Field(default=None, gt=0)
     gpus: float | None = Field(default=None, ge=0)
@@ -84,8 +89,7 @@ class JudgeRole(StrictModel):
 
 
 class RolesConfig(StrictModel):
-    """What one worker of each role requests. It depends on the cluster alone, so a profile can be exchanged as a
-    whole."""
+    """The resources that a worker of each role requests. They do not change the result, only where and how fast it runs."""
 
     prepare: PrepareRole = PrepareRole()
     reference: ReferenceRole = ReferenceRole()
@@ -94,7 +98,7 @@ class RolesConfig(StrictModel):
     judge: JudgeRole = JudgeRole()
 
     def without_labels(self) -> RolesConfig:
-        """Return the roles with no condition on nodes."""
+        """Return a copy of the roles without node labels, so that workers may run on every node."""
         return RolesConfig(
             **{name: getattr(self, name).model_copy(update={"node_labels": {}}) for name in type(self).model_fields}
         )
@@ -114,4 +118,4 @@ MOVED_KEYS = {
     "cluster.roles.sample.count": "reference.replicas",
     "cluster.roles.sample.gpus": "cluster.roles.reference.gpus",
 }
-"""Keys that a recipe cannot have, and the key that says the same, for the text of the error."""
+"""Keys that a recipe cannot have, and the key to set instead, which the error message names."""

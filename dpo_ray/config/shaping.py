@@ -1,4 +1,7 @@
-"""What is made of log-probs before an objective sees them: the divergence, and weights of tokens and pairs."""
+"""The section `train.shaping`: how log-probs are changed before the objective uses them.
+
+A divergence can turn log-ratios into other scores, and tokens and pairs can get weights.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,25 @@ from .objective import Objective, summands
 
 
 class ReverseKl(StrictModel):
-    """The Kullback-Leibler divergence of DPO: scores are log-ratios."""
+    """Reverse KL, the divergence of DPO: the score of a completion is its log-ratio, log(policy / reference)."""
 
     type: Literal["reverse_kl"] = "reverse_kl"
 
 
 class ForwardKl(StrictModel):
-    """Scores are -1 / ratio."""
+    """Forward KL: the score of a completion is -1 / ratio, with ratio = policy / reference."""
 
     type: Literal["forward_kl"] = "forward_kl"
 
 
 class JsDivergence(StrictModel):
-    """Jensen-Shannon: scores are log sigmoid(log-ratio), up to a constant."""
+    """Jensen-Shannon divergence: the score of a completion is log sigmoid(log-ratio), up to a constant."""
 
     type: Literal["js"] = "js"
 
 
 class AlphaDivergence(StrictModel):
-    """Scores are ratio^(alpha - 1) / (alpha - 1)."""
+    """Alpha divergence: a completion's score is ratio^(alpha - 1) / (alpha - 1), with ratio = policy / reference."""
 
     type: Literal["alpha"] = "alpha"
     alpha: float = Field(default=0.5, gt=0, lt=1)
@@ -48,29 +51,30 @@ Divergence = Annotated[
 
 
 class ShapingConfig(StrictModel):
-    """What is made of log-probs before the objective sees them."""
+    """How log-probs are changed before the objective uses them: a divergence, and weights of tokens and pairs."""
 
     divergence: Divergence = ReverseKl()
-    """The divergence from the reference that is held down: reverse_kl, forward_kl, js or {type: alpha, alpha: 0.5}.
-    Wang et al. 2023 (2309.16240), table 1."""
+    """The divergence between policy and reference that the loss penalises: reverse_kl, forward_kl, js or
+    {type: alpha, alpha: 0.5}. Wang et al. 2023 (2309.16240), table 1."""
 
     ld_alpha: float = Field(default=1.0, ge=0, le=1)
-    """Weight of the tokens of a completion beyond the length of the shorter one of its pair, for policy and reference.
-    Liu et al. 2024 (LD-DPO, 2409.06411), eq. 10."""
+    """Weight of those tokens of the longer completion in a pair that lie beyond the length of the shorter one. It is used
+    for policy and reference. Liu et al. 2024 (LD-DPO, 2409.06411), eq. 10."""
 
     wpo: bool = False
-    """Weigh pairs by how likely the policy itself would write them. Zhou et al. 2024 (WPO, 2406.11827), eq. 3 and 4."""
+    """Weigh each pair by how likely the policy is to write its completions. Zhou et al. 2024 (WPO, 2406.11827), eq. 3
+    and 4."""
 
     def problems(self, objective: Objective) -> Iterator[tuple[str, str]]:
-        """Yield each field that the objective cannot honour, with the reason."""
+        """Yield each field of this section that the objective does not support, with the reason."""
         for _, single in summands(objective):
             name = single.type
             if self.divergence.type != "reverse_kl" and not single.diverges:
-                yield "divergence", f"`{name}` knows reverse_kl alone, not {self.divergence.type}"
+                yield "divergence", f"`{name}` supports only reverse_kl, not {self.divergence.type}"
             if self.ld_alpha != 1.0 and not single.compares_lengths:
                 yield (
                     "ld_alpha",
-                    f"`{name}` is no comparison of a pair's log-ratios alone, whose lengths could be compared",
+                    f"`{name}` does not support it: its loss uses more than the log-ratios of the two completions",
                 )
             if self.wpo and not single.weighable:
-                yield "wpo", f"`{name}` has no loss of a pair that could be weighed"
+                yield "wpo", f"`{name}` does not support it: it has no separate loss for each pair"

@@ -1,4 +1,4 @@
-"""Where preference data comes from, and how a row of it says its preference."""
+"""The sources of preference data, and how the columns of a row state the preference."""
 
 from __future__ import annotations
 
@@ -33,115 +33,119 @@ else:
 
 
 class Columns(StrictModel):
-    """Name the columns of a source that calls them otherwise. What is left out has the format's own name."""
+    """The names of a source's columns, where they differ from the names in its format. null: the name in the format."""
 
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
     completion: str | None = None
-    """Of an unpaired row."""
+    """Unpaired rows: the single completion."""
 
     completions: str | tuple[str, ...] | None = None
-    """The list of completions; or a column for each of them, as PandaLM has."""
+    """The column with the list of completions; or a list of columns, one for each completion, as in PandaLM's data."""
 
     label: str | None = None
-    """Of an unpaired row: whether its completion is good."""
+    """Unpaired rows: whether the completion is good."""
 
     scores: str | tuple[str, ...] | None = None
-    """The list of scores beside a list of completions; or the score's name within a completion; or a column for each."""
+    """The column with the list of scores; or the key of the score within each completion; or a list of columns, one for
+    each completion."""
 
     ranks: str | None = None
-    """As `scores`, where the lowest is the best."""
+    """Like `scores`, but for ranks: the lowest rank is the best."""
 
     annotators: tuple[str, ...] | None = None
-    """Columns of one verdict each: 0 a tie, otherwise the number of the better completion, from 1; null for none."""
+    """Columns, each with one annotator's verdict: 0 is a tie, 1 or 2 is the better completion, null is no verdict."""
 
     preference: str | None = None
-    """Of compared rows: which of two completions is better. A name that ends with _id counts from 0; in others, words such
-    as model_a, b or tie."""
+    """Compared rows: which of the two completions is better. In a column whose name ends with _id, the value is 0 or 1. In
+    preference_strength and overall_preference, it is negative if the first one is better. In other columns, it is a
+    word such as model_a, b or tie."""
 
     query: str | None = None
-    """Of swift rows without messages: the user's last turn."""
+    """Swift rows without messages: the user's last turn."""
 
     system: str | None = None
     history: str | None = None
-    """Earlier turns of alpaca rows: a list of [user, assistant]."""
+    """Alpaca rows: earlier turns, as a list of [user, assistant]."""
 
     input: str | None = None
-    """Of alpaca and verdict rows: text that belongs to the instruction."""
+    """Alpaca and verdict rows: text that belongs to the instruction."""
 
     tools: str | None = None
-    """JSON schemas of the tools that the chat template lists; a list, or JSON text."""
+    """JSON schemas of the tools that the chat template lists, as a list or as JSON text."""
 
     chat_template_kwargs: str | None = None
     """A mapping of further variables for the chat template."""
 
 
 class RowSource(StrictModel):
-    """What every source of rows can say about them."""
+    """The fields of every source that reads rows: its name, the format of its rows, and how many of them are used."""
 
     name: str | None = Field(default=None, min_length=1)
-    """What accounts, reports and metrics call this source; left out: each file by its own name."""
+    """Name of this source in reports and metrics. null: each file has its own name there."""
 
     format: RowFormat = "auto"
-    """How a row says its preference. auto recognises each row by itself; docs/recipes.md shows a row of each."""
+    """Layout of the rows. auto: the format of every row is recognised separately. docs/recipes.md shows a row of each
+    format."""
 
     columns: Columns = Columns()
 
     criteria: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
-    """Of completions with several ratings (helpfulness, honesty, ...): their weights in the score.
-    Left out: the overall score."""
+    """Weights of the ratings (helpfulness, honesty, ...) in the score of a completion that has several ratings. Empty: the
+    overall score is used."""
 
     weight: float | None = Field(default=None, gt=0)
-    """Share among the sources of its set, relative to their weights; all of them have one, or none has.
-    As many groups are taken as that allows without taking any twice. Left out: all groups of all sources."""
+    """Weight of this source in the mixture of all sources in its set; either all sources of a set have a weight or none.
+    As many groups are used as these proportions allow without using a group twice. null: all groups are used."""
 
     max_groups: int | None = Field(default=None, gt=0)
-    """Take at most so many groups: a fair sample of the source, always the same."""
+    """Largest number of groups that are used: a fair sample of the source, which is the same in every run."""
 
 
 class FilesSource(RowSource):
-    """Read files: JSON Lines, a JSON list, CSV or TSV (each plain, .gz or .zst), Parquet, Arrow, or what `datasets` saved."""
+    """Files of rows: JSON Lines, a JSON list, CSV or TSV (all plain, .gz or .zst), Parquet, Arrow, or a data set that
+    `datasets` saved."""
 
     type: Literal["files"] = "files"
     path: str | tuple[str, ...]
-    """A file, a glob or a directory, here or at s3://, gs:// or hf://datasets/NAME@REVISION/; one file at https://; or a
-    list of these. The end of a file's name says its kind; a directory may hold several kinds."""
+    """A file, a glob or a directory, on a disk or at s3://, gs:// or hf://datasets/NAME@REVISION/; one file at https://;
+    or a list of these. The ending of a file's name determines its kind; a directory may contain several kinds."""
 
     split: Literal["train", "validation", "test"] | None = None
-    """Of a directory whose files or folders are named by their split (train.jsonl, test/...): read this one alone."""
+    """If the files or folders of a directory are named by their split (train.jsonl, test/...): read only this split."""
 
 
 class HubSource(RowSource):
-    """Read a data set of the Hugging Face hub, which is downloaded as a whole at first; hf:// reads its files as they are."""
+    """A data set of the Hugging Face hub. It is downloaded as a whole first; to read single files, use a path at hf://."""
 
     type: Literal["hub"] = "hub"
     path: str = Field(min_length=1)
-    """The data set's name, such as HuggingFaceH4/ultrafeedback_binarized."""
+    """Name of the data set, such as HuggingFaceH4/ultrafeedback_binarized."""
 
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    """A branch, tag or, best, a 40-hex commit: only a commit makes the run reproducible."""
+    """A branch, a tag or, preferably, a commit of 40 hex digits: only a commit makes the run reproducible."""
 
 
 class SyntheticSource(StrictModel):
-    """Make reviews by a small grammar, labelled by Bradley-Terry with a known reward (needs no network)."""
+    """Synthetic reviews from a small grammar, without a network. A known reward labels them by the Bradley-Terry model."""
 
     type: Literal["synthetic"] = "synthetic"
     pairs: int = Field(default=2000, gt=0)
-    """Training and held-out pairs are disjoint: which they are follows from where this source stands."""
+    """Number of pairs. A source under data.train never has a pair of a source under data.eval."""
 
     seed: int = 0
     name: str | None = Field(default=None, min_length=1)
     weight: float | None = Field(default=None, gt=0)
-    """As of files."""
+    """Weight of this source in a mixture, as for a source of files."""
 
     max_groups: int | None = Field(default=None, gt=0)
 
 
 def _source_from_string(value: Any) -> Any:
-    """Accept a plain string (or list of strings) as the path of files, `hub:NAME` as a hub data set, `synthetic`."""
+    """Turn a string into a source: `synthetic`, `hub:NAME`, or otherwise the path of files. Add a missing `type`, too."""
     if isinstance(value, str):
         if value == "synthetic":
             return {"type": "synthetic"}

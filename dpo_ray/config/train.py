@@ -1,4 +1,4 @@
-"""The section `train`: objective, batch, optimizer, hardware and checkpoints of the training."""
+"""The recipe section `train`: objective, batch, optimizer, hardware and checkpoints of the training."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ class OptimizerConfig(StrictModel):
     """The optimizer, and the learning rate over time: a warm-up and a decay."""
 
     type: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "rmsprop", "adafactor"] = "adamw"
-    """8bit: a quarter of AdamW's state; paged: the state moves between GPU and CPU memory as space allows (both by
-    bitsandbytes). rmsprop: the optimizer of the DPO paper, with half of AdamW's state. adafactor: almost no state; its
-    learning rate is relative to the size of a weight, so use a larger one, such as 1e-4."""
+    """..._8bit: the state needs a quarter of AdamW's memory. paged_...: the state moves between GPU and CPU memory as
+    space allows. Both use bitsandbytes. rmsprop: the optimizer of the DPO paper, with half of AdamW's state. adafactor:
+    almost no state; its learning rate is relative to the size of a weight, so use a larger one, such as 1e-4."""
 
     learning_rate: float = Field(default=5e-7, gt=0)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """Betas of AdamW; the second is also the smoothing of RMSprop. Adafactor uses torch's defaults instead, also for
-    eps."""
+    """The two betas of AdamW; RMSprop uses the second one as its smoothing constant. Adafactor ignores `betas` and `eps`
+    and uses torch's defaults."""
 
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm; null: never."""
+    """Gradients with a larger global norm are scaled down to this norm; null: they are never scaled."""
 
     decay: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = "cosine"
-    """How the learning rate falls after the warm-up; cosine, linear and wsd (warm-up, stable, decay) end at 0."""
+    """How the learning rate falls after the warm-up. With cosine, linear and wsd (warm-up, stable, decay) it ends at 0."""
 
     decay_fraction: float = Field(default=0.1, gt=0, le=1)
-    """wsd only: share of the steps, at the end, in which the learning rate falls linearly to 0."""
+    """wsd only: share of the steps in the final phase, in which the learning rate falls linearly to 0."""
 
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from 0."""
 
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps of the warm-up; replaces warmup_fraction."""
+    """Number of steps of the warm-up. If it is set, warmup_fraction is ignored."""
 
 
 class ShardingConfig(StrictModel):
     """How FSDP2 shards weights, gradients and optimizer state over the workers."""
 
     mode: Literal["full", "hybrid"] = "full"
-    """full: over all workers. hybrid (HSDP): over sets of `shard_workers` workers, with a copy in each set; use it
-    across nodes."""
+    """full: all workers together hold one copy. hybrid (HSDP): every `shard_workers` workers together hold one copy; use
+    it if the workers are on several nodes."""
 
     shard_workers: int | None = Field(default=None, gt=0)
-    """hybrid only: workers that share one copy, usually the number of GPUs of a node."""
+    """hybrid only: number of workers that together hold one copy, usually the number of GPUs of a node."""
 
     cpu_offload: bool = False
-    """Keep shards and optimizer state in CPU memory. This is slow: use it only if nothing else fits."""
+    """Keep shards and optimizer state in CPU memory. This is slow, so use it only if the model does not fit otherwise."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ShardingConfig:
@@ -65,28 +65,28 @@ class ShardingConfig(StrictModel):
 
 
 class LoraConfig(StrictModel):
-    """A low-rank adapter that is trained while the model itself is frozen (PEFT). Hu et al. 2021 (2106.09685)."""
+    """LoRA: train a low-rank adapter while the model itself is frozen (by PEFT). Hu et al. 2021 (2106.09685)."""
 
     rank: int = Field(default=16, gt=0)
     alpha: float = Field(default=16, gt=0)
     """The adapter's product is scaled by alpha / rank."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of the adapter's input, only in training. Above 0, loss and log-probs of a step are computed with
-    dropout."""
+    """Dropout of the adapter's input, only in training. If it is above 0, the loss and log-probs of a training step
+    include the dropout."""
 
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an adapter, such as q_proj; all-linear: all except the head."""
 
     merge: bool = False
-    """Export the model with the adapter added to its weights, instead of the adapter alone."""
+    """true: export the model with the adapter added to its weights. false: export only the adapter."""
 
 
 class BestConfig(StrictModel):
     """Early stopping: keep the weights of the best evaluation, and stop when evaluations no longer improve."""
 
     metric: str = "eval_rewards/accuracies"
-    """An evaluation metric: eval_loss, eval_rewards/margins, eval_NAME_loss of a named set, ..."""
+    """Name of an evaluation metric, such as eval_loss, eval_rewards/margins, or eval_NAME_loss for a named held-out set."""
 
     mode: Literal["max", "min"] = "max"
     patience: int | None = Field(default=None, gt=0)
@@ -94,31 +94,31 @@ class BestConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """What is optimised, in which steps, and on which hardware."""
+    """What the training optimises, in which steps, and on which hardware."""
 
     workers: int = Field(default=1, gt=0)
-    """Training processes (one per GPU); `cluster.roles.train` is what each requests. The result does not depend on
-    it."""
+    """Number of training processes (one per GPU). The result does not depend on this number. `cluster.roles.train` sets
+    what each process requests."""
 
     min_workers: int | None = Field(default=None, gt=0)
-    """If nodes are lost or the cluster has too few free resources: train with as few workers as this, and with more
-    again as soon as possible. The steps are the same. Default: workers, and training waits until all of them can
-    run."""
+    """Smallest number of workers that may train if nodes are lost or the cluster has too few free resources. Training
+    uses more workers again as soon as possible; its steps stay the same. Default: the value of workers, so training
+    waits until all of them can run."""
 
     objective: Objective = SigmoidObjective()
     shaping: ShapingConfig = ShapingConfig()
 
     epochs: int = Field(default=1, gt=0)
-    """Passes over the training groups; not used if `steps` is set."""
+    """Number of passes over the training data. It is ignored if `steps` is set."""
 
     steps: int | None = Field(default=None, gt=0)
-    """Optimizer steps; the training groups are repeated as often as needed."""
+    """Number of optimizer steps; the training data is repeated as often as needed. null: `epochs` decides."""
 
     groups_per_step: int = Field(default=64, gt=0)
-    """Preference groups (pairs) of one optimizer step, summed over all workers."""
+    """Number of preference groups (usually pairs) in one optimizer step, over all workers."""
 
     tokens_per_micro_batch: int = Field(default=8192, gt=0)
-    """Maximum number of tokens in one forward pass of one worker: it limits memory and never changes the result."""
+    """Largest number of tokens in one forward pass of one worker. It limits memory and never changes the result."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
@@ -126,48 +126,48 @@ class TrainConfig(StrictModel):
     """Train an adapter instead of all weights; null: train all weights."""
 
     quantization: Literal["nf4"] | None = None
-    """nf4: store the frozen weights under train.lora in 4 bits each (QLoRA, by bitsandbytes), as a full copy on every
-    worker. Policy and reference then both use these weights, so the trainer scores the reference, and only the adapter
-    is exported."""
+    """nf4: store each frozen weight in 4 bits (QLoRA, by bitsandbytes), with a full copy on every worker. It needs
+    train.lora. Policy and reference both use these weights, so the trainer must compute the reference's log-probs, and
+    only the adapter is exported."""
 
     layout: Literal["shared", "packed", "padded"] = "shared"
-    """shared: compute a prompt once for all its completions. packed: once for each completion, without padding. padded:
-    rows of equal length. The results are the same. A model that does not support shared uses another layout, with a log
-    line."""
+    """shared: compute a prompt once for all its completions. packed: compute the prompt again for each completion,
+    without padding. padded: like packed, but pad all rows to equal length. The results are the same. If a model does
+    not support shared, another layout is used, and a log line reports it."""
 
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: recompute each block in the backward pass: a third more compute for much less memory. selective: recompute
-    everything except the matrix products and attention of each block."""
+    """What the backward pass computes again to save memory. full: each whole block, which needs a third more compute and
+    much less memory. selective: each block without its matrix products and attention."""
 
     compile: bool = False
-    """Compile each block with torch.compile: faster on GPUs, after about a minute of compilation."""
+    """Compile each block with torch.compile. This takes about a minute and makes training on GPUs faster."""
 
     router_aux_loss: float = Field(default=0.001, ge=0)
     """Mixture-of-experts models only: weight of the auxiliary loss that balances the load of the experts."""
 
     logprob_chunk_tokens: int = Field(default=1024, gt=0)
-    """Completion tokens whose logits are in memory at the same time."""
+    """Number of completion tokens whose logits are in memory at the same time."""
 
     entropy_every_steps: int | None = Field(default=10, gt=0)
-    """Measure the policy's entropy every N steps, as it costs a pass over the logits; null: only at evaluations."""
+    """Measure the policy's entropy every N steps; each time costs a pass over the logits. null: only at evaluations."""
 
     eval_every_steps: int | None = Field(default=None, gt=0)
-    """Held-out evaluation every N steps; null: only at the end."""
+    """Evaluate on the held-out data every N steps; null: only at the end."""
 
     best: BestConfig | None = None
-    """Export the weights of the best evaluation; null: export those of the last step."""
+    """Export the weights of the best evaluation; null: export the weights of the last step."""
 
     checkpoint_every_steps: int | None = Field(default=100, gt=0)
     """Write a checkpoint every N steps; null: only at the end."""
 
     keep_checkpoints: int = Field(default=2, ge=2)
-    """How many of the newest checkpoints are kept during training: at least two, in case one is damaged."""
+    """How many of the newest checkpoints are kept during training. At least 2, in case one of them is damaged."""
 
     max_failures: int = Field(default=3, ge=0)
-    """How often the workers are restarted from the newest checkpoint after one of them has died."""
+    """How often the workers may be restarted from the newest checkpoint after one of them has died."""
 
     hang_seconds: float = Field(default=1800, gt=0)
-    """A collective operation that takes longer than this counts as hung, and the workers are restarted."""
+    """If a collective operation of the workers takes longer than this, it counts as hung and the workers are restarted."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:

@@ -1,2 +1,4 @@
-"""The ways to deploy a run: as a Ray job on a cluster or by Kubernetes manifests; and the paths that all nodes must
-see."""
+"""The ways to start a run on a cluster: as a job on a Ray cluster, or by manifests on Kubernetes.
+
+It also finds the paths in a recipe that all nodes must be able to access.
+"""

@@ -1,4 +1,4 @@
-"""The fields of a recipe that hold a path or a URI, which the nodes of the cluster must be able to access as well."""
+"""The fields of a recipe that hold a path or a URI. All nodes of a cluster must be able to access these places."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ OPEN_MAPPINGS = ("chat_template_kwargs", "columns", "criteria")  # their keys ar
 
 
 def named_places(values: dict[str, Any], at: str = "") -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Find every path or URI in a recipe: (section, key in it, dotted name of the field)."""
+    """Find every field with a path or URI in a recipe's values; yield (section, key in the section, dotted field name).
+
+    The section is the mapping itself, so that a caller can replace the value.
+    """
     for key, value in values.items():
         field = f"{at}.{key}" if at else key
         if key in OPEN_MAPPINGS or value is None:

@@ -1,1 +1,1 @@
-"""The HTML pages of a run, its data and its rounds: gathering of their figures, and rendering."""
+"""The HTML pages that report on a run, its data and its online rounds: they gather figures and render them."""

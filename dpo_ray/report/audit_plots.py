@@ -1,4 +1,8 @@
-"""Plots of the reference audit: the drift of single tokens, and the error of pairs over their difference in length."""
+"""Plots of the audit, which compares stored reference log-probs with log-probs that the trainer computes.
+
+One plot shows the differences of single tokens. The other plot shows the error of each pair's margin over the pair's
+difference in length.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,10 @@ NO_DIFFERENCE = "No difference at all"
 
 
 def drift_plot(histogram: Mapping[str, Any]) -> Plot:
-    """Draw the histogram of token drift from -range_nats to range_nats; `beyond` counts the tokens outside."""
+    """Draw the histogram of token drift: stored minus the trainer's log-prob of each token, in nats.
+
+    The axis is from -range_nats to range_nats; `beyond` is the number of tokens outside.
+    """
     key, title = "token-drift", "Token drift"
     caption = "Stored minus trainer's log-prob of each completion token in the sample."
     if not histogram:
@@ -43,7 +50,10 @@ def drift_plot(histogram: Mapping[str, Any]) -> Plot:
 
 
 def pair_error_plot(errors: Mapping[str, Sequence[float]], pairs: int) -> Plot:
-    """Draw the error of each pair's reference margin over its difference in length; `pairs` is the number measured."""
+    """Draw the error of each pair's reference margin over the pair's difference in length.
+
+    `errors` may hold only a sample of the measured pairs, whose number is `pairs`.
+    """
     key, title = "pair-error", "Pair error and length"
     caption = "Error of a pair's reference margin over the chosen completion's length minus the rejected one's. "
     caption += "A slope is a length reward."

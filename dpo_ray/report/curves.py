@@ -1,4 +1,4 @@
-"""Definitions of the report's curves: their metrics, panels and texts."""
+"""Definitions of the curves in a run's report: which metrics they show, in which panels, with which texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS: tuple[Colour, ...] = ("train", "eval", "chosen", "rejected", "prompt") 
 
 @dataclass(frozen=True)
 class Line:
-    """One metric over steps."""
+    """One line of a plot: a metric over the steps of training."""
 
     label: str
     metric: str
@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines that share an axis."""
+    """One panel of a figure: lines that share a y axis."""
 
     y_label: str
     lines: tuple[Line, ...]
@@ -37,7 +37,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure, whose panels are stacked vertically."""
+    """One figure of the report, with one or more panels below each other. Without data it shows `instead`."""
 
     key: str
     title: str
@@ -47,7 +47,7 @@ class Curve:
 
 
 def _both(label: str, metric: str, bounds: tuple[float | None, float | None] = (None, None)) -> Panel:
-    """Return a panel with a metric of training and the same metric of held-out data."""
+    """Return a panel with two lines: a metric of the training data, and the same metric of the held-out data."""
     return Panel(label, (Line("training", metric, "train"), Line("held out", f"{EVAL}_{metric}", "eval")), bounds)
 
 
@@ -180,7 +180,7 @@ _WHERE_MEASURED = (
 
 
 def curves(train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]]) -> list[Curve]:
-    """List the curves of a run: those of every run, then those for which there are measurements."""
+    """List the curves in the report of a run. Some curves are in every report; further ones only if they were measured."""
     names = {name for row in (*train, *held_out) for name, value in row.items() if value is not None}
     trained = bool(names & {"loss"})
     always = [
@@ -197,7 +197,10 @@ def _metrics(curve: Curve) -> set[str]:
 
 
 def _named(names: Iterable[str]) -> list[Curve]:
-    """Build the curves whose names depend on the data or the model: sources, held-out sets, parts of the model."""
+    """Build the curves with one line for each source of the data, held-out set, or part of the model.
+
+    `names` are the metrics of the run; their beginnings and endings show for which sources, sets and parts they are.
+    """
     after = {
         p: sorted(n.removeprefix(p) for n in names if n.startswith(p)) for p in ("rewards/accuracies/", "grad_norm/")
     }
@@ -227,7 +230,10 @@ def _curve(
     metric: str,
     bounds: tuple[float | None, float | None] = (None, None),
 ) -> Curve:
-    """Return a curve with a line per label, as far as colours suffice; `metric` has a placeholder for the label."""
+    """Return a curve with one line for each label, as long as there are colours; the caption names the other labels.
+
+    `metric` is a format string whose placeholder `{}` is filled with the label.
+    """
     lines = tuple(Line(n, metric.format(n), colour) for n, colour in zip(labels, COLOURS, strict=False))
     left = labels[len(lines) :]
     more = f" Not drawn: {', '.join(left[:10])}{' …' if len(left) > 10 else ''}." if left else ""

@@ -1,4 +1,4 @@
-"""The data page: which rows were read, which were left out and why, their lengths, and what the model sees."""
+"""The data page: which rows were used, which rows were left out and why, their lengths, and what the model sees."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LENGTHS_CAPTION = "Tokens after the chat template; a completion counts its end-
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Counts of what happened to the rows of a source, or of a whole split (then `source` is empty)."""
+    """How many rows of one source were used, and how many were left out. If `source` is empty: of a whole split."""
 
     split: str
     source: str
@@ -41,13 +41,13 @@ class RowCounts:
 
     @property
     def unaccounted(self) -> int:
-        """Return rows_in - (admitted + faults + rules + duplicates): 0 if every row is accounted for."""
+        """Return how many rows that were read are in none of the counts; 0 if every row is counted once."""
         return self.rows_in - self.admitted - self.faults - self.rules - self.duplicates
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row that was left out: its position, the detail of what is wrong, and the beginning of its text."""
+    """One row that was left out: where it is, what exactly is wrong with it, and the beginning of its text."""
 
     where: str
     detail: str
@@ -56,7 +56,7 @@ class Example:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """One reason for leaving rows out; `sources` counts these rows by source."""
+    """One reason why rows were left out, with their number in total (`rows`) and for each source (`sources`)."""
 
     reason: str
     kind: Literal["fault", "rule"]
@@ -68,7 +68,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Measured:
-    """The statistics of a source, or of a whole split; `counted` holds the histograms that are drawn."""
+    """The statistics of one source, or of a whole split if `source` is empty; `counted` holds histograms to draw."""
 
     split: str
     source: str
@@ -78,7 +78,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class TextPiece:
-    """The text of one token, or of the few tokens that make up one character."""
+    """The text of one token, or of several tokens that only together make up a character."""
 
     text: str
     tokens: int = 1
@@ -87,7 +87,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class RenderedCompletion:
-    """One completion as the model sees it; `hidden_tokens` are omitted before its last pieces."""
+    """One completion as the model sees it. If it is long, `hidden_tokens` in its middle are not shown."""
 
     label: str
     role: Literal["chosen", "rejected"]
@@ -100,7 +100,7 @@ class RenderedCompletion:
 
 @dataclass(frozen=True)
 class RenderedSample:
-    """One group as the model sees it; `hidden_tokens` are omitted at the start of the prompt."""
+    """One preference group as the model sees it. If its prompt is long, the first `hidden_tokens` are not shown."""
 
     split: str
     source: str
@@ -113,9 +113,10 @@ class RenderedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class DataPage:
-    """All data that the page shows. All text may be untrusted: it is escaped.
+    """Everything that the data page shows. All text may come from untrusted data, so it is escaped.
 
-    sources, splits: row counts; measured: statistics of each whole split, followed by those of its sources.
+    sources, splits: row counts of each source, and of each whole split.
+    measured: statistics of each whole split, followed by the statistics of its sources.
     max_quarantined_fraction, max_length_tokens: the limits in the recipe.
     samples_note: why there are no samples.
     """
@@ -131,29 +132,29 @@ class DataPage:
 
     @property
     def unaccounted(self) -> int:
-        """Count the rows that are missing from the counts or counted twice; the two do not cancel out."""
+        """Return how many rows are missing from the counts or counted twice: the absolute errors of all sources."""
         return sum(abs(row.unaccounted) for row in self.sources)
 
     @property
     def training(self) -> Mapping[str, Any] | None:
-        """Return the statistics of all training data, if there are any."""
+        """Return the statistics of all training data, or None if there are none."""
         return next((m.summary for m in self.measured if m.split == "train" and not m.source), None)
 
     @property
     def training_biases(self) -> list[tuple[str, Mapping[str, float | None] | None]]:
-        """List the length bias of each training source."""
+        """List the name and the length bias of each source of the training data."""
         return [(m.source, m.summary["length_bias"]) for m in self.measured if m.split == "train" and m.source]
 
 
 def render_data_page(page: DataPage, *, name: str, created: str, what: str) -> str:
-    """Return the data section as a separate HTML page; the same data results in the same bytes."""
+    """Return the data section as a separate HTML page. The same data gives the same bytes."""
     return render_page(
         "data.html.jinja", kind="data", name=name, created=created, what=what, **data_section_values(page)
     )
 
 
 def data_section_values(page: DataPage) -> dict[str, Any]:
-    """Return the values that the section's template shows."""
+    """Return the values for the template of the data section."""
     return {
         "page": page,
         "data_contents": CONTENTS,
@@ -171,7 +172,7 @@ def data_section_values(page: DataPage) -> dict[str, Any]:
 
 
 def token_spans(pieces: Sequence[TextPiece]) -> Markup:
-    """Return the HTML of tokens: special tokens are boxed, and a line break is preceded by a visible sign."""
+    """Return the HTML of tokens. Special tokens are in boxes, and a line break has a visible sign before it."""
     spans = []
     for piece in pieces:
         if piece.special:
@@ -183,7 +184,7 @@ def token_spans(pieces: Sequence[TextPiece]) -> Markup:
 
 
 def _tiles(page: DataPage) -> list[tuple[str, str, str]]:
-    """List the most important figures as (label, value, note)."""
+    """List the most important figures of the data as (label, value, note)."""
     if not page.splits:
         return []
     rows, admitted, faults, rules, duplicates = (
@@ -217,7 +218,7 @@ def _tiles(page: DataPage) -> list[tuple[str, str, str]]:
 
 
 def _length_plots(measured: Sequence[Measured]) -> list[Plot]:
-    """Draw the lengths of all training data, and of its largest sources if there are several."""
+    """Draw histograms of the lengths of all training data and, if it has several sources, of the largest sources."""
     whole = [m for m in measured if m.split == "train" and not m.source]
     sources = [m for m in measured if m.split == "train" and m.source]
     title = "Token lengths, all training data" if len(sources) > 1 else "Token lengths"
@@ -244,7 +245,10 @@ def _difference_plot(measured: Sequence[Measured]) -> Plot:
 
 
 def _strip(row: RowCounts) -> Markup:
-    """Draw the shares of a source's rows as one strip; a non-empty part always has a visible width."""
+    """Draw a strip whose parts are the shares of a source's rows: used, duplicates, left out by rules, invalid.
+
+    A share above 0 always has a visible width.
+    """
     parts = (("train", row.admitted), ("prompt", row.duplicates), ("eval", row.rules), ("rejected", row.faults))
     widths = [(role, max(1.2, 100 * count / max(1, row.rows_in))) for role, count in parts if count]
     scale, x, rects = 100 / max(1e-9, sum(w for _, w in widths)), 0.0, []
@@ -259,7 +263,10 @@ def _strip(row: RowCounts) -> Markup:
 
 
 def _box(described: Mapping[str, float], role: str, longest: float) -> Markup:
-    """Draw lengths on an axis up to `longest` tokens: p5 to p95 as a line, p25 to p75 as a box, the median as a gap."""
+    """Draw a box plot of lengths on an axis from 0 to `longest` tokens.
+
+    The line is from p5 to p95, the box from p25 to p75, and the gap in the box is the median.
+    """
     p5, p25, p50, p75, p95 = (100 * described[p] / max(1, longest) for p in ("p5", "p25", "p50", "p75", "p95"))
     return Markup(
         '<svg class="box" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'

@@ -1,4 +1,4 @@
-"""Gathering of a run's data page from the tokens artifact, for the report and for `inspect data`."""
+"""Building of a run's data page from the artifact of `prepare`, for the report and for `dpo-ray inspect data`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .histograms import Counted
 from .samples import group_text, quarantine_examples, rendered_samples
 
 DATA_PAGE = "data.html"
-MAX_SOURCES = 40  # per split, shown separately; the others are summed
+MAX_SOURCES = 40  # sources of a split that are shown separately; the counts of other sources are added up
 EXAMPLES = 3  # per reason
 
 
 def data_page(plan: Plan, tokens: Artifact, samples: int) -> DataPage:
-    """Build the data page from the artifact; `samples` is the number of groups to decode."""
+    """Build the data page from the artifact of `prepare`. `samples` is the number of groups to show as text."""
     tokenizer, note = tokenizer_of(plan)
     data, accounts = plan.recipe.data, tokens.manifest.figures["accounts"]
     return DataPage(
@@ -65,7 +65,7 @@ def write_data_page(plan: Plan, tokens: Artifact, page: DataPage) -> str:
 
 
 def tokenizer_of(plan: Plan) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """Return the run's tokenizer, or None and the reason if its model is gone: the page works without it."""
+    """Return the run's tokenizer and "". If its model is gone, return None and the reason: the page works without it."""
     try:
         return load_tokenizer(str(model_directory(plan.recipe.model))), ""
     except DpoRayError as error:
@@ -73,7 +73,7 @@ def tokenizer_of(plan: Plan) -> tuple[PreTrainedTokenizerBase | None, str]:
 
 
 def shown_sources(accounts: Sequence[Mapping[str, Any]], split: str) -> list[RowCounts]:
-    """Return the row counts by source; if there are very many, only the largest are separate."""
+    """Return the row counts of each source. If there are very many sources, add up the counts of the small ones."""
     by_source: dict[str, list[Mapping[str, Any]]] = {}
     for account in accounts:
         if account["split"] == split:
@@ -130,7 +130,10 @@ def _reasons(plan: Plan, tokens: Artifact, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _example(plan: Plan, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Example:
-    """Build an example with the row's position (from 1). A group left out by a global rule has its text in a shard."""
+    """Build the example of a row that was left out, with its position in the file, counted from 1.
+
+    If a rule over all rows left out a group, its text is decoded from the artifact of its shard.
+    """
     index, part = PurePosixPath(row["part"]).name.split("-", 1)
     shard, config = next(
         (shard, config)
@@ -148,7 +151,7 @@ def _example(plan: Plan, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerB
 
 
 def _measured(tokens: Artifact, split: str) -> Iterator[Measured]:
-    """Yield the statistics of a split, then of its sources."""
+    """Yield the statistics of a whole split, then the statistics of each of its largest sources."""
     by_source: dict[str, Any] = tokens.manifest.figures["statistics"].get(split, {})
     by_source = {name: s for name, s in by_source.items() if s["groups"]}
     if not by_source:
@@ -159,7 +162,7 @@ def _measured(tokens: Artifact, split: str) -> Iterator[Measured]:
 
 
 def measured_of(split: str, source: str, statistics: Mapping[str, Any]) -> Measured:
-    """Compute the page's summary and histograms from merged statistics."""
+    """Compute the summary and the histograms that the page shows from the statistics of a source or a split."""
     counted = {name: _counted(statistics[name]) for name in ("prompt", "chosen", "rejected", "completion")}
     return Measured(split, source, summary(statistics), {**counted, "difference": _difference(statistics)})
 
@@ -170,11 +173,14 @@ def _counted(histogram: Mapping[str, Any]) -> Counted:
 
 
 def _difference(statistics: Mapping[str, Any]) -> Counted:
-    """Combine the positive and negative length differences, and the pairs of equal length, in one histogram."""
+    """Build one histogram of chosen minus rejected length, from two histograms of the positive and negative differences.
+
+    Pairs of equal length are counted at 0.
+    """
     longer, shorter, pairs = statistics["chosen_longer_by"], statistics["rejected_longer_by"], statistics["pairs"]
     right, left = (np.array(h["bins"], np.int64) for h in (longer, shorter))
     same = pairs - longer["count"] - shorter["count"]
-    # Bin 0 is for zeros, and is empty in both. Values are whole numbers: -9 and -8 lie from -9 to below -7.
+    # Bin 0 is for zeros and is empty in both histograms. Values are whole numbers: -9 and -8 lie from -9 to below -7.
     counts = np.concatenate([left[:0:-1], [same], right[1:]])
     edges = np.concatenate([1 - bin_edges(len(left))[:0:-1], bin_edges(len(right))[1:]])
     return Counted(edges, counts, (longer["sum"] - shorter["sum"]) / max(1, pairs))

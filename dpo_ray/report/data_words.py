@@ -1,4 +1,4 @@
-"""Explanations of a data set's statistics in plain words, for the page and for the terminal."""
+"""Explanations of the statistics of data in plain words, for the data page and for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_SOURCES = 6
 
 
 def bias_words(bias: Mapping[str, float | None] | None) -> str:
-    """Return an explanation of the length bias of a set of pairs (`length_bias` of its statistics)."""
+    """Explain in words the length bias of pairs, given as `length_bias` of their statistics."""
     if bias is None:
         return "There are no pairs, so there is no length bias between chosen and rejected."
     pairs, difference = bias["pairs"] or 0, bias["mean_difference_tokens"] or 0.0
@@ -29,7 +29,10 @@ def bias_words(bias: Mapping[str, float | None] | None) -> str:
 
 
 def bias_by_source_words(biases: Sequence[tuple[str, Mapping[str, float | None] | None]]) -> str:
-    """Return the length bias of each source if there are several, because opposite biases cancel out in the whole."""
+    """Describe in words the length bias of each source, because opposite biases cancel out in the total.
+
+    Return "" if fewer than two sources have a known bias.
+    """
     known = [(name, r) for name, bias in biases if bias and (r := bias["correlation"]) is not None]
     if len(known) < 2:
         return ""
@@ -50,7 +53,7 @@ def _strength(correlation: float, error: float) -> str:
 
 
 def label_words(probabilities: Mapping[float, int]) -> str:
-    """Return how certain the preferences are; "" if all are certain."""
+    """Describe in words how certain the preferences are; return "" if all of them are certain."""
     total = sum(probabilities.values())
     if not total or set(probabilities) == {1.0}:
         return ""
@@ -60,7 +63,7 @@ def label_words(probabilities: Mapping[float, int]) -> str:
 
 
 def sharing_words(tokens: Mapping[str, float]) -> str:
-    """Return how much of an epoch is saved by reading each prompt once (`tokens` of its statistics)."""
+    """Describe in words how many tokens an epoch saves if each prompt is computed once for all its completions."""
     saved = format_share(tokens["unshared"] - tokens["shared"], tokens["unshared"])
     return (
         f"an epoch has {format_number(tokens['shared'])} tokens with each prompt once, {saved} fewer than the "

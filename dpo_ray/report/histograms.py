@@ -1,4 +1,4 @@
-"""Histograms of a run and of its data, in the style of its other plots."""
+"""Histograms of a run and of its data, in the same style as the report's other plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OUTLIERS = 0.005  # share of values at either end that may be outside of the ax
 
 @dataclass(frozen=True)
 class Counted:
-    """Whole numbers counted in bins: those in bin i are from edges[i] to below edges[i + 1]."""
+    """A histogram of whole numbers: bin i counts the numbers from edges[i] to below edges[i + 1]."""
 
     edges: np.ndarray  # int64 [bins + 1]
     counts: np.ndarray  # int64 [bins]
@@ -34,18 +34,18 @@ class Counted:
         return int(self.counts.sum())
 
     def quantile(self, share: float) -> int:
-        """Return the lower edge of the bin that contains the quantile `share`."""
+        """Return the quantile `share` (0.5: the median), rounded down to the lower edge of its bin."""
         i = int(np.searchsorted(np.cumsum(self.counts), max(1, math.ceil(share * self.total))))
         return int(self.edges[min(i, len(self.counts) - 1)])
 
     def within(self, edges: np.ndarray) -> np.ndarray:
-        """Convert the counts to other bins (edges float64 [n]), with numbers spread evenly within a bin."""
+        """Estimate the counts in other bins, whose edges are float64 [n], as if numbers were spread evenly in a bin."""
         upto = np.concatenate([[0], np.cumsum(self.counts)])
         return np.diff(np.interp(edges, self.edges - 0.5, upto))
 
 
 def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequence[float]) -> list[Plot]:
-    """Draw the distributions of the rewards of held-out pairs and of the KL of sampled completions."""
+    """Draw two histograms: the rewards of held-out pairs, and the KL estimates of sampled completions."""
     return [
         _values_plot(
             "reward-distribution",
@@ -65,7 +65,7 @@ def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequenc
 
 
 def counted_plot(key: str, title: str, caption: str, x_label: str, parts: Mapping[str, Counted]) -> Plot:
-    """Draw a histogram of counted numbers, such as lengths in tokens; empty parts are omitted."""
+    """Draw histograms of whole numbers, such as lengths in tokens, on one axis; empty parts are left out."""
     kept = {colour: part for colour, part in parts.items() if part.total}
     if not kept:
         return Plot(key, title, caption)
@@ -87,7 +87,7 @@ def counted_plot(key: str, title: str, caption: str, x_label: str, parts: Mappin
 
 
 def _edges_of_whole_numbers(low: int, high: int, ends: Sequence[tuple[int, int]], largest: int) -> np.ndarray:
-    """Return bin edges of equal integer width; far outliers are cut off, so that they do not flatten the rest."""
+    """Return edges of bins that all have the same whole width. Far outliers are outside, so that the bins stay narrow."""
     inner_low, inner_high = min(e[0] for e in ends), max(e[1] for e in ends)
     slack = max(8, inner_high - inner_low)
     low, high = max(low, inner_low - slack // 10), min(high, inner_high + slack // 10)
@@ -117,7 +117,7 @@ def _values_plot(key: str, title: str, caption: str, x_label: str, parts: Mappin
 
 
 def _bin_edges(values: np.ndarray, largest_part: int) -> np.ndarray:
-    """Return common bin edges; a few far outliers are cut off, so that they do not flatten the rest."""
+    """Return edges of bins for all values. A few far outliers are outside, so that the bins stay narrow."""
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = (float(q) for q in np.quantile(values, [_OUTLIERS, 1 - _OUTLIERS]))
     slack = inner_high - inner_low
@@ -138,7 +138,10 @@ def _draw(
     drawn: Mapping[str, tuple[np.ndarray, float]],
     described: str,
 ) -> str:
-    """Draw the counts and the mean of each part over common edges; the name of a part sets its colour."""
+    """Draw a histogram and the mean for each part, such as chosen and rejected, over the same bins.
+
+    The name of a part sets its colour.
+    """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
         axis = figure.subplots()
@@ -161,7 +164,7 @@ def _draw(
 def _plot(
     key: str, title: str, caption: str, svg: str, sizes_and_means: Mapping[str, tuple[int, float]], beyond: int
 ) -> Plot:
-    """Build the plot with its legend; the caption includes the number of values and of those beyond the axis."""
+    """Build the plot with its legend. Its caption gets the number of values, and of values outside of the axis."""
     several = len(sizes_and_means) > 1
     legend = tuple(
         (f"{f'{part}, ' if several else ''}mean {typographic(f'{mean:,.3g}')}", f"bar fill-{_COLOURS.get(part, part)}")

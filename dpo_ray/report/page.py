@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: the template environment, and the formatting of figures and untrusted text."""
+"""Rendering of HTML pages that need no other file: the templates, and the formatting of numbers and untrusted text."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xF
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page as HTML that can be encoded as UTF-8; the same values result in the same bytes.
+    """Return a page as HTML that can be encoded as UTF-8. The same values give the same bytes.
 
-    Raises KeyError or jinja2.UndefinedError if a value lacks a field that the template shows.
+    Raises KeyError or jinja2.UndefinedError if a value has not all fields that the template shows.
     """
     html = _environment().get_template(template).render(generator=f"dpo_ray {__version__}", **values)
     # A lone surrogate, which broken input can contain, cannot be encoded as UTF-8: the file could not be written.
@@ -34,7 +34,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def format_number(value: float | str | bool | None) -> str:
-    """Format a figure with four significant digits and thousands separators; text is returned unchanged."""
+    """Format a number with four significant digits and thousands separators. Text is returned unchanged."""
     if value is None or value == "":
         return "–"
     if isinstance(value, bool):
@@ -49,7 +49,7 @@ def format_number(value: float | str | bool | None) -> str:
 
 
 def format_share(part: float, whole: float) -> str:
-    """Format part / whole in per cent: never 0 % if part is not 0, and never 100 % if part is less than whole."""
+    """Format part / whole as a percentage. It is shown as 0 % or 100 % only if it is exactly that."""
     if not whole:
         return "–"
     percent = 100 * part / whole
@@ -62,12 +62,12 @@ def format_share(part: float, whole: float) -> str:
 
 
 def format_signed(value: float | None, digits: int) -> str:
-    """Format a figure with its sign, because it is compared with zero."""
+    """Format a number with + or -, for numbers that a reader compares with zero."""
     return "–" if value is None else typographic(f"{value:+,.{digits}f}")
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Format a duration for people, and a dash where it is not known."""
+    """Format a duration for people, or return a dash if it is not known."""
     return "–" if seconds is None else duration(seconds)
 
 
@@ -77,19 +77,19 @@ def format_time(iso: str) -> str:
 
 
 def excerpt(text: object, characters: int) -> str:
-    """Return text cut to a number of characters, with the count of the omitted ones."""
+    """Return text cut to a number of characters. If it was cut, add how many more characters it had."""
     whole = str(text)
     left = len(whole) - characters
     return whole if left <= 0 else f"{whole[:characters]} … ({left:,} more characters)"
 
 
 def breakable(name: str) -> Markup:
-    """Return a long snake_case name with line-break opportunities after its underscores."""
+    """Return a snake_case name as HTML in which a browser may break the line after each underscore."""
     return Markup("_<wbr>").join(str(name).split("_"))  # join escapes the parts
 
 
 def _csp_hash(style: object) -> str:
-    """Return a style sheet's hash for the Content-Security-Policy, which allows this style sheet and no other."""
+    """Return the hash of a style sheet. The page's Content-Security-Policy allows only the style sheet with this hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(str(style).encode()).digest()).decode()}'"
 
 

@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG, in the light or dark colours of the page; one `Plot` per figure."""
+"""Curves of a run as SVG elements in the page, which take their light or dark colours from its style sheet."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ STYLE = {
 }
 SIZE_INCHES = (5.0, 2.8)
 SMOOTHED_FROM_POINTS = 60
-_MAX_POINTS = 240  # more points are drawn as bands of their range
+_MAX_POINTS = 240  # if there are more points, bands from the smallest to the largest value are drawn
 TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure. Without an `svg`, `instead` is the reason; `legend` pairs labels with CSS classes."""
+    """One figure of a page. If there is no `svg`, `instead` says why. `legend` has (label, CSS class) pairs."""
 
     key: str
     title: str
@@ -61,7 +61,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Values:
-    """The finite values of one metric by step, and the number of values that were not finite."""
+    """The finite values of one metric and their steps, and the number of values that were not finite."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -73,10 +73,12 @@ def training_plots(
     held_out: Sequence[Mapping[str, float]],
     best_step: int | None = None,
 ) -> list[Plot]:
-    """Draw the curves of training over steps; a metric that no row has is omitted from its plot.
+    """Draw all curves of a training over its steps, from rows of training metrics and of held-out metrics.
+
+    A metric that is in no row is left out of its plot.
 
     Args:
-        best_step: the step whose weights were kept; it is marked in plots with held-out data.
+        best_step: the step whose weights were kept. Plots with held-out data mark this step.
     """
     return [_curve_plot(curve, train, held_out, best_step) for curve in curves(train, held_out)]
 
@@ -125,7 +127,7 @@ def _curve_plot(
 
 
 def _by_step(rows: Sequence[Mapping[str, float]], metric: str) -> _Values:
-    """Return one metric by step; if a step is recorded twice (in a resumed run), the later record counts."""
+    """Return the values of one metric by step. If a resumed run has recorded a step twice, the later value counts."""
     by_step = {
         float(row.get("step", i + 1)): float(row[metric]) for i, row in enumerate(rows) if row.get(metric) is not None
     }
@@ -152,12 +154,12 @@ def _draw_line(axis: Axes, line: Line, found: _Values) -> None:
 
 
 def smoothing_window(points: int) -> int:
-    """Return the number of points that a curve's strong line averages: odd, and 1 for a short curve."""
+    """Return over how many points a curve is smoothed: an odd number, and 1 (no smoothing) for a short curve."""
     return (points // 30) | 1 if points >= SMOOTHED_FROM_POINTS else 1
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Compute the mean of [N] values over a centred, odd `window` that shrinks at both ends."""
+    """Compute the running mean of values [N]. The window is odd and centred, and smaller at both ends."""
     half = window // 2
     total = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(values.size) - half, 0)
@@ -166,7 +168,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def with_losses(caption: str, not_finite: int) -> str:
-    """Return the caption, with a note of how many values are not finite and so not drawn."""
+    """Return the caption of a plot. If values are not finite and so not drawn, add their number."""
     return f"{caption} Left out as not finite: {not_finite:,}." if not_finite else caption
 
 
@@ -180,7 +182,7 @@ def _describe(label: str, found: _Values) -> str:
 
 
 def dress(axis: Axes, y_label: str, bounds: tuple[float | None, float | None], ticks: int) -> None:
-    """Set an axis' label, its ticks and, if they are fixed, its bounds."""
+    """Set the label, the ticks and the bounds of a plot's y axis; a bound of None is left to matplotlib."""
     axis.set_ylabel(y_label)
     axis.yaxis.set_major_formatter(FuncFormatter(_tick))
     axis.xaxis.set_major_formatter(FuncFormatter(_tick))
@@ -201,7 +203,7 @@ def _dress_steps(axis: Axes, drawn: Sequence[_Values]) -> None:
 
 
 def _tick(value: float, _position: int | None = None) -> str:
-    """Format a tick's value concisely: 25,000, 1.2M, 0.35, 5e-7."""
+    """Format the value at a tick of an axis in short form: 25,000, 1.2M, 0.35, 5e-7."""
     size = abs(value)
     if size < 1e-15:  # with tiny ranges the tick at zero has a rounding error
         return "0"
@@ -211,5 +213,5 @@ def _tick(value: float, _position: int | None = None) -> str:
 
 
 def typographic(number: str) -> str:
-    """Replace the minus of a formatted number by a typographic one, and remove leading zeros of its exponent."""
+    """Replace the hyphens in a formatted number by minus signs, and remove leading zeros of its exponent."""
     return re.sub(r"e([+-])0*", r"e\1", number).replace("e+", "e").replace("-", "\N{MINUS SIGN}")

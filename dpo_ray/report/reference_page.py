@@ -1,4 +1,7 @@
-"""The report's section on the reference: who scored it and how fast, which groups were left out, and the audit."""
+"""The report's section on the reference model: what computed its log-probs and how fast, and how the audit ended.
+
+It also lists the preference groups whose log-probs could not be computed.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ WORDS = {"within": "within", "over": "over", "too few": "too few to tell", "not 
 class Scoring:
     """Counts of the stage `reference`.
 
-    tokens: number of scored tokens in prompts and completions, with each prompt once per sequence; cached_tokens: those
-    of them that were read from the prompt cache; tokens_per_second: of one engine; rescored: sequences sent again
-    without the cache.
+    sequences: sequences (prompt with completion) whose log-probs were computed.
+    found: sequences whose log-probs were already stored.
+    tokens: tokens of the computed sequences; a prompt counts once for each sequence.
+    cached_tokens: how many of these tokens were read from the prompt cache.
+    tokens_per_second: speed of one engine.
+    rescored: sequences that were computed again without the cache.
     """
 
     engine: str  # and its version
@@ -34,7 +40,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class UnscoredRow:
-    """One reason why groups have no log-probs, with details of some of them."""
+    """One reason why the log-probs of some preference groups could not be computed, with details of a few groups."""
 
     reason: str
     meaning: str
@@ -44,7 +50,7 @@ class UnscoredRow:
 
 @dataclass(frozen=True)
 class Check:
-    """One statistic of the audit; `verdict` is a key of WORDS."""
+    """One statistic of the audit and its limit. `verdict` is a key of WORDS."""
 
     name: str
     value: float
@@ -55,11 +61,11 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePage:
-    """The data of the section on the reference.
+    """Everything that the section on the reference model shows.
 
-    note: why the reference that the recipe names is not the one in use, if so.
+    note: why another engine than the recipe's engine computed the log-probs; empty if it was the recipe's engine.
     measured: the audit's counts, `worst_groups`, `drift_histogram` and `pair_errors`; empty if there was no audit.
-    audit_note: why there was no audit, or its consequence.
+    audit_note: why there was no audit, or what followed from its result.
     """
 
     scoring: Scoring | None = None
@@ -72,7 +78,7 @@ class ReferencePage:
 
 
 def reference_section_values(page: ReferencePage) -> dict[str, Any]:
-    """Return the values that the section's template shows."""
+    """Return the values for the template of the section on the reference model."""
     m = page.measured
     return {
         "reference": page,

@@ -13,23 +13,25 @@ from .rounds_plots import Outcome, Point, by_round_plot, frontier_plot, stacked_
 
 SAMPLE_CHARACTERS = 1_200
 MAX_SAMPLES = 12
-_SHOWN_AT_EITHER_END = 3  # number of a prompt's rounds; those between are collapsed
+_SHOWN_AT_EITHER_END = 3  # of each prompt, so many first and last rounds are shown; the rounds between are collapsed
 _EVEN = 0.5  # the win rate of the initial policy against itself
 
 Interval = tuple[float, float, float]
-"""A rate, and the lower and upper bound of its confidence interval."""
+"""A rate, with the lower and the upper bound of its confidence interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
-    """The figures of one round; None means not measured, or not yet.
+    """The figures of one round. A figure is None if it was not measured, or not yet.
 
-    number: from 1. starts_from: the round whose policy it starts from; None means the recipe's model.
-    pairs: number of training pairs; of these `offline_pairs` are from the recipe's data, `earlier_pairs` from earlier
+    number: the number of the round, from 1.
+    starts_from: the number of the round whose policy this round starts from; None: the recipe's model.
+    pairs: number of training pairs, of which `offline_pairs` are from the recipe's data and `earlier_pairs` from earlier
     rounds.
-    dropped: number of prompts without a pair, by reason.
-    kl: nats per completion, to the initial policy. entropy: nats, of the completions' tokens.
-    seconds, tokens: by stage.
+    dropped: number of prompts that gave no pair, by reason.
+    kl: KL divergence from the initial policy, in nats per completion.
+    entropy: entropy of the completions' tokens, in nats.
+    seconds, tokens: time and tokens of each stage.
     judge_usage: `calls`, `retries`, `input_tokens`, `output_tokens`, `usd`.
     """
 
@@ -62,7 +64,7 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class RoundSample:
-    """One prompt and its completions as (round, text, score), where round 0 is the initial policy."""
+    """One prompt and its completions in all rounds, as (round, text, score). Round 0 is the initial policy."""
 
     prompt: str
     by_round: tuple[tuple[int, str, float | None], ...]
@@ -70,11 +72,11 @@ class RoundSample:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsPage:
-    """All data that the page shows. All text may be untrusted: it is escaped, and samples are cut.
+    """Everything that the page of rounds shows. All text may come from untrusted data, so it is escaped; samples are cut.
 
     name, created, what: name of the run, its time (ISO 8601), and one sentence about it.
-    initial: `kl`, `true_reward`, `mean_tokens`, `distinct_2`, `entropy`, `truncated_fraction` of the initial policy, if
-    known.
+    initial: the known figures of the initial policy: `kl`, `true_reward`, `mean_tokens`, `distinct_2`, `entropy`,
+    `truncated_fraction`.
     stopped: why the rounds ended; empty if they have not ended.
     """
 
@@ -89,12 +91,12 @@ class RoundsPage:
 
     @property
     def policy(self) -> RoundRow | None:
-        """The round whose policy is the newest promoted one."""
+        """Return the newest round whose policy was promoted, or None if no policy was."""
         return next((row for row in reversed(self.rows) if row.decision == "promoted"), None)
 
 
 def rounds_html(page: RoundsPage) -> str:
-    """Return the page as HTML; the same page results in the same bytes."""
+    """Return the page as HTML. The same data gives the same bytes."""
     return render_page(
         "rounds.html.jinja",
         kind="online rounds",
@@ -118,7 +120,7 @@ def rounds_html(page: RoundsPage) -> str:
 
 
 def rate_words(rate: Interval | None) -> str:
-    """Format a rate with its interval: 71.9 % (64.8–78.1)."""
+    """Format a rate with its confidence interval: 71.9 % (64.8–78.1)."""
     if rate is None or not all(map(math.isfinite, rate)):
         return "–"
     value, low, high = (100 * r for r in rate)
@@ -126,12 +128,12 @@ def rate_words(rate: Interval | None) -> str:
 
 
 def reward_words(reward: float | None) -> str:
-    """Format a reward with its sign, because it has no unit and no bounds."""
+    """Format a reward with + or -, because a reward has no unit and no bounds."""
     return "–" if reward is None or not math.isfinite(reward) else format_signed(reward, 3)
 
 
 def cost_words(usd: float | None) -> str:
-    """Format an amount of money; an amount over 0 is never shown as 0."""
+    """Format an amount of money in US dollars. An amount above 0 is never shown as 0."""
     if usd is None:
         return "–"
     return "< $0.01" if 0 < usd < 0.005 else f"${usd:,.2f}"
@@ -175,7 +177,7 @@ def _headline(page: RoundsPage) -> list[tuple[str, str | float, str]]:
 
 
 def _standing(page: RoundsPage) -> str:
-    """Return the state of the rounds as one sentence."""
+    """Describe in one sentence whether the rounds have ended, or what the last round is doing."""
     if page.stopped:
         return f"The rounds have ended: {page.stopped.rstrip('.')}."
     if not page.rows:
@@ -185,7 +187,10 @@ def _standing(page: RoundsPage) -> str:
 
 
 def _frontier(page: RoundsPage) -> Plot:
-    """Draw the true reward if it is known, else the win rate against the initial policy."""
+    """Plot every policy by its KL divergence and its true reward or, if this is unknown, its win rate.
+
+    Both the KL divergence and the win rate are measured against the initial policy.
+    """
     by_reward = _has_true_reward(page)
     start = page.initial.get("true_reward") if by_reward else _EVEN
     points = [] if start is None else [Point(0, "initial", 0.0, start)]
@@ -198,7 +203,7 @@ def _frontier(page: RoundsPage) -> Plot:
 
 
 def _steps(page: RoundsPage) -> Plot:
-    """Draw the win rate of each round against the policy that it started from."""
+    """Plot the win rate of each round's policy against the policy that the round started from."""
     points = [
         Point(row.number, _outcome(row), row.number, row.win_rate_previous[0], row.win_rate_previous[1:])
         for row in page.rows
@@ -209,7 +214,7 @@ def _steps(page: RoundsPage) -> Plot:
 
 
 def _words(page: RoundsPage) -> list[Plot]:
-    """Draw length and diversity by round; round 0 is the initial policy."""
+    """Plot the length and the diversity of completions by round. Round 0 is the initial policy."""
     shown = (
         ("mean_tokens", "Length", "Tokens of a completion on average.", "tokens"),
         ("distinct_2", "Distinct bigrams", "Different pairs of tokens among all; falls as a policy repeats itself.", "share"),
@@ -227,7 +232,7 @@ def _words(page: RoundsPage) -> list[Plot]:
 
 
 def _costs(page: RoundsPage) -> list[Plot]:
-    """Draw time and tokens by stage."""
+    """Plot the time and the tokens of each round, by stage."""
     longest = max((row.total_seconds or 0.0 for row in page.rows), default=0.0)
     unit, divisor = ("hours", 3600.0) if longest >= 7200 else ("minutes", 60.0) if longest >= 120 else ("seconds", 1.0)
     times = {row.number: {s: v / divisor for s, v in row.seconds.items()} for row in page.rows if row.seconds}
@@ -242,7 +247,7 @@ def _costs(page: RoundsPage) -> list[Plot]:
 
 
 def _cut_in_three(sample: RoundSample) -> dict[str, Any]:
-    """Split a prompt's rounds into the first ones, the collapsed ones, and the last ones."""
+    """Split the rounds of a prompt into the first, the middle and the last rounds; the page collapses the middle ones."""
     rounds, n = sample.by_round, _SHOWN_AT_EITHER_END
     folded = rounds[n:-n] if len(rounds) > 2 * n else ()
     first, last = (rounds[:n], rounds[-n:]) if folded else (rounds, ())
@@ -250,7 +255,7 @@ def _cut_in_three(sample: RoundSample) -> dict[str, Any]:
 
 
 def _totals(rows: Sequence[RoundRow]) -> dict[str, Any]:
-    """Return the sums over all rounds; None if no round has measured a figure."""
+    """Return the sums of figures over all rounds. A sum is None if no round has measured the figure."""
 
     def whole(values: list[float | None]) -> Any:
         known = [v for v in values if v is not None]

@@ -1,4 +1,4 @@
-"""Plots of rounds: reward against distance, figures by round, and bars of the cost of each stage."""
+"""Plots of online rounds: reward over KL divergence, figures by round, and bars with the cost of each stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Point:
-    """One policy in a plot; round 0 is the initial policy."""
+    """One policy in a plot, by the `number` of its round. Round 0 is the initial policy."""
 
     number: int
     outcome: Outcome
@@ -45,10 +45,10 @@ class Point:
 
 
 def frontier_plot(given: Sequence[Point], y_label: str, level: float | None = None) -> Plot:
-    """Draw the reward or win rate of each policy over its distance from the initial policy.
+    """Draw the reward or win rate of each policy over its KL divergence from the initial policy.
 
     Args:
-        level: value of y at which neither policy is better.
+        level: the value of y at which neither policy is better; a dotted line marks it.
     """
     key, title = "frontier", f"{y_label.capitalize()} against KL"
     caption = "Up is better, right is further from the initial policy. The line joins the promoted rounds in order."
@@ -76,7 +76,7 @@ def frontier_plot(given: Sequence[Point], y_label: str, level: float | None = No
 def by_round_plot(
     key: str, title: str, caption: str, y_label: str, given: Sequence[Point], level: float | None = None
 ) -> Plot:
-    """Draw one figure of each round's policy over the rounds, and a line at `level`."""
+    """Draw one figure of each round's policy over the rounds. If `level` is set, draw a dotted line there."""
     points = [p for p in given if p.finite]
     caption = with_losses(caption, len(given) - len(points))
     if not points:
@@ -93,10 +93,12 @@ def by_round_plot(
 
 
 def stage_colours(*given: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
-    """Assign the available colours to stages, the same in every plot, first to the largest stages of the first plot.
+    """Assign colours to stages, so that a stage has the same colour in every plot.
+
+    If there are too few colours, the stages of the first plot get theirs first, and in each plot the largest stages.
 
     Args:
-        given: amounts by round and stage, for each plot.
+        given: for each plot, the amounts by round and stage.
     """
     wanted: dict[str, None] = {}
     for by_round in given:
@@ -116,10 +118,10 @@ def stacked_plot(
     colours: Mapping[str, str],
     written: Callable[[float], str],
 ) -> Plot:
-    """Draw a bar for each round, with one piece per stage; stages without a colour share one piece.
+    """Draw a bar for each round, with one piece for each stage. Stages without a colour are added up in one piece.
 
     Args:
-        written: formats an amount as text, for the description.
+        written: formats an amount as text, for the description of the plot.
     """
     amounts = _by_stage(by_round)
     if not amounts:
@@ -143,7 +145,7 @@ def stacked_plot(
 
 
 def _by_stage(by_round: Mapping[int, Mapping[str, float]]) -> dict[str, list[float]]:
-    """Return the amounts of each stage by round, without stages whose amounts are all 0, in order of appearance."""
+    """Return for each stage its amounts in all rounds, in order of rounds. Stages with only zeros are left out."""
     order = dict.fromkeys(s for stages in by_round.values() for s in stages)
     amounts = {s: [by_round[r].get(s, 0.0) for r in sorted(by_round)] for s in order}
     return {s: values for s, values in amounts.items() if any(values)}
@@ -170,7 +172,10 @@ def _draw_points(axis: Axes, points: Sequence[Point]) -> None:
 
 
 def _number_points(axis: Axes, points: Sequence[Point]) -> bool:
-    """Write each round's number next to its point, promoted and late rounds first; return whether all fitted."""
+    """Write each round's number next to its point, where no other text is. Return whether all numbers had a free place.
+
+    Promoted rounds are numbered first, and later rounds before earlier ones.
+    """
     ends = [(v for p in points for v in (p.y, *(p.interval or ()))), (p.x for p in points)]
     (y_low, y_high), (x_low, x_high) = (_spread([*values]) for values in ends)
     axis.set_xlim(x_low, x_high)
@@ -199,7 +204,7 @@ def _number_points(axis: Axes, points: Sequence[Point]) -> bool:
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return axis limits that leave room around values for the numbers next to them."""
+    """Return limits of an axis that leave free space around the values, for the numbers next to their points."""
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room

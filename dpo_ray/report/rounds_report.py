@@ -1,4 +1,4 @@
-"""Results of online rounds, gathered only from their committed artifacts."""
+"""Building of the page of online rounds, and of their figures, only from committed artifacts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN_SAMPLES = 6  # prompts whose completions are shown for all rounds
 
 
 def rounds_page(rounds: Rounds) -> RoundsPage:
-    """Build the page of rounds from committed artifacts."""
+    """Gather from committed artifacts everything that the page of rounds shows."""
     recipe = rounds.plan.recipe
     measured = [r for r in rounds.rounds if "evaluate" in r.artifacts]
     created = [a.manifest.created_unix_seconds for r in rounds.rounds for a in r.artifacts.values()]
@@ -49,7 +49,7 @@ def write_page(rounds: Rounds) -> str:
 
 
 def figures(rounds: Rounds) -> dict[str, Any]:
-    """Return the figures of the last line that `dpo-ray run` prints."""
+    """Return the figures for the last line that `dpo-ray run` prints for an online run."""
     decided = [r for r in rounds.rounds if r.committed.promoted is not None]
     best = rounds.promoted.artifact
     last = next((r for r in decided if r.trained.key == rounds.promoted.key), None)
@@ -106,13 +106,13 @@ def _tokens(found: dict[str, Artifact]) -> dict[str, int]:
 
 
 def _usage(found: dict[str, Artifact]) -> dict[str, float]:
-    """Return the total usage of the judges of a round: for judging and for evaluation."""
+    """Return how much a round's judges were used in total, for judging and for the evaluation."""
     each = [found[s].manifest.figures["usage"] for s in ("judge", "evaluate") if s in found]
     return {name: sum(usage[name] for usage in each) for name in each[0]} if each else {}
 
 
 def _samples(measured: Sequence[Round]) -> list[RoundSample]:
-    """Return the completions of some held-out prompts in every round, starting with the initial policy."""
+    """Return some held-out prompts, with the completions of the initial policy and of every round's policy."""
     rows = [[json.loads(x) for x in r.artifacts["evaluate"].read_bytes("samples.jsonl").splitlines()] for r in measured]
     return [
         RoundSample(

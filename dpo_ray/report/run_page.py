@@ -1,4 +1,4 @@
-"""The run report: one HTML file without scripts or external requests, to read, print or send."""
+"""The report of a run: one HTML file without scripts and external files, so it can be read, printed or sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_SAMPLES = 40
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure of the headline; a number is formatted, a string is shown unchanged."""
+    """One figure at the top of the report. A number is formatted; a string is shown unchanged."""
 
     label: str
     value: str | float
@@ -27,17 +27,20 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All data that a report shows; empty fields are reported as not measured.
+    """Everything that a run's report shows. Empty fields are shown as not measured.
 
-    All text may be untrusted: it is escaped, and samples and examples are cut to a length that fits a page.
+    All text may come from untrusted data. It is escaped, and samples and examples are cut to a length that fits a page.
 
     name, created, what: name of the run, its time (ISO 8601), and one sentence about it.
-    headline, comparison: tiles, and rows of (measure, reference, policy).
-    train_metrics, eval_metrics: one row per measured step with TRL's names and `step`; some may be missing.
+    headline: the figures at the top.
+    comparison: rows of (measure, value of the reference, value of the policy).
+    train_metrics, eval_metrics: one row for each measured step, with `step` and metrics by TRL's names; a row may have
+    only some metrics.
     best_step: the step whose weights were kept, if the recipe sets train.best.
-    heldout_rewards: `chosen` and `rejected` rewards; kl_per_sample: nats per completion.
+    heldout_rewards: `chosen` and `rejected` rewards.
+    kl_per_sample: the KL estimate of each sampled completion, in nats.
     data: the section on the data.
-    reference: the section on the reference and its audit.
+    reference: the section on the reference model and its audit.
     samples: rows of prompt, reference, policy and, if judged, reference_score, policy_score.
     stages: rows of stage, key, state and, if known, seconds, rows, note.
     """
@@ -62,9 +65,9 @@ class ReportData:
 
 
 def render_report(data: ReportData) -> str:
-    """Return the report as HTML; the same data results in the same bytes.
+    """Return the report as HTML. The same data gives the same bytes.
 
-    Raises KeyError or jinja2.UndefinedError if a row of `data` lacks a required field.
+    Raises KeyError or jinja2.UndefinedError if a row of `data` has not all required fields.
     """
     steps = len(data.train_metrics)
     return render_page(

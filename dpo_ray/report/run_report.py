@@ -1,4 +1,4 @@
-"""Gathering of a run's report, only from its committed artifacts."""
+"""Building of a run's report, only from the artifacts that the run has committed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCORING = ("engines", "sequences", "found", "tokens", "cached_tokens", "tokens_p
 
 
 def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: Mapping[str, str]) -> ReportData:
-    """Build the report only from committed artifacts, so that it can be written again at any time."""
+    """Gather what the report shows, only from committed artifacts, so that it can be written again at any time."""
     recipe, trained, evaluated = run.plan.recipe, run.train.manifest.figures, run.evaluate.manifest.figures
     metrics = [json.loads(text) for text in run.train.read_bytes("metrics.jsonl").splitlines()]
     evaluations = [
@@ -72,7 +72,7 @@ def report_data(run: Finished, compared: Sequence[tuple[str, str, str]], paths: 
 
 
 def best_step(best: BestConfig | None, evaluations: Sequence[Mapping[str, float]]) -> int | None:
-    """Return the step of the best evaluation, whose weights were kept; None if those of the last step were kept."""
+    """Return the step of the best evaluation, whose weights were kept. None: the last step's weights were kept."""
     known = [e for e in evaluations if best is not None and best.metric in e]
     if best is None or not known:
         return None
@@ -85,7 +85,7 @@ def _adapted(lora: LoraConfig | None) -> str:
 
 
 def reference_page(plan: Plan, reference: Artifact, measured: Mapping[str, Any]) -> ReferencePage:
-    """Build the section on the reference; the audit is judged by the current limits of the recipe."""
+    """Gather what the section on the reference model shows. The audit is judged by the recipe's current limits."""
     figures, n = reference.manifest.figures, plan.numerics
     parallel = f", {n.tensor_parallel} GPUs each" if n.tensor_parallel > 1 else ""
     judgement = audit_record.judged(measured, plan.recipe, plan.hardware.dtype) if measured else None

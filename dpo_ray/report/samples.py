@@ -1,4 +1,4 @@
-"""Sample rows for the report: admitted groups decoded from their token ids, and rows that were left out."""
+"""Examples of data for the report: groups decoded from their token ids, and rows that were left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _CHARACTER_TOKENS = 8  # limit of the tokens that make up one character
 
 
 def rendered_samples(tokens: Artifact, tokenizer: PreTrainedTokenizerBase, count: int) -> list[RenderedSample]:
-    """Decode a few groups, spread over the sources: a deterministic random sample of each source's first part."""
+    """Decode `count` preference groups, spread over the sources of the data.
+
+    They are a random sample of the first file of each source, and the same sample every time.
+    """
     sources = _first_parts(tokens)
     if not sources or count <= 0:
         return []
@@ -41,7 +44,10 @@ def rendered_samples(tokens: Artifact, tokenizer: PreTrainedTokenizerBase, count
 
 
 def quarantine_examples(tokens: Artifact, per_reason: int = 1) -> dict[str, list[dict[str, Any]]]:
-    """Return the first quarantined rows of each reason (schema QUARANTINE, and `part`, the file's name)."""
+    """Return the first rows that were left out for each reason, as records of the schema QUARANTINE.
+
+    Each record also has `part`, the name of the artifact's file with this record.
+    """
     left = Counter[str]()
     for account in tokens.manifest.figures["accounts"]:
         left.update(account["reasons"])
@@ -60,7 +66,7 @@ def quarantine_examples(tokens: Artifact, per_reason: int = 1) -> dict[str, list
 
 
 def group_text(shard: Artifact, part: str, group_id: bytes, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode the end of a group's prompt and the beginning of its completions; "" if the group is missing."""
+    """Decode the end of a group's prompt and the beginning of its completions; return "" if the group is missing."""
     name = f"groups/{part}"
     if name not in shard.names(name):
         return ""
@@ -74,7 +80,7 @@ def group_text(shard: Artifact, part: str, group_id: bytes, tokenizer: PreTraine
 
 
 def _first_parts(tokens: Artifact) -> list[tuple[str, str, str]]:
-    """List the first part of each source as (split, source, file), in the order of splits, training first."""
+    """List the first file (part) of each source as (split, source, file), with the training data first."""
     by_split: dict[str, list[tuple[str, str, str]]] = {}
     for split in splits(tokens):
         seen = set()
@@ -107,7 +113,7 @@ def _rendered(row: dict[str, Any], split: str, source: str, tokenizer: PreTraine
 
 
 def _own_completions(row: dict[str, Any]) -> int:
-    """Count the group's own completions: that of another prompt comes last, and has no score."""
+    """Count the completions of the group's own prompt. A completion of another prompt may follow; its score is NaN."""
     return sum(not math.isnan(score) for score in row["scores"])
 
 
@@ -140,7 +146,7 @@ def _label(row: dict[str, Any], k: int) -> str:
 
 
 def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[TextPiece]:
-    """Split text into tokens; tokens that together make up one character (bytes of UTF-8) stay together."""
+    """Decode token ids one by one. Tokens that only together make up a character (bytes of UTF-8) become one piece."""
     special, pieces, begin = _special_ids(tokenizer), [], 0
     for end in range(1, len(ids) + 1):
         if ids[end - 1] in special and end - begin == 1:

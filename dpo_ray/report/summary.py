@@ -1,4 +1,4 @@
-"""Results of a finished run: the line of figures, the table for people, and the report."""
+"""Results of a finished run: the line of figures for scripts, the table for people, and the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPORT = "report.html"
 
 
 def figures(run: Finished) -> dict[str, Any]:
-    """Return the figures of the last line that `dpo-ray run` prints."""
+    """Return the figures for the last line that `dpo-ray run` prints for an offline run."""
     rows, trained, evaluated = run.prepare.manifest.rows, run.train.manifest.figures, run.evaluate.manifest.figures
     scoring, left_out = (run.reference.manifest.figures, run.reference.manifest.rows) if run.reference else ({}, {})
     heldout = evaluated.get("heldout", {})
@@ -45,7 +45,11 @@ def figures(run: Finished) -> dict[str, Any]:
 
 
 def audit_in_a_word(run: Finished) -> str:
-    """Return the audit's result: passed, drifted (training went on), trainer (the engine drifted), or off."""
+    """Return the result of the audit in one word: passed, drifted, trainer or off.
+
+    drifted: a limit was exceeded and training continued. trainer: the engine's log-probs exceeded a limit, so the
+    trainer computed them again. off: there was no audit.
+    """
     if run.plan.drift:
         return "trainer"
     if not (measured := run.train.manifest.figures["audit"]):
@@ -54,7 +58,7 @@ def audit_in_a_word(run: Finished) -> str:
 
 
 def line(values: dict[str, Any]) -> str:
-    """Return the figures as one line of key=value."""
+    """Return the figures as one line of key=value, for scripts."""
     return " ".join(f"{k}={_plain(v)}" for k, v in values.items())
 
 
@@ -67,7 +71,7 @@ def _policy_prefix(trained: Artifact) -> str:
 
 
 def print_comparison(run: Finished, console: Console) -> None:
-    """Print a table of the differences between reference and policy."""
+    """Print a table that compares the policy with the reference model. Print nothing if nothing was measured."""
     rows = comparison(run)
     if not rows:
         return
@@ -80,7 +84,7 @@ def print_comparison(run: Finished, console: Console) -> None:
 
 
 def comparison(run: Finished) -> list[tuple[str, str, str]]:
-    """List (measure, reference, policy) in words that need no knowledge of training."""
+    """List rows of (measure, value of the reference, value of the policy), in words for readers new to training."""
     sampled, heldout = (
         run.evaluate.manifest.figures.get("samples", {}),
         run.evaluate.manifest.figures.get("heldout", {}),

@@ -1,7 +1,7 @@
 """Conversion of a matplotlib figure to an SVG element of a page.
 
-Colours are written as CSS classes (`stroke-train`, `fill-chosen`) and never as values, so the page's style sheet
-sets them. There are no style attributes, so the page can forbid them.
+Colours are written as CSS classes (`stroke-train`, `fill-chosen`), so the page's style sheet sets the colours. No
+element has a style attribute, so the page's Content-Security-Policy can forbid these attributes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Placeholder values: matplotlib needs a colour, and `embed` converts each to a class.
+# Placeholders: matplotlib needs a colour value, and `embed` replaces each of these values by a CSS class.
 STAND_INS = {
     "ink": "#000001",
     "grid": "#000002",
@@ -27,7 +27,10 @@ _ROLES = {value: role for role, value in STAND_INS.items()}
 
 
 def embed(figure: Figure, key: str, title: str, description: str) -> str:
-    """Convert a figure to an SVG element with unique ids, classes for colours, and a description."""
+    """Convert a figure to an SVG element, with ids that are unique in the page (by `key`), and CSS classes as colours.
+
+    `title` and `description` are for readers who cannot see the figure.
+    """
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())  # noqa: S314 - matplotlib's output, not foreign text
@@ -57,7 +60,7 @@ def _local(name: str) -> str:
 
 
 def _plain_attributes(element: ElementTree.Element, key: str, used: set[str]) -> None:
-    """Rewrite attributes in place: classes and attributes for `style`, ids under the plot's `key`."""
+    """Rewrite the attributes of an element in place: `style` becomes CSS classes and attributes; ids begin with `key`."""
     attributes = {_local(name): value for name, value in element.attrib.items()}
     element.attrib.clear()
     classes = []

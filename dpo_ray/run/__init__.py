@@ -1,1 +1,1 @@
-"""A run and the code that drives it: the plan, the checks before work begins, and the stages in order."""
+"""The code that drives a run: its plan, the checks before any work begins, and the stages in order."""

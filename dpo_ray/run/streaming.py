@@ -1,4 +1,8 @@
-"""Scoring, scheduling and training concurrently (`reference.mode: streaming`). The artifacts equal those of `ahead`."""
+"""The stages `reference`, `schedule` and `train` at the same time (`reference.mode: streaming`).
+
+The artifacts are the same as with `reference.mode: ahead`, where these stages run one after the other. To score a
+group means to compute its reference log-probs.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +40,13 @@ T = TypeVar("T")
 
 
 def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, Artifact, Artifact] | None:
-    """Run `reference`, `schedule` and `train` concurrently; return None, and leave nothing, if that is not possible.
+    """Run the stages `reference`, `schedule` and `train` at the same time; return their artifacts.
+
+    Return None if the recipe does not ask for this, or if a group's log-probs cannot be computed. In the second case the
+    checkpoints of the training so far are deleted.
 
     Raises:
-        DpoRayError: from scoring or from training; the other one is ended first.
+        DpoRayError: scoring or training failed. The other of the two has ended by then.
     """
     if not _is_wanted(run):
         return None
@@ -49,14 +56,14 @@ def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, A
     except UnscorableError as error:
         run.reporter.say(f"[bold yellow]reference[/bold yellow]: {escape(str(error))}")
         run.reporter.say(
-            "without them the steps hold other groups: all groups are scored first, and training starts again"
+            "without these groups the steps change: all groups are scored first, and training starts again"
         )
         checkpoints.delete_tree()
         return None
 
 
 def _is_wanted(run: RunContext) -> bool:
-    """Return whether to score while training: the recipe asks for it, and neither stage is done."""
+    """Return whether to run the stages at the same time: the recipe asks for it, and `reference`, `train` are not done."""
     reference = run.recipe.reference
     if "reference" not in run.plan.stages or reference.mode != "streaming" or reference.engine != "vllm":
         return False
@@ -64,13 +71,16 @@ def _is_wanted(run: RunContext) -> bool:
 
 
 def _score_and_train(run: RunContext, tokens: Artifact, first_step: int) -> tuple[Artifact, Artifact, Artifact]:
-    """Score and pack in the order of the steps, in a thread, and train on what is ready; return the three artifacts.
+    """Compute log-probs and pack groups in the order of the steps, in a thread; train on the steps that are ready.
 
     Args:
-        first_step: the step from which training may resume; training does not wait for earlier ones.
+        first_step: the step from which training may resume; training does not wait for earlier steps.
+
+    Returns:
+        The artifacts of the stages `reference`, `schedule` and `train`.
 
     Raises:
-        UnscorableError: a group cannot be scored; the steps then change, and nothing that was trained counts.
+        UnscorableError: a group's log-probs cannot be computed. The steps then change, so the training is of no use.
     """
     orders, staging = order_splits(tokens, run.recipe.train, run.recipe.seed), run.begin("schedule")
     live = LiveSchedule.start(count_rows(orders), staging.storage, start_inbox())
@@ -102,7 +112,10 @@ def _score(
     began: threading.Event,
     stop: threading.Event,
 ) -> tuple[ScoringTally, list[FileEntry]]:
-    """Score all groups and write all files of the schedule."""
+    """Compute the log-probs of all groups and write all files of the schedule; return the counts and the files' entries.
+
+    Set `began` when training may start, and announce each file to `live` when it is ready.
+    """
     config, train = run.recipe.reference, run.recipe.train
     tally = ScoringTally(sum(order.groups for order in orders))
 
@@ -140,15 +153,16 @@ def run_side_by_side(
     train: Callable[[Callable[[], S]], T],
     fail: Callable[[str], None],
 ) -> tuple[S, T]:
-    """Run `score` in a thread, and `train` in this one as soon as `score` sets its first event; return both results.
+    """Run `score` in a new thread and `train` in this thread; return the results of both.
 
     Args:
-        score: called with that event, and with a second one that requests it to stop by raising `Stopped`.
+        score: called with two events. It sets the first event when `train` may start. If the second event is set, it
+            must stop by raising `Stopped`.
         train: called with a function that waits for the result of `score` and returns it.
-        fail: called with the reason why `score` failed, so that `train` ends.
+        fail: called with the reason if `score` fails, so that `train` ends.
 
     Raises:
-        What `score` raised, or else what `train` raised; the other one has ended by then.
+        The error of `score`; if `score` has not failed, the error of `train`. Both functions have ended by then.
     """
     began, stop, scoring = threading.Event(), threading.Event(), Future()
 

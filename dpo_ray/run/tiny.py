@@ -1,7 +1,7 @@
-"""Miniature recipes: the same steps on a tiny random model and synthetic data, in a minute and without a network.
+"""Miniature recipes (`--tiny`): the same stages with a tiny random model and synthetic data, in about a minute.
 
-A miniature shows whether a recipe's objective, optimizer, schedule, adapters, sharding, layout and types work together,
-before GPUs are requested. What it learns means nothing.
+A miniature shows whether a recipe's objective, optimizer, schedule, adapters, sharding, layout and data types work
+together, before GPUs are requested. It needs no network. What the tiny model learns has no meaning.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ AUDIT_GROUPS, SAMPLE_PROMPTS, NEW_TOKENS = 8, 4, 16
 ROUNDS, SAMPLES_PER_PROMPT = 2, 4
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
-"""By `model_type`; the attention of all is the same in vLLM and in the trainer."""
+"""The `model_type` of each family. vLLM and the trainer compute the attention of these families in the same way."""
 
-FAMILY_OF_NAME = (  # the first that occurs in the name counts: base models stand before the makers of fine-tuned ones
+FAMILY_OF_NAME = (  # the first part that occurs in the name counts, so base models come before names of fine-tuned ones
     ("zephyr", "mistral"),
     ("mistral", "mistral"),
     ("llama", "llama"),
@@ -75,11 +75,11 @@ TEMPLATE = (  # Zephyr's: turns that end with EOS
 def tiny_recipe(recipe: Recipe) -> Recipe:
     """Shrink a recipe: another name, a tiny model of the same family, synthetic data, few steps, only this machine.
 
-    Objective, shaping, optimizer, adapters, sharding mode, layout, types, template and limits of the audit stay. Builds
-    the model in $XDG_CACHE_HOME/dpo_ray/tiny if it is not there yet.
+    The objective, shaping, optimizer, adapters, sharding mode, layout, data types, chat template and limits of the audit
+    stay the same. The tiny model is built in $XDG_CACHE_HOME/dpo_ray/tiny if it is not there yet.
 
     Raises:
-        ConfigError: the model's family is not known, or its directory is not valid.
+        ConfigError: the family of the recipe's model is not known, or the model's directory is not valid.
     """
     family, template = _family(recipe.model), _template(recipe.model)
     values = recipe.model_dump(mode="json")
@@ -100,7 +100,7 @@ def tiny_recipe(recipe: Recipe) -> Recipe:
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
-    """Replace each source by synthetic pairs, so that mixtures stay mixtures and named sets keep their names."""
+    """Return the section `data` with synthetic pairs for each source. Weights, and names of held-out sets, are kept."""
     data, pairs = recipe.data, STEPS * min(recipe.train.groups_per_step, GROUPS_PER_STEP)
     sets = {name: _synthetic(sources, EVAL_PAIRS) for name, sources in data.eval_sets.items()}
     named = isinstance(data.eval, dict)
@@ -147,7 +147,10 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _online(online: OnlineConfig) -> dict[str, Any]:
-    """Judge by the known reward of the synthetic data: endpoints, reward models and answers belong to the real run."""
+    """Return the section `online` with few, small rounds, and a judge that needs no endpoint or reward model.
+
+    The judge uses a known reward of the synthetic data.
+    """
     sampling = online.sampling.model_dump(mode="json")
     samples = min(online.sampling.samples_per_prompt, SAMPLES_PER_PROMPT)
     return {
@@ -164,7 +167,10 @@ def _online(online: OnlineConfig) -> dict[str, Any]:
 
 
 def _workers(recipe: Recipe) -> tuple[int, int | None]:
-    """Return the number of workers, and how many share a copy in hybrid sharding: 2 of 4 if four have room here."""
+    """Return the number of workers, and how many of them share a copy of the weights in hybrid sharding.
+
+    Hybrid sharding uses 4 workers in sets of 2 if this machine has 4 GPUs or, without GPUs, 4 CPUs.
+    """
     gpus, cpus = torch.cuda.device_count(), os.cpu_count() or 1
     room = gpus or max(2, cpus)  # CPUs can be shared, GPUs not
     if recipe.train.sharding.mode == "hybrid" and recipe.train.workers >= 4 and room >= 4:
@@ -173,7 +179,7 @@ def _workers(recipe: Recipe) -> tuple[int, int | None]:
 
 
 def _family(config: ModelConfig) -> str:
-    """Return the model's family by its config.json, if that is here (or in the hub's cache); else by its name."""
+    """Return the family of a model: from its config.json if it is on this machine, otherwise from the model's name."""
     if (file := config_file(config)) is not None:
         model_type = str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
         family = {"gemma3": "gemma3_text"}.get(model_type, model_type)
@@ -192,14 +198,20 @@ def _family(config: ModelConfig) -> str:
 
 
 def _template(config: ModelConfig) -> str:
-    """Return the chat template of a model on this machine, if it has one; else one that works with any tokenizer."""
+    """Return the chat template of a model on this machine.
+
+    If the model has none or is not on this machine, return a template that works with any tokenizer.
+    """
     own = None if is_hub_name(config.path) else load_tokenizer(str(model_directory(config))).chat_template
     template = own.get("default") if isinstance(own, dict) else own
     return template or TEMPLATE
 
 
 def tiny_model(family: str, template: str) -> Path:
-    """Build a random model of a family, always the same, and return its directory: built once, in the user's cache."""
+    """Return the directory of a family's tiny random model, which is built once, in the user's cache.
+
+    The weights are the same every time it is built.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_ray" / "tiny"
     place = cache / f"{family}-{digest([VERSION, family, template])[:12]}"
     if place.is_dir():
@@ -231,7 +243,10 @@ def _write_model(family: str, template: str, directory: Path) -> None:
 
 
 def family_config(family: str, vocabulary: int, pad: int, bos: int, eos: int) -> PreTrainedConfig:
-    """Return a family's tiny configuration: two layers, 128 wide, heads of 32 (vLLM's minimum on every device)."""
+    """Return the configuration of a family's tiny model: two layers of width 128, with heads of width 32.
+
+    32 is the smallest width of a head that vLLM supports on every device.
+    """
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 128,

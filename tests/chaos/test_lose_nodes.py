@@ -92,14 +92,14 @@ def test_a_killed_training_node_is_done_without_and_used_again_when_it_is_back(t
     with local_cluster(tmp_path, *CLUSTER) as cluster:
         job = began(cluster, output)
         cluster.local("kill-node", "2")
-        cluster.wait_for("there is room for 1 of 2 training workers", job)
+        cluster.wait_for("there are free resources for only 1 of 2 training workers", job)
         cluster.local("start-node", "2")
         lines: list[str] = []
         ended = follow(connect(cluster.url), job, lines.append)
     text = "".join(lines)
     assert ended.code == 0, text
     assert "training workers were lost" in text
-    assert "there is room for more training workers" in text
+    assert "there are free resources for more training workers" in text
     assert text.count("resuming from the checkpoint of step") >= 2
     assert [row["step"] for row in curve(output)] == list(range(1, STEPS + 1))
 
@@ -118,7 +118,7 @@ def test_a_node_that_is_cut_off_is_found_missing_and_done_without(
     text = "".join(lines)
     assert ended.code == 0, text
     assert "training workers were lost" in text
-    assert "there is room for 1 of 2 training workers" in text
+    assert "there are free resources for only 1 of 2 training workers" in text
     check_same(output, undisturbed)
 
 

@@ -69,18 +69,18 @@ def test_what_can_never_fit_is_refused_with_what_is_missing(tmp_path: Path) -> N
     recipe = small_recipe(tmp_path, roles, "train.workers=3", "ray.address=auto")
     with pytest.raises(InfrastructureError) as raised:
         check_room(recipe, STAGES, 0.0, 0.0, print)
-    said = "3 training workers are needed (each: 1 CPU, a node with dpo/role=train), and there is room for 0"
+    said = "3 training workers are needed (each: 1 CPU, a node with dpo/role=train), but the nodes can hold only 0"
     assert said in str(raised.value)
     check_room(recipe, ("evaluate",), 0.0, 0.0, print)  # which trains nobody
     many = small_recipe(tmp_path, "train.workers=8", "ray.address=auto")
-    with pytest.raises(InfrastructureError, match="needs 8 CPUs at once at its peak, and the cluster has 4"):
+    with pytest.raises(InfrastructureError, match="needs up to 8 CPUs at the same time, but the cluster has 4"):
         check_room(many, STAGES, 0.0, 0.0, print)
     check_room(small_recipe(tmp_path, "train={workers: 8, min_workers: 2}"), STAGES, 0.0, 0.0, print)
 
 
 def test_scoring_and_training_side_by_side_need_gpus_of_their_own(tmp_path: Path) -> None:
     beside = small_recipe(tmp_path, "reference.mode=streaming", "ray.address=auto")
-    with pytest.raises(InfrastructureError, match="needs 2 GPUs at once at its peak, and the cluster has 0"):
+    with pytest.raises(InfrastructureError, match="needs up to 2 GPUs at the same time, but the cluster has 0"):
         check_room(beside, STAGES, 1.0, 1.0, print)
 
 
@@ -132,7 +132,7 @@ def test_what_scaling_may_bring_is_waited_for_and_not_refused(tmp_path: Path) ->
     program = [sys.executable, "-c", ON_A_CLUSTER_THAT_SCALES, str(path)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
-    assert "8 training workers are needed (each: 1 CPU), and there is room for 4" in done.stdout
+    assert "8 training workers are needed (each: 1 CPU), but the nodes can hold only 4" in done.stdout
 
 
 @pytest.mark.usefixtures("quick")
@@ -153,7 +153,9 @@ def test_waiting_is_said_with_a_count_and_ends_when_there_is_room() -> None:
         assert not release.is_set()
     thread.join(30)
     assert release.is_set()
-    assert said[0] == ("3 training workers wait for room, and the present nodes could hold 3; each requests 1 CPU")
+    assert (
+        said[0] == "3 training workers wait for free resources, and the present nodes could hold 3; each requests 1 CPU"
+    )
     assert live_groups() == 0
 
 
@@ -164,7 +166,7 @@ def test_fewer_begin_where_there_is_not_room_for_all() -> None:
         assert wait(Resources("training workers", 1.0), 1, 4, said.append) == 2
         assert has_room(Resources("training workers", 1.0), 2)
         assert not has_room(Resources("training workers", 1.0), 3)
-    assert said[-1] == "there is room for 2 of 4 training workers: they continue without the others"
+    assert said[-1] == "there are free resources for only 2 of 4 training workers: the run continues with these"
     assert wait(Resources("training workers", 1.0), 1, 4, said.append) == 4
     assert live_groups() == 0
 
@@ -188,7 +190,7 @@ def test_what_an_attempt_leaves_behind_is_given_back() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_who_is_told_to_stop_waits_no_longer() -> None:
-    with held(3), pytest.raises(StoppedError, match="2 training workers waited for room"):
+    with held(3), pytest.raises(StoppedError, match="while 2 training workers waited for resources"):
         wait(Resources("training workers", 1.0), 2, 2, print, gives_up=lambda: True)
     assert live_groups() == 0
 
@@ -212,7 +214,7 @@ def test_workers_begin_again_as_often_as_is_allowed(tmp_path: Path) -> None:
     done = workers.run_workers(once_more, str(tmp_path / "a"), config, WORKER, name="again", say=said.append, **names)
     assert done == {"workers": 2}
     assert said == [
-        "training workers were lost (RuntimeError: the first attempt fails): all start again from the start"
+        "training workers were lost (RuntimeError: the first attempt fails): all workers start again from the start"
     ]
     never = config.model_copy(update={"max_failures": 0})
     with pytest.raises(TrainError, match="the first attempt fails"):

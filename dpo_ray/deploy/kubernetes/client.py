@@ -26,7 +26,7 @@ FAILED_CODE = 9  # if the exit code of the run itself is not known
 
 
 class RunState(NamedTuple):
-    """The status of a RayJob, as the operator reports it."""
+    """The status of a RayJob, as the KubeRay operator reports it."""
 
     deployment: str
     """Initializing, Running, Retrying, Suspended, Complete, Failed, ..."""
@@ -39,12 +39,12 @@ class RunState(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Return True if the state is final; a failed attempt that is retried is not final."""
+        """Return True if the state is final. The state of a failed attempt that will be retried is not final."""
         return self.deployment in FINISHED
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code of a finished run: that of the driver, if Ray reports it."""
+        """Return the exit code of a finished run: the driver's own code or, if Ray does not report it, 9."""
         if self.deployment == "Complete" and self.job == "SUCCEEDED":
             return 0
         match = re.search(r"exit code (\d+)", self.message)
@@ -59,7 +59,7 @@ class RunState(NamedTuple):
 
 
 def connect(context: str | None = None) -> DynamicClient:
-    """Connect as kubectl would: with the kubeconfig, or with the service account of the pod.
+    """Connect to a Kubernetes cluster as kubectl does: with the kubeconfig, or in a pod with its service account.
 
     Raises:
         InfrastructureError: the client is not installed, there is no such context, or the API server does not answer.
@@ -86,12 +86,12 @@ def connect(context: str | None = None) -> DynamicClient:
 
 
 def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = False) -> Iterator[str]:
-    """Apply manifests in the given order; yields a line for each.
+    """Apply manifests to the cluster in the given order; yield a line of text for each manifest.
 
     Args:
         cluster: The client that `connect` returns.
         manifests: The result of `render`.
-        replace: First delete an existing RayJob or RayCluster of this name; its run goes on from what was committed.
+        replace: First delete an existing RayJob or RayCluster of this name. The new one continues from the committed work.
 
     Raises:
         LeaseError: a RayJob or RayCluster of this name exists, and `replace` is False.
@@ -119,9 +119,9 @@ def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = Fals
 
 
 def watch(cluster: DynamicClient, namespace: str, name: str, poll_seconds: float = POLL_SECONDS) -> Iterator[RunState]:
-    """Yield the state of a RayJob whenever it changes, until it is finished.
+    """Yield the state of a RayJob whenever it changes, until the job has finished.
 
-    It polls instead of keeping one connection open, because proxies close such connections.
+    This function polls, because proxies would close a connection that stays open.
 
     Raises:
         ConfigError: there is no such RayJob.
@@ -145,7 +145,7 @@ def watch(cluster: DynamicClient, namespace: str, name: str, poll_seconds: float
 
 
 def state_of(ray_job: Json) -> RunState:
-    """Read the relevant parts of a RayJob's status."""
+    """Return the state of a RayJob, given the RayJob as the API server returns it."""
     status = ray_job.get("status") or {}
     message = status.get("message") or status.get("reason") or ""
     return RunState(
@@ -159,7 +159,7 @@ def _make_room(cluster: DynamicClient, manifest: Json, replace: bool) -> None:
     if _read(cluster, manifest) is None:
         return
     if not replace:
-        fix = "watch it with `dpo-ray kubernetes watch`, or use --replace: the run goes on from what was committed"
+        fix = "watch it with `dpo-ray kubernetes watch`, or use --replace: the run continues from the committed work"
         raise LeaseError(f"a {kind} of this name already exists", where=where, fix=fix)
     with _answers(where):
         api = cluster.resources.get(api_version=manifest["apiVersion"], kind=kind)
@@ -194,7 +194,7 @@ def _read(cluster: DynamicClient, manifest: Json) -> Json | None:
 
 @contextmanager
 def _answers(where: str) -> Iterator[None]:
-    """Translate errors of the client, the network and the API server into errors of one line."""
+    """Convert errors of the client, the network and the API server to our own errors with a short message."""
     from kubernetes.client import ApiException
     from kubernetes.dynamic.exceptions import ResourceNotFoundError
     from urllib3.exceptions import HTTPError
@@ -220,7 +220,7 @@ def _answers(where: str) -> Iterator[None]:
 
 
 def _message(body: bytes | str | None) -> str:
-    """Extract the message from the API server's answer, which is a Status in JSON."""
+    """Return the message in the API server's answer, which is a JSON object of the kind Status."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
     match = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', text)
     return (match[1].replace('\\"', '"') if match else text)[:300]

@@ -1,4 +1,7 @@
-"""The number and size of the pods that a recipe needs: one group for each role, and an error if it can never fit."""
+"""The number and size of the pods that a recipe needs, in groups of identical pods.
+
+If the recipe's workers can never fit into the pods that it sets, an error says so.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ CPUS_FOR_DATA = 4  # of a CPU pod, if the recipe does not set it
 
 @dataclass(frozen=True)
 class Demand:
-    """Identical workers: the resources that each requests from Ray, their count, and the limit to which it may grow."""
+    """Workers of one kind: the resources that one worker requests from Ray, their number, and the largest number."""
 
     what: str
     cpus: float
@@ -32,7 +35,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class PodGroup:
-    """A group of identical pods."""
+    """A group of identical pods: the size of one pod, and how many pods there are."""
 
     name: str
     labels: dict[str, str]
@@ -48,16 +51,18 @@ class PodGroup:
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs of a training worker and of an engine. The driver has no GPU to detect, so the recipe on the cluster
-    sets both."""
+    """The GPUs of one training worker and of one engine.
+
+    The recipe on the cluster sets both numbers, because the driver runs in a pod without a GPU and could not detect any.
+    """
 
     train: float
     engine: float
 
 
 def gpus(recipe: Recipe) -> Gpus:
-    """Return the GPUs as the recipe sets them; if it does not, they depend on whether the pods of its profile have
-    any."""
+    """Return the GPUs of a training worker and of an engine. Numbers that the recipe does not set in cluster.roles depend
+    on whether the pods in cluster.kubernetes have GPUs."""
     profile = recipe.cluster.kubernetes
     roles = recipe.cluster.roles
     train = roles.train.gpus
@@ -72,7 +77,7 @@ def gpus(recipe: Recipe) -> Gpus:
 
 
 def engine_labels(recipe: Recipe) -> dict[str, str]:
-    """Return the labels of the Ray nodes that engines request; none if they share the training pods."""
+    """Return the labels of Ray nodes that engines request. By default there are none if engines share training pods."""
     own = recipe.cluster.roles.reference.node_labels
     if own or recipe.cluster.kubernetes.engines is None:
         return dict(own)
@@ -80,15 +85,16 @@ def engine_labels(recipe: Recipe) -> dict[str, str]:
 
 
 def training_labels(recipe: Recipe) -> dict[str, str]:
-    """Return the labels of the Ray nodes that training workers request."""
+    """Return the labels of Ray nodes that training workers request."""
     return {ROLE: "training"} | recipe.cluster.roles.train.node_labels
 
 
 def groups(recipe: Recipe) -> list[PodGroup]:
-    """Compute the size of every group of pods that the recipe needs.
+    """Compute the number and the size of the pods in every group that the recipe needs.
 
     Raises:
-        ConfigError: a worker does not fit into a pod, or all pods together hold too few workers.
+        ConfigError: a worker does not fit into a pod, there are too few pods for all workers, or workers request labels
+            that no pods have.
     """
     profile = recipe.cluster.kubernetes
     on_gpus, on_cpus = _judges(recipe)
@@ -97,7 +103,7 @@ def groups(recipe: Recipe) -> list[PodGroup]:
     _check_labels(recipe, on_gpus)
     cpu_labels = {ROLE: "cpu"} | _ours(dict(recipe.cluster.roles.prepare.node_labels))
     sized = [_sized(recipe, "cpu", cpu_labels, profile.cpu, [_data(profile.cpu), *on_cpus])]
-    # Labels with the prefix ray.io/ are set by Ray itself, which does not accept them from others.
+    # Labels with the prefix ray.io/ are set by Ray itself, and it does not accept them from a recipe.
     labels, own = _ours(engine_labels(recipe)), _ours(training_labels(recipe))
     if profile.engines is None:
         side_by_side = recipe.reference.mode == "streaming" or recipe.online is not None
@@ -110,10 +116,10 @@ def groups(recipe: Recipe) -> list[PodGroup]:
 
 
 def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
-    """Check that samplers and judges request only labels that their pods have.
+    """Check that engines that sample, and judges, request only labels that the pods for them have.
 
     Raises:
-        ConfigError: they request other labels.
+        ConfigError: they request a label that these pods do not have.
     """
     roles, engines = recipe.cluster.roles, {ROLE: "reference"} | engine_labels(recipe)
     cpu = {ROLE: "cpu"} | dict(roles.prepare.node_labels)
@@ -147,7 +153,7 @@ def _engines(recipe: Recipe) -> list[Demand]:
 
 
 def _judges(recipe: Recipe) -> tuple[list[Demand], list[Demand]]:
-    """Return the judges with GPUs, and those without."""
+    """Return two lists with the workers of judges: judges that use GPUs, and judges that do not."""
     role, demands = recipe.cluster.roles.judge, []
     for judge in recipe.online.named_judges() if recipe.online is not None else []:
         asks, count = judge_resources(judge, role), replicas_of(judge, role)
@@ -168,11 +174,11 @@ def _sized(
     guests: Sequence[Demand] = (),
     side_by_side: bool = True,
 ) -> PodGroup:
-    """Compute the size of one group.
+    """Compute the number and the size of the pods in one group.
 
     Args:
-        demands: The workers that the pods are for; all of them run at the same time.
-        guests: Further workers that run on these pods: concurrently if `side_by_side`, otherwise afterwards.
+        demands: The workers that these pods are for; all of them run at the same time.
+        guests: Further workers that run on these pods: at the same time if `side_by_side`, otherwise before or after.
     """
     where = f"cluster.kubernetes.{name}"
     everyone = [*demands, *guests]
@@ -212,8 +218,11 @@ def _sized(
 
 
 def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, int]:
-    """Return CPUs and GPUs of one pod: as the profile sets them, else so that whole workers fit and nothing is left
-    over."""
+    """Return the CPUs and GPUs of one pod. What the recipe does not set is chosen so that whole workers fit exactly.
+
+    Raises:
+        ConfigError: a worker requests more than a pod has.
+    """
     cpus, gpu_count = group.cpus or 0, group.gpus or 0
     for demand in demands:
         per_pod = min(demand.count, max(1, math.floor(WORKERS_PER_POD / (demand.gpus or 1))))
@@ -238,8 +247,7 @@ def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, 
 
 
 def _pods(demand: Demand, cpus: int, gpu_count: int, count: int) -> float:
-    """Count the pods that some workers fill; a pod that is partly filled counts as a fraction, as others may use the
-    rest."""
+    """Return how many pods `count` workers fill. A partly filled pod counts as a fraction: other workers may use the rest."""
     fits = math.floor(cpus / demand.cpus)
     if demand.gpus:
         fits = min(fits, math.floor(gpu_count / demand.gpus))

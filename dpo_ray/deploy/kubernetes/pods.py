@@ -1,4 +1,4 @@
-"""Pod templates that are allowed in a namespace whose Pod Security level is `restricted`."""
+"""Pod templates for the head and the workers. They are allowed even if the namespace's Pod Security is `restricted`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ CONTAINER_SECURITY: Json = {
 
 
 def image(recipe: Recipe) -> str:
-    """Return the image of every pod."""
+    """Return the container image of every pod: the one in the recipe, or the default image for GPUs or CPUs."""
     kind = "gpu" if any(group.gpus for group in groups(recipe)) else "cpu"
     return recipe.cluster.kubernetes.image or f"dpo-ray:{__version__}-{kind}"
 
 
 def head_template(recipe: Recipe, name: str) -> Json:
-    """Build the pod template of Ray's head, where the driver reads the recipe."""
+    """Build the pod template of Ray's head. The driver runs there, so the recipe is mounted in this pod."""
     profile = recipe.cluster.kubernetes
     head = profile.head
     container = _container(recipe, "ray-head", head.cpus, head.memory_gib)
@@ -62,7 +62,7 @@ def head_template(recipe: Recipe, name: str) -> Json:
 
 
 def worker_template(recipe: Recipe, name: str, group: PodGroup) -> Json:
-    """Build the pod template of one group of workers."""
+    """Build the template of the worker pods in one group."""
     profile = recipe.cluster.kubernetes
     container = _container(recipe, "ray-worker", group.cpus, group.memory_gib)
     container["ports"] = [{"name": "metrics", "containerPort": 8080}]
@@ -76,8 +76,10 @@ def worker_template(recipe: Recipe, name: str, group: PodGroup) -> Json:
 
 
 def autoscaler_options(profile: KubernetesConfig) -> Json:
-    """Return the options of the container that adds and removes pods, the only one that gets a token of the API
-    server."""
+    """Return the options of the autoscaler's container, which adds and removes pods.
+
+    It is the only container that gets a token for the API server.
+    """
     resources = {"cpu": "500m", "memory": "1Gi"}
     return {
         "version": "v2",
@@ -162,8 +164,10 @@ def _by_kueue(profile: KubernetesConfig) -> bool:
 
 
 def _autoscaler_token() -> Json:
-    """Build the volume with the token that the kubelet would mount into every container; only the autoscaler mounts
-    this one."""
+    """Build a volume with the service account's token, which only the container of the autoscaler mounts.
+
+    By default, the kubelet would mount such a volume into every container.
+    """
     return {
         "name": "autoscaler-token",
         "projected": {

@@ -1,4 +1,4 @@
-"""The recipe as the driver on the cluster reads it: with paths that every pod sees, and with explicit resources."""
+"""The recipe as the driver on the cluster reads it: its paths are valid in every pod, and its resources are explicit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MAX_CONFIG_MAP_BYTES = 1 << 20  # the API server's limit for all keys together
 
 
 def config_map_files(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe, and the chat template that it may name, as the files of a ConfigMap.
+    """Return the files of a ConfigMap, by name: the recipe, and its chat template if that is a file.
 
     Raises:
-        ConfigError: pods do not share a path, the template is missing, no Secret holds a judge's key, or the files are
-            too large.
+        ConfigError: not all pods can access a path, the template cannot be read, the API key of a judge is in no Secret,
+            or the files are too large.
     """
     values = _on_cluster(recipe)
     files = {}
@@ -46,21 +46,20 @@ def config_map_files(recipe: Recipe) -> dict[str, str]:
 
 
 def judge_ports(recipe: Recipe) -> set[int]:
-    """Return the ports that LLM judges listen on."""
+    """Return the ports of the endpoints that the recipe's judges call."""
     judges = recipe.online.judges() if recipe.online is not None else []
     addresses = [urlsplit(url) for j in judges for url in sorted(j.urls())]
     return {a.port or (443 if a.scheme == "https" else 80) for a in addresses}
 
 
 def secret_variables_missing(recipe: Recipe) -> list[str]:
-    """List the environment variables with judges' keys that the profile does not take from a Secret."""
+    """List the environment variables that judges need but that are in no entry of cluster.kubernetes.secrets."""
     needed = recipe.online.judge_environment() if recipe.online is not None else set()
     return sorted(needed - {s.variable for s in recipe.cluster.kubernetes.secrets})
 
 
 def _on_cluster(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe's values with the defaults that depend on the machine made explicit, and paths as pods see
-    them."""
+    """Return the recipe's values for the cluster: paths as pods see them, and explicit GPUs, node labels and address."""
     missing = secret_variables_missing(recipe)
     if missing:
         fix = f"add {{variable: {missing[0]}, secret: NAME, key: KEY}}"
@@ -81,7 +80,7 @@ def _on_cluster(recipe: Recipe) -> dict[str, Any]:
 
 
 def _roles_on_cluster(recipe: Recipe) -> dict[str, Any]:
-    """Return the roles with the GPUs and node labels that the pods of each have."""
+    """Return the section cluster.roles, with the GPUs and node labels of the pods on which workers of each role run."""
     roles: dict[str, Any] = recipe.cluster.roles.model_dump(mode="json", exclude_unset=True)
     labels, each = engine_labels(recipe), gpus(recipe)
     engine = {"gpus": each.engine} | ({"node_labels": labels} if labels else {})
@@ -90,7 +89,11 @@ def _roles_on_cluster(recipe: Recipe) -> dict[str, Any]:
 
 
 def _seen_by_all(path: str, field: str, mount: str | None) -> str:
-    """Return the path by which every pod sees a file or directory; a relative path is on the shared volume."""
+    """Return the path by which every pod can access a file or directory. A relative path is on the shared volume.
+
+    Raises:
+        ConfigError: the path would not be on the shared volume, or there is none.
+    """
     if "://" in path or path.startswith("builtin:"):
         return path
     if field not in MADE_BY_THE_RUN and (posixpath.isabs(path) or _is_hub_model(path, field)):
@@ -98,12 +101,12 @@ def _seen_by_all(path: str, field: str, mount: str | None) -> str:
     if mount is None:
         fix = f"{field}=s3://bucket/prefix or gs://bucket/prefix, or set cluster.kubernetes.storage"
         raise ConfigError(
-            "pods share no volume, and this path is not in an object store", where=f"{field}={path}", fix=fix
+            "the pods have no shared volume, and this path is not in an object store", where=f"{field}={path}", fix=fix
         )
     place = posixpath.normpath(posixpath.join(mount, path))
     if place != mount and not place.startswith(f"{mount}/"):
         fix = f"use a directory in {mount}, or set cluster.kubernetes.storage.mount"
-        raise ConfigError("this path is not on the volume that pods share", where=f"{field}={path}", fix=fix)
+        raise ConfigError("this path is not on the shared volume of the pods", where=f"{field}={path}", fix=fix)
     return place
 
 

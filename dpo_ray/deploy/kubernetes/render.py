@@ -1,5 +1,7 @@
-"""The KubeRay manifests of a recipe: a RayJob that runs it or a RayCluster to submit it to, and all objects they
-need."""
+"""The KubeRay manifests of a recipe: a RayJob or a RayCluster, and all other Kubernetes objects that it needs.
+
+A RayJob runs the recipe. A recipe is submitted to a RayCluster with `dpo-ray submit`.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ Kind = Literal["RayJob", "RayCluster"]
 
 
 def render(recipe: Recipe, kind: Kind = "RayJob") -> list[Json]:
-    """Build the manifests, in the order in which they are applied; the last one runs the recipe.
+    """Build the manifests in the order in which they must be applied. The last one is the RayJob or RayCluster.
 
     Raises:
-        ConfigError: the recipe cannot run on the cluster because of a name, a path or a size.
+        ConfigError: the recipe cannot run on Kubernetes because of a name, a path, a secret or a size.
     """
     name, profile = run_name(recipe), recipe.cluster.kubernetes
     manifests = [
@@ -43,15 +45,15 @@ def render(recipe: Recipe, kind: Kind = "RayJob") -> list[Json]:
 
 
 def text(manifests: list[Json]) -> str:
-    """Return manifests as YAML documents."""
+    """Return manifests as text: YAML documents that are separated by `---`."""
     return "---\n".join(yaml.dump(m, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120) for m in manifests)
 
 
 def run_name(recipe: Recipe) -> str:
-    """Return the name of the run's objects.
+    """Return the name of the run's Kubernetes objects.
 
     Raises:
-        ConfigError: the recipe's name is not a valid Kubernetes name, and the profile sets no other.
+        ConfigError: cluster.kubernetes.name is not set, and the recipe's name is not valid in Kubernetes.
     """
     name = recipe.cluster.kubernetes.name or recipe.name.replace("_", "-")
     if len(name) > MAX_RAYJOB_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
@@ -94,7 +96,7 @@ def _job_spec(recipe: Recipe, name: str) -> Json:
 
 
 def _suspended(queue: QueueConfig | None) -> Json:
-    """Return the field that suspends an object until Kueue admits it."""
+    """Return the field that suspends an object until Kueue admits it; return {} without Kueue."""
     return {"suspend": True} if queue is not None and queue.type == "kueue" else {}
 
 
@@ -225,8 +227,7 @@ def _pod_monitor(name: str) -> Json:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A YAML writer with indented lists, texts of several lines as blocks and no aliases, so that a person can read
-    it."""
+    """A YAML writer for people: lists are indented, texts of several lines are blocks, and there are no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,7 @@
-"""The rules of the KubeRay operator beyond its schemas: those of release 1.7 with the default feature gates."""
+"""Checks of manifests by the rules of the KubeRay operator that its schemas cannot express.
+
+The rules are those of release 1.7 with the default feature gates.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
 def violations(manifest: Json) -> list[Violation]:
-    """List what is wrong with a manifest: first by its schema and, if that finds nothing, by the operator's rules."""
+    """List what is wrong with a manifest. The operator's rules are checked only if its schema finds nothing wrong."""
     wrong = schema_violations(manifest)
     if not wrong and not manifest["metadata"].keys() & {"name", "generateName"}:
         wrong = [Violation("metadata.name", "is required, but missing")]
@@ -204,7 +207,9 @@ def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Vi
 def _group(group: Json, where: str) -> Iterator[Violation]:
     start = group.get("rayStartParams") or {}
     if not group["template"]["spec"].get("containers"):
-        yield Violation(f"{where}.template.spec.containers", "at least one is expected, the first of which is Ray's")
+        yield Violation(
+            f"{where}.template.spec.containers", "at least one container is expected, and the first must be Ray's"
+        )
     if group.get("resources") and any(start.get(key) for key in SIZES_OF_START):
         yield Violation(f"{where}.resources", "rayStartParams sets resources as well: use one of the two")
     if "labels" in start:
@@ -318,6 +323,6 @@ def _is_token_of_kubernetes(spec: Json) -> bool:
 
 
 def _version(spec: Json) -> tuple[int, ...]:
-    """Return rayVersion as numbers; an invalid one counts as older than all others."""
+    """Return the first two numbers of rayVersion. A missing or invalid version is (0, 0), older than every other."""
     match = re.match(r"v?(\d+)\.(\d+)", spec.get("rayVersion") or "")
     return (int(match[1]), int(match[2])) if match else (0, 0)

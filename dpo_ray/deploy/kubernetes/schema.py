@@ -1,5 +1,4 @@
-"""Offline checks of a manifest against the schemas of KubeRay's custom resources, as strict as those of the API
-server."""
+"""Offline checks of a manifest against the schemas of KubeRay and Kubernetes. They are as strict as the API server."""
 
 from __future__ import annotations
 
@@ -27,14 +26,14 @@ INTEGERS = {"int32": 2**31, "int64": 2**63}
 
 
 class Violation(NamedTuple):
-    """What is wrong with one field of a manifest."""
+    """One fault in a manifest: the field, and what is wrong with it."""
 
     field: str
     what: str
 
 
 def schema_violations(manifest: Json) -> list[Violation]:
-    """List every field that the schema of the manifest's kind does not know or does not allow."""
+    """List every field of a manifest that its schema does not know, that has a wrong value, or that is missing."""
     kind = (manifest.get("apiVersion"), manifest.get("kind"))
     if kind not in SCHEMAS:
         known = ", ".join(f"{k} ({version})" for version, k in SCHEMAS)
@@ -61,7 +60,7 @@ def _findings(error: ValidationError) -> Iterator[Violation]:
 
 
 def field_path(parts: list[str | int]) -> str:
-    """Return a path as text, such as `spec.workerGroupSpecs[0].replicas`."""
+    """Return the path of a field as text, such as `spec.workerGroupSpecs[0].replicas`."""
     written = ""
     for part in parts:
         written += f"[{part}]" if isinstance(part, int) else f".{part}"
@@ -87,7 +86,7 @@ def _validator(version: str, kind: str) -> Draft7Validator:
 
 
 def _strict(schema: Any) -> None:
-    """Turn a structural schema of Kubernetes into JSON Schema that refuses unknown fields, in place."""
+    """Change a structural schema of Kubernetes, in place, into a JSON Schema that refuses unknown fields."""
     if isinstance(schema, list):
         for part in schema:
             _strict(part)

@@ -1,1 +1,1 @@
-"""Recipes as Ray jobs: submitting one, following its log, stopping it."""
+"""Recipes as Ray jobs: submitting a recipe, following the log of its job, and stopping the job."""

@@ -1,4 +1,4 @@
-"""The runtime environment of a job: packages that the image lacks, and plain variables. Secrets are never sent."""
+"""Ray's runtime environment of a job: packages that the image does not have, and variables. Secrets are refused."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ PASSWORD_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
 def runtime_environment(pip: list[str], uv: list[str], variables: list[str], judge_keys: set[str]) -> dict[str, Any]:
-    """Build Ray's runtime environment. Each entry of `pip` and `uv` is a requirement or a file of them; variables are
-    NAME=VALUE.
+    """Build the runtime environment of a job, in the form that Ray expects.
+
+    Args:
+        pip, uv: requirements, or files with requirements, to install with pip or with uv.
+        variables: environment variables as NAME=VALUE.
+        judge_keys: names of variables with API keys of judges, which are refused as secrets.
 
     Raises:
-        ConfigError: both installers are used, only this machine has a requirement, or everybody could read a secret.
+        ConfigError: both installers are used, a requirement exists only on this machine, or a value looks like a secret,
+            which everybody could read on the dashboard.
     """
     if pip and uv:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The jobs of a cluster that run recipes: their state in words for a user, and how to stop one."""
+"""The jobs on a Ray cluster that run recipes: their state, described for a user, and how to stop a job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .server import answers, last_line
 METADATA = "dpo_ray."  # the prefix of our metadata
 STOPS = f"{METADATA}stops"
 CHECKPOINT_STEP = re.compile(r"asked to stop, and has, after step (\d+) of (\d+)")  # in the last output of a driver
-DRIVER_STOPPED = "stopped; the same command goes on"  # its last output; Ray's threads may abort the process after it
+DRIVER_STOPPED = "stopped; the same command goes on"  # a driver's last output; Ray's threads may then abort the process
 ALREADY = "already exists"  # in Ray's error for a second job of the same name
 POLL_SECONDS = 2.0
 ASK_SECONDS = 90.0  # in which the head must start the small job that signals a driver
@@ -30,7 +30,7 @@ ENDING_SECONDS = 120.0  # after Ray's own stop
 
 @dataclass(frozen=True)
 class Job:
-    """One submission. Times are in seconds since 1970; the exit code is that of the driver, if it ended by itself."""
+    """One submitted job, with times in seconds since 1970. `exit_code` is None if its driver did not end by itself."""
 
     id: str
     status: str
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def code(self) -> int:
-        """Return the exit code that `dpo-ray run` would have had; 0 while the job is not over."""
+        """Return the exit code that `dpo-ray run` would have had; return 0 while the job is not over."""
         if self.exit_code is not None:
             stopped = self.exit_code in (-15, 143) or (self.exit_code < 0 and DRIVER_STOPPED in self.message)
             return StoppedError.exit_code if stopped else self.exit_code % 256
@@ -101,9 +101,9 @@ def every(client: JobSubmissionClient) -> list[Job]:
 def stop(client: JobSubmissionClient, job: str, grace_seconds: float, say: Callable[[str], None]) -> Job:
     """Stop a job after it has written a checkpoint, and return its final state.
 
-    The driver gets SIGTERM and then writes a checkpoint after its current step. If it has not ended `grace_seconds`
-    later, Ray stops it without a checkpoint. A second call only waits as well, because a second SIGTERM would end the
-    driver at once.
+    The driver gets SIGTERM and writes a checkpoint after its current step. If the driver has not ended after
+    `grace_seconds`, Ray stops it without a checkpoint. If this function is called again for the same job, it sends no
+    second SIGTERM, which would end the driver at once; it only waits.
 
     Raises:
         ConfigError: the cluster has no such job.
@@ -130,9 +130,9 @@ def stop(client: JobSubmissionClient, job: str, grace_seconds: float, say: Calla
 
 
 def _signal_driver(client: JobSubmissionClient, job: str) -> bool:
-    """Send SIGTERM from the head to a job's driver, once for each job; return False if the head found no driver.
+    """Send SIGTERM to a job's driver, only once for each job; return False if there is no driver.
 
-    A job of its own sends the signal, because Ray runs jobs on the head, where the drivers are, whatever the image is.
+    A separate job sends the signal, because Ray runs jobs on the head, and the drivers run there as well.
     """
     place, signals = client.get_address(), f"{job}-stop"
     with tempfile.TemporaryDirectory(prefix="dpo-ray-stop-") as directory:

@@ -1,4 +1,4 @@
-"""The output of a job's driver, followed until the job has ended, over connections that may break."""
+"""The output of a job's driver. It is followed until the job has ended, even if connections break."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def printed(client: JobSubmissionClient, job: str) -> str:
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> Job:
-    """Write the output of a job's driver, each character once, and return the job when it has ended.
+    """Write the output of a job's driver, every character once, until the job has ended; return the job.
 
-    Every connection starts at the first character of the log, so those that were already written are skipped. The state
-    of the job decides when it has ended: a connection that closes does not mean that.
+    Every connection starts at the beginning of the log, so characters that were already written are skipped. The job has
+    ended when its state says so; a closed connection does not mean that it has ended.
 
     Raises:
         ConfigError: the cluster has no such job.
@@ -60,8 +60,10 @@ async def _follow(client: JobSubmissionClient, job: str, write: Callable[[str], 
 
 
 async def _one_connection(client: JobSubmissionClient, job: str, write: Callable[[str], None], written: int) -> int:
-    """Write new output until the connection ends or is silent for too long; return the number of characters written so
-    far."""
+    """Open one connection and write new output until it ends or is silent for too long.
+
+    `written` is the number of characters that were written before. Return this number with the new characters.
+    """
     passed, lines = 0, cast(AsyncGenerator[str, None], client.tail_job_logs(job))
     try:
         while True:

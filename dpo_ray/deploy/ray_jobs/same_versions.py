@@ -1,4 +1,4 @@
-"""A check before a submitted run starts: this cluster must have the dpo-ray version that checked the recipe.
+"""A check before a submitted run starts: the cluster must have the same dpo-ray version as the machine that submitted it.
 
 python -m dpo_ray.deploy.ray_jobs.same_versions dpo-ray==0.1.0
 """
@@ -12,10 +12,10 @@ from dpo_ray.errors import InfrastructureError
 
 
 def check(submitted_by: str) -> None:
-    """Compare the minor version with `dpo-ray==VERSION`, by which the recipe was submitted.
+    """Compare this cluster's version with `dpo-ray==VERSION`, the version that submitted the recipe.
 
     Raises:
-        InfrastructureError: they differ, so a recipe may have another meaning here.
+        InfrastructureError: the major or minor versions differ, so a recipe may have another meaning here.
     """
     theirs = submitted_by.removeprefix("dpo-ray==")
     if theirs.split(".")[:2] != __version__.split(".")[:2]:

@@ -1,5 +1,7 @@
-"""The connection to a cluster's job server, the HTTP service of Ray's dashboard; each failure becomes one clear
-error."""
+"""The connection to a cluster's job server, which is an HTTP service of Ray's dashboard.
+
+Every failure becomes one error that says what to do.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,14 @@ TOKEN_PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"  # no
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Return a client of the job server at `address`, even if RAY_ADDRESS names another one.
+    """Return a client of the job server at `address`, even if RAY_ADDRESS names another cluster.
 
-    The token is only sent to a cluster that requires one.
+    A token is sent only to a cluster that requires a token.
 
     Raises:
-        ConfigError: the address is not that of a dashboard.
-        InfrastructureError: nothing listens there, it is not a Ray dashboard, it refuses the token, or it runs another
-            Ray.
+        ConfigError: `address` is not the address of a dashboard.
+        InfrastructureError: nothing listens at the address, it is not a Ray dashboard, the cluster refuses the token, or
+            it runs another version of Ray.
     """
     place = dashboard_url(address)
     headers: dict[str, str] = {}
@@ -54,10 +56,10 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def dashboard_url(address: str) -> str:
-    """Return a complete URL; `host:8265` means http.
+    """Return the complete URL of a dashboard. An address without a scheme, such as `host:8265`, means http.
 
     Raises:
-        ConfigError: it is the address of something else, such as that of Ray Client.
+        ConfigError: this is not the address of a dashboard, but for example the address of Ray Client.
     """
     place = address.strip()
     place = (place if "://" in place else f"http://{place}").rstrip("/")
@@ -74,14 +76,17 @@ def dashboard_url(address: str) -> str:
 
 @contextmanager
 def answers(place: str, job: str = "") -> Iterator[None]:
-    """Translate the exceptions of Ray's client into errors with a place and a fix; `job` is the job of the request."""
+    """Convert exceptions of Ray's client to errors that say where they happened and what to do.
+
+    `job` is the job that the request is about, if it is about one.
+    """
     try:
         yield
     except (requests.exceptions.RequestException, ConnectionError) as error:
         raise InfrastructureError(
             f"the cluster no longer answers ({type(error).__name__})",
             where=place,
-            fix="a job goes on without its client: try again later. If the head was lost, so was the job: submit it again to go on",
+            fix="the job continues without this client: try again later. If the head was lost, the job was lost, too: submit it again",
         ) from error
     except ray.exceptions.AuthenticationError as error:
         fix = f"check that {TOKEN_PLACES} holds the token of this cluster"
@@ -96,7 +101,7 @@ def answers(place: str, job: str = "") -> Iterator[None]:
 
 
 def last_line(text: str, limit: int = 300) -> str:
-    """Return the last line that has text; in a traceback it is the error itself."""
+    """Return the last line with text, cut to `limit` characters. In a traceback, this line is the error itself."""
     lines = [line.strip() for line in text.splitlines() if line.strip(" .")]
     return lines[-1][:limit] if lines else "no reason is known"
 
@@ -136,7 +141,11 @@ def _same_ray(theirs: str, place: str) -> None:
 
 
 def _token(place: str) -> tuple[str, str]:
-    """Find the token in the places where Ray itself looks, in the same order; return it and its place."""
+    """Return the token for the cluster, and where it was found. It is looked for in the same places as Ray does.
+
+    Raises:
+        InfrastructureError: there is no token on this machine.
+    """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token, "RAY_AUTH_TOKEN"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -155,7 +164,7 @@ def _token(place: str) -> tuple[str, str]:
 
 @contextmanager
 def _not_redirected() -> Iterator[None]:
-    """Hide the variables that would replace the address while Ray's client is built."""
+    """In the `with` block, remove the environment variables that would make Ray's client use another address."""
     hidden = {name: os.environ.pop(name) for name in REDIRECTIONS if name in os.environ}
     try:
         yield

@@ -1,7 +1,7 @@
-"""A script that sends SIGTERM to the driver of one Ray job; it runs on the head, as a job of its own.
+"""A script that sends SIGTERM to the driver of one Ray job. It runs on the head, as a separate job.
 
-It is uploaded as a single file, so it needs only the standard library. Ray's own stop would send SIGKILL three seconds
-after its SIGTERM, which is too soon for a checkpoint.
+It is uploaded as a single file, so it uses only the standard library. Ray's own way to stop a job is not used, because
+it sends SIGKILL three seconds after SIGTERM, which is too soon for a checkpoint.
 
     python stop_driver.py SUBMISSION_ID         exit code 0: sent; 3: no such driver runs here
 """
@@ -21,8 +21,8 @@ NOT_FOUND = 3
 
 
 def driver_of(job: str) -> int | None:
-    """Find the process of a job's driver: its environment holds the job's name, set by Ray, and its command runs
-    dpo_ray."""
+    """Return the process id of a job's driver, or None. The driver runs `dpo_ray`, and Ray put the job's name into its
+    environment."""
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
@@ -43,7 +43,7 @@ def _job_of(variables: list[bytes]) -> str | None:
 
 
 def main(job: str) -> int:
-    """Wait until the driver exists, send it one signal, and return the exit code."""
+    """Wait until the driver of a job exists, send it SIGTERM once, and return the exit code of this script."""
     until = time.monotonic() + WAIT_SECONDS
     while (pid := driver_of(job)) is None:
         if time.monotonic() > until:

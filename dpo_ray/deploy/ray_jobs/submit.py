@@ -1,4 +1,4 @@
-"""Submission of a recipe to a running Ray cluster: its driver runs on the head, independently of this machine."""
+"""Submission of a recipe to a running Ray cluster. The driver runs on the cluster's head, independently of this machine."""
 
 from __future__ import annotations
 
@@ -28,20 +28,24 @@ ENTRYPOINT = (
 
 @dataclass(frozen=True)
 class Submitted:
-    """The id of a submitted job, and the files that were uploaded."""
+    """A submitted job: its id, and the names of the files that were uploaded."""
 
     id: str
     files: list[str]
 
 
 def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, Any], code: Path | None) -> Submitted:
-    """Submit a recipe, which the head then runs. `environment` is Ray's runtime environment, without a working
-    directory.
+    """Submit a recipe as a Ray job, which then runs on the cluster's head.
 
-    A run that failed or was stopped goes on: its artifacts are in the same place, and only the attempt's number is new.
+    If an earlier job of this run failed or was stopped, the new job continues from its artifacts. Only the number of the
+    attempt is new.
+
+    Args:
+        environment: Ray's runtime environment, without a working directory.
+        code: a directory with the user's code to upload, or None.
 
     Raises:
-        ConfigError: the recipe names a path that only this machine sees, or the upload would be too large.
+        ConfigError: the recipe contains a path that only this machine can access, or the upload would be too large.
         LeaseError: the same run is still active on the cluster.
         InfrastructureError: the cluster does not answer, or refuses the job.
     """
@@ -75,7 +79,7 @@ def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, A
 
 
 def next_attempt(name: str, jobs: list[Job]) -> int:
-    """Return the number after the highest attempt that the cluster knows, whatever its state is."""
+    """Return the number for the next job of a run: one more than the highest number among its jobs in any state."""
     matches = [re.fullmatch(rf"{re.escape(name)}-(\d+)", job.id) for job in jobs]
     return 1 + max((int(match[1]) for match in matches if match), default=0)
 

@@ -1,5 +1,7 @@
-"""The directory that is uploaded to the cluster with a job: the recipe, its chat template and a user's code, never
-data."""
+"""The directory that is uploaded to the cluster with a job: the recipe, its chat template and the user's code.
+
+Data is never uploaded.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,17 @@ SECRETS = (
     *("id_ecdsa*", "id_dsa*", "*credential*", "*secret*", "*password*", "*service*account*", "*.token", "token"),
     *("token.*", "*_token", "*_token.*", "*apikey*", "*api_key*", "adc.json"),
 )
-"""Names of files and directories that may hold secrets, in any case of letters."""
+"""Names of files and directories that may hold secrets, in upper or lower case. They are never uploaded."""
 
 CODE_SUFFIXES = (".py", ".pyi", ".jinja", ".j2")
-"""Names of code are not judged by their words: `tokens_of.py` and `secret_santa.py` are sent."""
+"""Files with these endings are code. They are uploaded even if their names look secret, such as `secret_santa.py`."""
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """Return the text of the recipe with all overrides, as the driver on the cluster will read it.
+    """Return the recipe as YAML text, with all overrides, as the driver on the cluster will read it.
 
     Raises:
-        ConfigError: it names a path that only this machine sees.
+        ConfigError: the recipe contains a path that only this machine can access.
     """
     values: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True, exclude={"cluster": {"kubernetes"}})
     values.setdefault("output", recipe.output)
@@ -60,14 +62,14 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def fill(target: Path, recipe: Recipe, code: Path | None) -> list[str]:
-    """Copy everything that is to be uploaded into `target`, and return the names of its files.
+    """Copy all files to upload into `target`, and return their names.
 
-    `code` is a directory of the user, such as one with a judge's function; files that its .gitignore and .rayignore
-    files name are left out. The recipe replaces a recipe.yaml in it.
+    `code` is a directory with the user's own code, such as the function of a judge. Files that its .gitignore and
+    .rayignore files name are left out. If it has a recipe.yaml, the submitted recipe replaces this file.
 
     Raises:
-        ConfigError: a directory or template is missing, it is too large, or the recipe names a path that only this
-            machine sees.
+        ConfigError: the directory or the chat template is missing, the directory is too large, or the recipe contains a
+            path that only this machine can access.
     """
     text, template = recipe_text(recipe), _template(recipe)
     if code is not None:
@@ -81,7 +83,7 @@ def fill(target: Path, recipe: Recipe, code: Path | None) -> list[str]:
 
 
 def code_files(directory: Path) -> list[str]:
-    """List the files of a user's directory that are uploaded, relative to it.
+    """List the files in a user's directory that will be uploaded, with paths relative to the directory.
 
     Raises:
         ConfigError: there is no such directory, or its files are larger than MAX_BYTES.
@@ -101,8 +103,10 @@ def code_files(directory: Path) -> list[str]:
 
 
 def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[str]:
-    """Yield the files below `at`, without those that an ignore file there or above names; links to directories are
-    skipped."""
+    """Yield the files below the directory `at`, except those that an ignore file in or above their directory names.
+
+    Links to directories, and links to files outside of `root`, are skipped.
+    """
     here = root / at
     for name in IGNORE_FILES:
         if (here / name).is_file():
@@ -133,7 +137,7 @@ def _ignored(path: str, is_directory: bool, rules: list[tuple[str, PathSpec]]) -
 
 
 def _by_entry(sizes: dict[str, int]) -> dict[str, int]:
-    """Compute the total size of each file and of each directory at the top level."""
+    """Return the size of each file and the total size of each directory at the top level."""
     entries: dict[str, int] = {}
     for file, size in sizes.items():
         head, *below = file.split("/")
@@ -148,7 +152,7 @@ def _check_seen_by_all(path: str, field: str, may_be_hub_name: bool) -> None:
     if may_be_hub_name and is_hub_name(path):
         return
     example = f"{field}=/shared/{posixpath.basename(path.rstrip('/')) or 'runs'}"
-    fix = f"use an absolute path that every node of the cluster sees, or a URI: {example}, or s3://bucket/..."
+    fix = f"use an absolute path that every node of the cluster can access, or a URI: {example}, or s3://bucket/..."
     raise ConfigError("a relative path has another meaning on the cluster", where=f"{field}={path}", fix=fix)
 
 

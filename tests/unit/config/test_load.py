@@ -98,7 +98,7 @@ def test_a_number_of_endless_digits_is_one_error(text: str) -> None:
 
 
 def test_a_number_that_nothing_can_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.steps: 1e\+20 is larger"):
+    with pytest.raises(ConfigError, match=r"train\.steps: 1e\+20 is too large"):
         validate_recipe(apply_overrides(LEAST, ["train.steps=100000000000000000000"]))
 
 

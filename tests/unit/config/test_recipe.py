@@ -93,7 +93,7 @@ def test_a_recipe_survives_being_written_and_read() -> None:
 
 
 def test_sections_agree() -> None:
-    with pytest.raises(ConfigError, match=r"train\.eval_every_steps: there is nothing to evaluate on"):
+    with pytest.raises(ConfigError, match=r"train\.eval_every_steps: there is no held-out data"):
         recipe("train.eval_every_steps=5")
     assert recipe("train.eval_every_steps=5", "data.eval=x").train.eval_every_steps == 5
 

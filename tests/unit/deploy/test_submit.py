@@ -198,7 +198,7 @@ def test_attempts_are_counted_on() -> None:
         ("FAILED", -15, "", 75, "stopped; submit again"),
         ("FAILED", -6, "x\nstopped; the same command goes on from what was committed\n", 75, "stopped; submit again"),
         ("STOPPED", None, "", 75, "stopped at once"),
-        ("FAILED", 6, "", 6, "failed with exit code 6: The reference log-probs differ"),
+        ("FAILED", 6, "", 6, "failed with exit code 6: The stored log-probs of the reference model differ"),
         ("FAILED", -9, "", 247, "failed with exit code 247"),
         ("FAILED", None, "Traceback\n  x\nActorDiedError: gone", 9, "failed: ActorDiedError: gone; submit again"),
     ],

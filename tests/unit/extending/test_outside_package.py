@@ -121,12 +121,12 @@ WRONG = {
     "a name that dpo_ray has": (
         "objective_configs]\n",
         "objective_configs]\nsigmoid = outside.objective_config:SquaredHinge\n",
-        "`sigmoid` is there already",
+        "the name `sigmoid` is already taken",
     ),
     "no implementation": (
         "squared_hinge = outside.objective:squared_hinge\n",
         "",
-        "`squared_hinge` has a configuration and no implementation",
+        "`squared_hinge` has a configuration, but no implementation",
     ),
     "no such module": (
         "votes = outside.format:VOTES",
@@ -136,7 +136,7 @@ WRONG = {
     "a format that dpo_ray has": (
         "votes = outside.format:VOTES",
         "scored = outside.format:VOTES",
-        "`scored` is there already",
+        "the name `scored` is already taken",
     ),
     "no such class": (
         "exclaiming = outside.judge:Exclaiming",
