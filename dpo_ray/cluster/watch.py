@@ -1,7 +1,7 @@
-"""The watch over the two processes of Ray that a driver cannot do without: the head's, and the raylet of this machine.
+"""The watch over two processes of Ray, which ends a run with an error if one of them is lost.
 
-Without it the driver ends with code 1 and without a word: a minute after the head is lost, or as soon as Ray's own code
-needs a raylet that has ended.
+The driver needs the head's process and the raylet of its own machine. Without this watch, Ray's own code ends the driver
+with exit code 1 and no message: a minute after the head is lost, or as soon as it needs a raylet that has ended.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ AGAIN = "run the same command again: it continues from what was committed"
 
 @contextmanager
 def watched_ray(address: str) -> Iterator[None]:
-    """End what runs in the `with` block if Ray's head does not answer any more, or the raylet of this machine has ended.
+    """Interrupt the code in the `with` block if Ray's head no longer answers, or if the raylet of this machine has ended.
+
+    If the main thread does not react, because it waits in Ray's own code, print the error and end the process.
 
     Raises:
-        RayLostError: Ray is about to end this process, because the head or the raylet is lost.
+        RayLostError: the head or the raylet is lost, so Ray would soon end this process.
     """
     head, raylet = ray.get_runtime_context().gcs_address, _raylet_address()
     patience_seconds = LOCAL_PATIENCE_SECONDS if address == "local" else CLUSTER_PATIENCE_SECONDS
@@ -86,7 +88,7 @@ def _raylet_error(address: str) -> RayLostError:
 
 
 def _raylet_address() -> str:
-    """Return where the raylet of the driver's own node listens; empty if Ray does not list the node."""
+    """Return the address at which the raylet of the driver's node listens, or "" if Ray does not list this node."""
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["NodeID"] == here]
     return f"{nodes[0]['NodeManagerAddress']}:{nodes[0]['NodeManagerPort']}" if nodes else ""
@@ -101,7 +103,10 @@ def _answers(place: str) -> bool:
 
 
 def _refuses(place: str) -> bool:
-    """Return whether nothing listens there any more. A slow machine or network does not refuse."""
+    """Return whether the address refuses connections because no process listens there.
+
+    A slow machine or network does not refuse.
+    """
     try:
         _connect(place)
     except ConnectionRefusedError:

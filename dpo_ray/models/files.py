@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from dpo_ray.errors import ConfigError
+
+from .architecture import check_attention, check_media_parts
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _LENGTH_BYTES = 8  # a file begins with the length of its header, a number of 8 bytes
@@ -40,7 +44,7 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
 
 
 def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> None:
-    """Check that transformers knows the model, that its weight files are complete, and that the tokenizer fits the embedding.
+    """Check that the model's architecture can be trained, its weight files are complete, and the tokenizer fits.
 
     A weight file is complete if its header is sound and fits the size of the file. The tokenizer fits if the embedding has
     a row for each of its tokens.
@@ -51,13 +55,17 @@ def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> Non
     Raises:
         ConfigError: one of these checks fails.
     """
-    vocabulary = _vocabulary_size(directory, where)
-    rows = {}
+    config = _architecture(directory, where)
+    check_attention(config, where)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    rows, names = {}, []
     for file in _weight_files(directory, where):
         for name, tensor in _header(file, where).items():
+            names.append(name)
             if name.endswith(EMBEDDINGS) and isinstance(tensor, dict) and len(tensor.get("shape", ())) == 2:
                 rows[name] = tensor["shape"][0]
-    if vocabulary is None:
+    check_media_parts(config, names, where)
+    if type(vocabulary) is not int:
         return
     for name, count in rows.items():
         if count != vocabulary:
@@ -75,19 +83,17 @@ def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> Non
         )
 
 
-def _vocabulary_size(directory: Path, where: str) -> int | None:
+def _architecture(directory: Path, where: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each architecture has its own code for reading it, which may raise anything
         raise ConfigError(
             f"transformers cannot read config.json: {next(iter(str(error).splitlines()), type(error).__name__)}",
             where=where,
             fix="use a model that this version of transformers knows",
         ) from None
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return size if type(size) is int else None
 
 
 def _weight_files(directory: Path, where: str) -> list[Path]:

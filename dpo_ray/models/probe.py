@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_ray.data.groups import Group
-from dpo_ray.errors import ConfigError
 from dpo_ray.schedule.micro_batch import pack
 
 from . import attention
+from .architecture import check_attention, refused
 from .packed_rows import Layout, packed_rows
 from .token_logps import TokenLogps
 
@@ -54,8 +54,7 @@ def check_segments(policy: TokenLogps, where: str) -> None:
         ConfigError: log-probs also differ in padded rows, or tokens can see the tokens that follow them.
     """
     model_type = policy.model.config.model_type
-    if getattr(policy.model.config, "use_bidirectional_attention", None) is True:
-        raise _refused(model_type, "its tokens see the tokens that follow them (use_bidirectional_attention)", where)
+    check_attention(policy.model.config, where)
     if model_type in KNOWN_EXACT:
         _set_attention(policy.model, by_segments=policy.layout != "padded")
         return
@@ -74,7 +73,7 @@ def check_segments(policy: TokenLogps, where: str) -> None:
                     f"{layout} with {'attention by segments' if by_segments else 'its own attention'}: {problem}"
                 )
             else:
-                raise _refused(model_type, "; ".join(problems), where)
+                raise refused(model_type, "; ".join(problems), where)
     finally:
         policy.train()
     if problems:
@@ -150,7 +149,7 @@ def _alone(policy: TokenLogps, groups: list[Group], where: str) -> Tensor:
             try:
                 logits = policy.model(input_ids=ids[None], use_cache=False).logits[0].float()
             except FAILURES as error:
-                raise _refused(policy.model.config.model_type, str(error).splitlines()[0], where) from error
+                raise refused(policy.model.config.model_type, str(error).splitlines()[0], where) from error
             at = torch.arange(len(group.prompt_ids) - 1, len(ids) - 1)
             rows.append(logits.log_softmax(-1)[at, ids[len(group.prompt_ids) :]])
     return torch.cat(rows)
@@ -171,11 +170,3 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for holder, name, window in windows:
             setattr(holder, name, window)
-
-
-def _refused(model_type: str, reason: str, where: str) -> ConfigError:
-    return ConfigError(
-        f"the architecture `{model_type}` cannot be trained: {reason}",
-        where=where,
-        fix="use a decoder whose tokens interact only in attention, such as Llama, Mistral, Qwen, Gemma, Phi",
-    )

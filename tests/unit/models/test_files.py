@@ -114,3 +114,27 @@ def test_layers_that_cannot_have_an_adapter_are_found_without_weights(modules: t
     check_targets(LoraConfig(), SOURCE)
     with pytest.raises(ConfigError, match=says):
         check_targets(LoraConfig(target_modules=modules), SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "deepseek_v32", "index_topk": 2048}, "index_topk"),
+        ({"model_type": "glm_moe_dsa", "index_topk": 64}, "index_topk"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "qwen3_vl"}, "no causal language model"),
+        ({"model_type": "qwen3_5"}, "would lose the part of `qwen3_5` that reads images"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_an_architecture_that_would_be_wrong_is_refused_without_its_weights(
+    changes: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changes))
+    name = "model.visual.blocks.0.attn.qkv.weight"  # of Qwen3.5's multimodal checkpoint
+    header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ConfigError) as error:
+        check_weights(tmp_path, TOKENS, "model.path=here")
+    assert words in error.value.what
+    assert error.value.where == "model.path=here"

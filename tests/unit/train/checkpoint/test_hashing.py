@@ -124,8 +124,8 @@ def test_a_disk_that_refuses_to_write_is_told_from_other_faults(disk: Storage, l
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
     try:
+        checkpoints.save(policy, optimizer, Progress(1), [])
         with pytest.raises(WriteRefusedError, match="cannot write: File too large"):
-            checkpoints.save(policy, optimizer, Progress(1), [])
             checkpoints.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
