@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +23,8 @@ class JournalMemory:
     """The answers of one judge in a directory or bucket, one JSON line each. Safe for threads.
 
     Each writer has its own files, and reads the files of all writers when it opens; it does not see what others write
-    later. Threads that put at the same time share one write.
+    later. So two writers may both ask a question: from then on, the answer that was written first counts, by the clocks
+    of their machines. Threads that put at the same time share one write.
     """
 
     def __init__(self, storage: Storage, digest: str, writer: str) -> None:
@@ -67,14 +69,16 @@ class JournalMemory:
             if not batch:  # another thread has written them along with its own
                 return
             try:
-                self._write([canonical_json({"key": key, "answer": answer}) for key, answer in batch.items()])
+                self._write(batch)
             except BaseException:
                 with self._state:  # the threads that put these find them here, and write them or fail themselves
                     self._pending = batch | self._pending
                 raise
             self._answers |= batch
 
-    def _write(self, lines: Sequence[bytes]) -> None:
+    def _write(self, answers: Mapping[str, Any]) -> None:
+        now = time.time()
+        lines = [canonical_json({"key": k, "answer": a, "unix_seconds": now}) for k, a in answers.items()]
         if self._place.is_local:
             if self._journal is None:
                 self._journal = Journal(self._place.local_path(f"{self._writer}.jsonl"))
@@ -86,16 +90,20 @@ class JournalMemory:
 
 
 def _read(place: Storage) -> dict[str, Any]:
+    """Read the answers of all writers, of each key the one that was written first."""
     with ThreadPoolExecutor(READERS) as pool:
         files = list(pool.map(place.read_bytes, place.list_files()))
-    answers: dict[str, Any] = {}
+    first: dict[str, tuple[float, Any]] = {}  # the time of each key's answer, and the answer
     for line in (line for data in files for line in whole_lines(data)):
         try:
             entry = json.loads(line)
-            answers.setdefault(entry["key"], entry["answer"])
+            # A line without a time is of an older version.
+            key, written = entry["key"], (float(entry.get("unix_seconds", 0.0)), entry["answer"])
         except (ValueError, KeyError, TypeError):
             continue  # a disk that lost power may fill a block with zeros: that question is asked again
-    return answers
+        if key not in first or written[0] < first[key][0]:
+            first[key] = written
+    return {key: answer for key, (_, answer) in first.items()}
 
 
 class NoMemory:
