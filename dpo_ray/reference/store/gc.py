@@ -158,8 +158,8 @@ def _write_merged(partition: Storage, index: StoreIndex, merge: _Merge) -> None:
         values = read_places(partition, index.segments, index.segment[at], index.row[at])
     except FileNotFoundError as error:
         raise vanished(partition) from error
-    # The merged segment gets the age of its oldest part. So if the same key is in an older segment that is not merged,
-    # that entry still counts.
+    # The merged segment gets the age of its oldest part. So if a segment that is not merged has one of its keys, too,
+    # the merged entry still counts, as it did before.
     stamp = min(stamp_nanoseconds(index.segments[s]) or 0 for s in merge.segments)
     partition.write(new_name(stamp), to_bytes(key_column(index.keys_at(at)), values), rows=len(at))
 
