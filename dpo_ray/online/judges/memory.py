@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,8 +23,9 @@ class JournalMemory:
     """The stored answers of one judge, in files with one JSON line per answer, on a disk or in a bucket.
 
     Each process writes its own files. When it opens the memory it reads the files of all processes; it does not see
-    answers that others write later. Several threads may use one object; answers that they put at the same time are
-    written together.
+    answers that others write later. So two processes may both ask a question: from then on, the answer that was written
+    first counts, by the clocks of their machines. Several threads may use one object; answers that they put at the same
+    time are written together.
     """
 
     def __init__(self, storage: Storage, digest: str, writer: str) -> None:
@@ -69,14 +71,16 @@ class JournalMemory:
             if not batch:  # another thread has written these answers together with its own
                 return
             try:
-                self._write([canonical_json({"key": key, "answer": answer}) for key, answer in batch.items()])
+                self._write(batch)
             except BaseException:
                 with self._state:  # threads that wait to write these answers find them here, and try it themselves
                     self._pending = batch | self._pending
                 raise
             self._answers |= batch
 
-    def _write(self, lines: Sequence[bytes]) -> None:
+    def _write(self, answers: Mapping[str, Any]) -> None:
+        now = time.time()
+        lines = [canonical_json({"key": k, "answer": a, "unix_seconds": now}) for k, a in answers.items()]
         if self._place.is_local:
             if self._journal is None:
                 self._journal = Journal(self._place.local_path(f"{self._writer}.jsonl"))
@@ -88,16 +92,20 @@ class JournalMemory:
 
 
 def _read(place: Storage) -> dict[str, Any]:
+    """Read the answers of all writers, of each key the one that was written first."""
     with ThreadPoolExecutor(READERS) as pool:
         files = list(pool.map(place.read_bytes, place.list_files()))
-    answers: dict[str, Any] = {}
+    first: dict[str, tuple[float, Any]] = {}  # the time of each key's answer, and the answer
     for line in (line for data in files for line in whole_lines(data)):
         try:
             entry = json.loads(line)
-            answers.setdefault(entry["key"], entry["answer"])
+            # A line without a time is of an older version.
+            key, written = entry["key"], (float(entry.get("unix_seconds", 0.0)), entry["answer"])
         except (ValueError, KeyError, TypeError):
             continue  # a disk that lost power may fill a block with zeros; the question of this line is asked again
-    return answers
+        if key not in first or written[0] < first[key][0]:
+            first[key] = written
+    return {key: answer for key, (_, answer) in first.items()}
 
 
 class NoMemory:

@@ -159,8 +159,8 @@ def _write_merged(partition: Storage, index: StoreIndex, merge: _Merge) -> None:
         values = read_places(partition, index.segments, index.segment[at], index.row[at])
     except FileNotFoundError as error:
         raise vanished(partition) from error
-    # The merged segment gets the time of the oldest segment in it. If the same key is also in a still older segment,
-    # which is not merged, the entry there remains the one that counts.
+    # The merged segment gets the time of the oldest segment in it, so that for each key the entry that counted before the
+    # merge still counts, also if a segment that is not merged holds the key, too.
     stamp = min(stamp_nanoseconds(index.segments[s]) or 0 for s in merge.segments)
     partition.write(new_name(stamp), to_bytes(key_column(index.keys_at(at)), values), rows=len(at))
 

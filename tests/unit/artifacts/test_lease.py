@@ -174,6 +174,37 @@ def test_the_heartbeat_goes_on_and_finds_a_successor(storage: Storage) -> None:
     assert storage.list_files() == ["lease-000001.json", "lease-000002.json"], "what a successor holds is left alone"
 
 
+class Pauses(threading.Event):
+    """An event that records how long it is waited for, and is set after some pauses."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self._count = count
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        return len(self.seconds) > self._count
+
+
+def test_a_heartbeat_that_fails_costs_nothing_if_the_next_one_is_written(
+    disk: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pauses, with a beat after each, are shorter than the time to live by a third of it, to write them."""
+    with Lease(disk, ttl_seconds=60) as lease:
+        lease._stop.set()
+        assert lease._thread
+        lease._thread.join()
+        lease._stop = pauses = Pauses(2)
+        beats = []
+        monkeypatch.setattr(lease, "_refresh", lambda released: beats.append(released))
+        lease._keep()
+        assert beats == [False, False]
+        assert sum(pauses.seconds[:2]) <= 60 * 2 / 3
+        monkeypatch.undo()
+
+
 def test_check_asks_the_storage_after_a_pause(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(disk, ttl_seconds=300) as lease:
         disk.create("lease-000002.json", b"{}")

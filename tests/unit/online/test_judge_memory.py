@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,30 @@ def test_the_first_answer_counts_and_is_written_once(place: Storage) -> None:
     assert sum(len(whole_lines(place.read_bytes(name))) for name in place.list_files()) == 1
 
 
+def test_of_two_writers_the_one_that_wrote_first_counts(place: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ask the same question at the same time; the names of their files, and their order, have no part in it."""
+    writers = {name: JournalMemory(place, "d", name) for name in ("a", "b", "c")}
+    for seconds, name in enumerate("bca", 1_000_000):
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: seconds)
+        writers[name].put_all({"k": name, f"of {name}": name})
+    again = JournalMemory(place, "d", "d")
+    assert [again.get(key) for key in ("k", "of a", "of b", "of c")] == ["b", "a", "b", "c"]
+
+
+def test_of_lines_with_one_time_or_none_the_first_counts(tmp_path: Path) -> None:
+    """Lines without a time are those of an older version, and count as older."""
+    lines = [{"key": "k", "answer": 1, "unix_seconds": 5.0}, {"key": "k", "answer": 2, "unix_seconds": 5.0}]
+    lines += [
+        {"key": "old", "answer": 3, "unix_seconds": 5.0},
+        {"key": "old", "answer": 4},
+        {"key": "old", "answer": 5},
+    ]
+    place = Storage(tmp_path)
+    place.child("d").write("a.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    memory = JournalMemory(place, "d", "one")
+    assert (memory.get("k"), memory.get("old")) == (1, 4)
+
+
 def test_threads_lose_nothing_and_share_writes(place: Storage) -> None:
     memory = JournalMemory(place, "d", "one")
     together = threading.Barrier(8)
@@ -156,7 +181,8 @@ def test_what_could_not_be_written_is_not_known(tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     memory.put("b", 2)
     data = (tmp_path / "d" / "one.jsonl").read_bytes()
-    assert [json.loads(line) for line in whole_lines(data)] == [{"answer": 1, "key": "a"}, {"answer": 2, "key": "b"}]
+    entries = [json.loads(line) for line in whole_lines(data)]
+    assert [(entry["key"], entry["answer"]) for entry in entries] == [("a", 1), ("b", 2)]
 
 
 def test_sections_do_not_meet(tmp_path: Path) -> None:

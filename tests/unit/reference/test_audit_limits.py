@@ -85,6 +85,9 @@ def spread(error: float) -> dict[str, Any]:
         # every token a little upwards, alike in both completions
         (drifting(chosen=[3e-3] * 20, rejected=[3e-3] * 20), "bfloat16", "signed_bias"),
         (drifting(chosen=[6e-5] * 20, rejected=[6e-5] * 20), "float32", "signed_bias"),
+        # and as much downwards
+        (drifting(chosen=[-3e-3] * 20, rejected=[-3e-3] * 20), "bfloat16", "signed_bias"),
+        (drifting(chosen=[-6e-5] * 20, rejected=[-6e-5] * 20), "float32", "signed_bias"),
     ],
 )
 def test_each_limit_on_tokens_trips_alone(measured: dict[str, Any], dtype: str, tripped: str) -> None:

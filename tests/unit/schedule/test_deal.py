@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_ray.data.groups import Group
@@ -40,10 +40,12 @@ def test_dealing_is_a_function(tokens, ranks, budget) -> None:
     assert deal(tokens, work, ranks, budget) == deal(list(tokens), list(work), ranks, budget)
 
 
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 9))
-def test_no_rank_has_more_than_its_share_and_one_group(work, ranks) -> None:
-    """The bound of longest-first dealing: the mean plus the largest single piece."""
-    dealt = deal(work, [float(w) for w in work], ranks, 10**9)
+@given(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 100)), min_size=1, max_size=40), st.integers(1, 9))
+@example([(100, 50)] + [(1, 49)] * 5, 2)  # dealt by tokens, one rank would get all but the first
+def test_no_rank_has_more_than_its_share_of_work_and_one_group(groups, ranks) -> None:
+    """The bound of longest-first dealing: the mean plus the largest single piece; tokens have no part in it."""
+    tokens, work = zip(*groups, strict=True)
+    dealt = deal(tokens, [float(w) for w in work], ranks, 10**9)
     loads = [sum(work[i] for batch in batches for i in batch) for batches in dealt]
     assert max(loads) <= sum(work) / ranks + max(work)
 

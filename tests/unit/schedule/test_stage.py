@@ -54,8 +54,8 @@ def tokens_of(root: Path, **parts: list[list[dict[str, Any]]]) -> Artifact:
     return Provenance(1, {}, {}, {}).commit(staging, entries, rows=admitted, figures={})
 
 
-def schedule_of(tokens: Artifact, root: Path, train: TrainConfig = TRAIN) -> Artifact:
-    return stage.run(tokens, None, train, 0, begin(root, "schedule"), Provenance(1, {}, {}, {}))
+def schedule_of(tokens: Artifact, root: Path, train: TrainConfig = TRAIN, seed: int = 0) -> Artifact:
+    return stage.run(tokens, None, train, seed, begin(root, "schedule"), Provenance(1, {}, {}, {}))
 
 
 def ids_of(schedule: Artifact, split: str) -> list[bytes]:
@@ -83,6 +83,25 @@ def test_every_split_is_packed(tmp_path: Path) -> None:
         "eval_b/groups": 5,
         "eval_b/bucket_steps": 128,
     }
+
+
+def steps_of(schedule: Artifact, split: str) -> list[list[bytes]]:
+    """List the ids of each step's groups, sorted within the step."""
+    ranks = [read_steps(schedule, split, rank) for rank in range(TRAIN.workers)]
+    return [
+        sorted(i for share in shares for m in share.micro_batches if m.weight.any() for i in m.group_ids)
+        for shares in zip(*ranks, strict=True)
+    ]
+
+
+def test_the_seed_decides_which_groups_a_step_holds(tmp_path: Path) -> None:
+    tokens = tokens_of(tmp_path, train=[[row(n) for n in range(20)]], eval=[[row(n) for n in range(20, 40)]])
+    by_seed = {name: schedule_of(tokens, tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))}
+    for split in ("train", "eval"):
+        a, b, c = (steps_of(by_seed[name], split) for name in "abc")
+        assert a == b != c
+        assert len(a) == len(c) == 5
+        assert sorted(i for step in a for i in step) == sorted(i for step in c for i in step)
 
 
 def test_held_out_data_without_a_name_is_one_split(tmp_path: Path) -> None:

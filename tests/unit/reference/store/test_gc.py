@@ -170,6 +170,18 @@ def test_segments_are_merged_up_to_a_size(store: ReferenceStore, monkeypatch) ->
     assert held(store, range(500)) == [[-1.0 - n] * 2 for n in range(500)]
 
 
+def test_a_merged_entry_still_comes_before_that_of_a_newer_segment(store: ReferenceStore, monkeypatch) -> None:
+    """The first segment is merged with the third, and the large one between them has the same sequence."""
+    append(store, [1])
+    large = append(store, range(1, 200), value=-1.0 - 1e-5)  # as another batch of the same model rounds
+    append(store, [200])
+    monkeypatch.setattr(gc, "SMALL_BYTES", store.partition.size(large))
+    age(store, DAY)
+    assert [(action, count) for action, count, _ in done(store)] == [("merged", 2)]
+    assert len(store.segments()) == 2
+    assert held(store, [1]) == [[-2.0, -2.0]]
+
+
 def test_unused_partitions_are_deleted_only_when_asked(tmp_path: Path) -> None:
     old, new = store_at(tmp_path, "a"), store_at(tmp_path, "b")
     for store, days in ((old, 40), (new, 20)):
