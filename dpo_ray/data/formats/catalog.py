@@ -40,7 +40,7 @@ def _names(columns: Columns) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
 @functools.lru_cache(maxsize=64)
 def message_columns(columns: Columns) -> frozenset[str]:
     """Return the names of columns that may hold messages, in any format or by the recipe's own names."""
-    roles = ("prompt", "chosen", "rejected", "completion", "completions")
+    roles = ("prompt", "chosen", "rejected", "completion", "completions", "sides")
     names = _names(columns)  # pyright: ignore[reportArgumentType] - as above
     return frozenset(name for each in names.values() for role in roles for name in each.get(role, ()))
 
