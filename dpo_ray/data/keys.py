@@ -14,7 +14,7 @@ from .filters import Filter
 from .near_duplicates import MINHASH_VERSION
 from .sources import Shard, shard_digest
 
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 """Increased when the code makes other groups from the same shard; all shard artifacts and later ones become stale."""
 
 

@@ -135,8 +135,9 @@ def check(case: Case, tokenizer, template: str = WRITES_ALL) -> None:
     said, texts = content(case), [words(text) for text in texts_of(result, tokenizer)]
     assert set().union(*said.values()) <= set().union(*texts)
     if "chosen" in said and "rejected" in said and len(texts) == 2:
-        assert not texts[0] & (said["rejected"] - said["chosen"])
-        assert not texts[1] & (said["chosen"] - said["rejected"])
+        both = said["chosen"] & said["rejected"] | said.get("prompt", set())  # a conversation there may end with chosen
+        assert not texts[0] & (said["rejected"] - both)
+        assert not texts[1] & (said["chosen"] - both)
     for text in texts:
         assert sum(bool(text & own) for own in completions(case)) <= 1
 
