@@ -14,7 +14,7 @@ from .filters import Filter
 from .near_duplicates import MINHASH_VERSION
 from .sources import Shard, shard_digest
 
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 """Must be increased if a change of the code leads to other groups from the same shard.
 
 All shard artifacts, and all artifacts that are built from them, then become stale."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -126,12 +126,15 @@ def _expand(path: str, where: str) -> list[str]:
 def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -> list[str]:
     """Return the files of the split `wanted`; if it is None, return all files, which must not belong to several splits.
 
-    A file belongs to a split if its name, or the name of a folder below `root`, begins with a word for this split.
+    A file belongs to a split if its name, or the name of a folder below `root`, contains a word for this split. If the names
+    of folders stand for several splits, the folders decide (`train/test-cases.jsonl` is training data), otherwise the names
+    of files do. If no name contains such a word, the name of `root` or of the folder around it may be the wanted split.
 
     Raises:
         ConfigError: the files belong to several splits and `wanted` is None, or no file belongs to the split `wanted`.
     """
-    splits = {file: _split_of(file, root) for file in files}
+    base = _base(root)
+    splits = _splits(files, base)
     found = sorted({split for split in splits.values() if split})
     if wanted is None and len(found) < 2:
         return list(files)
@@ -141,22 +144,41 @@ def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -
             where=where,
             fix=f"set `split` of the source, such as {{type: files, path: ..., split: {found[-1]}}}, or name the files",
         )
+    if not found and _told(reversed(base.split("/")[-2:])) == wanted:
+        return list(files)
     if wanted not in found:
         there = f"there are {', '.join(found)}" if found else "no file name contains a split"
         raise ConfigError(f"there is no split {wanted}; {there}", where=where, fix="correct `split`, or leave it out")
     return [file for file, split in splits.items() if split == wanted]
 
 
-def _split_of(file: str, root: str) -> str | None:
-    """Return the split that a file belongs to, by the name of the file or of a folder, as `datasets` does; None if unknown."""
+def _base(root: str) -> str:
+    """Return the directory that contains all files of a path or glob; for a single file, return its own path."""
     fixed = re.split(r"[*?\[]", root, maxsplit=1)[0]
-    base = fixed.rpartition("/")[0] if fixed != root else root  # the directory that all files are in
-    base = base if "://" in base else str(Path(base).expanduser().absolute())
-    below = file.removeprefix(base).strip("/") if file.startswith(base) else ""
-    for part in reversed(below.split("/") if below else [file_name(file)]):
-        for split, words in SPLIT_WORDS.items():
-            if re.split(r"[-_. 0-9]", part.lower(), maxsplit=1)[0] in words:
-                return split
+    base = fixed.rpartition("/")[0] if fixed != root else root
+    base = base.removeprefix("file://")
+    return base if "://" in base else str(Path(base).expanduser().absolute())
+
+
+def _splits(files: Sequence[str], base: str) -> dict[str, str | None]:
+    """Return the split that each file belongs to, None where no name tells one."""
+    folders, names = {}, {}
+    for file in files:
+        inside = file.removeprefix(base).strip("/") if file.startswith(base) and not is_http(file) else ""
+        folders[file] = _told(reversed(inside.split("/")[:-1]))
+        names[file] = _told([file_name(file)])
+    if len(set(folders.values()) - {None}) > 1 or len(set(names.values()) - {None}) < 2:
+        return {file: folders[file] or names[file] for file in files}
+    return {file: names[file] or folders[file] for file in files}
+
+
+def _told(names: Iterable[str]) -> str | None:
+    """Return the split that a word of the first of these names tells, as `datasets` recognises it."""
+    for name in names:
+        for word in re.split(r"[-_. 0-9]", name.lower()):
+            for split, words in SPLIT_WORDS.items():
+                if word in words:
+                    return split
     return None
 
 

@@ -148,9 +148,7 @@ def reference_page(text: str = "plain") -> ReferencePage:
             rescored=12,
         ),
         note=text,
-        unscored=[
-            UnscoredRow("kills_engine", "two engines died while they scored this group", 2, [text, "group 07"])
-        ],
+        unscored=[UnscoredRow("kills_engine", "two engines died while they scored this group", 2, [text, "group 07"])],
         checks=[
             Check("max_token_drift", 0.21, 0.5, "within", "Largest difference of one token."),
             Check("signed_bias", 0.0021, 0.002, "too few", "Mean difference with its sign."),

@@ -39,8 +39,8 @@ def _names(columns: Columns) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
 
 @functools.lru_cache(maxsize=64)
 def message_columns(columns: Columns) -> frozenset[str]:
-    """Return the names of all columns that may hold messages, in any of the formats."""
-    roles = ("prompt", "chosen", "rejected", "completion", "completions")
+    """Return the names of all columns that may hold messages, in any of the formats or by the recipe's own names."""
+    roles = ("prompt", "chosen", "rejected", "completion", "completions", "sides")
     names = _names(columns)  # pyright: ignore[reportArgumentType] - as above
     return frozenset(name for each in names.values() for role in roles for name in each.get(role, ()))
 

@@ -7,6 +7,7 @@ huggingface.co/datasets/lmsys/chatbot_arena_conversations.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from dpo_ray.data.admission import Rejected
@@ -15,8 +16,9 @@ from dpo_ray.data.groups import Conversation, Message, TextGroup
 from .fields import Fields
 from .format import TEMPLATE, Format
 from .messages import conversation, last_turn, prompt_of, with_system
+from .pairs import check_same_prompt
 from .pandalm import two_completions
-from .soundness import require
+from .soundness import require, sound_text
 
 SIDES = ("conversation_a", "conversation_b")
 """Columns with two whole conversations, each with another model. The last turns of the two are compared."""
@@ -27,14 +29,33 @@ _WORDS = {
     **dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "both", "bothbad", "equal"), 0),
 }
 _TIE, _FIRST, _SECOND = 0, 1, 2
+_INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
 def compared(fields: Fields) -> TextGroup:
     """Read two completions, and which one is better; this counts as the verdict of a single annotator."""
     is_battle = fields.row.get(SIDES[0]) is not None
     prompt, completions = _battle(fields) if is_battle else (prompt_of(fields), two_completions(fields))
-    verdict = _verdict(fields.need("preference", "BAD_LABEL"), fields.column("preference"))
-    return TextGroup(prompt, completions, (), chosen=(), rejected=(), verdicts=(verdict,))
+    return TextGroup(prompt, completions, (), chosen=(), rejected=(), verdicts=(_agreed_verdict(fields),))
+
+
+def _agreed_verdict(fields: Fields) -> int:
+    """Return the verdict of the first column that has one; another column must not contradict it.
+
+    Raises:
+        Rejected: BAD_LABEL or NULL_FIELD.
+    """
+    first = fields.column("preference")
+    verdict = _verdict(fields.need("preference", "BAD_LABEL"), first)
+    for name in fields.names["preference"]:
+        if name in (first, SAFER) or fields.row.get(name) is None:
+            continue
+        try:
+            other = _verdict(fields.row[name], name)
+        except Rejected:  # such as the name of a model, which tells nothing of the sides
+            continue
+        require(other == verdict, "BAD_LABEL", f"`{first}` and `{name}` contradict each other")
+    return verdict
 
 
 def _battle(fields: Fields) -> tuple[str | Conversation, tuple[str | Message, ...]]:
@@ -42,6 +63,8 @@ def _battle(fields: Fields) -> tuple[str | Conversation, tuple[str | Message, ..
     answers = tuple(last_turn(turns, side) for turns, side in zip(sides, ("chosen", "rejected"), strict=True))
     require(sides[0][:-1] == sides[1][:-1], "PROMPT_MISMATCH", "the conversations differ before their last turn")
     require(len(sides[0]) > 1, "MISSING_PROMPT", "each conversation is a single message, without a prompt")
+    if (prompt := fields.get("prompt")) is not None:
+        check_same_prompt(sound_text(prompt, fields.column("prompt")), sides[0][:-1])
     return with_system(sides[0][:-1], fields), answers
 
 
@@ -55,7 +78,7 @@ def _verdict(value: Any, name: str) -> int:
     text = str(value).strip().lower().removesuffix(".0")  # CSV only has text, and a column with nulls may hold floats
     if name.endswith("_id") and text in ("0", "1") and not isinstance(value, bool):
         return _SECOND if text == "1" else _FIRST
-    if name in STRENGTHS and text.lstrip("-").isdigit():
+    if name in STRENGTHS and _INTEGER.fullmatch(text):
         strength = int(text)
         return _TIE if strength == 0 else _FIRST if strength < 0 else _SECOND
     if isinstance(value, str) and name not in STRENGTHS and text in _WORDS:
@@ -64,6 +87,9 @@ def _verdict(value: Any, name: str) -> int:
 
 
 STRENGTHS = ("preference_strength", "overall_preference")
+SAFER = "safer_response_id"
+"""The verdict on safety alone, of data that also has one on the whole: it may differ."""
+
 FORMATS = (
     Format(
         "compared",
@@ -71,7 +97,7 @@ FORMATS = (
             "prompt": ("prompt", "context", "instruction", "question"),
             "completions": ("response#",),
             "sides": SIDES,
-            "preference": ("better_response_id", "safer_response_id", *STRENGTHS, "winner"),
+            "preference": ("better_response_id", SAFER, *STRENGTHS, "winner"),
             "system": ("system",),
             **TEMPLATE,
         },

@@ -12,7 +12,8 @@ from .fields import Fields
 
 PAIR = {"chosen": ("chosen",), "rejected": ("rejected",)}
 TEMPLATE = {"tools": ("tools",), "chat_template_kwargs": ("chat_template_kwargs",)}
-EXPLICIT = {"prompt": ("prompt",), "system": ("system",), **PAIR, **TEMPLATE}
+IMPLICIT = {"system": ("system",), **PAIR, **TEMPLATE}
+EXPLICIT = {"prompt": ("prompt",), **IMPLICIT}
 """Columns that several formats share."""
 
 

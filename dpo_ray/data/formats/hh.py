@@ -15,8 +15,11 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # white space at the very beginning is often stripped
 
 
-def hh_pair(chosen: str, rejected: str) -> TextGroup:
-    """Split two dialogues before the assistant's last answer. The text before the answer, the same in both, is the prompt."""
+def hh_pair(chosen: str, rejected: str, system: str = "") -> TextGroup:
+    """Split two dialogues before the assistant's last answer. The text before it, the same in both, is the prompt.
+
+    A system text, if there is one, comes before the prompt.
+    """
     cuts = [text.rfind(ASSISTANT) for text in (chosen, rejected)]
     require(min(cuts) >= 0, "LAST_TURN_NOT_ASSISTANT", "no turn of the assistant")
     for text, cut, name in ((chosen, cuts[0], "chosen"), (rejected, cuts[1], "rejected")):
@@ -24,7 +27,22 @@ def hh_pair(chosen: str, rejected: str) -> TextGroup:
     prompts = [text[: cut + len(ASSISTANT)] for text, cut in zip((chosen, rejected), cuts, strict=True)]
     require(prompts[0] == prompts[1], "PROMPT_MISMATCH", "the dialogues differ before their last turn")
     answers = chosen[len(prompts[0]) :], rejected[len(prompts[0]) :]
-    return TextGroup(prompts[0], answers, (1.0, 0.0), messages=turns_of(prompts[0]))
+    prompt = with_system_text(prompts[0], system)
+    return TextGroup(prompt, answers, (1.0, 0.0), messages=turns_of(prompt))
+
+
+def with_system_text(transcript: str, system: str) -> str:
+    """Put a system text, if there is any, before the first turn of a transcript, where its own system text stands.
+
+    Raises:
+        Rejected: PROMPT_MISMATCH, if the transcript has another one; BAD_MESSAGE, if it holds a turn itself.
+    """
+    if not system:
+        return transcript
+    require(_TURN.search(system) is None, "BAD_MESSAGE", "the system text holds a turn of a transcript")
+    before = _TURN.split(transcript, maxsplit=1)[0].strip()
+    require(before in ("", system.strip()), "PROMPT_MISMATCH", "the system text is not that of the transcript")
+    return transcript if before else f"{system.strip()}\n\n{transcript.lstrip()}"
 
 
 def is_transcript(prompt: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_ray.data.admission import Rejected
 
-_NAME = re.compile(r"(image|video|audio)s?(_?(url|path|file|data|bytes|base64)s?)?", re.IGNORECASE)
+_NAME = re.compile(r"((chosen|rejected)_)?(image|video|audio)s?(_?(url|path|file|data|bytes|base64)s?)?", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=1024)  # each row of a file has the same names

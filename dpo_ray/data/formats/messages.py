@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +11,14 @@ from dpo_ray.data.groups import Conversation, Message
 from .fields import Fields
 from .media import is_media
 from .soundness import require, sound_text, sound_value
+from .tool_calls import calls_of_text, tool_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""The keys of a message, besides role and content, that chat templates read."""
+KEPT = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+"""The keys of a message, besides role, content and tool calls, that chat templates read."""
+
+UNREAD = ("tools", "functions", "documents", "refusal")
+"""Keys of a message whose values no template receives. A message that has one of them is rejected."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 """The content of a message may be a list of parts. Parts of these types are text, in chat templates or OpenAI's Responses API."""
@@ -53,23 +56,35 @@ def _message(message: Any, i: int, name: str) -> Message:
             sound_text(content, name)
             return message
     where = f"`{name}`, message {i}"
+    if isinstance(message, Mapping):
+        _check_all_is_read(message, where)
     if isinstance(message, Mapping) and "role" not in message and "from" in message:
         message = _from_sharegpt(message, where)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise Rejected("BAD_MESSAGE", f"{where}: no role")
     if message["role"] in ("tool_call", "tool_response"):
         message = _from_sharegpt({**message, "from": message["role"], "value": message.get("content")}, where)
-    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+    role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise Rejected("BAD_ROLE", f"{where}: role {role!r}"[:200])
-    require(not calls or _is_list_of_objects(calls), "BAD_MESSAGE", f"{where}: tool_calls are not a list of objects")
+    calls = tool_calls(message, where)
     if content is None and role == "assistant" and calls:
         content = ""  # many templates would print None as text
     text = _text_of(content, where)
     kept = {key: sound_value(message[key], name, "BAD_MESSAGE") for key in KEPT if message.get(key)}
-    if "tool_calls" in kept:
-        kept["tool_calls"] = [_with_decoded_arguments(call, where) for call in kept["tool_calls"]]
-    return {"role": role, "content": sound_text(text, name), **kept}
+    if "reasoning_content" not in kept and "reasoning" in kept:  # the same in vLLM, whose name is the shorter one
+        kept["reasoning_content"] = kept.pop("reasoning")
+    return {"role": role, "content": sound_text(text, name), **kept, **({"tool_calls": calls} if calls else {})}
+
+
+def _check_all_is_read(message: Mapping[str, Any], where: str) -> None:
+    content, value = message.get("content"), message.get("value")
+    twice = content is not None and value is not None and content != value
+    require(not twice, "BAD_MESSAGE", f"{where}: `content` and `value` differ")
+    for key, value in message.items():
+        if value and isinstance(key, str) and is_media(key):
+            raise Rejected("UNSUPPORTED_MEDIA", f"{where}: it has `{key}`")
+        require(not value or key not in UNREAD, "BAD_MESSAGE", f"{where}: its `{key}` is not read")
 
 
 def _text_of(content: Any, where: str) -> str:
@@ -87,7 +102,7 @@ def _text_of(content: Any, where: str) -> str:
 
 def _part_text(part: Any, where: str) -> str:
     require(isinstance(part, Mapping), "BAD_MESSAGE", f"{where}: a part of the content is not an object")
-    kind = part.get("type", "text")
+    kind = part.get("type") or "text"
     if kind not in TEXT_PARTS:
         raise Rejected("UNSUPPORTED_MEDIA", f"{where}: a part of type {kind!r}"[:200])
     media = sorted(key for key, value in part.items() if value and is_media(str(key)))
@@ -98,49 +113,16 @@ def _part_text(part: Any, where: str) -> str:
     return text
 
 
-def _with_decoded_arguments(call: Message, where: str) -> Message:
-    """Parse the arguments of a tool call if they are JSON text, as vLLM does before it renders the template.
-
-    vLLM: vllm/entrypoints/chat_utils.py, `_postprocess_messages`.
-    """
-    function = call.get("function")
-    if not isinstance(function, Mapping) or not isinstance(arguments := function.get("arguments"), str):
-        return call
-    try:
-        value = json.loads(arguments) if arguments.strip() else {}
-    except (ValueError, RecursionError):
-        raise Rejected("BAD_MESSAGE", f"{where}: the arguments of a tool call are not JSON") from None
-    require(isinstance(value, dict), "BAD_MESSAGE", f"{where}: the arguments of a tool call are not an object")
-    return {**call, "function": {**function, "arguments": value}}
-
-
 def _from_sharegpt(message: Mapping[str, Any], where: str) -> Message:
     speaker, value = message["from"], message.get("value")
-    if speaker not in _SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise Rejected("BAD_ROLE", f"{where}: from {speaker!r}"[:200])
     role = _SHAREGPT_ROLES[speaker]
+    others = {k: v for k, v in message.items() if k not in ("from", "value")}
     if speaker in CALLS:
-        return {"role": role, "content": None, "tool_calls": _function_calls(value, where)}
-    return {**{k: v for k, v in message.items() if k not in ("from", "value")}, "role": role, "content": value}
-
-
-def _function_calls(value: Any, where: str) -> list[Message]:
-    """Read JSON text that holds one function call or a list of calls. A call has a name and arguments."""
-    try:
-        calls = json.loads(value)
-    except (TypeError, ValueError, RecursionError):
-        raise Rejected("BAD_MESSAGE", f"{where}: the function call is not JSON") from None
-    calls = calls if isinstance(calls, list) else [calls]
-    require(
-        bool(calls) and all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls),
-        "BAD_MESSAGE",
-        f"{where}: the function call has no name",
-    )
-    return [{"type": "function", "function": {"name": c["name"], "arguments": c.get("arguments") or {}}} for c in calls]
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value)
+        require(not message.get("tool_calls"), "BAD_MESSAGE", f"{where}: both tool_calls and a turn from {speaker}")
+        return {**others, "role": role, "content": None, "tool_calls": calls_of_text(value, where)}
+    return {**others, "role": role, "content": value}
 
 
 def answer(value: Any, name: str) -> str | Message:
@@ -177,14 +159,26 @@ def prompt_of(fields: Fields) -> str | Conversation:
 
 
 def with_system(prompt: str | Conversation, fields: Fields) -> str | Conversation:
-    """Put the row's system text before a prompt, unless there is no system text or the prompt begins with a system message."""
-    system = fields.get("system")
-    if system is None or not sound_text(system, fields.column("system")).strip():
+    """Put the row's system text, if there is any, before a prompt that does not begin with the same text.
+
+    Raises:
+        Rejected: PROMPT_MISMATCH, if the prompt begins with another system message.
+    """
+    system = system_text(fields)
+    if not system:
         return prompt
     turns = user_turn(prompt) if isinstance(prompt, str) else prompt
     if turns and turns[0]["role"] in ("system", "developer"):
+        same = turns[0]["content"].strip() == system.strip()
+        require(same, "PROMPT_MISMATCH", f"`{fields.column('system')}` is not the system message of the conversation")
         return turns
     return ({"role": "system", "content": system}, *turns)
+
+
+def system_text(fields: Fields) -> str:
+    """Return the row's system text; empty if it has none but white space."""
+    system = fields.get("system")
+    return "" if system is None or not sound_text(system, fields.column("system")).strip() else system
 
 
 def user_turn(text: str) -> Conversation:

@@ -10,12 +10,22 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Conversation, TextGroup
 
 from .fields import Fields
-from .format import EXPLICIT, PAIR, TEMPLATE, Format
+from .format import EXPLICIT, IMPLICIT, TEMPLATE, Format
 from .hh import hh_pair
-from .messages import answer, conversation, last_turn, only_turn, prompt_of, user_turn, with_system
+from .messages import (
+    answer,
+    conversation,
+    last_turn,
+    only_turn,
+    prompt_of,
+    system_text,
+    user_turn,
+    with_system,
+)
 from .soundness import require, sound_text
 
 PairFormat = Literal["text", "messages", "implicit_messages", "implicit_text", "hh"]
@@ -35,9 +45,9 @@ def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
         case "implicit_messages":  # a table has every column in every row: a null prompt counts as missing
             return _implicit_messages(fields.get("prompt"), chosen, rejected, fields)
         case "hh":
-            return hh_pair(sound_text(chosen, "chosen"), sound_text(rejected, "rejected"))
+            return hh_pair(sound_text(chosen, "chosen"), sound_text(rejected, "rejected"), system_text(fields))
         case _:
-            return _implicit_text(sound_text(chosen, "chosen"), sound_text(rejected, "rejected"))
+            return _implicit_text(sound_text(chosen, "chosen"), sound_text(rejected, "rejected"), fields)
 
 
 def both(fields: Fields) -> tuple[Any, Any]:
@@ -74,6 +84,8 @@ def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) 
     The turns before the answers are the prompt, and must be the same in both conversations. If each conversation is only
     an answer, the text `prompt` is the prompt.
     """
+    if prompt is not None and not isinstance(prompt, str):
+        raise Rejected("WRONG_TYPE", f"`prompt` is {type(prompt).__name__}, neither text nor a list of messages")
     chosen, rejected = ([v] if isinstance(v, Mapping) else v for v in (chosen, rejected))
     turns = conversation(chosen, "chosen"), conversation(rejected, "rejected")
     answers = last_turn(turns[0], "chosen"), last_turn(turns[1], "rejected")
@@ -82,20 +94,20 @@ def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) 
         shared = user_turn(sound_text(prompt, "prompt"))
     else:
         if isinstance(prompt, str):
-            _check_same_prompt(sound_text(prompt, "prompt"), shared)
+            check_same_prompt(sound_text(prompt, "prompt"), shared)
         require(shared == turns[1][:-1], "PROMPT_MISMATCH", "chosen and rejected differ before their last turn")
         require(bool(shared), "MISSING_PROMPT", "chosen and rejected are single messages, without a prompt")
     return TextGroup(with_system(shared, fields), answers, (1.0, 0.0))
 
 
-def _check_same_prompt(prompt: str, turns: Conversation) -> None:
+def check_same_prompt(prompt: str, turns: Conversation) -> None:
     """Check that a prompt text fits the conversation: it is empty, equals a user turn, or contains the last user turn."""
     said = [turn["content"].strip() for turn in turns if turn["role"] == "user"]
     same = not prompt.strip() or prompt.strip() in said or (bool(said) and said[-1] in prompt)
     require(same, "PROMPT_MISMATCH", "the prompt's text does not occur in the conversation of chosen and rejected")
 
 
-def _implicit_text(chosen: str, rejected: str) -> TextGroup:
+def _implicit_text(chosen: str, rejected: str, fields: Fields) -> TextGroup:
     """Build a group from two texts. The prompt is their longest common beginning that does not end inside a word."""
     shared = os.path.commonprefix([chosen, rejected])
     if len(shared) < max(len(chosen), len(rejected)):
@@ -104,11 +116,13 @@ def _implicit_text(chosen: str, rejected: str) -> TextGroup:
         bool(shared.strip()) or chosen == rejected, "PROMPT_MISMATCH", "chosen and rejected have no common beginning"
     )
     answers = chosen[len(shared) :], rejected[len(shared) :]
-    return TextGroup(shared, answers, (1.0, 0.0), messages=user_turn(shared))
+    prompt = with_system(shared, fields)
+    messages = user_turn(shared) if isinstance(prompt, str) else prompt
+    return TextGroup(prompt, answers, (1.0, 0.0), messages=messages)
 
 
 def _pair_as(row_format: PairFormat) -> Format:
-    columns = EXPLICIT if row_format in ("text", "messages", "implicit_messages") else {**PAIR, **TEMPLATE}
+    columns = EXPLICIT if row_format in ("text", "messages", "implicit_messages") else IMPLICIT
     return Format(row_format, columns, lambda fields, criteria: pair(fields, row_format))
 
 

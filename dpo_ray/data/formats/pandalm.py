@@ -13,7 +13,7 @@ from dpo_ray.data.groups import Message, TextGroup
 
 from .fields import Fields
 from .format import TEMPLATE, Format
-from .messages import answer, prompt_of, user_turn
+from .messages import answer, prompt_of
 from .soundness import require, sound_text
 
 
@@ -45,8 +45,11 @@ def _prompt(fields: Fields):
         return prompt
     if isinstance(prompt, str):
         return f"{prompt}\n\n{more}" if prompt.strip() else more
+    if not prompt:
+        return more
+    require(prompt[-1]["role"] == "user", "PROMPT_MISMATCH", "the input follows no turn of the user")
     *before, last = prompt
-    return (*before, *user_turn(f"{last['content']}\n\n{more}"))
+    return (*before, {**last, "content": f"{last['content']}\n\n{more}"})
 
 
 def _verdict(value: Any) -> int:

@@ -16,7 +16,7 @@ from .fields import Fields
 from .media import check_media
 from .message_text import decoded
 from .messages import check_alternation
-from .recognise import recognise
+from .recognise import check_context, recognise
 from .soundness import require, sound_value
 
 TEXT_FORMATS = ("text", "implicit_text", "hh")
@@ -36,12 +36,21 @@ def text_group(
     Raises:
         Rejected: with the reason that fits best; the row is then quarantined.
     """
+    try:
+        return _read(row, row_format, columns, criteria)
+    except RecursionError:
+        raise Rejected("WRONG_TYPE", "the row is nested too deeply") from None
+
+
+def _read(row: Mapping[str, Any], row_format: RowFormat, columns: Columns, criteria: Mapping[str, float]) -> TextGroup:
     check_media(row, named_columns(columns))  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     if row_format not in TEXT_FORMATS:
         row = decoded(row, message_columns(columns))  # pyright: ignore[reportArgumentType] - as above
-    if row_format == "auto":
-        row_format = recognise(row, columns)
+    is_named = row_format != "auto"
+    row_format = row_format if is_named else recognise(row, columns)
     fields = fields_of(row, row_format, columns)
+    if not is_named:
+        check_context(fields, row_format)
     group = FORMATS[row_format].read(fields, criteria)
     _check(group)
     return _with_template_variables(group, fields)

@@ -17,6 +17,9 @@ from .compared import SIDES
 from .fields import Fields
 from .hh import ASSISTANT
 
+WITHIN_COMPLETIONS = ("implicit_messages", "implicit_text", "hh")
+"""Formats whose completions hold the prompt."""
+
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
 
 
@@ -105,6 +108,26 @@ def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> str:
     if prompt is not None:
         return "text"
     return "hh" if isinstance(chosen, str) and ASSISTANT in chosen else "implicit_text"
+
+
+def check_context(fields: Fields, row_format: str) -> None:
+    """Check that a recognised format reads what a row has beside a prompt of text: earlier turns, and an input.
+
+    A conversation is complete by itself, and where the recipe names the prompt, it has chosen.
+
+    Raises:
+        Rejected: UNKNOWN_FORMAT.
+    """
+    prompt = fields.get("prompt")
+    if fields.columns.prompt or not isinstance(prompt, str) or row_format in WITHIN_COMPLETIONS:
+        return
+    for name, kind in (("history", list | tuple), ("input", str)):
+        value = fields.row.get(name)
+        is_read = name in FORMATS[row_format].columns or name == fields.column("prompt")
+        if is_read or not isinstance(value, kind) or not value or (isinstance(value, str) and value.strip() in prompt):
+            continue
+        detail = f"the row has `{name}`, which the format {row_format} does not read: set `format`, or `columns.prompt`"
+        raise Rejected("UNKNOWN_FORMAT", detail)
 
 
 def _is_conversation(value: Any) -> bool:

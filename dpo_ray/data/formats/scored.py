@@ -15,9 +15,9 @@ from dpo_ray.data.groups import Message, TextGroup
 
 from .fields import Fields
 from .format import TEMPLATE, Format
-from .hh import is_transcript, turns_of
-from .messages import answer, prompt_of
-from .soundness import require
+from .hh import is_transcript, turns_of, with_system_text
+from .messages import KEPT, answer, prompt_of, system_text
+from .soundness import require, sound_text
 
 TEXTS = ("response", "answer", "completion", "text")
 SCORES = ("overall_score", "fine-grained_score", "score", "rating")
@@ -46,12 +46,13 @@ def scored(fields: Fields, criteria: Mapping[str, float]) -> TextGroup:
 
 
 def _with_prompt(fields: Fields, completions: tuple[str | Message, ...], scores: tuple[float, ...]) -> TextGroup:
-    prompt = prompt_of(fields)
+    prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not is_transcript(prompt) or not all(isinstance(c, str) for c in completions):
-        return TextGroup(prompt, completions, scores, chosen=(), rejected=())
+        return TextGroup(prompt_of(fields), completions, scores, chosen=(), rejected=())
     # As in HH-RLHF, white space before an answer belongs to the answer: it forms one token with the first word.
-    text = prompt.rstrip()
+    text = sound_text(prompt, fields.column("prompt")).rstrip()
     spaced = tuple(prompt[len(text) :] + str(c) for c in completions)
+    text = with_system_text(text, system_text(fields))
     return TextGroup(text, spaced, scores, chosen=(), rejected=(), messages=turns_of(text))
 
 
@@ -61,7 +62,11 @@ def _completion(item: Any, i: int) -> str | Message:
         name = next((t for t in TEXTS if t in item), None)
         if name is None:
             raise Rejected("MISSING_COMPLETION", f"{where} has none of {', '.join(TEXTS)}")
+        beside = {key: item[key] for key in (*KEPT, "tool_calls", "function_call") if item.get(key) and key != "name"}
         item = item[name]
+        if beside:  # an answer's reasoning or calls
+            require(isinstance(item, str), "BAD_MESSAGE", f"{where}: a message, and {', '.join(beside)} beside it")
+            item = {"role": "assistant", "content": item, **beside}
     require(item is not None, "NULL_FIELD", f"{where} is null")
     return answer(item, "completion")
 
@@ -137,7 +142,14 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) and abs(number) < LARGEST else None
 
 
-NEMO = {"prompt": ("context",), "completions": ("completions",), "scores": (), "ranks": (), **TEMPLATE}
+NEMO = {
+    "prompt": ("context",),
+    "completions": ("completions",),
+    "scores": (),
+    "ranks": (),
+    "system": ("system",),
+    **TEMPLATE,
+}
 FORMATS = (
     Format(
         "scored",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_ray.data.groups import Conversation, TextGroup
+from dpo_ray.data.groups import Conversation, Message, TextGroup
 
 from .fields import Fields
 from .format import TEMPLATE, Format
@@ -24,12 +24,23 @@ def swift(fields: Fields) -> TextGroup:
         turns = conversation(fields.need("prompt", "MISSING_PROMPT"), fields.column("prompt"))
         prompt, chosen = turns[:-1], last_turn(turns, "chosen")
         require(bool(prompt), "MISSING_PROMPT", "the conversation is a single message, without a prompt")
+        _check_same(fields, prompt, chosen)
     else:
         query = sound_text(fields.need("query", "MISSING_PROMPT"), fields.column("query"))
         prompt = (*history(fields.get("history")), *user_turn(query))
         chosen = answer(fields.need("chosen", "MISSING_CHOSEN"), "chosen")
     rejected = _rejected(fields.need("rejected", "MISSING_REJECTED"), prompt)
     return TextGroup(with_system(prompt, fields), (chosen, rejected), (1.0, 0.0))
+
+
+def _check_same(fields: Fields, prompt: Conversation, chosen: str | Message) -> None:
+    """Check that what stands beside a conversation says the same as the conversation."""
+    query, response = fields.get("query"), fields.get("chosen")
+    same = not query or any(turn["content"].strip() == str(query).strip() for turn in prompt)
+    require(same, "PROMPT_MISMATCH", f"`{fields.column('query')}` is no turn of the conversation")
+    require(not history(fields.get("history")), "PROMPT_MISMATCH", "both a conversation and a `history`")
+    same = not response or answer(response, "chosen") == chosen
+    require(same, "PROMPT_MISMATCH", f"`{fields.column('chosen')}` is not the last turn of the conversation")
 
 
 def _rejected(value: Any, prompt: Conversation) -> Any:

@@ -220,7 +220,7 @@ def _check_plain(group: TextGroup) -> None:
         ("name", "names of speakers"),
         *((k, "reasoning") for k in REASONING),
     ):
-        if any(key in message for message in messages if key != "name" or message["role"] != "tool"):
+        if any(key in message for message in messages):
             raise Rejected(
                 "DROPPED_BY_TEMPLATE", f"plain text does not write {part}: data.chat_template must name a template"
             )

@@ -11,16 +11,16 @@ from dpo_ray.data.groups import Message
 
 Tools = Sequence[Mapping[str, Any]] | None
 Render = Callable[[Sequence[Message], Tools], str]
-REASONING = ("reasoning_content", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
 _OTHER = "qzx"  # inserted into a part to change it; if the template writes the part, the rendered text changes, too
 
 
 class DropCheck:
     """Checks that a template leaves out no part of a conversation.
 
-    The text of each message must occur in the rendered text. Tool calls, tools, names and reasoning are checked once for
-    each shape of a conversation (`_shape`): one of them is changed, and the conversation is rendered again. If the
-    rendered text is the same as before, the template leaves this part out.
+    The text of each message, of its name, reasoning and tool calls must occur in the rendered text. In addition, tool
+    calls, tools, names and reasoning are checked once for each shape of a conversation (`_shape`): one of them is changed,
+    and the conversation is rendered again. If the rendered text is the same as before, the template leaves this part out.
 
     Args:
         template: the name of the template, shown in the detail of a rejection.
@@ -40,8 +40,7 @@ class DropCheck:
             Rejected: DROPPED_BY_TEMPLATE.
         """
         for message in messages:
-            text = message["content"].strip()
-            if text and text not in whole and not _is_written_otherwise(text, whole):
+            if not _is_written(message["content"], whole):
                 raise self._rejected(f"the text of a turn of the {message['role']}")
         if tools or any(len(message) > 2 for message in messages):
             shape = _shape(messages, tools)
@@ -49,14 +48,45 @@ class DropCheck:
                 self._dropped[shape] = _first_dropped(messages, tools, whole, render)
             if self._dropped[shape]:
                 raise self._rejected(self._dropped[shape])
+            for message in messages:
+                for part, text in _texts_beside_content(message):
+                    if not _is_written(text, whole):
+                        raise self._rejected(f"{part} of the {message['role']}")
 
     def _rejected(self, part: str) -> Rejected:
         return Rejected("DROPPED_BY_TEMPLATE", f"{self._template} does not write {part}")
 
 
-def _is_written_otherwise(text: str, whole: str) -> bool:
-    """Return whether `whole` contains the text with JSON's escapes, or with other white space inside or around it."""
-    if any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in whole for ascii_only in (False, True)):
+def _texts_beside_content(message: Message) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a message besides its content, each with the name of its part for the detail of a rejection."""
+    for key, part in (("name", "the name"), *((key, "the reasoning") for key in REASONING)):
+        if isinstance(message.get(key), str):
+            yield part, message[key]
+    for call in message.get("tool_calls", ()):
+        function = call["function"] if isinstance(call.get("function"), Mapping) else call
+        yield from (("the name of a tool call", text) for text in _strings(function.get("name")))
+        yield from (("the arguments of a tool call", text) for text in _strings(function.get("arguments")))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for item in pair for text in _strings(item))
+    elif isinstance(value, list | tuple):
+        yield from (text for item in value for text in _strings(item))
+
+
+def _is_written(text: str, whole: str) -> bool:
+    """Return whether `whole` contains the text: as it is, as JSON or Python writes it, or with other white space."""
+    text = text.strip()
+    if text in whole:
+        return True
+    for ascii_only in (False, True):
+        once = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+        if once in whole or json.dumps(once, ensure_ascii=ascii_only)[1:-1] in whole:  # twice: arguments as JSON text
+            return True
+    if repr(text)[1:-1] in whole:
         return True
     return "".join(text.split()) in "".join(whole.split())
 

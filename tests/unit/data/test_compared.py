@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -54,10 +55,33 @@ def test_the_better_one_is_the_one_that_the_column_names(column: str, value: Any
         ("better_response_id", True),
         ("winner", "model_c"),
         ("winner", 1),
+        ("overall_preference", "²"),
+        ("overall_preference", "--1"),
+        ("overall_preference", "9" * 5000),
     ],
 )
 def test_a_verdict_that_names_neither_is_a_bad_label(column: str, value: Any) -> None:
     assert reason({**TWO, column: value}) == "BAD_LABEL"
+
+
+def test_columns_that_contradict_each_other_are_a_bad_label() -> None:
+    assert reason({**TWO, "better_response_id": 0, "winner": "model_b"}) == "BAD_LABEL"
+    assert reason({**TWO, "overall_preference": -1, "preference_strength": 1}) == "BAD_LABEL"
+    assert better({**TWO, "better_response_id": 0, "winner": "model_a"}) == "first"
+    assert better({**TWO, "better_response_id": 0, "winner": "some-model"}) == "first"  # which tells no side
+    assert better({**TWO, "better_response_id": 0, "safer_response_id": 1}) == "first"  # another question
+    assert better({**TWO, "better_response_id": None, "safer_response_id": 1}) == "second"
+
+
+def test_a_prompt_beside_a_battle_is_that_of_its_conversations() -> None:
+    row = published_row("chatbot_arena")
+    assert read({**row, "prompt": "Which planet is the largest?"}) == read(row)
+    assert reason({**row, "prompt": "something else"}) == "PROMPT_MISMATCH"
+
+
+def test_conversations_of_a_battle_may_be_text_that_holds_messages() -> None:
+    row = published_row("chatbot_arena")
+    assert read({**row, **{side: json.dumps(row[side]) for side in ("conversation_a", "conversation_b")}}) == read(row)
 
 
 def test_a_recipe_may_name_the_columns() -> None:
@@ -99,6 +123,16 @@ class TestSwift:
         assert reason({"messages": messages[1:], "rejected_response": "bad"}) == "MISSING_PROMPT"
         assert reason({"messages": [*messages, user("r")], "rejected_response": "bad"}) == "LAST_TURN_NOT_ASSISTANT"
         assert reason({"messages": messages, "rejected_response": "good"}) == "IDENTICAL_PAIR"
+
+    def test_what_stands_beside_a_conversation_says_the_same(self) -> None:
+        row = {"messages": [user("q"), answer("good")], "rejected_response": "bad"}
+        assert read({**row, "query": "q", "response": "good", "history": []}) == read(row)
+        for beside in ({"query": "r"}, {"response": "better"}, {"history": [["a", "b"]]}):
+            assert reason({**row, **beside}) == "PROMPT_MISMATCH"
+
+    def test_its_rejected_images_are_named(self) -> None:
+        row = {"messages": [user("q"), answer("good")], "rejected_response": "bad", "rejected_images": ["cat.png"]}
+        assert reason(row) == "UNSUPPORTED_MEDIA"
 
     def test_its_tool_turns_are_read(self) -> None:
         turns = [user("u"), {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'}]

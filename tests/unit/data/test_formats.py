@@ -108,11 +108,12 @@ class TestPairs:
         group = read({"chosen": [*turns, answer("d")], "rejected": [*turns, answer("e")]})
         assert said(group) == (tuple(turns), ("d", "e"))
 
-    def test_system_column_stands_first_unless_the_prompt_has_its_own(self):
+    def test_system_column_stands_first_unless_the_prompt_begins_with_it(self):
         row = {"prompt": "Hi", "chosen": "a", "rejected": "b", "system": "Be kind."}
         assert said(read(row))[0] == (system("Be kind."), user("Hi"))
-        own = {**row, "prompt": [system("Be brief."), user("Hi")]}
-        assert said(read(own))[0] == (system("Be brief."), user("Hi"))
+        own = {**row, "prompt": [system("Be kind."), user("Hi")]}
+        assert said(read(own))[0] == (system("Be kind."), user("Hi"))
+        assert reason({**own, "system": "Be brief."}) == "PROMPT_MISMATCH"
 
     def test_implicit_text_splits_no_word(self):
         group = read({"chosen": "It was brilliant.", "rejected": "It was broken."})
@@ -300,7 +301,7 @@ class TestOtherTrainers:
             ],
             "chosen": {"from": "gpt", "value": "Rain."},
             "rejected": {"from": "gpt", "value": "Sun."},
-            "system": "ignored, as the conversation has its own",
+            "system": "Be brief.",
             "tools": '[{"name": "weather", "description": "Tell it.", "parameters": {"type": "object"}}]',
         }
         group = read(row)

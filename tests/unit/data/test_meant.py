@@ -10,16 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ray.config.data import DataConfig
+from dpo_ray.config.data import DataConfig, PairingConfig
 from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.formats.read import text_group
 from dpo_ray.data.groups import TextGroup, TokenGroup
+from dpo_ray.data.pairing import paired
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import list_shards, pieces
 from dpo_ray.data.tokenizing.chat import load_tokenizer
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
-from tests.helpers.published_rows import answer, read, reason, user
+from tests.helpers.published_rows import answer, published_row, read, reason, said, system, user
 
 PAIR = {"prompt": [user("q")], "chosen": [answer("good")], "rejected": [answer("bad")]}
 IMPLICIT = {"chosen": [user("q"), answer("good")], "rejected": [user("q"), answer("bad")]}
@@ -187,6 +188,76 @@ class TestToolCalls:
         assert group.prompt[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 
+class TestWhatStandsBesideThePrompt:
+    HH = "\n\nHuman: q\n\nAssistant:"
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"chosen": f"{HH} a", "rejected": f"{HH} b"},
+            {"chosen": "q a", "rejected": "q b"},
+            {"prompt": f"{HH} ", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+            {
+                "context": [user("q")],
+                "completions": [{"rank": i, "completion": [answer(t)]} for i, t in enumerate("ab")],
+            },
+        ],
+        ids=["hh", "implicit text", "ranked transcript", "nemo"],
+    )
+    def test_every_layout_has_a_system_text(self, row: dict[str, Any]):
+        group = paired(read({**row, "system": "Be kind."}), PairingConfig())
+        assert said(group) == ((system("Be kind."), user("q")), ("a", "b"))
+        renamed = read({**row, "persona": "Be kind."}, system="persona")
+        assert said(renamed)[0] == (system("Be kind."), user("q"))
+        assert "Be kind." in str(group.prompt)  # what a template `plain` writes
+
+    def test_a_transcript_has_one_system_text(self):
+        row = {"chosen": f"Be kind.{self.HH} a", "rejected": f"Be kind.{self.HH} b"}
+        assert read({**row, "system": "Be kind."}) == read(row)
+        assert reason({**row, "system": "Be brief."}) == "PROMPT_MISMATCH"
+        assert reason({"chosen": f"{self.HH} a", "rejected": f"{self.HH} b", "system": "\n\nHuman: x"}) == "BAD_MESSAGE"
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": "q", "completion": "a", "label": True},
+            {"prompt": "q", "completions": ["a", "b"], "scores": [1, 2]},
+            {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1},
+            {"question": "q", "chosen": "a", "rejected": "b"},
+            {"instruction": "q", "chosen_response": "a", "rejected_response": "b"},
+        ],
+    )
+    @pytest.mark.parametrize("beside", [{"history": [["hi", "hello"]]}, {"input": "this text"}])
+    def test_history_and_input_are_read_or_a_fault(self, row: dict[str, Any], beside: dict[str, Any]):
+        assert reason({**row, **beside}) == "UNKNOWN_FORMAT"
+        assert read({**row, **dict.fromkeys(beside)}) == read(row)
+        assert read({**row, "input": "q", "history": []}) == read(row)  # the prompt holds it
+
+    def test_a_recipe_that_names_the_prompt_has_chosen(self):
+        row = {"prompt": "q", "input": "this text", "chosen": "a", "rejected": "b"}
+        assert read(row, prompt="prompt").prompt == read(row, "text").prompt == "q"
+
+    @pytest.mark.parametrize("prompt", [{"role": "user", "content": "r"}, 3, True])
+    def test_a_prompt_of_another_kind_beside_conversations_is_a_fault(self, prompt: Any):
+        row = published_row("trl_conversational_implicit")
+        assert reason({**row, "prompt": prompt}) == "WRONG_TYPE"
+
+    def test_an_input_follows_the_last_turn_of_the_user(self):
+        row = {**published_row("pandalm"), "input": "this text"}
+        asked = read({**row, "instruction": [{**user("q"), "name": "ann"}]}).prompt
+        assert asked == ({**user("q\n\nthis text"), "name": "ann"},)
+        assert read({**row, "instruction": []}).prompt == "this text"
+        assert reason({**row, "instruction": [user("q"), answer("a")]}) == "PROMPT_MISMATCH"
+
+
+def test_reasoning_beside_the_text_of_a_completion_is_part_of_it():
+    items = [{"response": "a", "reasoning_content": "hm", "score": 1}, {"response": "b", "score": 2}]
+    assert read({"prompt": "q", "completions": items}).completions == ({**answer("a"), "reasoning_content": "hm"}, "b")
+    items[0]["response"] = [answer("a")]
+    assert reason({"prompt": "q", "completions": items}) == "BAD_MESSAGE"
+
+
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{% endfor %}"
 END = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 BARE = TURNS.replace("%s", "{{ m.content }}") + END
@@ -200,12 +271,22 @@ NAMES_ALONE = "{{ tools | tojson if tools }}" + TURNS.replace("%s", "{{ m.conten
 LAST_THOUGHT = TURNS.replace("%s", THINKING + "{{ m.content }}") + END
 NO_SYSTEM = TURNS.replace("%s", "{{ m.content if m.role != 'system' }}") + END
 CUTS_THOUGHTS = TURNS.replace("%s", "{{ m.content.split('</think>')[-1] }}") + END
+AS_PYTHON = TURNS.replace("%s", "{{ m.content }}{{ m.tool_calls if m.tool_calls }}") + END
+AS_JSON_TEXT = TURNS.replace("%s", "{{ m.content }}{{ m.tool_calls | tojson | tojson if m.tool_calls }}") + END
+NAMES_OF_USERS = TURNS.replace("%s", "{{ m.name if m.role == 'user' }} {{ m.content }}") + END
+ONE_CALL = TURNS.replace("%s", "{{ m.content }}{{ m.tool_calls[0] | tojson if m.tool_calls }}") + END
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = {
     "role": "assistant",
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
 }
+TWO_CALLS = {
+    **CALL,
+    "tool_calls": [*CALL["tool_calls"], {"type": "function", "function": {"name": "look_up", "arguments": {}}}],
+}
+QUOTED = {**CALL, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 'a "b"\n\'é'}}}]}
+TOLD, ANN = {"role": "tool", "content": "1"}, {**user("q"), "name": "ann"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 THOUGHT = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
 
@@ -221,6 +302,12 @@ class TestTemplates:
             (BARE, TextGroup(({**user("q"), "name": "ann"},), ("a", "b"), (1.0, 0.0)), "names of speakers"),
             (BARE, TextGroup("q", (THOUGHT, "no"), (1.0, 0.0)), "reasoning of the answer"),
             (LAST_THOUGHT, TextGroup((user("q"), THOUGHT, user("r")), ("a", "b"), (1.0, 0.0)), "reasoning of earlier turns"),
+            (LAST_THOUGHT, TextGroup("q", ({**THOUGHT, "thinking": "two more"}, "no"), (1.0, 0.0)), "reasoning of the assistant"),
+            (LAST_THOUGHT, TextGroup("q", ({**THOUGHT, "reasoning": "two more"}, "no"), (1.0, 0.0)), "reasoning of the assistant"),
+            (NAMES_OF_USERS, TextGroup((ANN, {**answer("x"), "name": "bob"}, ANN), ("a", "b"), (1.0, 0.0)), "name of the assistant"),
+            (WITH_CALLS, TextGroup((user("q"), CALL, {**TOLD, "name": "look_up"}), ("a", "b"), (1.0, 0.0)), "name of the tool"),
+            (ONE_CALL, TextGroup("q", (TWO_CALLS, "no"), (1.0, 0.0)), "name of a tool call"),
+            ("plain", TextGroup((user("q"), {**TOLD, "name": "look_up"}), ("a", "b"), (1.0, 0.0)), "names of speakers"),
             (NO_SYSTEM, TextGroup((SYSTEM, user("q")), ("a", "b"), (1.0, 0.0)), "a turn of the system"),
             (CUTS_THOUGHTS, TextGroup("q", ("<think> x </think> a", "b"), (1.0, 0.0)), "a turn of the assistant"),
             ("plain", TextGroup("q", (CALL, "no"), (1.0, 0.0)), "tool calls"),
@@ -253,6 +340,9 @@ class TestTemplates:
                 TextGroup((user("q"), CALL, {"role": "tool", "content": "1", "name": "f"}), ("a", "b"), (1.0, 0.0)),
             ),
             (LAST_THOUGHT, TextGroup("q", (THOUGHT, "no"), (1.0, 0.0))),
+            (LAST_THOUGHT, TextGroup("q", ({**THOUGHT, "thinking": "two and two"}, "no"), (1.0, 0.0))),
+            (AS_PYTHON, TextGroup("q", (QUOTED, "no"), (1.0, 0.0))),
+            (AS_JSON_TEXT, TextGroup("q", (QUOTED, "no"), (1.0, 0.0))),
             (TURNS.replace("%s", "{{ m.content | tojson }}") + END, TextGroup('say "é"\n', ("a\nb", "c"), (1.0, 0.0))),
             (CUTS_THOUGHTS, TextGroup("q", ("a", "b"), (1.0, 0.0))),
         ],

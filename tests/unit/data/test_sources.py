@@ -125,6 +125,9 @@ def test_what_is_hidden_is_read_only_where_it_is_named(tmp_path: Path):
         (("train/a.jsonl", "validation/a.jsonl"), "train, validation"),
         (("train-00000-of-00002.parquet", "eval_1.parquet"), "test, train"),
         (("data.train.jsonl", "dev.jsonl", "training.jsonl"), "train, validation"),
+        (("rows_train.jsonl", "rows_test.jsonl"), "test, train"),
+        (("default/train/0000.parquet", "default/validation/0000.parquet"), "train, validation"),
+        (("train/test-cases.jsonl", "train/dev.jsonl", "eval/training.jsonl"), "test, train"),
     ],
 )
 def test_splits_of_a_directory_are_not_mixed(tmp_path: Path, files: tuple[str, ...], found: str):
@@ -132,18 +135,43 @@ def test_splits_of_a_directory_are_not_mixed(tmp_path: Path, files: tuple[str, .
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
-    for path in (str(root), f"{root}/**"):
+    for path in (str(root), f"{root}/", f"{root}/**", f"file://{root}"):
         with pytest.raises(ConfigError, match=f"belong to the splits {found}, which must not be mixed"):
             shards_of(path)
-    train = [name for name in files if "train" in name and not name.startswith("data.")]
+    train = [name for name in files if "train" in name and not name.startswith("eval/")]
     chosen = shards_of({"path": str(root), "split": "train"})
     assert [s.location for s in chosen] == sorted(str(root / name) for name in train)
     with pytest.raises(ConfigError, match="there is no split "):
         shards_of({"path": str(root), "split": ({"validation", "test"} - set(found.split(", "))).pop()})
 
 
+def test_a_split_may_be_named_though_the_path_names_it_already(tmp_path: Path):
+    root = tmp_path / "data"  # pytest's own folder is named by the test
+    for name in ("test/a.jsonl", "dev.jsonl", "b.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    for path, split in (
+        ("test", "test"),
+        ("test/a.jsonl", "test"),
+        ("test/*.jsonl", "test"),
+        ("dev.jsonl", "validation"),
+    ):
+        assert len(shards_of({"path": f"{root}/{path}", "split": split})) == 1
+        with pytest.raises(ConfigError, match="there is no split train"):
+            shards_of({"path": f"{root}/{path}", "split": "train"})
+        assert len(shards_of({"path": f"{root}/{path}"})) == 1  # a path that names one split is enough
+    with pytest.raises(ConfigError, match="no file is named by a split"):
+        shards_of({"path": f"{root}/b.jsonl", "split": "test"})
+
+
 @pytest.mark.parametrize(
-    "files", [("a.jsonl", "b.jsonl"), ("train-1.jsonl", "train-2.jsonl"), ("train.jsonl", "more.jsonl")]
+    "files",
+    [
+        ("a.jsonl", "b.jsonl"),
+        ("contest.jsonl", "trainer.jsonl"),
+        ("train-1.jsonl", "train-2.jsonl"),
+        ("train.jsonl", "more.jsonl"),
+    ],
 )
 def test_files_of_one_split_are_read_together(tmp_path: Path, files: tuple[str, ...]):
     for name in files:
