@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Any, Protocol
 
+from dpo_ray.artifacts.disk import make_dirs
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.extension import TRACKERS as ADDED
 from dpo_ray.config.extension import installed
@@ -21,6 +22,7 @@ from .progress import Bar
 
 logger = logging.getLogger(__name__)
 MOST_PENDING_CALLS = 10_000  # a tracker that is further behind training is stopped
+FLUSH_SECONDS = 30.0  # longest time until TensorBoard shows a row
 CLOSE_SECONDS = 30.0  # time that a tracker has at the end to write its pending data
 
 Row = dict[str, float]  # `step`, and the metrics of that step by name
@@ -43,31 +45,48 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes TensorBoard's event files into the run's directory. If that is not on a local disk, it writes nothing."""
+    """Writes TensorBoard's event files into the run's directory. If that is not on a local disk, it writes nothing.
+
+    tensorboardX's `SummaryWriter` is not used: it writes in a thread of its own, and prints a traceback if a disk is full.
+    """
 
     def __init__(self, run_dir: Storage) -> None:
         self._run_dir = run_dir
         self._writer: Any = None
+        self._flushed_seconds = 0.0
 
     def begin(self, known: Sequence[Row]) -> None:
         if not self._run_dir.is_local:
             return
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         self.close()
-        self._writer = SummaryWriter(
-            str(self._run_dir.local_path() / "tensorboard"),
-            purge_step=0,  # TensorBoard hides the rows of previous attempts: all rows are written again
-            filename_suffix=f".{time.time_ns()}",  # else two files of the same second would overwrite each other
-        )
+        directory = self._run_dir.local_path() / "tensorboard"
+        make_dirs(directory)
+        # The suffix: else two files of the same second would overwrite each other.
+        self._writer = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        # TensorBoard hides the rows of previous attempts from step 0 on: all rows are written again.
+        self._add(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
         for row in known:
             self.write(row)
 
     def write(self, row: Row) -> None:
-        if self._writer is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, int(row["step"]))
+        if self._writer is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.summary import scalar
+
+        for name, value in row.items():
+            if name != "step":
+                self._add(Event(step=int(row["step"]), summary=scalar(name, value)))
+        if time.monotonic() - self._flushed_seconds >= FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed_seconds = time.monotonic()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
 
     def close(self) -> None:
         if self._writer is not None:

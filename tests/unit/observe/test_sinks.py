@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -168,3 +170,25 @@ def test_a_full_disk_is_one_error_and_hides_no_earlier_one(
 
     with pytest.raises(expected):
         train()
+
+
+def test_a_board_that_failed_prints_nothing_when_python_exits(tmp_path: Path) -> None:
+    """A limit for the size of files stands for a full disk."""
+    program = f"""
+import resource
+from pathlib import Path
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.observe.sinks import TensorBoard
+
+board = TensorBoard(Storage({str(tmp_path)!r}))
+board.begin([{{"step": 1, "loss": 0.5}}])
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+try:
+    board.write({{"step": 2, "loss": 0.25}})
+    board.close()
+except OSError as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "OSError\n"
+    assert done.stderr == ""
