@@ -205,7 +205,7 @@ def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
 
 
 def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str) -> None:
-    """Delete the files of an attempt to make an artifact, unless they are committed, and its marker file."""
+    """Delete the marker file of an attempt to make an artifact, and its other files unless they are committed."""
     name = artifact_name(stage, key)
     root.delete(marker_name(stage, key, run, attempt))
     if root.is_local:

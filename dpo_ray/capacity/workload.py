@@ -87,7 +87,10 @@ def assumed_workload(recipe: Recipe) -> Workload:
 
 
 def longest_group_tokens(recipe: Recipe, completions: float) -> int:
-    """Return an upper limit of the tokens in a group: `max_length_tokens` for each of its completions, with the prompt."""
+    """Return the largest possible number of tokens in a preference group with this number of completions.
+
+    A completion and its prompt have at most `max_length_tokens` together, and the prompt counts only once.
+    """
     return ceil(completions) * recipe.data.max_length_tokens
 
 
