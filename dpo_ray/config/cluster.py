@@ -155,9 +155,10 @@ class NetworkConfig(StrictModel):
     monitoring_namespace: Name = "monitoring"
     """Namespace of Prometheus, which reads the metrics from the pods."""
 
-    egress_ports: tuple[Annotated[int, Field(gt=0, lt=65536)], ...] = (443, 6443)
-    """Ports of the Hugging Face hub, object stores and the Kubernetes API server. The ports of the recipe's LLM judges
-    are added."""
+    egress_ports: tuple[Annotated[int, Field(gt=0, lt=65536)], ...] | None = None
+    """Ports outside the run to which its pods may connect. The ports of the recipe's LLM judges are added. Default: what the
+    run needs, which is 443 for the Hugging Face hub and object stores, the ports of data URLs, and 443 and 6443 (the
+    Kubernetes API server) with `autoscaling`. Set it for an object store with another port."""
 
 
 class KubernetesConfig(StrictModel):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import posixpath
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -43,13 +42,6 @@ def config_map_files(recipe: Recipe) -> dict[str, str]:
             "the recipe and the chat template are larger than 1 MiB", where=recipe.name, fix="move data out of them"
         )
     return files
-
-
-def judge_ports(recipe: Recipe) -> set[int]:
-    """Return the ports of the endpoints that the recipe's judges call."""
-    judges = recipe.online.judges() if recipe.online is not None else []
-    addresses = [urlsplit(url) for j in judges for url in sorted(j.urls())]
-    return {a.port or (443 if a.scheme == "https" else 80) for a in addresses}
 
 
 def secret_variables_missing(recipe: Recipe) -> list[str]:

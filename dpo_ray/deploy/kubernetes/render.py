@@ -15,8 +15,9 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 
 from .groups import ROLE, PodGroup, groups
+from .network import egress_ports
 from .pods import RUN, Json, autoscaler_options, head_template, worker_template
-from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files, judge_ports
+from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files
 
 RAY_VERSION = "2.60.0"
 DASHBOARD_PORT, METRICS_PORT, DNS_PORT = 8265, 8080, 53
@@ -186,7 +187,7 @@ def _claim(recipe: Recipe) -> Json:
 def _network_policy(recipe: Recipe, name: str) -> Json:
     network = recipe.cluster.kubernetes.network
     run = {"podSelector": {"matchLabels": {RUN: name}}}
-    ports = sorted({*network.egress_ports, *judge_ports(recipe)})
+    ports = egress_ports(recipe)
     dns = [{"protocol": protocol, "port": DNS_PORT} for protocol in ("UDP", "TCP")]
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -200,7 +201,7 @@ def _network_policy(recipe: Recipe, name: str) -> Json:
                 {"from": [_namespace(network.operator_namespace)], "ports": [_tcp(DASHBOARD_PORT)]},
                 {"from": [_namespace(network.monitoring_namespace)], "ports": [_tcp(METRICS_PORT)]},
             ],
-            "egress": [{"to": [run]}, {"ports": dns}, {"ports": [_tcp(port) for port in ports]}],
+            "egress": [{"to": [run]}, {"ports": dns}, *([{"ports": [_tcp(port) for port in ports]}] if ports else [])],
         },
     }
 

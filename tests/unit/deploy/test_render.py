@@ -239,9 +239,30 @@ def test_the_network_is_closed_but_for_the_run():
     operators = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "operators"}}}
     assert {"from": [operators], "ports": [{"protocol": "TCP", "port": 8265}]} in policy["ingress"]
     assert all("from" in rule for rule in policy["ingress"])
-    assert [p["port"] for p in policy["egress"][2]["ports"]] == [443, 6443]
+    assert [p["port"] for p in policy["egress"][2]["ports"]] == [443, 6443]  # the API server's, for the autoscaler
     for template in templates(made("quickstart")):
         assert template["metadata"]["labels"]["dpo-ray/run"] == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ports"),
+    [
+        ((), []),  # a built-in model and made-up data
+        (("model.path=HuggingFaceTB/SmolLM2-135M",), [443]),
+        (("data.train={type: hub, path: trl-lib/ultrafeedback_binarized}",), [443]),
+        (("data.train=https://data.example:8443/pairs.jsonl",), [8443]),
+        (("data.train=http://data.example/pairs.jsonl",), [80]),
+        (("output=s3://bucket/runs",), [443]),
+        (("cluster.kubernetes.network.egress_ports=[9000]", "output=s3://bucket/runs"), [9000]),
+        (("cluster.kubernetes.autoscaling=true",), [443, 6443]),
+    ],
+)
+def test_pods_reach_only_the_ports_that_the_run_needs(overrides: tuple[str, ...], ports: list[int]):
+    policy = made("quickstart", ("cluster.kubernetes.autoscaling=false", *overrides))["NetworkPolicy"]["spec"]
+    own, dns, *outside = policy["egress"]
+    assert own == {"to": [{"podSelector": {"matchLabels": {"dpo-ray/run": "quickstart"}}}]}
+    assert {p["port"] for p in dns["ports"]} == {53}
+    assert [[p["port"] for p in rule["ports"]] for rule in outside] == ([ports] if ports else [])
 
 
 JUDGE = "online.judge={type: llm, base_url: 'http://judge.svc:8000/v1', model: judge, api_key_env: JUDGE_KEY}"

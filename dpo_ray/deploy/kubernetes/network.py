@@ -1,0 +1,69 @@
+"""The ports to which the pods of a run may connect outside the run, besides DNS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from dpo_ray.config.model import is_hub_name
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.deploy.shared_paths import named_places
+
+HTTPS_PORT, HTTP_PORT = 443, 80
+API_SERVER_PORTS = (443, 6443)  # of its service, and of the API server itself, which some networks see instead
+OBJECT_STORES = ("s3", "gs", "hf")
+
+
+def egress_ports(recipe: Recipe) -> list[int]:
+    """Return the allowed ports: those that the recipe sets, or else those that the run needs; and those of the judges.
+
+    A run needs the hub's port if it reads a model or data there, the port of each object store and URL that it uses, and the
+    ports of the Kubernetes API server if the cluster scales by itself.
+    """
+    chosen = recipe.cluster.kubernetes.network.egress_ports
+    return sorted({*(_needed(recipe) if chosen is None else chosen), *judge_ports(recipe)})
+
+
+def judge_ports(recipe: Recipe) -> set[int]:
+    """Return the ports of the endpoints that the recipe's judges call."""
+    judges = recipe.online.judges() if recipe.online is not None else []
+    return {_port(url) for judge in judges for url in judge.urls()}
+
+
+def _needed(recipe: Recipe) -> Iterator[int]:
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    if recipe.cluster.kubernetes.autoscaling:
+        yield from API_SERVER_PORTS
+    for section, key, _ in named_places(values):
+        place = section[key]
+        for path in place if isinstance(place, list) else [place]:
+            if urlsplit(path).scheme in (*OBJECT_STORES, "http", "https"):
+                yield _port(path)
+    if any(is_hub_name(path) for path in _model_paths(values)) or any(_hub_sources(values)):
+        yield HTTPS_PORT
+
+
+def _port(url: str) -> int:
+    parts = urlsplit(url)
+    if parts.scheme in OBJECT_STORES:
+        return HTTPS_PORT
+    return parts.port or (HTTPS_PORT if parts.scheme == "https" else HTTP_PORT)
+
+
+def _model_paths(values: dict[str, Any]) -> Iterator[str]:
+    yield values["model"]["path"]
+    for section, key, field in named_places(values.get("online", {})):
+        if field.startswith("judge"):
+            yield section[key]
+
+
+def _hub_sources(value: Any) -> Iterator[bool]:
+    """Yield True for every data source of the hub."""
+    if isinstance(value, dict):
+        if value.get("type") == "hub":
+            yield True
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _hub_sources(part)
