@@ -101,7 +101,7 @@ def reward_figures(policy: Sequence[float], reference: Sequence[float]) -> dict[
 
     `true_reward_gain_in_sd` is the gain divided by the standard deviation of the reference's rewards.
     """
-    p, r = np.asarray(policy, float), np.asarray(reference, float)
+    p, r = np.array(policy), np.array(reference)
     gain = p - r
     return {
         "policy_true_reward": float(p.mean()),
