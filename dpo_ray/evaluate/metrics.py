@@ -109,7 +109,7 @@ def reward_figures(policy: Sequence[float], reference: Sequence[float]) -> dict[
         policy: the reward of the policy's completion of each prompt.
         reference: the reward of the reference's completion of each prompt.
     """
-    p, r = np.asarray(policy, float), np.asarray(reference, float)
+    p, r = np.array(policy), np.array(reference)
     gain = p - r
     return {
         "policy_true_reward": float(p.mean()),

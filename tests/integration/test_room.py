@@ -171,6 +171,20 @@ def test_fewer_begin_where_there_is_not_room_for_all() -> None:
     assert live_groups() == 0
 
 
+@pytest.mark.usefixtures("quick")
+def test_fewer_than_the_least_do_not_begin() -> None:
+    ask, counts = Resources("training workers", 1.0), []
+    with held(1):
+        with held(1):
+            thread = threading.Thread(target=lambda: counts.append(wait(ask, 3, 4, print)))
+            thread.start()
+            thread.join(8)  # twice as long as it takes to find room for some
+            assert counts == []
+        thread.join(30)
+        assert counts == [3]
+    assert live_groups() == 0
+
+
 def fail_to_start(ask: Resources) -> None:
     with given_back(ask, 2):
         assert placement_group([{"CPU": 1}, {"CPU": 1}]).wait(30)

@@ -68,6 +68,7 @@ def test_unpaired_data_is_measured_by_label_and_has_no_accuracy() -> None:
         "loss": 0.5,
         "rewards/chosen": 1.75,  # without an undesirable completion there is no margin
     }
+    assert heldout_figures(pa.Table.from_pylist(rows[2:])) == {"completions": 1, "loss": 0.5, "rewards/rejected": -0.5}
 
 
 def artifact_of(root: Path, files: dict[str, pa.Table], rows: dict[str, int]) -> Artifact:

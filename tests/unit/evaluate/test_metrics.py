@@ -63,6 +63,10 @@ def test_the_gain_in_reward_is_compared_prompt_by_prompt() -> None:
     }
 
 
+def test_a_gain_in_small_rewards_is_in_their_unit() -> None:
+    assert reward_figures([0.5, 0.25], [0.25, 0.0])["true_reward_gain_in_sd"] == pytest.approx(0.25 / 0.125)
+
+
 def test_a_gain_is_in_no_unit_where_all_rewards_of_the_reference_agree() -> None:
     figures = reward_figures([2.0, 4.0], [1.0, 1.0])
     assert figures["true_reward_gain_in_sd"] == 0.0

@@ -129,6 +129,11 @@ def test_sums_of_weights_by_hand() -> None:
     ]
 
 
+def test_completions_without_a_label_are_not_counted() -> None:
+    chain = group(1, RANKED, [2, 1, 0], ((0, 1), (1, 2)), weight=2.0)  # the middle one is chosen and rejected
+    assert weight_sums(rows_of(chain)).tolist()[1] == 2 * 2.0
+
+
 def test_a_list_counts_once_and_only_if_its_scores_differ() -> None:
     tied = group(1, RANKED, [1, 1, 1], weight=8.0)
     best_last = group(2, RANKED, [0, 0, 1], weight=2.0)
@@ -147,6 +152,8 @@ def test_labels_of_pairs_rankings_and_single_completions() -> None:
     assert labels(rows_of(ranking)).tolist() == [0, 1, -1]
     assert labels(rows_of(ties)).tolist() == [1, 1, -1]
     assert labels(rows_of(with_mismatched)).tolist() == [1, 0]
+    all_tied = group(6, RANKED, [1, 1, 1])
+    assert labels(rows_of(all_tied, ranking)).tolist() == [0, 0, 0, 0, 1, -1]
     assert labels(rows_of(lone(6, 0.0), lone(7, 0.5), lone(8, 1.0))).tolist() == [-1, -1, 1]
     groups = (chain, one_pair, ranking, lone(6, 0.0))
     assert labels(rows_of(*groups)).tolist() == [1, 0, -1, 1, -1, 0, 0, 1, -1, -1]
@@ -176,6 +183,9 @@ def test_micro_batches_are_joined_and_their_groups_stay_apart() -> None:
     assert torch.equal(same, whole.group[:, None] == whole.group[None, :])
     three = joined([parts[0], parts[0], parts[1]]).group.tolist()
     assert [[a == b for b in three] for a in three] == [[a == b for b in "aabbccc"] for a in "aabbccc"]
+    alone = joined(parts[1:])
+    assert torch.equal(alone.policy, parts[1].policy)
+    assert alone.pairs.mean_chosen_tokens == 2.5
 
 
 def test_a_detached_copy_has_no_gradients() -> None:
@@ -187,6 +197,8 @@ def test_a_detached_copy_has_no_gradients() -> None:
     assert not copy.policy.requires_grad
     assert not copy.pairs.policy_chosen.requires_grad
     assert copy.policy.tolist() == logps.policy.tolist()
+    elsewhere = logps.detached("meta")  # a device without memory, on any machine
+    assert {elsewhere.policy.device.type, elsewhere.pairs.policy_chosen.device.type} == {"meta"}
 
 
 def test_a_completion_of_another_prompt_is_one_without_a_score() -> None:
