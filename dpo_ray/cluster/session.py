@@ -17,18 +17,11 @@ from dpo_ray.errors import DpoRayError, HeadLostError, InfrastructureError
 
 from .cpu_work import cpu_work_on
 from .head import watched_head
+from .requests import local_cpus, local_memory_bytes
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
-
-
-def local_cpus(recipe: Recipe) -> int:
-    """Return the number of CPUs to offer on this machine: its cores, but at least the recipe's peak need.
-
-    Ray uses CPUs to count what may run at once; more of them than cores only means that processes share.
-    """
-    return recipe.ray.cpus or max(os.cpu_count() or 1, recipe.cpus_needed())
 
 
 @contextmanager
@@ -53,6 +46,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         os.environ.pop("RAY_ADDRESS", None)
         options |= {
             "num_cpus": local_cpus(recipe),
+            "_memory": local_memory_bytes(),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }

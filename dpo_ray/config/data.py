@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_TOKENS, StrictModel, field_error
 from .sources import Sources
 
 EVAL = "eval"
+NAMED_TEMPLATE = re.compile(r"name:(\w[\w.-]*)", re.ASCII)  # one of several templates of a tokenizer
+
+
+def names_no_file(chat_template: str) -> bool:
+    """Return whether `data.chat_template` is anything else than the path of a file."""
+    return chat_template in ("auto", "plain") or NAMED_TEMPLATE.fullmatch(chat_template) is not None
 
 
 class PairingConfig(StrictModel):
@@ -31,6 +38,9 @@ class PairingConfig(StrictModel):
     as one half), the verdict of the majority, or only unanimous verdicts."""
 
 
+ControlCharacters = Literal["quarantine", "clean", "keep"]
+
+
 class RulesConfig(StrictModel):
     """Rules by which valid rows are left out as well; each rule has its own reason code in the data report."""
 
@@ -40,6 +50,10 @@ class RulesConfig(StrictModel):
     dropped_content: Literal["quarantine", "keep"] = "quarantine"
     """Rows of which the chat template does not write everything, such as tool calls, names or reasoning. With keep, the
     rest of such a row is trained on."""
+
+    control_characters: ControlCharacters = "quarantine"
+    """Rows whose text contains control characters, such as form feeds or escape sequences of a terminal. clean: remove
+    them, and make a line end of a form feed or a vertical tab. keep: train on them."""
 
     conflicts: Literal["drop", "keep"] = "drop"
     """Pairs that the data also contains with chosen and rejected swapped: leave out both."""
@@ -78,8 +92,8 @@ class DataConfig(StrictModel):
     measured."""
 
     chat_template: str = "auto"
-    """auto: the tokenizer's own template. plain: the text as it is, without a template. Otherwise the path of a Jinja
-    file."""
+    """auto: the tokenizer's own template. name:NAME: that of its templates, if it has several. plain: the text as it is,
+    without a template. Otherwise the path of a Jinja file."""
 
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Further variables for the template, such as enable_thinking; those of a row take precedence."""
@@ -87,10 +101,10 @@ class DataConfig(StrictModel):
     chat_template_date: datetime.date = datetime.date(2024, 7, 26)
     """The date for templates that use today's date, so that the same data gives the same tokens on every day."""
 
-    max_length_tokens: int = Field(default=1024, gt=1)
+    max_length_tokens: int = Field(default=1024, gt=1, le=MOST_TOKENS)
     """Maximum length of prompt + completion."""
 
-    max_prompt_tokens: int | None = Field(default=None, gt=0)
+    max_prompt_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
     """Maximum length of a prompt. Of a longer one, keep_end keeps the end; otherwise the row is left out. Not set: no
     limit."""
 
@@ -105,7 +119,7 @@ class DataConfig(StrictModel):
     """Largest share of invalid rows, of the training rows or of a held-out set. If there are more, the run stops before
     anything expensive starts. Rows that your own rules leave out do not count."""
 
-    rows_per_part: int = Field(default=2048, gt=0)
+    rows_per_part: int = Field(default=2048, gt=0, le=10_000_000)
     """Rows of one Parquet part: the unit of work, and of what is repeated after a restart."""
 
     @property

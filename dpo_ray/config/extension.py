@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dpo_ray.errors import ConfigError
 
-from .base import StrictModel
+from .base import MOST_CPUS, MOST_PROCESSES, StrictModel
 
 # Groups of entry points. The name of an entry is the `type` (of a format and a tracker: the name) that a recipe uses.
 OBJECTIVE_CONFIGS = "dpo_ray.objective_configs"  # a subclass of ObjectiveConfig
@@ -130,9 +130,9 @@ class ObjectiveConfig(StrictModel):
 class JudgeConfig(StrictModel):
     """The base of every judge: the processes it runs in, and what these need."""
 
-    replicas: int = Field(default=1, gt=0)
-    cpus_per_replica: float = Field(default=1.0, gt=0)
-    questions_per_batch: int = Field(default=64, gt=0)
+    replicas: int = Field(default=1, gt=0, le=MOST_PROCESSES)
+    cpus_per_replica: float = Field(default=1.0, ge=0.001, le=MOST_CPUS)
+    questions_per_batch: int = Field(default=64, gt=0, le=1_000_000)
     """Prompts, each with its completions, that one call gets."""
 
     not_in_digest: ClassVar[frozenset[str]] = frozenset({"replicas", "cpus_per_replica", "questions_per_batch"})

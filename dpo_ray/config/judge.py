@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union, get_args
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_CPUS, MOST_GIB, MOST_SECONDS, MOST_TOKENS, StrictModel, field_error
 from .extension import JUDGE_CONFIGS, JUDGES, JudgeConfig, installed_configs
-from .roles import JudgeRole
+from .roles import Gpus, JudgeRole
 
 DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
@@ -30,11 +30,11 @@ class RewardModelJudge(JudgeConfig):
     """A directory or a hub name."""
 
     revision: str | None = None
-    max_length_tokens: int = Field(default=2048, gt=0)
+    max_length_tokens: int = Field(default=2048, gt=0, le=MOST_TOKENS)
     """Longer conversations are not judged: their score is missing, with the reason."""
 
-    completions_per_batch: int = Field(default=16, gt=0)
-    gpus_per_replica: float = Field(default=0.0, ge=0)
+    completions_per_batch: int = Field(default=16, gt=0, le=1_000_000)
+    gpus_per_replica: Gpus = 0.0
 
     not_in_digest: ClassVar[frozenset[str]] = JudgeConfig.not_in_digest | {
         "path",  # its files are, wherever they are
@@ -65,19 +65,19 @@ class LlmJudge(JudgeConfig):
     rubric: str = "helpful, correct, clear and harmless"
     """What the judge is told to look for."""
 
-    max_tokens: int = Field(default=256, gt=0)
-    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=256, gt=0, le=MOST_TOKENS)
+    temperature: float = Field(default=0.0, ge=0, le=100)
     structured_output: Literal["json_schema", "none"] = "json_schema"
     """json_schema: ask the endpoint to hold the answer to the schema (`response_format`). none: for endpoints that cannot."""
 
-    concurrency: int = Field(default=8, gt=0)
+    concurrency: int = Field(default=8, gt=0, le=10_000)
     """Calls that are open at once, of each replica."""
 
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Of all replicas together; None: no limit but the endpoint's."""
 
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    max_retries: int = Field(default=6, ge=0)
+    timeout_seconds: float = Field(default=60.0, gt=0, le=MOST_SECONDS)
+    max_retries: int = Field(default=6, ge=0, le=10_000)
     """Of a call, with back-off, after a refusal for load (429), an error of the server (5xx), a timeout, a broken connection or an
     answer that is not what was asked for."""
 
@@ -86,8 +86,8 @@ class LlmJudge(JudgeConfig):
     max_usd: float | None = Field(default=None, gt=0)
     """Of a round; when it is spent the run stops, and keeps every answer. An ensemble's members spend from one purse."""
 
-    cpus_per_replica: float = Field(default=0.5, gt=0)
-    questions_per_batch: int = Field(default=16, gt=0)
+    cpus_per_replica: float = Field(default=0.5, ge=0.001, le=MOST_CPUS)
+    questions_per_batch: int = Field(default=16, gt=0, le=1_000_000)
 
     not_in_digest: ClassVar[frozenset[str]] = JudgeConfig.not_in_digest | {
         "api_key_env",
@@ -126,8 +126,8 @@ class VerifierJudge(JudgeConfig):
     """A regular expression with one group, which takes the answer out of the completion; the last match counts. None: all of it."""
 
     tolerance: float = Field(default=1e-6, ge=0)
-    timeout_seconds: float = Field(default=5.0, gt=0)
-    memory_mib: int = Field(default=512, gt=0)
+    timeout_seconds: float = Field(default=5.0, gt=0, le=MOST_SECONDS)
+    memory_mib: int = Field(default=512, gt=0, le=MOST_GIB << 10)
     """unit_test: the limit of each of its two processes."""
 
     allow_unconfined: bool = False

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_PROCESSES, MOST_ROWS, MOST_TOKENS, StrictModel, field_error
 
 
 class AuditConfig(StrictModel):
     """The comparison of stored reference log-probs with the training stack's own forward pass, before step 1."""
 
-    groups: int = Field(default=64, ge=0)
+    groups: int = Field(default=64, ge=0, le=MOST_ROWS)
     """Preference groups that are scored again: the first in training's random order, rounded up to whole steps. 0: no
     audit."""
 
@@ -45,20 +45,20 @@ class ReferenceConfig(StrictModel):
     """ahead: everything is scored before training starts. streaming: training starts as soon as its first steps are
     scored, and the engines need resources of their own. The resulting weights are the same."""
 
-    replicas: int = Field(default=1, gt=0)
+    replicas: int = Field(default=1, gt=0, le=MOST_PROCESSES)
     """Number of engines in the pool; `cluster.roles.reference` is what each requests."""
 
-    max_replicas: int | None = Field(default=None, gt=0)
+    max_replicas: int | None = Field(default=None, gt=0, le=MOST_PROCESSES)
     """The pool grows up to this number while there is work and the cluster has free resources. Default: replicas."""
 
-    tensor_parallel: int = Field(default=1, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0, le=1024)
     """GPUs of one node over which the model of an engine is split; use more than 1 only if the model does not fit on
     one GPU."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine uses; the rest is headroom for logits, which vLLM does not profile."""
 
-    max_batched_tokens: int | None = Field(default=None, gt=0)
+    max_batched_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
     """Tokens of one engine step. Default: as many as the memory for the logits of a step allows."""
 
     share_prompt: bool = True
@@ -68,7 +68,7 @@ class ReferenceConfig(StrictModel):
     store: str | None = None
     """Where the token log-probs of all runs are stored. Default: OUTPUT/reference-store."""
 
-    groups_per_granule: int = Field(default=1024, gt=0)
+    groups_per_granule: int = Field(default=1024, gt=0, le=10_000_000)
     """Groups that are scored and committed to the store together: the work that is lost with an engine."""
 
     audit: AuditConfig = AuditConfig()

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from .base import StrictModel
+from .base import MOST_CPUS, MOST_GIB, MOST_GPUS, MOST_PROCESSES, StrictModel
+
+
+def _whole_or_share(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"a whole number of GPUs, or a share of one, is expected; got {gpus:g}")
+    return gpus
+
+
+Cpus = Annotated[float, Field(ge=0.001, le=MOST_CPUS)]
+Gpus = Annotated[float, Field(ge=0, le=MOST_GPUS), AfterValidator(_whole_or_share)]
 
 _NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 NodeLabels = dict[
@@ -19,12 +29,12 @@ NodeLabels = dict[
 class TrainRole(StrictModel):
     """What each training worker requests; `train.workers` is their number."""
 
-    cpus: float = Field(default=1, gt=0)
-    gpus: float | None = Field(default=None, ge=0)
+    cpus: Cpus = 1
+    gpus: Gpus | None = None
     """Default: 1 if the machine that runs the command, or the cluster that `ray.address` names, has GPUs; 0
     otherwise."""
 
-    memory_gib: float | None = Field(default=None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each worker; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
@@ -34,11 +44,11 @@ class TrainRole(StrictModel):
 class ReferenceRole(StrictModel):
     """What each engine requests, which also samples in online rounds; `reference.replicas` is their number."""
 
-    cpus: float = Field(default=1, gt=0)
-    gpus: float | None = Field(default=None, ge=0)
+    cpus: Cpus = 1
+    gpus: Gpus | None = None
     """Default: `reference.tensor_parallel` if training workers have GPUs, 0 otherwise."""
 
-    memory_gib: float | None = Field(default=None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each engine; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
@@ -49,19 +59,19 @@ class SampleRole(StrictModel):
     """What each engine requests that samples for an evaluation. Default: what an engine of `reference` requests, in
     the same number, and always with the same GPUs."""
 
-    cpus: float | None = Field(default=None, gt=0)
-    memory_gib: float | None = Field(default=None, gt=0)
+    cpus: Cpus | None = None
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     node_labels: NodeLabels | None = None
 
 
 class PrepareRole(StrictModel):
     """What each task requests that reads, tokenizes, looks up or joins; no task uses a GPU."""
 
-    count: int | None = Field(default=None, gt=0)
+    count: int | None = Field(default=None, gt=0, le=MOST_PROCESSES)
     """Tokenizing tasks that run at the same time. Default: as many as there are CPUs."""
 
-    cpus: float = Field(default=1, gt=0)
-    memory_gib: float | None = Field(default=None, gt=0)
+    cpus: Cpus = 1
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each task; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
@@ -71,12 +81,12 @@ class PrepareRole(StrictModel):
 class JudgeRole(StrictModel):
     """What each process of a judge requests. Default: what the judge itself declares."""
 
-    count: int | None = Field(default=None, gt=0)
+    count: int | None = Field(default=None, gt=0, le=MOST_PROCESSES)
     """Processes of each judge."""
 
-    cpus: float | None = Field(default=None, gt=0)
-    gpus: float | None = Field(default=None, ge=0)
-    memory_gib: float | None = Field(default=None, gt=0)
+    cpus: Cpus | None = None
+    gpus: Gpus | None = None
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each process; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)

@@ -129,7 +129,7 @@ class SyntheticSource(StrictModel):
     """Make reviews by a small grammar, labelled by Bradley-Terry with a known reward (needs no network)."""
 
     type: Literal["synthetic"] = "synthetic"
-    pairs: int = Field(default=2000, gt=0)
+    pairs: int = Field(default=2000, gt=0, le=100_000_000)
     """Training and held-out pairs are disjoint: which they are follows from where this source stands."""
 
     seed: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
     return config
 
 
-def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> None:
+def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> int:
     """Check that transformers knows the model, that no weight file is cut off or damaged at its beginning, and that the
-    embedding has a row for every token of the tokenizer.
+    embedding has a row for every token of the tokenizer. Return the number of weights.
 
     Args:
         tokens: the tokenizer's tokens with their ids.
@@ -50,17 +51,18 @@ def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> Non
         ConfigError: with what is wrong, and in which file.
     """
     vocabulary = _vocabulary_size(directory, where)
-    rows = {}
+    rows, count = {}, 0
     for file in _weight_files(directory, where):
         for name, tensor in _header(file, where).items():
-            if name.endswith(EMBEDDINGS) and isinstance(tensor, dict) and len(tensor.get("shape", ())) == 2:
+            count += math.prod(tensor["shape"])
+            if name.endswith(EMBEDDINGS) and len(tensor["shape"]) == 2:
                 rows[name] = tensor["shape"][0]
     if vocabulary is None:
-        return
-    for name, count in rows.items():
-        if count != vocabulary:
+        return count
+    for name, own in rows.items():
+        if own != vocabulary:
             raise ConfigError(
-                f"`{name}` has {count} rows, but config.json gives a vocabulary of {vocabulary}",
+                f"`{name}` has {own} rows, but config.json gives a vocabulary of {vocabulary}",
                 where=where,
                 fix="name a model whose config.json and *.safetensors belong together",
             )
@@ -71,6 +73,7 @@ def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> Non
             where=where,
             fix="use the model's own tokenizer, or resize its embedding (resize_token_embeddings) and save it again",
         )
+    return count
 
 
 def _vocabulary_size(directory: Path, where: str) -> int | None:
@@ -126,6 +129,8 @@ def _header(file: Path, where: str) -> dict[str, Any]:
                 raise ValueError("the file is shorter than its header says")
             header = json.loads(stream.read(length_bytes))
         header.pop("__metadata__", None)
+        if not all(type(n) is int and n >= 0 for tensor in header.values() for n in tensor["shape"]):
+            raise ValueError("a tensor has no valid shape")
         end = _LENGTH_BYTES + length_bytes + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end != size_bytes:
             raise ValueError(f"its tensors end at byte {end:,}, the file at byte {size_bytes:,}")

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config.train import LoraConfig
+from dpo_ray.data.tokenizing.chat import AUTO, PLAIN, is_unresolved, load_tokenizer, resolved
 from dpo_ray.models.load import NAMED_TEMPLATES, tokenizer_files
 from dpo_ray.models.lora import add_product, is_lora, matrices_of, write_adapter
 from dpo_ray.models.token_logps import TokenLogps
@@ -64,7 +65,7 @@ def write_policy(
 
     Args:
         weights: the result of `gather_policy` on rank 0.
-        template: the text of the chat template that training used, or `plain`, or `auto`.
+        template: the text of the chat template that training used, or `plain`, `auto`, or `name:NAME`.
         base: the base model that the adapter's configuration names.
     """
     model = policy.model
@@ -86,7 +87,9 @@ def _write_tokenizer(source: Path, template: str, target: Path) -> None:
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
-    if template not in ("plain", "auto"):  # auto: the tokenizer's own template, which is in its files
+    if template not in (PLAIN, AUTO):  # auto: the tokenizer's own template, which is in its files
+        if is_unresolved(template):
+            template = resolved(template, load_tokenizer(str(source)))
         _write_named_templates(target)
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dpo_ray.config.data import ControlCharacters
 from dpo_ray.config.sources import Columns, RowFormat
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
 
 from .catalog import FORMATS, fields_of, message_columns, named_columns
+from .control import controlled, with_controls
 from .fields import Fields
 from .media import check_media
 from .message_text import decoded
@@ -24,7 +26,11 @@ TEXT_FORMATS = ("text", "implicit_text", "hh")
 
 
 def text_group(
-    row: Mapping[str, Any], row_format: RowFormat, columns: Columns, criteria: Mapping[str, float]
+    row: Mapping[str, Any],
+    row_format: RowFormat,
+    columns: Columns,
+    criteria: Mapping[str, float],
+    controls: ControlCharacters = "quarantine",
 ) -> TextGroup:
     """Read one row: its completions in its own order, with its scores, label or verdicts as they are given.
 
@@ -32,6 +38,7 @@ def text_group(
         row_format: how to read it; `auto` recognises it by its columns.
         columns: the recipe's names of columns, where they are not the format's.
         criteria: weights of several ratings in the score; empty for the overall score.
+        controls: what becomes of control characters.
 
     Raises:
         Rejected: with the reason that fits best; the row is then quarantined.
@@ -42,9 +49,9 @@ def text_group(
     if row_format == "auto":
         row_format = recognise(row, columns)
     fields = fields_of(row, row_format, columns)
-    group = FORMATS[row_format].read(fields, criteria)
+    group = with_controls(FORMATS[row_format].read(fields, criteria), controls)
     _check(group)
-    return _with_template_variables(group, fields)
+    return _with_template_variables(group, fields, controls)
 
 
 def _check(group: TextGroup) -> None:
@@ -67,15 +74,16 @@ def _says_something(turn: str | Message) -> bool:
     return bool(turn["content"].strip() or turn.get("tool_calls"))
 
 
-def _with_template_variables(group: TextGroup, fields: Fields) -> TextGroup:
+def _with_template_variables(group: TextGroup, fields: Fields, controls: ControlCharacters) -> TextGroup:
     tools, variables = _decoded(fields, "tools"), _decoded(fields, "chat_template_kwargs")
     if not tools and not variables:
         return group
     listed = isinstance(tools or [], list | tuple) and all(isinstance(tool, Mapping) for tool in tools or [])
     require(listed, "BAD_TOOLS", "the tools are not a list of objects")
     require(isinstance(variables or {}, Mapping), "BAD_TOOLS", "the template's variables are no mapping")
-    sound = sound_value(list(tools or ()), "tools", "BAD_TOOLS")
+    sound = controlled(sound_value(list(tools or ()), "tools", "BAD_TOOLS"), controls, "`tools`")
     variables = sound_value(variables or {}, "chat_template_kwargs", "BAD_TOOLS")
+    variables = controlled(variables, controls, "`chat_template_kwargs`")
     return replace(group, tools=tuple(map(_schema, sound)) or None, template_kwargs=variables)
 
 

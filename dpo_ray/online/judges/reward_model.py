@@ -29,12 +29,12 @@ class JudgeByRewardModel:
     def __init__(self, config: RewardModelJudge, memory: Memory, device: str) -> None:
         """Load the model: float32 on CPU, bfloat16 on CUDA. Raises ConfigError if it is not a reward model."""
         self._config, self._memory, self._device = config, memory, device
-        with _named(config):
+        with named_by_judge(config):
             directory = model_directory(ModelConfig(path=config.path, revision=config.revision))
             self._tokenizer = load_tokenizer(str(directory))
         self._tokenizer.padding_side = "right"
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self._model = _load(directory, dtype, _where(config)).to(device).eval()  # type: ignore[arg-type]
+        self._model = _load(directory, dtype, place_of(config)).to(device).eval()  # type: ignore[arg-type]
 
     @property
     def usage(self) -> Usage:
@@ -80,7 +80,7 @@ class JudgeByRewardModel:
         scores = logits[:, 0].float().tolist()
         if not all(map(math.isfinite, scores)):
             fix = "check that its weights are complete, and that it works in this dtype"
-            raise JudgeError("the reward model gave a score that is not finite", where=_where(self._config), fix=fix)
+            raise JudgeError("the reward model gave a score that is not finite", where=place_of(self._config), fix=fix)
         return scores
 
 
@@ -128,18 +128,19 @@ def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
 def reward_model_identity(config: RewardModelJudge) -> str:
     """Return a digest of the model and tokenizer: of their bytes, or of name and revision for a hub model not here."""
     model = ModelConfig(path=config.path, revision=config.revision)
-    with _named(config):
+    with named_by_judge(config):
         return digest([model_identity(model), tokenizer_identity(model)])
 
 
 @contextmanager
-def _named(config: RewardModelJudge) -> Iterator[None]:
+def named_by_judge(config: RewardModelJudge) -> Iterator[None]:
     """Make a ConfigError name the judge's field: the shared model code would name the policy's."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(error.what, where=_where(config), fix=error.fix) from None
+        raise ConfigError(error.what, where=place_of(config), fix=error.fix) from None
 
 
-def _where(config: RewardModelJudge) -> str:
+def place_of(config: RewardModelJudge) -> str:
+    """Return the field that an error names."""
     return f"online.judge.path={config.path}"
