@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.errors import EXIT_CODES
+from dpo_ray.cli.recipe import validate
+from dpo_ray.errors import EXIT_CODES, DpoRayError
 from tests.conftest import REPOSITORY
-from tests.helpers.command_line import call
 from tests.helpers.random_overrides import random_overrides
 
 EXAMPLES, MORE_EXAMPLES = 300, 20_000
@@ -42,35 +42,25 @@ def validate_random_recipes(
         overrides = random_overrides(random.Random(seed), online=bool(seed % 2))
         arguments = [f"{path}={text}" for path, text in overrides.items()]
         try:
-            code, out, err = call(
-                capsys, "validate", str(BASES[bool(seed % 2)]), f"output={place / 'runs'}", *arguments
-            )
+            validate(BASES[bool(seed % 2)], [f"output={place / 'runs'}", *arguments])
+            fault = "" if "valid;" in capsys.readouterr().out else "not an error, and not valid"
+            valid += 1
+        except DpoRayError as error:
+            fault = fault_of(error, list(overrides))
         except Exception as error:
-            faults.append(f"seed {seed}: {type(error).__name__}: {error}: {shortened(arguments)}")
-            continue
-        valid += code == 0
-        if fault := fault_of(code, out, err, list(overrides)):
-            faults.append(f"seed {seed}: {fault}: {shortened(arguments)}: {err[:300]}")
+            fault = f"{type(error).__name__}: {error}"
+        if fault:
+            faults.append(f"seed {seed}: {fault}: {' '.join(argument[:100] for argument in arguments)}")
     assert not faults, "\n".join(faults)
     assert not (place / "runs").exists(), "validate leaves nothing"
     return valid
 
 
-def fault_of(code: int, out: str, err: str, changed: list[str]) -> str:
-    """Return what is wrong with the answer of `validate`; empty if nothing is."""
-    if code == 0:
-        return "" if "valid;" in out and "error" not in err else "no error, and not valid"
-    if code not in EXIT_CODES or err.count("error: ") != 1 or out:
-        return "not one error with a documented exit code"
-    if "\n  -> " not in err:
-        return "no fix"
-    said = re.sub(r"\.\d+(?=[.:= ])", "", err)  # without the positions in lists
-    sections = [path.rpartition(".")[0] for path in changed]
-    named = any(
-        re.search(rf"(?<![\w.]){re.escape(place)}(?!\w)", said) for place in [*changed, *filter(None, sections)]
-    )
-    return "" if named else "no field named"
-
-
-def shortened(arguments: list[str]) -> str:
-    return " ".join(argument[:100] for argument in arguments)
+def fault_of(error: DpoRayError, changed: list[str]) -> str:
+    """Return what is wrong with an error of `validate`; empty if it names a fix, and a changed field or its section."""
+    if error.exit_code not in EXIT_CODES or not error.fix:
+        return f"no fix, or no exit code: {error}"
+    said = re.sub(r"\.\d+(?=[.:= ])", "", str(error))  # without the positions in lists
+    places = [*changed, *filter(None, (path.rpartition(".")[0] for path in changed))]
+    named = any(re.search(rf"(?<![\w.]){re.escape(place)}(?!\w)", said) for place in places)
+    return "" if named else f"no field named: {error}"
