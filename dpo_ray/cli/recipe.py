@@ -15,7 +15,8 @@ from .options import Json, Overrides, RecipeFile, Tiny, load
 
 
 def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Check a recipe, and all files and models it names that are accessible from this machine. Starts nothing."""
+    """Check a recipe, all files and models that it names and that are accessible from this machine, the first rows of the
+    data, and whether this machine has room for it. Starts nothing."""
     from dpo_ray.run.preflight import preflight
     from dpo_ray.run.start_checks import check_start
 
