@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 
 from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.config.train import STATE_BYTES
 
 from . import time as times
 from .changes import Change, changes_of, nearest_that_fits
 from .engine import EngineMemory
 from .fit import Training, engine_on, problems_of, remarks_of, training_on, value_bytes
 from .hardware import Cluster
-from .memory import FLOAT32_BYTES, STATE_BYTES, Weights
+from .memory import FLOAT32_BYTES, Weights
 from .model_sizes import ModelSizes
 from .time import StageTime, Traffic
 from .workload import Workload, steps_of

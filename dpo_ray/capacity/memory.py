@@ -14,21 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from dpo_ray.config.train import LoraConfig, TrainConfig
+from dpo_ray.config.train import STATE_BYTES, LoraConfig, TrainConfig
 
 from .activations import FLOAT32_BYTES, Rows, adapted, after_blocks_bytes, between_blocks_bytes, block_activations
 from .model_sizes import ModelSizes
 
-# Bytes per trained parameter, in float32 or as bitsandbytes' kernels keep it: one byte for each moment and a float32
-# scale for every 256 of them (`train/optimizers/blockwise_adamw.py`).
-STATE_BYTES = {
-    "adamw": 8.0,
-    "adamw_8bit": 2 + 2 * 4 / 256,
-    "paged_adamw": 8.0,
-    "paged_adamw_8bit": 2 + 2 * 4 / 256,
-    "rmsprop": 4.0,
-    "adafactor": 0.0,
-}
 NF4_BYTES = (
     0.5 + 1 / 64 + 4 / (64 * 256)
 )  # 4 bits, one byte for every 64 weights, a float32 for every 256 of these bytes

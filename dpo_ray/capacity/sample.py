@@ -14,14 +14,10 @@ import pyarrow.parquet as pq
 
 from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data.admission import Rejected
-from dpo_ray.data.formats.read import text_group
-from dpo_ray.data.groups import TextGroup, TokenGroup
-from dpo_ray.data.pairing import paired
+from dpo_ray.data.first_pass import PrepareTask, tokenized
+from dpo_ray.data.groups import TokenGroup
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Piece, Shard
-from dpo_ray.data.tokenizing.chat import load_tokenizer
-from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.models.load import model_directory
 from dpo_ray.run.planning import Plan
 
@@ -40,14 +36,12 @@ def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
     shards = [s for s in plan.checked.shards if s.split == "train" and _is_here(s)]
     if is_hub_name(recipe.model.path) or not shards:
         return None
-    tokenizer = load_tokenizer(str(model_directory(recipe.model)))
+    task = PrepareTask(str(model_directory(recipe.model)), plan.checked.template, recipe.data)
     sampled: list[TokenGroup] = []
     known, unknown, rows = 0, 0, 0
     for shard in shards[:MOST_SHARDS]:
         batch = [row for _, row in next(read_batches(Piece(shard), SAMPLE_ROWS), [])]
-        texts = [_text(row, shard, recipe) for row in batch]
-        tokenized = tokenize_groups(texts, tokenizer, plan.checked.template, recipe.data)
-        sampled += [group for group in tokenized if isinstance(group, TokenGroup)]
+        sampled += [group for group in tokenized(batch, shard, task) if isinstance(group, TokenGroup)]
         rows += len(batch)
         count = _rows_of(shard, batch)
         known, unknown = known + (count or 0), unknown + (count is None)
@@ -73,15 +67,6 @@ def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
 
 def _is_here(shard: Shard) -> bool:
     return shard.kind == SYNTHETIC or (shard.kind != "hub" and Path(shard.location).is_file())
-
-
-def _text(row: Any, shard: Shard, recipe: Recipe) -> TextGroup | Rejected:
-    if not isinstance(row, dict):
-        return row if isinstance(row, Rejected) else Rejected("NOT_AN_OBJECT", type(row).__name__)
-    try:
-        return paired(text_group(row, shard.row_format, shard.columns, shard.criteria), recipe.data.pairing)
-    except Rejected as rejected:
-        return rejected
 
 
 def _rows_of(shard: Shard, batch: Sequence[Any]) -> int | None:

@@ -32,6 +32,8 @@ def plan(
 
     loaded = load(recipe, overrides, tiny=tiny)
     run_plan, obstacle = (make_plan(loaded), "") if cluster is None else capacity_view.plan_if_possible(loaded)
+    if cluster is None and run_plan is not None:
+        _check(run_plan)
     capacity = None if cluster is None else capacity_view.capacity_of(loaded, cluster, run_plan)
     stages = {"name": loaded.name, "stages": None, "reason": obstacle} if run_plan is None else _stages(run_plan)
     if as_json:
@@ -44,6 +46,17 @@ def plan(
         _print_stages(stages, output)
     if capacity is not None:
         capacity_view.print_capacity(capacity, output)
+
+
+def _check(made: Plan) -> None:
+    """Check what the stages need that are to run, as `run` does before it starts them."""
+    from dpo_ray.run.start_checks import check_start
+
+    check_start(made.recipe, made.checked, made.to_run if made.recipe.online is None else None)
+    if made.recipe.online is not None:
+        from dpo_ray.online.checks import check_rounds
+
+        check_rounds(made.recipe, made.checked)
 
 
 def _stages(made: Plan) -> dict[str, Any]:

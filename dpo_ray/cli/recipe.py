@@ -15,11 +15,18 @@ from .options import Json, Overrides, RecipeFile, Tiny, load
 
 
 def validate(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Check a recipe. Also check the files and models in it that this machine can access. Starts nothing."""
+    """Check a recipe, the files and models in it that this machine can access, the first rows of the data, and whether this
+    machine has enough resources. Starts nothing."""
     from dpo_ray.run.preflight import preflight
+    from dpo_ray.run.start_checks import check_start
 
     loaded = load(recipe, overrides, tiny=tiny)
     checked = preflight(loaded)
+    check_start(loaded, checked)
+    if loaded.online is not None:
+        from dpo_ray.online.checks import check_rounds
+
+        check_rounds(loaded, checked)
     if as_json:
         typer.echo(loaded.model_dump_json())
     else:

@@ -15,7 +15,8 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.config.roles import RolesConfig
 from dpo_ray.errors import InfrastructureError
 
-from .resources import Resources, engine_resources, judge_resources, sampler_resources, worker_resources
+from .requests import missing
+from .resources import worker_resources
 from .room import capacity, scales
 from .session import session
 
@@ -60,49 +61,16 @@ def check_room(
     Raises:
         InfrastructureError: the cluster can never hold the workers; the message says what is missing.
     """
-    missing = []
-    for request, least in _requests(recipe, stages, train_gpus, engine_gpus):
-        if (now := capacity(request)) < least:
-            missing.append(
-                f"{least} {request.what} are needed (each: {request.describe()}), but the nodes can hold only {now}"
-            )
     there = ray.cluster_resources()
-    wanted = {"CPU": recipe.least_cpus(), "GPU": _least_gpus(recipe, stages, train_gpus, engine_gpus)}
-    for what, amount in wanted.items():
-        if there.get(what, 0.0) < amount:
-            missing.append(
-                f"the run needs up to {amount:g} {what}s at the same time, but the cluster has {there.get(what, 0.0):g}"
-            )
-    if missing and scales():
-        say("the cluster is too small now, so the run waits until it has more nodes: " + "; ".join(missing))
-    elif missing:
+    lacks = [lack.what for lack in missing(recipe, stages, train_gpus, engine_gpus, capacity, there)]
+    if lacks and scales():
+        say("the cluster is too small now, so the run waits until it has more nodes: " + "; ".join(lacks))
+    elif lacks:
         raise InfrastructureError(
-            "the cluster can never hold what the recipe requests: " + "; ".join(missing),
+            "the cluster can never hold what the recipe requests: " + "; ".join(lacks),
             where=f"ray.address={recipe.ray.address}",
             fix="add nodes with these labels and resources, or change cluster.roles",
         )
-
-
-def _requests(
-    recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float
-) -> list[tuple[Resources, int]]:
-    """List what the workers of these stages request, with the smallest number of each kind of worker.
-
-    For a pool of engines and for judges this number is 1, because one of them is enough to make progress.
-    """
-    r, t, roles = recipe.reference, recipe.train, recipe.cluster.roles
-    requests: list[tuple[Resources, int]] = []
-    if "train" in stages or ("reference" in stages and r.engine == "trainer"):
-        requests.append((worker_resources(roles.train, train_gpus), t.min_workers or t.workers))
-    if r.engine == "vllm" and ("reference" in stages or recipe.online is not None):
-        requests.append((engine_resources(roles.reference, engine_gpus), 1))
-    if "evaluate" in stages and recipe.evaluate.sample_prompts and recipe.online is None:
-        requests.append((sampler_resources(roles, engine_gpus), 1))
-    if recipe.online is not None:
-        requests += [(judge_resources(judge, roles.judge), 1) for judge in recipe.online.named_judges()]
-    prepare = roles.prepare
-    requests.append((Resources("tasks", prepare.cpus, 0.0, prepare.memory_gib, prepare.node_labels), 1))
-    return requests
 
 
 def _had_gpus(recipe: Recipe) -> bool:
@@ -112,10 +80,3 @@ def _had_gpus(recipe: Recipe) -> bool:
     except FileNotFoundError:
         return False
     return bool(before["cluster"]["roles"]["train"].get("gpus"))
-
-
-def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:
-    """Return the fewest GPUs with which engines and training can run at the same time; 0 if they do not have to."""
-    if recipe.reference.mode != "streaming" or "train" not in stages or "reference" not in stages:
-        return 0.0
-    return (recipe.train.min_workers or recipe.train.workers) * train_gpus + engine_gpus

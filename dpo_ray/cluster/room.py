@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from dpo_ray.errors import StoppedError
 
+from .requests import fitting
 from .resources import Resources
 
 PATIENCE_SECONDS = 30.0  # to wait for all workers, before fewer of them start
@@ -28,7 +28,7 @@ ASK_SECONDS = 10.0
 def capacity(request: Resources) -> int:
     """Return how many such workers the present nodes could hold if nothing else ran on them."""
     nodes = [n for n in ray.nodes() if n["Alive"] and _has(n.get("Labels") or {}, request.labels)]
-    return sum(_fit(request, node["Resources"]) for node in nodes)
+    return sum(fitting(request, node["Resources"]) for node in nodes)
 
 
 def scales() -> bool:
@@ -143,10 +143,6 @@ def _reserved(request: Resources, count: int) -> Iterator[PlacementGroup]:
         yield group
     finally:
         remove_placement_group(group)
-
-
-def _fit(request: Resources, resources: Mapping[str, float]) -> int:
-    return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in request.as_ray.items())
 
 
 def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:

@@ -16,20 +16,12 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import DpoRayError, InfrastructureError, RayLostError
 
 from .cpu_work import cpu_work_on
+from .requests import local_cpus, local_memory_bytes
 from .watch import watched_ray
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
-
-
-def local_cpus(recipe: Recipe) -> int:
-    """Return the number of CPUs that a local Ray may use: the machine's cores, but at least what the recipe requests.
-
-    Ray counts CPUs only to decide what may run at the same time. If there are more of them than cores, processes share
-    the cores.
-    """
-    return recipe.ray.cpus or max(os.cpu_count() or 1, recipe.cpus_needed())
 
 
 @contextmanager
@@ -54,6 +46,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         os.environ.pop("RAY_ADDRESS", None)
         options |= {
             "num_cpus": local_cpus(recipe),
+            "_memory": local_memory_bytes(),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 LARGEST_NUMBER = 2**53  # float64, and so JSON, represents every whole number up to this one exactly
+LARGEST_FLOAT, SMALLEST_FLOAT = 1e30, 1e-30  # products of such numbers are neither infinite nor 0 in float32
+
+# Bounds of fields that have no natural one: far above every use, and far below what a machine could count up to.
+MOST_PROCESSES = 100_000
+MOST_CPUS, MOST_GPUS, MOST_GIB = 10_000, 1_000, 1_000_000  # of one process
+MOST_STEPS = 100_000_000
+MOST_ROWS = 10_000_000_000
+MOST_TOKENS = 100_000_000
+MOST_SECONDS = 100_000_000  # three years
 
 
 def field_error(field: str, what: str) -> PydanticCustomError:
@@ -41,4 +51,13 @@ class StrictModel(BaseModel):
                 raise field_error(name, what)
             if type(value) is int and abs(value) > LARGEST_NUMBER:
                 raise field_error(name, f"{value:.3g} is too large; at most 2**53 is allowed")
+            if (
+                type(value) is float
+                and isfinite(value)
+                and (abs(value) > LARGEST_FLOAT or 0 < abs(value) < SMALLEST_FLOAT)
+            ):
+                raise field_error(
+                    name,
+                    f"{value:.3g} is outside of {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g}, the range in which float32 computes",
+                )
         return values

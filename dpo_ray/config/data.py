@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_TOKENS, StrictModel, field_error
 from .sources import Sources
 
 EVAL = "eval"
+NAMED_TEMPLATE = re.compile(r"name:(\w[\w.-]*)", re.ASCII)  # one of several templates of a tokenizer
+
+
+def names_no_file(chat_template: str) -> bool:
+    """Return whether `data.chat_template` is anything else than the path of a file."""
+    return chat_template in ("auto", "plain") or NAMED_TEMPLATE.fullmatch(chat_template) is not None
 
 
 class PairingConfig(StrictModel):
@@ -34,6 +41,9 @@ class PairingConfig(StrictModel):
     pairs on which all agree are used."""
 
 
+ControlCharacters = Literal["quarantine", "clean", "keep"]
+
+
 class RulesConfig(StrictModel):
     """Rules that leave out rows although they are valid. The data report counts these rows under a code for each rule."""
 
@@ -43,6 +53,10 @@ class RulesConfig(StrictModel):
     dropped_content: Literal["quarantine", "keep"] = "quarantine"
     """Rows with content that the chat template does not write, such as tool calls, names or reasoning. keep: train on
     what the template writes."""
+
+    control_characters: ControlCharacters = "quarantine"
+    """Rows whose text contains control characters, such as form feeds or escape sequences of a terminal. clean: remove
+    them, and make a line end of a form feed or a vertical tab. keep: train on them."""
 
     conflicts: Literal["drop", "keep"] = "drop"
     """Pairs that the data also contains with chosen and rejected swapped. drop: leave out both pairs."""
@@ -81,8 +95,8 @@ class DataConfig(StrictModel):
     held-out data no held-out accuracy is measured."""
 
     chat_template: str = "auto"
-    """auto: the tokenizer's own template. plain: the text as it is, without a template. Otherwise the path of a Jinja
-    file."""
+    """auto: the tokenizer's own template. name:NAME: that of its templates, if it has several. plain: the text as it is,
+    without a template. Otherwise the path of a Jinja file."""
 
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Further variables for the template, such as enable_thinking. Variables that a row sets take precedence."""
@@ -90,10 +104,10 @@ class DataConfig(StrictModel):
     chat_template_date: datetime.date = datetime.date(2024, 7, 26)
     """The date for templates that use today's date, so that the same data gives the same tokens on every day."""
 
-    max_length_tokens: int = Field(default=1024, gt=1)
+    max_length_tokens: int = Field(default=1024, gt=1, le=MOST_TOKENS)
     """Largest number of tokens of prompt and completion together."""
 
-    max_prompt_tokens: int | None = Field(default=None, gt=0)
+    max_prompt_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
     """Largest number of tokens of a prompt; null: no limit. If a prompt is longer, truncation=keep_end keeps its end, and
     the other values of truncation leave the row out."""
 
@@ -108,7 +122,7 @@ class DataConfig(StrictModel):
     """Largest allowed share of invalid rows, for the training rows and for each held-out set. If the share is larger, the
     run stops before anything expensive starts. Rows that a rule of the recipe leaves out do not count as invalid."""
 
-    rows_per_part: int = Field(default=2048, gt=0)
+    rows_per_part: int = Field(default=2048, gt=0, le=10_000_000)
     """Largest number of rows in one Parquet file (part) of token ids. Rows are tokenized in batches of this size."""
 
     @property

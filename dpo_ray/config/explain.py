@@ -100,12 +100,13 @@ def _walk(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel] 
     The location also contains tags of types. The path leaves them out, because they are not keys of the recipe.
     """
     owner: type[BaseModel] | None = root
-    kinds, path = [_Kind("", root)], []
+    kinds, path, chosen = [_Kind("", root)], [], None
     for part in loc:
         models = [kind.type for kind in kinds if _is_model(kind.type)]
         values = [get_args(kind.type)[1] for kind in kinds if get_origin(kind.type) is dict]
-        if tagged := [kind for kind in kinds if kind.tag == part]:
-            kinds = tagged
+        is_field = part == chosen and bool(models) and part in models[0].model_fields  # it may have the name of a type
+        if (tagged := [kind for kind in kinds if kind.tag == part]) and not is_field:
+            kinds, chosen = tagged, part
         elif isinstance(part, int):
             path.append(str(part))
             items = [item for kind in kinds if get_origin(kind.type) is tuple for item in get_args(kind.type)]

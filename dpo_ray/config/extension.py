@@ -11,7 +11,7 @@ from pydantic import Field
 
 from dpo_ray.errors import ConfigError
 
-from .base import StrictModel
+from .base import MOST_CPUS, MOST_PROCESSES, StrictModel
 
 # Groups of entry points. A recipe uses the name of an entry point as `type`, or as the name of a format or a tracker.
 OBJECTIVE_CONFIGS = "dpo_ray.objective_configs"  # a subclass of ObjectiveConfig
@@ -142,9 +142,9 @@ class ObjectiveConfig(StrictModel):
 class JudgeConfig(StrictModel):
     """The base class of all judge configurations: how many processes a judge has, and what a process needs."""
 
-    replicas: int = Field(default=1, gt=0)
-    cpus_per_replica: float = Field(default=1.0, gt=0)
-    questions_per_batch: int = Field(default=64, gt=0)
+    replicas: int = Field(default=1, gt=0, le=MOST_PROCESSES)
+    cpus_per_replica: float = Field(default=1.0, ge=0.001, le=MOST_CPUS)
+    questions_per_batch: int = Field(default=64, gt=0, le=1_000_000)
     """Questions in one call of the judge; a question is a prompt with its completions."""
 
     not_in_digest: ClassVar[frozenset[str]] = frozenset({"replicas", "cpus_per_replica", "questions_per_batch"})

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union, get_args
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_CPUS, MOST_GIB, MOST_SECONDS, MOST_TOKENS, StrictModel, field_error
 from .extension import JUDGE_CONFIGS, JUDGES, JudgeConfig, installed_configs
-from .roles import JudgeRole
+from .roles import Gpus, JudgeRole
 
 DOTTED = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 
@@ -30,11 +30,11 @@ class RewardModelJudge(JudgeConfig):
     """A directory, or a name on the Hugging Face hub."""
 
     revision: str | None = None
-    max_length_tokens: int = Field(default=2048, gt=0)
+    max_length_tokens: int = Field(default=2048, gt=0, le=MOST_TOKENS)
     """Longest conversation that is judged. A longer one gets no score, and the reason is recorded."""
 
-    completions_per_batch: int = Field(default=16, gt=0)
-    gpus_per_replica: float = Field(default=0.0, ge=0)
+    completions_per_batch: int = Field(default=16, gt=0, le=1_000_000)
+    gpus_per_replica: Gpus = 0.0
 
     not_in_digest: ClassVar[frozenset[str]] = JudgeConfig.not_in_digest | {
         "path",  # the digest covers the files themselves, wherever they are
@@ -66,20 +66,20 @@ class LlmJudge(JudgeConfig):
     rubric: str = "helpful, correct, clear and harmless"
     """What makes an answer good. This text is part of the judge's prompt."""
 
-    max_tokens: int = Field(default=256, gt=0)
-    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=256, gt=0, le=MOST_TOKENS)
+    temperature: float = Field(default=0.0, ge=0, le=100)
     structured_output: Literal["json_schema", "none"] = "json_schema"
     """json_schema: ask the endpoint for an answer that follows a JSON schema (`response_format`). none: for endpoints that
     do not support this."""
 
-    concurrency: int = Field(default=8, gt=0)
+    concurrency: int = Field(default=8, gt=0, le=10_000)
     """Calls that each replica has open at the same time."""
 
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Limit for all replicas together; null: only the endpoint's own limit."""
 
-    timeout_seconds: float = Field(default=60.0, gt=0)
-    max_retries: int = Field(default=6, ge=0)
+    timeout_seconds: float = Field(default=60.0, gt=0, le=MOST_SECONDS)
+    max_retries: int = Field(default=6, ge=0, le=10_000)
     """How often a call is repeated, after growing pauses, if the server is overloaded (429) or fails (5xx), if the
     connection breaks or times out, or if the answer does not have the requested form."""
 
@@ -89,8 +89,8 @@ class LlmJudge(JudgeConfig):
     """Budget of one round. When it is spent, the run stops and keeps all answers. The costs of all members of an ensemble
     are added up."""
 
-    cpus_per_replica: float = Field(default=0.5, gt=0)
-    questions_per_batch: int = Field(default=16, gt=0)
+    cpus_per_replica: float = Field(default=0.5, ge=0.001, le=MOST_CPUS)
+    questions_per_batch: int = Field(default=16, gt=0, le=1_000_000)
 
     not_in_digest: ClassVar[frozenset[str]] = JudgeConfig.not_in_digest | {
         "api_key_env",
@@ -133,8 +133,8 @@ class VerifierJudge(JudgeConfig):
     whole completion is checked."""
 
     tolerance: float = Field(default=1e-6, ge=0)
-    timeout_seconds: float = Field(default=5.0, gt=0)
-    memory_mib: int = Field(default=512, gt=0)
+    timeout_seconds: float = Field(default=5.0, gt=0, le=MOST_SECONDS)
+    memory_mib: int = Field(default=512, gt=0, le=MOST_GIB << 10)
     """unit_test: memory limit of each of the two processes."""
 
     allow_unconfined: bool = False

@@ -50,6 +50,15 @@ def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
     return int(text, 16 if text.startswith("0x") else 8 if text.startswith("0o") else 10)
 
 
+def _construct_text(loader: _StrictLoader, node: yaml.ScalarNode) -> str:
+    """Return a text; refuse NUL and lone surrogates, which YAML's escapes can write but no file, name or model can hold."""
+    text = str(loader.construct_scalar(node))
+    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+        what = "the text contains NUL or a lone surrogate, which nothing accepts"
+        raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+    return text
+
+
 # Numbers follow YAML 1.2's core schema (10.3.2). PyYAML follows YAML 1.1, which reads `5e-7` as text, `010` as 8, and
 # `190:20:30` as 685,230.
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
@@ -68,6 +77,7 @@ _StrictLoader.add_implicit_resolver(
     list("-+0123456789."),
 )
 _StrictLoader.add_constructor(_INT, _construct_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 
 
 def _parse_yaml(text: str, where: str) -> Any:

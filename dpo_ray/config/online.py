@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_ROWS, MOST_TOKENS, StrictModel, field_error
 from .judge import Judge, SingleJudge, cpus_of, members_of
 from .roles import JudgeRole
 from .sources import Sources
@@ -15,15 +15,15 @@ from .sources import Sources
 class SamplingConfig(StrictModel):
     """How completions are sampled from the policy."""
 
-    samples_per_prompt: int = Field(default=4, ge=2)
-    temperature: float = Field(default=1.0, gt=0)
+    samples_per_prompt: int = Field(default=4, ge=2, le=10_000)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, lt=1)
-    max_new_tokens: int = Field(default=256, gt=0)
-    stop_token_ids: tuple[int, ...] = ()
+    max_new_tokens: int = Field(default=256, gt=0, le=MOST_TOKENS)
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, le=MOST_TOKENS)], ...] = ()
     """Tokens that end a completion, in addition to the end-of-turn tokens of the model and the data."""
 
-    prompts_per_granule: int = Field(default=64, gt=0)
+    prompts_per_granule: int = Field(default=64, gt=0, le=10_000_000)
     """Prompts of one unit of work (granule), whose completions are committed together. An engine that dies loses only
     its unfinished units."""
 
@@ -39,7 +39,7 @@ class RoundPairingConfig(StrictModel):
     the best `k` with each of the worst `k`. margin: every two completions whose scores differ by more than
     `min_margin`. list: the whole ranked list as one group, for objectives that learn from lists."""
 
-    k: int = Field(default=2, gt=0)
+    k: int = Field(default=2, gt=0, le=10_000)
     """Only for pairs=top_bottom: how many of the best and of the worst completions are paired."""
 
     min_margin: float = Field(default=0.0, ge=0)
@@ -90,14 +90,14 @@ class MixConfig(StrictModel):
 class RoundEvaluationConfig(StrictModel):
     """How the policy of each round is evaluated, on held-out prompts that no round trains on."""
 
-    prompts: int = Field(default=128, gt=0)
+    prompts: int = Field(default=128, gt=0, le=MOST_ROWS)
     """Number of held-out prompts (data.eval). For each prompt, the new, the previous and the initial policy sample one
     completion."""
 
     judge: Judge | None = None
     """The judge that compares these completions; null: the judge of the rounds."""
 
-    bootstrap_samples: int = Field(default=2000, gt=0)
+    bootstrap_samples: int = Field(default=2000, gt=0, le=1_000_000)
     confidence: float = Field(default=0.95, gt=0, lt=1)
 
 
@@ -138,14 +138,14 @@ class StopConfig(StrictModel):
 class OnlineConfig(StrictModel):
     """Iterative online DPO. With this section, `dpo-ray run` runs rounds instead of one offline training."""
 
-    rounds: int = Field(default=3, gt=0)
+    rounds: int = Field(default=3, gt=0, le=1_000_000)
     """Number of rounds. If you increase it, a finished run continues with further rounds."""
 
     prompts: Sources | None = None
     """The source of prompts, in the formats of data.train. Of each row only the prompt is used, and `answer` by a
     verifier. null: the prompts of data.train."""
 
-    prompts_per_round: int = Field(default=512, gt=0)
+    prompts_per_round: int = Field(default=512, gt=0, le=MOST_ROWS)
     """Number of prompts in a round. Each round selects new ones at random, from the recipe's seed; a prompt is repeated
     only after all prompts have been used."""
 
@@ -170,7 +170,7 @@ class OnlineConfig(StrictModel):
 
     def judges(self) -> list[SingleJudge]:
         """List all single judges of the rounds and of the evaluation; an ensemble counts as its members."""
-        return [member for judge in self.named_judges() for member in members_of(judge)]
+        return [member for judge in self.named_judges().values() for member in members_of(judge)]
 
     def judge_environment(self) -> set[str]:
         """Return the names of the environment variables that the judges need, such as for API keys."""
@@ -178,9 +178,9 @@ class OnlineConfig(StrictModel):
 
     def judges_cpus(self, role: JudgeRole) -> float:
         """Return how many CPUs all judges request together while rounds run."""
-        return sum(cpus_of(judge, role) for judge in self.named_judges())
+        return sum(cpus_of(judge, role) for judge in self.named_judges().values())
 
-    def named_judges(self) -> list[Judge]:
-        """List the judge of the rounds and, if the evaluation has a different judge, that judge too."""
+    def named_judges(self) -> dict[str, Judge]:
+        """Return the judge of the rounds and, if it is a different one, that of the evaluation, by their fields."""
         other = self.evaluate.judge
-        return [self.judge, *([other] if other not in (None, self.judge) else [])]
+        return {"online.judge": self.judge} | ({} if other in (None, self.judge) else {"online.evaluate.judge": other})

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from math import ceil
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .base import StrictModel, field_error
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .evaluate import EvaluateConfig
 from .extension import TRACKERS, installed_names
+from .judge import VerifierJudge
 from .model import ModelConfig
 from .objective import kinds_of_groups, uses_reference
 from .online import OnlineConfig
@@ -32,6 +34,13 @@ class RayConfig(StrictModel):
     address: str = "local"
     """local: start a new Ray on this machine. Otherwise the address of a running cluster, or `auto` on one of its
     nodes."""
+
+    @field_validator("address")
+    @classmethod
+    def _is_an_address(cls, address: str) -> str:
+        if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d+", address):
+            raise ValueError(f"local, auto or HOST:PORT is expected; got {address!r}")
+        return address
 
     cpus: int | None = Field(default=None, gt=0)
     """Only for address=local: CPUs that Ray may use. Default: the cores of this machine, but at least as many as the recipe
@@ -117,6 +126,10 @@ class Recipe(StrictModel):
             )
         if self.train.quantization is not None:
             raise field_error("train.quantization", "engines cannot sample from the quantized model: leave it out")
+        if online.prompts is None and isinstance(online.judge, VerifierJudge):
+            raise field_error(
+                "online.prompts", "a verifier compares with reference answers, which data.train does not have: set it"
+            )
         kinds = kinds_of_groups(self.train.objective)
         if online.pairing.pairs == "list" and kinds != {"lists"}:
             what = (
@@ -148,15 +161,16 @@ class Recipe(StrictModel):
     def _cpus(self, workers: int) -> int:
         roles = self.cluster.roles
         training = workers * roles.train.cpus
-        by_trainer = training + 1  # plus one task that reads data
+        reading = max(1, roles.prepare.cpus)  # one task that reads data
+        by_trainer = training + reading
         engines = self.reference.replicas * roles.reference.cpus
-        by_engines = engines + 1
+        by_engines = engines + reading
         scoring = by_trainer if self.reference.engine == "trainer" else by_engines
         if self.reference.audit.on_drift == "use_trainer":
             scoring = max(scoring, by_trainer)
         if self.reference.mode == "streaming":
             training += scoring  # both run concurrently
         if self.online is not None:  # engines and judges keep running while the policy trains or a task reads data
-            return ceil(engines + self.online.judges_cpus(roles.judge) + max(training, 1))
+            return ceil(engines + self.online.judges_cpus(roles.judge) + max(training, reading))
         sampling = roles.sample.cpus or roles.reference.cpus
-        return ceil(max(scoring, training, sampling, 2))
+        return ceil(max(scoring, training, sampling, reading, 2))

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_PROCESSES, MOST_ROWS, MOST_TOKENS, StrictModel, field_error
 
 
 class AuditConfig(StrictModel):
     """The audit before step 1: stored reference log-probs are compared with the training workers' own forward pass."""
 
-    groups: int = Field(default=64, ge=0)
+    groups: int = Field(default=64, ge=0, le=MOST_ROWS)
     """Number of preference groups whose log-probs the training workers compute again: the first groups in the random
     order of training, rounded up to whole steps. 0: no audit."""
 
@@ -46,21 +46,21 @@ class ReferenceConfig(StrictModel):
     """ahead: all log-probs are computed before training starts. streaming: training starts as soon as the log-probs of
     its first steps are known, so engines and training need resources at the same time. The resulting weights are equal."""
 
-    replicas: int = Field(default=1, gt=0)
+    replicas: int = Field(default=1, gt=0, le=MOST_PROCESSES)
     """Number of engines in the pool. `cluster.roles.reference` sets what each engine requests."""
 
-    max_replicas: int | None = Field(default=None, gt=0)
+    max_replicas: int | None = Field(default=None, gt=0, le=MOST_PROCESSES)
     """The pool grows up to this number of engines while there is work and the cluster has free resources. Default:
     replicas."""
 
-    tensor_parallel: int = Field(default=1, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0, le=1024)
     """Number of GPUs of one node over which each engine splits its model. Use more than 1 only if the model does not fit
     on one GPU."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU's memory that an engine plans to use. The rest is needed for logits, which vLLM does not plan for."""
 
-    max_batched_tokens: int | None = Field(default=None, gt=0)
+    max_batched_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
     """Largest number of tokens in one forward pass of an engine. Default: as many as the memory for their logits allows."""
 
     share_prompt: bool = True
@@ -70,7 +70,7 @@ class ReferenceConfig(StrictModel):
     store: str | None = None
     """The directory or URI where all runs store their reference log-probs. Default: OUTPUT/reference-store."""
 
-    groups_per_granule: int = Field(default=1024, gt=0)
+    groups_per_granule: int = Field(default=1024, gt=0, le=10_000_000)
     """Preference groups of one unit of work (granule), whose log-probs are committed together. An engine that dies loses
     only its unfinished units."""
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from .base import StrictModel
+from .base import MOST_CPUS, MOST_GIB, MOST_GPUS, MOST_PROCESSES, StrictModel
+
+
+def _whole_or_share(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"a whole number of GPUs, or a share of one, is expected; got {gpus:g}")
+    return gpus
+
+
+Cpus = Annotated[float, Field(ge=0.001, le=MOST_CPUS)]
+Gpus = Annotated[float, Field(ge=0, le=MOST_GPUS), AfterValidator(_whole_or_share)]
 
 _NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 NodeLabels = dict[
@@ -19,12 +29,12 @@ NodeLabels = dict[
 class TrainRole(StrictModel):
     """The resources that each training worker requests. `train.workers` sets the number of workers."""
 
-    cpus: float = Field(default=1, gt=0)
-    gpus: float | None = Field(default=None, ge=0)
+    cpus: Cpus = 1
+    gpus: Gpus | None = None
     """Default: 1 if there are GPUs, 0 otherwise. They are looked for on the machine that runs the command, or in the
     cluster at `ray.address`."""
 
-    memory_gib: float | None = Field(default=None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each worker; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
@@ -37,11 +47,11 @@ class ReferenceRole(StrictModel):
     `reference.replicas` sets the number of engines.
     """
 
-    cpus: float = Field(default=1, gt=0)
-    gpus: float | None = Field(default=None, ge=0)
+    cpus: Cpus = 1
+    gpus: Gpus | None = None
     """Default: `reference.tensor_parallel` if training workers have GPUs, 0 otherwise."""
 
-    memory_gib: float | None = Field(default=None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each engine; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
@@ -54,19 +64,19 @@ class SampleRole(StrictModel):
     The defaults are the values in `reference`. The number of engines and their GPUs are always the same as there.
     """
 
-    cpus: float | None = Field(default=None, gt=0)
-    memory_gib: float | None = Field(default=None, gt=0)
+    cpus: Cpus | None = None
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     node_labels: NodeLabels | None = None
 
 
 class PrepareRole(StrictModel):
     """The resources that each data task requests: tasks that read, tokenize, look up or join data. None uses a GPU."""
 
-    count: int | None = Field(default=None, gt=0)
+    count: int | None = Field(default=None, gt=0, le=MOST_PROCESSES)
     """Tokenizing tasks that run at the same time. Default: as many as there are CPUs."""
 
-    cpus: float = Field(default=1, gt=0)
-    memory_gib: float | None = Field(default=None, gt=0)
+    cpus: Cpus = 1
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each task; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
@@ -76,12 +86,12 @@ class PrepareRole(StrictModel):
 class JudgeRole(StrictModel):
     """The resources that each process of a judge requests. The defaults are the values in the judge's own section."""
 
-    count: int | None = Field(default=None, gt=0)
+    count: int | None = Field(default=None, gt=0, le=MOST_PROCESSES)
     """Number of processes of each judge."""
 
-    cpus: float | None = Field(default=None, gt=0)
-    gpus: float | None = Field(default=None, ge=0)
-    memory_gib: float | None = Field(default=None, gt=0)
+    cpus: Cpus | None = None
+    gpus: Gpus | None = None
+    memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each process; using more is not prevented."""
 
     node_labels: NodeLabels = Field(default_factory=dict)

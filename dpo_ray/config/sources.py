@@ -133,7 +133,7 @@ class SyntheticSource(StrictModel):
     """Synthetic reviews from a small grammar, without a network. A known reward labels them by the Bradley-Terry model."""
 
     type: Literal["synthetic"] = "synthetic"
-    pairs: int = Field(default=2000, gt=0)
+    pairs: int = Field(default=2000, gt=0, le=100_000_000)
     """Number of pairs. A source under data.train never has a pair of a source under data.eval."""
 
     seed: int = 0

@@ -6,11 +6,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel, field_error
+from .base import MOST_PROCESSES, MOST_SECONDS, MOST_STEPS, MOST_TOKENS, StrictModel, field_error
 from .objective import Objective, SigmoidObjective
 from .shaping import ShapingConfig
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+# Bytes per trained parameter, in float32 or as bitsandbytes' kernels keep it: one byte for each moment and a float32
+# scale for every 256 of them (`train/optimizers/blockwise_adamw.py`).
+STATE_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2 + 2 * 4 / 256,
+    "paged_adamw": 8.0,
+    "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    "rmsprop": 4.0,
+    "adafactor": 0.0,
+}
+"""Of the optimizer's state, by its type."""
 
 
 class OptimizerConfig(StrictModel):
@@ -21,7 +33,7 @@ class OptimizerConfig(StrictModel):
     space allows. Both use bitsandbytes. rmsprop: the optimizer of the DPO paper, with half of AdamW's state. adafactor:
     almost no state; its learning rate is relative to the size of a weight, so use a larger one, such as 1e-4."""
 
-    learning_rate: float = Field(default=5e-7, gt=0)
+    learning_rate: float = Field(default=5e-7, gt=0, le=100)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """The two betas of AdamW; RMSprop uses the second one as its smoothing constant. Adafactor ignores `betas` and `eps`
     and uses torch's defaults."""
@@ -67,7 +79,7 @@ class ShardingConfig(StrictModel):
 class LoraConfig(StrictModel):
     """LoRA: train a low-rank adapter while the model itself is frozen (by PEFT). Hu et al. 2021 (2106.09685)."""
 
-    rank: int = Field(default=16, gt=0)
+    rank: int = Field(default=16, gt=0, le=100_000)
     alpha: float = Field(default=16, gt=0)
     """The adapter's product is scaled by alpha / rank."""
 
@@ -96,7 +108,7 @@ class BestConfig(StrictModel):
 class TrainConfig(StrictModel):
     """What the training optimises, in which steps, and on which hardware."""
 
-    workers: int = Field(default=1, gt=0)
+    workers: int = Field(default=1, gt=0, le=MOST_PROCESSES)
     """Number of training processes (one per GPU). The result does not depend on this number. `cluster.roles.train` sets
     what each process requests."""
 
@@ -108,16 +120,16 @@ class TrainConfig(StrictModel):
     objective: Objective = SigmoidObjective()
     shaping: ShapingConfig = ShapingConfig()
 
-    epochs: int = Field(default=1, gt=0)
+    epochs: int = Field(default=1, gt=0, le=1_000_000)
     """Number of passes over the training data. It is ignored if `steps` is set."""
 
-    steps: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0, le=MOST_STEPS)
     """Number of optimizer steps; the training data is repeated as often as needed. null: `epochs` decides."""
 
-    groups_per_step: int = Field(default=64, gt=0)
+    groups_per_step: int = Field(default=64, gt=0, le=10_000_000)
     """Number of preference groups (usually pairs) in one optimizer step, over all workers."""
 
-    tokens_per_micro_batch: int = Field(default=8192, gt=0)
+    tokens_per_micro_batch: int = Field(default=8192, gt=0, le=MOST_TOKENS)
     """Largest number of tokens in one forward pass of one worker. It limits memory and never changes the result."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -145,7 +157,7 @@ class TrainConfig(StrictModel):
     router_aux_loss: float = Field(default=0.001, ge=0)
     """Mixture-of-experts models only: weight of the auxiliary loss that balances the load of the experts."""
 
-    logprob_chunk_tokens: int = Field(default=1024, gt=0)
+    logprob_chunk_tokens: int = Field(default=1024, gt=0, le=MOST_TOKENS)
     """Number of completion tokens whose logits are in memory at the same time."""
 
     entropy_every_steps: int | None = Field(default=10, gt=0)
@@ -160,13 +172,13 @@ class TrainConfig(StrictModel):
     checkpoint_every_steps: int | None = Field(default=100, gt=0)
     """Write a checkpoint every N steps; null: only at the end."""
 
-    keep_checkpoints: int = Field(default=2, ge=2)
+    keep_checkpoints: int = Field(default=2, ge=2, le=1_000_000)
     """How many of the newest checkpoints are kept during training. At least 2, in case one of them is damaged."""
 
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: int = Field(default=3, ge=0, le=1_000_000)
     """How often the workers may be restarted from the newest checkpoint after one of them has died."""
 
-    hang_seconds: float = Field(default=1800, gt=0)
+    hang_seconds: float = Field(default=1800, gt=0, le=MOST_SECONDS)
     """If a collective operation of the workers takes longer than this, it counts as hung and the workers are restarted."""
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from dpo_ray.artifacts.tables import parquet_bytes
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.formats.read import text_group
 from dpo_ray.data.readers.rows import read_batches
-from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.chat import load_tokenizer, resolved
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 
 from .admission import DETAIL_CHARACTERS, Rejected, printable, sample_of
@@ -100,12 +100,8 @@ def _divided(
         The groups of the sound rows, the ordinals (row numbers in the piece) of these rows, and a quarantine row for
         every other row.
     """
-    tokenizer = _tokenizer(task.tokenizer_dir)
-    # `auto` if the model's files were not available when the plan was made
-    template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
-    texts = [_text_group(row, shard, task) for _, row in rows]
     groups, ordinals, quarantined = [], [], []
-    for (ordinal, row), result in zip(rows, tokenize_groups(texts, tokenizer, template, task.config), strict=True):
+    for (ordinal, row), result in zip(rows, tokenized([row for _, row in rows], shard, task), strict=True):
         if isinstance(result, TokenGroup):
             groups.append(result)
             ordinals.append(ordinal)
@@ -113,6 +109,13 @@ def _divided(
             sample = result.detail if isinstance(row, Rejected) else row
             quarantined.append(quarantine_row(result, ordinal, sample_of(sample)))
     return groups, ordinals, quarantined
+
+
+def tokenized(rows: Sequence[Any], shard: Shard, task: PrepareTask) -> list[TokenGroup | Rejected]:
+    """Read, render and tokenize rows of a shard; a row that is not admitted is `Rejected` at its position."""
+    tokenizer = _tokenizer(task.tokenizer_dir)
+    texts = [_text_group(row, shard, task) for row in rows]
+    return tokenize_groups(texts, tokenizer, resolved(task.template, tokenizer), task.config)
 
 
 def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, Any]:
@@ -132,7 +135,9 @@ def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Reject
     if not isinstance(row, dict):
         return Rejected("NOT_AN_OBJECT", f"{type(row).__name__}")
     try:
-        group = paired(text_group(row, shard.row_format, shard.columns, shard.criteria), task.config.pairing)
+        controls = task.config.rules.control_characters
+        group = text_group(row, shard.row_format, shard.columns, shard.criteria, controls)
+        group = paired(group, task.config.pairing)
     except Rejected as rejected:
         return rejected
     return (rejected_by(group, task.filters) if task.filters else None) or group

@@ -13,6 +13,7 @@ from dpo_ray.config.extension import FORMATS, installed_names, packages_of
 from .filters import Filter
 from .near_duplicates import MINHASH_VERSION
 from .sources import Shard, shard_digest
+from .tokenizing.chat import PLAIN, is_unresolved
 
 SHARD_VERSION = 3
 """Must be increased if a change of the code leads to other groups from the same shard.
@@ -32,7 +33,7 @@ def shard_configs(
     common = {
         "tokenizer": tokenizer,
         "tokenizers": importlib.metadata.version("tokenizers"),
-        "chat_template": template if template in ("auto", "plain") else digest(template),
+        "chat_template": template if template == PLAIN or is_unresolved(template) else digest(template),
         **data.model_dump(
             mode="json",
             include={
@@ -48,6 +49,12 @@ def shard_configs(
         "special_tokens": data.rules.special_tokens,
         "minhash": MINHASH_VERSION if data.rules.near_duplicates is not None else None,
         "filters": [f.digest for f in filters],
+    }
+    # Only present if they are not the default, so that the keys of other recipes do not change.
+    common |= {
+        name: rule
+        for name in ("dropped_content", "control_characters")
+        if (rule := getattr(data.rules, name)) != "quarantine"
     }
     if packages := packages_of(FORMATS, installed_names(FORMATS)):  # `auto` may recognise any of their formats
         common["packages"] = packages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
     return config
 
 
-def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> None:
+def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> int:
     """Check that the model's architecture can be trained, its weight files are complete, and the tokenizer fits.
 
     A weight file is complete if its header is sound and fits the size of the file. The tokenizer fits if the embedding has
@@ -52,25 +53,29 @@ def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> Non
     Args:
         tokens: the ids of all tokens of the tokenizer.
 
+    Returns:
+        The number of parameters in the files.
+
     Raises:
         ConfigError: one of these checks fails.
     """
     config = _architecture(directory, where)
     check_attention(config, where)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    rows, names = {}, []
+    rows, names, count = {}, [], 0
     for file in _weight_files(directory, where):
         for name, tensor in _header(file, where).items():
             names.append(name)
-            if name.endswith(EMBEDDINGS) and isinstance(tensor, dict) and len(tensor.get("shape", ())) == 2:
+            count += math.prod(tensor["shape"])
+            if name.endswith(EMBEDDINGS) and len(tensor["shape"]) == 2:
                 rows[name] = tensor["shape"][0]
     check_media_parts(config, names, where)
     if type(vocabulary) is not int:
-        return
-    for name, count in rows.items():
-        if count != vocabulary:
+        return count
+    for name, own in rows.items():
+        if own != vocabulary:
             raise ConfigError(
-                f"`{name}` has {count} rows, but config.json gives a vocabulary of {vocabulary}",
+                f"`{name}` has {own} rows, but config.json gives a vocabulary of {vocabulary}",
                 where=where,
                 fix="name a model whose config.json and *.safetensors belong together",
             )
@@ -81,6 +86,7 @@ def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> Non
             where=where,
             fix="use the model's own tokenizer, or resize its embedding (resize_token_embeddings) and save it again",
         )
+    return count
 
 
 def _architecture(directory: Path, where: str) -> PreTrainedConfig:
@@ -134,6 +140,8 @@ def _header(file: Path, where: str) -> dict[str, Any]:
                 raise ValueError("the file is shorter than its header says")
             header = json.loads(stream.read(length_bytes))
         header.pop("__metadata__", None)
+        if not all(type(n) is int and n >= 0 for tensor in header.values() for n in tensor["shape"]):
+            raise ValueError("a tensor has no valid shape")
         end = _LENGTH_BYTES + length_bytes + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end != size_bytes:
             raise ValueError(f"its tensors end at byte {end:,}, but the file ends at byte {size_bytes:,}")

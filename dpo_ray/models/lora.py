@@ -55,6 +55,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
             where=f"train.lora.target_modules={config.target_modules}",
             fix="remove its name from the list, or use all-linear, which excludes it",
         )
+    if any(".lora_embedding_" in name for name, _ in model.named_parameters()):
+        raise ConfigError(
+            "an embedding cannot have an adapter",
+            where=f"train.lora.target_modules={config.target_modules}",
+            fix="name linear layers of the model, such as q_proj, or use all-linear",
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_lora(name))
         if is_lora(name) and parameter.device.type != "meta":
@@ -62,16 +68,18 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
                 parameter.copy_(first_value(name, tuple(parameter.shape), seed))
 
 
-def check_targets(config: LoraConfig, directory: Path) -> None:
-    """Check that the model in a directory has the layers that the adapter needs. The weights are not loaded.
+def check_targets(config: LoraConfig, directory: Path) -> int:
+    """Check that the model in a directory has layers for the adapter, and count the adapter's parameters. The model is
+    built without weights.
 
     Raises:
-        ConfigError: for the same reasons as `add_lora`.
+        ConfigError: as in `add_lora`.
     """
     settings = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     add_lora(model, config, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

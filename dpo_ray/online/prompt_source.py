@@ -14,16 +14,18 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.cluster.cpu_work import cpu_labels
+from dpo_ray.config.data import ControlCharacters
 from dpo_ray.config.sources import Columns
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.formats.catalog import fields_of
+from dpo_ray.data.formats.control import with_controls
 from dpo_ray.data.formats.messages import prompt_of
 from dpo_ray.data.formats.read import text_group
 from dpo_ray.data.groups import TextGroup, TokenGroup
 from dpo_ray.data.readers.rows import read_batches
-from dpo_ray.data.sources import Shard, pieces
-from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.sources import Piece, Shard, pieces
+from dpo_ray.data.tokenizing.chat import load_tokenizer, resolved
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.errors import DataError
 
@@ -80,16 +82,13 @@ def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]
         A table of its prompts and reference answers; the number of rows without a valid prompt, by reason; and the
         number of all rows.
     """
-    tokenizer = load_tokenizer(task.tokenizer_dir)
-    template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
     reasons: Counter[str] = Counter()
     ids: list[list[int]] = []
     answers: list[str | None] = []
     count = 0
     for rows in _batches(shard, task):
         count += len(rows)
-        texts = [_text(row, shard) for row in rows]
-        for row, result in zip(rows, tokenize_groups(texts, tokenizer, template, task.config), strict=True):
+        for row, result in zip(rows, _tokenized(rows, shard, task), strict=True):
             if isinstance(result, TokenGroup):
                 ids.append(result.prompt_ids.tolist())
                 answers.append(_answer(row))
@@ -98,13 +97,27 @@ def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]
     return pa.table({"prompt_ids": ids, "answer": answers}, schema=SOURCE), reasons, count
 
 
+def first_prompts(shard: Shard, rows: int, task: PrepareTask) -> tuple[int, int, Counter[str]]:
+    """Read the first rows of a shard; return their number, how many have an answer, and why some have no prompt."""
+    batch = [row for _, row in next(read_batches(Piece(shard), rows), [])]
+    results = _tokenized(batch, shard, task)
+    answers = sum(isinstance(row, dict) and _answer(row) is not None for row in batch)
+    return len(batch), answers, Counter(result.reason for result in results if isinstance(result, Rejected))
+
+
+def _tokenized(rows: Sequence[Any], shard: Shard, task: PrepareTask) -> list[TokenGroup | Rejected]:
+    tokenizer = load_tokenizer(task.tokenizer_dir)
+    template, controls = resolved(task.template, tokenizer), task.config.rules.control_characters
+    return tokenize_groups([_text(row, shard, controls) for row in rows], tokenizer, template, task.config)
+
+
 def _batches(shard: Shard, task: PrepareTask) -> Iterator[list[Any]]:
     for piece in pieces(shard):
         for batch in read_batches(piece, task.config.rows_per_part):
             yield [row for _, row in batch]
 
 
-def _text(row: Any, shard: Shard) -> TextGroup | Rejected:
+def _text(row: Any, shard: Shard, controls: ControlCharacters) -> TextGroup | Rejected:
     """Return the prompt of a row, or the reason why the row is rejected.
 
     The prompt is in the row's column for prompts. In preference data it may instead be contained in the completions.
@@ -116,9 +129,9 @@ def _text(row: Any, shard: Shard) -> TextGroup | Rejected:
     fields = fields_of(row, "unpaired", Columns(prompt=shard.columns.prompt))
     try:
         if fields.get("prompt") is None and _holds_pairs(row):
-            group = text_group(row, shard.row_format, shard.columns, shard.criteria)
+            group = text_group(row, shard.row_format, shard.columns, shard.criteria, controls)
             return TextGroup(group.prompt, (STAND_IN,), (1.0,), chosen=(), rejected=(), messages=group.messages)
-        return TextGroup(prompt_of(fields), (STAND_IN,), (1.0,), chosen=(), rejected=())
+        return with_controls(TextGroup(prompt_of(fields), (STAND_IN,), (1.0,), chosen=(), rejected=()), controls)
     except Rejected as rejected:
         return rejected
 

@@ -19,13 +19,10 @@ from dpo_ray.cluster.placement import check_room, resolve_hardware
 from dpo_ray.cluster.room import has_room
 from dpo_ray.config.judge import Judge
 from dpo_ray.config.model import ModelConfig
-from dpo_ray.config.online import OnlineConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.schemas import splits
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.online.judges.make import make_judge
-from dpo_ray.online.judges.memory import NoMemory
 from dpo_ray.online.judges.protocol import Question, Usage, Verdict
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.completions import EngineModel, completion_logps
@@ -34,10 +31,11 @@ from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.sampling import Sampling, prompt_table
 from dpo_ray.run import planning, stages
 from dpo_ray.run.context import RunContext, is_adapter, open_run, policy_directory, record_recipe
-from dpo_ray.run.preflight import check_packages
+from dpo_ray.run.start_checks import check_packages, check_start
 from dpo_ray.schedule import stage as schedule_stage
 
 from . import ema, judging, measure, pair_stage, prompt_source
+from .checks import check_judges, check_rounds
 from .measure import PolicySamples
 from .promotion import decide
 from .round_plan import (
@@ -73,6 +71,8 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
     if isinstance(rounds.action, Done):
         return rounds, False
     check_packages(plan.recipe)
+    check_start(plan.recipe, plan.checked)
+    check_rounds(plan.recipe, plan.checked)
     check_judges(online_of(recipe))
     with open_run(recipe, plan, reporter, verbose=verbose) as run:
         record_recipe(run, recipe)
@@ -82,19 +82,6 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
             return driver.run(), True
         finally:
             driver.close()
-
-
-def check_judges(config: OnlineConfig) -> None:
-    """Check, before anything is sampled, that all judges can be constructed; for example, that API keys are set.
-
-    Judges that load the weights of a model are not constructed here.
-
-    Raises:
-        ConfigError: a judge cannot be constructed.
-    """
-    for judge in config.judges():
-        if not judge.loads_weights:  # weights take long to load, and making the plan has checked their files
-            make_judge(judge, NoMemory()).close()
 
 
 class _Driver:

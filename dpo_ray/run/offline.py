@@ -16,7 +16,7 @@ from dpo_ray.schedule.stage import check_usable
 from . import planning, stages
 from .context import RunContext, open_run, record_recipe
 from .planning import Plan
-from .preflight import check_packages
+from .start_checks import check_packages, check_start
 from .streaming import score_while_training
 
 
@@ -58,6 +58,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     if plan.done:
         return opened(plan), False
     check_packages(plan.recipe)
+    check_start(plan.recipe, plan.checked, plan.to_run)
     with open_run(recipe, plan, reporter, verbose=verbose) as run:
         record_recipe(run, recipe)
         check_room(recipe, plan.to_run, plan.hardware.worker.gpus, plan.hardware.engine.gpus, reporter.say)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from dpo_ray.artifacts.places import reference_root, run_storage
-from dpo_ray.cluster.resources import Resources, engine_resources, sampler_resources, worker_resources
+from dpo_ray.cluster.resources import (
+    Resources,
+    engine_resources,
+    judge_resources,
+    sampler_resources,
+    worker_resources,
+)
+from dpo_ray.config.data import EVAL
 from dpo_ray.config.extension import FORMATS, JUDGES, OBJECTIVES, TRACKERS, installed
 from dpo_ray.config.model import is_hub_name
-from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.filters import Filter, load_filters
 from dpo_ray.data.sources import Shard, list_shards
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
-from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.errors import ArtifactError, ConfigError
 from dpo_ray.models import lora
 from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
 from dpo_ray.models.files import check_weights
 from dpo_ray.models.load import context_tokens, model_directory
-from dpo_ray.reference.vllm.engine import lora_options
+from dpo_ray.reference.vllm.engine import LORA_RANKS, lora_options
+from dpo_ray.train.measures import EVALUATED
 
-BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")  # optimizers that use its kernels
+LONGEST_NAME_BYTES = 255  # of one part of a path, on all usual file systems
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Checked:
     shards: tuple[Shard, ...]
     template: str  # the chat template's text; for a hub model that is not on this machine, its name in the recipe
     filters: tuple[Filter, ...]
+    parameters: int | None = None  # of the model; None for a hub model that is not on this machine
+    trained: int | None = None  # how many of them, or of the adapter, are trained
 
 
 def hardware(recipe: Recipe) -> Hardware:
@@ -81,6 +90,7 @@ def preflight(recipe: Recipe) -> Checked:
     sets = {"train": recipe.data.train, **recipe.data.eval_sets}
     shards = tuple(shard for split, sources in sets.items() for shard in list_shards(split, sources))
     filters = load_filters(recipe.data.rules.filters)
+    _check_best(recipe)
     if recipe.evaluate.sample_prompts and not recipe.data.eval:
         raise ConfigError(
             "sampling needs prompts from held-out data, but there is no held-out data",
@@ -92,58 +102,89 @@ def preflight(recipe: Recipe) -> Checked:
     if directory is None:
         return Checked(shards, resolve_template(recipe.data.chat_template, None), filters)
     tokenizer = load_tokenizer(str(directory))
-    check_weights(directory, tokenizer.get_vocab(), f"model.path={recipe.model.path}")
-    if recipe.train.lora is not None:
-        lora.check_targets(recipe.train.lora, directory)
-    context = context_tokens(directory)
-    if context is not None and recipe.data.max_length_tokens > context:
+    parameters = check_weights(directory, tokenizer.get_vocab(), f"model.path={recipe.model.path}")
+    trained = parameters if recipe.train.lora is None else lora.check_targets(recipe.train.lora, directory)
+    _check_lengths(recipe, context_tokens(directory))
+    _check_stop_tokens(recipe, len(tokenizer))
+    return Checked(shards, resolve_template(recipe.data.chat_template, tokenizer), filters, parameters, trained)
+
+
+def _check_lengths(recipe: Recipe, context: int | None) -> None:
+    """Check that data and samples fit in the model's context."""
+    if context is None:
+        return
+    if recipe.data.max_length_tokens > context:
         raise ConfigError(
             f"this is longer than the model's context of {context} tokens (for a model with longrope, its original context)",
             where=f"data.max_length_tokens={recipe.data.max_length_tokens}",
             fix=f"set at most {context}",
         )
-    return Checked(shards, resolve_template(recipe.data.chat_template, tokenizer), filters)
+    new_tokens = {"evaluate.max_new_tokens": recipe.evaluate.max_new_tokens if recipe.evaluate.sample_prompts else 0}
+    if recipe.online is not None:
+        new_tokens = {"online.sampling.max_new_tokens": recipe.online.sampling.max_new_tokens}
+    for field, count in new_tokens.items():
+        if count >= context:
+            raise ConfigError(
+                f"no prompt has room beside so many tokens: the model's context has {context}",
+                where=f"{field}={count}",
+                fix=f"set at most {context - 1}, less the tokens of the prompts",
+            )
 
 
-def check_packages(recipe: Recipe) -> None:
-    """Check that the optional packages that this recipe needs, vLLM and bitsandbytes, are installed.
-
-    Raises:
-        InfrastructureError: a package is not installed; the message names it.
-    """
-    scores = uses_reference(recipe.train.objective) and recipe.reference.engine == "vllm"
-    if (scores or recipe.evaluate.sample_prompts) and find_spec("vllm") is None:
-        raise InfrastructureError(
-            "vLLM is not installed",
-            where="reference.engine, evaluate.sample_prompts",
-            fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0",
+def _check_stop_tokens(recipe: Recipe, tokens: int) -> None:
+    own = () if recipe.online is None else recipe.online.sampling.stop_token_ids
+    if beyond := [token for token in own if token >= tokens]:
+        raise ConfigError(
+            f"the tokenizer has no token {beyond[0]}; its ids end at {tokens - 1}",
+            where="online.sampling.stop_token_ids",
+            fix="correct the id",
         )
-    by_bitsandbytes = recipe.train.quantization or recipe.train.optimizer.type in BITSANDBYTES
-    if by_bitsandbytes and find_spec("bitsandbytes") is None:
-        raise InfrastructureError(
-            "bitsandbytes is not installed",
-            where=f"train.optimizer.type={recipe.train.optimizer.type}, train.quantization={recipe.train.quantization}",
-            fix="pip install 'dpo-ray[quantized]'; or use another optimizer and no quantization",
+
+
+def _check_best(recipe: Recipe) -> None:
+    best = recipe.train.best
+    known = [f"{split}_{name}" for split in dict.fromkeys([EVAL, *recipe.data.eval_sets]) for name in EVALUATED]
+    if best is not None and best.metric not in known:
+        near = difflib.get_close_matches(best.metric, known, n=3, cutoff=0)
+        raise ConfigError(
+            "evaluations have no such metric",
+            where=f"train.best.metric={best.metric}",
+            fix=f"use one of them, such as {', '.join(near)}",
         )
 
 
 def _check_places(recipe: Recipe) -> None:
-    """Check that directories can be made for the run and the reference store, without creating them.
-
-    `dpo-ray plan` and `dpo-ray validate` must write nothing.
-    """
+    """Check that the output places can be written directories. Leaves no trace, as `plan` and `validate` promise."""
     for field, place in (("output", run_storage(recipe)), ("reference.store", reference_root(recipe))):
         if not place.is_local:
             continue
-        nearest = place.local_path()
-        while not os.path.lexists(nearest):
-            nearest = nearest.parent
+        for part in place.local_path().parts:
+            if len(os.fsencode(part)) > LONGEST_NAME_BYTES:
+                raise ConfigError(
+                    f"`{part[:40]}...` is longer than the {LONGEST_NAME_BYTES} bytes that a name may have",
+                    where=field,
+                    fix="choose a shorter name",
+                )
+        nearest = nearest_existing(place.local_path())
         if not nearest.is_dir():
             raise ConfigError(
                 f"`{nearest}` is not a directory, so nothing can be written there",
                 where=f"{field}={place.uri}",
                 fix="name a directory, existing or new, or s3://bucket/prefix, gs://bucket/prefix",
             )
+        if recipe.ray.address == "local" and not os.access(nearest, os.W_OK | os.X_OK):
+            raise ArtifactError(
+                f"cannot create anything in `{nearest}`: this user has no permission, or it is read-only",
+                where=f"{field}={place.uri}",
+                fix="grant the permission, or choose another location",
+            )
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path, or else the nearest of its parents that exists."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
 
 
 def _check_adapter(recipe: Recipe, model: Path | None) -> None:
@@ -151,6 +192,13 @@ def _check_adapter(recipe: Recipe, model: Path | None) -> None:
 
     The last check is left out if the model is not on this machine.
     """
+    own, samples = recipe.train.lora, recipe.evaluate.sample_prompts or recipe.online is not None
+    if own is not None and not own.merge and samples and own.rank > LORA_RANKS[-1]:
+        raise ConfigError(
+            f"vLLM, which samples from the policy, loads adapters of at most rank {LORA_RANKS[-1]}",
+            where=f"train.lora.rank={own.rank}",
+            fix="lower it, or set train.lora.merge=true",
+        )
     directory = adapter_directory(recipe.model)
     if directory is None:
         return
@@ -173,10 +221,16 @@ def _check_gpus(recipe: Recipe) -> None:
         wanted["reference.replicas"] = recipe.reference.replicas * where.engine.gpus
     if recipe.reference.mode == "streaming":
         wanted["train.workers and reference.replicas, concurrently in reference.mode=streaming"] = sum(wanted.values())
+    if recipe.online is not None:
+        role = recipe.cluster.roles.judge
+        wanted["online.judge"] = max(
+            judge_resources(judge, role).gpus for judge in recipe.online.named_judges().values()
+        )
     for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
         if gpus > torch.cuda.device_count():
             raise ConfigError(
                 f"requests {gpus:g} GPUs, but this machine has {torch.cuda.device_count()}",
                 where=field,
-                fix="lower it, or the GPUs in cluster.roles; or name a cluster in ray.address",
+                fix="lower it, or cluster.roles.train.gpus, cluster.roles.reference.gpus and cluster.roles.judge.gpus; or "
+                "name a cluster in ray.address",
             )

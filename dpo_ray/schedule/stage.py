@@ -22,7 +22,8 @@ from dpo_ray.artifacts.tables import read_table
 from dpo_ray.cluster.cpu_work import cpu_labels
 from dpo_ray.config.objective import Objective, kinds_of_groups
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.data.schemas import splits
+from dpo_ray.data.groups import TokenGroup
+from dpo_ray.data.schemas import shard_table, splits
 from dpo_ray.errors import ArtifactError, DataError
 
 from .buckets import Steps, buckets_of, deal_rows, read_rows
@@ -147,6 +148,19 @@ def check_usable(tokens: Artifact, objective: Objective) -> None:
     """
     for split in splits(tokens):
         _group_ids(tokens, split, tokens.names(f"{split}/"), objective)
+
+
+def check_first_groups(split: str, groups: Sequence[TokenGroup], objective: Objective) -> None:
+    """Check that the objective can use groups that are not committed yet.
+
+    Raises:
+        DataError: the objective cannot learn from some of them.
+    """
+    table = shard_table(groups, range(len(groups)), None)
+    idle = np.flatnonzero(~_usable(table, kinds_of_groups(objective)))
+    if len(idle):
+        sizes = {len(groups[i].completion_ids) for i in idle}
+        raise _unusable(split, [groups[i].group_id for i in idle], len(groups), objective, sizes)
 
 
 def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Objective) -> list[bytes]:

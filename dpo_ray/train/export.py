@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config.train import LoraConfig
+from dpo_ray.data.tokenizing.chat import AUTO, PLAIN, is_unresolved, load_tokenizer, resolved
 from dpo_ray.models.load import NAMED_TEMPLATES, tokenizer_files
 from dpo_ray.models.lora import add_product, is_lora, matrices_of, write_adapter
 from dpo_ray.models.token_logps import TokenLogps
@@ -60,13 +61,12 @@ def write_policy(
     lora: LoraConfig | None = None,
     base: str = "",
 ) -> None:
-    """Write the policy to the directory `target`: the full model, or only the adapter if it is not merged into it.
+    """Write the model directory, or the adapter's directory if an adapter was trained and is not merged.
 
     Args:
         weights: the result of `gather_policy` on rank 0.
-        source: directory of the base model; the tokenizer's files and the generation config are copied from there.
-        template: text of the chat template that training used; or `plain`, or `auto` (the tokenizer's own template).
-        base: name of the base model, for the adapter's configuration.
+        template: the text of the chat template that training used, or `plain`, `auto`, or `name:NAME`.
+        base: the base model that the adapter's configuration names.
     """
     model = policy.model
     if lora is not None and not lora.merge:
@@ -87,7 +87,9 @@ def _write_tokenizer(source: Path, template: str, target: Path) -> None:
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
-    if template not in ("plain", "auto"):  # auto: the tokenizer's own template, which is in its files
+    if template not in (PLAIN, AUTO):  # auto: the tokenizer's own template, which is in its files
+        if is_unresolved(template):
+            template = resolved(template, load_tokenizer(str(source)))
         _write_named_templates(target)
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 

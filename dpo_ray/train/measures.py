@@ -33,6 +33,9 @@ MEASURES = (
     "entropy",  # nats per token
 )
 
+EVALUATED = (*MEASURES, "length_bias")
+"""What an evaluation measures of each held-out set."""
+
 
 def rewards(objective: Objective, logps: StepLogps) -> Tensor:
     """Compute the implicit reward of every completion: float32 [completions].

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dpo_ray.config.data import ControlCharacters
 from dpo_ray.config.sources import Columns, RowFormat
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
 
 from .catalog import FORMATS, fields_of, message_columns, named_columns
+from .control import controlled, with_controls
 from .fields import Fields
 from .media import check_media
 from .message_text import decoded
@@ -24,7 +26,11 @@ TEXT_FORMATS = ("text", "implicit_text", "hh")
 
 
 def text_group(
-    row: Mapping[str, Any], row_format: RowFormat, columns: Columns, criteria: Mapping[str, float]
+    row: Mapping[str, Any],
+    row_format: RowFormat,
+    columns: Columns,
+    criteria: Mapping[str, float],
+    controls: ControlCharacters = "quarantine",
 ) -> TextGroup:
     """Read one row as a group. The completions keep the order of the row; pairs of them are built later (`pairing`).
 
@@ -32,17 +38,24 @@ def text_group(
         row_format: the name of the format; `auto` recognises the format from the row's columns.
         columns: the column names that the recipe sets instead of the format's names.
         criteria: the weights by which several ratings of a completion become one score; empty to use its overall score.
+        controls: whether control characters in the text reject the row, are removed, or stay.
 
     Raises:
         Rejected: with the reason that fits best; the row is then quarantined.
     """
     try:
-        return _read(row, row_format, columns, criteria)
+        return _read(row, row_format, columns, criteria, controls)
     except RecursionError:
         raise Rejected("WRONG_TYPE", "the row is nested too deeply") from None
 
 
-def _read(row: Mapping[str, Any], row_format: RowFormat, columns: Columns, criteria: Mapping[str, float]) -> TextGroup:
+def _read(
+    row: Mapping[str, Any],
+    row_format: RowFormat,
+    columns: Columns,
+    criteria: Mapping[str, float],
+    controls: ControlCharacters,
+) -> TextGroup:
     check_media(row, named_columns(columns))  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     if row_format not in TEXT_FORMATS:
         row = decoded(row, message_columns(columns))  # pyright: ignore[reportArgumentType] - as above
@@ -51,9 +64,9 @@ def _read(row: Mapping[str, Any], row_format: RowFormat, columns: Columns, crite
     fields = fields_of(row, row_format, columns)
     if not is_named:
         check_context(fields, row_format)
-    group = FORMATS[row_format].read(fields, criteria)
+    group = with_controls(FORMATS[row_format].read(fields, criteria), controls)
     _check(group)
-    return _with_template_variables(group, fields)
+    return _with_template_variables(group, fields, controls)
 
 
 def _check(group: TextGroup) -> None:
@@ -76,15 +89,16 @@ def _says_something(turn: str | Message) -> bool:
     return bool(turn["content"].strip() or turn.get("tool_calls"))
 
 
-def _with_template_variables(group: TextGroup, fields: Fields) -> TextGroup:
+def _with_template_variables(group: TextGroup, fields: Fields, controls: ControlCharacters) -> TextGroup:
     tools, variables = _decoded(fields, "tools"), _decoded(fields, "chat_template_kwargs")
     if not tools and not variables:
         return group
     listed = isinstance(tools or [], list | tuple) and all(isinstance(tool, Mapping) for tool in tools or [])
     require(listed, "BAD_TOOLS", "the tools are not a list of objects")
     require(isinstance(variables or {}, Mapping), "BAD_TOOLS", "the template's variables are not a mapping")
-    sound = sound_value(list(tools or ()), "tools", "BAD_TOOLS")
+    sound = controlled(sound_value(list(tools or ()), "tools", "BAD_TOOLS"), controls, "`tools`")
     variables = sound_value(variables or {}, "chat_template_kwargs", "BAD_TOOLS")
+    variables = controlled(variables, controls, "`chat_template_kwargs`")
     return replace(group, tools=tuple(map(_schema, sound)) or None, template_kwargs=variables)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from dpo_ray.data.admission import Rejected
 
 DEEPEST = 64
-_CONTROL = bytes(c for c in (*range(32), 127) if chr(c) not in "\t\n\r")
 
 
 def require(condition: bool, reason: str, detail: str) -> None:
@@ -21,18 +20,15 @@ def sound_text(value: Any, name: str) -> str:
     """Return the value if it is text that a tokenizer can read.
 
     Raises:
-        Rejected: WRONG_TYPE; INVALID_UTF8 for a lone surrogate; CONTROL_CHARS for DEL and for C0 characters other than
-            tab and line ends.
+        Rejected: WRONG_TYPE, or INVALID_UTF8 (a lone surrogate).
     """
     if not isinstance(value, str):
         raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not text")
-    try:
-        encoded = value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Rejected("INVALID_UTF8", f"`{name}` holds a lone surrogate at character {error.start}") from None
-    if len(encoded.translate(None, _CONTROL)) != len(encoded):  # in UTF-8 these bytes only encode these characters
-        control = next(byte for byte in encoded if byte in _CONTROL)
-        raise Rejected("CONTROL_CHARS", f"`{name}` holds U+{control:04X}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise Rejected("INVALID_UTF8", f"`{name}` holds a lone surrogate at character {error.start}") from None
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_ray.config.data import DataConfig
+from dpo_ray.config.data import NAMED_TEMPLATE, DataConfig
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
 from dpo_ray.errors import ConfigError
@@ -50,17 +51,17 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
 
 
 def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the text of the chat template that the recipe chooses with `data.chat_template`. `plain` stays `plain`.
+    """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
 
-    `auto` stays `auto` if there is no tokenizer yet, because a model of the hub has not been downloaded.
+    Without a tokenizer, because a hub model has not been downloaded yet, `auto` and `name:NAME` stay as they are.
 
     Raises:
-        ConfigError: `auto` is set and the tokenizer has no template; the template's file is missing or not UTF-8; or the
-            template is not valid Jinja.
+        ConfigError: the tokenizer has no such template; the file is missing or not UTF-8; not valid Jinja.
     """
-    if choice == PLAIN or (choice == AUTO and tokenizer is None):
+    if choice == PLAIN or (is_unresolved(choice) and tokenizer is None):
         return choice
-    text = _own_template(tokenizer) if choice == AUTO and tokenizer is not None else _template_file(choice)
+    own = None if tokenizer is None else tokenizer.chat_template
+    text = _own_template(choice, own) if is_unresolved(choice) else _template_file(choice)
     try:
         compile_template(text, datetime.date.min)
     except jinja2.TemplateSyntaxError as error:
@@ -72,24 +73,41 @@ def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> 
     return text
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several by name; `default` is the one for conversations without tools
-        template = template.get("default")
+def is_unresolved(template: str) -> bool:
+    """Return whether a template is one of the tokenizer's own that is named and not yet read."""
+    return template == AUTO or NAMED_TEMPLATE.fullmatch(template) is not None
+
+
+def resolved(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of a template that was checked before the tokenizer's files were on this machine, or after."""
+    return resolve_template(template, tokenizer) if is_unresolved(template) else template
+
+
+def _own_template(choice: str, own: Any) -> str:
+    templates = own if isinstance(own, dict) else {"default": own} if own else {}
+    name = "default" if choice == AUTO else choice.partition(":")[2]  # `default`: for conversations without tools
+    template = templates.get(name)
     if not isinstance(template, str):
+        others = ", ".join(f"name:{each}" for each in sorted(templates))
         raise ConfigError(
-            "the tokenizer has no chat template",
-            where="data.chat_template=auto",
-            fix="set data.chat_template=plain for bare text, or the path of a Jinja template",
+            f"the tokenizer has no chat template `{name}`; it has {others}"
+            if others
+            else "the tokenizer has no chat template",
+            where=f"data.chat_template={choice}",
+            fix=f"set data.chat_template to one of {others}, or the path of a Jinja template"
+            if others
+            else "set data.chat_template=plain for bare text, or the path of a Jinja template",
         )
     return template
 
 
 def _template_file(choice: str) -> str:
     path = Path(choice)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, without an error for a name that is too long
         raise ConfigError(
-            "no such template file", where=f"data.chat_template={choice}", fix="allowed: auto, plain, or a file's path"
+            "no such template file",
+            where=f"data.chat_template={choice}",
+            fix="allowed: auto, name:NAME, plain, or a file's path",
         )
     try:
         return path.read_text(encoding="utf-8")

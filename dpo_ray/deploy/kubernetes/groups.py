@@ -155,7 +155,7 @@ def _engines(recipe: Recipe) -> list[Demand]:
 def _judges(recipe: Recipe) -> tuple[list[Demand], list[Demand]]:
     """Return two lists with the workers of judges: judges that use GPUs, and judges that do not."""
     role, demands = recipe.cluster.roles.judge, []
-    for judge in recipe.online.named_judges() if recipe.online is not None else []:
+    for judge in recipe.online.named_judges().values() if recipe.online is not None else []:
         asks, count = judge_resources(judge, role), replicas_of(judge, role)
         demands.append(Demand(f"a {judge.type} judge", asks.cpus, asks.gpus, count, count))
     return [d for d in demands if d.gpus], [d for d in demands if not d.gpus]

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dpo_ray.config.data import names_no_file
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
@@ -31,7 +32,7 @@ def config_map_files(recipe: Recipe) -> dict[str, str]:
     values = _on_cluster(recipe)
     files = {}
     template = recipe.data.chat_template
-    if template not in ("auto", "plain"):
+    if not names_no_file(template):
         name = posixpath.basename(template)
         files[name] = _template_text(template)
         values["data"]["chat_template"] = f"{RECIPE_DIRECTORY}/{name}"

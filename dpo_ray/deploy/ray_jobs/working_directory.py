@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from ray._private.thirdparty.pathspec.pathspec import PathSpec  # Ray's own uploads use it for ignore files
 
+from dpo_ray.config.data import names_no_file
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
@@ -158,7 +159,7 @@ def _check_seen_by_all(path: str, field: str, may_be_hub_name: bool) -> None:
 
 def _template(recipe: Recipe) -> Path | None:
     choice = recipe.data.chat_template
-    return None if choice in ("auto", "plain") else Path(choice)
+    return None if names_no_file(choice) else Path(choice)
 
 
 def _read(path: Path) -> str:

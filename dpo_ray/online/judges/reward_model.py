@@ -36,12 +36,12 @@ class JudgeByRewardModel:
             ConfigError: the model cannot be loaded, or is not a reward model.
         """
         self._config, self._memory, self._device = config, memory, device
-        with _named(config):
+        with named_by_judge(config):
             directory = model_directory(ModelConfig(path=config.path, revision=config.revision))
             self._tokenizer = load_tokenizer(str(directory))
         self._tokenizer.padding_side = "right"
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self._model = _load(directory, dtype, _where(config)).to(device).eval()  # type: ignore[arg-type]
+        self._model = _load(directory, dtype, place_of(config)).to(device).eval()  # type: ignore[arg-type]
 
     @property
     def usage(self) -> Usage:
@@ -91,7 +91,7 @@ class JudgeByRewardModel:
         scores = logits[:, 0].float().tolist()
         if not all(map(math.isfinite, scores)):
             fix = "check that the model's weights are complete, and that it works in this dtype"
-            raise JudgeError("the reward model gave a score that is not finite", where=_where(self._config), fix=fix)
+            raise JudgeError("the reward model gave a score that is not finite", where=place_of(self._config), fix=fix)
         return scores
 
 
@@ -151,21 +151,19 @@ def reward_model_identity(config: RewardModelJudge) -> str:
     It is a digest of their files; for a hub model that is not on this machine, of its name and revision.
     """
     model = ModelConfig(path=config.path, revision=config.revision)
-    with _named(config):
+    with named_by_judge(config):
         return digest([model_identity(model), tokenizer_identity(model)])
 
 
 @contextmanager
-def _named(config: RewardModelJudge) -> Iterator[None]:
-    """Change each ConfigError that is raised in this context, so that it names the judge's field `online.judge.path`.
-
-    The code for models is shared with the policy, and would name the policy's field.
-    """
+def named_by_judge(config: RewardModelJudge) -> Iterator[None]:
+    """Make a ConfigError name the judge's field: the shared model code would name the policy's."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(error.what, where=_where(config), fix=error.fix) from None
+        raise ConfigError(error.what, where=place_of(config), fix=error.fix) from None
 
 
-def _where(config: RewardModelJudge) -> str:
+def place_of(config: RewardModelJudge) -> str:
+    """Return the field that an error names."""
     return f"online.judge.path={config.path}"

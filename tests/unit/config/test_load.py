@@ -145,6 +145,21 @@ def test_numbers_of_yaml_are_numbers(tmp_path: Path) -> None:
         ("train.keep_checkpoints=1", "train.keep_checkpoints: input should be greater than or equal to 2"),
         ("trackers=[wandb]", "trackers.0: input should be 'tensorboard'"),
         ("name=reference-store", "name: `reference-store` is the name of a directory"),
+        ("online.judge={type: function, function: x}", "online.judge.function: string should match pattern"),
+        ("train.workers=1000000000", "train.workers: input should be less than or equal to 100000; got 1000000000"),
+        (
+            "data.train={type: synthetic, pairs: 1000000000000}",
+            "data.train.0.pairs: input should be less than or equal",
+        ),
+        ("train.hang_seconds=1e300", "train.hang_seconds: 1e+300 is outside of 1e-30 to 1e+30"),
+        ("train.optimizer.eps=1e-300", "train.optimizer.eps: 1e-300 is outside of 1e-30 to 1e+30"),
+        (
+            "cluster.roles.train.gpus=1.5",
+            "cluster.roles.train.gpus: a whole number of GPUs, or a share of one, is expected",
+        ),
+        ("ray.address=ray://head:10001", "ray.address: local, auto or HOST:PORT is expected; got 'ray://head:10001'"),
+        ('name="a\\0b"', "command line, name, line 1: not valid YAML: the text contains NUL or a lone surrogate"),
+        ('output="\\ud800"', "command line, output, line 1: not valid YAML: the text contains NUL or a lone surrogate"),
     ],
 )
 def test_an_error_names_the_field_its_value_and_what_is_allowed(override: str, says: str) -> None:

@@ -101,6 +101,7 @@ def test_sections_agree() -> None:
 def test_a_local_ray_has_the_cpus_that_the_recipe_asks_for() -> None:
     assert recipe("train.workers=3", "cluster.roles.train.cpus=1.5").cpus_needed() == 5
     assert recipe("reference.replicas=4").cpus_needed() == 5
+    assert recipe("cluster.roles.prepare.cpus=6").cpus_needed() == 1 + 6  # beside an engine
     assert recipe("train.workers=3", "ray.cpus=3").ray.cpus == 3
     assert recipe("train.workers=3", "ray.cpus=1", "ray.address=auto").ray.cpus == 1
     with pytest.raises(ConfigError, match=r"ray\.cpus: 2 CPUs are fewer than .* at least 3"):

@@ -11,7 +11,7 @@ import pytest
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import TextGroup
-from dpo_ray.data.tokenizing.chat import RENDER_SECONDS, Rendered, Renderer, load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.chat import RENDER_SECONDS, Rendered, Renderer, load_tokenizer, resolve_template, resolved
 from dpo_ray.data.tokenizing.watchdog import Watchdog
 from dpo_ray.errors import ConfigError
 from tests.unit.data.conftest import CHATML
@@ -151,12 +151,28 @@ def test_template_choices(tmp_path: Path, chatml, builtin_dir: str):
         resolve_template("auto", load_tokenizer(builtin_dir))
     with pytest.raises(ConfigError, match="no such template file"):
         resolve_template("chatml", chatml)
+    with pytest.raises(ConfigError, match="no such template file"):
+        resolve_template("a" * 300, chatml)
     path.write_text("{% for %}")
     with pytest.raises(ConfigError, match=r"the template is not valid.*line 1"):
         resolve_template(str(path), chatml)
     path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         resolve_template(str(path), chatml)
+
+
+def test_one_of_several_templates_is_chosen_by_name(chatml):
+    chatml.chat_template = {"tool_use": CHATML, "rag": "{{ documents }}"}
+    try:
+        assert resolve_template("name:tool_use", chatml) == CHATML
+        assert resolve_template("name:tool_use", None) == "name:tool_use"  # a hub model that is not on this machine yet
+        assert resolved("name:tool_use", chatml) == resolved(CHATML, chatml) == CHATML
+        with pytest.raises(ConfigError, match="has no chat template `default`; it has name:rag, name:tool_use"):
+            resolve_template("auto", chatml)
+        with pytest.raises(ConfigError, match="has no chat template `x`"):
+            resolve_template("name:x", chatml)
+    finally:
+        chatml.chat_template = CHATML
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])

@@ -83,6 +83,8 @@ def template(directory: Path) -> str:
         ("data.pairing.pairs=all", ALL),
         ("data.pairing.annotators=majority", ALL),
         ("data.rules.special_tokens=allow", ALL),
+        ("data.rules.dropped_content=keep", ALL),
+        ("data.rules.control_characters=clean", ALL),
         ("data.rules.filters=['json:loads']", ALL),
         ("data.rules.near_duplicates=0.8", ALL),
         ("data.rules.conflicts=keep", ALL),
@@ -269,6 +271,8 @@ def test_preflight_gives_the_shards_of_both_splits(tmp_path: Path) -> None:
         (["data.train.name=film-reviews"], False),
         (["data.pairing.ties=keep"], True),
         (["data.rules.near_duplicates=0.8"], True),
+        (["data.rules.dropped_content=keep"], True),
+        (["data.rules.control_characters=clean"], True),
         (["data.max_length_tokens=100"], True),
     ],
 )

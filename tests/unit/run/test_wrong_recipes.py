@@ -11,22 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import save_file
 
 from dpo_ray.cli.app import main
 from dpo_ray.models.builtin import builtin_model
-
-GOOD = {
-    "name": "wrong",
-    "model": {"path": "builtin:sentiment_llama"},
-    "data": {
-        "train": {"type": "synthetic", "pairs": 32},
-        "eval": {"type": "synthetic", "pairs": 8},
-        "chat_template": "plain",
-        "max_length_tokens": 128,
-    },
-}
+from tests.helpers.good_recipe import good
 
 Arguments = list[str]
 
@@ -54,10 +43,6 @@ def text(name: str, content: str | bytes, *, says: tuple[str, ...]) -> Kind:
         return [str(here / "bad.yaml")]
 
     return Kind(name, make, says)
-
-
-def good(**changes: object) -> str:
-    return yaml.safe_dump({k: v for k, v in {**GOOD, **changes}.items() if v is not None})
 
 
 def model_copy(here: Path, *, without: str = "", auto_map: bool = False) -> Path:
@@ -123,6 +108,14 @@ def below_a_file(field: str) -> Callable[[Path], Arguments]:
     return make
 
 
+def named_templates(here: Path) -> Arguments:
+    model = model_copy(here)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    templates = [{"name": name, "template": "{{ messages }}"} for name in ("tool_use", "rag")]
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": templates}))
+    return [str(here / "good.yaml"), f"model.path={model}", "data.chat_template=auto"]
+
+
 BOMB = "a: &a [x, x]\nb: &b [*a, *a, *a]\nc: &c [*b, *b, *b]\n"
 
 FUNCTION = {"type": "function", "function": "dpo_ray.data.synthetic.true_rewards"}
@@ -131,7 +124,7 @@ LLM = {"type": "llm", "base_url": "http://127.0.0.1:9/v1", "model": "m", "api_ke
 
 def rounds(name: str, online: dict[str, object], *, says: tuple[str, ...]) -> Kind:
     """Take the good recipe with a section `online` that is wrong."""
-    return text(name, good(online=online), says=says)
+    return text(name, good(online={"sampling": {"max_new_tokens": 16}, **online}), says=says)
 
 
 KINDS = [
@@ -221,6 +214,35 @@ KINDS = [
     override(
         "an adapter of the hub", "model.adapter=some/lora", says=("model.adapter=some/lora:", "hf download some/lora")
     ),
+    override("a rank that cannot be sampled from", "train.lora.rank=513", says=("train.lora.rank=513", "merge=true")),
+    override("an adapter of an embedding", "train.lora.target_modules=[embed_tokens]", says=("an embedding cannot",)),
+    override(
+        "an adapter of nothing", "train.lora.target_modules=[wq]", says=("train.lora.target_modules", "all-linear")
+    ),
+    override(
+        "no such evaluation metric",
+        *("train.eval_every_steps=2", "train.best.metric=eval_acuracy"),
+        says=("train.best.metric=eval_acuracy", "eval_rewards/accuracies"),
+    ),
+    override(
+        "no room for a prompt",
+        "evaluate.max_new_tokens=4096",
+        says=("evaluate.max_new_tokens=4096", "no prompt has room"),
+    ),
+    override(
+        "more memory than there is",
+        "cluster.roles.reference.memory_gib=100000",
+        says=("cluster.roles.reference", "1 engines are needed", "room for 0"),
+    ),
+    override(
+        "more processes than fit", "train.workers=99999", says=("train.workers=99999", "do not fit in the memory")
+    ),
+    override(
+        "a task larger than ray.cpus", "ray.cpus=4", "cluster.roles.prepare.cpus=9", says=("ray.cpus: 4", "at least 10")
+    ),
+    override("a name that no disk takes", f"output={'x' * 300}", says=("output:", "255 bytes")),
+    override("a template of a name", "data.chat_template=name:tool_use", says=("name:tool_use", "no chat template")),
+    Kind("only named templates", named_templates, ("data.chat_template=auto", "`default`", "name:rag, name:tool_use")),
     Kind("an adapter without weights", adapter_without_weights, ("model.adapter=", "pickled weights are not read")),
     Kind("an adapter that is not LoRA", adapted(peft_type="IA3"), ("model.adapter=", "of type IA3")),
     Kind("more than LoRA", adapted(modules_to_save=["lm_head"]), ("model.adapter=", "modules_to_save=['lm_head']")),
@@ -254,13 +276,39 @@ KINDS = [
         "all from elsewhere", {"judge": FUNCTION, "mix": {"offline": 0.6, "earlier_rounds": 0.4}}, says=("online.mix",)
     ),
     rounds("a key that is not set", {"judge": LLM}, says=("DPO_RAY_TEST_NO_KEY", "not set")),
+    rounds(
+        "a key of the evaluation's judge",
+        {"judge": FUNCTION, "evaluate": {"judge": LLM}},
+        says=("DPO_RAY_TEST_NO_KEY",),
+    ),
+    rounds(
+        "a verifier without answers",
+        {"judge": {"type": "verifier", "check": "exact"}},
+        says=("online.prompts", "reference answers"),
+    ),
+    rounds(
+        "no such stop token",
+        {"judge": FUNCTION, "sampling": {"max_new_tokens": 16, "stop_token_ids": [5, 99_999]}},
+        says=("online.sampling.stop_token_ids", "no token 99999"),
+    ),
+    rounds(
+        "GPUs for a judge",
+        {"judge": {"type": "reward_model", "path": "absent", "gpus_per_replica": 999}},
+        says=("online.judge", "requests 999 GPUs"),
+    ),
+    rounds(
+        "a model that judges nothing",
+        {"judge": {"type": "reward_model", "path": str(builtin_model("sentiment_llama"))}},
+        says=("online.judge.path", "outputs, not 1"),
+    ),
     rounds("no prompts there", {"judge": FUNCTION, "prompts": "absent/*.jsonl"}, says=("absent/*.jsonl",)),
 ]
 
 
+@pytest.mark.parametrize("command", ["validate", "plan", "run"])
 @pytest.mark.parametrize("kind", [pytest.param(k, id=k.name.replace(" ", "-")) for k in KINDS])
 def test_one_clear_error_and_nothing_done(
-    kind: Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: Kind, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
@@ -269,7 +317,7 @@ def test_one_clear_error_and_nothing_done(
     arguments = kind.make(tmp_path)
     before, ray_before = sorted(tmp_path.rglob("*")), ray.is_initialized()
     with pytest.raises(SystemExit) as stopped:
-        main(["run", *arguments])
+        main([command, *arguments])
     out, err = capsys.readouterr()
     assert stopped.value.code == 2, err
     assert err.count("error:") == 1

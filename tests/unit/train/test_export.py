@@ -50,7 +50,10 @@ def test_weights_are_written_in_the_type_they_are_served_in(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("in_files", [False, True])
-def test_every_named_template_is_exported_and_the_trained_one_is_the_default(in_files: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", ["{{ messages }}", "name:tool_use"])
+def test_every_named_template_is_exported_and_the_trained_one_is_the_default(
+    trained: str, in_files: bool, tmp_path: Path
+) -> None:
     source, target = Path(shutil.copytree(SOURCE, tmp_path / "source")), tmp_path / "target"
     target.mkdir()
     named = {"default": "{{ messages }} as it was", "tool_use": "{{ tools }}{{ messages }}", "../out": "{{ 1 }}"}
@@ -63,9 +66,10 @@ def test_every_named_template_is_exported_and_the_trained_one_is_the_default(in_
         config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
         (source / "tokenizer_config.json").write_text(json.dumps(config))
     policy = make_policy()
-    write_policy(policy, gather_policy(policy, torch.float32), torch.float32, source, "{{ messages }}", target)
+    write_policy(policy, gather_policy(policy, torch.float32), torch.float32, source, trained, target)
     templates = AutoTokenizer.from_pretrained(target).chat_template
-    assert templates == {"default": "{{ messages }}", "tool_use": named["tool_use"]}
+    default = named["tool_use"] if trained == "name:tool_use" else trained
+    assert templates == {"default": default, "tool_use": named["tool_use"]}
     assert not list(tmp_path.rglob("out.jinja"))
 
 

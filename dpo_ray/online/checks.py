@@ -1,0 +1,94 @@
+"""The checks of a recipe's rounds before anything starts: the judges, and the first rows of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import AutoConfig
+
+from dpo_ray.config.judge import RewardModelJudge, VerifierJudge, members_of
+from dpo_ray.config.model import ModelConfig, is_hub_name
+from dpo_ray.config.online import OnlineConfig
+from dpo_ray.config.recipe import Recipe
+from dpo_ray.data.first_pass import PrepareTask
+from dpo_ray.data.first_rows import FIRST_ROWS
+from dpo_ray.data.sources import list_shards
+from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.errors import ConfigError, DataError
+from dpo_ray.models.files import check_weights
+from dpo_ray.models.load import model_directory
+from dpo_ray.run.preflight import Checked
+
+from .judges.make import make_judge
+from .judges.memory import NoMemory
+from .judges.reward_model import named_by_judge, place_of
+from .prompt_source import first_prompts
+from .round_plan import online_of
+
+
+def check_rounds(recipe: Recipe, checked: Checked) -> None:
+    """Check what the rounds of a recipe name: prompts, answers, and the judges if they work on this machine.
+
+    Raises:
+        ConfigError, DataError, InfrastructureError: the first problem that is found.
+    """
+    online = online_of(recipe)
+    if recipe.ray.address == "local":  # keys and namespaces of another machine cannot be seen from here
+        check_judges(online)
+    for field, judge in online.named_judges().items():
+        with _named(field):
+            for member in members_of(judge):
+                if isinstance(member, RewardModelJudge) and not is_hub_name(member.path):
+                    _check_reward_model(member)
+    if online.prompts is None:
+        return
+    shards = list_shards("prompts", online.prompts)
+    if is_hub_name(recipe.model.path) or not shards or shards[0].kind == "hub":
+        return
+    task = PrepareTask(str(model_directory(recipe.model)), checked.template, recipe.data)
+    rows, answers, reasons = first_prompts(shards[0], FIRST_ROWS, task)
+    if rows and sum(reasons.values()) == rows:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+        fix = "fix the rows, or name the column (columns.prompt)"
+        raise DataError(f"none of the first {rows:,} rows is a valid prompt: {listed}", where="online.prompts", fix=fix)
+    if rows and not answers and isinstance(online.judge, VerifierJudge):
+        raise DataError(
+            f"none of the first {rows:,} rows has a reference answer, which the verifier compares with",
+            where="online.prompts",
+            fix="name the column of the answers `answer`, or use another judge",
+        )
+
+
+def check_judges(config: OnlineConfig) -> None:
+    """Check, before anything is sampled, that the judges can be constructed: keys are set, patterns are valid, code can
+    be confined.
+
+    Raises:
+        ConfigError: one of them cannot.
+    """
+    for field, judge in config.named_judges().items():
+        with _named(field):
+            for member in members_of(judge):
+                if not member.loads_weights:  # those take long to load; `check_rounds` reads the headers of their files
+                    make_judge(member, NoMemory()).close()
+
+
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Make an error name the field of the judge: a judge does not know which of the two it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.what, where=error.where.replace("online.judge", field, 1), fix=error.fix) from error
+
+
+def _check_reward_model(judge: RewardModelJudge) -> None:
+    where = place_of(judge)
+    with named_by_judge(judge):
+        directory = model_directory(ModelConfig(path=judge.path, revision=judge.revision))
+        check_weights(directory, load_tokenizer(str(directory)).get_vocab(), where)
+    outputs = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).num_labels
+    if outputs != 1:
+        fix = "use a reward model: a classifier with one output (num_labels 1)"
+        raise ConfigError(f"the classifier has {outputs} outputs, not 1", where=where, fix=fix)
