@@ -131,6 +131,8 @@ def _bad_shards() -> list[BadShard]:
         BadShard("ENCODING", "utf32.jsonl.gz", gzip.compress(json_lines("x").decode().encode("utf-32")), ("SHARD_ENCODING",)),
         BadShard("PRETTY", "pretty.json", pretty("pretty.json"), ("SHARD_PRETTY",)),
         BadShard("PRETTY", "windows.jsonl", pretty("windows.jsonl").replace(b"\n", b"\r\n"), ("SHARD_PRETTY",)),
+        BadShard("UNWRITTEN_BLOCK", "zeros.csv", b"\0" * 512 + b"prompt,chosen,rejected\r\na,b,c\r\n", ("SHARD_DAMAGED",)),
+        BadShard("UNWRITTEN_BLOCK", "zeros.jsonl", b"\0" * 512 + b"\n" + json_lines("zeros.jsonl"), ("JSON_SYNTAX",), ROWS),
         BadShard("UNREADABLE", "link.jsonl", None, ("SHARD_UNREADABLE",)),
         BadShard("UNEXPECTED_ARROW_EXTENSION", "tensor.arrow", arrow(with_extension("tensor.arrow")), ("SHARD_ARROW_EXTENSION",)),
         BadShard("UNEXPECTED_ARROW_EXTENSION", "tensor.parquet", parquet(with_extension("tensor.parquet")), ("SHARD_ARROW_EXTENSION",)),

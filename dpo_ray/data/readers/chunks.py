@@ -56,10 +56,14 @@ def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) ->
 
 
 def _check_encoding(head: bytes) -> None:
-    """Check by the first bytes that a text is not UTF-16 or UTF-32. In these, at least half of the bytes are mostly zero."""
+    """Check that a text does not begin in UTF-16 or UTF-32, in which most text has zeros at every second byte.
+
+    Zeros at all bytes are damage, such as an unwritten block, which costs only the rows that it is in.
+    """
     sample = head[:64]
+    zeros, zeros_between = sample[0::2].count(0), sample[1::2].count(0)
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or (
-        len(sample) >= 8 and max(sample[0::2].count(0), sample[1::2].count(0)) > len(sample) / 4
+        len(sample) >= 8 and abs(zeros - zeros_between) > len(sample) / 5
     ):
         raise Rejected("SHARD_ENCODING", f"the file begins with {sample[:16]!r}")
 

@@ -20,11 +20,12 @@ def csv_rows(
 ) -> Iterator[tuple[dict[str, str] | Rejected, int]]:
     """Yield (row or Rejected, size in bytes) for each row after the header.
 
-    A quoted field may contain line ends. So a quote that is never closed would include all rows below it; in that case
-    only the line with the quote is rejected, and the lines below it are read again.
+    A quoted field may contain line ends. A quote that is never closed would swallow the rows below it: in that case
+    only the line of the quote is rejected.
 
     Raises:
-        Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, or SHARD_UNREADABLE if the header cannot be read.
+        Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, SHARD_DAMAGED if the header holds zero bytes, or SHARD_UNREADABLE if
+            it cannot be read.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))  # the default limits fields; here rows are limited
     rows = _rows(chunks, delimiter)
@@ -35,6 +36,8 @@ def csv_rows(
         raise header  # the file itself cannot be read, not only its header
     if isinstance(header, Rejected):
         raise Rejected("SHARD_UNREADABLE", f"the header cannot be read: {header.reason}: {header.detail}")
+    if any("\0" in name for name in header):
+        raise Rejected("SHARD_DAMAGED", f"the header holds zero bytes: {','.join(header)[:100]!r}")
     columns_to_read(header, columns)
     for fields, size in rows:
         if isinstance(fields, Rejected):

@@ -148,7 +148,7 @@ def _too_long(line: bytes) -> Rejected:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(without_bom(line).decode())  # from bytes, `loads` would also read UTF-16 and UTF-32
     except UnicodeDecodeError as error:
         return Rejected("INVALID_UTF8", f"byte {error.start}: {line[:100]!r}")
     except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits

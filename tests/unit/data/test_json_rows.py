@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -29,6 +30,28 @@ def in_chunks(text: bytes, size: int) -> Iterator[bytes]:
 
 def read(text: bytes, size: int = 7) -> list[Any]:
     return [row.reason if isinstance(row, Rejected) else row for row, _ in json_rows(in_chunks(text, size))]
+
+
+PARTS = st.sampled_from(
+    [b"\n", b"\r\n", b"\n\n", b"a", b" ", b"\xef\xbb\xbf", b"exactly 10", b"eleven chars", b"\0", b"x" * 25]
+)
+
+
+@settings(max_examples=300)
+@given(parts=st.lists(PARTS, max_size=12), cuts=st.lists(st.integers(0, 200), max_size=8), keep_empty=st.booleans())
+def test_lines_are_those_of_the_whole_text_wherever_chunks_end(parts: list[bytes], cuts: list[int], keep_empty: bool):
+    text = b"".join(parts)
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    chunks = [text[start:stop] for start, stop in itertools.pairwise(bounds)]
+    expected = text.split(b"\n")
+    expected = expected[:-1] if expected[-1] == b"" else expected  # what follows the last line end is no line
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "MAX_ROW_BYTES", 10)
+        found = list(module.lines(chunks, keep_empty=keep_empty))
+    assert [row.reason if isinstance(row, Rejected) else row for row, _ in found] == [
+        "TOO_LONG_BYTES" if len(line) > 10 else line for line in expected if line or keep_empty
+    ]
+    assert all(size == len(row) for row, size in found if not isinstance(row, Rejected))
 
 
 @settings(max_examples=300, deadline=None)
@@ -87,6 +110,16 @@ def test_what_lines_and_lists_have_in_common_is_read_alike():
 )
 def test_small_texts(text: bytes, rows: list[Any]):
     assert read(text) == read(text, 1) == rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_line_is_read_as_utf_8_alone(encoding: str):
+    rows = read(b'{"a": 1}\n' + '{"a": 2}'.encode(encoding) + b'\n{"a": 3}')
+    assert rows == [{"a": 1}, "JSON_SYNTAX", {"a": 3}]
+
+
+def test_joined_files_have_a_byte_order_mark_each():
+    assert read(b'\xef\xbb\xbf{"a": 1}\r\n\xef\xbb\xbf{"a": 2}\r\n') == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize(
