@@ -168,6 +168,13 @@ def context_tokens(directory: Path) -> int | None:
     return text.get("max_position_embeddings")
 
 
+def attention_heads(directory: Path) -> int | None:
+    """Return the number of the model's attention heads, or None if its configuration does not state one."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    heads = config.get("text_config", config).get("num_attention_heads")
+    return heads if type(heads) is int else None
+
+
 def load_policy(
     directory: Path, dtype: torch.dtype, chunk_tokens: int, adapter: Path | None = None, layout: Layout = "shared"
 ) -> TokenLogps:

@@ -116,6 +116,7 @@ class RunContext:
             max_batched_tokens=reference.max_batched_tokens,
             gpu_memory_fraction=reference.gpu_memory_fraction,
             share_prompt=reference.share_prompt,
+            tensor_parallel=reference.tensor_parallel,
             adapter_dir=str(adapter) if adapter else None,
         )
 

@@ -29,7 +29,7 @@ from dpo_ray.errors import ArtifactError, ConfigError
 from dpo_ray.models import lora
 from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
 from dpo_ray.models.files import check_weights
-from dpo_ray.models.load import context_tokens, model_directory
+from dpo_ray.models.load import attention_heads, context_tokens, model_directory
 from dpo_ray.reference.vllm.engine import LORA_RANKS, lora_options
 from dpo_ray.train.measures import EVALUATED
 
@@ -106,6 +106,7 @@ def preflight(recipe: Recipe) -> Checked:
     trained = parameters if recipe.train.lora is None else lora.check_targets(recipe.train.lora, directory)
     _check_lengths(recipe, context_tokens(directory))
     _check_stop_tokens(recipe, len(tokenizer))
+    _check_tensor_parallel(recipe, attention_heads(directory))
     return Checked(shards, resolve_template(recipe.data.chat_template, tokenizer), filters, parameters, trained)
 
 
@@ -138,6 +139,16 @@ def _check_stop_tokens(recipe: Recipe, tokens: int) -> None:
             f"the tokenizer has no token {beyond[0]}; its ids end at {tokens - 1}",
             where="online.sampling.stop_token_ids",
             fix="correct the id",
+        )
+
+
+def _check_tensor_parallel(recipe: Recipe, heads: int | None) -> None:
+    parallel = recipe.reference.tensor_parallel
+    if heads is not None and heads % parallel:
+        raise ConfigError(
+            f"vLLM splits attention by its heads, and the model's {heads} cannot be divided by {parallel}",
+            where=f"reference.tensor_parallel={parallel}",
+            fix=f"set a divisor of {heads}",
         )
 
 

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dpo_ray.artifacts.lease import Lease
+from dpo_ray.artifacts.places import run_storage
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.config.load import apply_overrides, validate_recipe
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.keys import shard_key
 from dpo_ray.models.builtin import builtin_model
+from dpo_ray.observe.progress import Reporter
 from dpo_ray.run import planning
+from dpo_ray.run.context import RunContext
 from dpo_ray.run.planning import STAGES, Plan, make_plan
 from dpo_ray.run.preflight import preflight
 
@@ -281,3 +285,9 @@ def test_rules_over_all_rows_tokenize_nothing_again(
 ) -> None:
     before, after = ([shard_key(c) for c in make_plan(recipe(tmp_path, *o)).shard_configs] for o in ([], overrides))
     assert (before != after) == tokenized_again
+
+
+def test_engines_split_the_model_as_the_recipe_asks(tmp_path: Path) -> None:
+    plan = make_plan(recipe(tmp_path, "reference.engine=vllm", "reference.tensor_parallel=2"))
+    settings = RunContext(plan, Reporter(), Lease(run_storage(plan.recipe))).scorer_settings()
+    assert settings.tensor_parallel == 2

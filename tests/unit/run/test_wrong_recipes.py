@@ -238,6 +238,9 @@ KINDS = [
         "more processes than fit", "train.workers=99999", says=("train.workers=99999", "do not fit in the memory")
     ),
     override(
+        "heads that cannot be split", "reference.tensor_parallel=3", says=("reference.tensor_parallel=3", "heads")
+    ),
+    override(
         "a task larger than ray.cpus", "ray.cpus=4", "cluster.roles.prepare.cpus=9", says=("ray.cpus: 4", "at least 10")
     ),
     override("a name that no disk takes", f"output={'x' * 300}", says=("output:", "255 bytes")),
