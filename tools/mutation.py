@@ -24,12 +24,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EXPLAINED = ROOT / "tests" / "mutation_survivors.toml"
 
-# Of each module or folder of modules, the tests that have to see a fault in it: paths below tests/unit, separated by spaces.
+# The tests that have to see a fault in a module, or in all modules of a folder that have no line of their own: paths below tests/unit,
+# separated by spaces. Few and quick ones, as each is run often.
 TESTS = {
     "dpo_ray/objectives": "objectives/test_formulas.py objectives/test_pairs.py objectives/test_select.py objectives/test_step_logps.py",
     "dpo_ray/evaluate/metrics.py": "evaluate/test_metrics.py evaluate/test_heldout.py",
     "dpo_ray/evaluate/win_rate.py": "evaluate/test_win_rate.py",
     "dpo_ray/evaluate/diversity.py": "evaluate/test_diversity.py",
+    "dpo_ray/schedule/order.py": "schedule/test_order.py schedule/test_deal.py schedule/test_stage.py",
+    "dpo_ray/schedule/micro_batch.py": "schedule/test_deal.py",
     "dpo_ray/schedule": "schedule",
     "dpo_ray/online/round_state.py": "online/test_round_state.py",
     "dpo_ray/online/promotion.py": "online/test_promotion.py online/test_round_state.py",
@@ -94,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     explained = tomllib.loads(EXPLAINED.read_text())["survivor"]
     listed = 0
-    for module in options.modules or [name for key in TESTS for name in files_of(key)]:
+    for module in options.modules or dict.fromkeys(name for key in TESTS for name in files_of(key)):
         result = run(module, stated_tests(module), options.jobs)
         listed += report(result, [e for e in explained if e["module"] == module])
     return 1 if listed else 0

@@ -50,6 +50,24 @@ def test_no_rank_has_more_than_its_share_of_work_and_one_group(groups, ranks) ->
     assert max(loads) <= sum(work) / ranks + max(work)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "work", "ranks", "dealt"),
+    [
+        ([1, 1, 1, 1, 4], [1.0, 1.0, 1.0, 1.0, 4.0], 2, [[[4]], [[0, 1, 2, 3]]]),  # the one of most work comes first
+        ([3, 3, 3], [1.0, 1.0, 1.0], 2, [[[0, 2]], [[1]]]),  # of equal work, the first comes first
+        ([6, 4], [2.0, 1.0], 1, [[[0, 1]]]),  # exactly full
+        ([6, 5], [2.0, 1.0], 1, [[[0], [1]]]),
+        ([6, 5, 4], [3.0, 2.0, 1.0], 1, [[[0, 2], [1]]]),  # the last one fits into the first
+        ([11, 2], [2.0, 1.0], 1, [[[0], [1]]]),  # over the budget: alone
+        ([6, 5, 1], [3.0, 2.0, 2.0], 2, [[[0]], [[1, 2]]]),
+        ([9, 9, 9], [3.0, 2.0, 2.0], 2, [[[0], []], [[1], [2]]]),  # as many micro-batches on each rank
+    ],
+)
+def test_dealing_by_hand(tokens: list[int], work: list[float], ranks: int, dealt: list[list[list[int]]]) -> None:
+    """A budget of 10 tokens."""
+    assert deal(tokens, work, ranks, 10) == dealt
+
+
 def test_work_counts_visible_pairs() -> None:
     # prompt 2 (3 pairs), completions 1 (2 + 1 pairs) and 3 (6 + 6 pairs)
     assert estimate_work(2, [1, 3]) == pytest.approx(6 + (3 + 3 + 12) / ATTENTION_SCALE)

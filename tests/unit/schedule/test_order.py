@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import islice
 
@@ -32,6 +33,13 @@ def test_seeds_and_epochs_differ(count, seed, epoch) -> None:
     assert order != epoch_order(ids, seed + 1, epoch)
     assert order != epoch_order(ids, seed, epoch + 1)
     assert epoch_order(ids, 1, 11) != epoch_order(ids, 11, 1)  # "1/11" is not "11/1"
+
+
+def test_the_order_is_that_of_keyed_hashes() -> None:
+    """Of 16 bytes, under the key SEED/EPOCH: another length is another hash, and a run would continue in another order."""
+    ids = [bytes([n]) * 16 for n in range(8)]
+    digests = {i: hashlib.blake2b(i, digest_size=16, key=b"7/3").hexdigest() for i in ids}
+    assert [ids[n] for n in epoch_order(ids, 7, 3)] == sorted(ids, key=digests.__getitem__)
 
 
 def test_the_permutation_is_fair() -> None:
