@@ -95,7 +95,11 @@ class RunContext:
     def provenance(self, stage: str) -> Provenance:
         """Return the provenance of a stage's artifact, according to the plan."""
         planned = self.plan.stages[stage]
-        return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
+        return self.provenance_of(planning.VERSIONS[stage], planned.inputs, planned.config)
+
+    def provenance_of(self, version: int, inputs: dict[str, str], config: dict[str, Any]) -> Provenance:
+        """Return the provenance of an artifact of this run, which is committed only while the run's lease is held."""
+        return Provenance(version, inputs, config, planning.versions(), self.lease.check)
 
     def scorer_settings(self, extra_tokens: int = 0) -> ScorerSettings:
         """Return the settings of an engine with the reference model, for this recipe's lengths.

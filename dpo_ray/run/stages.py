@@ -10,7 +10,6 @@ from typing import Any
 from rich.markup import escape
 
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig, is_hub_name
@@ -65,7 +64,7 @@ def _prepare(run: RunContext) -> Artifact:
             run.artifacts,
             run.recipe.name,
             task,
-            lambda key: Provenance(SHARD_VERSION, {}, configs[key], planning.versions()),
+            lambda key: run.provenance_of(SHARD_VERSION, {}, configs[key]),
             bar.advance,
             role,
         )
@@ -187,7 +186,6 @@ def train(
         planning.versions(),
     )
     before_commit()
-    run.lease.check()  # training takes hours: a driver that lost its lease must not delete checkpoints
     return train_stage.commit(task, result, card, provenance)
 
 
