@@ -6,7 +6,7 @@
 
 Each rank hashes the files that it wrote, and verifies a share of all files before they are loaded. The newest intact
 checkpoint is used; a damaged one is moved to `damaged/`. Loading reshards, so the number of ranks may change.
-DCP's `.metadata` is a pickle, which can run code when it is read: only files with a recorded digest are ever loaded.
+Only files with a recorded digest are ever loaded, and in a way that cannot run code (`reader.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.storage import StorageReader
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
@@ -34,6 +32,7 @@ from .hashing import HashingWriter, hashing_writer
 from .manifest import commit, committed_steps, prune, step_name
 from .planner import SharedPlanner
 from .ranks import Ranks
+from .reader import Planner, Reader
 from .verify import Soundness
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # when an adapter is trained, only its parameters
@@ -197,7 +196,12 @@ class Checkpoints:
         state = {"policy": model_state, "optimizer": optimizer_state}
         directory = self._place.child(manifest["directory"])
         try:
-            state_dict_loader.load(state, storage_reader=_reader(directory), process_group=self._ranks.group)
+            state_dict_loader.load(
+                state,
+                storage_reader=Reader(directory, dict(manifest["files"])),
+                planner=Planner(),
+                process_group=self._ranks.group,
+            )
         except CheckpointException as error:  # a BaseException: `except Exception` does not catch it
             fix = "repair the storage; the files were intact when they were verified"
             raise ArtifactError(f"a checkpoint could not be read: {error}", where=directory.uri, fix=fix) from error
@@ -224,11 +228,3 @@ class Checkpoints:
     def _segments(self) -> list[tuple[int, int]]:
         names = [n.removeprefix("metrics/").removesuffix(".jsonl") for n in self._place.list_files("metrics")]
         return sorted((int(a), int(b)) for a, b in (n.split("-") for n in names))
-
-
-def _reader(directory: Storage) -> StorageReader:
-    if directory.is_local:
-        return FileSystemReader(directory.local_path())
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-    return FsspecReader(directory.uri)
