@@ -49,6 +49,7 @@ def run_workers(
     say: Callable[[str], None] = logger.warning,
     pause: Callable[[], None] | None = None,
     gives_up: Callable[[], bool] = lambda: False,
+    may_start: Callable[[], object] = lambda: None,
 ) -> Any:
     """Call `function({"task": task})` on every worker of `config`, in one process group; return what rank 0 returned.
 
@@ -62,6 +63,7 @@ def run_workers(
         pause: requests the workers, while there are fewer than there could be, to save their state and return a result
             whose `error` is a StoppedError; more of them then continue. None: the group never grows.
         gives_up: called after a loss, and while the run waits for room; True: end instead of starting again.
+        may_start: called before each start; raises if this driver has lost its run, whose workers it would replace.
 
     Raises:
         StoppedError: `gives_up` returned True during the wait for room.
@@ -73,6 +75,7 @@ def run_workers(
     for attempt in itertools.count(1):
         workers = wait(request, config.min_workers or config.workers, config.workers, say, gives_up, patience_seconds)
         patience_seconds = None
+        may_start()
         with _watch_for_room(request, pause if workers < config.workers else None) as paused:
             result = _attempt(function, task, config, request, workers, f"{name}-{attempt}")
         if isinstance(result, _Loss):

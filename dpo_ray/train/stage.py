@@ -40,6 +40,7 @@ def run(
     request: Resources,
     on_row: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = logger.warning,
+    may_start: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Run training to the end and return the result of rank 0.
 
@@ -47,6 +48,7 @@ def run(
         request: what each worker requests from Ray.
         on_row: called in this process with every row of metrics.
         say: called with a line about lost workers or about missing resources.
+        may_start: called before workers start; raises if this driver has lost the run.
 
     Raises:
         TrainError: the workers failed more often than train.max_failures allows.
@@ -67,6 +69,7 @@ def run(
                 say=say,
                 pause=task.inbox.pause.remote,
                 gives_up=stopping.is_set,
+                may_start=may_start,
             )
         except (DpoRayError, ray.exceptions.RayError) as error:
             if stopping.is_set():  # the workers or Ray itself received the signal as well

@@ -1,11 +1,13 @@
 """Training checkpoints: sharded files of PyTorch DCP, written while training continues, and committed by a manifest.
 
-    <place>/step-000000010/<attempt>/__0_0.distcp, ..., .metadata, rng.json
+    <place>/step-000000010/attempt-000002/__0_0.distcp, ..., .metadata, rng.json
     <place>/step-000000010.json                      the commit
+    <place>/claims/000002.json                       the attempt: one group of workers
     <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the last checkpoint
 
 Each rank hashes the files that it wrote, and verifies a share of all files before they are loaded. The newest intact
 checkpoint is used; a damaged one is moved to `damaged/`. Loading reshards, so the number of ranks may change.
+Workers that were replaced, but still run, write only in directories of their own attempt, and commit nothing.
 Only files with a recorded digest are ever loaded, and in a way that cannot run code (`reader.py`).
 """
 
@@ -28,6 +30,7 @@ from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 from dpo_ray.train.rng import rng_state, seed_rank, set_rng_state
 
+from .claim import Claim
 from .hashing import HashingWriter, hashing_writer
 from .manifest import commit, committed_steps, prune, step_name
 from .planner import SharedPlanner
@@ -75,16 +78,21 @@ class Checkpoints:
         seed: int = 0,
         hang_seconds: float = 1800,
     ) -> None:
-        """Write checkpoints to `place` under the name `attempt`, and keep the newest `keep` of them.
+        """Claim `place`, so that no earlier group of workers commits there any more; keep the newest `keep` checkpoints.
 
         Args:
+            attempt: names this training for people who read the claim.
             identity: digest of all that determines the weights; a checkpoint with another identity is not loaded.
             seed: seeds the random generators if a checkpoint was written by another number of ranks.
             hang_seconds: limit of the time that one rank waits for another.
+
+        Raises:
+            LeaseError: on every rank, if other groups of workers keep claiming the place.
         """
-        self._place, self._attempt, self._keep = place, attempt, keep
+        self._place, self._keep = place, keep
         self._identity, self._seed = identity, seed
         self._ranks = Ranks(hang_seconds)
+        self._claim = self._ranks.first_does(lambda: Claim(place, attempt))
         self._plans = uuid4().hex  # key of the cached DCP plans of this object
         cuda = torch.cuda.is_available()
         options = StagingOptions(
@@ -103,11 +111,12 @@ class Checkpoints:
 
         Raises:
             ArtifactError: the previous checkpoint could not be written.
+            LeaseError: a newer group of workers has claimed the checkpoints.
         """
         self._wait()
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
         generators = self._ranks.gathered(rng_state())
-        directory = f"{step_name(progress.step)}/{self._attempt}"
+        directory = f"{step_name(progress.step)}/{self._claim.directory}"
         writer = hashing_writer(self._place.child(directory))
         written = state_dict_saver.async_save(
             {"policy": model_state, "optimizer": optimizer_state},
@@ -135,13 +144,18 @@ class Checkpoints:
         metrics: list[dict[str, float]],
     ) -> None:
         written.result()
+        self._claim.check()
         self._place.child(directory).write(_RNG, json.dumps(generators).encode())
         if metrics:
             first = int(metrics[0]["step"]) - 1
             lines = "".join(json.dumps(row) + "\n" for row in metrics)
             self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
         commit(self._place, directory, asdict(progress) | {"identity": self._identity}, writer.digests)
-        prune(self._place, self._keep)
+        prune(self._place, self._keep, self._claim)
+
+    def check_claim(self) -> None:
+        """Raise LeaseError if a newer group of workers has claimed the checkpoints. Not collective."""
+        self._claim.check()
 
     def check(self) -> None:
         """Raise the error of a background checkpoint if it has already failed. Does not wait; not collective."""

@@ -1,7 +1,7 @@
 """The manifest that commits a training checkpoint, with the digests of its files; pruning and removal of damaged ones.
 
 <place>/step-000000010.json                      the commit
-<place>/step-000000010/<attempt>/...             its files
+<place>/step-000000010/attempt-000002/...        its files
 <place>/damaged/step-000000010.json, .reason     a damaged checkpoint, and the reason
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 
+from .claim import Claim
 from .hashing import digest
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,10 @@ def set_aside(place: Storage, name: str, reason: str) -> None:
         logger.warning("the manifest of the damaged checkpoint cannot be moved: %s", error)
 
 
-def prune(place: Storage, keep: int) -> None:
+def prune(place: Storage, keep: int, claim: Claim) -> None:
     """Delete all checkpoints except the newest `keep` and the best ones that these refer to.
 
-    Newer files are never deleted, because another attempt may be writing them.
+    Files of later steps, and those of newer groups of workers than `claim`, stay: somebody may be writing them.
     """
     steps = committed_steps(place)
     newest = steps[-keep:]
@@ -97,7 +98,11 @@ def prune(place: Storage, keep: int) -> None:
     names = {step_name(step) for step in kept}
     for directory in place.list_dirs():
         if directory.startswith(_PREFIX) and directory < step_name(newest[0]) and directory not in names:
-            place.delete_tree(directory)
+            attempts = place.list_dirs(directory)
+            for attempt in filter(claim.covers, attempts):
+                place.delete_tree(f"{directory}/{attempt}")
+            if all(map(claim.covers, attempts)):
+                place.delete_tree(directory)
 
 
 def _best_step(place: Storage, step: int) -> int | None:

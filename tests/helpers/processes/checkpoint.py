@@ -75,7 +75,7 @@ def rank_of_two(rank: int, world: int, directory: Path) -> None:
     noted.sees_otherwise = False
     found["and as it is"] = restored()
     if rank == 0:
-        file = directory / "checkpoints/step-000000002/a-1/__1_0.distcp"
+        file = directory / "checkpoints/step-000000002/attempt-000001/__1_0.distcp"
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)

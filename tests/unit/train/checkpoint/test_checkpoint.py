@@ -328,8 +328,8 @@ def test_a_manifest_that_cannot_be_read_is_passed_over(disk: Storage, caplog) ->
 def test_what_is_saved_is_the_state_at_the_call(place: Storage) -> None:
     """Weights change right after, while the files are being written: what is read back is what was there before."""
     policy, optimizer = make()
-    checkpoints = Checkpoints(place, "a-1", 2)
     for step in range(6):
+        checkpoints = Checkpoints(place, "a-1", 2)
         advance(policy, optimizer, step)
         before = state_of(policy, optimizer)
         checkpoints.save(policy, optimizer, Progress(step + 1), [])
@@ -364,9 +364,9 @@ def test_the_random_generators_go_on_where_they_were(place: Storage) -> None:
 def test_another_number_of_ranks_seeds_the_random_generators_by_seed_rank_and_step(disk: Storage) -> None:
     policy, optimizer = make()
     run(Checkpoints(disk, "a-1", 2), 0, [4], policy, optimizer)
-    generators = disk.child("step-000000004", "a-1")
+    generators = disk.child("step-000000004", "attempt-000001")
     generators.write("rng.json", json.dumps(2 * json.loads(generators.read_bytes("rng.json"))).encode())
-    resign(disk.local_path(), files=digests(disk.local_path() / "step-000000004" / "a-1"))
+    resign(disk.local_path(), files=digests(disk.local_path() / "step-000000004" / "attempt-000001"))
     Checkpoints(disk, "a-2", 2, seed=5).load_newest(policy, optimizer)
     found = draws()
     seed_rank(5, 0, 4)
@@ -418,8 +418,8 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(disk: Storag
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_boundary(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file, where a directory is needed")
     checkpoints, (policy, optimizer) = Checkpoints(Storage(tmp_path / "checkpoints"), "a-1", 2), make()
+    (tmp_path / "checkpoints" / "step-000000001").write_text("a file, where a directory is needed")
     advance(policy, optimizer, 0)
     checkpoints.save(policy, optimizer, Progress(1), [])
     with pytest.raises(ArtifactError, match="could not be written"):

@@ -120,7 +120,7 @@ def test_no_checkpoint_is_verified_twice_in_a_restore(disk: Storage, monkeypatch
         advance(policy, optimizer, step)
         checkpoints.save(policy, optimizer, Progress(step, best=Best(1, 0.5)), [])
     checkpoints.finish()
-    disk.child("step-000000001", "a-1").write("rng.json", b"")
+    disk.child("step-000000001", "attempt-000001").write("rng.json", b"")
     real, hashed = verify.digest, []
 
     def noted(directory: Storage, name: str) -> str:
@@ -130,5 +130,5 @@ def test_no_checkpoint_is_verified_twice_in_a_restore(disk: Storage, monkeypatch
     monkeypatch.setattr(verify, "digest", noted)
     assert Checkpoints(disk, "a-2", 3).load_newest(*make(9)) == Progress()
     # rank 0 looks once more at the file that is suspect
-    assert sorted(hashed) == sorted([*set(hashed), disk.full_path("step-000000001/a-1/rng.json")])
+    assert sorted(hashed) == sorted([*set(hashed), disk.full_path("step-000000001/attempt-000001/rng.json")])
     assert len(set(hashed)) == 9
