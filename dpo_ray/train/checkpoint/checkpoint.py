@@ -1,6 +1,6 @@
 """Training checkpoints: sharded files of PyTorch DCP, written while training continues, and committed by a manifest.
 
-    <place>/step-000000010/attempt-000002/__0_0.distcp, ..., .metadata, rng.json
+    <place>/step-000000010/attempt-000002/__0_0.distcp, ..., .metadata, rng-0.json, ...
     <place>/step-000000010.json                      the commit
     <place>/claims/000002.json                       the attempt: one group of workers
     <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the last checkpoint
@@ -39,7 +39,7 @@ from .reader import Planner, Reader
 from .verify import Soundness
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # when an adapter is trained, only its parameters
-_RNG = "rng.json"
+_RNG = "rng-{rank}.json"  # each rank reads its own alone: with thousands of ranks, all states are megabytes
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Checkpoints:
         """
         self._wait()
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
-        generators = self._ranks.gathered(rng_state())
         directory = f"{step_name(progress.step)}/{self._claim.directory}"
-        writer = hashing_writer(self._place.child(directory))
+        generators = {_RNG.format(rank=self._ranks.rank): json.dumps(rng_state()).encode()}
+        writer = hashing_writer(self._place.child(directory), generators)
         written = state_dict_saver.async_save(
             {"policy": model_state, "optimizer": optimizer_state},
             storage_writer=writer,
@@ -130,22 +130,18 @@ class Checkpoints:
         if self._ranks.rank:
             self._in_flight = written
         else:  # rank 0's write ends after those of all ranks: DCP's coordinator gathers their results and digests
-            self._in_flight = self._committer.submit(
-                self._commit, written, writer, directory, generators, progress, metrics
-            )
+            self._in_flight = self._committer.submit(self._commit, written, writer, directory, progress, metrics)
 
     def _commit(
         self,
         written: Future[Any],
         writer: HashingWriter,
         directory: str,
-        generators: list[Any],
         progress: Progress,
         metrics: list[dict[str, float]],
     ) -> None:
         written.result()
         self._claim.check()
-        self._place.child(directory).write(_RNG, json.dumps(generators).encode())
         if metrics:
             first = int(metrics[0]["step"]) - 1
             lines = "".join(json.dumps(row) + "\n" for row in metrics)
@@ -180,8 +176,8 @@ class Checkpoints:
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Restore the newest intact checkpoint and return its progress, which is at step 0 if there is none.
 
-        The random generators are restored too; if the number of ranks has changed, they are seeded from seed, rank and
-        step instead.
+        The random generators are restored too; if the number of ranks has changed, or the checkpoint has no state of
+        each rank (those of an earlier version), they are seeded from seed, rank and step instead.
         """
         manifest = Soundness(self._place, self._identity, self._ranks).newest()
         if self._ranks.rank == 0:
@@ -189,9 +185,10 @@ class Checkpoints:
         if manifest is None:
             return Progress()
         self._restore(policy, optimizer, manifest)
-        generators = json.loads(self._place.child(manifest["directory"]).read_bytes(_RNG))
-        if len(generators) == self._ranks.count:
-            set_rng_state(generators[self._ranks.rank])
+        own = _RNG.format(rank=self._ranks.rank)
+        states = {_RNG.format(rank=rank) for rank in range(self._ranks.count)}
+        if states == {name for name in manifest["files"] if name.startswith("rng-")}:
+            set_rng_state(json.loads(self._place.child(manifest["directory"]).read_bytes(own)))
         else:
             seed_rank(self._seed, self._ranks.rank, manifest["step"])
         best = Best(**manifest["best"]) if manifest["best"] else None

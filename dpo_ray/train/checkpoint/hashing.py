@@ -7,6 +7,7 @@ synchronisation.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # part of torch, but not exported yet
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -36,17 +37,18 @@ class _Digests(WriteResult):
 class HashingWriter(FileSystemWriter):
     """A DCP writer for disks that reads its files back and hashes them, in the writing thread."""
 
-    def __init__(self, directory: Storage) -> None:
-        """Write to `directory`."""
+    def __init__(self, directory: Storage, own_files: Mapping[str, bytes]) -> None:
+        """Write to `directory`, along with further files of this rank."""
         super().__init__(directory.full_path(), sync_files=True)
         self.digests: dict[str, str] = {}  # of all ranks' files; only on rank 0, after `finish`
-        self._directory = directory
+        self._directory, self._own_files = directory, own_files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's files; the results include their digests."""
         results = super().write_data(plan, planner).wait()
+        own = {name: self._directory.write(name, data).sha256 for name, data in self._own_files.items()}
         names = sorted({result.storage_data.relative_path for result in results})
-        digests = {name: digest(self._directory, name) for name in names}
+        digests = own | {name: digest(self._directory, name) for name in names}
         hashed: Future[list[WriteResult]] = Future()
         hashed.set_result([*results, _Digests(MetadataIndex(""), 0, digests)])
         return hashed
@@ -64,6 +66,6 @@ class HashingObjectWriter(HashingWriter, FsspecWriter):
     """The same writer for an object store."""
 
 
-def hashing_writer(directory: Storage) -> HashingWriter:
-    """Build a writer for a directory on a disk or in an object store."""
-    return HashingWriter(directory) if directory.is_local else HashingObjectWriter(directory)
+def hashing_writer(directory: Storage, own_files: Mapping[str, bytes]) -> HashingWriter:
+    """Build a writer for a directory on a disk or in an object store, with further files of this rank by name."""
+    return (HashingWriter if directory.is_local else HashingObjectWriter)(directory, own_files)
