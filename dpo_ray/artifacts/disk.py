@@ -2,6 +2,9 @@
 
 Every write goes to a temporary file in the same directory, which is fsynced and then gets its name by one
 atomic call; the directory is fsynced too, because a name is part of the directory's data, not of the file's.
+
+What is written here holds the user's data, so new directories and files are the user's alone, whatever the umask. Below
+a directory with the set-group-ID bit, with which people share a directory, they are the group's as well.
 """
 
 from __future__ import annotations
@@ -127,7 +130,7 @@ class Disk:
         make_dirs(final.parent)
         temporary = str(final.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
         try:
-            with open(temporary, "xb") as file:
+            with open(temporary, "xb", opener=private_opener) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -156,8 +159,35 @@ def make_dirs(path: Path) -> None:
         missing.append(path)
         path = path.parent
     for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process has just made it
+            directory.mkdir(mode=0o700)
+            if _is_shared(directory.parent):
+                directory.chmod(0o2770)
         sync_dir(directory.parent)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Open a file, for the `opener` of `open`; if it is new, it is the user's alone, or also the group's if shared."""
+    if not flags & os.O_CREAT:
+        return os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        return os.open(path, flags, 0o600)  # the rights of a file that exists are not changed
+    if _is_shared(Path(path).parent):
+        os.fchmod(descriptor, 0o660)
+    return descriptor
+
+
+def make_private(path: Path) -> None:
+    """Set the rights of a new file that a library has created, to those that our own files have."""
+    path.chmod(0o660 if _is_shared(path.parent) else 0o600)
+
+
+def _is_shared(directory: Path) -> bool:
+    return bool(directory.stat().st_mode & stat.S_ISGID)
 
 
 def sync_dir(path: Path) -> None:

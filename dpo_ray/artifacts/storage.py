@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError, WriteRefusedError
 
-from .disk import Disk, make_dirs
+from .disk import Disk, make_dirs, private_opener
 from .manifest import FileEntry
 from .names import TEMPORARY_PREFIX, checked_name, fault_in_name
 from .object_store import EXTRAS, ObjectStore
@@ -118,7 +118,8 @@ class Storage:
 
     def append(self, name: str, data: bytes) -> None:
         """Append to a file of a disk, which is created if it does not exist; a crash may leave a part of the data."""
-        with self._explained("append to", name), self.local_path(checked_name(name, self.uri)).open("ab") as stream:
+        path = self.local_path(checked_name(name, self.uri))
+        with self._explained("append to", name), open(path, "ab", opener=private_opener) as stream:
             stream.write(data)
 
     def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
@@ -142,6 +143,7 @@ class Storage:
             make_dirs(target.parent)
             temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
             try:
+                open(temporary, "xb", opener=private_opener).close()  # the client writes to it, and keeps its rights
                 self._place.download(checked_name(name, self.uri), temporary)
                 temporary.replace(target)
             finally:

@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Any, Protocol
 
+from dpo_ray.artifacts.disk import make_dirs, make_private
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.extension import TRACKERS as ADDED
 from dpo_ray.config.extension import installed
@@ -55,11 +56,15 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self.close()
+        directory, suffix = self._run_dir.local_path("tensorboard"), f".{time.time_ns()}"
+        make_dirs(directory)
         self._writer = SummaryWriter(
-            str(self._run_dir.local_path() / "tensorboard"),
+            str(directory),
             purge_step=0,  # TensorBoard hides the rows of previous attempts: all rows are written again
-            filename_suffix=f".{time.time_ns()}",  # else two files of the same second would overwrite each other
+            filename_suffix=suffix,  # else two files of the same second would overwrite each other
         )
+        for file in directory.glob(f"*{suffix}"):
+            make_private(file)
         for row in known:
             self.write(row)
 

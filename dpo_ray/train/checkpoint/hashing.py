@@ -7,15 +7,20 @@ synchronisation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # part of torch, but not exported yet
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from dpo_ray.artifacts.disk import make_dirs, private_opener
 from dpo_ray.artifacts.storage import Storage
 
 _CHUNK_BYTES = 1 << 22
@@ -34,12 +39,28 @@ class _Digests(WriteResult):
     """The digests of a rank's files by name, as `storage_data`; passed along with the results of its writes."""
 
 
+class _PrivateFiles(FileSystem):
+    """DCP's way to a disk, with the rights that all our files have."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[Any]]:
+        """Open a file."""
+        with open(path, mode, opener=private_opener) as stream:
+            yield stream
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        """Create a directory and its parents."""
+        make_dirs(Path(path))
+
+
 class HashingWriter(FileSystemWriter):
     """A DCP writer for disks that reads its files back and hashes them, in the writing thread."""
 
     def __init__(self, directory: Storage, own_files: Mapping[str, bytes]) -> None:
         """Write to `directory`, along with further files of this rank."""
         super().__init__(directory.full_path(), sync_files=True)
+        if directory.is_local:
+            self.fs = _PrivateFiles()
         self.digests: dict[str, str] = {}  # of all ranks' files; only on rank 0, after `finish`
         self._directory, self._own_files = directory, own_files
 

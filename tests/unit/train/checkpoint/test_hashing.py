@@ -49,6 +49,11 @@ def test_the_manifest_s_digests_are_those_of_the_files(two_ranks: Path) -> None:
     assert set(files) == FILES
 
 
+def test_all_of_a_checkpoint_is_the_users_alone(two_ranks: Path) -> None:
+    modes = {(path.is_dir(), oct(path.stat().st_mode & 0o7777)) for path in (two_ranks / "checkpoints").rglob("*")}
+    assert modes == {(True, "0o700"), (False, "0o600")}
+
+
 def test_each_rank_hashes_what_it_wrote(found: list[dict[str, Any]]) -> None:
     for step in (1, 2):
         first, second = (of_rank[f"saved {step}"] for of_rank in found)
