@@ -79,6 +79,10 @@ class InfrastructureError(DpoRayError):
     exit_code = 9
 
 
+class StorageFailedError(InfrastructureError):
+    """An object store does not answer or refuses, after the tries of its client: trying again at once changes nothing."""
+
+
 class HeadLostError(InfrastructureError):
     """Ray's head does not answer any more. Ray's own clean-up would wait for it, so the process has to end at once."""
 

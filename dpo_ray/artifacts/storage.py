@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError, WriteRefusedError
+from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError, StorageFailedError, WriteRefusedError
 
 from .disk import Disk, make_dirs, private_opener
 from .manifest import FileEntry
@@ -29,7 +29,7 @@ class Storage:
 
     Names are relative, with '/' between parts; a name that could lead out of the directory raises
     ArtifactError. FileNotFoundError and FileExistsError are raised unchanged. Other failures of a disk raise
-    ArtifactError, those of an object store or its client InfrastructureError; both say what failed, where, and
+    ArtifactError, those of an object store or its client StorageFailedError; both say what failed, where, and
     what to do.
     """
 
@@ -212,11 +212,16 @@ class Storage:
             raise
         except OSError as error:
             where = f"{self.uri}/{name}" if name else self.uri
-            kind = ArtifactError if self.is_local else InfrastructureError
-            if self.is_local and error.errno in (*_NO_SPACE, *_NO_PERMISSION) and action in _WRITING:
+            kind = ArtifactError if self.is_local else StorageFailedError
+            if self.is_local and is_refusal(error) and action in _WRITING:
                 kind = WriteRefusedError
             what = f"cannot {action}: {error.strerror or error}"
             raise kind(what, where=where, fix=_advice(error)) from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether a disk refused a write because it is full, read-only or not ours: it will refuse the next one too."""
+    return isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_PERMISSION)
 
 
 def _advice(error: OSError) -> str:

@@ -20,7 +20,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError, WriteRefusedError
+from dpo_ray.errors import (
+    ConfigError,
+    DataError,
+    DpoRayError,
+    EngineError,
+    StoppedError,
+    StorageFailedError,
+    TrainError,
+    WriteRefusedError,
+)
 
 from .inbox import Inbox
 from .resources import Resources
@@ -28,7 +37,8 @@ from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
 GROW_SECONDS = 30.0  # between two checks for room for missing workers
-LASTING = (ConfigError, DataError, EngineError, WriteRefusedError)  # another attempt would end with the same error
+# Another attempt would end with the same error.
+LASTING = (ConfigError, DataError, EngineError, StorageFailedError, WriteRefusedError)
 
 
 def start_inbox() -> Any:
@@ -184,13 +194,16 @@ def _watch_for_room(request: Resources, pause: Callable[[], None] | None) -> Ite
 
 
 def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
-    """Return the error that a worker raised, without Ray Train's wrappers; a worker process that died raised none."""
+    """Return the error that a worker raised, without Ray Train's wrappers; a worker process that died raised none.
+
+    If several failed, one of ours is the cause: the others lost their connection to that worker.
+    """
     if isinstance(error, ray.train.ControllerError):  # for example, a worker did not start
         failure = error.controller_failure
         return getattr(failure, "cause", None) or failure
-    failures = getattr(error, "worker_failures", {})
-    cause = next(iter(failures.values()), error)
-    return getattr(cause, "_base_exc", cause)
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures] or [error]
+    return next((cause for cause in causes if isinstance(cause, DpoRayError)), causes[0])
 
 
 def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:

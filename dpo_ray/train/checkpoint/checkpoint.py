@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.errors import ArtifactError
 from dpo_ray.train.rng import rng_state, seed_rank, set_rng_state
 
 from .claim import Claim
+from .failure import failed
 from .hashing import HashingWriter, hashing_writer
 from .manifest import commit, committed_steps, prune, step_name
 from .planner import SharedPlanner
@@ -110,7 +110,7 @@ class Checkpoints:
         `metrics` are the rows of the steps since the last checkpoint, or since the one that was loaded.
 
         Raises:
-            ArtifactError: the previous checkpoint could not be written.
+            ArtifactError, StorageFailedError: the previous checkpoint could not be written.
             LeaseError: a newer group of workers has claimed the checkpoints.
         """
         self._wait()
@@ -169,9 +169,9 @@ class Checkpoints:
             return
         try:
             written.result()
-        except (CheckpointException, RuntimeError, OSError) as error:
-            place, fix = self._place.uri, "repair the storage; training resumes from the previous checkpoint"
-            raise ArtifactError(f"a checkpoint could not be written: {error}", where=place, fix=fix) from error
+        except (CheckpointException, RuntimeError, OSError) as error:  # the first is a BaseException
+            fix = "repair the storage; training resumes from the previous checkpoint"
+            raise failed("a checkpoint could not be written", self._place, error, fix) from error
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Restore the newest intact checkpoint and return its progress, which is at step 0 if there is none.
@@ -213,9 +213,9 @@ class Checkpoints:
                 planner=Planner(),
                 process_group=self._ranks.group,
             )
-        except CheckpointException as error:  # a BaseException: `except Exception` does not catch it
+        except CheckpointException as error:
             fix = "repair the storage; the files were intact when they were verified"
-            raise ArtifactError(f"a checkpoint could not be read: {error}", where=directory.uri, fix=fix) from error
+            raise failed("a checkpoint could not be read", directory, error, fix) from error
         set_state_dict(
             policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"], options=TRAINED
         )
