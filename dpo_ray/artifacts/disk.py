@@ -111,6 +111,13 @@ class Disk:
             with contextlib.suppress(FileNotFoundError):  # another process is deleting the same tree
                 shutil.rmtree(path)
 
+    def delete_empty_dir(self) -> None:
+        try:
+            self.root.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
     def rename_dir(self, source: Path, name: str) -> None:
         """Rename a directory to its final name and make that durable.
 

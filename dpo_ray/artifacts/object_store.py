@@ -122,6 +122,9 @@ class ObjectStore:
         except FileNotFoundError:
             return
 
+    def delete_empty_dir(self) -> None:
+        """Do nothing: a directory of an object store exists only as the prefix of its objects."""
+
     @contextmanager
     def _bucket_must_exist(self) -> Iterator[None]:
         try:

@@ -159,6 +159,11 @@ class Storage:
         with self._explained("delete", prefix):
             self._place.delete_tree(self._optional(prefix))
 
+    def delete_empty_dir(self) -> None:
+        """Delete this directory if nothing is in it; on an object store it is gone with its last file."""
+        with self._explained("delete", ""):
+            self._place.delete_empty_dir()
+
     def rename_into(self, source: Storage, name: str) -> None:
         """Rename a directory of the same disk to its final name here, durably: the commit of local artifacts.
 
