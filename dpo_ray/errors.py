@@ -79,6 +79,10 @@ class InfrastructureError(DpoRayError):
     exit_code = 9
 
 
+class StorageFailedError(InfrastructureError):
+    """An object store does not answer, or refuses a request. Its client has already tried again, so do not repeat it."""
+
+
 class RayLostError(InfrastructureError):
     """A process of Ray that the driver needs is lost: the head's, or the raylet of this machine.
 

@@ -65,8 +65,11 @@ class Checkpoint:
 
     @property
     def files(self) -> int:
-        """Count a file for each rank that writes, `.metadata` and `rng.json`. Of equal shards one rank writes one."""
-        return min(self.ranks, self.written_items) + 2
+        """Count a file for each rank that writes shards, one for each rank's generators, and `.metadata`.
+
+        Of equal shards one rank writes one.
+        """
+        return min(self.ranks, self.written_items) + self.ranks + 1
 
     @property
     def plan_items(self) -> int:

@@ -1,7 +1,10 @@
 """Writes to a local or network disk: after a crash or power cut, a file is complete or absent, never partial.
 
-Every write goes to a temporary file in the same directory. This file is fsynced and then gets its final name by one
-atomic call. The directory is fsynced as well, because a file's name is part of the directory's data.
+Every write goes to a temporary file in the same directory, which is fsynced and then gets its name by one
+atomic call; the directory is fsynced too, because a name is part of the directory's data, not of the file's.
+
+What is written here holds the user's data, so new directories and files are the user's alone, whatever the umask. Below
+a directory with the set-group-ID bit, with which people share a directory, they are the group's as well.
 """
 
 from __future__ import annotations
@@ -108,6 +111,13 @@ class Disk:
             with contextlib.suppress(FileNotFoundError):  # another process is deleting the same tree
                 shutil.rmtree(path)
 
+    def delete_empty_dir(self) -> None:
+        try:
+            self.root.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+
     def rename_dir(self, source: Path, name: str) -> None:
         """Rename a directory to its final name so that the files and the name survive a crash.
 
@@ -127,7 +137,7 @@ class Disk:
         make_dirs(final.parent)
         temporary = str(final.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
         try:
-            with open(temporary, "xb") as file:
+            with open(temporary, "xb", opener=private_opener) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -159,8 +169,35 @@ def make_dirs(path: Path) -> None:
         missing.append(path)
         path = path.parent
     for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process has just made it
+            directory.mkdir(mode=0o700)
+            if _is_shared(directory.parent):
+                directory.chmod(0o2770)
         sync_dir(directory.parent)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Open a file, for the `opener` of `open`; if it is new, it is the user's alone, or also the group's if shared."""
+    if not flags & os.O_CREAT:
+        return os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags | os.O_EXCL, 0o600)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        return os.open(path, flags, 0o600)  # the rights of a file that exists are not changed
+    if _is_shared(Path(path).parent):
+        os.fchmod(descriptor, 0o660)
+    return descriptor
+
+
+def make_private(path: Path) -> None:
+    """Set the rights of a new file that a library has created, to those that our own files have."""
+    path.chmod(0o660 if _is_shared(path.parent) else 0o600)
+
+
+def _is_shared(directory: Path) -> bool:
+    return bool(directory.stat().st_mode & stat.S_ISGID)
 
 
 def sync_dir(path: Path) -> None:

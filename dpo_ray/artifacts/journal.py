@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpo_ray.errors import ArtifactError
 
-from .disk import make_dirs, sync_dir
+from .disk import make_dirs, private_opener, sync_dir
 
 
 class Journal:
@@ -22,7 +22,7 @@ class Journal:
         self._path = path
         try:
             make_dirs(path.parent)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._descriptor = private_opener(str(path), os.O_RDWR | os.O_CREAT | os.O_APPEND)
             sync_dir(path.parent)
             self._bytes = path.read_bytes().rfind(b"\n") + 1
             os.ftruncate(self._descriptor, self._bytes)

@@ -1,9 +1,12 @@
-"""A lease that allows only one driver at a time to write to a run, on disks and in object stores.
+"""A lease that allows only one driver at a time to write to a run, on disks and object stores alike.
 
 Lease files are numbered: lease-000001.json, lease-000002.json, ... The file with the highest number is the lease.
-A driver takes the lease over by creating the file with the next number. Only one driver can create it, so exactly one
-of several drivers wins; the number is the fencing token. A thread of the holder rewrites its file regularly as a
-heartbeat.
+A driver takes it over by exclusively creating the next number, so exactly one of many contenders wins; the number
+is the fencing token. A thread of the holder rewrites its own file regularly as a heartbeat.
+
+No wall clock decides anything: clocks of machines differ, and may be set at any time. A contender watches whether the
+holder's file changes during a whole time to live of its own clock. It needs no watching where the holder released the
+lease, is a process of this machine that has ended, or one of this machine that has just written its heartbeat.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -27,39 +31,53 @@ from .storage import Storage
 
 logger = logging.getLogger(__name__)
 
-MAX_CLOCK_SKEW_SECONDS = 5.0  # the clocks of a cluster's machines are assumed to differ by less
 MAX_TRIES = 20
+MOST_SECONDS = 1e12
+LOOKS_PER_TTL = 20  # how often a contender that watches a heartbeat reads it
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _FILE = re.compile(r"lease-(\d{6,})\.json")
 
 
-class Lease:
-    """The right to write to a run, as a context: entering acquires the lease or raises LeaseError; leaving releases it.
+def boot_seconds() -> float:
+    """Return the seconds since this machine was started, suspended time included; nobody can set this clock."""
+    return time.clock_gettime(_CLOCK)
 
-    A lease is free if its holder has released it, if its heartbeat is older than its `ttl_seconds`, or if its holder
-    was a process of this machine and has ended.
+
+class Lease:
+    """The right to write to a run. Entering the context takes it or raises LeaseError; leaving releases it.
+
+    A lease is free when it was released, when its heartbeat does not change for its own `ttl_seconds` while a contender
+    watches it, or immediately if its holder was a process of this machine that has ended.
     """
 
-    def __init__(self, storage: Storage, holder: str = "", ttl_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        holder: str = "",
+        ttl_seconds: float = 60.0,
+        clock: Callable[[], float] = boot_seconds,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
         """Prepare a lease whose files are in `storage`. Errors of other drivers show `holder` (default: user, host, pid)."""
         self.storage, self.ttl_seconds = storage, ttl_seconds
         self.token = 0  # grows with every acquisition; 0 before the first
         self.lost = False
-        self._holder = holder
+        self._holder, self._clock, self._sleep = holder, clock, sleep
         self._record: dict[str, Any] = {}
         self._pid = 0
-        self._refreshed_unix_seconds = 0.0
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
-        """Acquire the lease. If a driver that is still alive holds it, raise a LeaseError that names this holder."""
+        """Acquire the lease. Raises a LeaseError that names the holder if a live driver holds it.
+
+        If the holder is on another machine, or silent, this takes up to the holder's time to live.
+        """
         for _ in range(MAX_TRIES):
             highest = self._highest()
             if highest:
-                record = self._read(highest)
-                if record is not None and not is_free(record, time.time()):
-                    raise self._held(highest, record)
+                self._wait_until_free(highest)
             if self._take(highest + 1):
                 self._start()
                 return self
@@ -83,13 +101,12 @@ class Lease:
         self._pid = 0
 
     def check(self) -> None:
-        """Raise LeaseError if another driver has taken over the run. Call this before every commit.
+        """Raise LeaseError if another driver has taken over the run; call this before every commit.
 
-        If the last heartbeat is older than `ttl_seconds`, for example because the machine was suspended, the lease
-        files are read again first.
+        The lease is read from the storage each time: a driver that was paused cannot know for how long.
         """
-        if not self.lost and time.time() - self._refreshed_unix_seconds > self.ttl_seconds:
-            self._refresh(released=False)
+        with self._lock:
+            self.lost = self.lost or not self._is_held()
         if self.lost:
             raise LeaseError(
                 f"this driver lost the run: another driver took over lease {self.token}",
@@ -97,15 +114,49 @@ class Lease:
                 fix="let the other driver continue; it uses everything that this driver has committed",
             )
 
+    def _wait_until_free(self, number: int) -> None:
+        """Return as soon as a lease may be taken over; raise LeaseError if its holder is alive."""
+        record = self._read(number)
+        if record is None or is_free(record):
+            return
+        ttl_seconds, began = _seconds(record, "ttl_seconds"), self._clock()
+        if self._is_fresh(record):
+            raise self._held(number, record)
+        logger.warning("the run is held by %s: watching its heartbeat for %g s", record.get("holder"), ttl_seconds)
+        while True:
+            is_over = self._clock() - began >= ttl_seconds  # before the look: the last look comes after the whole time
+            found = self._read(number)
+            if found is None or is_free(found):
+                return
+            if found != record:
+                raise self._held(number, found)
+            if is_over:
+                return
+            self._sleep(ttl_seconds / LOOKS_PER_TTL)
+
+    def _is_fresh(self, record: dict[str, Any]) -> bool:
+        """Return whether the holder runs on this machine, and wrote its heartbeat within its time to live."""
+        process = Process.from_json(record.get("process"))
+        if process is None or not process.is_alive_here():
+            return False
+        return 0 <= self._clock() - _seconds(record, "heartbeat_boot_seconds") <= _seconds(record, "ttl_seconds")
+
+    def _is_held(self) -> bool:
+        """Return whether the storage still names this lease. Files that were deleted by hand count as a successor."""
+        if self._highest() != self.token:
+            return False
+        record = self._read(self.token)
+        return record is not None and record.get("nonce") == self._record["nonce"]
+
     def _take(self, number: int) -> bool:
-        now, process = time.time(), Process.current()
-        since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+        process, since = Process.current(), datetime.now(UTC).isoformat(timespec="seconds")
         self._record = {
             "holder": self._holder or f"{user_name()}@{process.host} pid {process.pid} since {since}",
             "process": dataclasses.asdict(process),
             "nonce": secrets.token_hex(8),
             "ttl_seconds": self.ttl_seconds,
-            "heartbeat_unix_seconds": now,
+            "heartbeats": 0,
+            "heartbeat_boot_seconds": self._clock(),  # of the holder's machine: means nothing on another
             "released": False,
         }
         try:
@@ -117,7 +168,7 @@ class Lease:
         if self._highest() > number:  # too late: the number had already been used, released and removed
             self.storage.delete(_file_name(number))
             return False
-        self.token, self.lost, self._pid, self._refreshed_unix_seconds = number, False, process.pid, now
+        self.token, self.lost, self._pid = number, False, process.pid
         return True
 
     def _start(self) -> None:
@@ -138,14 +189,12 @@ class Lease:
         if os.getpid() != self._pid:
             return
         with self._lock:
-            # Higher: taken over. None or lower: our file was deleted by hand, so any driver may take the run.
-            if self._highest() != self.token:
+            if self.lost or not self._is_held():
                 self.lost = True
                 return
-            now = time.time()
-            self._record |= {"heartbeat_unix_seconds": now, "released": released}
+            beat = {"heartbeats": self._record["heartbeats"] + 1, "heartbeat_boot_seconds": self._clock()}
+            self._record |= {**beat, "released": released}
             self.storage.write(_file_name(self.token), _encode(self._record))
-            self._refreshed_unix_seconds = now
 
     def _remove_older(self) -> None:
         for number in self._numbers():
@@ -167,30 +216,24 @@ class Lease:
             return None
 
     def _held(self, number: int, record: dict[str, Any]) -> LeaseError:
-        ttl = _number(record, "ttl_seconds")
+        ttl_seconds = _seconds(record, "ttl_seconds")
         return LeaseError(
             f"the run is held by {record.get('holder')}",
             where=self.storage.full_path(_file_name(number)),
-            fix="wait for it or stop it; "
-            f"if its machine will not come back, the run is free {ttl:g} s after the last heartbeat",
+            fix="wait for it or stop it; if its machine will not come back, run the same command again: "
+            f"the run is free once its heartbeat has been silent for {ttl_seconds:g} s",
         )
 
 
-def is_free(record: dict[str, Any], now_unix_seconds: float) -> bool:
-    """Return whether a lease may be taken over. The age of its heartbeat is measured by wall clocks, which may differ."""
-    if record.get("released"):
-        return True
+def is_free(record: dict[str, Any]) -> bool:
+    """Return whether a lease may be taken over at once: it was released, or its holder ended on this machine."""
     process = Process.from_json(record.get("process"))
-    if process is not None and process.is_gone():
-        return True
-    ttl = _number(record, "ttl_seconds")
-    age_seconds = now_unix_seconds - _number(record, "heartbeat_unix_seconds")
-    return age_seconds > ttl + min(MAX_CLOCK_SKEW_SECONDS, ttl)
+    return bool(record.get("released")) or (process is not None and process.is_gone())
 
 
-def _number(record: dict[str, Any], name: str) -> float:
+def _seconds(record: dict[str, Any], name: str) -> float:
     value = record.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if isinstance(value, int | float) and abs(value) < MOST_SECONDS else 0.0  # not for NaN
 
 
 def _file_name(number: int) -> str:

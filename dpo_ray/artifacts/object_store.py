@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from dpo_ray.errors import DpoRayError, InfrastructureError
+from dpo_ray.errors import DpoRayError, InfrastructureError, StorageFailedError
 
 from .disk import copy_and_hash
 from .names import TEMPORARY_PREFIX
@@ -23,7 +23,7 @@ CONFLICT_WAIT_SECONDS = 0.2
 
 
 class ObjectStore:
-    """A prefix in a bucket. Its methods raise OSError; other exceptions of the client become InfrastructureError."""
+    """A prefix in a bucket. Its methods raise OSError; the client's own exceptions become StorageFailedError."""
 
     def __init__(self, scheme: str, root: str) -> None:
         self.scheme, self.root = scheme, root  # root: bucket/prefix
@@ -122,6 +122,9 @@ class ObjectStore:
         except FileNotFoundError:
             return
 
+    def delete_empty_dir(self) -> None:
+        """Do nothing: a directory of an object store exists only as the prefix of its objects."""
+
     @contextmanager
     def _bucket_must_exist(self) -> Iterator[None]:
         try:
@@ -129,7 +132,7 @@ class ObjectStore:
         except FileNotFoundError as error:
             where = f"{self.scheme}://{self.root}"
             fix = "create the bucket, or correct the address"
-            raise InfrastructureError(f"the bucket does not exist: {error}", where=where, fix=fix) from error
+            raise StorageFailedError(f"the bucket does not exist: {error}", where=where, fix=fix) from error
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -155,13 +158,13 @@ def _file_system(scheme: str) -> Any:
 
 
 def _translated(action: str, where: str, call: Callable[[], Any]) -> Any:
-    """Make a call of the client. Convert the client's own exceptions to InfrastructureError: they share no base class."""
+    """Run a client's call; convert its own exceptions, which have no common base class, to StorageFailedError."""
     try:
         return call()
     except (OSError, DpoRayError):
         raise
     except Exception as error:
-        raise InfrastructureError(
+        raise StorageFailedError(
             f"{action} failed: {type(error).__name__}: {error}",
             where=where,
             fix="check the credentials, the endpoint and the network, then run the same command again",

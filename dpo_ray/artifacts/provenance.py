@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,18 @@ class Provenance:
     inputs: dict[str, str]
     config: dict[str, Any]
     versions: dict[str, str]
+    may_commit: Callable[[], object] = lambda: None  # raises if another driver has taken over the run
     began_monotonic_seconds: float = field(default_factory=time.monotonic)
 
     def commit(
         self, staging: Staging, files: Iterable[FileEntry], *, rows: dict[str, int], figures: dict[str, Any]
     ) -> Artifact:
-        """Commit the staged files as an artifact whose manifest records this provenance."""
+        """Commit a staged artifact with this provenance.
+
+        Raises:
+            LeaseError: another driver has taken over the run.
+        """
+        self.may_commit()
         return staging.commit(
             files,
             stage_version=self.stage_version,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError, WriteRefusedError
+from dpo_ray.errors import ArtifactError, ConfigError, InfrastructureError, StorageFailedError, WriteRefusedError
 
-from .disk import Disk, make_dirs
+from .disk import Disk, make_dirs, private_opener
 from .manifest import FileEntry
 from .names import TEMPORARY_PREFIX, checked_name, fault_in_name
 from .object_store import EXTRAS, ObjectStore
@@ -25,11 +25,12 @@ _WRITING = ("write", "create", "commit", "append to")  # actions, by the words i
 
 
 class Storage:
-    """A directory on a disk or in an object store. The object holds only an address, so it is cheap and can be pickled.
+    """A directory, local or on an object store. It holds only its address, so it is cheap and can be pickled.
 
-    Names of files are relative, with '/' between parts; a name that could lead out of the directory raises
-    ArtifactError. FileNotFoundError and FileExistsError are raised unchanged. Any other failure raises ArtifactError on
-    a disk and InfrastructureError in an object store. These errors say what failed, where, and what to do.
+    Names are relative, with '/' between parts; a name that could lead out of the directory raises
+    ArtifactError. FileNotFoundError and FileExistsError are raised unchanged. Other failures of a disk raise
+    ArtifactError, those of an object store or its client StorageFailedError; both say what failed, where, and
+    what to do.
     """
 
     uri: str
@@ -117,7 +118,8 @@ class Storage:
 
     def append(self, name: str, data: bytes) -> None:
         """Append data to a file on a disk. A missing file is created. A crash may leave only a part of the data."""
-        with self._explained("append to", name), self.local_path(checked_name(name, self.uri)).open("ab") as stream:
+        path = self.local_path(checked_name(name, self.uri))
+        with self._explained("append to", name), open(path, "ab", opener=private_opener) as stream:
             stream.write(data)
 
     def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
@@ -141,6 +143,7 @@ class Storage:
             make_dirs(target.parent)
             temporary = target.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
             try:
+                open(temporary, "xb", opener=private_opener).close()  # the client writes to it, and keeps its rights
                 self._place.download(checked_name(name, self.uri), temporary)
                 temporary.replace(target)
             finally:
@@ -155,6 +158,11 @@ class Storage:
         """Delete a directory and everything in it, if it exists."""
         with self._explained("delete", prefix):
             self._place.delete_tree(self._optional(prefix))
+
+    def delete_empty_dir(self) -> None:
+        """Delete this directory if nothing is in it; on an object store it is gone with its last file."""
+        with self._explained("delete", ""):
+            self._place.delete_empty_dir()
 
     def rename_into(self, source: Storage, name: str) -> None:
         """Rename another directory of the same disk to a name in this one. This commits an artifact on a disk.
@@ -210,11 +218,16 @@ class Storage:
             raise
         except OSError as error:
             where = f"{self.uri}/{name}" if name else self.uri
-            kind = ArtifactError if self.is_local else InfrastructureError
-            if self.is_local and error.errno in (*_NO_SPACE, *_NO_PERMISSION) and action in _WRITING:
+            kind = ArtifactError if self.is_local else StorageFailedError
+            if self.is_local and is_refusal(error) and action in _WRITING:
                 kind = WriteRefusedError
             what = f"cannot {action}: {error.strerror or error}"
             raise kind(what, where=where, fix=_advice(error)) from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether a disk refused a write because it is full, read-only or not ours: it will refuse the next one too."""
+    return isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_PERMISSION)
 
 
 def _advice(error: OSError) -> str:

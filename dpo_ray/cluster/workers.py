@@ -20,7 +20,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.errors import ConfigError, DataError, DpoRayError, EngineError, StoppedError, TrainError, WriteRefusedError
+from dpo_ray.errors import (
+    ConfigError,
+    DataError,
+    DpoRayError,
+    EngineError,
+    StoppedError,
+    StorageFailedError,
+    TrainError,
+    WriteRefusedError,
+)
 
 from .inbox import Inbox
 from .resources import Resources
@@ -28,7 +37,8 @@ from .room import given_back, has_room, wait
 
 logger = logging.getLogger(__name__)
 GROW_SECONDS = 30.0  # between two checks for free resources for missing workers
-LASTING = (ConfigError, DataError, EngineError, WriteRefusedError)  # another attempt would end with the same error
+# Another attempt would end with the same error.
+LASTING = (ConfigError, DataError, EngineError, StorageFailedError, WriteRefusedError)
 
 
 def start_inbox() -> Any:
@@ -49,33 +59,33 @@ def run_workers(
     say: Callable[[str], None] = logger.warning,
     pause: Callable[[], None] | None = None,
     gives_up: Callable[[], bool] = lambda: False,
+    may_start: Callable[[], object] = lambda: None,
 ) -> Any:
-    """Call `function({"task": task})` on all training workers, in one process group; return what rank 0 returned.
+    """Call `function({"task": task})` on every worker of `config`, in one process group; return what rank 0 returned.
 
-    There are `config.workers` workers, or as few as `config.min_workers` if the cluster has no free resources for more.
-    If a worker or its node is lost, all workers start again, as many as then have resources. Every attempt is a new run
-    of Ray Train with a unique name, so the state of the training is only what our workers commit, never Ray's own.
+    There are `config.workers` of them, or as few as `config.min_workers` while the cluster has no room for more. If one
+    is lost, alone or with its node, all start again, as many as there is room for by then. Each attempt is a separate
+    Ray Train run (`name` is unique), so Ray's own snapshot is never the source of truth; what our workers commit is.
 
     Args:
         request: what each worker requests from Ray.
-        where: the stage, for errors.
-        goes_on: says from where the same command continues, for errors.
         say: reports lost workers, and what the run waits for.
-        pause: called when more workers could start than are running. It must request the workers to save their state
-            and to return a result whose `error` is a StoppedError; all then start again with more workers. None: the
-            number of workers never grows.
-        gives_up: called after a loss and while the run waits for resources. If it returns True, workers do not start
-            again.
+        pause: requests the workers, while there are fewer than there could be, to save their state and return a result
+            whose `error` is a StoppedError; more of them then continue. None: the group never grows.
+        gives_up: called after a loss, and while the run waits for room; True: end instead of starting again.
+        may_start: called before each start; raises if this driver has lost its run, whose workers it would replace.
 
     Raises:
-        StoppedError: `gives_up` returned True while the run waited for resources.
-        TrainError: the workers failed more often than config.max_failures allows.
+        StoppedError: `gives_up` returned True during the wait for room.
+        TrainError: the workers failed more often than config.max_failures allows. `where` is the stage, `goes_on` says
+            from where the same command continues.
         DpoRayError: the error that a worker raised.
     """
     failures, patience_seconds = 0, None
     for attempt in itertools.count(1):
         workers = wait(request, config.min_workers or config.workers, config.workers, say, gives_up, patience_seconds)
         patience_seconds = None
+        may_start()
         with _watch_for_room(request, pause if workers < config.workers else None) as paused:
             result = _attempt(function, task, config, request, workers, f"{name}-{attempt}")
         if isinstance(result, _Loss):
@@ -188,16 +198,16 @@ def _watch_for_room(request: Resources, pause: Callable[[], None] | None) -> Ite
 
 
 def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
-    """Return the error that a worker raised, without Ray Train's wrappers.
+    """Return the error that a worker raised, without Ray Train's wrappers; a worker process that died raised none.
 
-    If a worker process died without raising an error, return Ray's own error.
+    If several failed, one of ours is the cause: the others lost their connection to that worker.
     """
     if isinstance(error, ray.train.ControllerError):  # for example, a worker did not start
         failure = error.controller_failure
         return getattr(failure, "cause", None) or failure
-    failures = getattr(error, "worker_failures", {})
-    cause = next(iter(failures.values()), error)
-    return getattr(cause, "_base_exc", cause)
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures] or [error]
+    return next((cause for cause in causes if isinstance(cause, DpoRayError)), causes[0])
 
 
 def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:

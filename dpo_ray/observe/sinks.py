@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Any, Protocol
 
-from dpo_ray.artifacts.disk import make_dirs
+from dpo_ray.artifacts.disk import make_dirs, make_private
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.config.extension import TRACKERS as ADDED
 from dpo_ray.config.extension import installed
@@ -62,10 +62,12 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         self.close()
-        directory = self._run_dir.local_path() / "tensorboard"
+        directory, suffix = self._run_dir.local_path("tensorboard"), f".{time.time_ns()}"
         make_dirs(directory)
         # The suffix: else two files of the same second would overwrite each other.
-        self._writer = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        self._writer = EventsWriter(str(directory / "events"), suffix)
+        for file in directory.glob(f"*{suffix}"):
+            make_private(file)
         # TensorBoard hides the rows of previous attempts from step 0 on: all rows are written again.
         self._add(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
         for row in known:

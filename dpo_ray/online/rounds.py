@@ -303,7 +303,7 @@ class _Driver:
             key = artifact_key("sample", VERSIONS["sample"], config, inputs)
             sampled = self._run.artifacts.find("sample", key)
             if sampled is None:
-                provenance = Provenance(VERSIONS["sample"], inputs, config, planning.versions())
+                provenance = self._run.provenance_of(VERSIONS["sample"], inputs, config)
                 table = prompt_table(self._prompts.heldout, self._recipe.seed, 0, 1)
                 staging = self._run.begin_key("sample", key)
                 title = f"held-out samples of the {'new' if name == 'policy' else name} policy"
@@ -334,7 +334,7 @@ class _Driver:
         if (done := self._run.artifacts.find("prompts", planned.key)) is not None:
             return done
         task = PrepareTask(str(self._run.model_directory), self._plan.checked.template, self._recipe.data)
-        provenance = Provenance(VERSIONS["prompts"], {}, planned.config, planning.versions())
+        provenance = self._run.provenance_of(VERSIONS["prompts"], {}, planned.config)
         with self._reporter.stage("prompts", "prompts") as bar:
             read = prompt_source.run(planned.shards, task, self._run.begin_key("prompts", planned.key), provenance)
             bar.advance(read.rows["prompts"])
@@ -366,7 +366,7 @@ class _Driver:
             return policy
         mean, promoted = self._made(policy.mean_of[0]), policy.mean_of[1]
         config, inputs = {"decay": self._online.ema_decay}, {"mean": mean.key, "policy": promoted.key}
-        provenance = Provenance(VERSIONS["ema"], inputs, config, planning.versions())
+        provenance = self._run.provenance_of(VERSIONS["ema"], inputs, config)
         places = self._directory(mean), self._directory(promoted)
         return Policy(policy.key, ema.run(*places, config["decay"], self._run.begin_key("ema", policy.key), provenance))
 
@@ -389,4 +389,4 @@ class _Driver:
 
     def _provenance(self, current: Round, stage: Stage) -> Provenance:
         planned = current.stages[stage]
-        return Provenance(version(stage), planned.inputs, planned.config, planning.versions())
+        return self._run.provenance_of(version(stage), planned.inputs, planned.config)

@@ -98,7 +98,11 @@ class RunContext:
     def provenance(self, stage: str) -> Provenance:
         """Return what a stage's artifact records about its making: version, inputs and configuration, from the plan."""
         planned = self.plan.stages[stage]
-        return Provenance(planning.VERSIONS[stage], planned.inputs, planned.config, planning.versions())
+        return self.provenance_of(planning.VERSIONS[stage], planned.inputs, planned.config)
+
+    def provenance_of(self, version: int, inputs: dict[str, str], config: dict[str, Any]) -> Provenance:
+        """Return the provenance of an artifact of this run, which is committed only while the run's lease is held."""
+        return Provenance(version, inputs, config, planning.versions(), self.lease.check)
 
     def scorer_settings(self, extra_tokens: int = 0) -> ScorerSettings:
         """Return the settings of an engine (or trainer) that computes log-probs with the reference model.

@@ -10,7 +10,6 @@ from typing import Any
 from rich.markup import escape
 
 from dpo_ray.artifacts.artifact import Artifact
-from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.cluster.workers import start_inbox
 from dpo_ray.config.model import ModelConfig, is_hub_name
@@ -65,7 +64,7 @@ def _prepare(run: RunContext) -> Artifact:
             run.artifacts,
             run.recipe.name,
             task,
-            lambda key: Provenance(SHARD_VERSION, {}, configs[key], planning.versions()),
+            lambda key: run.provenance_of(SHARD_VERSION, {}, configs[key]),
             bar.advance,
             role,
         )
@@ -172,7 +171,9 @@ def train(
     )
     bar_of_steps = run.reporter.stage("train", "steps", steps)
     with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers, bar.say) as sinks:
-        result = train_stage.run(task, plan.hardware.worker, partial(follow, sinks, bar), bar.say)
+        result = train_stage.run(
+            task, plan.hardware.worker, partial(follow, sinks, bar), bar.say, may_start=run.lease.check
+        )
     if result["audit"]:
         result["audit"] = judge_audit(run, result["audit"])
     card = model_card(
@@ -187,7 +188,6 @@ def train(
         planning.versions(),
     )
     before_commit()
-    run.lease.check()  # training takes hours: a driver that lost its lease must not delete checkpoints
     return train_stage.commit(task, result, card, provenance)
 
 

@@ -90,7 +90,6 @@ def _score_and_train(run: RunContext, tokens: Artifact, first_step: int) -> tupl
         with run.reporter.stage("reference", "groups", sum(order.groups for order in orders), beside=True) as bar:
             tally, entries = _score(run, tokens, first_step, orders, staging, live, bar, began, stop)
         referenced = reference_stage.join(tokens, run.reference_store, tally, run.begin("reference"), of_reference)
-        run.lease.check()
         scheduled = of_schedule.commit(staging, entries, rows=count_rows(orders), figures={})
         live.move(scheduled)
         return referenced, scheduled

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dpo_ray.artifacts.digest import digest
+from dpo_ray.artifacts.disk import make_dirs
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.config.model import ModelConfig, is_hub_name
 from dpo_ray.config.online import OnlineConfig
@@ -216,7 +217,7 @@ def tiny_model(family: str, template: str) -> Path:
     place = cache / f"{family}-{digest([VERSION, family, template])[:12]}"
     if place.is_dir():
         return place
-    cache.mkdir(parents=True, exist_ok=True)
+    make_dirs(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as scratch:
         unfinished = Path(scratch) / "model"
         _write_model(family, template, unfinished)

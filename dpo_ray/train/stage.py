@@ -40,17 +40,19 @@ def run(
     request: Resources,
     on_row: Callable[[dict[str, Any]], None],
     say: Callable[[str], None] = logger.warning,
+    may_start: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Run training to the end and return the result of rank 0.
 
     Args:
-        request: the resources that each worker requests from Ray.
+        request: what each worker requests from Ray.
         on_row: called in this process with every row of metrics.
-        say: called with messages about lost workers or missing resources.
+        say: called with a line about lost workers or about missing resources.
+        may_start: called before workers start; raises if this driver has lost the run.
 
     Raises:
-        TrainError: the workers failed more often than train.max_failures allows, or raised this error themselves.
-        AuditError: raised by the workers.
+        TrainError: the workers failed more often than train.max_failures allows.
+        AuditError, TrainError: raised by the workers.
         StoppedError: SIGTERM was received. If possible, the workers wrote a checkpoint after their current step.
     """
     stopping = threading.Event()
@@ -67,6 +69,7 @@ def run(
                 say=say,
                 pause=task.inbox.pause.remote,
                 gives_up=stopping.is_set,
+                may_start=may_start,
             )
         except (DpoRayError, ray.exceptions.RayError) as error:
             if stopping.is_set():  # the workers or Ray itself received the signal as well

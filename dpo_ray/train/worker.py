@@ -134,6 +134,7 @@ def _run(task: TrainTask) -> dict[str, Any]:
     moments = gather_moments(policy, optimizer) if task.keep_moments else {}
     if rank:
         return {}
+    checkpoints.check_claim()
     result = _written(policy, weights, source, tables, checkpoints, progress, task)
     if task.keep_moments:
         result["entries"].append(task.staging.write(MOMENTS, save(moments)))

@@ -52,6 +52,12 @@ def test_every_row_is_accounted_for_and_every_stage_committed(finished: Finished
         artifact.verify()
 
 
+def test_all_that_a_run_leaves_is_the_users_alone(finished: Finished, output: Path) -> None:
+    """Written by the driver, by tasks, by engines and by training workers."""
+    modes = {path: (path.is_dir(), oct(path.stat().st_mode & 0o7777)) for path in output.rglob("*")}
+    assert {path: mode for path, mode in modes.items() if mode not in {(True, "0o700"), (False, "0o600")}} == {}
+
+
 def test_the_first_step_starts_at_ln_2_and_the_audit_passed(finished: Finished) -> None:
     """The reference came from vLLM, the first loss from FSDP2: only if they agree is it ln 2."""
     assert metrics(finished)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)

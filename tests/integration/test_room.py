@@ -21,7 +21,7 @@ from dpo_ray.cluster.resources import Resources
 from dpo_ray.cluster.room import capacity, given_back, has_room, wait
 from dpo_ray.config.roles import RolesConfig
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.errors import InfrastructureError, StoppedError, TrainError
+from dpo_ray.errors import InfrastructureError, LeaseError, StoppedError, TrainError
 from dpo_ray.run.context import recipe_yaml
 from tests.helpers.role_resources import WORKER
 from tests.integration.conftest import small_recipe
@@ -238,4 +238,14 @@ def test_workers_begin_again_as_often_as_is_allowed(tmp_path: Path) -> None:
             once_more, str(tmp_path / "c"), config, WORKER, name="up", say=said.append, gives_up=lambda: True, **names
         )
     assert len(said) == 1
+    starts = iter([None, LeaseError("this driver lost the run")])
+
+    def may_start() -> None:
+        if (error := next(starts)) is not None:
+            raise error
+
+    with pytest.raises(LeaseError, match="lost the run"):  # its new workers would replace those of another driver
+        workers.run_workers(
+            once_more, str(tmp_path / "d"), config, WORKER, name="lost", say=said.append, may_start=may_start, **names
+        )
     assert live_groups() == 0

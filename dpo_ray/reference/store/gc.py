@@ -57,22 +57,27 @@ def clear(
 ) -> list[Cleared]:
     """Clean up all partitions of a store, and return what was done.
 
-    Valid data is never lost, even if the clean-up is interrupted: a merged segment is committed before the segments
-    that it replaces are deleted. A partition that was used in the last hour is not changed.
+    Valid data is never lost, even on interruption: a replacement is committed before the segments that it replaces are
+    deleted. A partition that was used in the last hour is left alone.
 
     Args:
-        unused_days: delete partitions that no run has used for this number of days; None: delete no unused partition.
-        force: also clean up partitions that are in use. If a run that reads such a partition misses a deleted segment,
-            it lists the segments again.
+        unused_days: delete partitions that no run has used for so many days.
+        force: also clean up partitions that are in use. A run that reads there lists the segments again if some are
+            gone.
         dry_run: change nothing, and return what would be done.
 
     Raises:
-        LeaseError: another process is cleaning up this store.
+        LeaseError: another process is cleaning up this store, or has taken over while this one was stopped.
     """
     names = partitions(root)
     # Two such processes could destroy data: one could delete a segment into which the other has just merged entries.
-    with contextlib.nullcontext() if dry_run or not names else Lease(root.child("gc")):
-        return [cleared for name in names for cleared in _clear(root.child(name), name, unused_days, force, dry_run)]
+    cleared: list[Cleared] = []
+    with contextlib.nullcontext() if dry_run or not names else Lease(root.child("gc")) as lease:
+        for name in names:
+            if lease is not None:
+                lease.check()
+            cleared += _clear(root.child(name), name, unused_days, force, dry_run)
+    return cleared
 
 
 def _clear(partition: Storage, name: str, unused_days: float | None, force: bool, dry_run: bool) -> Iterator[Cleared]:
@@ -81,11 +86,12 @@ def _clear(partition: Storage, name: str, unused_days: float | None, force: bool
         yield Cleared(name, "left alone", 0, 0, "used in the last hour: a run may be writing to it")
         return
     if unused_days is not None and idle_seconds > unused_days * 86400:
-        yield _drop(partition, name, f"not used for {idle_seconds / 86400:,.0f} days", dry_run)
+        segments = list_partition(partition)[0]
+        yield _drop(partition, name, segments, f"not used for {idle_seconds / 86400:,.0f} days", dry_run)
         return
     keys, damaged = check_segments(partition)
     if not keys:
-        yield _drop(partition, name, "it contains no valid segment", dry_run)
+        yield _drop(partition, name, list(damaged), "it contains no valid segment", dry_run)
         return
     yield from _deleted(partition, name, list(damaged), "damaged", dry_run)
     yield from _deleted(partition, name, _damaged_about(partition), "damaged", dry_run)
@@ -165,15 +171,18 @@ def _write_merged(partition: Storage, index: StoreIndex, merge: _Merge) -> None:
     partition.write(new_name(stamp), to_bytes(key_column(index.keys_at(at)), values), rows=len(at))
 
 
-def _drop(partition: Storage, name: str, why: str, dry_run: bool) -> Cleared:
-    """Delete a partition, but keep the files in it that do not belong to the store."""
-    bytes_of, (segments, foreign) = partition.file_sizes(), list_partition(partition)
-    if not dry_run and foreign:
-        for file in (*segments, ABOUT, USED):
+def _drop(partition: Storage, name: str, segments: Sequence[str], why: str, dry_run: bool) -> Cleared:
+    """Delete a partition of which `segments` are all; files that are not the store's, and what a run has added, stay."""
+    bytes_of = partition.file_sizes()
+    if not dry_run:
+        for file in segments:
             partition.delete(file)
-    elif not dry_run:
-        partition.delete_tree()
-    return Cleared(name, "deleted", len(segments), sum(bytes_of[s] for s in segments), f"all: {why}")
+        list(_delete_unfinished(partition, name, dry_run))
+        if not list_partition(partition)[0] and not any(_unfinished(partition)):  # else a run is just writing to it
+            partition.delete(ABOUT)
+            partition.delete(USED)
+            partition.delete_empty_dir()
+    return Cleared(name, "deleted", len(segments), sum(bytes_of.get(s, 0) for s in segments), f"all: {why}")
 
 
 def _deleted(partition: Storage, name: str, files: Sequence[str], why: str, dry_run: bool) -> Iterator[Cleared]:
@@ -196,7 +205,7 @@ def _damaged_about(partition: Storage) -> list[str]:
 def _delete_unfinished(partition: Storage, name: str, dry_run: bool) -> Iterator[Cleared]:
     """Delete files that writers left unfinished when they died. On an object store there are no such files."""
     leftovers: dict[Path, int] = {}
-    for path in partition.local_path().glob(f"{TEMPORARY_PREFIX}*") if partition.is_local else ():
+    for path in _unfinished(partition):
         with contextlib.suppress(FileNotFoundError):  # its writer has just finished it
             status = path.stat()
             if time.time() - status.st_mtime > DEAD_SECONDS:
@@ -206,3 +215,7 @@ def _delete_unfinished(partition: Storage, name: str, dry_run: bool) -> Iterator
             path.unlink(missing_ok=True)
     if leftovers:
         yield Cleared(name, "deleted", len(leftovers), sum(leftovers.values()), "left by writers that died")
+
+
+def _unfinished(partition: Storage) -> Iterator[Path]:
+    return partition.local_path().glob(f"{TEMPORARY_PREFIX}*") if partition.is_local else iter(())

@@ -1,14 +1,14 @@
-"""Training checkpoints: sharded files of PyTorch DCP (distributed checkpoint), written while training continues.
+"""Training checkpoints: sharded files of PyTorch DCP, written while training continues, and committed by a manifest.
 
-    <place>/step-000000010/<attempt>/__0_0.distcp, ..., .metadata, rng.json
-    <place>/step-000000010.json                      the manifest: a checkpoint exists once this file exists
-    <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the previous checkpoint
+    <place>/step-000000010/attempt-000002/__0_0.distcp, ..., .metadata, rng-0.json, ...
+    <place>/step-000000010.json                      the commit
+    <place>/claims/000002.json                       the attempt: one group of workers
+    <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the last checkpoint
 
-Each rank hashes the files that it wrote. Before a checkpoint is loaded, the ranks verify all of its files; each rank
-takes a share of them. The newest intact checkpoint is used, and a damaged one is moved to `damaged/`. Loading reshards,
-so the number of ranks may change.
-DCP's file `.metadata` is a pickle, which can run code when it is read. Therefore a file is only loaded if it still has
-the digest that the manifest records.
+Each rank hashes the files that it wrote, and verifies a share of all files before they are loaded. The newest intact
+checkpoint is used; a damaged one is moved to `damaged/`. Loading reshards, so the number of ranks may change.
+Workers that were replaced, but still run, write only in directories of their own attempt, and commit nothing.
+Only files with a recorded digest are ever loaded, and in a way that cannot run code (`reader.py`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.storage import StorageReader
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.errors import ArtifactError, DpoRayError
 from dpo_ray.train.rng import rng_state, seed_rank, set_rng_state
 
+from .claim import Claim
+from .failure import failed
 from .hashing import HashingWriter, hashing_writer
 from .manifest import commit, committed_steps, prune, step_name
 from .planner import SharedPlanner
 from .ranks import Ranks
+from .reader import Planner, Reader
 from .verify import Soundness
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # if an adapter is trained, only its parameters
-_RNG = "rng.json"
+_RNG = "rng-{rank}.json"  # each rank reads only its own: with thousands of ranks, all states together are megabytes
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,21 @@ class Checkpoints:
         seed: int = 0,
         hang_seconds: float = 1800,
     ) -> None:
-        """Prepare to write checkpoints to `place` under the name `attempt`. The newest `keep` checkpoints are kept.
+        """Claim `place`, so that no earlier group of workers commits there any more; keep the newest `keep` checkpoints.
 
         Args:
-            identity: digest of everything that determines the weights. A checkpoint with another digest is not loaded.
-            seed: used to seed the random generators when the loaded checkpoint was written by another number of ranks.
-            hang_seconds: maximum time that one rank waits for another.
+            attempt: names this training for people who read the claim.
+            identity: digest of all that determines the weights; a checkpoint with another identity is not loaded.
+            seed: seeds the random generators if a checkpoint was written by another number of ranks.
+            hang_seconds: limit of the time that one rank waits for another.
+
+        Raises:
+            LeaseError: on every rank, if other groups of workers keep claiming the place.
         """
-        self._place, self._attempt, self._keep = place, attempt, keep
+        self._place, self._keep = place, keep
         self._identity, self._seed = identity, seed
         self._ranks = Ranks(hang_seconds)
+        self._claim = self._ranks.first_does(lambda: Claim(place, attempt))
         self._plans = uuid4().hex  # key of the cached DCP plans of this object
         cuda = torch.cuda.is_available()
         options = StagingOptions(
@@ -107,21 +112,19 @@ class Checkpoints:
     def save(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]
     ) -> None:
-        """Copy the state of all ranks, then write and commit the copy in the background.
+        """Copy the state of all ranks, then write and commit it in the background, after the previous checkpoint.
 
-        This first waits until the previous checkpoint is committed.
-
-        Args:
-            metrics: one row for each step since the previous checkpoint was saved or loaded.
+        `metrics` are the rows of the steps since the last checkpoint, or since the one that was loaded.
 
         Raises:
-            ArtifactError: the previous checkpoint could not be written.
+            ArtifactError, StorageFailedError: the previous checkpoint could not be written.
+            LeaseError: a newer group of workers has claimed the checkpoints.
         """
         self._wait()
         model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
-        generators = self._ranks.gathered(rng_state())
-        directory = f"{step_name(progress.step)}/{self._attempt}"
-        writer = hashing_writer(self._place.child(directory))
+        directory = f"{step_name(progress.step)}/{self._claim.directory}"
+        generators = {_RNG.format(rank=self._ranks.rank): json.dumps(rng_state()).encode()}
+        writer = hashing_writer(self._place.child(directory), generators)
         written = state_dict_saver.async_save(
             {"policy": model_state, "optimizer": optimizer_state},
             storage_writer=writer,
@@ -134,27 +137,28 @@ class Checkpoints:
         if self._ranks.rank:
             self._in_flight = written
         else:  # rank 0's write ends after those of all ranks: DCP's coordinator gathers their results and digests
-            self._in_flight = self._committer.submit(
-                self._commit, written, writer, directory, generators, progress, metrics
-            )
+            self._in_flight = self._committer.submit(self._commit, written, writer, directory, progress, metrics)
 
     def _commit(
         self,
         written: Future[Any],
         writer: HashingWriter,
         directory: str,
-        generators: list[Any],
         progress: Progress,
         metrics: list[dict[str, float]],
     ) -> None:
         written.result()
-        self._place.child(directory).write(_RNG, json.dumps(generators).encode())
+        self._claim.check()
         if metrics:
             first = int(metrics[0]["step"]) - 1
             lines = "".join(json.dumps(row) + "\n" for row in metrics)
             self._place.write(f"metrics/{first:09d}-{progress.step:09d}.jsonl", lines.encode())
         commit(self._place, directory, asdict(progress) | {"identity": self._identity}, writer.digests)
-        prune(self._place, self._keep)
+        prune(self._place, self._keep, self._claim)
+
+    def check_claim(self) -> None:
+        """Raise LeaseError if a newer group of workers has claimed the checkpoints. Not collective."""
+        self._claim.check()
 
     def check(self) -> None:
         """Raise the error of the checkpoint that is being written, if it has already failed.
@@ -175,18 +179,15 @@ class Checkpoints:
             return
         try:
             written.result()
-        except (CheckpointException, RuntimeError, OSError) as error:
-            for failure, _ in error.failures.values() if isinstance(error, CheckpointException) else ():
-                if isinstance(failure, DpoRayError):
-                    raise failure from error
-            place, fix = self._place.uri, "repair the storage; training resumes from the previous checkpoint"
-            raise ArtifactError(f"a checkpoint could not be written: {error}", where=place, fix=fix) from error
+        except (CheckpointException, RuntimeError, OSError) as error:  # the first is a BaseException
+            fix = "repair the storage; training resumes from the previous checkpoint"
+            raise failed("a checkpoint could not be written", self._place, error, fix) from error
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Load the newest intact checkpoint and return its progress; return the progress of step 0 if there is none.
+        """Restore the newest intact checkpoint and return its progress, which is at step 0 if there is none.
 
-        The random generators are restored too. If the number of ranks has changed, they are instead seeded from the
-        seed, the rank and the step. Collective: all ranks must call this.
+        The random generators are restored too; if the number of ranks has changed, or the checkpoint has no state of
+        each rank (those of an earlier version), they are seeded from seed, rank and step instead.
         """
         manifest = Soundness(self._place, self._identity, self._ranks).newest()
         if self._ranks.rank == 0:
@@ -194,9 +195,10 @@ class Checkpoints:
         if manifest is None:
             return Progress()
         self._restore(policy, optimizer, manifest)
-        generators = json.loads(self._place.child(manifest["directory"]).read_bytes(_RNG))
-        if len(generators) == self._ranks.count:
-            set_rng_state(generators[self._ranks.rank])
+        own = _RNG.format(rank=self._ranks.rank)
+        states = {_RNG.format(rank=rank) for rank in range(self._ranks.count)}
+        if states == {name for name in manifest["files"] if name.startswith("rng-")}:
+            set_rng_state(json.loads(self._place.child(manifest["directory"]).read_bytes(own)))
         else:
             seed_rank(self._seed, self._ranks.rank, manifest["step"])
         best = Best(**manifest["best"]) if manifest["best"] else None
@@ -215,10 +217,15 @@ class Checkpoints:
         state = {"policy": model_state, "optimizer": optimizer_state}
         directory = self._place.child(manifest["directory"])
         try:
-            state_dict_loader.load(state, storage_reader=_reader(directory), process_group=self._ranks.group)
-        except CheckpointException as error:  # a BaseException: `except Exception` does not catch it
+            state_dict_loader.load(
+                state,
+                storage_reader=Reader(directory, dict(manifest["files"])),
+                planner=Planner(),
+                process_group=self._ranks.group,
+            )
+        except CheckpointException as error:
             fix = "repair the storage; the files were intact when they were verified"
-            raise ArtifactError(f"a checkpoint could not be read: {error}", where=directory.uri, fix=fix) from error
+            raise failed("a checkpoint could not be read", directory, error, fix) from error
         set_state_dict(
             policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"], options=TRAINED
         )
@@ -242,11 +249,3 @@ class Checkpoints:
     def _segments(self) -> list[tuple[int, int]]:
         names = [n.removeprefix("metrics/").removesuffix(".jsonl") for n in self._place.list_files("metrics")]
         return sorted((int(a), int(b)) for a, b in (n.split("-") for n in names))
-
-
-def _reader(directory: Storage) -> StorageReader:
-    if directory.is_local:
-        return FileSystemReader(directory.local_path())
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-    return FsspecReader(directory.uri)

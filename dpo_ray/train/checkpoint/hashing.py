@@ -7,14 +7,20 @@ results, so they need no message, file or synchronisation of their own.
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # part of torch, but not exported yet
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from dpo_ray.artifacts.disk import make_dirs, private_opener
 from dpo_ray.artifacts.storage import Storage
 
 _CHUNK_BYTES = 1 << 22
@@ -34,14 +40,30 @@ class _Digests(WriteResult):
     """An additional write result, whose `storage_data` is a dict with the digest of each file that a rank wrote."""
 
 
+class _PrivateFiles(FileSystem):
+    """DCP's way to a disk, with the rights that all our files have."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[Any]]:
+        """Open a file."""
+        with open(path, mode, opener=private_opener) as stream:
+            yield stream
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        """Create a directory and its parents."""
+        make_dirs(Path(path))
+
+
 class HashingWriter(FileSystemWriter):
     """A DCP writer for disks. After writing, the same thread reads the files back and hashes them."""
 
-    def __init__(self, directory: Storage) -> None:
-        """Prepare a writer that writes to `directory`."""
+    def __init__(self, directory: Storage, own_files: Mapping[str, bytes]) -> None:
+        """Write to `directory`, along with further files of this rank."""
         super().__init__(directory.full_path(), sync_files=True)
+        if directory.is_local:
+            self.fs = _PrivateFiles()
         self.digests: dict[str, str] = {}  # of the files of all ranks; filled by `finish`, on rank 0 only
-        self._directory = directory
+        self._directory, self._own_files = directory, own_files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's files; return the write results, followed by the digests of the files.
@@ -54,8 +76,9 @@ class HashingWriter(FileSystemWriter):
         except (RuntimeError, OSError):  # on a full disk torch may raise a RuntimeError that does not say so
             self._directory.write("probe", bytes(_PROBE_BYTES))
             raise
+        own = {name: self._directory.write(name, data).sha256 for name, data in self._own_files.items()}
         names = sorted({result.storage_data.relative_path for result in results})
-        digests = {name: digest(self._directory, name) for name in names}
+        digests = own | {name: digest(self._directory, name) for name in names}
         hashed: Future[list[WriteResult]] = Future()
         hashed.set_result([*results, _Digests(MetadataIndex(""), 0, digests)])
         return hashed
@@ -76,6 +99,6 @@ class HashingObjectWriter(HashingWriter, FsspecWriter):
     """A `HashingWriter` that writes to an object store."""
 
 
-def hashing_writer(directory: Storage) -> HashingWriter:
-    """Build a writer for a directory on a disk or in an object store."""
-    return HashingWriter(directory) if directory.is_local else HashingObjectWriter(directory)
+def hashing_writer(directory: Storage, own_files: Mapping[str, bytes]) -> HashingWriter:
+    """Build a writer for a directory on a disk or in an object store, with further files of this rank by name."""
+    return (HashingWriter if directory.is_local else HashingObjectWriter)(directory, own_files)

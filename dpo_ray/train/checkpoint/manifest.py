@@ -1,8 +1,8 @@
-"""The manifest of a training checkpoint, which lists the digests of its files; deletion of old and damaged checkpoints.
+"""The manifest that commits a training checkpoint, with the digests of its files; pruning and removal of damaged ones.
 
-<place>/step-000000010.json                      the manifest: the checkpoint exists once this file exists
-<place>/step-000000010/<attempt>/...             the files of the checkpoint
-<place>/damaged/step-000000010.json, .reason     the manifest of a damaged checkpoint, and what is wrong with it
+<place>/step-000000010.json                      the commit
+<place>/step-000000010/attempt-000002/...        its files
+<place>/damaged/step-000000010.json, .reason     a damaged checkpoint, and the reason
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 
+from .claim import Claim
 from .hashing import digest
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,10 @@ def set_aside(place: Storage, name: str, reason: str) -> None:
         logger.warning("the manifest of the damaged checkpoint cannot be moved: %s", error)
 
 
-def prune(place: Storage, keep: int) -> None:
-    """Delete old checkpoints. Keep the newest `keep` checkpoints, and the best checkpoints that their manifests name.
+def prune(place: Storage, keep: int, claim: Claim) -> None:
+    """Delete all checkpoints except the newest `keep` and the best ones that these refer to.
 
-    A directory without a manifest is deleted only if it is older than these checkpoints. Another attempt may be writing
-    to a newer one.
+    Files of later steps, and those of newer groups of workers than `claim`, stay: somebody may be writing them.
     """
     steps = committed_steps(place)
     newest = steps[-keep:]
@@ -101,7 +101,11 @@ def prune(place: Storage, keep: int) -> None:
     names = {step_name(step) for step in kept}
     for directory in place.list_dirs():
         if directory.startswith(_PREFIX) and directory < step_name(newest[0]) and directory not in names:
-            place.delete_tree(directory)
+            attempts = place.list_dirs(directory)
+            for attempt in filter(claim.covers, attempts):
+                place.delete_tree(f"{directory}/{attempt}")
+            if all(map(claim.covers, attempts)):
+                place.delete_tree(directory)
 
 
 def _best_step(place: Storage, step: int) -> int | None:

@@ -11,6 +11,7 @@ from dpo_ray.errors import ArtifactError, InfrastructureError
 from .hashing import digest
 from .manifest import UNSOUND, committed_steps, read_manifest, reason_of, set_aside, step_name
 from .ranks import Ranks
+from .reader import read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class Soundness:
         try:
             manifest = self._ranks.first_does(lambda: read_manifest(self._place, step, self._identity))
             self._verify_files(manifest)
+            directory, files = self._place.child(manifest["directory"]), dict(manifest["files"])
+            self._ranks.first_does(lambda: _check_metadata(directory, files))
             best = manifest["best"]
             if best is not None and best["step"] != step:
                 self.read(best["step"])
@@ -120,6 +123,11 @@ def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | N
             f"rank {rank} cannot read a checkpoint file that rank 0 can read", where=directory.full_path(name), fix=fix
         )
     return None
+
+
+def _check_metadata(directory: Storage, digests: dict[str, str]) -> None:
+    """Raise ArtifactError if the metadata cannot be loaded, as where manifest and metadata were forged together."""
+    read_metadata(directory, digests)
 
 
 def _is_suspect(directory: Storage, name: str, known: str) -> bool:

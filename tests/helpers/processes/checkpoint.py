@@ -65,7 +65,12 @@ def rank_of_two(rank: int, world: int, directory: Path) -> None:
     with torch.no_grad():
         for p in policy.parameters():
             own_part(p).fill_(1)
+    read: list[str] = []
+    real = Storage.read_bytes
+    Storage.read_bytes = lambda self, name: read.append(name) or real(self, name)
     found["restored"] = [restored(), noted.taken()]
+    found["generators"] = [name for name in read if name.startswith("rng")]
+    Storage.read_bytes = real
     found["as it was"] = all(torch.equal(own_part(p), b) for p, b in zip(policy.parameters(), before, strict=True))
     noted.sees_otherwise = rank == 1
     try:
@@ -75,7 +80,7 @@ def rank_of_two(rank: int, world: int, directory: Path) -> None:
     noted.sees_otherwise = False
     found["and as it is"] = restored()
     if rank == 0:
-        file = directory / "checkpoints/step-000000002/a-1/__1_0.distcp"
+        file = directory / "checkpoints/step-000000002/attempt-000001/__1_0.distcp"
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)

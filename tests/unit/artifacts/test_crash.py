@@ -174,7 +174,7 @@ def test_no_space_for_the_bytes_themselves(tmp_path: Path, monkeypatch: pytest.M
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk_module, "open", lambda *a: Full(open(*a)), raising=False)  # noqa: SIM115
+        patch.setattr(disk_module, "open", lambda *a, **o: Full(open(*a, **o)), raising=False)  # noqa: SIM115
         with pytest.raises(ArtifactError, match="No space left") as caught:
             place.write("f", b"new")
     assert "free space" in caught.value.fix

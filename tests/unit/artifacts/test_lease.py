@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_living_holder_is_named(storage: Storage) -> None:
             pass
         assert f"{socket.gethostname()} pid {os.getpid()} since 20" in caught.value.what
         assert "lease-000001.json" in caught.value.where
-        assert "60 s" in caught.value.fix
+        assert "silent for 60 s" in caught.value.fix
     with Lease(storage, holder="night run") as lease:
         assert lease.token == 2
         with pytest.raises(LeaseError, match="held by night run"):
@@ -125,36 +126,139 @@ def _rewrite(storage: Storage, number: int, **changes: object) -> None:
     storage.write(name, json.dumps(json.loads(storage.read_bytes(name)) | changes).encode())
 
 
+class Clock:
+    """The seconds since a machine was started; sleeping passes at once, and `meanwhile` happens during it."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.now, self.slept, self._meanwhile = 1000.0, 0.0, meanwhile
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now, self.slept = self.now + seconds, self.slept + seconds
+        self._meanwhile()
+
+
+def _contender(storage: Storage, clock: Clock) -> Lease:
+    return Lease(storage, clock=clock, sleep=clock.sleep)
+
+
+ELSEWHERE = {"host": "elsewhere", "boot": "b", "pid": 1, "started": "1"}
+
+
 def _elsewhere(storage: Storage, **changes: object) -> None:
     """Leave the lease of a process of another machine."""
     with Lease(storage, holder="user@elsewhere pid 1"):
-        process = {"host": "elsewhere", "boot": "b", "pid": 1, "started": "1"}
-        record = json.loads(storage.read_bytes("lease-000001.json")) | {"process": process} | changes
+        record = json.loads(storage.read_bytes("lease-000001.json")) | {"process": ELSEWHERE} | changes
     storage.write("lease-000001.json", json.dumps(record).encode())
 
 
-def test_the_lease_of_another_machine_is_free_when_its_heartbeat_is_old(storage: Storage) -> None:
+def test_the_lease_of_another_machine_is_free_after_a_time_to_live_of_silence(storage: Storage) -> None:
     _elsewhere(storage)
-    with pytest.raises(LeaseError, match="elsewhere"):
-        Lease(storage).__enter__()
-    _rewrite(storage, 1, heartbeat_unix_seconds=time.time() - 62)
-    with pytest.raises(LeaseError, match="elsewhere"):  # within the difference of clocks
-        Lease(storage).__enter__()
-    _rewrite(storage, 1, heartbeat_unix_seconds=time.time() - 70)
-    with Lease(storage) as lease:
+    clock = Clock()
+    with _contender(storage, clock) as lease:
         assert lease.token == 2
+    assert 60 <= clock.slept <= 66
+
+
+def test_a_holder_elsewhere_that_writes_its_heartbeat_is_refused_at_its_next_one(storage: Storage) -> None:
+    _elsewhere(storage)
+    beats = 0
+
+    def meanwhile() -> None:
+        nonlocal beats
+        if clock.slept >= 20 * (beats + 1):
+            beats += 1
+            _rewrite(storage, 1, heartbeats=beats)
+
+    clock = Clock(meanwhile)
+    with pytest.raises(LeaseError, match="elsewhere"):
+        _contender(storage, clock).__enter__()
+    assert 20 <= clock.slept <= 23
+
+
+@pytest.mark.parametrize("boot_seconds", [1e9, 0.0, -1e9, float("nan"), 10**400, None, "x"])
+def test_what_another_machines_clock_showed_decides_nothing(disk: Storage, boot_seconds: object) -> None:
+    _elsewhere(disk, heartbeat_boot_seconds=boot_seconds, heartbeat_unix_seconds=time.time() + 3600)
+    with _contender(disk, Clock()) as lease:
+        assert lease.token == 2
+
+
+def test_a_contender_that_is_paused_while_it_watches_looks_again(disk: Storage) -> None:
+    """The pause is longer than the time to live: the holder wrote its heartbeat, and the contender did not see it."""
+    _elsewhere(disk)
+
+    def meanwhile() -> None:
+        _rewrite(disk, 1, heartbeats=1)
+        clock.now += 600
+
+    clock = Clock(meanwhile)
+    with pytest.raises(LeaseError, match="elsewhere"):
+        _contender(disk, clock).__enter__()
+
+
+def test_a_lease_that_is_released_while_it_is_watched_is_taken_at_once(storage: Storage) -> None:
+    _elsewhere(storage)
+    clock = Clock(lambda: _rewrite(storage, 1, released=True))
+    with _contender(storage, clock) as lease:
+        assert lease.token == 2
+    assert clock.slept < 6
+
+
+@pytest.mark.parametrize("step_seconds", [3600.0, -3600.0])
+def test_a_step_of_the_wall_clock_takes_no_run_from_a_living_holder(
+    disk: Storage, monkeypatch: pytest.MonkeyPatch, step_seconds: float
+) -> None:
+    with Lease(disk) as lease:
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + step_seconds)
+        with pytest.raises(LeaseError):
+            Lease(disk, sleep=lambda _: pytest.fail("a living holder of this machine is refused at once")).__enter__()
+        lease.check()
+
+
+def test_a_stopped_holder_of_this_machine_loses_the_run_after_its_time_to_live(disk: Storage) -> None:
+    """Its process lives, and writes no heartbeat: stopped by a signal, or hung."""
+    clock = Clock()
+    stopped = Lease(disk, ttl_seconds=60, clock=clock)
+    with stopped:
+        clock.now += 59
+        with pytest.raises(LeaseError):
+            _contender(disk, clock).__enter__()
+        assert clock.slept == 0
+        clock.now += 2
+        with _contender(disk, clock) as lease:
+            assert lease.token == 2
+            assert clock.slept >= 60, "it may have been suspended with its machine, and is about to go on"
+            with pytest.raises(LeaseError, match="lost the run"):
+                stopped.check()
+
+
+def test_a_holder_that_was_suspended_with_its_machine_keeps_the_run(disk: Storage) -> None:
+    clock = Clock()
+    with Lease(disk, ttl_seconds=60, clock=clock) as suspended:
+        clock.now += 7200
+        contender = _contender(disk, clock)
+        clock._meanwhile = lambda: suspended._refresh(released=False)
+        with pytest.raises(LeaseError, match="is held by"):
+            contender.__enter__()
+        suspended.check()
 
 
 def test_a_pid_that_was_used_again_holds_nothing(disk: Storage) -> None:
     me = Process.current()
-    record = {"released": False, "heartbeat_unix_seconds": time.time(), "ttl_seconds": 60.0}
     same = {"host": me.host, "boot": me.boot, "pid": me.pid, "started": me.started}
-    assert not is_free({**record, "process": same}, time.time())
-    assert is_free({**record, "process": {**same, "started": "1"}}, time.time())
-    assert is_free({**record, "process": {**same, "pid": 2**22 + 1}}, time.time())
-    assert not is_free({**record, "process": {**same, "pid": 2**22 + 1, "boot": "other"}}, time.time())
-    assert is_free({**record, "released": True, "process": same}, time.time())
-    assert is_free({}, time.time())
+    assert not is_free({"released": False, "process": same})
+    assert is_free({"process": {**same, "started": "1"}})
+    assert is_free({"process": {**same, "pid": 2**22 + 1}})
+    assert not is_free({"process": {**same, "pid": 2**22 + 1, "boot": "other"}})
+    assert is_free({"released": True, "process": same})
+    disk.write("lease-000001.json", b"{}")
+    clock = Clock()
+    with _contender(disk, clock) as lease:  # a record that names no time to live blocks nobody
+        assert lease.token == 2
+    assert clock.slept < 1
 
 
 def test_the_heartbeat_goes_on_and_finds_a_successor(storage: Storage) -> None:
@@ -205,26 +309,34 @@ def test_a_heartbeat_that_fails_costs_nothing_if_the_next_one_is_written(
         monkeypatch.undo()
 
 
-def test_check_asks_the_storage_after_a_pause(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Lease(disk, ttl_seconds=300) as lease:
-        disk.create("lease-000002.json", b"{}")
-        lease.check()  # the last heartbeat is young
-        later = time.time() + 400
-        monkeypatch.setattr(time, "time", lambda: later)
-        with pytest.raises(LeaseError):
+def test_check_reads_the_lease_each_time(storage: Storage) -> None:
+    with Lease(storage, ttl_seconds=300) as lease:
+        lease.check()
+        storage.create("lease-000002.json", b"{}")
+        with pytest.raises(LeaseError, match="lost the run"):
             lease.check()
+
+
+def test_a_driver_whose_number_another_one_has_after_the_files_were_deleted_by_hand_lost_the_run(disk: Storage) -> None:
+    with Lease(disk, ttl_seconds=300) as first:
+        disk.delete("lease-000001.json")
+        with Lease(disk, ttl_seconds=300) as second:
+            assert second.token == first.token == 1
+            first._refresh(released=False)
+            second.check()
+            with pytest.raises(LeaseError, match="lost the run"):
+                first.check()
+    assert json.loads(disk.read_bytes("lease-000001.json"))["nonce"] == second._record["nonce"]
 
 
 def test_check_does_not_pass_while_the_storage_cannot_be_asked(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(disk, ttl_seconds=300) as lease:
-        later = time.time() + 400
 
         def fails(*_, **__):
             raise OSError(5, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(time, "time", lambda: later)
-            patch.setattr(os, "fsync", fails)
+            patch.setattr(os, "walk", fails)
             with pytest.raises(ArtifactError):
                 lease.check()
             assert not lease.lost

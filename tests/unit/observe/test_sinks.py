@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_ray.artifacts import storage as storage_module
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import TrainError, WriteRefusedError
 from dpo_ray.observe import sinks as sinks_module
@@ -57,7 +58,8 @@ def test_workers_that_begin_again_within_a_run_leave_no_step_twice(tmp_path: Pat
         for step in (3, 4, 5):
             sinks.write(row(step, 0.2))
     assert written(tmp_path) == [(1, 0.1), (2, 0.1), (3, 0.2), (4, 0.2), (5, 0.2)]
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    files = list((tmp_path / "tensorboard").iterdir())
+    assert [oct(path.stat().st_mode) for path in (tmp_path / "tensorboard", *files)] == ["0o40700"] + 2 * ["0o100600"]
 
 
 def test_what_the_file_held_before_does_not_count(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_a_full_disk_is_one_error_and_hides_no_earlier_one(
     in_flight: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Storage, "write", lambda self, name, data: self.append(name, data))
-    monkeypatch.setattr(Path, "open", lambda *_: full())
+    monkeypatch.setattr(storage_module, "open", lambda *_, **__: full(), raising=False)
     expected = TrainError if in_flight else WriteRefusedError
 
     def train() -> None:

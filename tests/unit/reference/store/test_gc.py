@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +209,66 @@ def test_a_partition_without_a_sound_segment_goes(store: ReferenceStore) -> None
     age(store, DAY)
     assert done(store) == [("deleted", 1, "all: it contains no valid segment")]
     assert not store.partition.local_path().exists()
+
+
+@pytest.mark.parametrize("options", [{"force": True}, {"unused_days": 30}])
+def test_what_a_run_adds_to_a_partition_that_is_being_deleted_stays(
+    options: dict, store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins just after the partition was looked at: one segment is complete, and another is being written."""
+    append(store, [1])
+    store.partition.local_path(append(store, [1])).write_bytes(b"")
+    if "force" in options:
+        store.partition.local_path(store.segments()[0]).write_bytes(b"")
+    age(store, 40 * DAY)
+    real = gc._drop
+
+    def added_before(*arguments: Any) -> Any:
+        append(store, [2])
+        (store.partition.local_path() / ".tmp-0123456789abcdef").write_bytes(b"x")
+        return real(*arguments)
+
+    monkeypatch.setattr(gc, "_drop", added_before)
+    assert len(done(store, **options)) == 1
+    assert held(store, [1, 2]) == [None, [-3.0, -3.0]]
+    assert {".tmp-0123456789abcdef", "about.json"} < set(files(store))
+
+
+def test_a_partition_to_which_a_run_is_writing_its_first_segment_stays(
+    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(store, [1])
+    age(store, 40 * DAY)
+    real = gc._drop
+
+    def begun_before(*arguments: Any) -> Any:
+        (store.partition.local_path() / ".tmp-0123456789abcdef").write_bytes(b"x")
+        return real(*arguments)
+
+    monkeypatch.setattr(gc, "_drop", begun_before)
+    assert len(done(store, unused_days=30)) == 1
+    assert files(store) == [".tmp-0123456789abcdef", "about.json", "used.json"]
+
+
+def test_a_run_reads_and_writes_while_the_store_is_cleared(store: ReferenceStore) -> None:
+    ended, failures = threading.Event(), []
+
+    def clear_again_and_again() -> None:
+        while not ended.is_set():
+            try:
+                clear(store.root, force=True)
+            except Exception as error:  # an error in a thread would be lost
+                failures.append(error)
+
+    cleaner = threading.Thread(target=clear_again_and_again)
+    cleaner.start()
+    for n in range(20):
+        append(store, range(3 * n, 3 * n + 5))
+        assert held(store, range(3 * n + 5)) == [[-1.0 - k] * 2 for k in range(3 * n + 5)]
+    ended.set()
+    cleaner.join()
+    assert failures == []
+    assert held(store, range(62)) == [[-1.0 - n] * 2 for n in range(62)]
 
 
 def test_directories_that_are_no_partitions_are_not_touched(tmp_path: Path) -> None:

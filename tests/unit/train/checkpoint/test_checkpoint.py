@@ -328,8 +328,8 @@ def test_a_manifest_that_cannot_be_read_is_passed_over(disk: Storage, caplog) ->
 def test_what_is_saved_is_the_state_at_the_call(place: Storage) -> None:
     """Weights change right after, while the files are being written: what is read back is what was there before."""
     policy, optimizer = make()
-    checkpoints = Checkpoints(place, "a-1", 2)
     for step in range(6):
+        checkpoints = Checkpoints(place, "a-1", 2)
         advance(policy, optimizer, step)
         before = state_of(policy, optimizer)
         checkpoints.save(policy, optimizer, Progress(step + 1), [])
@@ -361,12 +361,18 @@ def test_the_random_generators_go_on_where_they_were(place: Storage) -> None:
     assert [draws(), float(np.random.standard_normal())] == expected
 
 
-def test_another_number_of_ranks_seeds_the_random_generators_by_seed_rank_and_step(disk: Storage) -> None:
+@pytest.mark.parametrize("states", [["rng-0.json", "rng-1.json"], ["rng.json"]])  # the latter of an earlier version
+def test_without_a_state_for_each_rank_the_random_generators_are_seeded_by_seed_rank_and_step(
+    states: list[str], disk: Storage
+) -> None:
     policy, optimizer = make()
     run(Checkpoints(disk, "a-1", 2), 0, [4], policy, optimizer)
-    generators = disk.child("step-000000004", "a-1")
-    generators.write("rng.json", json.dumps(2 * json.loads(generators.read_bytes("rng.json"))).encode())
-    resign(disk.local_path(), files=digests(disk.local_path() / "step-000000004" / "a-1"))
+    generators = disk.child("step-000000004", "attempt-000001")
+    state = generators.read_bytes("rng-0.json")
+    generators.delete("rng-0.json")
+    for name in states:
+        generators.write(name, state)
+    resign(disk.local_path(), files=digests(disk.local_path() / "step-000000004" / "attempt-000001"))
     Checkpoints(disk, "a-2", 2, seed=5).load_newest(policy, optimizer)
     found = draws()
     seed_rank(5, 0, 4)
@@ -407,19 +413,19 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_not_gone_on_from(disk: Storag
     """The best weights could not be exported at the end: training goes back to before them, and makes them again."""
     saved_with_best(disk, [(1, 1), (3, 3), (4, 3), (5, 3)])
     assert committed_steps(disk) == [3, 4, 5]
-    (file,) = (disk.local_path() / "step-000000003").rglob("rng.json")
+    (file,) = (disk.local_path() / "step-000000003").rglob("rng-0.json")
     file.write_bytes(b"")
     policy, optimizer = make(9)
     checkpoints = Checkpoints(disk, "a-2", 2)
-    with pytest.raises(ArtifactError, match=r"rng\.json is not what was written"):
+    with pytest.raises(ArtifactError, match=r"rng-0\.json is not what was written"):
         checkpoints.load(policy, optimizer, 3)
     assert checkpoints.load_newest(policy, optimizer) == Progress()
     assert committed_steps(disk) == []
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_at_the_next_boundary(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file, where a directory is needed")
     checkpoints, (policy, optimizer) = Checkpoints(Storage(tmp_path / "checkpoints"), "a-1", 2), make()
+    (tmp_path / "checkpoints" / "step-000000001").write_text("a file, where a directory is needed")
     advance(policy, optimizer, 0)
     checkpoints.save(policy, optimizer, Progress(1), [])
     with pytest.raises(ArtifactError, match="could not be written"):

@@ -19,7 +19,7 @@ from tests.helpers.processes.checkpoint import rank_of_two
 from tests.helpers.ranks import run_ranks
 from tests.unit.train.checkpoint.test_checkpoint import advance, make, run, same, state_of
 
-FILES = {".metadata", "__0_0.distcp", "__1_0.distcp", "rng.json"}
+FILES = {".metadata", "__0_0.distcp", "__1_0.distcp", "rng-0.json", "rng-1.json"}
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +51,28 @@ def test_the_manifest_s_digests_are_those_of_the_files(two_ranks: Path) -> None:
     assert set(files) == FILES
 
 
+def test_all_of_a_checkpoint_is_the_users_alone(two_ranks: Path) -> None:
+    modes = {(path.is_dir(), oct(path.stat().st_mode & 0o7777)) for path in (two_ranks / "checkpoints").rglob("*")}
+    assert modes == {(True, "0o700"), (False, "0o600")}
+
+
 def test_each_rank_hashes_what_it_wrote(found: list[dict[str, Any]]) -> None:
     for step in (1, 2):
         first, second = (of_rank[f"saved {step}"] for of_rank in found)
         assert second == [f"step-{step:09d}/__1_0.distcp"]
-        assert first == [f"step-{step:09d}/{name}" for name in sorted(FILES - {"__1_0.distcp"})]
+        assert first == [f"step-{step:09d}/{name}" for name in (".metadata", "__0_0.distcp")]
 
 
 def test_each_file_is_verified_by_one_rank_and_once(found: list[dict[str, Any]]) -> None:
     (step, first), (other_step, second) = (of_rank["restored"] for of_rank in found)
     assert step == other_step == 2
     assert sorted(first + second) == sorted(f"step-{s:09d}/{name}" for s in (1, 2) for name in FILES)
-    assert len(first) == len(second)
+    assert len(first) - len(second) == 2, "of five files, one rank verifies three"
     assert all(of_rank["as it was"] for of_rank in found)
+
+
+def test_each_rank_reads_the_state_of_its_own_random_generators_alone(found: list[dict[str, Any]]) -> None:
+    assert [of_rank["generators"] for of_rank in found] == [["rng-0.json"], ["rng-1.json"]]
 
 
 def test_the_verdict_is_of_all_ranks(two_ranks: Path, found: list[dict[str, Any]]) -> None:
@@ -139,7 +148,7 @@ def test_no_checkpoint_is_verified_twice_in_a_restore(disk: Storage, monkeypatch
         advance(policy, optimizer, step)
         checkpoints.save(policy, optimizer, Progress(step, best=Best(1, 0.5)), [])
     checkpoints.finish()
-    disk.child("step-000000001", "a-1").write("rng.json", b"")
+    disk.child("step-000000001", "attempt-000001").write("rng-0.json", b"")
     real, hashed = verify.digest, []
 
     def noted(directory: Storage, name: str) -> str:
@@ -149,5 +158,5 @@ def test_no_checkpoint_is_verified_twice_in_a_restore(disk: Storage, monkeypatch
     monkeypatch.setattr(verify, "digest", noted)
     assert Checkpoints(disk, "a-2", 3).load_newest(*make(9)) == Progress()
     # rank 0 looks once more at the file that is suspect
-    assert sorted(hashed) == sorted([*set(hashed), disk.full_path("step-000000001/a-1/rng.json")])
+    assert sorted(hashed) == sorted([*set(hashed), disk.full_path("step-000000001/attempt-000001/rng-0.json")])
     assert len(set(hashed)) == 9

@@ -44,7 +44,7 @@ def test_files_are_those_of_saves_that_plan_each_time(tmp_path: Path, monkeypatc
     monkeypatch.setattr(checkpoint, "SharedPlanner", lambda owner: DefaultSavePlanner())
     run(Checkpoints(Storage(tmp_path / "anew"), "a-1", 5), 0, [1, 2, 3], *make())
     for step in (1, 2, 3):
-        shared, anew = (tmp_path / place / f"step-{step:09d}/a-1" for place in ("shared", "anew"))
+        shared, anew = (tmp_path / place / f"step-{step:09d}/attempt-000001" for place in ("shared", "anew"))
         assert (shared / "__0_0.distcp").read_bytes() == (anew / "__0_0.distcp").read_bytes()
         known, expected = (FileSystemReader(place).read_metadata() for place in (shared, anew))
         assert known.state_dict_metadata == expected.state_dict_metadata

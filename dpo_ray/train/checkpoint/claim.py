@@ -1,0 +1,64 @@
+"""The claim of a group of workers on the checkpoints of a run: of all groups, only the newest commits and prunes.
+
+<place>/claims/000002.json      the second group; its files are in <place>/step-.../attempt-000002/
+
+A group is restarted when one of its nodes no longer answers, or when its driver does not. Its processes may be alive
+nevertheless, and write on: but only to directories of their own number, which no newer group reads or writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from dpo_ray.artifacts.storage import Storage
+from dpo_ray.errors import LeaseError
+
+MAX_TRIES = 20
+_FOLDER = "claims"
+_CLAIM = re.compile(rf"{_FOLDER}/(\d{{6,}})\.json")
+_DIRECTORY = re.compile(r"attempt-(\d{6,})")
+
+
+class Claim:
+    """The right of one group of workers to commit checkpoints, until a newer group claims it."""
+
+    def __init__(self, place: Storage, attempt: str) -> None:
+        """Claim the next number in `place`. `attempt` names the training for people who read the claim.
+
+        Raises:
+            LeaseError: other groups keep claiming it.
+        """
+        self._place = place
+        for _ in range(MAX_TRIES):
+            self.number = _newest(place) + 1
+            try:
+                place.create(f"{_FOLDER}/{self.number:06d}.json", json.dumps({"attempt": attempt}).encode())
+            except FileExistsError:  # another group, or a request of ours that was sent twice: the next number is free
+                continue
+            return
+        raise LeaseError("other groups of workers keep claiming the checkpoints", where=place.uri)
+
+    @property
+    def directory(self) -> str:
+        """Return the name that the group's directories have; no other group writes in them."""
+        return f"attempt-{self.number:06d}"
+
+    def check(self) -> None:
+        """Raise LeaseError if a newer group of workers has claimed the checkpoints, or they were deleted."""
+        if _newest(self._place) != self.number:
+            raise LeaseError(
+                "these workers were replaced: a newer group of workers continues the training",
+                where=self._place.uri,
+                fix="let it continue; it resumed from the checkpoints that were committed before",
+            )
+
+    def covers(self, directory: str) -> bool:
+        """Return whether a directory is of this group or an older one; a directory without a number is older."""
+        found = _DIRECTORY.fullmatch(directory)
+        return found is None or int(found[1]) <= self.number
+
+
+def _newest(place: Storage) -> int:
+    claims = (_CLAIM.fullmatch(name) for name in place.list_files(_FOLDER))
+    return max((int(claim[1]) for claim in claims if claim), default=0)
