@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from dpo_ray.errors import DpoRayError, LeaseError
+from dpo_ray.errors import ArtifactError, DpoRayError, LeaseError
 
 from .process import Process, user_name
 from .storage import Storage
@@ -70,9 +70,12 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
-        """Acquire the lease. Raises a LeaseError that names the holder if a live driver holds it.
+        """Acquire the lease.
 
-        If the holder is on another machine, or silent, this takes up to the holder's time to live.
+        If the holder is on another machine, or does not write its heartbeat, this takes up to the holder's time to live.
+
+        Raises:
+            LeaseError: a driver that is still alive holds the lease; the message names it.
         """
         for _ in range(MAX_TRIES):
             highest = self._highest()
@@ -101,18 +104,31 @@ class Lease:
         self._pid = 0
 
     def check(self) -> None:
-        """Raise LeaseError if another driver has taken over the run; call this before every commit.
+        """Check that this driver still holds the run. Call this before every commit.
 
         The lease is read from the storage each time: a driver that was paused cannot know for how long.
+
+        Raises:
+            LeaseError: another driver has taken over the run.
+            ArtifactError: the lease file is gone, and so probably the storage.
         """
         with self._lock:
             self.lost = self.lost or not self._is_held()
         if self.lost:
-            raise LeaseError(
-                f"this driver lost the run: another driver took over lease {self.token}",
+            raise self._loss()
+
+    def _loss(self) -> DpoRayError:
+        if self._highest() < self.token:
+            return ArtifactError(
+                f"the run's directory is gone, or was emptied: {_file_name(self.token)}, which this driver wrote, is missing",
                 where=self.storage.uri,
-                fix="let the other driver continue; it uses everything that this driver has committed",
+                fix="mount or restore the storage, then run the same command again: it continues from what was committed",
             )
+        return LeaseError(
+            f"this driver lost the run: another driver took over lease {self.token}",
+            where=self.storage.uri,
+            fix="let the other driver continue; it uses everything that this driver has committed",
+        )
 
     def _wait_until_free(self, number: int) -> None:
         """Return as soon as a lease may be taken over; raise LeaseError if its holder is alive."""
@@ -142,7 +158,7 @@ class Lease:
         return 0 <= self._clock() - _seconds(record, "heartbeat_boot_seconds") <= _seconds(record, "ttl_seconds")
 
     def _is_held(self) -> bool:
-        """Return whether the storage still names this lease. Files that were deleted by hand count as a successor."""
+        """Return whether this lease is the one with the highest number. It is not if its file was deleted by hand."""
         if self._highest() != self.token:
             return False
         record = self._read(self.token)

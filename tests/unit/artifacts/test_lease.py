@@ -329,6 +329,21 @@ def test_a_driver_whose_number_another_one_has_after_the_files_were_deleted_by_h
     assert json.loads(disk.read_bytes("lease-000001.json"))["nonce"] == second._record["nonce"]
 
 
+def test_a_directory_that_is_gone_is_no_other_driver(tmp_path: Path) -> None:
+    """An unmounted disk leaves an empty directory, in which everything else could be written."""
+    place = tmp_path / "run"
+    with Lease(Storage(place), ttl_seconds=300) as lease:
+        lease.check()
+        place.rename(tmp_path / "unmounted")
+        place.mkdir()
+        with pytest.raises(ArtifactError, match="is gone, or was emptied"):
+            lease.check()
+        place.rmdir()
+        (tmp_path / "unmounted").rename(place)
+        with pytest.raises(LeaseError, match="lost the run"):  # what was written meanwhile is unknown
+            lease.check()
+
+
 def test_check_does_not_pass_while_the_storage_cannot_be_asked(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with Lease(disk, ttl_seconds=300) as lease:
 
