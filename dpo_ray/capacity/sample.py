@@ -19,6 +19,7 @@ from dpo_ray.data.pairing import paired
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Piece, Shard
 from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.data.tokenizing.template_process import TemplateProcess
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.models.load import model_directory
 from dpo_ray.run.planning import Plan
@@ -41,14 +42,15 @@ def sampled_workload(recipe: Recipe, plan: Plan) -> Workload | None:
     tokenizer = load_tokenizer(str(model_directory(recipe.model)))
     sampled: list[TokenGroup] = []
     known, unknown, rows = 0, 0, 0
-    for shard in shards[:MOST_SHARDS]:
-        batch = [row for _, row in next(read_batches(Piece(shard), SAMPLE_ROWS), [])]
-        texts = [_text(row, shard, recipe) for row in batch]
-        tokenized = tokenize_groups(texts, tokenizer, plan.checked.template, recipe.data)
-        sampled += [group for group in tokenized if isinstance(group, TokenGroup)]
-        rows += len(batch)
-        count = _rows_of(shard, batch)
-        known, unknown = known + (count or 0), unknown + (count is None)
+    with TemplateProcess() as process:
+        for shard in shards[:MOST_SHARDS]:
+            batch = [row for _, row in next(read_batches(Piece(shard), SAMPLE_ROWS), [])]
+            texts = [_text(row, shard, recipe) for row in batch]
+            tokenized = tokenize_groups(texts, tokenizer, plan.checked.template, recipe.data, process)
+            sampled += [group for group in tokenized if isinstance(group, TokenGroup)]
+            rows += len(batch)
+            count = _rows_of(shard, batch)
+            known, unknown = known + (count or 0), unknown + (count is None)
     if not sampled:
         return None
     total = (known + unknown * ASSUMED_ROWS) * len(shards) / min(len(shards), MOST_SHARDS)

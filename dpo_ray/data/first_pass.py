@@ -24,6 +24,7 @@ from dpo_ray.config.data import DataConfig
 from dpo_ray.data.formats.read import text_group
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.template_process import TemplateProcess
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 
 from .admission import DETAIL_CHARACTERS, Rejected, printable, sample_of
@@ -91,10 +92,11 @@ def _divided(
     """Tokenize a part's rows; return the sound groups, their ordinals, and a quarantine row for each other row."""
     tokenizer = _tokenizer(task.tokenizer_dir)
     # `auto` if the model's files were not available when the plan was made
-    template = resolve_template("auto", tokenizer) if task.template == "auto" else task.template
+    template = _own_template(task.tokenizer_dir) if task.template == "auto" else task.template
     texts = [_text_group(row, shard, task) for _, row in rows]
     groups, ordinals, quarantined = [], [], []
-    for (ordinal, row), result in zip(rows, tokenize_groups(texts, tokenizer, template, task.config), strict=True):
+    results = tokenize_groups(texts, tokenizer, template, task.config, _template_process())
+    for (ordinal, row), result in zip(rows, results, strict=True):
         if isinstance(result, TokenGroup):
             groups.append(result)
             ordinals.append(ordinal)
@@ -113,6 +115,15 @@ def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, A
 @functools.lru_cache(maxsize=2)
 def _tokenizer(tokenizer_dir: str):
     return load_tokenizer(tokenizer_dir)
+
+
+@functools.lru_cache(maxsize=2)
+def _own_template(tokenizer_dir: str) -> str:
+    return resolve_template("auto", _tokenizer(tokenizer_dir))
+
+
+# One for all parts of a worker: it starts with the first template, and ends when the worker does.
+_template_process = functools.cache(TemplateProcess)
 
 
 def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Rejected:

@@ -24,6 +24,7 @@ from dpo_ray.data.groups import TextGroup, TokenGroup
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Shard, pieces
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
+from dpo_ray.data.tokenizing.template_process import TemplateProcess
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.errors import DataError
 
@@ -80,15 +81,17 @@ def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]
     ids: list[list[int]] = []
     answers: list[str | None] = []
     count = 0
-    for rows in _batches(shard, task):
-        count += len(rows)
-        texts = [_text(row, shard) for row in rows]
-        for row, result in zip(rows, tokenize_groups(texts, tokenizer, template, task.config), strict=True):
-            if isinstance(result, TokenGroup):
-                ids.append(result.prompt_ids.tolist())
-                answers.append(_answer(row))
-            else:
-                reasons[result.reason] += 1
+    with TemplateProcess() as process:
+        for rows in _batches(shard, task):
+            count += len(rows)
+            texts = [_text(row, shard) for row in rows]
+            results = tokenize_groups(texts, tokenizer, template, task.config, process)
+            for row, result in zip(rows, results, strict=True):
+                if isinstance(result, TokenGroup):
+                    ids.append(result.prompt_ids.tolist())
+                    answers.append(_answer(row))
+                else:
+                    reasons[result.reason] += 1
     return pa.table({"prompt_ids": ids, "answer": answers}, schema=SOURCE), reasons, count
 
 
