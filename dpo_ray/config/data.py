@@ -11,6 +11,7 @@ from .base import StrictModel, field_error
 from .sources import Sources
 
 EVAL = "eval"
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 class PairingConfig(StrictModel):
@@ -84,7 +85,7 @@ class DataConfig(StrictModel):
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Further variables for the template, such as enable_thinking; those of a row take precedence."""
 
-    chat_template_date: datetime.date = datetime.date(2024, 7, 26)
+    chat_template_date: datetime.date = TEMPLATE_DATE
     """The date for templates that use today's date, so that the same data gives the same tokens on every day."""
 
     max_length_tokens: int = Field(default=1024, gt=1)

@@ -108,6 +108,11 @@ def _template_with_tools(template: str, tokenizer: PreTrainedTokenizerBase | Non
     return own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
 
 
+def template_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the variables that every template has: the special tokens by name, and no documents."""
+    return {"documents": None, **tokenizer.special_tokens_map}
+
+
 class Rendered(NamedTuple):
     """The prompt's text, and for each completion the text of the whole conversation, which begins with the prompt."""
 
@@ -124,11 +129,7 @@ class Renderer:
         self.is_plain = template == PLAIN
         self._process, self._config = process, config
         self._templates = (template, _template_with_tools(template, tokenizer))
-        self._variables = {
-            "documents": None,
-            **tokenizer.special_tokens_map,
-            **config.chat_template_kwargs,
-        }
+        self._variables = {**template_variables(tokenizer), **config.chat_template_kwargs}
         self._name = (
             "the tokenizer's chat template" if config.chat_template == AUTO else f"the template {config.chat_template}"
         )
@@ -170,7 +171,7 @@ class Renderer:
 
     def _checked(self, group: TextGroup, asked: Asked, answer: Answer) -> Rendered:
         prompt, wholes = self._text_of(answer, 0), []
-        for number, (messages, _) in enumerate(asked.texts[1:], start=1):
+        for number, (messages, _) in enumerate(asked.conversations[1:], start=1):
             whole = self._text_of(answer, number)
             if not whole.startswith(prompt):
                 raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import pickle  # noqa: TID251 - only the process that we start reads it; what it answers is text
 import signal
@@ -13,31 +14,19 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import dpo_ray
 from dpo_ray.data.groups import Message
 from dpo_ray.errors import InfrastructureError
 
 from .sandbox import MAX_CHARACTERS
-from .template_program import (
-    DONE,
-    ERROR,
-    FRAME,
-    INVALID,
-    LIMIT,
-    MEMORY_BYTES,
-    OUT_OF_MEMORY,
-    REQUEST,
-    TEXT,
-    TEXT_SECONDS,
-)
+from .template_program import DONE, ENDS, ERROR, LIMIT, MEMORY_BYTES, OUT_OF_MEMORY, REPLY, REQUEST, TEXT_SECONDS
 
 WAIT_SECONDS = 60.0
-"""Wall-clock time without an answer after which the process is killed: the limits of a process that sleeps or stands."""
+"""Wall-clock time without an answer after which the process is killed: the limit of a process that sleeps or stands."""
 
 REQUEST_BYTES = 2**18  # of groups that are sent at once
-_KINDS = (TEXT, DONE, LIMIT, ERROR, INVALID)
 _PROGRAM = "dpo_ray.data.tokenizing.template_program"
 _KEPT = ("LD_LIBRARY_PATH", "PYTHONHOME")  # without which some Pythons do not start; nothing else is passed on
 
@@ -47,14 +36,14 @@ class Asked(NamedTuple):
 
     template: int
     variables: Mapping[str, Any]
-    texts: Sequence[tuple[Sequence[Message], bool]]  # messages, add_generation_prompt
+    conversations: Sequence[tuple[Sequence[Message], bool]]  # messages, add_generation_prompt
 
 
 class Answer(NamedTuple):
     """The texts of a group up to the first that failed. `end`: DONE, or LIMIT, ERROR or INVALID (the template)."""
 
     texts: list[str]
-    end: bytes = DONE
+    end: str = DONE
     detail: str = ""
 
 
@@ -69,11 +58,16 @@ class TemplateProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        self._one_by_one = False
 
     def __enter__(self) -> TemplateProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, if it was started."""
         with self._lock:
             self._end()
 
@@ -98,35 +92,54 @@ class TemplateProcess:
         Raises:
             InfrastructureError: the process does not start.
         """
-        packed = _packed(groups)
+        packed = _packed(groups[:1] if self._one_by_one else groups)
         if not packed:
             return [Answer([], ERROR, "a value of the row cannot be given to a template")]
-        request = pickle.dumps((tuple(templates), date, shared, packed), pickle.HIGHEST_PROTOCOL)
         with self._lock:
             try:
-                return self._answers(request, len(packed))
+                return self._answers((tuple(templates), date, shared, packed), groups[: len(packed)])
+            except _Ended as ended:
+                if len(packed) == 1:
+                    return [Answer([], LIMIT, str(ended))]
             except BaseException:
                 self._end()  # what it has not answered yet would be taken for the answer to the next request
                 raise
+            # One of several groups has ended it, which is not known: from now on they are sent one by one.
+        self._one_by_one = True
+        return self.render(templates, date, shared, groups[:1])
 
-    def _answers(self, request: bytes, count: int) -> list[Answer]:
+    def _answers(self, request: tuple[Any, ...], groups: Sequence[Asked]) -> list[Answer]:
         if self._process is None or self._process.poll() is not None:
             self._end()
             self._start()
-        answers: list[Answer] = []
-        texts: list[str] = []
+        data = pickle.dumps(request, pickle.HIGHEST_PROTOCOL)
         try:
-            self._channel.sendall(REQUEST.pack(len(request)) + request)
-            while len(answers) < count and not (answers and answers[-1].end == LIMIT):
-                kind, text = _frame(self._replies)
-                if kind == TEXT:
-                    texts.append(text)
-                else:
-                    answers.append(Answer(texts, kind, text))
-                    texts = []
-        except (OSError, EOFError, ValueError) as error:  # OSError includes timeouts
-            answers.append(Answer(texts, LIMIT, self._cause(error)))
-        return answers
+            self._channel.sendall(REQUEST.pack(len(data)) + data)
+            return self._reply(groups)
+        except (OSError, EOFError, ValueError, TypeError) as error:  # OSError includes timeouts
+            raise _Ended(self._cause(error)) from None
+
+    def _reply(self, groups: Sequence[Asked]) -> list[Answer]:
+        """Read a reply.
+
+        Raises:
+            EOFError: the process has ended.
+            ValueError, TypeError: it wrote something else than a reply.
+        """
+        head_bytes, body_bytes = REPLY.unpack(self._read(REPLY.size))
+        counts = [1 + len(group.conversations) for group in groups]
+        # a head has a word and a few digits; a body ends with the group in which it exceeds MAX_CHARACTERS
+        if head_bytes > 2 + 16 * sum(counts, len(counts)) or body_bytes > 4 * MAX_CHARACTERS * (
+            1 + max(counts, default=0)
+        ):
+            raise ValueError("too long")
+        return _parsed(self._read(head_bytes), self._read(body_bytes), counts)
+
+    def _read(self, size_bytes: int) -> bytes:
+        data = self._replies.read(size_bytes)
+        if len(data) < size_bytes:
+            raise EOFError
+        return data
 
     def _cause(self, error: Exception) -> str:
         """End the process, and describe how the text that it rendered has exceeded its limits."""
@@ -147,9 +160,9 @@ class TemplateProcess:
         )
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        root = str(Path(dpo_ray.__file__).parents[1])
-        path = os.pathsep.join([root, *(os.path.abspath(place) for place in sys.path)])
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(WAIT_SECONDS)
+        self._replies = self._channel.makefile("rb", REQUEST_BYTES)
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-P", "-m", _PROGRAM],
@@ -157,32 +170,42 @@ class TemplateProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd="/",
-                env={"PYTHONPATH": path, **{name: os.environ[name] for name in _KEPT if name in os.environ}},
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C is for those who wait for the texts
             )
-        self._channel = ours
-        self._channel.settimeout(WAIT_SECONDS)
-        self._replies = ours.makefile("rb")
-        try:
-            _frame(self._replies)
-        except (OSError, EOFError, ValueError):
-            said = self._end().decode("utf-8", "replace").strip().splitlines()
-            raise InfrastructureError(
-                f"the process that renders chat templates does not start: {said[-1] if said else 'it says nothing'}",
-                where=sys.executable,
-                fix=f"try {sys.executable} -m {_PROGRAM}",
-            ) from None
+        assert self._process.stderr is not None  # noqa: S101 - it is a pipe
+        with self._process.stderr as said:
+            try:
+                self._reply([])
+            except (OSError, EOFError, ValueError):
+                self._process.kill()
+                lines = said.read().decode("utf-8", "replace").strip().splitlines()
+                raise InfrastructureError(
+                    f"the process that renders chat templates does not start: {lines[-1] if lines else 'it says nothing'}",
+                    where=sys.executable,
+                    fix=f"try {sys.executable} -m {_PROGRAM}",
+                ) from None
 
-    def _end(self) -> bytes:
-        """Kill the process, if there is one; return what it wrote to standard error."""
-        if self._process is None:
-            return b""
-        self._process.kill()
-        _, said = self._process.communicate()
-        self._replies.close()
-        self._channel.close()
-        self._process = None
-        return said
+    def _end(self) -> None:
+        """Kill the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._replies.close()
+            self._channel.close()
+            self._process = None
+
+
+def _environment() -> dict[str, str]:
+    """Return where modules are found, and nothing that could be secret."""
+    path = [os.path.abspath(place) for place in (*sys.path, Path(dpo_ray.__file__).parents[1])]
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    # A value of a Parquet row can be one of pandas, which would start threads; they need memory.
+    return {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", **kept}
+
+
+class _Ended(Exception):
+    """Raised where the process has ended, or was killed, instead of an answer."""
 
 
 def _packed(groups: Sequence[Asked]) -> list[bytes]:
@@ -200,21 +223,22 @@ def _packed(groups: Sequence[Asked]) -> list[bytes]:
     return packed
 
 
-def _frame(replies: IO[bytes]) -> tuple[bytes, str]:
-    """Read a frame: its kind, and its text.
+def _parsed(head: bytes, body: bytes, counts: Sequence[int]) -> list[Answer]:
+    """Parse a reply. Others may have taken over the program that wrote it, so nothing is taken for granted.
 
     Raises:
-        EOFError: the process has ended.
-        ValueError: it wrote something else than a frame.
+        ValueError, TypeError: it is none.
     """
-    kind, size_bytes = FRAME.unpack(_exactly(replies, FRAME.size))
-    if size_bytes > 4 * MAX_CHARACTERS or kind not in _KINDS:
-        raise ValueError("no frame")
-    return kind, _exactly(replies, size_bytes).decode("utf-8", "surrogatepass")
-
-
-def _exactly(replies: IO[bytes], size_bytes: int) -> bytes:
-    data = replies.read(size_bytes)
-    if len(data) < size_bytes:
-        raise EOFError
-    return data
+    heads, text = json.loads(head), body.decode("utf-8", "surrogatepass")
+    answers, begin = [], 0
+    for (end, *lengths), count in zip(heads, counts, strict=False):
+        if end not in ENDS or not 1 <= len(lengths) <= count:
+            raise ValueError("no answer to this group")
+        texts = []
+        for length in lengths:
+            texts.append(text[begin : begin + length])
+            begin += length
+        answers.append(Answer(texts[:-1], end, texts[-1]))
+    if counts and not answers:
+        raise ValueError("no answer")
+    return answers

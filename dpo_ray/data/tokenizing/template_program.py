@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import gc
+import json
 import os
 import pickle  # noqa: TID251 - what is read here was written by the process that started this one
 import resource
@@ -16,21 +18,21 @@ import signal
 import socket
 import struct
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import jinja2
 
-from dpo_ray.data.tokenizing.sandbox import TextTooLong, compile_template
+from dpo_ray.data.tokenizing.sandbox import MAX_CHARACTERS, TextTooLong, compile_template
 
 TEXT_SECONDS = 1.0
 """CPU time to compile a template, or to render one text: a thousand times as long as long conversations need."""
 
 MEMORY_BYTES = 2**30
 OUT_OF_MEMORY = 3  # exit code
-
-TEXT, DONE, LIMIT, ERROR, INVALID = b"T", b"D", b"L", b"E", b"I"
-REQUEST, FRAME = struct.Struct(">Q"), struct.Struct(">cI")  # the size of a request; the kind and the size of a frame
 DETAIL_CHARACTERS = 200
+
+DONE, LIMIT, ERROR, INVALID = ENDS = ("done", "limit", "error", "invalid")
+REQUEST, REPLY = struct.Struct(">Q"), struct.Struct(">QQ")  # the sizes of what follows
 
 _compiled = functools.lru_cache(maxsize=8)(compile_template)
 
@@ -38,28 +40,25 @@ _compiled = functools.lru_cache(maxsize=8)(compile_template)
 def main() -> None:
     """Answer requests, which come on the socket that is standard input, until its other end is closed."""
     _limit_resources()
-    with (
-        socket.socket(fileno=os.dup(0)) as channel,
-        channel.makefile("rb") as requests,
-        channel.makefile("wb") as answers,
-    ):
-        _write(answers, DONE)  # ready
-        answers.flush()
-        os.dup2(1, 2)  # nobody reads warnings about a template
+    channel = socket.socket(fileno=0)
+    channel.sendall(_packed([], []))  # ready
+    os.dup2(1, 2)  # nobody reads warnings about a template
+    gc.freeze()
+    gc.set_threshold(50_000)  # a request makes many objects, and few cycles
+    with channel.makefile("rb") as requests:
         while head := requests.read(REQUEST.size):
             try:
-                _answer(requests.read(REQUEST.unpack(head)[0]), answers)
+                channel.sendall(_reply(requests.read(REQUEST.unpack(head)[0])))
             except MemoryError:
                 os._exit(OUT_OF_MEMORY)
 
 
 def _limit_resources() -> None:
-    """Limit memory; write no file and no core dump; start no process. The system may ignore or refuse some of it."""
+    """Limit memory; write no file and no core dump. The system may ignore or refuse some of it."""
     for limit, value in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
     ):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, (value, value))
@@ -67,33 +66,39 @@ def _limit_resources() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
 
 
-def _answer(request: bytes, answers: IO[bytes]) -> None:
-    """Answer each group of texts with a frame for each text, up to the first that fails, and one that ends the group."""
+def _reply(request: bytes) -> bytes:
+    """Render the groups of a request, up to one that exceeds its limits, or until there is much to send."""
     templates, date, shared, groups = pickle.loads(request)  # noqa: S301 - as above
+    heads: list[list[Any]] = []
+    texts: list[str] = []
+    characters = 0
     for packed in groups:
-        number, variables, texts = pickle.loads(packed)  # noqa: S301 - as above
-        kind, detail = _rendered(templates[number], date, {**shared, **variables}, texts, answers)
+        number, variables, conversations = pickle.loads(packed)  # noqa: S301 - as above
+        rendered: list[str] = []
+        end, detail = _render(templates[number], date, {**shared, **variables}, conversations, rendered)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(answers, kind, detail)
-        answers.flush()  # the next text may end this process
-        if kind == LIMIT:
-            return
+        rendered.append(detail)
+        heads.append([end, *map(len, rendered)])
+        texts += rendered
+        characters += sum(heads[-1][1:])
+        if end == LIMIT or characters > MAX_CHARACTERS:
+            break
+    return _packed(heads, texts)
 
 
-def _rendered(
-    template: str, date: datetime.date, variables: dict[str, Any], texts: Sequence[Any], answers: IO[bytes]
-) -> tuple[bytes, str]:
-    """Write the texts that can be rendered; return how the group ends, and why."""
+def _render(
+    template: str, date: datetime.date, variables: dict[str, Any], conversations: Sequence[Any], rendered: list[str]
+) -> tuple[str, str]:
+    """Append the texts that can be rendered; return how the group ends, and the detail."""
     try:
         signal.setitimer(signal.ITIMER_PROF, TEXT_SECONDS)
         try:
             render = _compiled(template, date)
         except jinja2.TemplateSyntaxError as error:
             return INVALID, f"{error.message} (line {error.lineno})"[:DETAIL_CHARACTERS]
-        for messages, add_generation_prompt in texts:
+        for variables["messages"], variables["add_generation_prompt"] in conversations:
             signal.setitimer(signal.ITIMER_PROF, TEXT_SECONDS)
-            text = render({**variables, "messages": messages, "add_generation_prompt": add_generation_prompt})
-            _write(answers, TEXT, text)
+            rendered.append(render(variables))
     except TextTooLong as error:
         return LIMIT, str(error)
     except MemoryError:
@@ -103,9 +108,10 @@ def _rendered(
     return DONE, ""
 
 
-def _write(answers: IO[bytes], kind: bytes, text: str = "") -> None:
-    data = text.encode("utf-8", "surrogatepass")
-    answers.write(FRAME.pack(kind, len(data)) + data)
+def _packed(heads: Sequence[Sequence[Any]], texts: Sequence[str]) -> bytes:
+    """Write a reply: for each group how it ends and the lengths of its texts and its detail; then these as one text."""
+    head, body = json.dumps(heads).encode(), "".join(texts).encode("utf-8", "surrogatepass")
+    return REPLY.pack(len(head), len(body)) + head + body
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def test_what_templates_do(template: str, expected: str, process: TemplateProces
         ),
     ],
 )
-def test_errors_say_what_is_wrong(template: str, end: bytes, detail: str, process: TemplateProcess):
+def test_errors_say_what_is_wrong(template: str, end: str, detail: str, process: TemplateProcess):
     result = answer(process, template)
     assert (result.end, result.texts) == (end, [])
     assert result.detail.startswith(detail)
@@ -271,7 +271,12 @@ def test_it_is_told_no_secret(monkeypatch: pytest.MonkeyPatch):
         (child,) = started() - before
         environment = Path(f"/proc/{child.pid}/environ").read_bytes()
     assert b"CANARY" not in environment
-    assert {entry.partition(b"=")[0] for entry in environment.split(b"\0")} <= {b"", b"PYTHONPATH", b"LD_LIBRARY_PATH"}
+    assert {entry.partition(b"=")[0] for entry in environment.split(b"\0")} <= {
+        b"",
+        b"PYTHONPATH",
+        b"OMP_NUM_THREADS",
+        b"LD_LIBRARY_PATH",
+    }
 
 
 @pytest.mark.parametrize("text", ["", LOOP])
