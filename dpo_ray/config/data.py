@@ -13,6 +13,7 @@ from .sources import Sources
 
 EVAL = "eval"
 NAMED_TEMPLATE = re.compile(r"name:(\w[\w.-]*)", re.ASCII)  # one of several templates of a tokenizer
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 def names_no_file(chat_template: str) -> bool:
@@ -101,7 +102,7 @@ class DataConfig(StrictModel):
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Further variables for the template, such as enable_thinking. Variables that a row sets take precedence."""
 
-    chat_template_date: datetime.date = datetime.date(2024, 7, 26)
+    chat_template_date: datetime.date = TEMPLATE_DATE
     """The date for templates that use today's date, so that the same data gives the same tokens on every day."""
 
     max_length_tokens: int = Field(default=1024, gt=1, le=MOST_TOKENS)

@@ -75,7 +75,7 @@ REASONS: dict[str, Reason] = {
     # rendering and tokens
     "TEMPLATE_ERROR": _fault("the chat template refused the conversation"),
     "DROPPED_BY_TEMPLATE": _fault("the chat template does not write a part of the conversation"),
-    "TEMPLATE_LIMIT": _fault("rendering took too long, or produced too much text"),
+    "TEMPLATE_LIMIT": _fault("rendering took too long, needed too much memory, or produced too much text"),
     "PREFIX_BROKEN": _fault("the rendered conversation does not begin with the rendered prompt, as text or as tokens"),
     "NO_RESPONSE_TOKENS": _rule("as tokens, a completion is empty, or two completions are the same after truncation"),
     "PROMPT_TOO_LONG": _rule("the prompt is longer than data.max_prompt_tokens, or fills data.max_length_tokens"),

@@ -24,6 +24,7 @@ from dpo_ray.config.data import DataConfig
 from dpo_ray.data.formats.read import text_group
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolved
+from dpo_ray.data.tokenizing.template_process import TemplateProcess
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 
 from .admission import DETAIL_CHARACTERS, Rejected, printable, sample_of
@@ -115,7 +116,8 @@ def tokenized(rows: Sequence[Any], shard: Shard, task: PrepareTask) -> list[Toke
     """Read, render and tokenize rows of a shard; a row that is not admitted is `Rejected` at its position."""
     tokenizer = _tokenizer(task.tokenizer_dir)
     texts = [_text_group(row, shard, task) for row in rows]
-    return tokenize_groups(texts, tokenizer, resolved(task.template, tokenizer), task.config)
+    template = _template(task.tokenizer_dir, task.template)
+    return tokenize_groups(texts, tokenizer, template, task.config, _template_process())
 
 
 def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, Any]:
@@ -127,6 +129,15 @@ def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, A
 @functools.lru_cache(maxsize=2)
 def _tokenizer(tokenizer_dir: str):
     return load_tokenizer(tokenizer_dir)
+
+
+@functools.lru_cache(maxsize=2)
+def _template(tokenizer_dir: str, template: str) -> str:
+    return resolved(template, _tokenizer(tokenizer_dir))
+
+
+# One process for all parts of a worker: it starts with the first template, and ends when the worker ends.
+_template_process = functools.cache(TemplateProcess)
 
 
 def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Rejected:

@@ -26,6 +26,7 @@ from dpo_ray.data.groups import TextGroup, TokenGroup
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import Piece, Shard, pieces
 from dpo_ray.data.tokenizing.chat import load_tokenizer, resolved
+from dpo_ray.data.tokenizing.template_process import TemplateProcess
 from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.errors import DataError
 
@@ -86,29 +87,33 @@ def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]
     ids: list[list[int]] = []
     answers: list[str | None] = []
     count = 0
-    for rows in _batches(shard, task):
-        count += len(rows)
-        for row, result in zip(rows, _tokenized(rows, shard, task), strict=True):
-            if isinstance(result, TokenGroup):
-                ids.append(result.prompt_ids.tolist())
-                answers.append(_answer(row))
-            else:
-                reasons[result.reason] += 1
+    with TemplateProcess() as process:
+        for rows in _batches(shard, task):
+            count += len(rows)
+            for row, result in zip(rows, _tokenized(rows, shard, task, process), strict=True):
+                if isinstance(result, TokenGroup):
+                    ids.append(result.prompt_ids.tolist())
+                    answers.append(_answer(row))
+                else:
+                    reasons[result.reason] += 1
     return pa.table({"prompt_ids": ids, "answer": answers}, schema=SOURCE), reasons, count
 
 
 def first_prompts(shard: Shard, rows: int, task: PrepareTask) -> tuple[int, int, Counter[str]]:
     """Read the first rows of a shard; return their number, how many have an answer, and why some have no prompt."""
     batch = [row for _, row in next(read_batches(Piece(shard), rows), [])]
-    results = _tokenized(batch, shard, task)
+    with TemplateProcess() as process:
+        results = _tokenized(batch, shard, task, process)
     answers = sum(isinstance(row, dict) and _answer(row) is not None for row in batch)
     return len(batch), answers, Counter(result.reason for result in results if isinstance(result, Rejected))
 
 
-def _tokenized(rows: Sequence[Any], shard: Shard, task: PrepareTask) -> list[TokenGroup | Rejected]:
+def _tokenized(
+    rows: Sequence[Any], shard: Shard, task: PrepareTask, process: TemplateProcess
+) -> list[TokenGroup | Rejected]:
     tokenizer = load_tokenizer(task.tokenizer_dir)
     template, controls = resolved(task.template, tokenizer), task.config.rules.control_characters
-    return tokenize_groups([_text(row, shard, controls) for row in rows], tokenizer, template, task.config)
+    return tokenize_groups([_text(row, shard, controls) for row in rows], tokenizer, template, task.config, process)
 
 
 def _batches(shard: Shard, task: PrepareTask) -> Iterator[list[Any]]:

@@ -84,6 +84,14 @@ def test_too_many_unsound_rows_stop_the_run_before_the_reference(tmp_path):
     assert run_storage(lenient).uri == run_storage(made).uri
 
 
+def test_a_template_that_always_exceeds_its_limits_stops_the_run(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content * 10**10 }}")
+    made = recipe(tmp_path, write_rows(tmp_path / "rows.jsonl", range(100)), f"data.chat_template={template}")
+    with pytest.raises(DataError, match=r"more than 20 rows.*needed more than 1,024 MiB of memory"):
+        prepared(made)
+
+
 def test_pieces_of_one_file_give_what_the_whole_gives(tmp_path, monkeypatch):
     from dpo_ray.data import stage
 

@@ -1,1 +1,1 @@
-"""Converts preference groups from text to token ids: chat templates in a sandbox, encoding, truncation."""
+"""The conversion of a group of texts to token ids: chat templates in a process with limits, encoding, truncation."""

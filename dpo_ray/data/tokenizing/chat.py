@@ -5,26 +5,28 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_ray.config.data import NAMED_TEMPLATE, DataConfig
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import Message, TextGroup
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, DataError
 
 from .dropped import REASONING, DropCheck, Tools
-from .sandbox import TextTooLong, compile_template
-from .watchdog import Watchdog
+from .template_process import Answer, Asked, TemplateProcess
+from .template_program import INVALID, LIMIT
+
+P = ParamSpec("P")
 
 PLAIN = "plain"
 AUTO = "auto"
-RENDER_SECONDS = 1.0  # CPU time for one text: a thousand times as long as long conversations need
+MAX_OVERRUNS = 20
+"""Rows of one task that may exceed the limits of a template: each costs a second, and there may be millions."""
 
 
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
@@ -53,24 +55,26 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
 def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
 
-    Without a tokenizer, because a hub model has not been downloaded yet, `auto` and `name:NAME` stay as they are.
+    Without a tokenizer, because a hub model has not been downloaded yet, `auto` stays `auto`.
 
     Raises:
-        ConfigError: the tokenizer has no such template; the file is missing or not UTF-8; not valid Jinja.
+        ConfigError: `auto` is set and the tokenizer has no template; the file is missing or not UTF-8; not valid Jinja, or
+            too much work to compile.
     """
     if choice == PLAIN or (is_unresolved(choice) and tokenizer is None):
         return choice
     own = None if tokenizer is None else tokenizer.chat_template
     text = _own_template(choice, own) if is_unresolved(choice) else _template_file(choice)
-    try:
-        compile_template(text, datetime.date.min)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the template is not valid: {error.message} (line {error.lineno})",
-            where=f"data.chat_template={choice}",
-            fix="correct the template",
-        ) from None
+    with TemplateProcess() as process:
+        for template in dict.fromkeys((text, _template_with_tools(text, tokenizer))):
+            if fault := process.fault(template, datetime.date.min):
+                raise _invalid(fault, choice)
     return text
+
+
+def _invalid(fault: str, choice: str) -> ConfigError:
+    where, fix = f"data.chat_template={choice}", "correct the template"
+    return ConfigError(f"the template is not valid: {fault}", where=where, fix=fix)
 
 
 def is_unresolved(template: str) -> bool:
@@ -117,6 +121,17 @@ def _template_file(choice: str) -> str:
         ) from None
 
 
+def _template_with_tools(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the template for conversations with tools: of several by name, transformers uses `tool_use` for them."""
+    own = None if tokenizer is None else tokenizer.chat_template
+    return own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
+
+
+def template_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the variables that every template has: the special tokens by name, and no documents."""
+    return {"documents": None, **tokenizer.special_tokens_map}
+
+
 class Rendered(NamedTuple):
     """The rendered prompt, and for each completion the rendered whole conversation, which begins with the prompt."""
 
@@ -125,59 +140,37 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Renders preference groups with one template, which is compiled once. The time and length of each text are limited."""
+    """A renderer of the preference groups of one task with one template, which runs in a process with limits."""
 
-    def __init__(self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(
+        self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, process: TemplateProcess
+    ) -> None:
         self.is_plain = template == PLAIN
-        self._variables = {
-            "documents": None,
-            **tokenizer.special_tokens_map,
-            **config.chat_template_kwargs,
-        }
-        own = tokenizer.chat_template
-        name = (
+        self._process, self._config = process, config
+        self._templates = (template, _template_with_tools(template, tokenizer))
+        self._variables = {**template_variables(tokenizer), **config.chat_template_kwargs}
+        self._name = (
             "the tokenizer's chat template" if config.chat_template == AUTO else f"the template {config.chat_template}"
         )
-        self._checks = (DropCheck(name), DropCheck(name)) if config.rules.dropped_content == "quarantine" else None
-        # if there are several named templates, transformers uses `tool_use` for conversations with tools
-        with_tools = (
-            own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
-        )
-        self._render, self._render_with_tools = (
-            None if self.is_plain else _compiled(text, config.chat_template_date) for text in (template, with_tools)
-        )
+        checked = config.rules.dropped_content == "quarantine"
+        self._checks = (DropCheck(self._name), DropCheck(self._name)) if checked else None
+        self._overruns = 0
 
-    def render(self, group: TextGroup, watchdog: Watchdog) -> Rendered:
-        """Render the prompt of a group, and the whole conversation with each completion.
+    def render(self, groups: Sequence[TextGroup]) -> list[Rendered | Rejected]:
+        """Render groups.
+
+        A group is rejected if the template refuses the conversation, takes too long, or needs too much memory; if the
+        whole conversation does not begin with the prompt; or if the text is not valid Unicode.
 
         Raises:
-            Rejected: the template raises an error, takes too long, produces too much text, or leaves out a part of the
-                conversation; the rendered conversation does not begin with the rendered prompt; or the text is not valid
-                Unicode.
+            ConfigError: the template is not valid.
+            DataError: the template exceeded its limits for too many groups.
         """
         if self.is_plain:
-            if self._checks is not None:
-                _check_plain(group)
-            prompt = _plain_prompt(group)
-            return Rendered(prompt, [_sound(prompt + _plain_text(completion)) for completion in group.completions])
-        turns = group.messages if group.messages is not None else group.prompt
-        messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
-        prompt = self._text(group, messages, watchdog, add_generation_prompt=True)
-        wholes = []
-        for completion in group.completions:
-            answer = _answer(completion, strip=group.messages is not None)
-            whole = self._text(group, [*messages, answer], watchdog, add_generation_prompt=False)
-            if not whole.startswith(prompt):
-                raise Rejected("PREFIX_BROKEN", "the template renders the prompt differently if an answer follows it")
-            if self._checks is not None:
-                again = functools.partial(self._again, group, watchdog)
-                self._checks[group.tools is not None].check([*messages, answer], group.tools, whole, again)
-            wholes.append(_sound(whole))
-        return Rendered(prompt, wholes)
-
-    def _again(self, group: TextGroup, watchdog: Watchdog, messages: Sequence[Message], tools: Tools) -> str:
-        changed = replace(group, tools=None if tools is None else tuple(tools))
-        return self._text(changed, list(messages), watchdog, add_generation_prompt=False)
+            return [_or_rejected(self._plain, group) for group in groups]
+        asked = [self._asked(group, _conversations(group)) for group in groups]
+        answers = self._answers(asked)
+        return [_or_rejected(self._checked, *three) for three in zip(groups, asked, answers, strict=True)]
 
     def user_turn(self) -> str:
         """Render a single user turn with the content `x`, to find out which tokens the template writes around a turn.
@@ -188,32 +181,74 @@ class Renderer:
             return ""
         group = TextGroup("x", ("y",), (1.0,))
         try:
-            with Watchdog(RENDER_SECONDS) as watchdog:
-                return self._text(group, [{"role": "user", "content": "x"}], watchdog, add_generation_prompt=False)
+            return self._text(group, [{"role": "user", "content": "x"}], None)
         except Rejected:
             return ""
 
-    def _text(
-        self, group: TextGroup, messages: list[Message], watchdog: Watchdog, *, add_generation_prompt: bool
-    ) -> str:
-        variables: dict[str, Any] = {
-            **self._variables,
-            **group.template_kwargs,
-            "messages": messages,
-            "tools": None if group.tools is None else list(group.tools),
-            "add_generation_prompt": add_generation_prompt,
-        }
-        render = self._render if group.tools is None else self._render_with_tools
-        assert render is not None  # noqa: S101 - not plain
-        try:
-            return watchdog.run(lambda: render(variables))
-        except (TextTooLong, TimeoutError, MemoryError) as error:
-            raise Rejected("TEMPLATE_LIMIT", f"the template {error}") from None
-        except Exception as error:  # a template is a program, and a row can make it raise anything
-            raise Rejected("TEMPLATE_ERROR", f"{type(error).__name__}: {error}"[:200]) from None
+    def _plain(self, group: TextGroup) -> Rendered:
+        if self._checks is not None:
+            _check_plain(group)
+        prompt = _plain_prompt(group)
+        return Rendered(prompt, [_sound(prompt + _plain_text(completion)) for completion in group.completions])
+
+    def _checked(self, group: TextGroup, asked: Asked, answer: Answer) -> Rendered:
+        prompt, wholes = self._text_of(answer, 0), []
+        for number, (messages, _) in enumerate(asked.conversations[1:], start=1):
+            whole = self._text_of(answer, number)
+            if not whole.startswith(prompt):
+                raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
+            if self._checks is not None:
+                again = functools.partial(self._text, group)
+                self._checks[group.tools is not None].check(messages, group.tools, whole, again)
+            wholes.append(_sound(whole))
+        return Rendered(prompt, wholes)
+
+    def _text(self, group: TextGroup, messages: Sequence[Message], tools: Tools) -> str:
+        """Render one conversation with the variables of a group."""
+        asked = self._asked(replace(group, tools=None if tools is None else tuple(tools)), [(messages, False)])
+        return self._text_of(self._answers([asked])[0], 0)
+
+    def _asked(self, group: TextGroup, texts: Sequence[tuple[Sequence[Message], bool]]) -> Asked:
+        tools = None if group.tools is None else list(group.tools)
+        return Asked(int(tools is not None), {**group.template_kwargs, "tools": tools}, texts)
+
+    def _answers(self, asked: Sequence[Asked]) -> list[Answer]:
+        answers: list[Answer] = []
+        date = self._config.chat_template_date
+        while len(answers) < len(asked):
+            answers += self._process.render(self._templates, date, self._variables, asked[len(answers) :])
+            self._overruns += answers[-1].end == LIMIT
+            if self._overruns > MAX_OVERRUNS:
+                raise DataError(
+                    f"rendering exceeded its limits for more than {MAX_OVERRUNS} rows: {self._name} {answers[-1].detail}",
+                    where=f"data.chat_template={self._config.chat_template}",
+                    fix="correct the template, or remove the rows for which it does too much work",
+                )
+        return answers
+
+    def _text_of(self, answer: Answer, number: int) -> str:
+        if number < len(answer.texts):
+            return answer.texts[number]
+        if answer.end == INVALID:
+            raise _invalid(answer.detail, self._config.chat_template)
+        if answer.end == LIMIT:
+            raise Rejected("TEMPLATE_LIMIT", f"the template {answer.detail}")
+        raise Rejected("TEMPLATE_ERROR", answer.detail)
 
 
-_compiled = functools.lru_cache(maxsize=8)(compile_template)
+def _or_rejected(render: Callable[P, Rendered], *args: P.args, **kwargs: P.kwargs) -> Rendered | Rejected:
+    try:
+        return render(*args, **kwargs)
+    except Rejected as rejected:
+        return rejected
+
+
+def _conversations(group: TextGroup) -> list[tuple[Sequence[Message], bool]]:
+    """List the conversations of a group: the prompt, for which the template opens an answer, and with each answer."""
+    turns = group.messages if group.messages is not None else group.prompt
+    messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
+    answers = [_answer(completion, strip=group.messages is not None) for completion in group.completions]
+    return [(messages, True), *(([*messages, answer], False) for answer in answers)]
 
 
 def _sound(text: str) -> str:

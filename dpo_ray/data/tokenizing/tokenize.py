@@ -15,23 +15,32 @@ from dpo_ray.config.data import DataConfig
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import TextGroup, TokenGroup
 
-from .chat import PLAIN, RENDER_SECONDS, Rendered, Renderer
+from .chat import PLAIN, Rendered, Renderer
 from .encode import Encoded, Encoder
 from .special_tokens import InjectionScan, control_tokens
+from .template_process import TemplateProcess
 from .truncate import truncate
 from .turn_end import TurnEnding, generation_ends
-from .watchdog import Watchdog
 
 
 def tokenize_groups(
-    groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, template: str, config: DataConfig
+    groups: Sequence[TextGroup | Rejected],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    config: DataConfig,
+    process: TemplateProcess,
 ) -> list[TokenGroup | Rejected]:
-    """Tokenize a batch of groups. The result of a group that is rejected, here or before, is a `Rejected`.
+    """Tokenize a batch; an item that was or becomes rejected is returned at its position as `Rejected`.
 
-    `template` is the chat template's text, or `plain`. The ids are those that the tokenizer produces for the rendered
-    conversation, up to the token that ends the answer's turn. The tokenizer must not be changed between calls.
+    `template` is the chat template's text, or `plain`; it runs in `process`. The ids are those that the tokenizer produces
+    for the rendered conversation, up to the token that ends the answer's turn. The tokenizer must not be changed between
+    calls.
+
+    Raises:
+        ConfigError: the template is not valid.
+        DataError: the template exceeded its limits for too many groups.
     """
-    renderer, encoder = Renderer(template, tokenizer, config), _encoder(tokenizer, template == PLAIN)
+    renderer, encoder = Renderer(template, tokenizer, config, process), _encoder(tokenizer, template == PLAIN)
     rendered = _rendered(groups, tokenizer, renderer, config)
     encoded = iter(encoder.encode([r for r in rendered if not isinstance(r, Rejected)]))
     ending = _turn_ending(tokenizer, renderer, encoder)
@@ -56,7 +65,9 @@ def stop_tokens(
 
     These are EOS, the token that the chat template writes after an answer, and the tokens that generation_config.json names.
     """
-    ending = _turn_ending(tokenizer, Renderer(template, tokenizer, config), _encoder(tokenizer, template == PLAIN))
+    with TemplateProcess() as process:
+        renderer = Renderer(template, tokenizer, config, process)
+        ending = _turn_ending(tokenizer, renderer, _encoder(tokenizer, template == PLAIN))
     own = () if ending.own_id is None else (ending.own_id,)
     return tuple(sorted({ending.eos_id, *own, *generation_ends(model_directory)}))
 
@@ -66,10 +77,8 @@ def _turn_ending(tokenizer: PreTrainedTokenizerBase, renderer: Renderer, encoder
     ending = TurnEnding(tokenizer, plain=renderer.is_plain)
     if renderer.is_plain:
         return ending
-    try:
-        with Watchdog(RENDER_SECONDS) as watchdog:
-            rendered = renderer.render(TextGroup("x", ("y",), (1.0,), (), ()), watchdog)
-    except Rejected:  # the template needs more than a question and an answer
+    (rendered,) = renderer.render([TextGroup("x", ("y",), (1.0,), (), ())])
+    if isinstance(rendered, Rejected):  # the template needs more than a question and an answer
         return ending
     (encoded,) = encoder.encode([rendered])
     return ending if isinstance(encoded, Rejected) else ending.after(encoded.completions[0])
@@ -79,21 +88,14 @@ def _rendered(
     groups: Sequence[TextGroup | Rejected], tokenizer: PreTrainedTokenizerBase, renderer: Renderer, config: DataConfig
 ) -> list[Rendered | Rejected]:
     scan = _injection_scan(tokenizer, renderer.user_turn()) if config.rules.special_tokens == "quarantine" else None
-    results: list[Rendered | Rejected] = []
-    with Watchdog(RENDER_SECONDS) as watchdog:
-        for group in groups:
-            if isinstance(group, Rejected):
-                results.append(group)
-                continue
-            token = None if scan is None else scan.first(group)
-            if token is not None:
-                results.append(Rejected("SPECIAL_TOKEN_INJECTION", f"the text holds {token}"))
-                continue
-            try:
-                results.append(renderer.render(group, watchdog))
-            except Rejected as rejected:
-                results.append(rejected)
-    return results
+    scanned = [_scanned(group, scan) for group in groups]
+    rendered = iter(renderer.render([group for group in scanned if not isinstance(group, Rejected)]))
+    return [group if isinstance(group, Rejected) else next(rendered) for group in scanned]
+
+
+def _scanned(group: TextGroup | Rejected, scan: InjectionScan | None) -> TextGroup | Rejected:
+    token = None if scan is None or isinstance(group, Rejected) else scan.first(group)
+    return group if token is None else Rejected("SPECIAL_TOKEN_INJECTION", f"the text holds {token}")
 
 
 def _token_group(group: TextGroup, encoded: Encoded, ending: TurnEnding, config: DataConfig) -> TokenGroup:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_ray.artifacts.digest import digest
+from dpo_ray.config.data import TEMPLATE_DATE
 from dpo_ray.config.judge import RewardModelJudge
 from dpo_ray.config.model import ModelConfig
-from dpo_ray.data.tokenizing.chat import load_tokenizer
+from dpo_ray.data.tokenizing.chat import AUTO, load_tokenizer, resolve_template, template_variables
+from dpo_ray.data.tokenizing.template_process import Asked, TemplateProcess
+from dpo_ray.data.tokenizing.template_program import DONE
 from dpo_ray.errors import ConfigError, JudgeError
 from dpo_ray.models.load import model_directory, model_identity, tokenizer_identity
 
@@ -39,6 +42,8 @@ class JudgeByRewardModel:
         with named_by_judge(config):
             directory = model_directory(ModelConfig(path=config.path, revision=config.revision))
             self._tokenizer = load_tokenizer(str(directory))
+            self._template = resolve_template(AUTO, self._tokenizer) if self._tokenizer.chat_template else None
+        self._process = TemplateProcess()
         self._tokenizer.padding_side = "right"
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self._model = _load(directory, dtype, place_of(config)).to(device).eval()  # type: ignore[arg-type]
@@ -56,11 +61,12 @@ class JudgeByRewardModel:
         return remembered(questions, self._memory, self._config.questions_per_batch, self._ask)
 
     def close(self) -> None:
+        self._process.close()
         del self._model
 
     def _ask(self, questions: Sequence[Question]) -> list[Verdict]:
         limit = self._config.max_length_tokens
-        rows = [_token_ids(self._tokenizer, q.prompt, c) for q in questions for c in q.completions]
+        rows = self._token_ids([(q.prompt, completion) for q in questions for completion in q.completions])
         fitting = sorted((i for i, row in enumerate(rows) if len(row) <= limit), key=lambda i: len(rows[i]))
         scores: dict[int, float] = {}
         for start in range(0, len(fitting), self._config.completions_per_batch):
@@ -74,6 +80,36 @@ class JudgeByRewardModel:
             reason = f"longer than max_length_tokens={limit}: {longest} tokens" if None in own else ""
             verdicts.append(Verdict(own, reason=reason))
         return verdicts
+
+    def _token_ids(self, conversations: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Tokenize by the model's chat template, else each as one text, or as two for encoders (like BERT).
+
+        Raises:
+            JudgeError: the template cannot write a conversation.
+        """
+        tokenizer: Any = self._tokenizer
+        if self._template is not None:
+            texts = self._rendered(self._template, conversations)
+            return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        if tokenizer.sep_token_id is not None:
+            return [tokenizer(prompt, completion)["input_ids"] for prompt, completion in conversations]
+        return [tokenizer(prompt + completion)["input_ids"] for prompt, completion in conversations]
+
+    def _rendered(self, template: str, conversations: Sequence[tuple[str, str]]) -> list[str]:
+        turns = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            for prompt, completion in conversations
+        ]
+        asked = [Asked(0, {"tools": None}, [(messages, False)]) for messages in turns]
+        texts: list[str] = []
+        variables = template_variables(self._tokenizer)
+        while len(texts) < len(asked):
+            for answer in self._process.render((template,), TEMPLATE_DATE, variables, asked[len(texts) :]):
+                if answer.end != DONE:
+                    fix = "use a reward model whose chat template accepts a question and an answer"
+                    raise JudgeError(f"its chat template: {answer.detail}", where=place_of(self._config), fix=fix)
+                texts += answer.texts
+        return texts
 
     @torch.inference_mode()
     def _scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -93,21 +129,6 @@ class JudgeByRewardModel:
             fix = "check that the model's weights are complete, and that it works in this dtype"
             raise JudgeError("the reward model gave a score that is not finite", where=place_of(self._config), fix=fix)
         return scores
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    """Tokenize a prompt and its completion with the model's chat template.
-
-    Without a template, they are tokenized as a pair of texts if the tokenizer has a separator token (encoders like
-    BERT), otherwise as one text.
-    """
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
-    if tokenizer.sep_token_id is not None:
-        return tokenizer(prompt, completion)["input_ids"]  # type: ignore[return-value]
-    return tokenizer(prompt + completion)["input_ids"]  # type: ignore[return-value]
 
 
 def _absent(rows: Sequence[Sequence[int]]) -> int:

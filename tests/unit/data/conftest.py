@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from dpo_ray.artifacts.store import Artifact, ArtifactStore
 from dpo_ray.artifacts.tables import read_table
 from dpo_ray.config.data import DataConfig
 from dpo_ray.config.model import ModelConfig
+from dpo_ray.data.admission import Rejected
 from dpo_ray.data.filters import load_filters
 from dpo_ray.data.first_pass import PrepareTask, commit_shard, prepare_piece
+from dpo_ray.data.groups import TextGroup, TokenGroup
 from dpo_ray.data.second_pass import PreparedShard, choose, commit_tokens, merge_part
 from dpo_ray.data.sources import Shard, list_shards, pieces
+from dpo_ray.data.tokenizing.template_process import TemplateProcess
+from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.models.load import model_directory
 from dpo_ray.report.samples import quarantine_examples
 
@@ -29,7 +34,14 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+template_process = functools.cache(TemplateProcess)  # one for all tests; it ends with them
 ROW = {"prompt": "Say it.", "chosen": "good", "rejected": "bad"}
+
+
+def tokenized_groups(
+    groups: Sequence[TextGroup | Rejected], tokenizer: Any, template: str, config: DataConfig
+) -> list[TokenGroup | Rejected]:
+    return tokenize_groups(groups, tokenizer, template, config, template_process())
 
 
 @pytest.fixture(scope="session")

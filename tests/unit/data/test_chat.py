@@ -11,10 +11,9 @@ import pytest
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import TextGroup
-from dpo_ray.data.tokenizing.chat import RENDER_SECONDS, Rendered, Renderer, load_tokenizer, resolve_template, resolved
-from dpo_ray.data.tokenizing.watchdog import Watchdog
+from dpo_ray.data.tokenizing.chat import Rendered, Renderer, load_tokenizer, resolve_template, resolved
 from dpo_ray.errors import ConfigError
-from tests.unit.data.conftest import CHATML
+from tests.unit.data.conftest import CHATML, template_process
 
 TOOL_CALL = {
     "role": "assistant",
@@ -41,8 +40,10 @@ def chatml(chatml_dir: str):
 
 def rendered(group: TextGroup, template: str, tokenizer, **config: Any) -> Rendered:
     data = DataConfig.model_validate({"train": "rows.jsonl", **config})
-    with Watchdog(RENDER_SECONDS) as watchdog:
-        return Renderer(template, tokenizer, data).render(group, watchdog)
+    (result,) = Renderer(template, tokenizer, data, template_process()).render([group])
+    if isinstance(result, Rejected):
+        raise result
+    return result
 
 
 def of_transformers(tokenizer, template: str | None, messages: list[dict], answer: dict, **variables: Any):

@@ -19,8 +19,8 @@ from dpo_ray.data.pairing import paired
 from dpo_ray.data.readers.rows import read_batches
 from dpo_ray.data.sources import list_shards, pieces
 from dpo_ray.data.tokenizing.chat import load_tokenizer
-from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from tests.helpers.published_rows import answer, published_row, read, reason, said, system, user
+from tests.unit.data.conftest import tokenized_groups
 
 PAIR = {"prompt": [user("q")], "chosen": [answer("good")], "rejected": [answer("bad")]}
 IMPLICIT = {"chosen": [user("q"), answer("good")], "rejected": [user("q"), answer("bad")]}
@@ -353,5 +353,5 @@ class TestTemplates:
     @staticmethod
     def tokenized(template: str, group: TextGroup, chatml_dir: str, **rules: str) -> TokenGroup | Rejected:
         config = DataConfig.model_validate({"train": "rows.jsonl", "rules": {"special_tokens": "allow", **rules}})
-        (result,) = tokenize_groups([group], load_tokenizer(chatml_dir), template, config)
+        (result,) = tokenized_groups([group], load_tokenizer(chatml_dir), template, config)
         return result

@@ -13,9 +13,8 @@ from dpo_ray.data.formats.read import text_group
 from dpo_ray.data.groups import TokenGroup
 from dpo_ray.data.pairing import paired
 from dpo_ray.data.tokenizing.chat import load_tokenizer
-from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from tests.helpers.published_rows import CHOSEN, PAIRS, PROMPT, REJECTED, UNPAIRED, published_row
-from tests.unit.data.conftest import CHATML
+from tests.unit.data.conftest import CHATML, tokenized_groups
 
 WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}" + CHATML.replace(
     "{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
@@ -30,7 +29,7 @@ def tokenizer(chatml_dir: str):
 def tokenized(rows: list[dict[str, Any]], tokenizer, template: str = CHATML) -> list[TokenGroup]:
     config = DataConfig.model_validate({"train": "unread.jsonl"})
     groups = [paired(text_group(row, "auto", Columns(), {}), config.pairing) for row in rows]
-    results = tokenize_groups(groups, tokenizer, template, config)
+    results = tokenized_groups(groups, tokenizer, template, config)
     assert [r for r in results if not isinstance(r, TokenGroup)] == []
     return results  # type: ignore[return-value]
 

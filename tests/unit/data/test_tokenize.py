@@ -17,9 +17,8 @@ from dpo_ray.data.admission import Rejected
 from dpo_ray.data.groups import TextGroup, TokenGroup
 from dpo_ray.data.schemas import SHARD, shard_table
 from dpo_ray.data.tokenizing.chat import load_tokenizer
-from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from dpo_ray.data.tokenizing.truncate import truncate
-from tests.unit.data.conftest import CHATML
+from tests.unit.data.conftest import CHATML, tokenized_groups
 
 TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
 TEMPLATES = {
@@ -44,7 +43,7 @@ def config(**data: Any) -> DataConfig:
 
 
 def tokenized(group: TextGroup, template: str, tokenizer, **data: Any) -> TokenGroup | Rejected:
-    return tokenize_groups([group], tokenizer, template, config(**{"max_length_tokens": 10**6, **data}))[0]
+    return tokenized_groups([group], tokenizer, template, config(**{"max_length_tokens": 10**6, **data}))[0]
 
 
 def reason(result: TokenGroup | Rejected) -> str | None:
@@ -100,7 +99,7 @@ def test_a_completion_that_the_template_does_not_write_is_none(chatml):
 
 def test_a_rejected_row_keeps_its_place_in_the_batch(chatml):
     bad = Rejected("NULL_FIELD")
-    results = tokenize_groups([pair(), bad, pair("Ho")], chatml, CHATML, config())
+    results = tokenized_groups([pair(), bad, pair("Ho")], chatml, CHATML, config())
     assert results[1] is bad
     assert chatml.decode(results[2].prompt_ids).count("Ho") == 1
 

@@ -17,8 +17,7 @@ from dpo_ray.data.groups import TextGroup
 from dpo_ray.data.tokenizing.byte_bpe import GPT2, Words
 from dpo_ray.data.tokenizing.chat import Rendered, load_tokenizer
 from dpo_ray.data.tokenizing.encode import Encoder, clean_starts
-from dpo_ray.data.tokenizing.tokenize import tokenize_groups
-from tests.unit.data.conftest import CHATML
+from tests.unit.data.conftest import CHATML, tokenized_groups
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "</s>")
@@ -286,7 +285,7 @@ def test_ids_are_those_of_the_rendered_whole(rows, name, rule, tokenizer):
         TextGroup(prompt, answers, (1.0, 0.0))
         for prompt, answers in ((prompt, (one, other)) for prompt, one, other in rows)
     ]
-    results = tokenize_groups(groups, tokenizer, TEMPLATES[name], config)
+    results = tokenized_groups(groups, tokenizer, TEMPLATES[name], config)
     for row, result in zip(rows, results, strict=True):
         if rule == "quarantine" and spells_a_special_token(tokenizer, *row):
             assert isinstance(result, Rejected)

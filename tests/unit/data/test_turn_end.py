@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.config.data import DataConfig
 from dpo_ray.data.groups import TextGroup, TokenGroup
 from dpo_ray.data.tokenizing.chat import load_tokenizer
-from dpo_ray.data.tokenizing.tokenize import stop_tokens, tokenize_groups
+from dpo_ray.data.tokenizing.tokenize import stop_tokens
+from tests.unit.data.conftest import tokenized_groups
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -37,7 +38,7 @@ def tokenizer(chatml_dir: str) -> PreTrainedTokenizerBase:
 def test_an_answer_ends_where_the_template_ends_it(
     template: str, answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    (group,) = tokenize_groups([TextGroup("Hi", (answer, "no"), (1.0, 0.0))], tokenizer, template, CONFIG)
+    (group,) = tokenized_groups([TextGroup("Hi", (answer, "no"), (1.0, 0.0))], tokenizer, template, CONFIG)
     assert isinstance(group, TokenGroup)
     assert tokenizer.decode(group.completion_ids[0]) == f"{answer}<|im_end|>"
 

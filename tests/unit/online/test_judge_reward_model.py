@@ -136,6 +136,24 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     assert caught.value.where.startswith("online.judge.path=")
 
 
+@pytest.mark.parametrize(
+    ("template", "detail"),
+    [
+        ("{{ raise_exception('no answers') }}", "TemplateError: no answers"),
+        ("{{ messages[0].content * 10**10 }}", "needed more than 1,024 MiB of memory"),
+    ],
+)
+def test_a_template_that_fails_stops_the_run(template: str, detail: str, tmp_path: Path) -> None:
+    with pytest.raises(JudgeError, match=f"its chat template: {detail}"):
+        judged(make(tmp_path / "model", 0, template), tmp_path / "memory", QUESTIONS)
+
+
+def test_a_template_that_is_not_valid_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the template is not valid") as caught:
+        judged(make(tmp_path / "model", 0, "{% for %}"), tmp_path / "memory", QUESTIONS)
+    assert caught.value.where.startswith("online.judge.path=")
+
+
 def test_a_score_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     path = make(tmp_path / "model", 0, None)
     model = LlamaForSequenceClassification.from_pretrained(path)

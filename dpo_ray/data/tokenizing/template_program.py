@@ -1,0 +1,118 @@
+"""The program that compiles and renders chat templates for a `TemplateProcess`, within limits that it sets for itself.
+
+The kernel enforces them, so nothing that a template calls can outlive them: not one step in C code, and not a constant
+expression, which Jinja computes when it compiles. A text that exceeds its CPU time ends this process (SIGPROF).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import gc
+import json
+import os
+import pickle  # noqa: TID251 - what is read here was written by the process that started this one
+import resource
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from dpo_ray.data.tokenizing.sandbox import MAX_CHARACTERS, TextTooLong, compile_template
+
+TEXT_SECONDS = 1.0
+"""CPU time to compile a template, or to render one text: a thousand times as long as long conversations need."""
+
+MEMORY_BYTES = 2**30
+OUT_OF_MEMORY = 3  # exit code
+DETAIL_CHARACTERS = 200
+
+DONE, LIMIT, ERROR, INVALID = ENDS = ("done", "limit", "error", "invalid")
+REQUEST, REPLY = struct.Struct(">Q"), struct.Struct(">QQ")  # the sizes of what follows
+
+_compiled = functools.lru_cache(maxsize=8)(compile_template)
+
+
+def main() -> None:
+    """Answer requests, which come on the socket that is standard input, until its other end is closed."""
+    _limit_resources()
+    channel = socket.socket(fileno=0)
+    channel.sendall(_packed([], []))  # ready
+    os.dup2(1, 2)  # nobody reads warnings about a template
+    gc.freeze()
+    gc.set_threshold(50_000)  # a request makes many objects, and few cycles
+    with channel.makefile("rb") as requests:
+        while head := requests.read(REQUEST.size):
+            try:
+                channel.sendall(_reply(requests.read(REQUEST.unpack(head)[0])))
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+
+
+def _limit_resources() -> None:
+    """Limit memory; write no file and no core dump. The system may ignore or refuse some of it."""
+    for limit, value in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(limit, (value, value))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+
+
+def _reply(request: bytes) -> bytes:
+    """Render the groups of a request, up to one that exceeds its limits, or until there is much to send."""
+    templates, date, shared, groups = pickle.loads(request)  # noqa: S301 - as above
+    heads: list[list[Any]] = []
+    texts: list[str] = []
+    characters = 0
+    for packed in groups:
+        number, variables, conversations = pickle.loads(packed)  # noqa: S301 - as above
+        rendered: list[str] = []
+        end, detail = _render(templates[number], date, {**shared, **variables}, conversations, rendered)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        rendered.append(detail)
+        heads.append([end, *map(len, rendered)])
+        texts += rendered
+        characters += sum(heads[-1][1:])
+        if end == LIMIT or characters > MAX_CHARACTERS:
+            break
+    return _packed(heads, texts)
+
+
+def _render(
+    template: str, date: datetime.date, variables: dict[str, Any], conversations: Sequence[Any], rendered: list[str]
+) -> tuple[str, str]:
+    """Append the texts that can be rendered; return how the group ends, and the detail."""
+    try:
+        signal.setitimer(signal.ITIMER_PROF, TEXT_SECONDS)
+        try:
+            render = _compiled(template, date)
+        except jinja2.TemplateSyntaxError as error:
+            return INVALID, f"{error.message} (line {error.lineno})"[:DETAIL_CHARACTERS]
+        for variables["messages"], variables["add_generation_prompt"] in conversations:
+            signal.setitimer(signal.ITIMER_PROF, TEXT_SECONDS)
+            rendered.append(render(variables))
+    except TextTooLong as error:
+        return LIMIT, str(error)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program, and a row can make it raise anything
+        return ERROR, f"{type(error).__name__}: {error}"[:DETAIL_CHARACTERS]
+    return DONE, ""
+
+
+def _packed(heads: Sequence[Sequence[Any]], texts: Sequence[str]) -> bytes:
+    """Write a reply: for each group how it ends and the lengths of its texts and its detail; then these as one text."""
+    head, body = json.dumps(heads).encode(), "".join(texts).encode("utf-8", "surrogatepass")
+    return REPLY.pack(len(head), len(body)) + head + body
+
+
+if __name__ == "__main__":
+    main()
