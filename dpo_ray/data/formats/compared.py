@@ -8,6 +8,7 @@ huggingface.co/datasets/lmsys/chatbot_arena_conversations.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from dpo_ray.data.admission import Rejected
@@ -24,8 +25,8 @@ SIDES = ("conversation_a", "conversation_b")
 """Columns with two whole conversations, each with another model. The last turns of the two are compared."""
 
 _WORDS = {
-    **dict.fromkeys(("model_a", "a", "left", "first", "response_1", "1"), 1),
-    **dict.fromkeys(("model_b", "b", "right", "second", "response_2", "2"), 2),
+    **dict.fromkeys(("model_a", "a", "left", "first"), 1),
+    **dict.fromkeys(("model_b", "b", "right", "second"), 2),
     **dict.fromkeys(("tie", "tie (bothbad)", "both_bad", "both", "bothbad", "equal"), 0),
 }
 _TIE, _FIRST, _SECOND = 0, 1, 2
@@ -46,12 +47,13 @@ def _agreed_verdict(fields: Fields) -> int:
         Rejected: BAD_LABEL or NULL_FIELD.
     """
     first = fields.column("preference")
-    verdict = _verdict(fields.need("preference", "BAD_LABEL"), first)
+    words = _words(fields)
+    verdict = _verdict(fields.need("preference", "BAD_LABEL"), first, words)
     for name in fields.names["preference"]:
         if name in (first, SAFER) or fields.row.get(name) is None:
             continue
         try:
-            other = _verdict(fields.row[name], name)
+            other = _verdict(fields.row[name], name, words)
         except Rejected:  # such as the name of a model, which tells nothing of the sides
             continue
         require(other == verdict, "BAD_LABEL", f"`{first}` and `{name}` contradict each other")
@@ -63,12 +65,23 @@ def _battle(fields: Fields) -> tuple[str | Conversation, tuple[str | Message, ..
     answers = tuple(last_turn(turns, side) for turns, side in zip(sides, ("chosen", "rejected"), strict=True))
     require(sides[0][:-1] == sides[1][:-1], "PROMPT_MISMATCH", "the conversations differ before their last turn")
     require(len(sides[0]) > 1, "MISSING_PROMPT", "each conversation is a single message, without a prompt")
+    beside = [name for name in fields.spread("completions") if fields.row.get(name)]
+    require(not beside, "UNKNOWN_FORMAT", f"the row has conversations and also {', '.join(beside)}"[:200])
     if (prompt := fields.get("prompt")) is not None:
         check_same_prompt(sound_text(prompt, fields.column("prompt")), sides[0][:-1])
     return with_system(sides[0][:-1], fields), answers
 
 
-def _verdict(value: Any, name: str) -> int:
+def _words(fields: Fields) -> dict[str, int]:
+    """Return the verdict that each word tells: it may name a completion's column, or the number at the end of that."""
+    columns = [name for name in fields.spread("completions") if fields.row.get(name) is not None]
+    numbers = [match[0] for name in columns if (match := re.search(r"[0-9]+$", name))]
+    numbers = numbers if len(numbers) == len(columns) == 2 else ["1", "2"]
+    sides = [*zip(columns, (_FIRST, _SECOND), strict=False), *zip(numbers, (_FIRST, _SECOND), strict=True)]
+    return _WORDS | {name.lower(): side for name, side in sides}
+
+
+def _verdict(value: Any, name: str, words: Mapping[str, int]) -> int:
     """Return 1 if the first completion is better, 2 if the second is better, and 0 for a tie.
 
     The column `name` decides how the value is read. In a column that ends with `_id`, 0 is the first completion and 1
@@ -81,8 +94,8 @@ def _verdict(value: Any, name: str) -> int:
     if name in STRENGTHS and _INTEGER.fullmatch(text):
         strength = int(text)
         return _TIE if strength == 0 else _FIRST if strength < 0 else _SECOND
-    if isinstance(value, str) and name not in STRENGTHS and text in _WORDS:
-        return _WORDS[text]
+    if isinstance(value, str) and name not in STRENGTHS and text in words:
+        return words[text]
     raise Rejected("BAD_LABEL", f"`{name}` is {value!r}, which does not show the better completion"[:200])
 
 

@@ -121,10 +121,15 @@ def check_context(fields: Fields, row_format: str) -> None:
     prompt = fields.get("prompt")
     if fields.columns.prompt or not isinstance(prompt, str) or row_format in WITHIN_COMPLETIONS:
         return
-    for name, kind in (("history", list | tuple), ("input", str)):
+    read = {fields.column(role) for role in ("prompt", "input", "query", "history") if role in fields.names}
+    for name, kind in (("history", list | tuple), ("input", str), ("query", str)):
         value = fields.row.get(name)
-        is_read = name in FORMATS[row_format].columns or name == fields.column("prompt")
-        if is_read or not isinstance(value, kind) or not value or (isinstance(value, str) and value.strip() in prompt):
+        if (
+            name in read
+            or not isinstance(value, kind)
+            or not value
+            or (isinstance(value, str) and value.strip() in prompt)
+        ):
             continue
         detail = f"the row has `{name}`, which the format {row_format} does not read: set `format`, or `columns.prompt`"
         raise Rejected("UNKNOWN_FORMAT", detail)

@@ -29,8 +29,9 @@ def swift(fields: Fields) -> TextGroup:
         query = sound_text(fields.need("query", "MISSING_PROMPT"), fields.column("query"))
         prompt = (*history(fields.get("history")), *user_turn(query))
         chosen = answer(fields.need("chosen", "MISSING_CHOSEN"), "chosen")
-    rejected = _rejected(fields.need("rejected", "MISSING_REJECTED"), prompt)
-    return TextGroup(with_system(prompt, fields), (chosen, rejected), (1.0, 0.0))
+    prompt = with_system(prompt, fields)
+    rejected = _rejected(fields.need("rejected", "MISSING_REJECTED"), prompt, fields)
+    return TextGroup(prompt, (chosen, rejected), (1.0, 0.0))
 
 
 def _check_same(fields: Fields, prompt: Conversation, chosen: str | Message) -> None:
@@ -43,12 +44,16 @@ def _check_same(fields: Fields, prompt: Conversation, chosen: str | Message) -> 
     require(same, "PROMPT_MISMATCH", f"`{fields.column('chosen')}` is not the last turn of the conversation")
 
 
-def _rejected(value: Any, prompt: Conversation) -> Any:
+def _rejected(value: Any, prompt: str | Conversation, fields: Fields) -> Any:
     """Read the rejected answer. It may also be the last turn of a conversation that begins with the prompt."""
     if not isinstance(value, list | tuple) or len(value) < 2:
         return answer(value, "rejected")
     turns = conversation(value, "rejected")
-    require(turns[:-1] == prompt, "PROMPT_MISMATCH", "chosen and rejected differ before their last turn")
+    require(
+        with_system(turns[:-1], fields) == prompt,
+        "PROMPT_MISMATCH",
+        "chosen and rejected differ before their last turn",
+    )
     return last_turn(turns, "rejected")
 
 

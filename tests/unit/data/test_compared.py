@@ -64,6 +64,18 @@ def test_a_verdict_that_names_neither_is_a_bad_label(column: str, value: Any) ->
     assert reason({**TWO, column: value}) == "BAD_LABEL"
 
 
+def test_a_word_may_name_the_column_of_the_better_one() -> None:
+    from_zero = {"prompt": "q", "response_0": "first", "response_1": "second"}
+    for row, names in ((from_zero, ("0", "1")), (TWO, ("1", "2"))):
+        assert [better({**row, "winner": name}) for name in names] == ["first", "second"]
+        assert [better({**row, "winner": f"response_{name}"}) for name in names] == ["first", "second"]
+    assert reason({**from_zero, "winner": "response_2"}) == reason({**from_zero, "winner": "2"}) == "BAD_LABEL"
+    group = read(
+        {"q": "q", "x": "a", "y": "b", "pick": "y"}, "compared", prompt="q", completions=("x", "y"), preference="pick"
+    )
+    assert group.verdicts == (2,)
+
+
 def test_columns_that_contradict_each_other_are_a_bad_label() -> None:
     assert reason({**TWO, "better_response_id": 0, "winner": "model_b"}) == "BAD_LABEL"
     assert reason({**TWO, "overall_preference": -1, "preference_strength": 1}) == "BAD_LABEL"
@@ -77,6 +89,7 @@ def test_a_prompt_beside_a_battle_is_that_of_its_conversations() -> None:
     row = published_row("chatbot_arena")
     assert read({**row, "prompt": "Which planet is the largest?"}) == read(row)
     assert reason({**row, "prompt": "something else"}) == "PROMPT_MISMATCH"
+    assert reason({**row, "response_0": "another", "response_1": "answer"}) == "UNKNOWN_FORMAT"
 
 
 def test_conversations_of_a_battle_may_be_text_that_holds_messages() -> None:
@@ -123,6 +136,12 @@ class TestSwift:
         assert reason({"messages": messages[1:], "rejected_response": "bad"}) == "MISSING_PROMPT"
         assert reason({"messages": [*messages, user("r")], "rejected_response": "bad"}) == "LAST_TURN_NOT_ASSISTANT"
         assert reason({"messages": messages, "rejected_response": "good"}) == "IDENTICAL_PAIR"
+
+    def test_the_rejected_conversation_may_have_the_system_text_as_well(self) -> None:
+        row = {"messages": [user("q"), answer("good")], "rejected_messages": [user("q"), answer("bad")], "system": "s"}
+        system = {"role": "system", "content": "s"}
+        assert read({**row, "rejected_messages": [system, *row["rejected_messages"]]}) == read(row)
+        assert read(row).prompt == (system, user("q"))
 
     def test_what_stands_beside_a_conversation_says_the_same(self) -> None:
         row = {"messages": [user("q"), answer("good")], "rejected_response": "bad"}

@@ -228,7 +228,7 @@ class TestWhatStandsBesideThePrompt:
             {"instruction": "q", "chosen_response": "a", "rejected_response": "b"},
         ],
     )
-    @pytest.mark.parametrize("beside", [{"history": [["hi", "hello"]]}, {"input": "this text"}])
+    @pytest.mark.parametrize("beside", [{"history": [["hi", "hello"]]}, {"input": "this text"}, {"query": "this text"}])
     def test_history_and_input_are_read_or_a_fault(self, row: dict[str, Any], beside: dict[str, Any]):
         assert reason({**row, **beside}) == "UNKNOWN_FORMAT"
         assert read({**row, **dict.fromkeys(beside)}) == read(row)

@@ -75,7 +75,8 @@ CONTENT: dict[str, dict[str, tuple[str, ...]]] = {
         "rejected": ("rejected", "rejected_response"),
     },
 }
-"""What docs/data.md lists as the columns of a format; of several names, the first that is not null."""
+"""What docs/data.md lists as the columns of a format; of several names, the first that is not null. Beside a prompt of text,
+a recognised format reads `history`, `input` and `query` too, or refuses the row."""
 
 NO_CONTENT = {
     "id", "tool_call_id", "weight", "type", "model", "overall_score", "score", "rating", "rank", "label", "kto_tag", "role", "from",
@@ -124,6 +125,11 @@ def content(case: Case) -> dict[str, set[str]]:
     for role, names in {**CONTENT[row_format], **EVERY}.items():
         mine = (case.roles[role],) if role in case.roles else names
         said[role] = words(next((row[n] for n in mine if row.get(n) is not None), None))
+    prompt = next((row[n] for n in CONTENT[row_format].get("prompt", ()) if row.get(n) is not None), None)
+    is_left_open = case.row_format == "auto" and "prompt" not in case.roles
+    if is_left_open and isinstance(prompt, str) and row_format != "implicit_messages":
+        for name, kind in (("history", list), ("input", str), ("query", str)):
+            said[name] = words(row[name]) if isinstance(row.get(name), kind) else set()
     return said
 
 
