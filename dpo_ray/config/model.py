@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,14 @@ class ModelConfig(StrictModel):
     """Compute type of training and scoring. auto: bfloat16 on a GPU, float32 on CPU. Master weights are float32."""
 
 
+def local_directory(path: str) -> Path:
+    """Return the absolute path of a recipe's `path`, which need not exist.
+
+    Unlike methods of Path, `os.path` raises no error for a user without a home or a name that is too long.
+    """
+    return Path(os.path.abspath(os.path.expanduser(path))).resolve()
+
+
 def is_hub_name(path: str) -> bool:
     """Return whether `path` means `organisation/name` on the hub rather than a file or directory."""
-    return HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+    return HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
