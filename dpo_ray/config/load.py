@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def read_recipe_values(path: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path, where: str) -> str:
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(
             "no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented recipe to start with"
         )

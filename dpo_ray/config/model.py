@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,14 @@ class ModelConfig(StrictModel):
     the optimizer updates are always float32."""
 
 
+def local_directory(path: str) -> Path:
+    """Return the absolute path of a recipe's `path`, which need not exist.
+
+    Unlike methods of Path, `os.path` raises no error for a user without a home or a name that is too long.
+    """
+    return Path(os.path.abspath(os.path.expanduser(path))).resolve()
+
+
 def is_hub_name(path: str) -> bool:
     """Return whether `path` is a model's name on the Hugging Face hub (`organisation/name`), not a file or directory."""
-    return HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+    return HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)

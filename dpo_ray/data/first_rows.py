@@ -13,8 +13,7 @@ from dpo_ray.errors import DataError
 from .admission import ADVICE, REASONS, Rejected
 from .first_pass import PrepareTask, tokenized
 from .groups import TokenGroup
-from .second_pass import field_of
-from .sources import Piece, Shard
+from .sources import Piece, Shard, field_of
 
 FIRST_ROWS = 100
 

@@ -28,7 +28,7 @@ from .admission import ADVICE, REASONS
 from .mismatched import with_mismatched
 from .rules import Candidates, Outcome, candidates, select
 from .schemas import QUARANTINE, TOKENS
-from .sources import Shard
+from .sources import Shard, field_of
 from .statistics import measure, merged
 
 READERS = 8  # threads: object stores are slow to answer, but answer many requests concurrently
@@ -255,11 +255,6 @@ def account(shards: Sequence[PreparedShard], parts: Iterable[MergedPart]) -> tup
 
 
 COUNTS = ("rows_in", "admitted", "quarantined", "duplicates", "near_duplicates")
-
-
-def field_of(split: str) -> str:
-    """Return the recipe's field of a split: data.train, data.eval or data.eval.NAME."""
-    return f"data.{split.replace('_', '.', 1)}"
 
 
 def left_out_by_rules(tokens: Artifact, split: str) -> int:

@@ -69,6 +69,11 @@ class Piece:
     stop: int | None = None  # one past the last; None: to the end
 
 
+def field_of(split: str) -> str:
+    """Return the recipe's field of a split: data.train, data.eval, data.eval.NAME, or online.prompts."""
+    return "online.prompts" if split == "prompts" else f"data.{split.replace('_', '.', 1)}"
+
+
 def list_shards(split: str, sources: Sequence[Source]) -> list[Shard]:
     """List all shards (input files) of a split in a stable order: by source, as in the recipe, and then by path.
 
@@ -92,9 +97,9 @@ def _named(source: Source, split: str) -> Iterator[tuple[str, Kind, str]]:
     match source:
         case FilesSource():
             for path in [source.path] if isinstance(source.path, str) else source.path:
-                where = f"data.{split.replace('_', '.', 1)}={shown(path)}"
+                where = f"{field_of(split)}={shown(path)}"
                 for file in one_split(_expand(path, where), path, source.split, where):
-                    yield file_name(file), _kind(file), file
+                    yield file_name(file), _kind(file, where), file
         case HubSource():
             what = source.model_dump(include={"path", "subset", "split", "revision"})
             yield f"{source.path}[{source.split}]", "hub", json.dumps(what)
@@ -237,12 +242,12 @@ def _is_data(name: str) -> bool:
     return name.lower().endswith(tuple(_KINDS)) and name not in _NO_DATA and not name.startswith((".", "_"))
 
 
-def _kind(location: str) -> Kind:
+def _kind(location: str, where: str) -> Kind:
     name = file_name(location).lower()
     for suffix, kind in _KINDS.items():
         if name.endswith(suffix):
             return kind
-    raise ConfigError("this kind of file is not known", where=shown(location), fix=f"known: {_KNOWN}")
+    raise ConfigError(f"this kind of file is not known: {shown(location)}", where=where, fix=f"known: {_KNOWN}")
 
 
 def shard_digest(shard: Shard) -> str:
@@ -277,7 +282,7 @@ def _content(shard: Shard) -> str:
     except Exception as error:  # each file system's client has its own exceptions
         raise ConfigError(
             f"cannot be read: {type(error).__name__}: {error}".replace(shard.location, shown(shard.location)),
-            where=f"data.{shard.split.replace('_', '.', 1)}={shown(shard.location)}",
+            where=f"{field_of(shard.split)}={shown(shard.location)}",
             fix="check that it exists and is readable",
         ) from None
     if info.get("blob_id"):  # the hub's own hash of the content, which an unchanged file keeps in every revision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_ray.artifacts.digest import digest
 from dpo_ray.artifacts.digest_cache import cached_file_sha256
-from dpo_ray.config.model import ModelConfig, is_hub_name
+from dpo_ray.config.model import ModelConfig, is_hub_name, local_directory
 from dpo_ray.errors import ConfigError
 
 Shape = tuple[int, int]
@@ -93,8 +94,8 @@ def adapter_directory(config: ModelConfig) -> Path | None:
     """
     if config.adapter is None:
         return None
-    directory = Path(config.adapter).expanduser().resolve()
-    if not directory.is_dir():
+    directory = local_directory(config.adapter)
+    if not os.path.isdir(directory):
         is_on_hub = is_hub_name(config.adapter)
         raise ConfigError(
             "no such directory" + (", and adapters are not fetched from the hub" if is_on_hub else ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_ray.artifacts.digest import digest
 from dpo_ray.artifacts.digest_cache import cached_file_sha256
-from dpo_ray.config.model import ModelConfig, is_hub_name
+from dpo_ray.config.model import ModelConfig, is_hub_name, local_directory
 from dpo_ray.errors import ConfigError, InfrastructureError
 
 from . import adapter as lora
@@ -52,13 +53,13 @@ def model_directory(config: ModelConfig) -> Path:
         return builtin_model(config.path.removeprefix(BUILTIN))
     if is_hub_name(config.path):
         return _download(config)
-    directory = Path(config.path).expanduser().resolve()
+    directory = local_directory(config.path)
     _check(directory, f"model.path={config.path}")
     return directory
 
 
 def _check(directory: Path, where: str) -> None:
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise ConfigError(
             "no such model directory",
             where=where,
@@ -113,7 +114,7 @@ def config_file(config: ModelConfig) -> Path | None:
     Raises:
         ConfigError: a model that is not from the hub does not exist.
     """
-    if (file := Path(config.path).expanduser() / "config.json").is_file():
+    if os.path.isfile(file := local_directory(config.path) / "config.json"):
         return file
     if not is_hub_name(config.path):
         return model_directory(config) / "config.json"

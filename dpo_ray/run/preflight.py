@@ -166,7 +166,11 @@ def _check_best(recipe: Recipe) -> None:
 
 def _check_places(recipe: Recipe) -> None:
     """Check that the output places can be written directories. Leaves no trace, as `plan` and `validate` promise."""
-    for field, place in (("output", run_storage(recipe)), ("reference.store", reference_root(recipe))):
+    for field, find in (("output", run_storage), ("reference.store", reference_root)):
+        try:
+            place = find(recipe)
+        except ConfigError as error:  # it names the address alone
+            raise ConfigError(error.what, where=f"{field}={error.where}", fix=error.fix) from None
         if not place.is_local:
             continue
         for part in place.local_path().parts:

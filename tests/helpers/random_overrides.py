@@ -16,9 +16,21 @@ SCHEMA: dict[str, Any] = Recipe.model_json_schema()
 NUMBERS: list[Any] = [0, 1, 2, 3, 7, 64, -1, 0.5, 0.9, 1.5, -0.1, 1e-300, 1e300, 10**9, 2**53, 10**20, -(10**20)]
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 TEXTS = [
-    *("", " ", "x", "0", "absent/path", "/absent/x.jsonl", "none/*.jsonl", "../..", "~nobody/x", "org/name", "a" * 300),
-    *("a\0b", "\x1b[31mred", "é\u202e", "\ud800", "file:///", "s3:/x", "ftp://host/x", "builtin:", "builtin:gpt5"),
-    *("tests", "/dev/null", "/proc/self/mem", "/", "x\ny", "[bold]x", "http://[::1", "hub:", "name:x", "synthetic"),
+    *(
+        "",
+        " ",
+        "x",
+        "0",
+        "absent/path",
+        "/absent/x.jsonl",
+        "none/*.jsonl",
+        "../x",
+        "~absent_user/x",
+        "org/name",
+        "a" * 300,
+    ),
+    *("a\0b", "\x1b[31mred", "é\u202e", "\ud800", "file:///x", "s3:/x", "ftp://host/x", "builtin:", "builtin:gpt5"),
+    *("tests", "/dev/null", "/proc/self/mem", "x\ny", "[bold]x", "http://[::1", "hub:", "name:x", "synthetic"),
 ]
 RAW = [  # what is no value, or another one than it seems
     *(
@@ -85,13 +97,23 @@ def _kinds(node: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 FIELDS = dict(sorted(_fields(SCHEMA)))
+TEXT_FIELDS = [
+    path
+    for path, node in FIELDS.items()
+    if any(kind.get("type") == "string" and not {"enum", "const"} & kind.keys() for kind in _kinds(node))
+    and not path.startswith("cluster.")
+]
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value as the YAML text of an override."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...")
 
 
 def _text(node: dict[str, Any], name: str, chance: random.Random, sensible: bool) -> str:
     if not sensible and chance.random() < 0.1:
         return chance.choice(RAW)
-    value = _value(node, name, chance, sensible)
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...")
+    return as_yaml(_value(node, name, chance, sensible))
 
 
 def _value(node: dict[str, Any], name: str, chance: random.Random, sensible: bool) -> Any:

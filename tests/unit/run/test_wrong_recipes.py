@@ -173,7 +173,9 @@ KINDS = [
     override("an override through a scalar", "name.first=x", says=("command line, name.first", "`name` is 'wrong'")),
     override("an override that is no YAML", "name=[x", says=("command line, name", "not valid YAML")),
     override("an unquoted glob", "data.train=*.jsonl", says=("command line, data.train", "quote")),
-    override("an unsupported output", "output=ftp://host/x", says=("ftp:// storage is not supported",)),
+    override(
+        "an unsupported output", "output=ftp://host/x", says=("output=ftp://host/x", "ftp:// storage is not supported")
+    ),
     override("an output that lost a slash", "output=s3:/bucket/x", says=("lacks a slash",)),
     override("unsupported data", "data.train=gopher://host/x.jsonl", says=("data.train=gopher://", "gopher")),
     override("fewer CPUs than asked for", "ray.cpus=1", "train.workers=4", says=("ray.cpus: 1", "at least 4")),
@@ -243,6 +245,14 @@ KINDS = [
     override(
         "a task larger than ray.cpus", "ray.cpus=4", "cluster.roles.prepare.cpus=9", says=("ray.cpus: 4", "at least 10")
     ),
+    override(
+        "a model of a name that no disk takes", f"model.path={'x' * 300}", says=("model.path=xxx", "no such model")
+    ),
+    override("an adapter of a name that no disk takes", f"model.adapter={'x' * 300}", says=("model.adapter=xxx",)),
+    override("a user without a home", "model.path=~absent_user/x", says=("model.path=~absent_user/x", "no such model")),
+    override(
+        "no such file of a kind", "data.train=/dev/null", says=("data.train=/dev/null", "kind of file is not known")
+    ),
     override("a name that no disk takes", f"output={'x' * 300}", says=("output:", "255 bytes")),
     override("a template of a name", "data.chat_template=name:tool_use", says=("name:tool_use", "no chat template")),
     Kind("only named templates", named_templates, ("data.chat_template=auto", "`default`", "name:rag, name:tool_use")),
@@ -304,7 +314,9 @@ KINDS = [
         {"judge": {"type": "reward_model", "path": str(builtin_model("sentiment_llama"))}},
         says=("online.judge.path", "outputs, not 1"),
     ),
-    rounds("no prompts there", {"judge": FUNCTION, "prompts": "absent/*.jsonl"}, says=("absent/*.jsonl",)),
+    rounds(
+        "no prompts there", {"judge": FUNCTION, "prompts": "absent/*.jsonl"}, says=("online.prompts=absent/*.jsonl",)
+    ),
 ]
 
 
