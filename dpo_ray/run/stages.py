@@ -171,9 +171,7 @@ def train(
     )
     bar_of_steps = run.reporter.stage("train", "steps", steps)
     with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers, bar.say) as sinks:
-        result = train_stage.run(
-            task, plan.hardware.worker, partial(follow, sinks, bar), bar.say, may_start=run.lease.check
-        )
+        result = train_stage.run(task, plan.hardware.worker, partial(follow, sinks, bar), bar.say, run.lease.check)
     if result["audit"]:
         result["audit"] = judge_audit(run, result["audit"])
     card = model_card(
