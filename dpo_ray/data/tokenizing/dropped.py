@@ -29,20 +29,23 @@ class DropCheck:
         self._template = template
         self._dropped: dict[Any, str] = {}  # by shape: the part that is left out, or ""
 
-    def check(self, messages: Sequence[Message], tools: Tools, whole: str, render: Render) -> None:
+    def check(
+        self, messages: Sequence[Message], tools: Tools, whole: str, unseen: Sequence[Message], render: Render
+    ) -> None:
         """Check that `whole`, the text of the conversation, holds all of it.
 
         Args:
+            unseen: the messages whose text was not found yet in the part of `whole` that several conversations share.
             render: renders other messages and tools in the same way; raises Rejected if the template refuses them.
 
         Raises:
             Rejected: DROPPED_BY_TEMPLATE.
         """
-        for message in messages:
+        for message in unseen:
             text = message["content"].strip()
             if text and text not in whole and not _is_written_otherwise(text, whole):
                 raise self._rejected(f"the text of a turn of the {message['role']}")
-        if tools or any(len(message) > 2 for message in messages):
+        if tools or max(map(len, messages)) > 2:
             shape = _shape(messages, tools)
             if shape not in self._dropped:
                 self._dropped[shape] = _first_dropped(messages, tools, whole, render)
