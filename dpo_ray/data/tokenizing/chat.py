@@ -192,14 +192,17 @@ class Renderer:
         return Rendered(prompt, [_sound(prompt + _plain_text(completion)) for completion in group.completions])
 
     def _checked(self, group: TextGroup, asked: Asked, answer: Answer) -> Rendered:
-        prompt, wholes = self._text_of(answer, 0), []
+        prompt, wholes, unseen = self._text_of(answer, 0), [], None
         for number, (messages, _) in enumerate(asked.conversations[1:], start=1):
             whole = self._text_of(answer, number)
             if not whole.startswith(prompt):
-                raise Rejected("PREFIX_BROKEN", "the template renders the prompt otherwise once an answer follows")
+                raise Rejected("PREFIX_BROKEN", "the template renders the prompt differently if an answer follows it")
             if self._checks is not None:
+                if unseen is None:  # the part of the prompt is the same for all completions
+                    unseen = [message for message in messages[:-1] if message["content"].strip() not in prompt]
                 again = functools.partial(self._text, group)
-                self._checks[group.tools is not None].check(messages, group.tools, whole, again)
+                check = self._checks[group.tools is not None].check
+                check(messages, group.tools, whole, [*unseen, messages[-1]], again)
             wholes.append(_sound(whole))
         return Rendered(prompt, wholes)
 

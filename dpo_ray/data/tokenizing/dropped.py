@@ -30,19 +30,22 @@ class DropCheck:
         self._template = template
         self._dropped: dict[Any, str] = {}  # by shape: the part that is left out, or ""
 
-    def check(self, messages: Sequence[Message], tools: Tools, whole: str, render: Render) -> None:
+    def check(
+        self, messages: Sequence[Message], tools: Tools, whole: str, unseen: Sequence[Message], render: Render
+    ) -> None:
         """Check that `whole`, the rendered text of a conversation, contains all its parts.
 
         Args:
+            unseen: the messages whose text the rendered prompt does not contain. Only these are searched in `whole`.
             render: renders changed messages and tools with the same template; raises Rejected if the template fails.
 
         Raises:
             Rejected: DROPPED_BY_TEMPLATE.
         """
-        for message in messages:
+        for message in unseen:
             if not _is_written(message["content"], whole):
                 raise self._rejected(f"the text of a turn of the {message['role']}")
-        if tools or any(len(message) > 2 for message in messages):
+        if tools or max(map(len, messages)) > 2:
             shape = _shape(messages, tools)
             if shape not in self._dropped:
                 self._dropped[shape] = _first_dropped(messages, tools, whole, render)

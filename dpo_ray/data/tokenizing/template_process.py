@@ -116,7 +116,7 @@ class TemplateProcess:
         try:
             self._channel.sendall(REQUEST.pack(len(data)) + data)
             return self._reply(groups)
-        except (OSError, EOFError, ValueError, TypeError) as error:  # OSError includes timeouts
+        except (OSError, EOFError, ValueError, TypeError, LookupError) as error:  # OSError includes timeouts
             raise _Ended(self._cause(error)) from None
 
     def _reply(self, groups: Sequence[Asked]) -> list[Answer]:
@@ -124,7 +124,7 @@ class TemplateProcess:
 
         Raises:
             EOFError: the process has ended.
-            ValueError, TypeError: it wrote something else than a reply.
+            ValueError, TypeError, LookupError: it wrote something else than a reply.
         """
         head_bytes, body_bytes = REPLY.unpack(self._read(REPLY.size))
         counts = [1 + len(group.conversations) for group in groups]
@@ -227,18 +227,21 @@ def _parsed(head: bytes, body: bytes, counts: Sequence[int]) -> list[Answer]:
     """Parse a reply. Others may have taken over the program that wrote it, so nothing is taken for granted.
 
     Raises:
-        ValueError, TypeError: it is none.
+        ValueError, TypeError, LookupError: it is none.
     """
     heads, text = json.loads(head), body.decode("utf-8", "surrogatepass")
     answers, begin = [], 0
     for (end, *lengths), count in zip(heads, counts, strict=False):
         if end not in ENDS or not 1 <= len(lengths) <= count:
             raise ValueError("no answer to this group")
-        texts = []
+        texts: list[str] = []  # the detail, and then the texts
         for length in lengths:
-            texts.append(text[begin : begin + length])
-            begin += length
-        answers.append(Answer(texts[:-1], end, texts[-1]))
+            follows_first = length < 0
+            size = -length - 1 if follows_first else length
+            piece = text[begin : begin + size]
+            texts.append(texts[1] + piece if follows_first else piece)
+            begin += size
+        answers.append(Answer(texts[1:], end, texts[0]))
     if counts and not answers:
         raise ValueError("no answer")
     return answers

@@ -77,10 +77,14 @@ def _reply(request: bytes) -> bytes:
         rendered: list[str] = []
         end, detail = _render(templates[number], date, {**shared, **variables}, conversations, rendered)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        rendered.append(detail)
-        heads.append([end, *map(len, rendered)])
-        texts += rendered
-        characters += sum(heads[-1][1:])
+        lengths = [len(text) for text in rendered]
+        for i, text in enumerate(rendered[1:], start=1):
+            if text.startswith(rendered[0]):  # the prompt is sent once
+                rendered[i] = text[lengths[0] :]
+                lengths[i] = lengths[0] - lengths[i] - 1
+        heads.append([end, len(detail), *lengths])
+        texts += (detail, *rendered)
+        characters += len(detail) + sum(map(len, rendered))
         if end == LIMIT or characters > MAX_CHARACTERS:
             break
     return _packed(heads, texts)
@@ -109,7 +113,10 @@ def _render(
 
 
 def _packed(heads: Sequence[Sequence[Any]], texts: Sequence[str]) -> bytes:
-    """Write a reply: for each group how it ends and the lengths of its texts and its detail; then these as one text."""
+    """Write a reply: for each group how it ends and the lengths of its detail and its texts; then these as one text.
+
+    A negative length, -n - 1, is that of the n characters which follow the group's first text.
+    """
     head, body = json.dumps(heads).encode(), "".join(texts).encode("utf-8", "surrogatepass")
     return REPLY.pack(len(head), len(body)) + head + body
 
