@@ -19,10 +19,9 @@ from dpo_ray.data.formats.recognise import recognise
 from dpo_ray.data.groups import TokenGroup
 from dpo_ray.data.pairing import paired
 from dpo_ray.data.tokenizing.chat import load_tokenizer
-from dpo_ray.data.tokenizing.tokenize import tokenize_groups
 from tests.helpers.drawn_messages import Pen
 from tests.helpers.row_shapes import LAYOUTS, Case, cases
-from tests.unit.data.conftest import CHATML
+from tests.unit.data.conftest import CHATML, tokenized_groups
 
 PAGE = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
 WRITES_ALL = "{{ tools | tojson if tools }}" + CHATML.replace(
@@ -95,7 +94,7 @@ def trained_on(case: Case, tokenizer, template: str) -> TokenGroup | Rejected:
         group = paired(group, CONFIG.pairing)
     except Rejected as rejected:
         return rejected
-    (result,) = tokenize_groups([group], tokenizer, template, CONFIG)
+    (result,) = tokenized_groups([group], tokenizer, template, CONFIG)
     return result
 
 
