@@ -30,7 +30,7 @@ REASONS: dict[str, Reason] = {
     "CSV_SYNTAX": _fault("the row is not CSV: its quotes do not match"),
     "CSV_FIELDS": _fault("the row has more or fewer fields than the header"),
     "NOT_AN_OBJECT": _fault("the row is JSON, but not an object with named fields"),
-    "INVALID_UTF8": _fault("the row is not UTF-8, or holds a lone surrogate"),
+    "INVALID_UTF8": _fault("the row is not UTF-8, or contains a lone surrogate"),
     "TOO_LONG_BYTES": _fault("the row is longer than the limit for one row"),
     # a whole file, or the rest of it; it counts as one row
     "SHARD_EMPTY": _fault("the file is empty, which is not valid for its kind of file"),
@@ -65,8 +65,8 @@ REASONS: dict[str, Reason] = {
     "BAD_TOOLS": _fault("the tools are not a list of JSON schemas, or the template's variables are not a mapping"),
     # content
     "EMPTY_PROMPT": _fault("the prompt has no text"),
-    "EMPTY_CHOSEN": _fault("chosen has no text"),
-    "EMPTY_REJECTED": _fault("rejected has no text"),
+    "EMPTY_CHOSEN": _fault("the chosen completion has no text"),
+    "EMPTY_REJECTED": _fault("the rejected completion has no text"),
     "EMPTY_COMPLETION": _fault("a completion has no text"),
     "CONTROL_CHARS": _fault("the text contains control characters"),
     "IDENTICAL_PAIR": _fault("two completions are the same"),
@@ -77,7 +77,7 @@ REASONS: dict[str, Reason] = {
     "DROPPED_BY_TEMPLATE": _fault("the chat template does not write a part of the conversation"),
     "TEMPLATE_LIMIT": _fault("rendering took too long, needed too much memory, or produced too much text"),
     "PREFIX_BROKEN": _fault("the rendered conversation does not begin with the rendered prompt, as text or as tokens"),
-    "NO_RESPONSE_TOKENS": _rule("as tokens, a completion is empty, or two completions are the same after truncation"),
+    "NO_RESPONSE_TOKENS": _rule("a completion has no tokens, or two completions have the same tokens after truncation"),
     "PROMPT_TOO_LONG": _rule("the prompt is longer than data.max_prompt_tokens, or fills data.max_length_tokens"),
     "TOO_LONG": _rule(
         "prompt and completion exceed data.max_length_tokens, even after the cuts that data.truncation allows"
@@ -87,7 +87,7 @@ REASONS: dict[str, Reason] = {
     "LOW_MARGIN": _rule("no pair has scores that differ by data.pairing.min_margin or more"),
     "DISAGREEMENT": _rule("the verdicts differ, and data.pairing.annotators is `unanimous`"),
     # rules over all rows
-    "FILTERED": _rule("a function of data.rules.filters excluded it"),
+    "FILTERED": _rule("a function of data.rules.filters excluded the row"),
     "CONFLICTING_PAIR": _rule("the data also holds the opposite preference"),
     "LEAKED_PROMPT": _rule("the prompt also occurs in held-out data"),
     "OVER_CAP": _rule("the source already has max_groups groups"),
@@ -100,11 +100,11 @@ ADVICE: dict[str, str] = {
     "SHARD_ENCODING": "save the file as UTF-8",
     "SHARD_PRETTY": "write each object on one line (JSON Lines: `jq -c . FILE`), or all of them as one JSON list",
     "UNSUPPORTED_MEDIA": "use data that consists of text only, or remove these rows and columns",
-    "CONTROL_CHARS": "set data.rules.control_characters=clean, which removes them, or keep; or remove them from the text",
+    "CONTROL_CHARS": "set data.rules.control_characters to `clean` (removes these characters) or `keep`, or correct the text",
     "SPECIAL_TOKEN_INJECTION": "remove these tokens from the text, or set data.rules.special_tokens=allow",
     "TEMPLATE_ERROR": "set data.chat_template to a template that accepts these conversations",
-    "DROPPED_BY_TEMPLATE": "set data.chat_template to a template that writes it, remove it from the rows, or set "
-    "data.rules.dropped_content=keep to train on the rest",
+    "DROPPED_BY_TEMPLATE": "set data.chat_template to a template that writes this part, remove the part from the rows, or set "
+    "data.rules.dropped_content=keep to train without it",
     "PREFIX_BROKEN": "before an answer is known, the template writes text (such as an opening <think>) that it does not "
     "write with the answer: set data.chat_template to a copy of the template without this text",
     "NO_RESPONSE_TOKENS": "raise data.max_length_tokens",
@@ -119,14 +119,14 @@ ADVICE: dict[str, str] = {
     "OVER_CAP": "raise max_groups of the source",
     "OUTSIDE_MIXTURE": "change the weights of the sources",
 }
-"""For a reason code: what the user can do if most rows are excluded for it. Codes about the layout are not listed here."""
+"""Advice by reason code: what the user can do if most rows are excluded for this reason. Codes about the layout have none."""
 
 SAMPLE_CHARACTERS = 200
 DETAIL_CHARACTERS = 300
 
 
 class Rejected(Exception):
-    """Raised, or returned, if a data row is rejected. It holds the reason code, and a detail text about this row."""
+    """Raised, or returned, if a data row is rejected. It holds the reason code (a key of REASONS), and a text about this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason  # noqa: S101 - codes are stable and listed
@@ -144,7 +144,7 @@ def sample_of(row: object) -> str:
 
 
 def printable(text: str, limit_characters: int) -> str:
-    """Shorten a text, and replace characters that a terminal or UTF-8 does not accept: the text may contain input data."""
+    """Shorten a text that may contain input data, and replace the characters that a terminal or UTF-8 does not accept."""
     text = text[: limit_characters * 2].encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= limit_characters else text[: limit_characters - 1] + "…"

@@ -74,7 +74,7 @@ def load_filters(names: Sequence[str]) -> tuple[Filter, ...]:
             (label,), _ = _model().predict(completions[0].replace("\n", " "))
             return label == "__label__en" or f"language: {label.removeprefix('__label__')}"
 
-    The recipe names its functions:
+    The recipe then lists the functions:
 
         data:
           rules:
@@ -87,7 +87,7 @@ def load_filters(names: Sequence[str]) -> tuple[Filter, ...]:
 
 
 def rejected_by(group: TextGroup, filters: Sequence[Filter]) -> Rejected | None:
-    """Call the filters in their order until one excludes the row. Return its reason, or None if all filters keep the row.
+    """Call the filters in order until one of them excludes the row. Return the rejection, or None if all filters keep the row.
 
     A filter receives the prompt (text, or a list of messages) and the list of completions (text), best first. It
     returns True to keep the row. To exclude the row, it returns False, or a text with the reason.
@@ -128,7 +128,7 @@ def _load(name: str) -> Filter:
             importlib.invalidate_caches()  # the file may be newer than Python's cached listing of its directory
             spec = importlib.util.find_spec(module_name)
         if spec is None:
-            raise ModuleNotFoundError(f"no module {module_name!r} is in this directory or installed")
+            raise ModuleNotFoundError(f"the module {module_name!r} is neither in this directory nor installed")
         content = Path(spec.origin).read_bytes() if spec.has_location and spec.origin else b""
         module = None
         if spec.has_location and spec.origin and not _is_installed(Path(spec.origin)):

@@ -38,7 +38,7 @@ from .sources import Piece, Shard
 
 @dataclass(frozen=True)
 class PrepareTask:
-    """The settings that a worker needs to prepare shards (input files). It can be pickled."""
+    """The settings that a worker needs to prepare shards (input files). Objects of this class can be pickled."""
 
     tokenizer_dir: str
     template: str
@@ -82,7 +82,7 @@ def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Disable Python's cyclic garbage collector inside the `with` block: it would find nothing, as all new objects are in use."""
+    """Disable Python's cyclic garbage collector inside the `with` block. New objects there stay in use: it could free none."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -95,11 +95,11 @@ def _collection_paused() -> Iterator[None]:
 def _divided(
     rows: Sequence[tuple[int, Any]], shard: Shard, task: PrepareTask
 ) -> tuple[list[TokenGroup], list[int], list[dict[str, Any]]]:
-    """Tokenize the rows of one part.
+    """Tokenize the rows of one part, and separate the admitted rows from the others.
 
     Returns:
-        The groups of the sound rows, the ordinals (row numbers in the piece) of these rows, and a quarantine row for
-        every other row.
+        The groups of the admitted rows, the ordinals (row numbers in the piece) of these rows, and a quarantine row
+        for every other row.
     """
     groups, ordinals, quarantined = [], [], []
     for (ordinal, row), result in zip(rows, tokenized([row for _, row in rows], shard, task), strict=True):
@@ -113,7 +113,7 @@ def _divided(
 
 
 def tokenized(rows: Sequence[Any], shard: Shard, task: PrepareTask) -> list[TokenGroup | Rejected]:
-    """Read, render and tokenize rows of a shard; a row that is not admitted is `Rejected` at its position."""
+    """Read, render and tokenize rows of a shard. Return one result per row, in order; `Rejected` if the row is not admitted."""
     tokenizer = _tokenizer(task.tokenizer_dir)
     texts = [_text_group(row, shard, task) for row in rows]
     template = _template(task.tokenizer_dir, task.template)
@@ -121,7 +121,7 @@ def tokenized(rows: Sequence[Any], shard: Shard, task: PrepareTask) -> list[Toke
 
 
 def quarantine_row(rejected: Rejected, ordinal: int, sample: str) -> dict[str, Any]:
-    """Build the quarantine row of a rejected row. Its split and source are filled in later, by the second pass."""
+    """Build the quarantine row of a rejected row, without the columns `split` and `source`, which the second pass adds."""
     detail = printable(rejected.detail, DETAIL_CHARACTERS)
     return {"reason": rejected.reason, "detail": detail, "ordinal": ordinal, "sample": sample}
 
@@ -144,7 +144,7 @@ def _text_group(row: Any, shard: Shard, task: PrepareTask) -> TextGroup | Reject
     if isinstance(row, Rejected):
         return row
     if not isinstance(row, dict):
-        return Rejected("NOT_AN_OBJECT", f"{type(row).__name__}")
+        return Rejected("NOT_AN_OBJECT", f"the row is {type(row).__name__}, not an object")
     try:
         controls = task.config.rules.control_characters
         group = text_group(row, shard.row_format, shard.columns, shard.criteria, controls)
@@ -158,8 +158,8 @@ def commit_shard(staging: Staging, parts: Sequence[tuple[int, PartAccount]], pro
     """Commit the artifact of a shard (input file).
 
     `parts` are pairs: the index of a piece (range of the shard), and the result of one part (written file) of this piece.
-    The artifact's figure `piece_rows` holds the number of rows of each piece. Ordinals are row numbers within a piece;
-    with `piece_rows` they can be converted to row numbers of the shard.
+    The artifact records the number of rows of each piece as `piece_rows`. With these numbers, ordinals (row numbers
+    within a piece) can be converted to row numbers of the shard.
     """
     piece_rows = [0] * (max((piece for piece, _ in parts), default=-1) + 1)
     for piece, part in parts:

@@ -1,4 +1,4 @@
-"""The first rows of each source, as `prepare` would read, render and tokenize them: checked before anything starts."""
+"""Checks the first rows of each source before a run starts. They are read, rendered and tokenized as in `prepare`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST_ROWS = 100
 
 @dataclass(frozen=True)
 class FirstRows:
-    """What became of the first rows of a source."""
+    """The result of tokenizing the first rows of a source: a group for each admitted row, `Rejected` for each other row."""
 
     split: str
     name: str
@@ -29,7 +29,9 @@ class FirstRows:
 
 
 def first_rows(shards: Sequence[Shard], task: PrepareTask) -> Iterator[FirstRows]:
-    """Yield what becomes of the first rows of each source that can be read without downloading all of it.
+    """Tokenize the first rows of each source, and yield the result.
+
+    For a data set of the hub the result is empty, because the whole data set would have to be downloaded.
 
     Raises:
         InfrastructureError: a remote storage failed while it was read.
@@ -48,7 +50,7 @@ def first_rows(shards: Sequence[Shard], task: PrepareTask) -> Iterator[FirstRows
 
 
 def first_of_shard(shard: Shard, rows: int, task: PrepareTask) -> tuple[list[TokenGroup], list[Rejected]]:
-    """Return the groups of a shard's first rows, and why the others have none.
+    """Tokenize the first rows of a shard. Return a group for each admitted row, and `Rejected` for each other row.
 
     Raises:
         InfrastructureError: a remote storage failed while it was read.
@@ -60,13 +62,15 @@ def first_of_shard(shard: Shard, rows: int, task: PrepareTask) -> tuple[list[Tok
 
 
 def check_admitted(found: Sequence[FirstRows], limit: float) -> None:
-    """Check that each source has sound rows among its first ones, and each split rows that can be used.
+    """Check that the first rows of a source, and of a split, are not all rejected.
+
+    A source may have only rows that a setting of the recipe excludes, if the split has groups from other sources.
 
     Args:
-        limit: data.max_quarantined_fraction.
+        limit: data.max_quarantined_fraction. If it is 1, each source may also have only unsound rows.
 
     Raises:
-        DataError: none of the rows can be used; the error names the reasons, and what helps.
+        DataError: all first rows are rejected. The error contains the reasons, and advice.
     """
     for source in found:
         faults = [r for r in source.rejected if REASONS[r.reason].kind == "fault"]

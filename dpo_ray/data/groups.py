@@ -22,7 +22,7 @@ Conversation = tuple[Message, ...]
 class TextGroup:
     """One prompt and its completions, best first, before rendering.
 
-    `prompt` is text or messages. A completion is the assistant's text, or its message if that contains more than text.
+    `prompt` is text or messages. A completion is the assistant's text, or the assistant's message if that contains more.
     If the text of `prompt` is a transcript of a conversation (as in HH-RLHF), `messages` holds its turns, for use with a
     chat template. The white space between prompt and completion then belongs to the format, not to the conversation.
 
@@ -63,7 +63,7 @@ class TokenGroup:
     def group_id(self) -> bytes:
         """Return a hash (16 bytes) of the prompt and the completions in their order of preference.
 
-        It does not depend on the scores. Only the label of a single completion changes it.
+        It does not depend on the scores, with one exception: for a single completion, it depends on the label.
         """
         return _group_id(self.prompt_ids, self.completion_ids, self.scores)
 
@@ -93,7 +93,7 @@ def _no_pairs() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt with K completions, the preferences between them, and the reference's log-prob of every token.
+    """One prompt with K completions, the preferences between them, and the reference model's log-prob of every token.
 
     Pair p prefers completion `chosen[p]` to `rejected[p]`. There are no pairs if the group is a single completion or a
     ranked list, or if it is only scored and not trained on.
@@ -117,7 +117,7 @@ class Group:
 
 
 def groups_of(table: pa.Table) -> Iterator[Group]:
-    """Yield the groups of a table with the schema TOKENS. The table may have a column `token_logps`: the reference's log-probs."""
+    """Yield the groups of a table with the schema TOKENS. A column `token_logps` may hold reference log-probs."""
     for row in table.to_pylist():
         known = row.get("token_logps")
         yield Group(

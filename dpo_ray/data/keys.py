@@ -16,7 +16,7 @@ from .sources import Shard, shard_digest
 from .tokenizing.chat import PLAIN, is_unresolved
 
 SHARD_VERSION = 3
-"""Must be increased if a change of the code leads to other groups from the same shard.
+"""Increase this number if a change of the code leads to other groups from the same shard.
 
 All shard artifacts, and all artifacts that are built from them, then become stale."""
 

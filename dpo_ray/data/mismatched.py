@@ -1,7 +1,7 @@
 """Adds a mismatched completion, that is, a completion of another prompt, to each group. KTO estimates the KL divergence with it.
 
 A mismatched completion is part of the data, so the reference model scores it like any other completion, once for all
-runs, and the computation of the prompt is shared. Its score is NaN, so that no pair and no label uses it.
+runs, and the computation of the prompt is shared. Its score is NaN, so that no pair and no label uses this completion.
 """
 
 from __future__ import annotations

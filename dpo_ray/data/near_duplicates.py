@@ -17,7 +17,7 @@ PERMUTATIONS = 128
 SEED = 20_240_726
 SIGNATURE_DTYPE = np.dtype("<u2")
 """The lower half of each 32-bit minimum is kept. Two different minima have the same lower half once in 65,536 times,
-which has no noticeable effect on an estimate over 128 of them, and the search over all rows needs half the memory."""
+which has no noticeable effect on an estimate over 128 minima, and the search over all rows needs half the memory."""
 
 MINHASH_VERSION = f"rensa-{RMinHash.ALGORITHM_VERSION}/{GRAM_TOKENS}/{PERMUTATIONS}/{SEED}"
 """Part of the key of every artifact that stores signatures. Signatures of different versions must not be compared."""
@@ -35,7 +35,7 @@ _MULTIPLIERS = np.array(  # odd, of random bits
 def minhash(token_ids: np.ndarray) -> bytes:
     """Compute the MinHash signature of a text (256 bytes) from the set of its token 5-grams.
 
-    It is the same on every machine. A text of fewer than five tokens counts as one 5-gram.
+    The signature is the same on every machine. A text of fewer than five tokens counts as one 5-gram.
     """
     return _signatures([token_ids])[0].tobytes()
 
@@ -100,7 +100,7 @@ def near_duplicates(minhashes: np.ndarray, order: np.ndarray, threshold: float) 
     """Find the rows to exclude, so that the remaining rows are not similar to each other.
 
     Two rows are similar if their signatures have the same value at a share of at least `threshold` of the positions. A
-    band is a range of positions. Two rows are only compared if they have the same values in a whole band
+    band is a range of positions. Two rows are only compared if they have the same values at all positions of a band
     (locality-sensitive hashing). In this way a pair whose similarity is exactly the threshold is found with a probability
     of at least RECALL, and a more similar pair with a higher probability. An excluded row is similar to an earlier row;
     that row may itself be excluded because it is similar to a still earlier row.
@@ -169,7 +169,7 @@ def _band_keys(minhashes: np.ndarray, band: slice) -> np.ndarray:
 
 
 def _agreements(minhashes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Count, for each i, at how many positions rows a[i] and b[i] have the same value. Blocks limit the memory."""
+    """Count, for each i, at how many positions rows a[i] and b[i] have the same value. Blocks of rows limit the memory."""
     counts = np.empty(len(a), np.int16)
     for start in range(0, len(a), _SIGNATURES_AT_ONCE):
         block = slice(start, start + _SIGNATURES_AT_ONCE)

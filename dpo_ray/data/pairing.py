@@ -30,7 +30,7 @@ def _by_verdicts(group: TextGroup, config: PairingConfig) -> TextGroup:
     probability = _probability(group.verdicts, config)
     if probability == TIE:
         if config.ties == "drop":
-            raise Rejected("TIE", f"verdicts {', '.join(map(str, group.verdicts))}")
+            raise Rejected("TIE", f"the verdicts are {', '.join(map(str, group.verdicts))}")
         return _reduced(replace(group, scores=(TIE, TIE)), [0, 1], [(0, 1)], TIE)
     scored = replace(group, scores=(1.0, 0.0) if probability > TIE else (0.0, 1.0))
     order = [0, 1] if probability > TIE else [1, 0]
@@ -41,7 +41,7 @@ def _probability(verdicts: Sequence[int], config: PairingConfig) -> Fraction:
     """Return the exact probability that the first completion is the better one; 1/2 is a tie.
 
     Raises:
-        Rejected: DISAGREEMENT, if the recipe requires unanimous verdicts, but these differ.
+        Rejected: DISAGREEMENT, if the recipe requires unanimous verdicts, but the verdicts differ.
     """
     ties, first, second = (verdicts.count(v) for v in (0, 1, 2))
     match config.annotators:
@@ -51,7 +51,7 @@ def _probability(verdicts: Sequence[int], config: PairingConfig) -> Fraction:
             return Fraction(1 + (first > max(second, ties)) - (second > max(first, ties)), 2)
         case "unanimous":
             if max(ties, first, second) < len(verdicts):
-                raise Rejected("DISAGREEMENT", f"verdicts {', '.join(map(str, verdicts))}")
+                raise Rejected("DISAGREEMENT", f"the verdicts are {', '.join(map(str, verdicts))}")
             return Fraction(1 + bool(first) - bool(second), 2)
 
 
@@ -62,7 +62,9 @@ def _by_scores(group: TextGroup, config: PairingConfig) -> TextGroup:
     if ranked[best] == ranked[worst]:
         return _all_equal(group, order, config)
     if ranked[best] - ranked[worst] < config.min_margin:
-        raise Rejected("LOW_MARGIN", f"the best and the worst differ by {ranked[best] - ranked[worst]:g}")
+        raise Rejected(
+            "LOW_MARGIN", f"the scores of the best and the worst completion differ by {ranked[best] - ranked[worst]:g}"
+        )
     match config.pairs:
         case "list":
             return _reduced(group, order, [])
@@ -74,7 +76,9 @@ def _by_scores(group: TextGroup, config: PairingConfig) -> TextGroup:
             pairs = [(i, i + 1) for i in range(worst)]
     kept = [(i, j) for i, j in pairs if ranked[i] > ranked[j] and ranked[i] - ranked[j] >= config.min_margin]
     if not kept:
-        raise Rejected("LOW_MARGIN", f"no neighbours in the ranking differ by {config.min_margin:g} or more")
+        raise Rejected(
+            "LOW_MARGIN", f"no two neighbours in the ranking have scores that differ by {config.min_margin:g} or more"
+        )
     return _reduced(group, order, kept)
 
 

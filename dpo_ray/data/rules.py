@@ -24,7 +24,7 @@ ID_DTYPE = np.dtype("S16")
 
 
 class Outcome(IntEnum):
-    """The decision of the rules on a row. All names except ADMITTED and the two duplicates are codes of admission.REASONS."""
+    """The decision of the rules on a row. All names except ADMITTED and the two for duplicates are codes of REASONS."""
 
     ADMITTED = 0
     DUPLICATE = 1
@@ -104,7 +104,9 @@ def _ids(column: pa.ChunkedArray) -> np.ndarray:
 
 def _signatures(column: pa.ChunkedArray) -> np.ndarray:
     if column.null_count:
-        raise ValueError(f"{column.null_count} of {len(column)} rows have no minhash: the shard was made without it")
+        raise ValueError(
+            f"{column.null_count} of {len(column)} rows have no minhash: the shard was prepared without minhashes"
+        )
     joined = b"".join(column.to_pylist())
     return np.frombuffer(joined, SIGNATURE_DTYPE).reshape(len(column), PERMUTATIONS)
 
@@ -150,7 +152,7 @@ def select(
     order = _by_source_and_id(everything, np.flatnonzero(outcomes == Outcome.ADMITTED))
     if rules.near_duplicates is not None and len(order):
         if everything.minhashes is None:
-            raise ValueError("the search for near duplicates needs minhashes, and there are none")
+            raise ValueError("the search for near duplicates needs minhashes, but the rows have none")
         outcomes[near_duplicates(everything.minhashes, order, rules.near_duplicates)] = Outcome.NEAR_DUPLICATE
         order = order[outcomes[order] == Outcome.ADMITTED]
     within_caps = _first_of_each_source(everything.source[order], caps)

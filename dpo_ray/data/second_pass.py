@@ -213,7 +213,7 @@ def commit_tokens(
 
 
 def account(shards: Sequence[PreparedShard], parts: Iterable[MergedPart]) -> tuple[dict[str, int], dict[str, Any]]:
-    """Add up all parts. Return the artifact's row counts, and its figures: counts per shard, and statistics per source.
+    """Add up all parts. Return the row counts, and the manifest's `figures`: counts per shard and statistics per source.
 
     Raises:
         DataError: no row of a split was admitted.
@@ -285,7 +285,7 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
     """Check that no split has more unsound rows than data.max_quarantined_fraction allows.
 
     Raises:
-        DataError: a split has more. The message contains the counts by reason, and how to inspect the rows.
+        DataError: a split has too many. The error contains the number of rows by reason, and how to inspect the rows.
     """
     accounts = tokens.manifest.figures["accounts"]
     for split in dict.fromkeys(a["split"] for a in accounts):
@@ -297,16 +297,16 @@ def check_quarantined(tokens: Artifact, limit: float) -> None:
                 f"{faults:,} of {rows:,} rows ({faults / rows:.1%}) are unsound, more than the allowed {limit:.1%}: "
                 + _reasons(accounts, split, ("fault",)),
                 where=field_of(split),
-                fix=_advice(mine, split, "correct the data or its format and columns", ("fault",))
+                fix=_advice(mine, split, "correct the data, or `format` and `columns` in the recipe", ("fault",))
                 + "; `dpo-ray inspect data RECIPE` shows these rows; or raise data.max_quarantined_fraction",
             )
 
 
 def broken_shards(tokens: Artifact) -> list[str]:
-    """Return a message for each shard (input file) that could not be read to its end. Its lost rows count as one row."""
+    """Return a message for each shard (input file) that could not be read to its end. The lost rows of a shard count as one."""
     return [
         f"the shard {a['source']} ({field_of(a['split'])}, file {a['index'] + 1}) is damaged: {reason} "
-        f"({REASONS[reason].meaning}); {a['rows_in'] - n:,} rows were read before that, and the rest is lost"
+        f"({REASONS[reason].meaning}); {a['rows_in'] - n:,} rows were read before the damage, and the rows after it are lost"
         for a in tokens.manifest.figures["accounts"]
         for reason, n in a["reasons"].items()
         if reason.startswith("SHARD_")

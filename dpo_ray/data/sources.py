@@ -119,7 +119,7 @@ def _expand(path: str, where: str) -> list[str]:
         raise
     except Exception as error:  # each file system's client has its own exceptions: no credentials, no bucket, no route
         raise ConfigError(
-            f"cannot be listed: {type(error).__name__}: {error}".replace(path, shown(path)),
+            f"the files cannot be listed: {type(error).__name__}: {error}".replace(path, shown(path)),
             where=where,
             fix="check the path, the network and your credentials",
         ) from None
@@ -131,9 +131,9 @@ def _expand(path: str, where: str) -> list[str]:
 def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -> list[str]:
     """Return the files of the split `wanted`; if it is None, return all files, which must not belong to several splits.
 
-    A file belongs to a split if its name, or the name of a folder below `root`, contains a word for this split. If the names
-    of folders stand for several splits, the folders decide (`train/test-cases.jsonl` is training data), otherwise the names
-    of files do. If no name contains such a word, the name of `root` or of the folder around it may be the wanted split.
+    The split of a file is shown by a word in its name, or in the name of a folder below `root`. If the two differ, the folder
+    decides: `train/test-cases.jsonl` is training data. But the names of files decide if they show several splits, and the
+    names of folders at most one. If no name shows a split, the name of `root`, or of the folder around it, decides.
 
     Raises:
         ConfigError: the files belong to several splits and `wanted` is None, or no file belongs to the split `wanted`.
@@ -152,7 +152,7 @@ def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -
     if not found and _told(reversed(base.split("/")[-2:])) == wanted:
         return list(files)
     if wanted not in found:
-        there = f"there are {', '.join(found)}" if found else "no file name contains a split"
+        there = f"there are files of {', '.join(found)}" if found else "no name of a file or folder shows a split"
         raise ConfigError(f"there is no split {wanted}; {there}", where=where, fix="correct `split`, or leave it out")
     return [file for file, split in splits.items() if split == wanted]
 
@@ -166,7 +166,7 @@ def _base(root: str) -> str:
 
 
 def _splits(files: Sequence[str], base: str) -> dict[str, str | None]:
-    """Return the split that each file belongs to, None where no name tells one."""
+    """Return the split of each file; None if neither the name of the file nor the names of its folders show a split."""
     folders, names = {}, {}
     for file in files:
         inside = file.removeprefix(base).strip("/") if file.startswith(base) and not is_http(file) else ""
@@ -178,7 +178,7 @@ def _splits(files: Sequence[str], base: str) -> dict[str, str | None]:
 
 
 def _told(names: Iterable[str]) -> str | None:
-    """Return the split that a word of the first of these names tells, as `datasets` recognises it."""
+    """Return the split of the first name that contains a word for a split (SPLIT_WORDS); None if no name contains one."""
     for name in names:
         for word in re.split(r"[-_. 0-9]", name.lower()):
             for split, words in SPLIT_WORDS.items():
@@ -233,7 +233,7 @@ def _inside(name: str, where: str) -> str:
         raise ConfigError(
             f"state.json names a file outside the data set: {name!r}",
             where=where,
-            fix="do not use this data set; if it is your own, save it again",
+            fix="do not use this data set; if you saved it yourself, save it again",
         )
     return name
 

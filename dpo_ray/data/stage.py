@@ -50,7 +50,7 @@ def prepare_shards(
 
     Args:
         shards: the shards by the keys of their artifacts.
-        provenance: returns, for a key, the provenance that its artifact records.
+        provenance: returns the provenance of a shard's artifact, for the key of this artifact.
         advance: called after each part (some rows of a shard) with its number of rows.
         role: the resources that each task requests.
     """

@@ -86,7 +86,7 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> Statistics:
 
 
 def summary(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute the figures of a report from merged statistics. A figure without data is None.
+    """Compute the numbers of a report from merged statistics. A number is None if there is no data for it.
 
     Returns:
         The counts, and:
@@ -116,7 +116,7 @@ def bin_edges(bins: int) -> np.ndarray:
 
 
 def quantile(histogram: Mapping[str, Any], share: float) -> int:
-    """Return the quantile `share` of the lengths in a histogram. It is exact below 64, and accurate to 1/32 above."""
+    """Return the quantile `share` of the lengths in a histogram. Below 64 it is exact, above within 1/32 of the value."""
     counts = np.array(histogram["bins"], np.int64)
     upto = np.cumsum(counts)
     target = max(1, math.ceil(share * histogram["count"]))
@@ -210,7 +210,7 @@ def _length_bias(statistics: Mapping[str, Any]) -> dict[str, float | None] | Non
 def _tokens(statistics: Mapping[str, Any]) -> dict[str, float]:
     """Compute the number of tokens of one epoch for several ways to compute the prompts.
 
-    `shared` counts a prompt once per group, `unshared` once per completion, and `as_pairs` once per side of each pair.
+    `shared` counts a prompt once per group, `unshared` once per completion, and `as_pairs` twice per pair.
     `padded` is the expected number if each completion is computed with its prompt, and padded to the longest text in a
     batch of PADDED_BATCH_GROUPS randomly drawn groups.
     """

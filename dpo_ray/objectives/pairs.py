@@ -1,4 +1,4 @@
-"""Losses that learn from preference pairs with a reference model. Each is a pure function, and returns float32 [pairs]."""
+"""Losses that learn from preference pairs with a reference model. Each loss is a pure function that returns float32 [pairs]."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .shaping import divergence_score
 
 @dataclass(frozen=True)
 class PairLogps:
-    """The input of a pairwise loss. All tensors are float32 [pairs]; `*_tokens` are numbers of completion tokens."""
+    """The input of a pairwise loss. All tensors are float32 [pairs]. The fields `*_tokens` count the tokens of the completions."""
 
     policy_chosen: Tensor
     policy_rejected: Tensor
@@ -47,32 +47,32 @@ class PairLogps:
 
     @property
     def chosen_logratio(self) -> Tensor:
-        """The log-ratio of chosen: log pi(y+|x) - log pi_ref(y+|x)."""
+        """The log-ratio of the chosen completion: log pi(y+|x) - log pi_ref(y+|x)."""
         return self.policy_chosen - self.reference_chosen
 
     @property
     def rejected_logratio(self) -> Tensor:
-        """The log-ratio of rejected: log pi(y-|x) - log pi_ref(y-|x)."""
+        """The log-ratio of the rejected completion: log pi(y-|x) - log pi_ref(y-|x)."""
         return self.policy_rejected - self.reference_rejected
 
     @property
     def chosen_score(self) -> Tensor:
-        """The log-ratio of chosen, transformed by the f-divergence."""
+        """The log-ratio of the chosen completion, transformed by the f-divergence."""
         return divergence_score(self.chosen_logratio, self.divergence)
 
     @property
     def rejected_score(self) -> Tensor:
-        """The log-ratio of rejected, transformed by the f-divergence."""
+        """The log-ratio of the rejected completion, transformed by the f-divergence."""
         return divergence_score(self.rejected_logratio, self.divergence)
 
     @property
     def margin(self) -> Tensor:
-        """The difference of the scores, which is DPO's margin divided by beta."""
+        """The score of chosen minus the score of rejected, which is DPO's margin divided by beta."""
         return self.chosen_score - self.rejected_score
 
     @property
     def margin_per_token(self) -> Tensor:
-        """The difference of the scores, where each score is divided by the number of tokens of its completion."""
+        """The score of chosen minus the score of rejected, each divided by the number of tokens of its completion."""
         return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
 
     def of(self, chosen: Tensor) -> PairLogps:
@@ -177,7 +177,7 @@ def discopop(pairs: PairLogps, o: DiscopopObjective) -> Tensor:
 
 
 def rpo(pairs: PairLogps, o: RpoObjective) -> Tensor:
-    """Compute DPO plus the negative log-likelihood of chosen per token: Pang et al. 2024 (2404.19733), eq. 1."""
+    """Compute DPO plus the negative log-likelihood per token of the chosen completion: Pang et al. 2024 (2404.19733), eq. 1."""
     return -F.logsigmoid(o.beta * pairs.margin) - o.alpha * pairs.policy_chosen / pairs.chosen_tokens
 
 

@@ -1,7 +1,7 @@
-"""Losses that learn from preference pairs without a reference model. Each is a pure function, and returns float32 [pairs].
+"""Losses that learn from preference pairs without a reference model. Each loss is a pure function that returns float32 [pairs].
 
-As in TRL, a likelihood term is a mean over all chosen tokens of the step. The step's loss is a mean over pairs; so each pair
-contributes its summed log-prob, divided by the mean number of chosen tokens per pair in the step.
+As in TRL, a likelihood term is a mean over all chosen tokens of the step. The loss of a step is a mean over pairs; so each pair
+contributes the summed log-prob of its chosen completion, divided by the mean number of chosen tokens per pair in the step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def nll(pairs: PairLogps) -> Tensor:
 
 
 def sft(pairs: PairLogps, o: SftObjective) -> Tensor:
-    """Compute the negative log-likelihood of chosen. Rejected is not used."""
+    """Compute the negative log-likelihood of the chosen completion. The rejected completion is not used."""
     return nll(pairs)
 
 
@@ -38,7 +38,7 @@ def cpo(pairs: PairLogps, o: CpoObjective) -> Tensor:
 
 
 def slic(pairs: PairLogps, o: SlicObjective) -> Tensor:
-    """Compute SLiC-HF: Zhao et al. 2023 (2305.10425), eq. 2, regularised by the likelihood of chosen."""
+    """Compute SLiC-HF: Zhao et al. 2023 (2305.10425), eq. 2, regularised by the likelihood of the chosen completion."""
     return F.relu(o.delta - (pairs.policy_chosen - pairs.policy_rejected)) + o.alpha * nll(pairs)
 
 

@@ -25,9 +25,9 @@ A loss that learns from pairs takes (PairLogps, objective); a loss that learns f
 def step_loss(objective: Objective, logps: StepLogps, totals: Totals) -> Tensor:
     """Compute what the completions and pairs in `logps` contribute to the loss of their step: a float32 scalar.
 
-    `totals` are the sums of weights over the whole step. The contributions of all micro-batches of a step add up to its
-    loss: the weighted mean over its pairs, labelled completions or lists. If the objective is step-wide (`is_step_wide`),
-    `logps` must contain the whole step.
+    `totals` are the sums of weights over the whole step. The contributions of all micro-batches add up to the loss of the
+    step: the weighted mean over the pairs, labelled completions or lists of the step. If the objective is step-wide
+    (`is_step_wide`), `logps` must contain the whole step.
     """
     terms = [weight * _term(single, logps, totals) for weight, single in summands(objective)]
     return sum(terms[1:], start=terms[0])

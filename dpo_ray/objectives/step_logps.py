@@ -115,9 +115,9 @@ def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, to
 def labels(rows: PackedRows) -> Tensor:
     """Compute the label of each completion, 1 desirable, -1 undesirable, 0 neither: float32 [completions].
 
-    If a group has pairs, a completion that is only chosen is desirable, and one that is only rejected is undesirable. In a
-    ranking without pairs, the best completion is desirable and the worst undesirable, unless all scores are equal. A single
-    completion is labelled by its score.
+    If a group has pairs, a completion is desirable if pairs only choose it, and undesirable if pairs only reject it. In a
+    ranking without pairs, the best completion is desirable and the worst undesirable, unless all scores are equal. The label
+    of a single completion follows from its score.
     """
     label = torch.zeros_like(rows.scores)
     judged = ~rows.scores.isnan()
@@ -133,7 +133,7 @@ def labels(rows: PackedRows) -> Tensor:
 
 
 def _above(rows: PackedRows) -> Tensor:
-    """Return bool [completions, completions]: at [i, j], whether i and j are in the same group and i has the higher score."""
+    """Return bool [completions, completions]: [i, j] is True if i and j are in the same group and i has the higher score."""
     same = rows.group_of_completion[:, None] == rows.group_of_completion[None, :]
     return same & (rows.scores[:, None] > rows.scores[None, :])
 
@@ -156,7 +156,7 @@ def weight_sums(rows: PackedRows) -> Tensor:
 
 
 def joined(parts: Sequence[StepLogps]) -> StepLogps:
-    """Concatenate the log-probs of several micro-batches. Groups are renumbered, so that they do not get mixed up."""
+    """Concatenate the log-probs of several micro-batches. Groups get new numbers, so that no two groups have the same number."""
     apart, offset = [], 0
     for part in parts:
         apart.append(replace(part, group=part.group + offset))

@@ -14,8 +14,8 @@ from .step_logps import StepLogps
 def aot(pairs: PairLogps, o: AotObjective) -> Tensor:
     """Compute AOT over all pairs of the step: float32 [pairs].
 
-    The policy's log-ratios of chosen to rejected are sorted, and so are the reference's. The loss compares the values at the
-    same positions. Melnyk et al. 2024 (2406.05882), eq. 9, as in TRL.
+    The policy's log-ratios of chosen to rejected are sorted, and also the reference model's. The loss compares the values
+    at the same positions of both lists. Melnyk et al. 2024 (2406.05882), eq. 9, as in TRL.
     """
     policy = (pairs.policy_chosen - pairs.policy_rejected).sort().values
     reference = (pairs.reference_chosen - pairs.reference_rejected).sort().values
@@ -26,7 +26,7 @@ def aot_unpaired(pairs: PairLogps, o: AotUnpairedObjective) -> Tensor:
     """Compute unpaired AOT over all pairs of the step: float32 [pairs].
 
     The log-ratios of policy to reference of all chosen completions are sorted, and so are those of all rejected completions.
-    The loss compares the values at the same positions. Melnyk et al. 2024 (2406.05882), eq. 6, as in TRL.
+    The loss compares the values at the same positions of both lists. Melnyk et al. 2024 (2406.05882), eq. 6, as in TRL.
     """
     chosen, rejected = pairs.chosen_logratio.sort().values, pairs.rejected_logratio.sort().values
     return smoothed(o.beta * (chosen - rejected), 1.0, o.label_smoothing)

@@ -1,4 +1,4 @@
-"""The checks of a recipe's rounds before anything starts: the judges, and the first rows of the prompts."""
+"""Checks the judges of a recipe's rounds, and the first rows of their prompts, before anything starts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from .round_plan import online_of
 
 
 def check_rounds(recipe: Recipe, checked: Checked) -> None:
-    """Check what the rounds of a recipe name: prompts, answers, and the judges if they work on this machine.
+    """Check the prompts, the reference answers and the judges of a recipe's rounds.
+
+    Judges are constructed as a check only if Ray runs on this machine alone.
 
     Raises:
-        ConfigError, DataError, InfrastructureError: the first problem that is found.
+        ConfigError, DataError, InfrastructureError: the first problem that was found.
     """
     online = online_of(recipe)
     if recipe.ray.address == "local":  # keys and namespaces of another machine cannot be seen from here
@@ -50,13 +52,13 @@ def check_rounds(recipe: Recipe, checked: Checked) -> None:
     rows, answers, reasons = first_prompts(shards[0], FIRST_ROWS, task)
     if rows and sum(reasons.values()) == rows:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-        fix = "fix the rows, or name the column (columns.prompt)"
+        fix = "correct the rows, or set columns.prompt to the name of the column of prompts"
         raise DataError(f"none of the first {rows:,} rows is a valid prompt: {listed}", where="online.prompts", fix=fix)
     if rows and not answers and isinstance(online.judge, VerifierJudge):
         raise DataError(
             f"none of the first {rows:,} rows has a reference answer, which the verifier compares with",
             where="online.prompts",
-            fix="name the column of the answers `answer`, or use another judge",
+            fix="rename the column of the reference answers to `answer`, or use another judge",
         )
 
 
@@ -65,7 +67,7 @@ def check_judges(config: OnlineConfig) -> None:
     be confined.
 
     Raises:
-        ConfigError: one of them cannot.
+        ConfigError: a judge cannot be constructed.
     """
     for field, judge in config.named_judges().items():
         with _named(field):
@@ -76,7 +78,7 @@ def check_judges(config: OnlineConfig) -> None:
 
 @contextmanager
 def _named(field: str) -> Iterator[None]:
-    """Make an error name the field of the judge: a judge does not know which of the two it is."""
+    """Make a ConfigError name the recipe's field of the judge, which the judge itself does not know."""
     try:
         yield
     except ConfigError as error:

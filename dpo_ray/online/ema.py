@@ -1,4 +1,4 @@
-"""The stage `ema`: the running mean of the weights of the promoted policies, which is the next round's reference."""
+"""The stage `ema`: computes the running mean of the promoted policies' weights. The next round uses it as its reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(mean: Path, policy: Path, decay: float, staging: Staging, provenance: Pr
 
     Args:
         mean: directory of the previous mean in Hugging Face format.
-        policy: directory of the promoted policy, of the same architecture. Its weights may be split into other files.
+        policy: directory of the promoted policy, of the same architecture. Its weights may be divided into files in another way.
     """
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-ema-") as scratch:

@@ -53,7 +53,7 @@ class JudgeActor:
             spent_usd: USD that this round has already spent on all judges.
 
         Raises:
-            JudgeError, ConfigError: the judge cannot work. The answers up to then are stored.
+            JudgeError, ConfigError: the judge cannot work. The answers before the failure are stored.
         """
         if self._judge is None:  # an error in a method reaches the driver, an error in a constructor does not
             journal = JournalMemory(self._memory, judge_digest(self._config), self._name)
@@ -66,7 +66,7 @@ class JudgeActor:
 
 
 class Judges:
-    """A pool of actors that all run the same judge. They start with the first question, and stop at `close`."""
+    """A pool of actors that all run the same judge. The actors start at the first call of `ask`, and stop at `close`."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Judges:
     def ask(
         self, questions: Sequence[Question], advance: Callable[[int], None], spent_usd: float = 0.0
     ) -> tuple[list[Verdict], Usage]:
-        """Judge all questions; return their verdicts and the cost.
+        """Judge all questions (prompts with their completions); return their verdicts and the cost.
 
         If an actor dies, another one takes over its questions. Only answers that are not stored are computed again.
 
@@ -135,7 +135,7 @@ class Judges:
                     raise JudgeError(
                         f"the judge's processes died {deaths} times in a row; last error: {str(error).splitlines()[0]}",
                         where=f"online.judge (type {self._config.type})",
-                        fix="read the judge's log (--verbose), fix the cause and run again: finished verdicts are kept",
+                        fix="read the judge's log (--verbose), correct the cause, and run again: stored verdicts are kept",
                     ) from error
                 self._on_event("a judge's process was lost: another process takes over its open questions")
                 waiting.appendleft((first, chunk))

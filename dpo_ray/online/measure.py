@@ -44,7 +44,7 @@ class PolicySamples:
 
 @dataclass(frozen=True)
 class Compared:
-    """A win rate with its interval, and the cost of the judge's answers."""
+    """The win rate of one policy against another, with its interval; and the cost of the judge's answers."""
 
     rate: WinRate
     usage: Usage
@@ -57,7 +57,7 @@ def policy_samples(
 
     Args:
         prompts: the texts of the prompts.
-        reward: computes the true reward of a prompt and a completion; None: it is not known.
+        reward: computes the true reward of a prompt and a completion; None if there is no such function.
 
     Raises:
         EngineError: a prompt has no completion, because every engine died while it sampled for this prompt.
@@ -67,7 +67,7 @@ def policy_samples(
         raise EngineError(
             f"{len(prompts) - len(by_prompt)} held-out prompts have no sample: every engine that tried them died",
             where="online.evaluate",
-            fix="remove their rows from data.eval, or give the engines more memory; `--verbose` shows their logs",
+            fix="remove the rows of these prompts from data.eval, or give the engines more memory; `--verbose` shows their logs",
         )
     ids = list(by_prompt)
     completions = [p.completion_ids[0] for p in by_prompt.values()]
@@ -87,7 +87,7 @@ def compare(
     """Compare the completions of two policies, prompt by prompt, with a judge. Return how often `ours` wins.
 
     Args:
-        ask: asks the judge.
+        ask: passes questions to the judge.
         seed: seed of the bootstrap for the interval.
     """
     pairs = zip(prompts, ours.texts, theirs.texts, strict=True)
@@ -104,7 +104,7 @@ def figures_of(
     config: RoundEvaluationConfig,
     seed: int,
 ) -> dict[str, Any]:
-    """Compute all figures of a round's policy that need no judge.
+    """Compute all metrics of a round's policy that need no judge.
 
     Args:
         samples, initial, previous: completions by the round's policy, by the initial and by the previous policy.
@@ -125,7 +125,7 @@ def figures_of(
 
 
 def sample_figures(samples: PolicySamples) -> dict[str, float | None]:
-    """Compute the length and diversity of a policy's completions; and their mean true reward, or None if not known."""
+    """Compute length, diversity and mean true reward of a policy's completions. A metric that is not known is None."""
     return {
         "mean_tokens": mean_tokens(samples.completion_ids),
         "distinct_2": distinct_n(samples.completion_ids, 2),
@@ -136,7 +136,7 @@ def sample_figures(samples: PolicySamples) -> dict[str, float | None]:
 
 
 def round_figures(figures: dict[str, Any]) -> RoundFigures:
-    """Select the figures that decide whether a round's policy is promoted and whether the rounds stop."""
+    """Select the metrics that decide whether a round's policy is promoted and whether the rounds stop."""
     heldout = figures.get("heldout") or {}
     return RoundFigures(
         win_rate_against_previous=figures["against_previous"]["rate"],
@@ -162,7 +162,7 @@ def commit(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Commit the artifact `measure`: all figures, and the completions of the new and of the initial policy."""
+    """Commit the artifact `measure`: all metrics, and the completions of the new and of the initial policy."""
     usage = sum((c.usage for c in against.values()), Usage())
     whole = figures | {name: asdict(c.rate) for name, c in against.items()} | {"usage": vars(usage)}
     if "heldout.parquet" in trained.names():

@@ -26,7 +26,7 @@ REASONS = {
 class Paired:
     """The result of pairing the completions of one prompt: pairs, a ranked list, or the reason why there is neither.
 
-    Completions are given by their indices.
+    Completions are identified by their indices.
     """
 
     pairs: tuple[tuple[int, int], ...] = ()  # (better, worse)

@@ -1,7 +1,7 @@
 """The stage `pair`: it builds preference groups from judged completions, and mixes them with older groups.
 
 A group is one prompt with completions and the pairs among them. The artifact has the same form as the tokens artifact
-of `prepare` (all groups as token ids, also the held-out groups). So the later stages are those of an offline run.
+of `prepare` (all groups as token ids, also the held-out groups). So the later stages are the same as in an offline run.
 """
 
 from __future__ import annotations

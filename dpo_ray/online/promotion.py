@@ -12,7 +12,7 @@ EVEN = 0.5  # the win rate of two equally good policies
 
 @dataclass(frozen=True)
 class RoundFigures:
-    """The measured figures of a round's policy. A figure that was not measured is None."""
+    """The measured metrics of a round's policy. A metric that was not measured is None."""
 
     win_rate_against_previous: float | None = None
     win_rate_against_initial: float | None = None
@@ -43,7 +43,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class DecidedRound:
-    """A finished round: its figures, and whether its policy was promoted (otherwise it was rejected)."""
+    """A finished round: the metrics of its policy, and whether this policy was promoted (otherwise it was rejected)."""
 
     figures: RoundFigures
     promoted: bool
@@ -52,7 +52,7 @@ class DecidedRound:
 def decide(figures: RoundFigures, rules: PromotionConfig) -> Decision:
     """Decide whether a round's policy is promoted: all rules of the recipe's `online.promote_if` must hold.
 
-    A rule whose figure was not measured does not hold.
+    If the metric of a rule was not measured, the rule does not hold.
     """
     f = figures
     least = {
@@ -83,7 +83,7 @@ def decide(figures: RoundFigures, rules: PromotionConfig) -> Decision:
 def stop_reason(history: Sequence[DecidedRound], rules: StopConfig) -> str | None:
     """Return the reason why the rounds stop, according to the recipe's `online.stop_if`; None if they continue.
 
-    A figure that was not measured reaches no limit. A round without a measured win rate against the previous policy
+    A metric that was not measured reaches no limit. A round without a measured win rate against the previous policy
     counts as a round without a gain.
 
     Args:

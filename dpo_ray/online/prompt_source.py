@@ -1,4 +1,4 @@
-"""The stage `prompts`: it reads prompts from a separate source and tokenizes them like the preference data."""
+"""The stage `prompts`: it reads the prompts of `online.prompts`, and tokenizes them like the preference data."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(shards: Sequence[Shard], task: PrepareTask, staging: Staging, provenance
         raise DataError(
             f"{unsound:,} of {rows:,} rows are not valid prompts: {listed or 'there are no rows'}",
             where="online.prompts",
-            fix="fix the rows or name the column (columns.prompt); or raise data.max_quarantined_fraction",
+            fix="correct the rows, set columns.prompt to the name of the column of prompts, or raise data.max_quarantined_fraction",
         )
     columns = {"prompt_ids": [list(ids) for ids in prompts], "answer": list(prompts.values())}
     entry = staging.write(FILE, parquet_bytes(pa.table(columns, schema=SOURCE)), rows=len(prompts))
@@ -100,7 +100,12 @@ def _read(shard: Shard, task: PrepareTask) -> tuple[pa.Table, Counter[str], int]
 
 
 def first_prompts(shard: Shard, rows: int, task: PrepareTask) -> tuple[int, int, Counter[str]]:
-    """Read the first rows of a shard; return their number, how many have an answer, and why some have no prompt."""
+    """Read the first rows of a shard.
+
+    Returns:
+        The number of rows; the number of rows with a reference answer; and the number of rows without a valid prompt, by
+        reason.
+    """
     batch = [row for _, row in next(read_batches(Piece(shard), rows), [])]
     with TemplateProcess() as process:
         results = _tokenized(batch, shard, task, process)

@@ -30,12 +30,12 @@ from .round_state import Action, Committed, Done, Stage, next_action, stages_of_
 
 VERSIONS = {"prompts": 1, "sample": 2, "judge": 1, "pair": 1, "evaluate": 2, "promote": 1, "ema": 1}
 ARTIFACT_STAGE: dict[Stage, str] = {"evaluate": "measure"}
-"""The artifact names of stages whose artifact has another name. (The artifact `evaluate` is that of an offline run.)"""
+"""The artifact's name, for each stage whose artifact is not named as the stage. (`evaluate` is an offline run's artifact.)"""
 
 
 @dataclass(frozen=True)
 class PromptsPlan:
-    """The plan for a separate source of prompts: its shards (files), and the key of the artifact built from them."""
+    """The plan for the prompts of `online.prompts`: the shards (files), and the key of the artifact built from them."""
 
     shards: tuple[Shard, ...]
     config: dict[str, Any]
@@ -56,7 +56,7 @@ class OutsideInputs:
 
 @dataclass(frozen=True)
 class Policy:
-    """A model: one that a round starts from, has trained, or is compared with."""
+    """A model that a round starts from, trains, or is compared with."""
 
     key: str  # key of the artifact that holds the model; for the recipe's own model, the digest of the model
     artifact: Artifact | None  # None: it is the recipe's own model, or it does not exist yet
@@ -97,7 +97,7 @@ class Rounds:
 
     @property
     def promoted(self) -> Policy:
-        """Return the policy of the last round whose policy was promoted; the recipe's own model if there is none."""
+        """Return the policy of the last round whose policy was promoted; the recipe's `model` if there is none."""
         last = starting_policy([r.committed for r in self.rounds], len(self.rounds) + 1)
         return self.initial if last is None else self.rounds[last - 1].trained
 
@@ -147,7 +147,7 @@ def derive_from(plan: Plan, outside: OutsideInputs) -> Rounds:
 
 
 def prompts_plan(plan: Plan) -> PromptsPlan | None:
-    """Return the plan for a separate source of prompts; None if the recipe does not name one (`online.prompts`).
+    """Return the plan for the prompts of `online.prompts`; None if the recipe does not have this field.
 
     Raises:
         ConfigError: a path of online.prompts matches nothing.

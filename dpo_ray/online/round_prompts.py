@@ -29,7 +29,7 @@ class RoundPrompts:
 
         Args:
             prepared: the tokens artifact of the preference data.
-            source: the artifact `prompts`, if the recipe has a separate source of prompts; otherwise None.
+            source: the artifact `prompts`, if the recipe has the field `online.prompts`; otherwise None.
             say: called with a message about prompts that are left out.
         """
         self._plan, self._online, self._prepared, self._source = plan, online_of(plan.recipe), prepared, source
@@ -103,9 +103,9 @@ class RoundPrompts:
         prompts = heldout_prompts(self._prepared, self._online.evaluate.prompts, self._longest)
         if not prompts:
             raise ConfigError(
-                "no held-out prompt leaves room in the model's context for a completion",
+                "every held-out prompt is too long: the model's context must also hold a completion",
                 where=f"online.sampling.max_new_tokens={self._online.sampling.max_new_tokens}",
-                fix=f"lower it: at this value, a prompt may have at most {self._longest} tokens",
+                fix=f"lower max_new_tokens: with the present value, a prompt may have at most {self._longest} tokens",
             )
         return prompts
 

@@ -108,8 +108,8 @@ def next_action(
     Args:
         rounds: the rounds in order, beginning with the first. Rounds without artifacts may be left out at the end.
         wanted_rounds: number of rounds that the recipe asks for.
-        stop: the reason to run no further round (`promotion.stop_reason`); None: there is no reason. A round that has
-            begun is then not continued.
+        stop: the reason to run no further round (`promotion.stop_reason`), or None. If there is a reason, a round that has
+            begun is not continued either.
 
     Raises:
         ArtifactError: a stage has an artifact although an earlier stage has none; or a round has artifacts although the
@@ -119,9 +119,9 @@ def next_action(
     for (earlier, before), (later, state) in pairwise(zip(rounds, states, strict=True)):
         if state != State.PLANNED and not before.decided:
             raise ArtifactError(
-                f"this round has artifacts, but round {earlier.number} before it is {before} and has no decision",
+                f"this round has artifacts, but round {earlier.number} before it has no decision (its state is `{before}`)",
                 where=f"round {later.number}",
-                fix=f"restore the missing artifacts of round {earlier.number}; or delete those of round {later.number}",
+                fix=f"restore the missing artifacts of round {earlier.number}; or delete the artifacts of round {later.number}",
             )
     decided = sum(s.decided for s in states)
     if stop is not None:
@@ -145,9 +145,9 @@ def _check_order(committed: Committed, order: Sequence[Stage]) -> None:
     where = f"round {committed.number}"
     if strange := committed.stages - {*order}:
         raise ArtifactError(
-            f"this round has an artifact of `{min(strange)}`, but its objective has no such stage",
+            f"this round has an artifact of `{min(strange)}`, but a round with this objective has no such stage",
             where=where,
-            fix="find the round's artifacts by the keys of this recipe",
+            fix="use only the artifacts whose keys belong to this recipe",
         )
     missing = next((k for k, s in enumerate(order) if s not in committed.stages), len(order))
     if later := [s for s in order[missing:] if s in committed.stages]:
@@ -155,5 +155,5 @@ def _check_order(committed: Committed, order: Sequence[Stage]) -> None:
         raise ArtifactError(
             f"the stage `{later[0]}` has an artifact, but the stage `{order[missing]}` before it has none",
             where=where,
-            fix=f"restore the artifact of `{order[missing]}`; or delete that of {listed} and run again: all are then rebuilt",
+            fix=f"restore the artifact of `{order[missing]}`; or delete the artifacts of {listed} and run again to rebuild all",
         )

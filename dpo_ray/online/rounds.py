@@ -60,7 +60,7 @@ JUDGEMENTS = "judgements"  # a directory in the output with the judges' answers,
 
 
 def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tuple[Rounds, bool]:
-    """Run all rounds that are not finished. Return the state of the rounds afterwards, and whether anything had to run.
+    """Run all rounds that are not finished. Return the state of the rounds afterwards, and whether any stage had to run.
 
     Raises:
         DpoRayError: one of its subclasses, with what is wrong, where, and what to do. Committed artifacts are kept.
@@ -85,7 +85,7 @@ def online(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tupl
 
 
 class _Driver:
-    """The driver of a run's rounds. It holds the engines and judges, which live through all rounds."""
+    """The driver of a run's rounds. It holds the engines and judges, which are kept through all rounds."""
 
     def __init__(self, run: RunContext) -> None:
         self._run, self._plan, self._recipe, self._reporter = run, run.plan, run.recipe, run.reporter
@@ -327,7 +327,7 @@ class _Driver:
         return RoundPrompts(self._plan, self._prepared, self._prompts_artifact(), self._reporter.say)
 
     def _prompts_artifact(self) -> Artifact | None:
-        """Return the artifact `prompts`, built now if it does not exist; None without a separate source of prompts."""
+        """Return the artifact `prompts`, built now if it does not exist; None if the recipe has no `online.prompts`."""
         planned = self._rounds.outside.prompts
         if planned is None:
             return None

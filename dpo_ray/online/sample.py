@@ -84,7 +84,7 @@ def _name(granule: int) -> str:
 
 
 def _whole(granule: pa.Table, pieces: Sequence[Sampled]) -> pa.Table:
-    """Join the results for the pieces of a granule, in the order of its prompts.
+    """Join the results for the pieces of a granule, in the order of the granule's prompts.
 
     Prompts on which every engine died are missing in the result.
     """

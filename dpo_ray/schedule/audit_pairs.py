@@ -1,4 +1,4 @@
-"""Collects, for the audit, the stored reference log-probs and the trainer's own log-probs of the same tokens, by group."""
+"""Collects, for the audit, the reference log-probs that are stored and those that the trainer computes, group by group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .micro_batch import MicroBatch
 
 @dataclass(frozen=True)
 class ComparedGroup:
-    """The log-probs of one preference group: `stored` by the reference, and the trainer's `own`.
+    """The log-probs of one preference group: `stored` reference log-probs, and those that the trainer computed (`own`).
 
     Pair p prefers completion `chosen[p]` to `rejected[p]`.
     """

@@ -1,8 +1,8 @@
 """Sorts the rows (groups) of a split into buckets. A bucket is a range of consecutive steps; it has one file on local disk.
 
 Rows arrive in the order of the input files, but are needed in a shuffled order. All rows together do not fit in memory, so
-they pass through memory a few at a time. A process also cannot keep the files of very many buckets open. If there are too
-many, rows are first written to intermediate files for several buckets each, and each intermediate file is then split.
+they pass through memory a few at a time. A process also cannot keep the files of very many buckets open. If there
+are too many buckets, each row is first written to an intermediate file for several buckets, which is then split.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def buckets_of(split: str, steps: Steps) -> list[Bucket]:
 
 
 def deal_rows(parts: Sequence[Callable[[], pa.Table]], buckets: Sequence[Bucket], scratch: Path) -> list[Path]:
-    """Write the rows of each bucket, with the column `row`, to a file of its own below `scratch`, and return the files.
+    """Write the rows of each bucket, with the column `row`, to a separate file below `scratch`, and return the files.
 
     `parts` are functions that load the tables of the input files, one by one. Each table is loaded only once.
     """
@@ -102,7 +102,7 @@ def _deal(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Seque
 
 
 def _deal_twice(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
-    """Write rows to files by way of intermediate files. An intermediate file has the rows of several files, and is then split."""
+    """Write rows to files in two passes: first to intermediate files for several of the files each, which are then split."""
     size = math.ceil(len(files) / MOST_OPEN_FILES)
     runs = [slice(first, first + size) for first in range(0, len(files), size)]
     shared = [files[run][0].with_name(f"{files[run][0].stem}-of-{size}.arrow") for run in runs]

@@ -58,7 +58,7 @@ def build_split(
 
 
 def write_bucket(bucket: Bucket, table: pa.Table, packing: Packing, staging: Staging) -> list[FileEntry]:
-    """Pack the steps of a bucket, and write one file for every rank. The same bucket always gives files with the same bytes.
+    """Pack the steps of a bucket, and write one file for every rank. The files of the same bucket always have the same bytes.
 
     Args:
         table: the groups of the bucket, with their row numbers in the column `row`.

@@ -63,7 +63,7 @@ class Schedule(Protocol):
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """Return the numbers of steps and groups of every split, and the maximum number of steps of its buckets.
+        """Return, for every split, the number of steps, the number of groups, and the maximum number of steps of a bucket.
 
         The names are `SPLIT/steps`, `SPLIT/groups` and `SPLIT/bucket_steps`.
         """
@@ -83,7 +83,7 @@ class RankStep:
 
 
 def most_bucket_steps(steps: Sequence[Sequence[int]]) -> int:
-    """Compute the maximum number of steps of a bucket. The more groups a step has, the smaller it is."""
+    """Compute the maximum number of steps of a bucket. The more groups a step has, the smaller is this maximum."""
     largest = max(map(len, steps), default=1)
     return max(1, min(MOST_BUCKET_STEPS, MOST_BUCKET_GROUPS // largest))
 
@@ -212,7 +212,7 @@ def heldout_splits(schedule: Schedule) -> list[str]:
 def filler() -> MicroBatch:
     """Build a filler: the smallest possible micro-batch, of weight 0.
 
-    A rank that has no more work computes fillers, because all ranks must take part in collective operations.
+    A rank without further groups computes fillers, because all ranks must take part in collective operations.
     """
     zero_weight = np.zeros(1, np.int32)
     return MicroBatch(

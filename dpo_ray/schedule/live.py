@@ -23,11 +23,11 @@ MOVE_SECONDS = 60.0  # how long to look for a file that a commit has moved to an
 
 
 class Feed:
-    """A Ray actor that knows which files of the schedule are ready, and where they are.
+    """A Ray actor that records which files of the schedule are ready, and where they are.
 
     It runs on the driver's node, so it is lost only if the run is lost as well. If scoring fails, all ranks stop at the same
-    bucket (range of steps): if one rank has already received its file of a bucket, the bucket stays available to all ranks;
-    all other buckets become unavailable.
+    bucket (range of steps). A bucket stays available to all ranks if at least one rank has already received its file of this
+    bucket. All other buckets become unavailable.
     """
 
     def __init__(self, staging: Storage) -> None:
@@ -51,7 +51,7 @@ class Feed:
             self._changed.notify_all()
 
     async def fail(self, reason: str) -> None:
-        """Record that scoring has failed. Training must then end after its current bucket."""
+        """Record that scoring has failed. Training must then end after the bucket that it is reading."""
         async with self._changed:
             self._failure = reason
             self._ready = {name for name in self._ready if _bucket(name) in self._given}
@@ -60,7 +60,7 @@ class Feed:
     async def locate(self, name: str, wait_seconds: float) -> Storage | Artifact | TrainError | None:
         """Wait at most `wait_seconds` for a file, and return where it is; return None if it is not ready by then.
 
-        If scoring has failed, return the error; it is not raised here.
+        If scoring has failed and the file is not available, return a TrainError for the caller to raise.
         """
         async with self._changed:
             if name not in self._ready and not self._failure:
@@ -73,7 +73,7 @@ class Feed:
                 self._given.add(_bucket(name))
                 return self._place
             return TrainError(
-                f"scoring has failed, so the following steps are not available: {self._failure}", where="reference"
+                f"scoring has failed, so the next steps are not available: {self._failure}", where="reference"
             )
 
 

@@ -50,7 +50,7 @@ def step_groups(group_ids: Sequence[bytes], seed: int, groups_per_step: int, epo
     """
     total = count_steps(len(group_ids), groups_per_step, epochs, steps) * groups_per_step
     if total and not group_ids:
-        raise DataError("there are no groups", where="schedule", fix="check the quarantine of `prepare`")
+        raise DataError("there are no groups", where="schedule", fix="check which rows `prepare` has quarantined")
     if steps is None:
         total = min(total, len(group_ids) * epochs)
     stream = _endless(group_ids, seed)
@@ -85,7 +85,7 @@ def deal(
     group goes to the rank that has the least work so far, and there to the first micro-batch with enough space.
 
     Args:
-        tokens: the number of tokens of each group. A group with more tokens than the limit gets a micro-batch of its own.
+        tokens: the number of tokens of each group. A group with more tokens than the limit is alone in its micro-batch.
         work: the estimated work of each group, in any unit.
 
     Returns:

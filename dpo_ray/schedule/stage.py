@@ -128,7 +128,7 @@ def _scored_rows(reference: Artifact, names: Sequence[str]) -> np.ndarray:
 
 
 def count_rows(orders: Sequence[SplitOrder]) -> dict[str, int]:
-    """Return the numbers of steps and groups of every split, and the maximum number of steps of its buckets.
+    """Return, for every split, the number of steps, the number of groups, and the maximum number of steps of a bucket.
 
     The names are those of `Schedule.rows`.
     """
@@ -154,7 +154,7 @@ def check_first_groups(split: str, groups: Sequence[TokenGroup], objective: Obje
     """Check that the objective can use groups that are not committed yet.
 
     Raises:
-        DataError: the objective cannot learn from some of them.
+        DataError: the objective cannot learn from some of the groups.
     """
     table = shard_table(groups, range(len(groups)), None)
     idle = np.flatnonzero(~_usable(table, kinds_of_groups(objective)))
@@ -186,7 +186,8 @@ def _group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Ob
 def _usable(table: pa.Table, kinds: set[str]) -> np.ndarray:
     """Return bool [groups], True for each group that an objective can use.
 
-    `kinds` are the kinds of data that the objective learns from. A sum of objectives has several, and needs all of them.
+    `kinds` are the kinds of data that the objective learns from. A sum of objectives has several kinds, and can only use
+    groups that are usable for all of them.
     """
     pairs = _lengths(table["chosen"]) > 0
     usable = np.ones(len(table), bool)
@@ -231,7 +232,8 @@ def _unusable(split: str, idle: Sequence[bytes], groups: int, objective: Objecti
     )
     fixes = {
         "for ranked lists, set data.pairing.pairs=best_worst, all or adjacent": max(sizes) > 1,
-        "for single completions, choose an objective for unpaired data or remove their sources": 1 in sizes,
+        "for single completions, choose an objective for unpaired data, or remove the sources of these groups": 1
+        in sizes,
     }
     return DataError(
         f"{len(idle):,} of {groups:,} groups have {lacking}, but the objective "
@@ -250,6 +252,6 @@ def _load(tokens: Artifact, reference: Artifact | None, name: str) -> pa.Table:
         raise ArtifactError(
             "the artifacts `reference` and `tokens` do not contain the same groups",
             where=f"{reference.storage.uri}/{name}",
-            fix="delete this artifact's directory and run again; the stage will be repeated",
+            fix="delete this artifact's directory and run again; the stage `reference` will then be repeated",
         )
     return table.append_column("token_logps", scored["token_logps"])

@@ -41,7 +41,7 @@ def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every
 
 
 def spare_rows(split: str, steps: Steps, groups: int) -> list[Bucket]:
-    """Build buckets of the rows that are in no step, as when `train.steps` ends training before the end of the first epoch."""
+    """Build buckets of the rows that are in no step. There are some if `train.steps` ends training within the first epoch."""
     in_steps = np.zeros(groups, bool)
     for step in steps:
         in_steps[np.asarray(step, np.int64)] = True

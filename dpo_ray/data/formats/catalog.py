@@ -24,7 +24,7 @@ FORMATS: dict[str, Format] = installed(ADDED, {*_BUILT_IN, "auto"}) | _BUILT_IN
 
 
 def fields_of(row: Mapping[str, Any], row_format: str, columns: Columns) -> Fields:
-    """Combine a row with the column names to read: the names of the format, or those that the recipe sets instead."""
+    """Combine a row with the accepted column names of each role: those that the recipe sets, otherwise those of the format."""
     names = _names(columns)[row_format]  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     return Fields(row, names, columns)
 
@@ -39,7 +39,7 @@ def _names(columns: Columns) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
 
 @functools.lru_cache(maxsize=64)
 def message_columns(columns: Columns) -> frozenset[str]:
-    """Return the names of all columns that may hold messages, in any of the formats or by the recipe's own names."""
+    """Return the names of all columns that may hold messages: the names in the formats, or those that the recipe sets."""
     roles = ("prompt", "chosen", "rejected", "completion", "completions", "sides")
     names = _names(columns)  # pyright: ignore[reportArgumentType] - as above
     return frozenset(name for each in names.values() for role in roles for name in each.get(role, ()))
@@ -54,7 +54,7 @@ def named_columns(columns: Columns) -> frozenset[str]:
 def wanted(names: Sequence[str], columns: Columns) -> list[str]:
     """Return those columns of a table that at least one format reads.
 
-    If the table has too few columns for every format, return all its columns, so that the error can list them.
+    If the table lacks columns for every format, return all columns of the table, so that the error can list them.
     """
     accepted: dict[str, set[str]] = {}
     for each in FORMATS.values():

@@ -22,7 +22,7 @@ from .pandalm import two_completions
 from .soundness import require, sound_text
 
 SIDES = ("conversation_a", "conversation_b")
-"""Columns with two whole conversations, each with another model. The last turns of the two are compared."""
+"""Two columns, each with a conversation with a different model. The last turns of the two conversations are compared."""
 
 _WORDS = {
     **dict.fromkeys(("model_a", "a", "left", "first"), 1),
@@ -34,14 +34,14 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
 def compared(fields: Fields) -> TextGroup:
-    """Read two completions, and which one is better; this counts as the verdict of a single annotator."""
+    """Read two completions, and which of them is better. This choice counts as the verdict of a single annotator."""
     is_battle = fields.row.get(SIDES[0]) is not None
     prompt, completions = _battle(fields) if is_battle else (prompt_of(fields), two_completions(fields))
     return TextGroup(prompt, completions, (), chosen=(), rejected=(), verdicts=(_agreed_verdict(fields),))
 
 
 def _agreed_verdict(fields: Fields) -> int:
-    """Return the verdict of the first column that has one; another column must not contradict it.
+    """Return the verdict of the first column that has a verdict. No other column of verdicts may contradict it, except SAFER.
 
     Raises:
         Rejected: BAD_LABEL or NULL_FIELD.
@@ -101,7 +101,7 @@ def _verdict(value: Any, name: str, words: Mapping[str, int]) -> int:
 
 STRENGTHS = ("preference_strength", "overall_preference")
 SAFER = "safer_response_id"
-"""The verdict on safety alone, of data that also has one on the whole: it may differ."""
+"""The column with the verdict on safety. It may differ from the verdict on overall quality in another column."""
 
 FORMATS = (
     Format(

@@ -1,4 +1,4 @@
-"""Control characters in text (C0 except tab and line ends, and DEL): refused, removed or kept, as the recipe's rule says."""
+"""Rejects rows with control characters (C0 except tab and line ends, and DEL), or removes or keeps the characters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def with_controls(group: TextGroup, rule: ControlCharacters) -> TextGroup:
     """Apply the rule to all text of a group.
 
     Raises:
-        Rejected: CONTROL_CHARS, if the rule is `quarantine` and the text holds one.
+        Rejected: CONTROL_CHARS, if the rule is `quarantine` and the text contains a control character.
     """
     if rule == "keep":
         return group
@@ -35,7 +35,11 @@ def with_controls(group: TextGroup, rule: ControlCharacters) -> TextGroup:
 
 
 def controlled(value: Any, rule: ControlCharacters, name: str) -> Any:
-    """Apply the rule to a nested value; `name` is what an error calls it. Raises as `with_controls` does."""
+    """Apply the rule to all text in a nested value. Errors call the value `name`.
+
+    Raises:
+        Rejected: CONTROL_CHARS, if the rule is `quarantine` and the text contains a control character.
+    """
     if isinstance(value, str):
         encoded = value.encode("utf-8", "surrogatepass")
         if rule == "keep" or len(encoded.translate(None, _CONTROL)) == len(encoded):
@@ -43,7 +47,7 @@ def controlled(value: Any, rule: ControlCharacters, name: str) -> Any:
         if rule == "clean":
             return _ESCAPE.sub("", value).translate(_REMOVED)
         control = next(byte for byte in encoded if byte in _CONTROL)
-        raise Rejected("CONTROL_CHARS", f"{name} holds U+{control:04X}")
+        raise Rejected("CONTROL_CHARS", f"{name} contains the control character U+{control:04X}")
     if isinstance(value, Mapping):
         return {controlled(k, rule, name): controlled(v, rule, name) for k, v in value.items()}
     if isinstance(value, tuple):

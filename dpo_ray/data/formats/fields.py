@@ -24,8 +24,8 @@ class Fields(NamedTuple):
     def column(self, role: str) -> str:
         """Return the name of the column that holds a role (`prompt`, `chosen`, ...).
 
-        Among the names that the role accepts, it is the first whose value is not null. If all values are null, it is the
-        first name that the row has; if the row has none of the names, it is the first name.
+        The result is the first accepted name of the role whose value in the row is not null. If there is none, it is the
+        first accepted name that the row has at all. If the row has none of them, it is the first accepted name.
         """
         names = self.names.get(role, ())
         for name in names:

@@ -28,9 +28,9 @@ class Format:
             several columns.
         read: builds a group from a row; raises `Rejected` with the reason that fits best. The second argument holds the
             recipe's `criteria`: the weights by which several ratings of a completion become one score.
-        matches: returns whether a row, passed without its null columns, has this format. `format: auto` calls it before it
-            tries the built-in formats. None for a built-in format, as `recognise` has its own rules for them; `auto`
-            never finds any other format for which this is None.
+        matches: returns whether a row, from which null columns were removed, has this format. With `format: auto`, this
+            function is called before the built-in formats are tried. It is None for a built-in format, because
+            `recognise` has the rules for those. If it is None for another format, `auto` never finds that format.
     """
 
     name: str

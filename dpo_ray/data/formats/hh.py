@@ -16,12 +16,12 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # white space at the ve
 
 
 def hh_pair(chosen: str, rejected: str, system: str = "") -> TextGroup:
-    """Split two dialogues before the assistant's last answer. The text before it, the same in both, is the prompt.
+    """Split each dialogue before the assistant's last answer. The text before that answer is the prompt.
 
-    A system text, if there is one, comes before the prompt.
+    The prompt must be the same in both dialogues. A system text, if there is one, is put before the prompt.
     """
     cuts = [text.rfind(ASSISTANT) for text in (chosen, rejected)]
-    require(min(cuts) >= 0, "LAST_TURN_NOT_ASSISTANT", "no turn of the assistant")
+    require(min(cuts) >= 0, "LAST_TURN_NOT_ASSISTANT", "there is no turn of the assistant")
     for text, cut, name in ((chosen, cuts[0], "chosen"), (rejected, cuts[1], "rejected")):
         require(HUMAN not in text[cut:], "LAST_TURN_NOT_ASSISTANT", f"`{name}` ends with a turn of the human")
     prompts = [text[: cut + len(ASSISTANT)] for text, cut in zip((chosen, rejected), cuts, strict=True)]
@@ -32,21 +32,26 @@ def hh_pair(chosen: str, rejected: str, system: str = "") -> TextGroup:
 
 
 def with_system_text(transcript: str, system: str) -> str:
-    """Put a system text, if there is any, before the first turn of a transcript, where its own system text stands.
+    """Put a system text before the first turn of a transcript, unless the transcript already begins with this text.
 
     Raises:
-        Rejected: PROMPT_MISMATCH, if the transcript has another one; BAD_MESSAGE, if it holds a turn itself.
+        Rejected: PROMPT_MISMATCH, if the transcript begins with another system text; BAD_MESSAGE, if the system text
+            contains a turn of a transcript.
     """
     if not system:
         return transcript
-    require(_TURN.search(system) is None, "BAD_MESSAGE", "the system text holds a turn of a transcript")
+    require(_TURN.search(system) is None, "BAD_MESSAGE", "the system text contains a turn of a transcript")
     before = _TURN.split(transcript, maxsplit=1)[0].strip()
-    require(before in ("", system.strip()), "PROMPT_MISMATCH", "the system text is not that of the transcript")
+    require(
+        before in ("", system.strip()),
+        "PROMPT_MISMATCH",
+        "the system text of the row differs from that of the transcript",
+    )
     return transcript if before else f"{system.strip()}\n\n{transcript.lstrip()}"
 
 
 def is_transcript(prompt: str) -> bool:
-    """Return whether a prompt begins with a turn of the human and ends where the assistant's turn begins."""
+    """Return whether a prompt begins with a turn of the human and ends with "Assistant:"."""
     return prompt.lstrip().startswith("Human:") and prompt.rstrip().endswith(ASSISTANT)
 
 

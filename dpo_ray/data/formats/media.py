@@ -1,4 +1,4 @@
-"""Rejects rows with images, videos or sound. They are not supported, and to train on the text alone would be another task."""
+"""Rejects rows with images, videos or sound. These are not supported, and without them the text has another meaning."""
 
 from __future__ import annotations
 

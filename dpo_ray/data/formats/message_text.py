@@ -1,4 +1,4 @@
-"""Converts messages that are not stored as a list of objects, but as JSON text, as Python text, or as one list per field."""
+"""Converts messages to lists of objects if they are stored as JSON text, as text of a Python list, or as one list per field."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decoded(row: Mapping[str, Any], names: frozenset[str]) -> Mapping[str, Any]:
 
 
 def _turned(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Convert one list per field to a list of messages; return None for other values.
+    """Convert messages that are stored as one list per field to a list of messages; return None for any other value.
 
     `datasets` stores a Sequence of objects as one list per field: {"role": [...], "content": [...]}.
     """
@@ -64,7 +64,8 @@ def _messages(text: str, name: str) -> Any:
         isinstance(m, Mapping) and (_has(m, "role", "content") or _has(m, "from", "value")) for m in items
     ):
         raise Rejected(
-            "BAD_MESSAGE", f"`{name}` is text that begins like messages, but is neither JSON nor a Python list"
+            "BAD_MESSAGE",
+            f"`{name}` is text that begins like a list of messages, but is neither JSON nor a Python list",
         )
     return items
 

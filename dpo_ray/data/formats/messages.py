@@ -15,13 +15,13 @@ from .tool_calls import calls_of_text, tool_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KEPT = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-"""The keys of a message, besides role, content and tool calls, that chat templates read."""
+"""The keys of a message that chat templates read, besides role, content and tool calls."""
 
 UNREAD = ("tools", "functions", "documents", "refusal")
 """Keys of a message whose values no template receives. A message that has one of them is rejected."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""The content of a message may be a list of parts. Parts of these types are text, in chat templates or OpenAI's Responses API."""
+"""If the content of a message is a list of parts: the types of text parts, in chat templates and OpenAI's Responses API."""
 
 # ShareGPT's roles as LLaMA-Factory defines them (data/README.md there, "tags"), and the usual names.
 _SHAREGPT_ROLES = {
@@ -39,7 +39,7 @@ CALLS = ("function_call", "tool_call")
 
 
 def conversation(value: Any, name: str) -> Conversation:
-    """Read a list of messages, `{role, content}` or `{from, value}`.
+    """Read a list of messages, each of the form `{role, content}` or `{from, value}`.
 
     Raises:
         Rejected: WRONG_TYPE, BAD_MESSAGE, BAD_ROLE or UNSUPPORTED_MEDIA, or a reason of `sound_text`.
@@ -61,12 +61,12 @@ def _message(message: Any, i: int, name: str) -> Message:
     if isinstance(message, Mapping) and "role" not in message and "from" in message:
         message = _from_sharegpt(message, where)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise Rejected("BAD_MESSAGE", f"{where}: no role")
+        raise Rejected("BAD_MESSAGE", f"{where}: the message has no role")
     if message["role"] in ("tool_call", "tool_response"):
         message = _from_sharegpt({**message, "from": message["role"], "value": message.get("content")}, where)
     role, content = message["role"], message.get("content")
     if role not in ROLES:
-        raise Rejected("BAD_ROLE", f"{where}: role {role!r}"[:200])
+        raise Rejected("BAD_ROLE", f"{where}: the role {role!r} is not supported"[:200])
     calls = tool_calls(message, where)
     if content is None and role == "assistant" and calls:
         content = ""  # many templates would print None as text
@@ -83,8 +83,10 @@ def _check_all_is_read(message: Mapping[str, Any], where: str) -> None:
     require(not twice, "BAD_MESSAGE", f"{where}: `content` and `value` differ")
     for key, value in message.items():
         if value and isinstance(key, str) and is_media(key):
-            raise Rejected("UNSUPPORTED_MEDIA", f"{where}: it has `{key}`")
-        require(not value or key not in UNREAD, "BAD_MESSAGE", f"{where}: its `{key}` is not read")
+            raise Rejected("UNSUPPORTED_MEDIA", f"{where}: the message has `{key}`")
+        require(
+            not value or key not in UNREAD, "BAD_MESSAGE", f"{where}: the key `{key}` of the message is not supported"
+        )
 
 
 def _text_of(content: Any, where: str) -> str:
@@ -96,7 +98,7 @@ def _text_of(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     parts = [content] if isinstance(content, Mapping) else content
-    require(isinstance(parts, list | tuple) and bool(parts), "BAD_MESSAGE", f"{where}: no text content")
+    require(isinstance(parts, list | tuple) and bool(parts), "BAD_MESSAGE", f"{where}: the message has no text content")
     return "".join([part if isinstance(part, str) else _part_text(part, where) for part in parts])
 
 
@@ -104,23 +106,25 @@ def _part_text(part: Any, where: str) -> str:
     require(isinstance(part, Mapping), "BAD_MESSAGE", f"{where}: a part of the content is not an object")
     kind = part.get("type") or "text"
     if kind not in TEXT_PARTS:
-        raise Rejected("UNSUPPORTED_MEDIA", f"{where}: a part of type {kind!r}"[:200])
+        raise Rejected("UNSUPPORTED_MEDIA", f"{where}: the content has a part of the type {kind!r}"[:200])
     media = sorted(key for key, value in part.items() if value and is_media(str(key)))
     if media:
-        raise Rejected("UNSUPPORTED_MEDIA", f"{where}: a part with `{media[0]}`"[:200])
+        raise Rejected("UNSUPPORTED_MEDIA", f"{where}: a part of the content has `{media[0]}`"[:200])
     text = part.get("text", part.get("content"))
-    require(isinstance(text, str), "BAD_MESSAGE", f"{where}: a part of type text without text")
+    require(isinstance(text, str), "BAD_MESSAGE", f"{where}: a text part of the content has no text")
     return text
 
 
 def _from_sharegpt(message: Mapping[str, Any], where: str) -> Message:
     speaker, value = message["from"], message.get("value")
     if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-        raise Rejected("BAD_ROLE", f"{where}: from {speaker!r}"[:200])
+        raise Rejected("BAD_ROLE", f"{where}: the speaker {speaker!r} is not supported"[:200])
     role = _SHAREGPT_ROLES[speaker]
     others = {k: v for k, v in message.items() if k not in ("from", "value")}
     if speaker in CALLS:
-        require(not message.get("tool_calls"), "BAD_MESSAGE", f"{where}: both tool_calls and a turn from {speaker}")
+        require(
+            not message.get("tool_calls"), "BAD_MESSAGE", f"{where}: the message from {speaker} also has tool_calls"
+        )
         return {**others, "role": role, "content": None, "tool_calls": calls_of_text(value, where)}
     return {**others, "role": role, "content": value}
 
@@ -141,7 +145,7 @@ def only_turn(turns: Conversation, name: str) -> str | Message:
 
 
 def last_turn(turns: Conversation, name: str) -> str | Message:
-    """Return the completion at the end of a conversation: the text of the last message, or the message if it has more than text."""
+    """Return the completion at the end of a conversation: the text of the last message, or the message if it contains more."""
     if not turns:
         raise Rejected(f"EMPTY_{name.upper()}", f"`{name}` has no messages")
     last = turns[-1]
@@ -159,7 +163,7 @@ def prompt_of(fields: Fields) -> str | Conversation:
 
 
 def with_system(prompt: str | Conversation, fields: Fields) -> str | Conversation:
-    """Put the row's system text, if there is any, before a prompt that does not begin with the same text.
+    """Put the row's system text, if there is any, before the prompt, unless the prompt already begins with this text.
 
     Raises:
         Rejected: PROMPT_MISMATCH, if the prompt begins with another system message.
@@ -176,7 +180,7 @@ def with_system(prompt: str | Conversation, fields: Fields) -> str | Conversatio
 
 
 def system_text(fields: Fields) -> str:
-    """Return the row's system text; empty if it has none but white space."""
+    """Return the row's system text; "" if there is none, or only white space."""
     system = fields.get("system")
     return "" if system is None or not sound_text(system, fields.column("system")).strip() else system
 
@@ -187,9 +191,9 @@ def user_turn(text: str) -> Conversation:
 
 
 def check_alternation(turns: Conversation) -> None:
-    """Check that turns of the user and of the assistant alternate, also with the completion, which follows the last turn.
+    """Check that turns of the user and of the assistant alternate. The completion counts as the last turn of the assistant.
 
-    The turns of a tool stand between two turns of the assistant. System and developer messages are ignored.
+    Several turns of tools may follow each other. System and developer messages are ignored.
 
     Raises:
         Rejected: NON_ALTERNATING_ROLES.
@@ -197,4 +201,4 @@ def check_alternation(turns: Conversation) -> None:
     spoken = [turn["role"] for turn in turns if turn["role"] not in ("system", "developer")]
     for before, after in zip(spoken, [*spoken[1:], "assistant"], strict=False):
         if before == after != "tool":
-            raise Rejected("NON_ALTERNATING_ROLES", f"two turns of the {before} in a row")
+            raise Rejected("NON_ALTERNATING_ROLES", f"there are two turns of the {before} in a row")

@@ -32,7 +32,7 @@ PairFormat = Literal["text", "messages", "implicit_messages", "implicit_text", "
 
 
 def pair(fields: Fields, row_format: PairFormat) -> TextGroup:
-    """Read a row with chosen and rejected, in one of TRL's formats or in the format of HH-RLHF."""
+    """Read a row with a chosen and a rejected answer, in one of TRL's formats or in the format of HH-RLHF."""
     chosen, rejected = both(fields)
     match row_format:
         case "text":

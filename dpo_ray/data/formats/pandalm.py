@@ -33,7 +33,7 @@ def two_completions(fields: Fields) -> tuple[str | Message, ...]:
     if len(items) > 2:
         items = [item for item in items if item is not None]  # columns of other layouts in the same table are null
     require(len(items) > 1, "MISSING_COMPLETION", "a verdict needs two completions")
-    require(len(items) == 2, "WRONG_TYPE", f"{len(items)} completions; a verdict compares two")
+    require(len(items) == 2, "WRONG_TYPE", f"there are {len(items)} completions, but a verdict compares two")
     require(None not in items, "NULL_FIELD", "a completion is null")
     return tuple(answer(item, "completion") for item in items)
 

@@ -75,10 +75,10 @@ def _check(group: TextGroup) -> None:
         raise Rejected("IDENTICAL_PAIR")
     reasons = ("EMPTY_CHOSEN", "EMPTY_REJECTED") if group.chosen else ("EMPTY_COMPLETION",) * len(completions)
     for completion, reason in zip(completions, reasons, strict=True):
-        require(_says_something(completion), reason, "no text but white space")
+        require(_says_something(completion), reason, "there is no text except white space")
     turns = group.prompt if group.messages is None else group.messages
     spoken = _says_something(turns) if isinstance(turns, str) else any(map(_says_something, turns))
-    require(spoken, "EMPTY_PROMPT", "no text but white space")
+    require(spoken, "EMPTY_PROMPT", "there is no text except white space")
     if not isinstance(turns, str):
         check_alternation(turns)
 
@@ -103,7 +103,7 @@ def _with_template_variables(group: TextGroup, fields: Fields, controls: Control
 
 
 def _decoded(fields: Fields, role: str) -> Any:
-    """Return the value of a role, which is a list or mapping; JSON text is parsed, also if only the items of a list are text."""
+    """Return the list or mapping in the column of a role. JSON text is parsed, also if only the items of a list are JSON text."""
     value = fields.get(role)
     items = value if isinstance(value, list | tuple) else None
     try:
@@ -115,6 +115,6 @@ def _decoded(fields: Fields, role: str) -> Any:
 
 
 def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tool as {type, function}, as chat templates expect it. Data for LLaMA-Factory has only the function."""
+    """Return a tool as {type, function}, as chat templates expect it. In data for LLaMA-Factory, a tool is only the function."""
     bare = "name" in tool and not {"type", "function"} & tool.keys()
     return {"type": "function", "function": tool} if bare else tool

@@ -1,7 +1,7 @@
 """Recognises the format of a row from its columns and their values.
 
-The order of the checks matters: layouts with chosen and rejected come first, then layouts with labels, then lists of
-completions. The reason is that rows with chosen and rejected often also have columns of the later layouts.
+The order of the checks matters: layouts with a chosen and a rejected answer come first, then layouts with labels, then
+lists of completions. The reason is that rows of the first kind often also have columns of the later layouts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .fields import Fields
 from .hh import ASSISTANT
 
 WITHIN_COMPLETIONS = ("implicit_messages", "implicit_text", "hh")
-"""Formats whose completions hold the prompt."""
+"""Formats whose completions contain the prompt."""
 
 PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "input")
 
@@ -26,8 +26,8 @@ PROMPTS = ("prompt", "conversations", "messages", "instruction", "question", "in
 def recognise(row: Mapping[str, Any], columns: Columns) -> str:
     """Return the name of the format that a row has.
 
-    Null columns are ignored first, since a table has every column in every row. They count only if no format is found
-    without them.
+    Null columns are ignored at first, because in a table each row has all columns. Only if no format is found in this
+    way, null columns are considered too.
 
     Raises:
         Rejected: UNKNOWN_FORMAT.
@@ -74,7 +74,7 @@ def _layout(given: Mapping[str, Any], row: Mapping[str, Any], columns: Columns) 
 
 
 def _pair(fields: Fields, row: Mapping[str, Any]) -> str:
-    """Return the format of a row with chosen and rejected. It follows from the prompt's column and the types of the values."""
+    """Return the format of a row with a chosen and a rejected answer, by the prompt's column and the types of the values."""
     given, columns = fields.row, fields.columns
     chosen, rejected = fields.get("chosen"), fields.get("rejected")
     prompt = columns.prompt or next((name for name in PROMPTS if name in given), None)
@@ -111,9 +111,10 @@ def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> str:
 
 
 def check_context(fields: Fields, row_format: str) -> None:
-    """Check that a recognised format reads what a row has beside a prompt of text: earlier turns, and an input.
+    """Check that the recognised format reads the columns beside the prompt, such as `history` or `input`: no text may be lost.
 
-    A conversation is complete by itself, and where the recipe names the prompt, it has chosen.
+    Nothing is checked if the prompt is a list of messages, if the completions contain the prompt, or if the recipe names
+    the column of the prompt.
 
     Raises:
         Rejected: UNKNOWN_FORMAT.
@@ -154,7 +155,7 @@ def _is_nemo(given: Mapping[str, Any]) -> bool:
 def _meant(columns: Columns) -> str | None:
     """Choose a format by the column names that the recipe sets, for a row that fits no format.
 
-    When the row is then read, it is rejected with the message that it does not have these columns.
+    When the row is read in this format, it is rejected with a message that names the missing column.
     """
     if columns.chosen or columns.rejected:
         return "text"

@@ -23,20 +23,22 @@ TEXTS = ("response", "answer", "completion", "text")
 SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 RANKS = ("rank",)
 RATINGS = ("annotations", "ratings", "scores")
-"""Names that the fields of a completion may have: for its text, its score, its rank, and its ratings by several criteria."""
+"""Possible names of the fields of a completion, for its text, its score, its rank, and its ratings by several criteria."""
 
 LARGEST = 3.4e38  # the largest float32; scores are stored as float32
 
 
 def scored(fields: Fields, criteria: Mapping[str, float]) -> TextGroup:
-    """Read a prompt, and its completions in the row's order with their scores. Ranks become scores; the last rank becomes 0.
+    """Read a prompt, and its completions in the row's order with their scores. Ranks are converted to scores.
 
     Args:
         criteria: the weights of the ratings whose weighted mean is the score; empty to use the scores of the row.
     """
     items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
     require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
-    require(len(items) > 1, "MISSING_COMPLETION", f"{len(items)} completion(s); a preference needs two")
+    require(
+        len(items) > 1, "MISSING_COMPLETION", f"the number of completions is {len(items)}, but a preference needs two"
+    )
     completions = tuple(_completion(item, i) for i, item in enumerate(items))
     scores = tuple(_weighted(item, i, criteria) for i, item in enumerate(items)) if criteria else _scores(fields, items)
     # Models often give the same short answer: only the first of equal ones counts, since they express no preference.
@@ -65,7 +67,11 @@ def _completion(item: Any, i: int) -> str | Message:
         beside = {key: item[key] for key in (*KEPT, "tool_calls", "function_call") if item.get(key) and key != "name"}
         item = item[name]
         if beside:  # an answer's reasoning or calls
-            require(isinstance(item, str), "BAD_MESSAGE", f"{where}: a message, and {', '.join(beside)} beside it")
+            require(
+                isinstance(item, str),
+                "BAD_MESSAGE",
+                f"{where} is a message, but there is also {', '.join(beside)} beside it",
+            )
             item = {"role": "assistant", "content": item, **beside}
     require(item is not None, "NULL_FIELD", f"{where} is null")
     return answer(item, "completion")
@@ -101,9 +107,9 @@ def _beside(values: Any, items: Sequence[Any]) -> tuple[float, ...]:
 
 
 def _best_highest(values: tuple[float, ...], signed: int) -> tuple[float, ...]:
-    """Return scores, of which the highest is the best.
+    """Convert values to scores, where a higher score is better.
 
-    If `signed` is -1, the values are ranks, of which the lowest is the best: a rank becomes its distance to the last rank.
+    If `signed` is -1, the values are ranks, where a lower rank is better. Their scores are the distances to the last rank.
     """
     return values if signed == 1 else tuple(max(values) - v for v in values)
 
@@ -132,7 +138,7 @@ def _need_number(value: Any, where: str) -> float:
 
 
 def _number(value: Any) -> float | None:
-    """Convert a number, or a text that contains one, to a float. Return None for other values, and if it is not finite."""
+    """Convert a number, or a text that contains one, to a float. Return None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -28,7 +28,7 @@ def sound_text(value: Any, name: str) -> str:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise Rejected("INVALID_UTF8", f"`{name}` holds a lone surrogate at character {error.start}") from None
+            raise Rejected("INVALID_UTF8", f"`{name}` contains a lone surrogate at character {error.start}") from None
     return value
 
 

@@ -35,11 +35,11 @@ def swift(fields: Fields) -> TextGroup:
 
 
 def _check_same(fields: Fields, prompt: Conversation, chosen: str | Message) -> None:
-    """Check that what stands beside a conversation says the same as the conversation."""
+    """Check that the columns for query and response agree with the conversation of the row, and that there is no `history`."""
     query, response = fields.get("query"), fields.get("chosen")
     same = not query or any(turn["content"].strip() == str(query).strip() for turn in prompt)
     require(same, "PROMPT_MISMATCH", f"`{fields.column('query')}` is no turn of the conversation")
-    require(not history(fields.get("history")), "PROMPT_MISMATCH", "both a conversation and a `history`")
+    require(not history(fields.get("history")), "PROMPT_MISMATCH", "the row has both a conversation and a `history`")
     same = not response or answer(response, "chosen") == chosen
     require(same, "PROMPT_MISMATCH", f"`{fields.column('chosen')}` is not the last turn of the conversation")
 

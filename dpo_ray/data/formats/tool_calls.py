@@ -1,4 +1,4 @@
-"""Calls of tools, in the forms in which messages have them, as the objects that chat templates read."""
+"""Converts the tool calls of messages, which have several forms, to the objects that chat templates read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def tool_calls(message: Mapping[str, Any], where: str) -> list[Message]:
     """Return the calls of a message: its `tool_calls`, or the single `function_call` of OpenAI's earlier interface.
 
     Raises:
-        Rejected: BAD_MESSAGE, or the reason why a text within them is not sound.
+        Rejected: BAD_MESSAGE, or a reason of `sound_text` for a text in the calls.
     """
     calls, single = message.get("tool_calls"), message.get("function_call")
     if single:
-        require(not calls, "BAD_MESSAGE", f"{where}: both tool_calls and function_call")
+        require(not calls, "BAD_MESSAGE", f"{where}: the message has both tool_calls and function_call")
         require(isinstance(single, Mapping), "BAD_MESSAGE", f"{where}: function_call is not an object")
         calls = [{"type": "function", "function": single}]
     if not calls:
@@ -46,9 +46,9 @@ def calls_of_text(value: Any, where: str) -> list[Message]:
 
 
 def _with_arguments(call: Mapping[str, Any], where: str) -> Message:
-    """Return a call with its arguments as an object, as vLLM has them before it renders the template.
+    """Return a tool call whose arguments are an object. vLLM does the same before it renders a template.
 
-    vLLM: vllm/renderers/chat_utils.py, `_postprocess_messages`. Some rows hold the function without the object around it.
+    vLLM: vllm/renderers/chat_utils.py, `_postprocess_messages`. In some rows the call itself is the function.
     """
     if isinstance(function := call.get("function"), Mapping):
         return {**call, "function": _function(function, where)}
@@ -56,7 +56,7 @@ def _with_arguments(call: Mapping[str, Any], where: str) -> Message:
 
 
 def _function(function: Mapping[str, Any], where: str) -> Message:
-    """Return a function with its arguments decoded; some models call them parameters."""
+    """Return the function of a tool call, with decoded arguments. In some rows the arguments are called `parameters`."""
     given = [name for name in ("arguments", "parameters") if function.get(name)]
     require(len(given) < 2, "BAD_MESSAGE", f"{where}: a tool call has both arguments and parameters")
     arguments = function[given[0]] if given else {}

@@ -19,7 +19,7 @@ _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0
 
 
 def unpaired(fields: Fields) -> TextGroup:
-    """Read a row with one completion. The prompt is a column of its own, or the completion's turns before the last one."""
+    """Read a row with one completion. The prompt is in a separate column, or is the completion without its last turn."""
     completion = fields.need("completion", "MISSING_COMPLETION")
     implicit = isinstance(completion, list | tuple) and len(completion) > 1
     if implicit and fields.get("prompt") is None:
@@ -36,7 +36,7 @@ def whole_conversation(turns: Conversation, fields: Fields) -> TextGroup:
 
 
 def labelled(prompt: str | Conversation, completion: Any, fields: Fields) -> TextGroup:
-    """Build a group of one completion. The row's label becomes its score: 1 if it is good, 0 if it is bad."""
+    """Build a group of one completion. The score is the row's label: 1 for a good completion, 0 for a bad one."""
     if fields.column("label") not in fields.row:
         raise Rejected("BAD_LABEL", "the row has no label")
     score = _LABELS.get(str(fields.get("label")).strip().lower())

@@ -82,7 +82,9 @@ def hub_rows(what: Mapping[str, Any], columns: Columns) -> Iterator[tuple[Any, i
         loaded = datasets.load_dataset(what["path"], what["subset"], split=what["split"], revision=what["revision"])
     except Exception as error:  # the hub's client raises many kinds; all mean that the data cannot be loaded
         raise DataError(
-            f"cannot be loaded: {error}", where=f"hub:{what['path']}", fix="check name, split, network and HF_TOKEN"
+            f"the data set cannot be loaded: {error}",
+            where=f"hub:{what['path']}",
+            fix="check the name, the split, the network and HF_TOKEN",
         ) from error
     chosen = columns_to_read(loaded.column_names, columns)
     for table in loaded.select_columns(chosen).with_format("arrow").iter(BATCH_ROWS):
@@ -95,7 +97,7 @@ def _check_ends(raw: Any, begins: tuple[bytes, ...], ends: tuple[bytes, ...]) ->
     """Check that a file begins and ends with the magic bytes of its kind, Parquet or Arrow."""
     head = raw.read(8)
     if not head:
-        raise Rejected("SHARD_EMPTY", "a file of zero bytes")
+        raise Rejected("SHARD_EMPTY", "the file has zero bytes")
     if not head.startswith(begins):
         raise Rejected("SHARD_BAD_MAGIC", f"the file begins with {head!r}")
     ends = (_FILE_MAGIC,) if head.startswith(_FILE_MAGIC) else ends
@@ -109,7 +111,7 @@ def _check_ends(raw: Any, begins: tuple[bytes, ...], ends: tuple[bytes, ...]) ->
 
 
 def _damaged(error: Exception) -> Exception:
-    """Convert an error of the decoder to Rejected. Return an error of reading the file unchanged; such errors have an errno."""
+    """Convert an error of the decoder to Rejected. Return a read error, which has an errno, unchanged."""
     return error if getattr(error, "errno", None) is not None else Rejected("SHARD_DAMAGED", str(error))
 
 
@@ -122,14 +124,14 @@ def _checked_columns(schema: pa.Schema, columns: Columns) -> list[str]:
     chosen = columns_to_read(schema.names, columns)
     for name in chosen:
         if extension := _extension(schema.field(name)):
-            raise Rejected("SHARD_ARROW_EXTENSION", f"column `{name}`: {extension}"[:300])
+            raise Rejected("SHARD_ARROW_EXTENSION", f"column `{name}` has the type {extension}"[:300])
     return chosen
 
 
 def _extension(field: pa.Field) -> str:
     """Return the name of the Arrow extension type of a field, or of a field inside it; "" if there is none.
 
-    pyarrow reports an extension type that it does not know only in the metadata of the field.
+    The name of an extension type that pyarrow does not support is only in the metadata of the field.
     """
     if isinstance(field.type, pa.BaseExtensionType):
         name = field.type.extension_name
@@ -205,7 +207,7 @@ def _records(batch: pa.RecordBatch) -> Iterator[tuple[Any, int]]:
 
 
 def _may_lack_fields(kind: pa.DataType) -> bool:
-    """Return whether a null inside values of a type can mean that the original object did not have the field.
+    """Return whether a null in a value of this type may stand for a field that the original object did not have.
 
     A struct column stores objects with different fields as structs with all these fields; null stands for a field that
     the object did not have. Structs of at most two fields, such as a message's role and content, are taken as complete.
@@ -239,10 +241,10 @@ def _at_once(batch: pa.RecordBatch) -> list[Any] | None:
 
 def _record(row: pa.RecordBatch) -> Any:
     if row.nbytes > MAX_ROW_BYTES:
-        return Rejected("TOO_LONG_BYTES", f"{row.nbytes} bytes")
+        return Rejected("TOO_LONG_BYTES", f"the row has {row.nbytes} bytes")
     try:
         return row.to_pylist(maps_as_pydicts="strict")[0]
     except UnicodeDecodeError as error:
-        return Rejected("INVALID_UTF8", f"byte {error.start}: {error.object[:100]!r}")
+        return Rejected("INVALID_UTF8", f"byte {error.start} is not UTF-8: {error.object[:100]!r}")
     except Exception as error:
         return Rejected("WRONG_TYPE", f"{type(error).__name__}: {error}"[:300])

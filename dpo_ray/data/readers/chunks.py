@@ -37,11 +37,14 @@ def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) ->
     head = raw.peek(8)[:8]
     compression = {".gz": "gzip", ".zst": "zstd"}.get(name[name.rfind(".") :].lower())
     if compression and not head:
-        raise Rejected("SHARD_EMPTY", f"a {compression} file of zero bytes")
+        raise Rejected("SHARD_EMPTY", f"the {compression} file has zero bytes")
     actual = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
     actual = "zstd" if head.startswith(_ZSTD_SKIPPABLE) else actual
     if actual != compression:
-        raise Rejected("SHARD_COMPRESSION", f"{actual or 'no known compression'} in a file named {name}: {head!r}")
+        raise Rejected(
+            "SHARD_COMPRESSION",
+            f"{actual or 'no known compression'} was found in the file {name}, which begins with {head!r}",
+        )
     match compression:
         case "gzip":
             chunks = _gunzipped(raw)
@@ -56,9 +59,9 @@ def text_chunks(raw: Any, name: str, start: int = 0, stop: int | None = None) ->
 
 
 def _check_encoding(head: bytes) -> None:
-    """Check that a text does not begin in UTF-16 or UTF-32, in which most text has zeros at every second byte.
+    """Check that a text is not UTF-16 or UTF-32, in which nearly every second byte of most texts is zero.
 
-    Zeros at all bytes are damage, such as an unwritten block, which costs only the rows that it is in.
+    If all bytes are zero, the file is damaged (such as by an unwritten block). Then only the damaged rows are rejected later.
     """
     sample = head[:64]
     zeros, zeros_between = sample[0::2].count(0), sample[1::2].count(0)

@@ -20,8 +20,8 @@ def csv_rows(
 ) -> Iterator[tuple[dict[str, str] | Rejected, int]]:
     """Yield (row or Rejected, size in bytes) for each row after the header.
 
-    A quoted field may contain line ends. A quote that is never closed would swallow the rows below it: in that case
-    only the line of the quote is rejected.
+    A quoted field may contain line ends. If a quote is never closed, only the line that contains it is rejected, and the
+    rows below it are still read.
 
     Raises:
         Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, SHARD_DAMAGED if the header holds zero bytes, or SHARD_UNREADABLE if
@@ -43,7 +43,13 @@ def csv_rows(
         if isinstance(fields, Rejected):
             yield fields, size
         elif len(fields) != len(header):
-            yield Rejected("CSV_FIELDS", f"{len(fields)} fields under {len(header)} columns: {fields!r}"[:300]), size
+            yield (
+                Rejected(
+                    "CSV_FIELDS",
+                    f"the row has {len(fields)} fields, and the header has {len(header)}: {fields!r}"[:300],
+                ),
+                size,
+            )
         else:
             yield dict(zip(header, fields, strict=True)), size
 
@@ -94,7 +100,7 @@ class _Lines:
         self.taken.append(line)
         self.size += len(line)
         if self.size > MAX_ROW_BYTES:
-            raise Rejected("TOO_LONG_BYTES", f"over {MAX_ROW_BYTES} characters: {self.taken[0][:100]!r}")
+            raise Rejected("TOO_LONG_BYTES", f"the row has over {MAX_ROW_BYTES} characters: {self.taken[0][:100]!r}")
         return line
 
     def _decoded(self) -> str:

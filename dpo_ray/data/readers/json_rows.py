@@ -26,7 +26,7 @@ def json_rows(chunks: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
 
     Raises:
         Rejected: SHARD_PRETTY if an object spans several lines; SHARD_TRUNCATED if the list is not closed; SHARD_DAMAGED
-            if its brackets do not match.
+            if the brackets of the list do not match.
     """
     chunks, head = iter(chunks), b""
     for chunk in chunks:
@@ -143,13 +143,13 @@ def _string_end(text: bytes, position: int) -> tuple[bool, int]:
 
 
 def _too_long(line: bytes) -> Rejected:
-    return Rejected("TOO_LONG_BYTES", f"over {MAX_ROW_BYTES} bytes: {line[:100]!r}")
+    return Rejected("TOO_LONG_BYTES", f"the row has over {MAX_ROW_BYTES} bytes: {line[:100]!r}")
 
 
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(without_bom(line).decode())  # from bytes, `loads` would also read UTF-16 and UTF-32
     except UnicodeDecodeError as error:
-        return Rejected("INVALID_UTF8", f"byte {error.start}: {line[:100]!r}")
+        return Rejected("INVALID_UTF8", f"byte {error.start} is not UTF-8: {line[:100]!r}")
     except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
         return Rejected("JSON_SYNTAX", f"{error}: {line[:100]!r}"[:300])

@@ -58,7 +58,7 @@ def file_name(location: str) -> str:
 def shown(location: str) -> str:
     """Return a location without secrets, for messages and manifests.
 
-    User and password are removed from a URL, and also its query, which may contain a signature.
+    From a URL, user and password are removed, and the query, because it may contain a signature.
     """
     scheme, sign, rest = location.partition("://")
     if not sign:
@@ -71,7 +71,7 @@ def shown(location: str) -> str:
 
 
 def content_tag(info: dict[str, Any]) -> str:
-    """Return a text that changes when a remote file changes: its checksum if the storage has one, else its modification time."""
+    """Return a text that changes when a remote file changes: its checksum, or its modification time if there is none."""
     return next((str(info[key]) for key in _TAGS if info.get(key)), "")
 
 
@@ -132,7 +132,7 @@ class RemoteFile(io.RawIOBase):
         return self._raw.tell()
 
     def readable(self) -> bool:
-        """Return True: the file was opened for reading."""
+        """Return True, because the file was opened for reading."""
         return True
 
     def seekable(self) -> bool:

@@ -41,7 +41,7 @@ _PROBES, _PROBE_CHARACTERS = 96, 160
 
 
 class _Cache(dict[str, bytes]):
-    """A cache of the ids (int32) of pieces of text. A missing piece is encoded when it is looked up. `fixed` entries stay."""
+    """A cache of the ids (int32) of pieces of text. A piece is encoded at its first lookup. Entries of `fixed` always stay."""
 
     def __init__(self, encode: Callable[[str], bytes], fixed: Mapping[str, bytes] | None = None) -> None:
         super().__init__(fixed or {})
@@ -60,7 +60,7 @@ class _Cache(dict[str, bytes]):
 class Words:
     """Encodes text word by word, with the ids of one byte-level BPE tokenizer.
 
-    Text between two single spaces is not even split into words; it is looked up as a whole.
+    Text between two single spaces is looked up in a cache before it is split into words.
     """
 
     def __init__(self, backend: Tokenizer, pattern: str) -> None:

@@ -26,7 +26,7 @@ P = ParamSpec("P")
 PLAIN = "plain"
 AUTO = "auto"
 MAX_OVERRUNS = 20
-"""Rows of one task that may exceed the limits of a template: each costs a second, and there may be millions."""
+"""How many rows of one task may exceed the limits of a template. Each such row costs a second, and there may be millions."""
 
 
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
@@ -39,7 +39,7 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # `tokenizers` raises bare exceptions
         raise ConfigError(
-            f"no usable tokenizer: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
+            f"there is no usable tokenizer: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
             where=f"model.path={model_dir}",
             fix="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from None
@@ -53,13 +53,13 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
 
 
 def resolve_template(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the template's text, or `plain`, for the recipe's `data.chat_template`.
+    """Return the text of the template that the recipe's `data.chat_template` names. The choice `plain` is returned unchanged.
 
-    Without a tokenizer, because a hub model has not been downloaded yet, `auto` stays `auto`.
+    `auto` and `name:NAME` are also returned unchanged if there is no tokenizer, because it was not downloaded yet.
 
     Raises:
-        ConfigError: `auto` is set and the tokenizer has no template; the file is missing or not UTF-8; not valid Jinja, or
-            too much work to compile.
+        ConfigError: the tokenizer has no such template; the file is missing or not UTF-8; or the template is not valid
+            Jinja, or exceeds a limit when it is compiled.
     """
     if choice == PLAIN or (is_unresolved(choice) and tokenizer is None):
         return choice
@@ -78,12 +78,12 @@ def _invalid(fault: str, choice: str) -> ConfigError:
 
 
 def is_unresolved(template: str) -> bool:
-    """Return whether a template is one of the tokenizer's own that is named and not yet read."""
+    """Return whether `template` is `auto` or `name:NAME`: the name of a template of the tokenizer, and not yet its text."""
     return template == AUTO or NAMED_TEMPLATE.fullmatch(template) is not None
 
 
 def resolved(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of a template that was checked before the tokenizer's files were on this machine, or after."""
+    """Return the text of a template. If `template` is only the name of a template of the tokenizer, read and check it first."""
     return resolve_template(template, tokenizer) if is_unresolved(template) else template
 
 
@@ -109,38 +109,44 @@ def _template_file(choice: str) -> str:
     path = Path(choice)
     if not os.path.isfile(path):  # unlike Path.is_file, without an error for a name that is too long
         raise ConfigError(
-            "no such template file",
+            "there is no such template file",
             where=f"data.chat_template={choice}",
-            fix="allowed: auto, name:NAME, plain, or a file's path",
+            fix="set data.chat_template to auto, name:NAME, plain, or the path of a file",
         )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot be read: {error}", where=f"data.chat_template={choice}", fix="save it as UTF-8 text"
+            f"the template file cannot be read: {error}",
+            where=f"data.chat_template={choice}",
+            fix="save the file as UTF-8 text",
         ) from None
 
 
 def _template_with_tools(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the template for conversations with tools: of several by name, transformers uses `tool_use` for them."""
+    """Return the template for conversations with tools, as in transformers.
+
+    This is the tokenizer's template `tool_use`, if there is one and `template` is the tokenizer's default template.
+    Otherwise it is `template`.
+    """
     own = None if tokenizer is None else tokenizer.chat_template
     return own.get("tool_use", template) if isinstance(own, dict) and own.get("default") == template else template
 
 
 def template_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the variables that every template has: the special tokens by name, and no documents."""
+    """Return the variables that every template gets: the special tokens by name, and `documents`, which is None."""
     return {"documents": None, **tokenizer.special_tokens_map}
 
 
 class Rendered(NamedTuple):
-    """The rendered prompt, and for each completion the rendered whole conversation, which begins with the prompt."""
+    """The rendered prompt, and for each completion the complete rendered conversation, which begins with the prompt."""
 
     prompt: str
     wholes: list[str]
 
 
 class Renderer:
-    """A renderer of the preference groups of one task with one template, which runs in a process with limits."""
+    """Renders the preference groups of one task with one template. The template runs in a process with limits."""
 
     def __init__(
         self, template: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, process: TemplateProcess
@@ -157,7 +163,7 @@ class Renderer:
         self._overruns = 0
 
     def render(self, groups: Sequence[TextGroup]) -> list[Rendered | Rejected]:
-        """Render groups.
+        """Render groups. Return one result per group, in order.
 
         A group is rejected if the template refuses the conversation, takes too long, or needs too much memory; if the
         whole conversation does not begin with the prompt; or if the text is not valid Unicode.
@@ -223,9 +229,9 @@ class Renderer:
             self._overruns += answers[-1].end == LIMIT
             if self._overruns > MAX_OVERRUNS:
                 raise DataError(
-                    f"rendering exceeded its limits for more than {MAX_OVERRUNS} rows: {self._name} {answers[-1].detail}",
+                    f"rendering exceeded a limit for more than {MAX_OVERRUNS} rows: {self._name} {answers[-1].detail}",
                     where=f"data.chat_template={self._config.chat_template}",
-                    fix="correct the template, or remove the rows for which it does too much work",
+                    fix="correct the template, or remove the rows for which the template does too much work",
                 )
         return answers
 
@@ -247,7 +253,10 @@ def _or_rejected(render: Callable[P, Rendered], *args: P.args, **kwargs: P.kwarg
 
 
 def _conversations(group: TextGroup) -> list[tuple[Sequence[Message], bool]]:
-    """List the conversations of a group: the prompt, for which the template opens an answer, and with each answer."""
+    """List the conversations of a group: first the prompt, then the prompt with each answer.
+
+    The bool is True for the prompt: the template then also writes the beginning of an answer (add_generation_prompt).
+    """
     turns = group.messages if group.messages is not None else group.prompt
     messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else list(turns)
     answers = [_answer(completion, strip=group.messages is not None) for completion in group.completions]
@@ -259,7 +268,9 @@ def _sound(text: str) -> str:
         if not text.isascii():
             text.encode()
     except UnicodeEncodeError as error:  # JSON can encode a lone surrogate, for instance in arguments of a tool call
-        raise Rejected("INVALID_UTF8", f"the rendered text holds a lone surrogate at character {error.start}") from None
+        raise Rejected(
+            "INVALID_UTF8", f"the rendered text contains a lone surrogate at character {error.start}"
+        ) from None
     return text
 
 
@@ -278,12 +289,10 @@ def _check_plain(group: TextGroup) -> None:
     ):
         if any(key in message for message in messages):
             raise Rejected(
-                "DROPPED_BY_TEMPLATE", f"plain text does not write {part}: data.chat_template must name a template"
+                "DROPPED_BY_TEMPLATE", f"plain text cannot contain {part}: set data.chat_template to a template"
             )
     if group.tools:
-        raise Rejected(
-            "DROPPED_BY_TEMPLATE", "plain text does not write tools: data.chat_template must name a template"
-        )
+        raise Rejected("DROPPED_BY_TEMPLATE", "plain text cannot contain tools: set data.chat_template to a template")
 
 
 def _plain_prompt(group: TextGroup) -> str:
@@ -296,16 +305,14 @@ def _plain_text(spoken: str | Mapping[str, Any]) -> str:
     if isinstance(spoken, str):
         return spoken
     if spoken.get("tool_calls"):
-        raise Rejected(
-            "TEMPLATE_ERROR", "plain text has no way to write tool calls: data.chat_template must name a template"
-        )
+        raise Rejected("TEMPLATE_ERROR", "plain text cannot contain tool calls: set data.chat_template to a template")
     return spoken.get("content") or ""
 
 
 def _answer(completion: str | Message, *, strip: bool) -> Message:
     """Build the assistant's message.
 
-    `strip` removes the white space around a text: in a transcript it belongs to the data format, not to the answer.
+    `strip` removes the white space around a text. In a transcript this space belongs to the data format, not to the answer.
     """
     if isinstance(completion, str):
         return {"role": "assistant", "content": completion.strip() if strip else completion}

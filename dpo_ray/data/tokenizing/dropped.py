@@ -1,4 +1,4 @@
-"""Detects what a chat template leaves out. A conversation is only used if its rendered text contains all its parts."""
+"""Detects what a chat template leaves out. A conversation is only used if its rendered text contains all parts of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _OTHER = "qzx"  # inserted into a part to change it; if the template writes the 
 class DropCheck:
     """Checks that a template leaves out no part of a conversation.
 
-    The text of each message, of its name, reasoning and tool calls must occur in the rendered text. In addition, tool
-    calls, tools, names and reasoning are checked once for each shape of a conversation (`_shape`): one of them is changed,
-    and the conversation is rendered again. If the rendered text is the same as before, the template leaves this part out.
+    The text of each message, and the texts of its name, reasoning and tool calls must occur in the rendered text. In
+    addition, one conversation of each shape (`_shape`) is rendered again for each kind of part: tools, tool calls, names,
+    reasoning. Before that, the parts of this kind are changed. If the rendered text stays the same, the template leaves
+    them out.
 
     Args:
         template: the name of the template, shown in the detail of a rejection.
@@ -61,7 +62,7 @@ class DropCheck:
 
 
 def _texts_beside_content(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a message besides its content, each with the name of its part for the detail of a rejection."""
+    """Yield (name, text) for each text of a message besides its content. The name is used in the detail of a rejection."""
     for key, part in (("name", "the name"), *((key, "the reasoning") for key in REASONING)):
         if isinstance(message.get(key), str):
             yield part, message[key]
@@ -81,7 +82,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _is_written(text: str, whole: str) -> bool:
-    """Return whether `whole` contains the text: as it is, as JSON or Python writes it, or with other white space."""
+    """Return whether `whole` contains `text`: unchanged, in the form that JSON or Python writes, or with other white space."""
     text = text.strip()
     if text in whole:
         return True

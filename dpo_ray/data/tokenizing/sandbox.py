@@ -1,4 +1,7 @@
-"""Jinja for chat templates: the sandbox of transformers. It runs in a process with limits (`template_program`) only."""
+"""Compiles chat templates with Jinja in the same sandbox as transformers.
+
+Only `template_program` may use it, as that process has limits of time and memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 MAX_CHARACTERS = 16 * 2**20
-"""The limit for a rendered text: a few million tokens, more than any model's context."""
+"""The maximum length of a rendered text, in characters: a few million tokens, more than any model's context."""
 
 
 class TextTooLong(Exception):
@@ -26,8 +29,8 @@ class TextTooLong(Exception):
 def compile_template(text: str, date: datetime.date) -> Callable[[Mapping[str, Any]], str]:
     """Compile a chat template to a function from its variables to text.
 
-    `date` is what `strftime_now` formats. Compiling computes constant expressions, so it can take as long as rendering.
-    The function raises TextTooLong, and any exception that the template raises.
+    In the template, `strftime_now` formats `date`. Compiling evaluates constant expressions, so it can take as long as
+    rendering. The returned function raises TextTooLong, and any exception that the template raises.
 
     Raises:
         jinja2.TemplateSyntaxError: the template is not valid.
@@ -74,7 +77,7 @@ def _to_json(
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """Adds the block `{% generation %}` to Jinja, with which some templates mark the assistant's text. It renders its content."""
+    """Adds the block `{% generation %}` to Jinja, which marks the assistant's text in some templates. Its content is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own way of declaring them
 

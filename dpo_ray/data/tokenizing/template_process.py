@@ -1,4 +1,4 @@
-"""A process that compiles and renders chat templates, which are programs of others: limited in time and in memory."""
+"""A process that compiles and renders chat templates. Its time and memory are limited, as templates are foreign programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .sandbox import MAX_CHARACTERS
 from .template_program import DONE, ENDS, ERROR, LIMIT, MEMORY_BYTES, OUT_OF_MEMORY, REPLY, REQUEST, TEXT_SECONDS
 
 WAIT_SECONDS = 60.0
-"""Wall-clock time without an answer after which the process is killed: the limit of a process that sleeps or stands."""
+"""The process is killed after this wall-clock time without an answer. The limit is for templates that use no CPU time."""
 
 REQUEST_BYTES = 2**18  # of groups that are sent at once
 _PROGRAM = "dpo_ray.data.tokenizing.template_program"
@@ -32,7 +32,7 @@ _KEPT = ("LD_LIBRARY_PATH", "PYTHONHOME")  # without which some Pythons do not s
 
 
 class Asked(NamedTuple):
-    """A group of texts to render: the number of its template, its variables, and for each text what differs."""
+    """The texts of one group to render: the index of the template, variables of the group, and the conversation of each text."""
 
     template: int
     variables: Mapping[str, Any]
@@ -40,7 +40,11 @@ class Asked(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The texts of a group up to the first that failed. `end`: DONE, or LIMIT, ERROR or INVALID (the template)."""
+    """The rendered texts of a group, up to the first text that failed.
+
+    `end` is DONE if none failed. Otherwise it is the reason: LIMIT (a limit was exceeded), ERROR (the template raised an
+    error) or INVALID (the template is not valid).
+    """
 
     texts: list[str]
     end: str = DONE
@@ -48,11 +52,11 @@ class Answer(NamedTuple):
 
 
 class TemplateProcess:
-    """A context that holds the process. It starts when it is needed, and again after a text has ended it.
+    """A context manager that holds the process. The process starts when it is needed, and again if a text has ended it.
 
-    CPU time is limited for each text, so a busy machine rejects no valid row; memory for the whole process. (macOS does
-    not enforce the limit of memory.) The process is given no environment, and ends with the one that started it, at the
-    latest when the text that it renders reaches its limit.
+    CPU time is limited for each text, so that no valid row is rejected because the machine is busy. Memory is limited for
+    the process, but macOS does not enforce this limit. The process gets no environment variables except those that Python
+    needs. It ends when its parent ends, or at the latest when the text that is being rendered reaches its limit.
     """
 
     def __init__(self) -> None:
@@ -72,7 +76,7 @@ class TemplateProcess:
             self._end()
 
     def fault(self, template: str, date: datetime.date) -> str:
-        """Compile a template; return why that is not possible, or "".
+        """Compile a template. Return the reason if that is not possible, otherwise "".
 
         Raises:
             InfrastructureError: the process does not start.
@@ -83,18 +87,20 @@ class TemplateProcess:
     def render(
         self, templates: Sequence[str], date: datetime.date, shared: Mapping[str, Any], groups: Sequence[Asked]
     ) -> list[Answer]:
-        """Render the first groups, one or more: as many as fit into a request, up to one that exceeds its limits.
+        """Render the first groups, at least one, and return their answers.
+
+        Further groups are rendered if they fit into the same request. After a group that exceeds a limit, none is rendered.
 
         Args:
-            date: what `strftime_now` formats.
-            shared: variables of all groups.
+            date: the date that `strftime_now` formats in a template.
+            shared: variables that all groups get.
 
         Raises:
             InfrastructureError: the process does not start.
         """
         packed = _packed(groups[:1] if self._one_by_one else groups)
         if not packed:
-            return [Answer([], ERROR, "a value of the row cannot be given to a template")]
+            return [Answer([], ERROR, "a value of the row cannot be passed to a template")]
         with self._lock:
             try:
                 return self._answers((tuple(templates), date, shared, packed), groups[: len(packed)])
@@ -181,9 +187,9 @@ class TemplateProcess:
                 self._process.kill()
                 lines = said.read().decode("utf-8", "replace").strip().splitlines()
                 raise InfrastructureError(
-                    f"the process that renders chat templates does not start: {lines[-1] if lines else 'it says nothing'}",
+                    f"the process that renders chat templates does not start: {lines[-1] if lines else 'it wrote no message'}",
                     where=sys.executable,
-                    fix=f"try {sys.executable} -m {_PROGRAM}",
+                    fix=f"run `{sys.executable} -m {_PROGRAM}` to find the cause",
                 ) from None
 
     def _end(self) -> None:
@@ -197,7 +203,7 @@ class TemplateProcess:
 
 
 def _environment() -> dict[str, str]:
-    """Return where modules are found, and nothing that could be secret."""
+    """Return the environment variables of the process: the paths of modules, and nothing that could be secret."""
     path = [os.path.abspath(place) for place in (*sys.path, Path(dpo_ray.__file__).parents[1])]
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     # A value of a Parquet row can be one of pandas, which would start threads; they need memory.
@@ -205,7 +211,7 @@ def _environment() -> dict[str, str]:
 
 
 class _Ended(Exception):
-    """Raised where the process has ended, or was killed, instead of an answer."""
+    """Raised if the process ended, or was killed, before it answered."""
 
 
 def _packed(groups: Sequence[Asked]) -> list[bytes]:
@@ -224,7 +230,7 @@ def _packed(groups: Sequence[Asked]) -> list[bytes]:
 
 
 def _parsed(head: bytes, body: bytes, counts: Sequence[int]) -> list[Answer]:
-    """Parse a reply. Others may have taken over the program that wrote it, so nothing is taken for granted.
+    """Parse a reply. A template may have taken control of the process that wrote the reply, so every value is checked.
 
     Raises:
         ValueError, TypeError, LookupError: it is none.

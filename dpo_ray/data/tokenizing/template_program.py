@@ -1,7 +1,7 @@
 """The program that compiles and renders chat templates for a `TemplateProcess`, within limits that it sets for itself.
 
-The kernel enforces them, so nothing that a template calls can outlive them: not one step in C code, and not a constant
-expression, which Jinja computes when it compiles. A text that exceeds its CPU time ends this process (SIGPROF).
+The kernel enforces the limits, so no template can exceed them: neither by a long call of C code, nor by a constant
+expression, which Jinja evaluates while it compiles. If a text exceeds its CPU time, the signal SIGPROF ends this process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import jinja2
 from dpo_ray.data.tokenizing.sandbox import MAX_CHARACTERS, TextTooLong, compile_template
 
 TEXT_SECONDS = 1.0
-"""CPU time to compile a template, or to render one text: a thousand times as long as long conversations need."""
+"""Limit of the CPU time to compile a template, or to render one text. Long conversations need a thousandth of it."""
 
 MEMORY_BYTES = 2**30
 OUT_OF_MEMORY = 3  # exit code
@@ -38,7 +38,7 @@ _compiled = functools.lru_cache(maxsize=8)(compile_template)
 
 
 def main() -> None:
-    """Answer requests, which come on the socket that is standard input, until its other end is closed."""
+    """Answer the requests that arrive on standard input, which is a socket. Return when the other end is closed."""
     _limit_resources()
     channel = socket.socket(fileno=0)
     channel.sendall(_packed([], []))  # ready
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _limit_resources() -> None:
-    """Limit memory; write no file and no core dump. The system may ignore or refuse some of it."""
+    """Limit the memory of this process, and forbid files and core dumps. The system may ignore or refuse some of the limits."""
     for limit, value in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, 0),
@@ -67,7 +67,7 @@ def _limit_resources() -> None:
 
 
 def _reply(request: bytes) -> bytes:
-    """Render the groups of a request, up to one that exceeds its limits, or until there is much to send."""
+    """Render the groups of a request, and return the reply. Stop after a group that exceeds a limit, or at a long reply."""
     templates, date, shared, groups = pickle.loads(request)  # noqa: S301 - as above
     heads: list[list[Any]] = []
     texts: list[str] = []
@@ -93,7 +93,7 @@ def _reply(request: bytes) -> bytes:
 def _render(
     template: str, date: datetime.date, variables: dict[str, Any], conversations: Sequence[Any], rendered: list[str]
 ) -> tuple[str, str]:
-    """Append the texts that can be rendered; return how the group ends, and the detail."""
+    """Append the texts that can be rendered to `rendered`. Return how the group ended (one of ENDS), and a detail."""
     try:
         signal.setitimer(signal.ITIMER_PROF, TEXT_SECONDS)
         try:

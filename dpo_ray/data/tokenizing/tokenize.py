@@ -30,11 +30,11 @@ def tokenize_groups(
     config: DataConfig,
     process: TemplateProcess,
 ) -> list[TokenGroup | Rejected]:
-    """Tokenize a batch; an item that was or becomes rejected is returned at its position as `Rejected`.
+    """Tokenize a batch. Return one result per item, in order. Items that were rejected before stay `Rejected`.
 
-    `template` is the chat template's text, or `plain`; it runs in `process`. The ids are those that the tokenizer produces
-    for the rendered conversation, up to the token that ends the answer's turn. The tokenizer must not be changed between
-    calls.
+    `template` is the text of the chat template, or `plain`. A template runs in `process`. The ids are those that the
+    tokenizer produces for the rendered conversation, up to the token that ends the answer's turn. The tokenizer must not
+    be changed between calls.
 
     Raises:
         ConfigError: the template is not valid.
@@ -95,7 +95,9 @@ def _rendered(
 
 def _scanned(group: TextGroup | Rejected, scan: InjectionScan | None) -> TextGroup | Rejected:
     token = None if scan is None or isinstance(group, Rejected) else scan.first(group)
-    return group if token is None else Rejected("SPECIAL_TOKEN_INJECTION", f"the text holds {token}")
+    return (
+        group if token is None else Rejected("SPECIAL_TOKEN_INJECTION", f"the text contains the special token {token}")
+    )
 
 
 def _token_group(group: TextGroup, encoded: Encoded, ending: TurnEnding, config: DataConfig) -> TokenGroup:

@@ -24,17 +24,19 @@ def truncate(
     limit, prompt_limit = config.max_length_tokens, config.max_prompt_tokens
     if prompt_limit is not None and len(prompt) > prompt_limit:
         if config.truncation != "keep_end":
-            raise Rejected("PROMPT_TOO_LONG", f"{len(prompt)} tokens")
+            raise Rejected("PROMPT_TOO_LONG", f"the prompt has {len(prompt)} tokens")
         prompt = prompt[-prompt_limit:]
     longest = max(map(len, completions))
     if len(prompt) + longest <= limit:
         return prompt, list(completions)
     match config.truncation:
         case "drop":
-            raise Rejected("TOO_LONG", f"{len(prompt) + longest} tokens")
+            raise Rejected("TOO_LONG", f"the prompt and the longest completion have {len(prompt) + longest} tokens")
         case "keep_start":
             if len(prompt) >= limit:
-                raise Rejected("PROMPT_TOO_LONG", f"{len(prompt)} tokens, which leaves none for a completion")
+                raise Rejected(
+                    "PROMPT_TOO_LONG", f"the prompt has {len(prompt)} tokens, so that none are left for a completion"
+                )
             return prompt, [completion[: limit - len(prompt)] for completion in completions]
         case "keep_end":
             if longest >= limit:

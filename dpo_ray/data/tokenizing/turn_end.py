@@ -24,7 +24,7 @@ class TurnEnding:
         self._blank: dict[bytes, bool] = {}
 
     def after(self, answer: bytes) -> TurnEnding:
-        """Set `own_id`, the token that the template writes after answers, from the end of an encoded answer (int32).
+        """Set `own_id`, the token that the template writes after answers. It is found at the end of `answer` (int32 ids).
 
         The text of the answer must not contain a special token.
         """

@@ -1,1 +1,1 @@
-"""The judges of online rounds, which score sampled completions. Their answers are stored and never asked for twice."""
+"""The judges of online rounds, which score sampled completions. Stored answers are not requested again."""

@@ -1,4 +1,4 @@
-"""An ensemble: several judges (members) as one judge. Its score is the weighted mean of the ranks that members give."""
+"""An ensemble: a judge that combines several judges (members). Its scores are weighted means of the members' ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class JudgeByEnsemble:
         return sum((judge.usage for judge, _ in self._members.values()), Usage())
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield for each question its number and the combined verdict of all members.
+        """Yield the index and the combined verdict of each question (a prompt with its completions).
 
         Raises:
-            JudgeError: raised by a member.
+            JudgeError: a member cannot work.
         """
         *earlier, last = self._members
         verdicts = {name: dict(self._members[name][0].judge(questions)) for name in earlier}
@@ -39,11 +39,11 @@ class JudgeByEnsemble:
 
 
 def combined(verdicts: Mapping[str, Verdict], weights: Mapping[str, float]) -> Verdict:
-    """Combine the verdicts of all members on one question into one verdict.
+    """Combine the verdicts of all members on the completions of one prompt into one verdict.
 
     The score of a completion is the weighted mean of the ranks (see `ranks`) that members give it. A member that gives
-    no rank is ignored; if no member gives a rank, the score is None. The verdict's `agreement` is the result of
-    `concordance`, and its `members` are the members' own scores.
+    no rank is ignored; if no member gives a rank, the score is None. In the verdict, `agreement` is the result
+    of `concordance`, and `members` holds the scores that each member gave.
     """
     ranked = {name: ranks(v.scores) for name, v in verdicts.items()}
     scores = []
@@ -76,7 +76,7 @@ def ranks(scores: Scores) -> list[float | None]:
 def concordance(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> float:
     """Return how far the members agree on the order of the completions, from 0 to 1.
 
-    Every two members are compared on every two completions that both have scored. Such a comparison counts
+    Every two members are compared on every two completions that both members have scored. Such a comparison counts
     - 1 if both members put the completions in the same order, or both give them equal scores;
     - 1/2 if only one member gives them equal scores;
     - 0 if the members put them in opposite orders.

@@ -1,4 +1,4 @@
-"""A judge that calls a Python function of the user: how the function is imported and called, and its result checked."""
+"""A judge that calls the user's Python function, and checks the scores that the function returns."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class JudgeByFunction:
         return Usage()
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield the number and the verdict of each question, batch by batch.
+        """Yield the index and the verdict of each question (a prompt with its completions), batch by batch.
 
         Raises:
             JudgeError: the function raised an error, or returned something else than one score per completion.
@@ -99,14 +99,14 @@ def import_function(path: str) -> Function:
         fix = "write the path as package.module.function; install the package, or add its directory to PYTHONPATH"
         if not isinstance(error, ModuleNotFoundError) or error.name not in _parents(module_name):
             fix = f"fix the module, so that `python -c 'import {module_name}'` works"
-        what = f"cannot import {module_name}: {type(error).__name__}: {error}"
+        what = f"the module {module_name} cannot be imported: {type(error).__name__}: {error}"
         raise ConfigError(what, where=where, fix=fix) from error
     function: Any = getattr(module, name, None)
     if not callable(function):
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
         known = ", ".join(own) or "nothing"
-        what = f"{module_name} has no function `{name}`"
-        raise ConfigError(what, where=where, fix=f"name a function of this module; it has {known[:300]}")
+        what = f"the module {module_name} has no function `{name}`"
+        raise ConfigError(what, where=where, fix=f"name a function of this module, which has these: {known[:300]}")
     return cast(Function, function)
 
 

@@ -29,7 +29,7 @@ POINTS = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}
 
 
 class JudgeByLlm:
-    """A judge that asks a language model. Each answer is stored before it is used, and is never asked for again."""
+    """A judge that asks a language model. Each answer is stored before it is used, and is never requested again."""
 
     def __init__(self, config: LlmJudge, memory: Memory, spending: Spending) -> None:
         """Prepare the calls; nothing is sent yet.
@@ -49,7 +49,9 @@ class JudgeByLlm:
         return self._account.usage
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield the number and the verdict of each question as soon as its calls are answered.
+        """Yield the index and the verdict of each question (a prompt with its completions).
+
+        A verdict is yielded as soon as all calls for its question are answered.
 
         Raises:
             JudgeError: the endpoint refuses a request or does not respond, or `max_usd` is spent. Calls in flight are
@@ -130,7 +132,7 @@ class _Asking:
         return await self._calls[key]
 
     async def _asked(self, key: str, request: dict[str, Any]) -> Outcome:
-        """Send a request again and again, until there is an answer or the retries are used up."""
+        """Send a request until there is an answer, or until the retries are used up. Return the answer, or why there is none."""
         async with self._slots:  # the slot is also held during waits, so that an endpoint in trouble gets fewer calls
             try:
                 return await self._tried(key, request)

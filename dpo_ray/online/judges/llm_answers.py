@@ -1,4 +1,4 @@
-"""Requests to a language model that judges, and its answers. A valid answer is one JSON object of a strict schema."""
+"""The requests to a language model that judges, and its answers, which are JSON objects of a strict schema."""
 
 from __future__ import annotations
 

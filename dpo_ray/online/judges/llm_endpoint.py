@@ -96,7 +96,7 @@ class Endpoint:
             async with asyncio.timeout(seconds):
                 response = await self._post(client, request)
         except TimeoutError:
-            return Trouble(f"no answer within {seconds:g} s")
+            return Trouble(f"the endpoint gave no answer within {seconds:g} s")
         except (httpx.TransportError, httpx.DecodingError) as error:
             return Trouble(self._shown(f"{type(error).__name__}: {error}"))
         if response.status_code == 200:
@@ -105,7 +105,7 @@ class Endpoint:
         if response.status_code in BUSY or response.status_code >= 500:
             return Trouble(message, wait_seconds=_retry_after(response))
         if response.status_code in (400, 413) and any(words in response.text for words in TOO_LONG):
-            return Unanswered("longer than the context of the endpoint's model")
+            return Unanswered("the request is longer than the context of the endpoint's model")
         raise JudgeError(message, where=self._where, fix=self._advice(response.status_code))
 
     async def _post(self, client: httpx.AsyncClient, request: dict[str, Any]) -> httpx.Response:
@@ -123,11 +123,11 @@ class Endpoint:
 
     def given_up(self, trouble: Trouble, retries: int) -> JudgeError:
         """Build the error that is raised when no retry is left, or when the endpoint asks for too long a wait."""
-        what = f"no answer after {retries} retries; the last failure: {trouble.what}"
+        what = f"the endpoint gave no answer after {retries} retries; the last failure: {trouble.what}"
         if trouble.wait_seconds:
             what = f"{what}; the endpoint asks to wait {trouble.wait_seconds:.0f} s"
         fix = "check that the endpoint runs; if it is slow, raise timeout_seconds or max_retries, or lower concurrency"
-        return JudgeError(what, where=self._where, fix=f"{fix}. Every answer so far is kept")
+        return JudgeError(what, where=self._where, fix=f"{fix}. All answers up to now are stored")
 
     def _read(self, response: httpx.Response) -> Answer | Trouble:
         try:
@@ -159,16 +159,21 @@ class Endpoint:
                 return "set online.judge.api_key_env to the name of the environment variable that holds the key"
             return f"put a key that may use this model into the environment variable {variable}"
         if status == 404:
-            return "check online.judge.base_url (up to and with the version, as in http://host:8000/v1) and online.judge.model"
+            return (
+                "check online.judge.base_url (including the version, as in http://host:8000/v1) and online.judge.model"
+            )
         if status in (400, 422):
-            return "if it does not support JSON schemas, set online.judge.structured_output=none; else correct the named field"
+            return "if the endpoint does not support JSON schemas, set online.judge.structured_output=none; else correct the named field"
         return "check online.judge.base_url and the endpoint's own log"
 
 
 def _key(config: LlmJudge) -> str | None:
     if config.api_key_env is None:
         return None
-    where, fix = f"online.judge.api_key_env={config.api_key_env}", "set it to the endpoint's key before the run"
+    where, fix = (
+        f"online.judge.api_key_env={config.api_key_env}",
+        "set this variable to the endpoint's key before the run",
+    )
     key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise ConfigError("the environment variable is not set, or empty", where=where, fix=fix)

@@ -69,5 +69,5 @@ class Budget:
             raise JudgeError(
                 f"max_usd={limit:g} is spent: this round has cost {self._spending.usd:.4g} USD",
                 where=self._where,
-                fix="raise online.judge.max_usd and run the same command again: every answer so far is kept",
+                fix="raise online.judge.max_usd and run the same command again: all answers up to now are stored",
             )

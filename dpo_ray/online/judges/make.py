@@ -41,7 +41,8 @@ def make_judge(config: Judge, memory: Memory, device: str = "cpu", spending: Spe
     Args:
         memory: where the judge stores its answers.
         device: device of reward models: `cpu` or `cuda`.
-        spending: counts what this round has spent, for the limit `max_usd`; None: only this judge's own costs count.
+        spending: counts what all judges of this round have spent, for the limit `max_usd`. If it is None, only the costs of
+            this judge count.
 
     Raises:
         ConfigError: a function, model, pattern or key is missing or not usable.

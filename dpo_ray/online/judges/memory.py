@@ -1,4 +1,4 @@
-"""Storage of judges' answers, so that no question is asked twice. Several processes may write; a crash loses none."""
+"""Stores the answers of judges, so that no judge does the same work twice. A crash loses no stored answer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ READERS = 16  # objects that are fetched concurrently; a bucket takes tens of mi
 class JournalMemory:
     """The stored answers of one judge, in files with one JSON line per answer, on a disk or in a bucket.
 
-    Each process writes its own files. When it opens the memory it reads the files of all processes; it does not see
-    answers that others write later. So two processes may both ask a question: from then on, the answer that was written
-    first counts, by the clocks of their machines. Several threads may use one object; answers that they put at the same
-    time are written together.
+    Each process writes separate files. When a process opens the memory, it reads the files of all processes, but not the
+    answers that other processes write later. So two processes may store different answers to one question. When the
+    memory is opened again, the answer that was written first counts, by the clocks of the machines. Several threads may
+    use one object; the answers that they put at the same time are written together.
     """
 
     def __init__(self, storage: Storage, digest: str, writer: str) -> None:
@@ -34,7 +34,7 @@ class JournalMemory:
         Args:
             storage: where the answers of all judges are stored.
             digest: digest of the judge (`make.judge_digest`), so that answers of other judges are not read.
-            writer: name for this process's files; no other process may use the same name at the same time.
+            writer: name for the files of this process; no other process may use this name at the same time.
 
         Raises:
             ArtifactError, InfrastructureError: the stored answers cannot be read.
@@ -92,7 +92,7 @@ class JournalMemory:
 
 
 def _read(place: Storage) -> dict[str, Any]:
-    """Read the answers of all writers, of each key the one that was written first."""
+    """Read the answers of all writers. If a key has several answers, the one that was written first counts."""
     with ThreadPoolExecutor(READERS) as pool:
         files = list(pool.map(place.read_bytes, place.list_files()))
     first: dict[str, tuple[float, Any]] = {}  # the time of each key's answer, and the answer
@@ -109,7 +109,7 @@ def _read(place: Storage) -> dict[str, Any]:
 
 
 class NoMemory:
-    """A memory that stores nothing, for a judge that is constructed only to check that this is possible."""
+    """A memory that stores nothing, for a judge that is constructed only as a check of its settings."""
 
     def get(self, key: str) -> Any | None:
         return None
@@ -141,13 +141,13 @@ def remembered(
     questions_per_batch: int,
     ask: Callable[[Sequence[Question]], Sequence[Verdict]],
 ) -> Iterator[tuple[int, Verdict]]:
-    """Yield the number and the verdict of each question, and ask only questions whose verdict is not stored.
+    """Yield the index and the verdict of each question (a prompt with its completions), stored verdicts first.
 
-    Stored verdicts are yielded first. The other questions are asked in batches; the verdicts of a batch are stored
-    before they are yielded.
+    Questions without a stored verdict are passed to `ask` in batches. The verdicts of a batch are stored before they are
+    yielded.
 
     Args:
-        ask: returns the verdicts of a batch of different questions. Their field `members` is not stored.
+        ask: returns the verdicts of a batch of different questions. The field `members` of the verdicts is not stored.
     """
     places: dict[str, list[int]] = {}
     for number, question in enumerate(questions):

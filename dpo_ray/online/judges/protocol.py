@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt and the completions of it that a judge has to score, as texts without special tokens."""
+    """One prompt, and the completions of this prompt that a judge has to score, as texts without special tokens."""
 
     prompt: str
     completions: tuple[str, ...]
@@ -52,7 +52,7 @@ class Memory(Protocol):
 
 
 class Spending:
-    """The cost of a round's answers so far, in all processes. Judges add their costs, and compare it with `max_usd`.
+    """The cost of a round's answers so far, in all processes. Judges add their costs, and compare the sum with `max_usd`.
 
     If the caller knows what other processes have spent, it must call `set` with the total before each call of
     `Judge.judge`, and with 0 for a new round. Without calls of `set`, only the costs of this process count.
@@ -83,9 +83,9 @@ class Judge(Protocol):
         ...
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield the number and the verdict of each question, in any order, as soon as the verdict is known.
+        """Yield the index and the verdict of each question (a prompt with its completions), in any order.
 
-        Answers that cost time or money are stored before the verdict is yielded. Stored answers are not computed again.
+        Answers that cost time or money are stored before the verdict is yielded, and are not computed again.
 
         Raises:
             JudgeError: the judge cannot work. For example, a function raises an error, or an endpoint refuses the API

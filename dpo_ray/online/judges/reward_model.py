@@ -53,7 +53,7 @@ class JudgeByRewardModel:
         return Usage()
 
     def judge(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield the number and the verdict of each question, batch by batch.
+        """Yield the index and the verdict of each question (a prompt with its completions), batch by batch.
 
         Raises:
             JudgeError: a score is not finite.
@@ -82,10 +82,13 @@ class JudgeByRewardModel:
         return verdicts
 
     def _token_ids(self, conversations: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Tokenize by the model's chat template, else each as one text, or as two for encoders (like BERT).
+        """Tokenize conversations of a prompt and a completion.
+
+        If the model has a chat template, the template is used. Otherwise both are joined to one text, except for an encoder
+        (such as BERT), whose tokenizer joins them with its separator token.
 
         Raises:
-            JudgeError: the template cannot write a conversation.
+            JudgeError: the template cannot render a conversation.
         """
         tokenizer: Any = self._tokenizer
         if self._template is not None:
@@ -106,8 +109,14 @@ class JudgeByRewardModel:
         while len(texts) < len(asked):
             for answer in self._process.render((template,), TEMPLATE_DATE, variables, asked[len(texts) :]):
                 if answer.end != DONE:
-                    fix = "use a reward model whose chat template accepts a question and an answer"
-                    raise JudgeError(f"its chat template: {answer.detail}", where=place_of(self._config), fix=fix)
+                    fix = (
+                        "use a reward model whose chat template accepts a turn of the user and a turn of the assistant"
+                    )
+                    raise JudgeError(
+                        f"the chat template of the reward model failed: {answer.detail}",
+                        where=place_of(self._config),
+                        fix=fix,
+                    )
                 texts += answer.texts
         return texts
 
@@ -169,7 +178,7 @@ def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
 def reward_model_identity(config: RewardModelJudge) -> str:
     """Return a digest of the reward model and its tokenizer.
 
-    It is a digest of their files; for a hub model that is not on this machine, of its name and revision.
+    It is computed from their files, or from name and revision for a hub model that is not on this machine.
     """
     model = ModelConfig(path=config.path, revision=config.revision)
     with named_by_judge(config):
@@ -178,7 +187,7 @@ def reward_model_identity(config: RewardModelJudge) -> str:
 
 @contextmanager
 def named_by_judge(config: RewardModelJudge) -> Iterator[None]:
-    """Make a ConfigError name the judge's field: the shared model code would name the policy's."""
+    """Make a ConfigError name the recipe's field of the judge, because the code that loads models names the policy's field."""
     try:
         yield
     except ConfigError as error:
@@ -186,5 +195,5 @@ def named_by_judge(config: RewardModelJudge) -> Iterator[None]:
 
 
 def place_of(config: RewardModelJudge) -> str:
-    """Return the field that an error names."""
+    """Return the recipe's field of the reward model with the model's path, for use in errors."""
     return f"online.judge.path={config.path}"

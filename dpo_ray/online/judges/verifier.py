@@ -115,7 +115,9 @@ def _extracting(pattern: str) -> regex.Pattern[str]:
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise ConfigError(f"not a regular expression: {error}", where=where, fix="correct it") from None
+        raise ConfigError(
+            f"the pattern is not a regular expression: {error}", where=where, fix="correct the pattern"
+        ) from None
     if compiled.groups != 1:
         fix = "put only the answer's part in a capturing group (...), and use (?:...) for all other groups"
         raise ConfigError(f"the pattern has {compiled.groups} groups, not 1", where=where, fix=fix)
@@ -136,7 +138,7 @@ def _same_number(text: str, answer: str, tolerance: float) -> bool:
 def _last_number(text: str) -> float | None:
     """Return the last number in a text, such as `1,234.5`, `-3`, `2e-4` or `.5`; None if there is none.
 
-    In a fraction this is the denominator.
+    In a fraction such as 3/4 this is the denominator.
     """
     numbers = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return float(numbers[-1].replace(",", "")) if numbers else None

@@ -144,7 +144,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_that_fails_stops_the_run(template: str, detail: str, tmp_path: Path) -> None:
-    with pytest.raises(JudgeError, match=f"its chat template: {detail}"):
+    with pytest.raises(JudgeError, match=f"the chat template of the reward model failed: {detail}"):
         judged(make(tmp_path / "model", 0, template), tmp_path / "memory", QUESTIONS)
 
 

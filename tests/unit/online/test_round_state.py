@@ -79,7 +79,8 @@ def test_a_hole_is_named_with_what_to_do() -> None:
         "round 3: the stage `reference` has an artifact, but the stage `pair` before it has none"
     )
     assert (
-        "restore the artifact of `pair`; or delete that of `reference` and `schedule` and `train`" in caught.value.fix
+        "restore the artifact of `pair`; or delete the artifacts of `reference` and `schedule` and `train`"
+        in caught.value.fix
     )
 
 

@@ -79,7 +79,7 @@ class Served:
         return lambda *arguments, **named: self._call_back(number, arguments, named)
 
     def _call_back(self, number: int, arguments: Any, named: Any) -> Any:
-        """Ask the process of the tests to call a function that it passed to us as an argument; return the result."""
+        """Ask the process of the tests to call a function that it passed to this process as an argument; return the result."""
         self._channel.send({"callback": number, "arguments": self.describe(arguments), "named": self.describe(named)})
         return self._read(self.serve_until_reply())
 

@@ -1,4 +1,4 @@
-"""Limits that a process sets for itself before it runs foreign code. Both programs of this folder contain this file."""
+"""Limits that a process sets for itself before it runs foreign code. Both programs of this folder contain this code."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ _CONFINED = "import sys\nsys.exit(0 if confine() else 3)\n"
 
 
 def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int, *, confined: bool = True) -> bool:
-    """Run tests of some code, and return whether they end without an exception.
+    """Run the tests of a completion's code, and return whether the tests end without an exception.
 
     Args:
         code: the completion's code.
         tests: the code of the tests, which use the names that `code` defines.
         timeout_seconds: limit of the wall-clock time of the tests. Rounded up, it also limits each process's CPU time.
         memory_mib: limit of the address space of each process, and of the size of each file that it writes.
-        confined: True: if the process of the code cannot be confined, run nothing and return False.
+        confined: if True, and the process of the code cannot be confined, run nothing and return False.
     """
     token = secrets.token_hex(16).encode()
     limits = [str(int(timeout_seconds) + 1), str(memory_mib << 20)]

@@ -85,7 +85,7 @@ class Calls:
         self._channel, self._functions = channel, []
 
     def names(self) -> dict[str, Any]:
-        """Wait until the completion's code has run; return the names that it defines, with their values."""
+        """Wait until the completion's code has run. Return the names that this code defines, with their values."""
         return {name: self._read(value) for name, value in self._channel.receive()["names"].items()}
 
     def ask(self, operation: str, *arguments: Any) -> Any:
@@ -112,7 +112,7 @@ class Calls:
         if callable(value):
             self._functions.append(value)
             return {"callback": len(self._functions) - 1}
-        raise TypeError(f"{type(value).__name__} is no plain data")
+        raise TypeError(f"a value of the type {type(value).__name__} is not plain data")
 
     def _read(self, data: Any) -> Any:
         return decode(data, self._resolve)

@@ -1,6 +1,6 @@
 """Messages between the process that runs a completion's code and the process that runs its tests.
 
-Both programs contain this file, so it imports nothing of dpo_ray. Messages are JSON, which cannot make the reader run
+Both programs contain the code of this file, so the file imports nothing of dpo_ray. Messages are JSON, which cannot make the reader run
 code. Plain data is None, booleans, numbers, texts, bytes, and lists, tuples, sets and dicts of them. Any other object
 stays in its process, and the other process gets a number that refers to it.
 """
