@@ -1,4 +1,4 @@
-"""The errors that a user sees. Each error states what is wrong, where it was found, how to fix it, and an exit code."""
+"""The errors that a user sees. Each error has an exit code, and says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ArtifactError(DpoRayError):
 
 
 class WriteRefusedError(ArtifactError):
-    """A disk is full or read-only. Trying again fails in the same way until a person has solved the problem."""
+    """A disk refuses to write: it is full or read-only, or the user has no permission. Only a person can solve this."""
 
 
 class LeaseError(DpoRayError):
@@ -80,13 +80,13 @@ class InfrastructureError(DpoRayError):
 
 
 class StorageFailedError(InfrastructureError):
-    """An object store does not answer, or refuses a request. Its client has already tried again, so do not repeat it."""
+    """An object store does not answer, or refuses a request. The client already repeated it; do not repeat it."""
 
 
 class RayLostError(InfrastructureError):
-    """A process of Ray that the driver needs is lost: the head's, or the raylet of this machine.
+    """A process of Ray that the driver needs is lost: the process of Ray's head, or the raylet of this machine.
 
-    Ray's own clean-up would wait for the lost process, so the driver must end at once.
+    `ray.shutdown` would wait for the lost process, so the driver must end without calling it.
     """
 
 

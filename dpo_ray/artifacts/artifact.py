@@ -1,4 +1,4 @@
-"""Committed artifacts. Their files are opened through the manifest, and checked against its sizes and digests."""
+"""Committed artifacts. Every file is opened through the manifest, which has its size and digest to check it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """Return the hash of what determines this artifact's content: the stage, its version, config and inputs."""
+        """Return this artifact's key: a hash of the stage, and of the stage's version, config and inputs."""
         return self.manifest.key
 
     @property
@@ -46,7 +46,7 @@ class Artifact:
         return self.manifest.rows
 
     def names(self, prefix: str = "") -> list[str]:
-        """List the names of the files that begin with a prefix, sorted."""
+        """List the sorted names of the files whose names begin with a prefix."""
         return sorted(entry.name for entry in self.manifest.files if entry.name.startswith(prefix))
 
     def entry(self, name: str) -> FileEntry:
@@ -62,8 +62,8 @@ class Artifact:
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading, after checking its size.
 
-        For a file on a disk, its digest is checked as well, once in each process. An object store checks its files
-        against checksums itself.
+        On a disk, each process also checks the file's digest once. An object store itself checks its files against
+        checksums.
         """
         entry = self.entry(name)
         self._check_size(entry)
@@ -85,9 +85,9 @@ class Artifact:
     def local_dir(self, prefix: str, cache: Path) -> Path:
         """Return a local directory with the files below a prefix ("" for all files), for libraries that need paths.
 
-        For an artifact on a disk, this is the artifact's own directory; each process checks every file once against its
-        sha256. From an object store, the files are copied into a directory below `cache`. Several workers of a machine
-        may share that directory, because a file gets its final name only after its sha256 was checked.
+        If the artifact is on a disk, return the artifact's directory itself; each process checks every file once
+        against its sha256. If it is in an object store, copy the files into a directory below `cache`. Several workers
+        of a machine may share that directory, because a file gets its final name only after its sha256 was checked.
         """
         prefix = prefix.rstrip("/")
         entries = [entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")]
@@ -106,10 +106,10 @@ class Artifact:
         return home / prefix if prefix else home
 
     def verify(self, deep: bool = True) -> None:
-        """Check that the manifest is unchanged, that exactly its files exist, and that each has the right size.
+        """Check that the manifest is unchanged, and that the files and their sizes are exactly those in the manifest.
 
-        With `deep`, compare every file with its sha256 as well. Raises an ArtifactError that names the file and says
-        what to do.
+        With `deep`, also compare every file with its sha256. Raises an ArtifactError that names the file and says what
+        to do.
         """
         if read_manifest(self.storage) != self.manifest:
             raise ArtifactError("the manifest has changed since it was opened", where=self.storage.uri, fix=_RERUN)
@@ -180,7 +180,7 @@ _RERUN = "delete the artifact's directory; its stage then runs again"
 def read_manifest(storage: Storage) -> Manifest | None:
     """Read the manifest in an artifact's directory; return None if there is no manifest.
 
-    Raises ArtifactError if it is damaged.
+    Raises ArtifactError if the manifest is damaged.
     """
     try:
         data = storage.read_bytes(MANIFEST_NAME)
@@ -190,10 +190,11 @@ def read_manifest(storage: Storage) -> Manifest | None:
 
 
 def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
-    """Return the committed artifact of a stage and key, or None if its stage has to run.
+    """Return the committed artifact of a stage and key; return None if there is none, so that the stage has to run.
 
-    A damaged manifest on a disk counts as missing, because the next commit can move the artifact's directory away. An
-    object store cannot move a directory in one step. There, ArtifactError is raised before any work is wasted.
+    On a disk, a damaged manifest counts as missing, because the next commit can move the damaged artifact away. An
+    object store cannot move a directory in one step, so there a damaged manifest raises ArtifactError before any work
+    is wasted.
     """
     storage = root.child(artifact_name(stage, key))
     try:

@@ -35,9 +35,9 @@ def file_sha256(path: Path) -> str:
 def artifact_key(stage: str, stage_version: int, config: dict[str, Any], inputs: dict[str, str]) -> str:
     """Return the key of a stage's result: a hash, as 20 hex characters, of everything that can change the result.
 
-    So the key is known before the stage runs. `config` holds the settings of the stage. `inputs` maps the name of each
-    input to the key or digest of the data that the stage reads. All parts are hashed as one JSON object, because joined
-    strings could be equal for different parts.
+    The key is therefore known before the stage runs. `config` holds the settings of the stage. `inputs` maps the name
+    of each input to the key or digest of the data that the stage reads. All values are hashed as one JSON object. If
+    they were joined to one string, different values could give the same string.
     """
     parts = {"stage": stage, "stage_version": stage_version, "config": config, "inputs": inputs}
     return digest(parts)[:KEY_HEX_CHARACTERS]

@@ -1,10 +1,10 @@
 """Writes to a local or network disk: after a crash or power cut, a file is complete or absent, never partial.
 
-Every write goes to a temporary file in the same directory, which is fsynced and then gets its name by one
-atomic call; the directory is fsynced too, because a name is part of the directory's data, not of the file's.
+Every write goes to a temporary file in the same directory. The file is fsynced, and then gets its final name by one
+atomic call. The directory is fsynced too, because the name of a file is stored in the directory, not in the file.
 
-What is written here holds the user's data, so new directories and files are the user's alone, whatever the umask. Below
-a directory with the set-group-ID bit, with which people share a directory, they are the group's as well.
+The files hold the user's data, so only the user can access new directories and files, whatever the umask is. People
+share a directory with a group by its set-group-ID bit; below such a directory, the group can access them as well.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Disk:
             path = path / part
             if path.is_symlink():
                 raise ArtifactError(
-                    "is a symbolic link, which could lead out of the directory",
+                    "this is a symbolic link, which could lead out of the directory",
                     where=str(path),
-                    fix="put the file itself there; only the storage's own root may be a link",
+                    fix="replace the link by the file itself; only the root of the storage may be a link",
                 )
         return path
 
@@ -132,7 +132,7 @@ class Disk:
 
     @contextlib.contextmanager
     def _new_file(self, name: str, publish: Callable[[str, str], None]) -> Iterator[BinaryIO]:
-        """Yield a temporary file. On exit, fsync it and call `publish(temporary, final)` with both paths to rename it."""
+        """Yield a temporary file. On exit, fsync it and rename it by the call `publish(temporary_path, final_path)`."""
         final = self.path(name)
         make_dirs(final.parent)
         temporary = str(final.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
@@ -177,7 +177,10 @@ def make_dirs(path: Path) -> None:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file, for the `opener` of `open`; if it is new, it is the user's alone, or also the group's if shared."""
+    """Open a file; this function is the `opener` of `open`.
+
+    Only the user can access a new file, or the user and the group if its directory is shared.
+    """
     if not flags & os.O_CREAT:
         return os.open(path, flags)
     try:
@@ -192,7 +195,7 @@ def private_opener(path: str, flags: int) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Set the rights of a new file that a library has created, to those that our own files have."""
+    """Change the access rights of a new file that a library has created to the rights that `private_opener` sets."""
     path.chmod(0o660 if _is_shared(path.parent) else 0o600)
 
 

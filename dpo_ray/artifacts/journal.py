@@ -1,6 +1,6 @@
 """A journal: a file to which one writer appends lines.
 
-When `append` returns, its lines survive a crash. If `append` fails, none of its lines is in the file.
+When `append` returns, the appended lines survive a crash. If `append` fails, none of them is in the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Journal:
     """The writer of a journal. Every line ends with a newline; an unfinished last line, left by a crash, is removed."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the file. Raises ArtifactError if that fails."""
+        """Open the file, or create it. Raises ArtifactError if this fails."""
         self._path = path
         try:
             make_dirs(path.parent)
@@ -32,7 +32,7 @@ class Journal:
     def append(self, lines: Sequence[bytes]) -> None:
         """Append lines, which must contain no newline, so that they survive a crash.
 
-        Raises ArtifactError if that fails; then none of the lines is in the file.
+        Raises ArtifactError if this fails. Then none of the lines is in the file.
         """
         data = b"".join(line + b"\n" for line in lines)
         try:
@@ -50,7 +50,7 @@ class Journal:
 
     def _explained(self, error: OSError) -> ArtifactError:
         return ArtifactError(
-            f"cannot append: {error.strerror or error}",
+            f"cannot append to the file: {error.strerror or error}",
             where=str(self._path),
             fix="free space there or repair the disk, then run the same command again: all earlier lines are kept",
         )

@@ -1,12 +1,13 @@
 """A lease that allows only one driver at a time to write to a run, on disks and object stores alike.
 
-Lease files are numbered: lease-000001.json, lease-000002.json, ... The file with the highest number is the lease.
-A driver takes it over by exclusively creating the next number, so exactly one of many contenders wins; the number
-is the fencing token. A thread of the holder rewrites its own file regularly as a heartbeat.
+Lease files are numbered: lease-000001.json, lease-000002.json, ... The file with the highest number is the lease. A
+driver takes it over by exclusively creating the next number, so exactly one of many contenders wins; the number is the
+fencing token. A thread of the holder regularly rewrites the holder's lease file as a heartbeat.
 
 No wall clock decides anything: clocks of machines differ, and may be set at any time. A contender watches whether the
-holder's file changes during a whole time to live of its own clock. It needs no watching where the holder released the
-lease, is a process of this machine that has ended, or one of this machine that has just written its heartbeat.
+holder's file changes during the lease's whole time to live, measured by the contender's clock. It need not watch in
+three cases: the holder has released the lease, the holder was a process of this machine and has ended, or the holder
+runs on this machine and has just written its heartbeat.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def boot_seconds() -> float:
 class Lease:
     """The right to write to a run. Entering the context takes it or raises LeaseError; leaving releases it.
 
-    A lease is free when it was released, when its heartbeat does not change for its own `ttl_seconds` while a contender
-    watches it, or immediately if its holder was a process of this machine that has ended.
+    A lease is free in three cases: it was released, its holder was a process of this machine and has ended, or its
+    heartbeat did not change for its `ttl_seconds` while a contender watched it.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Lease:
         clock: Callable[[], float] = boot_seconds,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        """Prepare a lease whose files are in `storage`. Errors of other drivers show `holder` (default: user, host, pid)."""
+        """Prepare a lease with files in `storage`. Other drivers' errors show `holder` (default: user, host, pid)."""
         self.storage, self.ttl_seconds = storage, ttl_seconds
         self.token = 0  # grows with every acquisition; 0 before the first
         self.lost = False
@@ -84,12 +85,14 @@ class Lease:
             if self._take(highest + 1):
                 self._start()
                 return self
-        raise LeaseError("other drivers keep taking the lease", where=self.storage.uri, fix="run only one of them")
+        raise LeaseError(
+            "other drivers keep taking the lease", where=self.storage.uri, fix="run only one driver of this run"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the lease and remove older lease files. In a forked child process, do nothing: the parent does this."""
+        """Release the lease and remove older lease files. In a forked child, do nothing: the parent releases it."""
         if os.getpid() != self._pid:
             return
         self._stop.set()
@@ -106,11 +109,11 @@ class Lease:
     def check(self) -> None:
         """Check that this driver still holds the run. Call this before every commit.
 
-        The lease is read from the storage each time: a driver that was paused cannot know for how long.
+        Each call reads the lease from the storage, because a driver that was paused cannot know how long the pause was.
 
         Raises:
             LeaseError: another driver has taken over the run.
-            ArtifactError: the lease file is gone, and so probably the storage.
+            ArtifactError: the lease file is missing, so the storage is probably gone.
         """
         with self._lock:
             self.lost = self.lost or not self._is_held()
@@ -131,7 +134,7 @@ class Lease:
         )
 
     def _wait_until_free(self, number: int) -> None:
-        """Return as soon as a lease may be taken over; raise LeaseError if its holder is alive."""
+        """Wait until the lease may be taken over; raise LeaseError if its holder is alive."""
         record = self._read(number)
         if record is None or is_free(record):
             return
@@ -158,7 +161,7 @@ class Lease:
         return 0 <= self._clock() - _seconds(record, "heartbeat_boot_seconds") <= _seconds(record, "ttl_seconds")
 
     def _is_held(self) -> bool:
-        """Return whether this lease is the one with the highest number. It is not if its file was deleted by hand."""
+        """Return whether this lease has the highest number; return False if its file was deleted by hand."""
         if self._highest() != self.token:
             return False
         record = self._read(self.token)
@@ -236,8 +239,8 @@ class Lease:
         return LeaseError(
             f"the run is held by {record.get('holder')}",
             where=self.storage.full_path(_file_name(number)),
-            fix="wait for it or stop it; if its machine will not come back, run the same command again: "
-            f"the run is free once its heartbeat has been silent for {ttl_seconds:g} s",
+            fix="wait for that driver or stop it; if its machine will not come back, run the same command again: "
+            f"the run is free once the driver's heartbeat has been silent for {ttl_seconds:g} s",
         )
 
 

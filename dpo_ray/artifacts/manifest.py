@@ -26,7 +26,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileEntry(BaseModel):
-    """One file of an artifact. `name` is what readers ask for; `path` is its place below the artifact's directory."""
+    """One file of an artifact. Readers open it by `name`; its `path` is relative to the artifact's directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,7 +59,7 @@ class Manifest(BaseModel):
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Write a manifest as JSON that people can read. The key `digest` has the digest of all other content.
+    """Write a manifest as JSON that people can read. The field `digest` holds the digest of all other fields.
 
     Raises ArtifactError if `config` or `figures` contain NaN, infinities or keys that are not strings, because JSON
     cannot represent these.
@@ -77,7 +77,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Read a manifest and check it against the digest in it. Raises ArtifactError if even one bit has changed."""
+    """Read a manifest and check its digest. Raises ArtifactError if even one bit of the manifest has changed."""
     fix = "delete the artifact's directory; its stage then runs again"
     try:
         content = json.loads(data)
@@ -85,7 +85,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             raise ValueError("it is not a JSON object")
         if isinstance(version := content.get("format"), int) and version > FORMAT:
             raise ArtifactError(
-                f"format {version} is newer than this dpo_ray supports", where=where, fix="upgrade dpo_ray"
+                f"the manifest has format {version}, which is newer than this version of dpo_ray supports",
+                where=where,
+                fix="upgrade dpo_ray",
             )
         # Compare the bytes and not only the values, so that a flipped bit never passes as another spelling of the
         # same value.

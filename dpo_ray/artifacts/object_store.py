@@ -1,4 +1,4 @@
-"""Files in S3 and Google Cloud Storage, through fsspec. A PUT request is atomic there; `create` is a conditional PUT."""
+"""Files in S3 and Google Cloud Storage, through fsspec. PUT requests are atomic, and `create` is a conditional PUT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ CONFLICT_WAIT_SECONDS = 0.2
 
 
 class ObjectStore:
-    """A prefix in a bucket. Its methods raise OSError; the client's own exceptions become StorageFailedError."""
+    """The objects below a prefix of a bucket. Methods raise OSError; the client's exceptions become
+    StorageFailedError."""
 
     def __init__(self, scheme: str, root: str) -> None:
         self.scheme, self.root = scheme, root  # root: bucket/prefix

@@ -35,14 +35,14 @@ class Process:
     def is_gone(self) -> bool:
         """Return True only if it is certain that the process has ended.
 
-        This is known for processes of this machine since its last boot: their pid is then free or reused.
+        It is certain if the process ran on this machine since the last boot, and its pid is now free or reused.
         """
         return self._is_of_this_machine() and _start_ticks(self.pid) != self.started
 
     def is_alive_here(self) -> bool:
         """Return True only if it is certain that the process is running.
 
-        This is known for processes of this machine since its last boot: pid and start time are then the same.
+        It is certain if a process of this machine has the same boot, pid and start time.
         """
         return self._is_of_this_machine() and _start_ticks(self.pid) == self.started
 
@@ -67,7 +67,7 @@ def _boot() -> str:
 
 
 def _start_ticks(pid: int) -> str | None:
-    """Return when a process started, or None if it is not running; a zombie counts as ended."""
+    """Return the start time of a process, in the system's ticks, or None if it has ended. A zombie has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

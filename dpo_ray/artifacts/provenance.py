@@ -14,7 +14,7 @@ from .staging import Staging
 
 @dataclass(frozen=True)
 class Provenance:
-    """Inputs, configuration and versions of a stage. The stage's duration counts from when this object is made."""
+    """Inputs, configuration and versions of a stage. The stage's duration counts from the creation of the object."""
 
     stage_version: int
     inputs: dict[str, str]

@@ -1,4 +1,4 @@
-"""Staging: an artifact is written where no reader looks, and then committed in one atomic step.
+"""Staging: the files of an artifact are written where no reader opens them, and then committed in one atomic step.
 
 On a disk, an attempt writes to `<root>/.staging/<run>/<stage>-<key>.<attempt>/`. The commit writes the manifest there
 and renames the directory to `<root>/<stage>-<key>`. An object store cannot rename, so there the files are at
@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 class Staging:
     """One attempt to make an artifact. Workers on any machine write its files, and the driver commits it.
 
-    It can be pickled. If a name is written twice, the last write counts. A task that may run twice must therefore write
-    the same bytes under the same name, or use a new name each time, of which only one is passed to `commit`.
+    The object can be pickled. If a name is written twice, the second file replaces the first. A task that may run twice
+    must therefore write the same bytes under the same name. Or it uses a new name each time, and the driver passes only
+    one of these files to `commit`.
     """
 
     root: Storage
@@ -46,11 +47,11 @@ class Staging:
     run: str
 
     def write(self, name: str, data: bytes, rows: int | None = None) -> FileEntry:
-        """Write a file of the artifact, which survives a crash; return its entry for `commit`."""
+        """Write a file of the artifact so that it survives a crash; return its entry for `commit`."""
         return self._placed(self.storage.write(_file_name(name), data, rows))
 
     def upload(self, name: str, source: Path, rows: int | None = None) -> FileEntry:
-        """Copy a local file into the artifact, where it survives a crash; return its entry for `commit`."""
+        """Copy a local file into the artifact so that it survives a crash; return its entry for `commit`."""
         return self._placed(self.storage.upload(_file_name(name), source, rows))
 
     def commit(
@@ -65,7 +66,7 @@ class Staging:
         versions: dict[str, str],
         seconds: float,
     ) -> Artifact:
-        """Commit exactly these files as the artifact, and delete other files that dead or repeated tasks left here.
+        """Commit exactly these files as the artifact, and delete all other files, which dead or repeated tasks left.
 
         If another driver has already committed the same artifact, delete our files and return that artifact.
         Raises ArtifactError if a listed file is missing, has another size or is in another place, or if a name is
@@ -115,7 +116,7 @@ class Staging:
             self.root.delete(marker_name(self.stage, self.key, self.run, self.attempt))
             return Artifact(parse_manifest(data, self.root.full_path(home)), self.root.child(home))
         raise ArtifactError(
-            "something that is not an artifact occupies the artifact's directory",
+            "the artifact's directory exists, but does not contain an artifact",
             where=self.root.full_path(home),
             fix="move that directory away, then run the same command again",
         )
@@ -129,7 +130,7 @@ class Staging:
             winner = find_artifact(self.root, self.stage, self.key)
             if winner is None:
                 what = "the manifest appeared and disappeared again during the commit"
-                raise ArtifactError(what, where=home.uri, fix="run the command again") from None
+                raise ArtifactError(what, where=home.uri, fix="run the same command again") from None
             # It may be our own: a request whose response was lost is sent again, and then refused.
             if winner.manifest.attempt != self.attempt:
                 self.abandon()
@@ -152,7 +153,7 @@ class Staging:
             where = self.storage.full_path(entry.name)
             if entry.name in seen:
                 raise ArtifactError(
-                    f"the file {entry.name!r} is listed twice", where=where, fix="give each file its own name"
+                    f"the file {entry.name!r} is listed twice", where=where, fix="use a different name for each file"
                 )
             seen.add(entry.name)
             if entry.name not in sizes:
@@ -167,7 +168,7 @@ class Staging:
         return tuple(entries)
 
     def _placed(self, entry: FileEntry) -> FileEntry:
-        """Return the entry of a file with its path set, which is relative to the artifact's directory."""
+        """Return a copy of a file's entry in which `path` is set, relative to the artifact's directory."""
         path = entry.name if self.root.is_local else f"{self.attempt}/{entry.name}"
         if entry.path not in (entry.name, path):
             raise ArtifactError(
@@ -188,7 +189,7 @@ class Staging:
 
     def _superseded(self) -> ArtifactError:
         return ArtifactError(
-            "this attempt was deleted: a later driver of the run considered it dead",
+            "the files of this attempt were deleted: a later driver of the run considered the attempt dead",
             where=self.storage.uri,
             fix="let that driver continue, or run the same command again",
         )
@@ -205,7 +206,7 @@ def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
 
 
 def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str) -> None:
-    """Delete the marker file of an attempt to make an artifact, and its other files unless they are committed."""
+    """Delete the files of an attempt to make an artifact, unless they are committed, and the attempt's marker file."""
     name = artifact_name(stage, key)
     root.delete(marker_name(stage, key, run, attempt))
     if root.is_local:

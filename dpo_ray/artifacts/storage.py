@@ -25,12 +25,11 @@ _WRITING = ("write", "create", "commit", "append to")  # actions, by the words i
 
 
 class Storage:
-    """A directory, local or on an object store. It holds only its address, so it is cheap and can be pickled.
+    """A directory, local or on an object store. The object holds only the address, so it is cheap and can be pickled.
 
-    Names are relative, with '/' between parts; a name that could lead out of the directory raises
-    ArtifactError. FileNotFoundError and FileExistsError are raised unchanged. Other failures of a disk raise
-    ArtifactError, those of an object store or its client StorageFailedError; both say what failed, where, and
-    what to do.
+    Names are relative, with '/' between parts; a name that could lead out of the directory raises ArtifactError.
+    FileNotFoundError and FileExistsError are raised unchanged. All other failures raise ArtifactError on a disk, and
+    StorageFailedError on an object store. Both errors say what failed, where, and what to do.
     """
 
     uri: str
@@ -132,7 +131,8 @@ class Storage:
         """Write a file that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError.
 
         An object store may refuse a repeated request because the first request succeeded, although its response was
-        lost. A caller that needs certainty puts something unique into the data and, after FileExistsError, reads the file.
+        lost. A caller that needs certainty puts a unique value into the data. After FileExistsError, it reads the file
+        and compares.
         """
         with self._explained("create", name):
             self._place.create(checked_name(name, self.uri), data)
@@ -160,15 +160,15 @@ class Storage:
             self._place.delete_tree(self._optional(prefix))
 
     def delete_empty_dir(self) -> None:
-        """Delete this directory if nothing is in it; on an object store it is gone with its last file."""
+        """Delete this directory if it is empty. In an object store, a directory disappears with its last file."""
         with self._explained("delete", ""):
             self._place.delete_empty_dir()
 
     def rename_into(self, source: Storage, name: str) -> None:
-        """Rename another directory of the same disk to a name in this one. This commits an artifact on a disk.
+        """Move the directory `source` of the same disk into this directory, under `name`. This commits an artifact.
 
         The files and the name survive a crash. Raises FileExistsError if a directory of that name exists and is not
-        empty, and ArtifactError on an object store.
+        empty. Raises ArtifactError on an object store.
         """
         if not isinstance(self._place, Disk):
             raise ArtifactError("an object store cannot rename a directory", where=self.uri)
@@ -226,7 +226,7 @@ class Storage:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether a disk refused a write because it is full, read-only or not ours: it will refuse the next one too."""
+    """Return whether a disk refused a write for a lasting reason: it is full or read-only, or permission is missing."""
     return isinstance(error, OSError) and error.errno in (*_NO_SPACE, *_NO_PERMISSION)
 
 

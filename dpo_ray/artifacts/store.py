@@ -34,7 +34,7 @@ class ArtifactStore:
         self.root = root
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """Return the committed artifact of a stage and key, or None if its stage has to run.
+        """Return the committed artifact of a stage and key; return None if there is none, so that the stage has to run.
 
         Raises ArtifactError if the manifest has a newer format or, on an object store, is damaged.
         """
@@ -61,7 +61,7 @@ class ArtifactStore:
     def verify(self) -> Iterator[tuple[str, ArtifactError | None]]:
         """Check every committed artifact: its manifest, its list of files, and every digest.
 
-        Yields the name of each artifact, with the error that was found or None.
+        Yields the name of each artifact, and the error that was found in it, or None if it is intact.
         """
         for directory in self.root.list_dirs():
             place = self.root.child(directory)
@@ -82,7 +82,7 @@ class ArtifactStore:
     def sweep(self, run: str) -> int:
         """Delete the files that dead attempts of a run left; return the number of these attempts.
 
-        The caller must hold the run's lease. An attempt is kept only if its process is known to be running on this
+        The caller must hold the run's lease. An attempt is kept only if its process is certainly running on this
         machine. Any other attempt is dead, or its driver has lost the lease and must not commit any more.
         """
         place = f"{STAGING_NAME}/{checked_run(run)}"

@@ -1,4 +1,4 @@
-"""Tables in artifacts: they are stored as Parquet files, whose bytes depend only on the rows."""
+"""Tables in artifacts, stored as Parquet files. The bytes of a file depend only on the rows."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(artifact: Artifact, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one Parquet file of an artifact; `columns` limits what is read. The file is checked as `Artifact.open` does."""
+    """Read a Parquet file of an artifact, checked as in `Artifact.open`; if `columns` is set, read only these."""
     with artifact.open(name) as stream:
         return pq.ParquetFile(stream).read(columns=list(columns) if columns is not None else None)

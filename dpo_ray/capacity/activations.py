@@ -18,7 +18,7 @@ MASK_BYTES = 1  # per element of a dropout mask
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens of one forward pass of one rank."""
+    """The numbers of tokens in one forward pass of one rank."""
 
     tokens: int  # tokens that go through the blocks
     keys: int  # keys that attention gathers; the keys of a prompt count once for each completion
@@ -26,7 +26,7 @@ class Rows:
 
     @classmethod
     def of(cls, tokens: int, prompt_share: float, completions: float, layout: str) -> Rows:
-        """Estimate the tokens of a micro-batch; `prompt_share` is the share of prompt tokens among its `tokens`."""
+        """Estimate these numbers for a micro-batch of `tokens` tokens, of which `prompt_share` are prompt tokens."""
         prompts = tokens * prompt_share
         scored = tokens - prompts
         if layout != "shared":  # each completion has its own copy of the prompt, and keys are not gathered
@@ -104,9 +104,9 @@ def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool)
     """Count the bytes that RMS norms save: their input in float32, the normalised input (for the weight's gradient), and
     their result.
 
-    Gemma scales in float32. Two kinds of results are not saved. The result of a norm after attention or feed-forward
-    (the third and fourth norm of a block) is only added to the residual. The result of a norm of heads is rotated by
-    its position (RoPE), and only the rotated result is saved.
+    The norms of Gemma multiply by their weight in float32. Two kinds of results are not saved. The result of a norm
+    after attention or feed-forward (the third and fourth norm of a block) is only added to the residual. The result of
+    a norm of heads is rotated by its position (RoPE), and only the rotated result is saved.
     """
     scaled = FLOAT32_BYTES if sizes.gemma_norms else v
     per_value = FLOAT32_BYTES + (scaled if trained else 0)
@@ -114,10 +114,11 @@ def _norms(sizes: ModelSizes, hidden: int, heads: int, v: int, *, trained: bool)
 
 
 def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -> tuple[int, int]:
-    """Return how many bytes autograd saves for a block's LoRA adapters, and how many bytes their products have.
+    """Return the bytes that autograd saves for a block's LoRA adapters, and the bytes of their matrix products.
 
     Each layer with an adapter saves its low-rank result and, with dropout, a copy of its input and the dropout mask.
-    With dropout the layer's own input is not needed. It is counted anyway, so the estimate is slightly too high.
+    With dropout, the backward pass does not need the original input of the layer. This input is counted anyway, so the
+    estimate is slightly too high.
     """
     if lora is None:
         return 0, 0
@@ -127,7 +128,7 @@ def _adapters(sizes: ModelSizes, tokens: int, v: int, lora: LoraConfig | None) -
 
 
 def adapted(sizes: ModelSizes, lora: LoraConfig) -> list[tuple[int, int]]:
-    """List the shapes [in, out] of a block's linear layers that get an adapter; experts' weights are no linear layers."""
+    """List the shapes [in, out] of a block's linear layers that get an adapter. Experts have no linear layers."""
     named = sizes.linear_layers
     targets = list(named) if lora.target_modules == "all-linear" else [n for n in named if n in lora.target_modules]
     return [named[name] for name in targets]

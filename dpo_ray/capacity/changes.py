@@ -29,7 +29,7 @@ class Change:
 
 
 def changes_of(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Iterator[Change]:
-    """Yield changes of the recipe in the order to try them; those that keep the result of training come first."""
+    """Yield changes of the recipe in the order to try them; changes that keep the result of training come first."""
     t, now = recipe.train, training_on(recipe, sizes, workload, cluster)
     free = max(1, cluster.gpus - gpus_beside(recipe))
 
@@ -88,7 +88,10 @@ def _overridden(recipe: Recipe, **sections: dict[str, Any]) -> Recipe | None:
 
 
 def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Cluster | None:
-    """Return the smallest cluster of such nodes on which the recipe fits if it trains on all of them, or None."""
+    """Return the smallest cluster of nodes like those of `cluster` on which the recipe fits, or None if there is none.
+
+    Training uses all GPUs that the engines leave free.
+    """
 
     def fits(nodes: int) -> bool:
         other = replace(cluster, nodes=nodes)
@@ -109,7 +112,7 @@ def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, clu
 def _first(fits: Callable[[int], bool], cluster: Cluster) -> Cluster | None:
     """Return the first cluster that fits among those with 1 to 64 nodes, then 128, 256, ... nodes; None if there is none.
 
-    All counts are tried in order, because more nodes do not always need less memory.
+    All numbers of nodes are tried in order, because a rank does not always need less memory on more nodes.
     """
     counts = [*range(1, 65), *(2**i for i in range(7, MOST_NODES.bit_length()))]
     return next((replace(cluster, nodes=n) for n in counts if fits(n)), None)

@@ -15,7 +15,7 @@ BFLOAT16_BYTES = 2
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """The bytes on each GPU of one engine. `problem` says why they do not fit; it is empty if they fit."""
+    """The memory on each GPU of one engine, in bytes. `problem` says why the engine does not fit; empty: it fits."""
 
     weights: float
     step: float  # the activations of a step of `step_tokens`
@@ -29,9 +29,9 @@ class EngineMemory:
 def engine_memory(
     sizes: ModelSizes, config: ReferenceConfig, gpu: Gpu, max_length_tokens: int, value_bytes: int
 ) -> EngineMemory:
-    """Divide a GPU's memory as vLLM does: `gpu_memory_fraction` of it is for weights, a step and the KV cache.
+    """Divide a GPU's memory as vLLM does: `gpu_memory_fraction` of it holds weights, step data and KV cache.
 
-    The number of tokens in a step is chosen by the scorer's own code (`reference/vllm/engine.py`). vLLM has two model
+    The code of the scorer (`reference/vllm/engine.py`) chooses the number of tokens in a step. vLLM has two model
     runners; the estimate is for the one that needs more memory.
     """
     from dpo_ray.reference.scorer import ScorerSettings

@@ -46,7 +46,7 @@ def gpus_beside(recipe: Recipe) -> int:
 
 
 def training_on(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Training:
-    """Place training on the cluster, with the recipe's workers or, if there are too few GPUs, with one for each GPU."""
+    """Place training on the cluster with the recipe's workers or, if it has too few GPUs, one worker per GPU."""
     free = max(1, cluster.gpus - gpus_beside(recipe))
     workers = min(recipe.train.workers, free)
     shard = recipe.train.sharding.shard_workers or workers
@@ -91,9 +91,9 @@ def problems_of(
 
 
 def _reasons(recipe: Recipe, sizes: ModelSizes, training: Training) -> list[str]:
-    """List what needs the memory: every part that is larger than a third of the available memory.
+    """List the uses of a rank's memory, such as gradients, that take more than a third of the available memory.
 
-    If no part is that large, list all parts.
+    If no use takes so much, list all uses.
     """
     peak, third = training.memory.peak, training.room_bytes / 3
     trained = Weights.of(sizes, recipe.train).trained(sizes.layers)

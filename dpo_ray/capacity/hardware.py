@@ -74,7 +74,7 @@ class Cluster:
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Read a cluster from a text NODESxGPUSxGPU, such as `4x8xH100`; for a single node, `8xH100` is enough.
+    """Read a cluster from text: `4x8xH100` is four nodes with eight H100 each. For one node, `8xH100` is enough.
 
     If a GPU exists with several sizes of memory, `:GB` at the end sets the memory of each GPU: `1x8xH100:94`.
 
@@ -85,7 +85,7 @@ def parse_cluster(text: str) -> Cluster:
     match = _SHAPE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            "this is not the shape of a cluster",
+            "this does not describe a cluster",
             where=where,
             fix=f"write NODESxGPUSxGPU, such as 4x8xH100, where GPU is one of {known}",
         )
@@ -95,7 +95,7 @@ def parse_cluster(text: str) -> Cluster:
     if gpu is None:
         raise ConfigError(f"the GPU `{match[3]}` is not known", where=where, fix=f"use one of {known}")
     if not nodes or not gpus or memory == "0":
-        raise ConfigError("this cluster is empty", where=where, fix="every number must be at least 1")
+        raise ConfigError("this cluster is empty", where=where, fix="set every number to at least 1")
     if memory is not None:
         gpu = replace(gpu, memory_bytes=int(memory) * GB)
     return Cluster(nodes, gpus, gpu)

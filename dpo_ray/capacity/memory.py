@@ -1,13 +1,13 @@
 """The GPU memory of one training rank during a step. Its peak may be in the head, in any block, or in the optimizer.
 
 Each rank keeps a shard of the weights, gradients and optimizer state, in float32 (`models/sharding.py`). Whole weights
-are gathered in the data type of the forward pass. Those of a block are gathered while that block or the previous one is
-computed; those of the root (embedding, last norm, head) from the start of the forward pass to the end of the backward
-pass.
+are gathered in the data type of the forward pass. The weights of a block are gathered while that block or the previous
+block is computed. The weights of the root (embedding, last norm, head) are gathered from the start of the forward pass
+to the end of the backward pass.
 
 Gradients are reduced once per step, after its last micro-batch (`train/step.py`). If a rank has more than one
-micro-batch, it holds the gradients of the whole model until then, unsharded and in float32. These are four bytes per
-trained parameter, for any number of ranks.
+micro-batch, it holds the gradients of the whole model until then, unsharded and in float32. They take four bytes per
+trained parameter, whatever the number of ranks is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers of parameters: in a block or in the root (embedding, last norm, head), and trained or not."""
+    """The numbers of all and of trained parameters, in a block and in the root (embedding, last norm, head)."""
 
     block: int  # the sharded parameters of one block
     block_trained: int
@@ -94,7 +94,7 @@ def adapter_parameters(sizes: ModelSizes, lora: LoraConfig) -> int:
 
 
 def training_memory(setup: Setup) -> RankMemory:
-    """Compute a rank's memory at each moment of a step, and return the moment with the largest total."""
+    """Compute a rank's memory at each moment of a step, and return the memory at the moment with the largest total."""
     sizes, train = setup.sizes, setup.train
     weights = Weights.of(sizes, train)
     trained = weights.trained(sizes.layers)
@@ -114,7 +114,7 @@ def training_memory(setup: Setup) -> RankMemory:
 
 
 def _moments(setup: Setup, weights: Weights, fixed: Parts):
-    """Yield the moments in the last micro-batch's backward pass when memory may be largest, as (name, bytes)."""
+    """Yield the moments of the last micro-batch's backward pass that may need most memory, as (name, memory)."""
     sizes, train, rows, v = setup.sizes, setup.train, setup.rows, setup.value_bytes
     block = block_activations(sizes, rows, v, train.lora)
     kept, layers = block.kept(train.activation_checkpointing), sizes.layers
@@ -188,7 +188,7 @@ def _moments(setup: Setup, weights: Weights, fixed: Parts):
 def _optimizer_step(setup: Setup, trained: int, fixed: Parts) -> Parts:
     """Return the memory during the optimizer's step.
 
-    Most optimizers work in place. Adafactor gathers one whole parameter at a time, with its gradient and update; the
+    Most optimizers work in place. Adafactor gathers one whole parameter at a time, with its gradient and update, so the
     largest parameter counts.
     """
     sizes, work = setup.sizes, 0.0

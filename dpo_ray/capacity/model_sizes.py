@@ -92,7 +92,7 @@ class ModelSizes:
 
     @property
     def active_block_matrices(self) -> int:
-        """Count the weights in the matrices of a block that compute one token: not all experts do."""
+        """Count the weights in the matrices of a block that one token uses; a token uses only some of the experts."""
         return self.block_matrices - max(0, self.experts - self.experts_per_token) * self.expert_parameters
 
     @property
@@ -160,10 +160,11 @@ _UNLIKE = (
 def model_sizes(config: ModelConfig) -> ModelSizes:
     """Find a model's sizes without loading it and without a network.
 
-    They are read from the model's config.json if it is on this machine, and are otherwise known for some names.
+    They are read from the model's config.json if that file is on this machine. Otherwise, a table has the sizes of some
+    models by name.
 
     Raises:
-        ConfigError: the model is only on the hub and its name is not known, or its blocks differ from Llama's.
+        ConfigError: the model is only on the hub and its name is not in the table, or its blocks differ from Llama's.
     """
     where = f"model.path={config.path}"
     from dpo_ray.models.load import config_file  # it imports torch, which takes seconds

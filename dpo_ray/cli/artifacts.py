@@ -33,6 +33,8 @@ def verify(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, 
         typer.echo(harmless(f"{name}: {error.what}"))
     if damaged:
         what = f"{len(damaged):,} of {len(found):,} artifacts {'is' if len(damaged) == 1 else 'are'} damaged"
-        raise ArtifactError(what, where=store.root.uri, fix="delete their directories; their stages then run again")
+        raise ArtifactError(
+            what, where=store.root.uri, fix="delete the directories of these artifacts; the stages then run again"
+        )
     if not as_json:
         typer.echo(f"{store.root.uri}: {len(found):,} artifacts, every file is as it was committed")

@@ -137,11 +137,11 @@ def _documents(file: str) -> list[Any]:
         return [document for document in yaml.safe_load_all(text) if document is not None]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot be read: {error}", where=file, fix="name a YAML file, or - for standard input"
+            f"the file cannot be read: {error}", where=file, fix="name a YAML file, or - for standard input"
         ) from None
     except yaml.YAMLError as error:
-        what = f"not valid YAML: {' '.join(str(error).split())[:200]}"
-        raise ConfigError(what, where=file, fix="correct the line") from None
+        what = f"this is not valid YAML: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(what, where=file, fix="correct the line that the message names") from None
 
 
 def _refusal(wrong: list[str], where: str) -> ConfigError:

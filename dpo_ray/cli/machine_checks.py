@@ -123,7 +123,7 @@ def _system_has(library: str) -> bool:
 def _leftovers() -> list[Check]:
     """Find installed vision and audio packages of torch, which break transformers if torch itself is a CPU build.
 
-    They are CUDA builds. Together with torch from PyPI, which is a CUDA build as well, they are unused but harmless.
+    These packages are CUDA builds. Together with torch from PyPI, which is a CUDA build as well, they are harmless.
     """
     if "+cpu" not in torch.__version__:
         return []
@@ -166,7 +166,7 @@ def _memory() -> Check:
 
 
 def _available_memory_bytes() -> int:
-    """Return the memory that programs can still allocate, including caches that the system would give up for them.
+    """Return the memory that programs can still allocate, including the memory of caches that the system can drop.
 
     If the system does not report this, return the free memory.
     """

@@ -28,7 +28,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what Ray an
 
 
 def load(file: Path, overrides: list[str] | None, *, tiny: bool) -> Recipe:
-    """Load a recipe with its overrides. With `tiny`, shrink it to a miniature, whose small values win over overrides."""
+    """Load a recipe with its overrides. With `tiny`, shrink it to a miniature, whose values replace the overrides."""
     from dpo_ray.config.load import load_recipe
 
     recipe = load_recipe(file, overrides or [])

@@ -49,7 +49,7 @@ def plan(
 
 
 def _check(made: Plan) -> None:
-    """Check what the stages need that are to run, as `run` does before it starts them."""
+    """Check the packages, memory, ... that the stages to run need, as `run` does before it starts them."""
     from dpo_ray.run.start_checks import check_start
 
     check_start(made.recipe, made.checked, made.to_run if made.recipe.online is None else None)

@@ -54,7 +54,7 @@ def init(
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"cannot be written: {error.strerror}",
+            f"the file cannot be written: {error.strerror}",
             where=str(path),
             fix="choose a file in a directory that you can write to",
         ) from None

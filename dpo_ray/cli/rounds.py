@@ -12,7 +12,7 @@ from .options import Json, Overrides, RecipeFile, Tiny, console, load
 
 
 def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, as_json: Json = False) -> None:
-    """Show every round of an online run: its state, its figures, and whether its policy was promoted. Starts nothing.
+    """Show every round of an online run: its state, its metrics, and whether its policy was promoted. Starts nothing.
 
     To continue a finished run with further rounds, increase `online.rounds` and use `dpo-ray run`.
     """
@@ -27,7 +27,7 @@ def rounds(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False, 
         raise ConfigError(
             "the recipe has no section `online`, so it has no rounds",
             where=str(recipe),
-            fix="`dpo-ray plan` shows its stages",
+            fix="use `dpo-ray plan`, which shows the stages of the recipe",
         )
     page = rounds_report.rounds_page(derive(make_plan(loaded)))
     if as_json:

@@ -1,4 +1,4 @@
-"""The output of `dpo-ray rounds`: the table of online rounds for a terminal, and the same figures for JSON."""
+"""The output of `dpo-ray rounds`: the table of online rounds for a terminal, or the same metrics as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = ("pairs", "KL", "true\nreward", "win rate\nv. initial", "win rate\nv.
 
 
 def figures(page: RoundsPage) -> list[dict[str, Any]]:
-    """Return the known figures of each round as values for JSON."""
+    """Return the measured metrics of each round as values for JSON."""
     return [
         dataclasses.asdict(row)
         | {name: _named(getattr(row, name)) for name in ("win_rate_initial", "win_rate_previous")}

@@ -21,7 +21,7 @@ def run(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run every stage of a recipe that is not done yet. The last line of the output contains the main figures.
+    """Run every stage of a recipe that is not done yet. The last line of the output contains the main metrics.
 
     You can stop a run at any moment and by any means. The same command then continues from the committed work.
     """

@@ -47,7 +47,7 @@ def store_stats(place: StorePlace, as_json: Json = False) -> None:
 
 @store.command("verify")
 def store_verify(place: StorePlace, as_json: Json = False) -> None:
-    """Read a whole store and list all faults: damaged files, values that are not log-probs, contradictory values.
+    """Read a store completely and list all faults: damaged files, values that are not log-probs, contradictory values.
 
     Exits with code 4 if there is a fault. `dpo-ray store gc` removes damaged files. The next run then computes the missing
     log-probs again.
@@ -65,7 +65,7 @@ def store_verify(place: StorePlace, as_json: Json = False) -> None:
         store_view.print_faults(root, faults, console())
     if faults:
         fix = "`dpo-ray store gc` removes what is damaged; the next run then computes the missing log-probs again"
-        what = f"{len(faults):,} {'fault' if len(faults) == 1 else 'faults'} in the reference store"
+        what = f"the reference store has {len(faults):,} {'fault' if len(faults) == 1 else 'faults'}"
         raise ArtifactError(what, where=root.uri, fix=fix)
     if not as_json:
         typer.echo(f"{root.uri}: no faults found")
@@ -85,8 +85,8 @@ def store_gc(
 ) -> None:
     """Clean up a store: delete damaged and leftover files, merge small segments and, if asked, delete unused partitions.
 
-    Partitions that were used in the last hour are left alone, because a run may still be writing to them. Intact data is
-    lost only with unused partitions. The next run that needs data that was damaged computes it again.
+    Partitions that were used in the last hour are left alone, because a run may still be writing to them. Intact
+    log-probs are deleted only with unused partitions. A run that needs log-probs that were damaged computes them again.
     """
     from dpo_ray.reference.store.gc import clear
 
@@ -102,7 +102,9 @@ def store_gc(
 
 
 def _store_root(place: str) -> Storage:
-    """Return the directory of a store, given its address or a recipe that uses it. A recipe's store may be empty.
+    """Return the directory of a store. `place` is the store's address, or a recipe that uses the store.
+
+    The store of a recipe may be empty or missing.
 
     Raises:
         ConfigError: there is no store at the address.

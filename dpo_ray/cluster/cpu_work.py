@@ -1,4 +1,4 @@
-"""Placement of CPU work. It is a setting of Ray Data, and our plain Ray tasks follow the same setting."""
+"""Placement of CPU work on nodes and CPUs: a setting of Ray Data, which our plain Ray tasks follow as well."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ class Inbox:
         return rows
 
     async def stop(self) -> None:
-        """Request all workers to stop: every call of `stopped`, present or later, returns."""
+        """Request all workers to stop: every call of `stopped` returns, also a call that is made later."""
         self._stop.set()
 
     async def pause(self) -> None:
-        """Request the present workers to stop, so that new workers can start.
+        """Request the workers that run now to stop, so that new workers can start.
 
-        Only the present calls of `stopped` return. Later calls, from the new workers, wait.
+        Only the calls of `stopped` that wait now return. Later calls, from the new workers, wait again.
         """
         self._stop.set()
         self._stop.clear()

@@ -1,6 +1,7 @@
 """Placement of a recipe's workers on its cluster.
 
-It fills in the settings of hardware that the recipe does not set, and finds requests that the cluster can never hold.
+This module fills in the hardware settings that the recipe does not set, and finds workers for which the cluster can
+never have enough resources.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .session import session
 
 
 def resolve_hardware(recipe: Recipe, *, verbose: bool = False) -> Recipe:
-    """Return the recipe with the settings of hardware that it leaves open, as they follow from where it runs.
+    """Return the recipe with hardware settings that suit the machine or the cluster where it runs.
 
     On a local Ray (this machine only), node labels are removed. On a cluster, training workers get GPUs if the nodes of
     the cluster have GPUs; the GPUs of the driver's machine do not matter.
@@ -54,12 +55,12 @@ def _with_roles(recipe: Recipe, roles: RolesConfig) -> Recipe:
 def check_room(
     recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float, say: Callable[[str], None]
 ) -> None:
-    """Check that the cluster can hold the workers of the stages that have to run.
+    """Check that the cluster has enough resources for the workers of the stages that have to run.
 
-    If it cannot, but an autoscaler may add nodes, only report what the run waits for.
+    If it has not, but an autoscaler may add nodes, only report what the run waits for.
 
     Raises:
-        InfrastructureError: the cluster can never hold the workers; the message says what is missing.
+        InfrastructureError: the cluster can never have enough resources; the message says what is missing.
     """
     there = ray.cluster_resources()
     lacks = [lack.what for lack in missing(recipe, stages, train_gpus, engine_gpus, capacity, there)]
@@ -74,7 +75,7 @@ def check_room(
 
 
 def _had_gpus(recipe: Recipe) -> bool:
-    """Return whether this run used GPUs before, according to the recipe.yaml that it wrote then."""
+    """Return whether an earlier attempt of this run trained on GPUs, according to the recipe.yaml that it wrote."""
     try:
         before = yaml.safe_load(run_storage(recipe).read_bytes("recipe.yaml"))
     except FileNotFoundError:

@@ -1,5 +1,7 @@
-"""What the stages of a recipe request at the same time, and what nodes lack for it. Imports no Ray, so that a recipe is
-checked against this machine without a start."""
+"""The resources that the stages of a recipe request at the same time, and which of them the nodes do not have.
+
+This module does not import Ray, so a recipe can be checked against this machine without starting Ray.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +16,32 @@ from .resources import Resources, engine_resources, judge_resources, sampler_res
 
 
 class Lack(NamedTuple):
-    """What nodes lack, in words, and the section of the recipe that requests it."""
+    """A lack of resources: `what` describes it in words, `field` is the section of the recipe that requests them."""
 
     field: str
     what: str
 
 
 def local_cpus(recipe: Recipe) -> int:
-    """Return the number of CPUs to offer on this machine: its cores, but at least the recipe's peak need.
+    """Return the number of CPUs that a local Ray offers; by default all cores, or more if the recipe needs more.
 
-    Ray uses CPUs to count what may run at once; more of them than cores only means that processes share.
+    Ray only counts CPUs to decide what may run at once. If it offers more CPUs than cores, processes share the cores.
     """
     return recipe.ray.cpus or max(os.cpu_count() or 1, recipe.cpus_needed())
 
 
 def local_memory_bytes() -> int:
-    """Return the memory to offer on this machine, which is all of it."""
+    """Return the memory that a local Ray offers: all memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def missing_here(
     recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float, gpus: int
 ) -> list[Lack]:
-    """Return what this machine can never hold of the stages of a recipe, as a local Ray would count it.
+    """List the resources that the stages of a recipe need and this machine lacks, counted as a local Ray counts them.
 
     Args:
-        gpus: the GPUs of this machine.
+        gpus: the number of GPUs of this machine.
     """
     here = {"CPU": float(local_cpus(recipe)), "GPU": float(gpus), "memory": float(local_memory_bytes())}
     return missing(recipe, stages, train_gpus, engine_gpus, lambda request: fitting(request, here), here)
@@ -53,21 +55,21 @@ def missing(
     capacity: Callable[[Resources], int],
     there: Mapping[str, float],
 ) -> list[Lack]:
-    """Return what can never be held of the stages of a recipe.
+    """List the resources that the stages of a recipe need and the nodes lack, even if nothing else runs on the nodes.
 
     Args:
-        capacity: counts the workers that the nodes could hold if nothing else ran on them.
-        there: the resources of all nodes together.
+        capacity: returns how many workers with a request fit on the nodes if nothing else runs there.
+        there: the total resources of all nodes.
     """
     lacks = []
     for role, request, least in _requests(recipe, stages, train_gpus, engine_gpus):
         if (now := capacity(request)) < least:
-            what = f"{least} {request.what} are needed (each: {request.describe()}), and there is room for {now}"
+            what = f"{least} {request.what} are needed (each: {request.describe()}), but the nodes can hold only {now}"
             lacks.append(Lack(f"cluster.roles.{role}", what))
     wanted = {"CPU": recipe.least_cpus(), "GPU": _least_gpus(recipe, stages, train_gpus, engine_gpus)}
     for kind, amount in wanted.items():
         if (held := there.get(kind, 0.0)) < amount:
-            what = f"the run needs {amount:g} {kind}s at once at its peak, and the cluster has {held:g}"
+            what = f"the run needs up to {amount:g} {kind}s at the same time, but the cluster has {held:g}"
             lacks.append(Lack("cluster.roles", what))
     return lacks
 
@@ -75,7 +77,10 @@ def missing(
 def _requests(
     recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float
 ) -> list[tuple[str, Resources, int]]:
-    """List each role of the stages, what it requests, and the minimum count: for a pool of engines it is one."""
+    """List what the workers of each role request, as (role, request of one worker, smallest number of workers).
+
+    For a pool of engines and for judges this number is 1, because one of them is enough to make progress.
+    """
     r, t, roles = recipe.reference, recipe.train, recipe.cluster.roles
     listed: list[tuple[str, Resources, int]] = []
     if "train" in stages or ("reference" in stages and r.engine == "trainer"):
@@ -92,12 +97,12 @@ def _requests(
 
 
 def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:
-    """Return the number of GPUs without which scoring and training, which run concurrently, would wait for ever."""
+    """Return the fewest GPUs with which scoring and training can run concurrently; 0 if they need not."""
     if recipe.reference.mode != "streaming" or "train" not in stages or "reference" not in stages:
         return 0.0
     return (recipe.train.min_workers or recipe.train.workers) * train_gpus + engine_gpus
 
 
 def fitting(request: Resources, resources: Mapping[str, float]) -> int:
-    """Count the workers that a node with these resources could hold."""
+    """Return how many workers with this request fit on a node with these resources."""
     return min(math.floor(resources.get(name, 0.0) / amount + 1e-9) for name, amount in request.as_ray.items())

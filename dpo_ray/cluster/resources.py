@@ -1,4 +1,7 @@
-"""The resources that each kind of worker requests. It does not import Ray, as it also sizes pods of Kubernetes."""
+"""The resources that each kind of worker requests.
+
+This module does not import Ray, because it is also used to compute the sizes of Kubernetes pods.
+"""
 
 from __future__ import annotations
 

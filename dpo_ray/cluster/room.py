@@ -1,4 +1,4 @@
-"""Room on the cluster, that is, free resources for a number of identical workers: counting it, and waiting for it."""
+"""Free resources on the cluster: counting how many identical workers they are enough for, and waiting for more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASK_SECONDS = 10.0
 
 
 def capacity(request: Resources) -> int:
-    """Return how many such workers the present nodes could hold if nothing else ran on them."""
+    """Return how many workers with this request fit on the present nodes if nothing else runs there."""
     nodes = [n for n in ray.nodes() if n["Alive"] and _has(n.get("Labels") or {}, request.labels)]
     return sum(fitting(request, node["Resources"]) for node in nodes)
 
@@ -50,10 +50,10 @@ def wait(
     gives_up: Callable[[], bool] = lambda: False,
     patience_seconds: float | None = None,
 ) -> int:
-    """Wait until `most` workers can start; return how many can start. After `patience_seconds`, `least` are enough.
+    """Wait until `most` workers can start, or after `patience_seconds` at least `least`; return how many can start.
 
-    The request is a placement group of Ray, so a cluster with an autoscaler adds nodes for it. Every half a minute,
-    `say` reports how many workers the nodes could hold.
+    The workers are requested as a placement group of Ray, so a cluster with an autoscaler adds nodes for them. Every
+    half a minute, `say` reports how many workers fit on the nodes.
 
     Args:
         gives_up: called every few seconds; the wait ends when it returns True.
@@ -71,9 +71,9 @@ def wait(
     with _reserved(request, most) as group:
         while not group.wait(PROBE_SECONDS):
             if gives_up():
-                fix = "the same command continues from what was committed"
+                fix = "run the same command again: it continues from what was committed"
                 raise StoppedError(
-                    f"the run was told to stop while {most} {request.what} waited for resources", fix=fix
+                    f"the run was asked to stop while {most} {request.what} waited for resources", fix=fix
                 )
             now = time.monotonic()
             if least < most and now - began >= patience and (count := _largest(request, least, most)):
@@ -98,7 +98,7 @@ def has_room(request: Resources, count: int) -> bool:
 def given_back(request: Resources, count: int) -> Iterator[None]:
     """If the `with` block raises, release the resources that it reserved for `count` workers.
 
-    Ray Train itself keeps them reserved if its workers fail to start.
+    Without this, Ray Train keeps the resources reserved if its workers fail to start.
     """
     before = _groups_of(request, count)
     try:

@@ -26,10 +26,10 @@ WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 
 @contextmanager
 def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
-    """Connect to the recipe's Ray for the `with` block. A connection that already exists is used, and stays open.
+    """Connect to Ray at the recipe's address for the `with` block. An existing connection is used, and stays open.
 
     Raises:
-        InfrastructureError: the address does not answer, or runs another Ray version.
+        InfrastructureError: Ray does not answer at the address, or has another version.
     """
     if ray.is_initialized():
         with _causes(), cpu_work_on(recipe.cluster.roles.prepare):
@@ -59,7 +59,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         raise InfrastructureError(
             f"Ray does not answer: {next(iter(str(error).strip().splitlines()), type(error).__name__)}",
             where=f"ray.address={recipe.ray.address}",
-            fix="check the address, that the cluster runs this Ray version, and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)",
+            fix="check the address, the cluster's Ray version (the same as here), and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)",
         ) from error
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
@@ -79,7 +79,7 @@ _OURS = re.compile(r"^dpo_ray\.errors\.(?P<kind>\w+): (?P<what>.*)(?:\n  -> (?P<
 
 
 def _from_text(trace: str) -> DpoRayError | None:
-    """Find our own error in a worker's traceback. For an error in a task of Ray Data, Ray passes on only the text."""
+    """Find an error of dpo_ray in a worker's traceback. Ray passes on only this text for tasks of Ray Data."""
     match = _OURS.search(trace)
     kind = getattr(errors, match["kind"], None) if match else None
     return kind(match["what"], fix=match["fix"] or "") if match and kind else None
@@ -87,7 +87,7 @@ def _from_text(trace: str) -> DpoRayError | None:
 
 @contextmanager
 def _causes() -> Iterator[None]:
-    """If a worker fails with an error of our own, raise this error again without the wrappers that Ray puts around it.
+    """If a worker fails with a DpoRayError, raise this error again without the wrappers that Ray puts around it.
 
     Any other failure of a worker becomes an InfrastructureError.
     """

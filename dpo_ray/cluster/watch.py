@@ -74,7 +74,7 @@ def _head_error(address: str, head: str) -> RayLostError:
     return RayLostError(
         f"Ray's head does not answer any more: its process (gcs_server) has ended, or {head} cannot be reached",
         where=f"ray.address={address}",
-        fix=f"find out why (memory, a lost machine), start the cluster if it is one, and {AGAIN}",
+        fix=f"find out why (too little memory, a lost machine), restart the cluster if Ray is not local, and {AGAIN}",
     )
 
 
@@ -82,7 +82,7 @@ def _raylet_error(address: str) -> RayLostError:
     return RayLostError(
         "Ray's process on this machine (raylet) has ended",
         where=f"ray.address={address}",
-        fix=f"find out why (memory is the usual cause: dmesg), start Ray again if this machine is part of a cluster, "
+        fix=f"find out why (usually too little memory, see dmesg), start Ray again if this machine is part of a cluster, "
         f"and {AGAIN}",
     )
 
@@ -105,7 +105,7 @@ def _answers(place: str) -> bool:
 def _refuses(place: str) -> bool:
     """Return whether the address refuses connections because no process listens there.
 
-    A slow machine or network does not refuse.
+    A machine or network that is only slow does not refuse.
     """
     try:
         _connect(place)

@@ -63,22 +63,26 @@ def run_workers(
 ) -> Any:
     """Call `function({"task": task})` on every worker of `config`, in one process group; return what rank 0 returned.
 
-    There are `config.workers` of them, or as few as `config.min_workers` while the cluster has no room for more. If one
-    is lost, alone or with its node, all start again, as many as there is room for by then. Each attempt is a separate
-    Ray Train run (`name` is unique), so Ray's own snapshot is never the source of truth; what our workers commit is.
+    The group has `config.workers` workers, or as few as `config.min_workers` while the cluster has no resources for
+    more. If a worker is lost, alone or with its node, all workers start again, as many as the cluster then has
+    resources for. Each attempt is a separate Ray Train run with a new name. So an attempt never continues from Ray's
+    own snapshot, but from what the workers have committed.
 
     Args:
         request: what each worker requests from Ray.
         say: reports lost workers, and what the run waits for.
-        pause: requests the workers, while there are fewer than there could be, to save their state and return a result
-            whose `error` is a StoppedError; more of them then continue. None: the group never grows.
-        gives_up: called after a loss, and while the run waits for room; True: end instead of starting again.
-        may_start: called before each start; raises if this driver has lost its run, whose workers it would replace.
+        pause: called when the cluster has resources for more workers than the group has. It requests the workers to
+            save their state and return a result whose `error` is a StoppedError. Then a larger group starts. None: the
+            group never grows.
+        gives_up: called after a worker is lost, and while the run waits for resources. True: end instead of starting
+            again.
+        may_start: called before each start. It raises an error if another driver has taken over the run, whose workers
+            this driver would otherwise replace.
 
     Raises:
-        StoppedError: `gives_up` returned True during the wait for room.
-        TrainError: the workers failed more often than config.max_failures allows. `where` is the stage, `goes_on` says
-            from where the same command continues.
+        StoppedError: `gives_up` returned True while the run waited for resources.
+        TrainError: the workers failed more often than config.max_failures allows. Its text has `where`, the name of the
+            stage, and `goes_on`, which says from where the same command continues.
         DpoRayError: the error that a worker raised.
     """
     failures, patience_seconds = 0, None
@@ -111,7 +115,7 @@ def run_workers(
 
 @dataclass(frozen=True)
 class _Loss:
-    """Why an attempt failed. The error has no traceback, whose frames would keep Ray's controller and its resources."""
+    """The failure of an attempt. `cause` has no traceback, which would keep Ray's controller and resources alive."""
 
     cause: BaseException
     is_of_the_cluster: bool  # a preempted machine, or too few resources after all: not the workers' fault
@@ -125,7 +129,7 @@ def _attempt(
     workers: int,
     name: str,
 ) -> Any:
-    """Run the workers once, until they end or a worker is lost; return what rank 0 returned, or why it was lost."""
+    """Run the workers once, until they end or a worker is lost; return what rank 0 returned, or the loss."""
     # Imported here because they load torch, which not every importer of this module needs.
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -161,7 +165,7 @@ def _attempt(
 def _own_interrupt() -> Iterator[None]:
     """Restore the handler of Ctrl-C on exit, because Ray Train replaces it.
 
-    Ray Train's handler keeps a reference to its controller, and so the resources of the workers stay reserved.
+    Ray Train's handler keeps a reference to Ray Train's controller, so the workers' resources would stay reserved.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -175,8 +179,10 @@ def _own_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _watch_for_room(request: Resources, pause: Callable[[], None] | None) -> Iterator[threading.Event]:
-    """In a thread, check for free resources for one more worker; if there are some, set the yielded event and call
-    `pause`. If `pause` is None, do nothing."""
+    """Check in a thread whether one more worker could start; if so, set the yielded event and call `pause`.
+
+    If `pause` is None, check nothing.
+    """
     paused, end = threading.Event(), threading.Event()
 
     def look() -> None:
@@ -198,9 +204,10 @@ def _watch_for_room(request: Resources, pause: Callable[[], None] | None) -> Ite
 
 
 def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
-    """Return the error that a worker raised, without Ray Train's wrappers; a worker process that died raised none.
+    """Return the error that a worker raised, without Ray Train's wrappers, or Ray's error if a worker process died.
 
-    If several failed, one of ours is the cause: the others lost their connection to that worker.
+    If several workers failed, return a DpoRayError if there is one, because the other workers only lost their
+    connection to that worker.
     """
     if isinstance(error, ray.train.ControllerError):  # for example, a worker did not start
         failure = error.controller_failure

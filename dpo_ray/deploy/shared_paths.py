@@ -1,4 +1,4 @@
-"""The fields of a recipe that hold a path or a URI. All nodes of a cluster must be able to access these places."""
+"""The fields of a recipe that hold a path or a URI, which all nodes of a cluster must be able to access."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ def model_card(
     recipe_yaml: str,
     versions: Mapping[str, str],
 ) -> str:
-    """Return the text of the model card in the format of the Hugging Face hub: model, data, figures, and full recipe.
+    """Return the text of the model card in the format of the Hugging Face hub: model, data, metrics, and full recipe.
 
     Args:
         rows: row counts of the data, such as `train/admitted`.
         final: metrics of the last training step.
-        heldout: figures of the held-out evaluation at the end of training.
+        heldout: metrics of the held-out evaluation at the end of training.
         versions: version of each library, by its name.
     """
     measured = {**{k: v for k, v in final.items() if k.startswith(("loss", "rewards/"))}, **heldout}

@@ -20,7 +20,7 @@ Clock = Callable[[], float]
 
 
 class Bar:
-    """The progress of one running stage: units done and in total, rate, remaining time, and a note with figures."""
+    """The progress of one running stage: units done and in total, rate, remaining time, and a note with metrics."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class Bar:
         self._show()
 
     def begin_at(self, done: float) -> None:
-        """Set how much a previous attempt has done. This amount counts as progress, but not in the rate."""
+        """Set how many units a previous attempt has done. They count as progress, but not in the rate."""
         self._done = self._before = done
         self._began = self._clock()
         self._show()
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Count `amount` more units as done, and show `note` after the figures. An empty note keeps the last note."""
+        """Count `amount` more units as done, and show `note` after the numbers. If it is empty, keep the last note."""
         self._done += amount
         self._note = note or self._note
         self._show()
@@ -106,8 +106,7 @@ class Reporter:
         Args:
             unit: what is counted, such as `groups`.
             total: number of units; None if it is not known.
-            beside: another stage, which runs at the same time, uses the terminal's live bar. So this stage prints
-                lines instead.
+            beside: print lines instead of a live bar, because another stage runs at the same time and uses the bar.
         """
         if beside or not self.console.is_terminal:
             self.console.print(f"{title}: started", highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ class Tracker(Protocol):
     """Shows the metrics of a run in another program, such as TensorBoard. The driver creates it once for each run."""
 
     def begin(self, known: Sequence[Row]) -> None:
-        """Start with exactly the rows `known`, and drop all other rows: training (re)starts after these steps."""
+        """Start with exactly the rows `known`, and drop all other rows; training continues after their steps."""
         ...
 
     def write(self, row: Row) -> None:
@@ -45,7 +45,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes TensorBoard's event files into the run's directory. If that is not on a local disk, it writes nothing.
+    """Writes TensorBoard's event files into the run's directory, or nothing if this directory is not on a local disk.
 
     tensorboardX's `SummaryWriter` is not used: it writes in a thread of its own, and prints a traceback if a disk is full.
     """
@@ -159,8 +159,8 @@ class MetricsSinks:
         """Start with exactly the rows `known`, and drop all other rows. Call this before `write`.
 
         Args:
-            known: the rows of the checkpoint from which training resumes. They are complete. The existing file is not
-                used: it may lack the last rows before a crash, or belong to another recipe with the same name.
+            known: all rows until the checkpoint from which training resumes. They come from the checkpoint, because the
+                file may lack the last rows before a crash, or belong to another recipe with the same name.
         """
         self._rows = {int(row["step"]): row for row in known}
         self._write_all()

@@ -22,7 +22,7 @@ def size(count: int) -> str:
 
 
 def harmless(text: str) -> str:
-    """Replace the characters that would control a terminal or that it cannot show, such as escape characters."""
+    """Replace the characters that control a terminal, such as escape characters, or that a terminal cannot show."""
     return "".join(c if c.isprintable() else _SIGNS.get(c, "\N{REPLACEMENT CHARACTER}") for c in text)
 
 

@@ -1,1 +1,1 @@
-"""The HTML pages that report on a run, its data and its online rounds: they gather figures and render them."""
+"""The HTML pages that report on a run, its data and its online rounds: gathering their contents, and rendering them."""

@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a figure: lines that share a y axis."""
+    """One panel of a plot: lines that share a y axis."""
 
     y_label: str
     lines: tuple[Line, ...]
@@ -37,7 +37,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """One figure of the report, with one or more panels below each other. Without data it shows `instead`."""
+    """One plot of the report, with one or more panels below each other. Without data, the text `instead` is shown."""
 
     key: str
     title: str
@@ -180,7 +180,10 @@ _WHERE_MEASURED = (
 
 
 def curves(train: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]]) -> list[Curve]:
-    """List the curves in the report of a run. Some curves are in every report; further ones only if they were measured."""
+    """List the curves in the report of a run.
+
+    Some curves are in every report; the other curves are listed only if their metrics were measured.
+    """
     names = {name for row in (*train, *held_out) for name, value in row.items() if value is not None}
     trained = bool(names & {"loss"})
     always = [
@@ -199,7 +202,7 @@ def _metrics(curve: Curve) -> set[str]:
 def _named(names: Iterable[str]) -> list[Curve]:
     """Build the curves with one line for each source of the data, held-out set, or part of the model.
 
-    `names` are the metrics of the run; their beginnings and endings show for which sources, sets and parts they are.
+    `names` are the metrics of the run; their names show which source, set or part each metric belongs to.
     """
     after = {
         p: sorted(n.removeprefix(p) for n in names if n.startswith(p)) for p in ("rewards/accuracies/", "grad_norm/")

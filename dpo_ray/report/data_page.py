@@ -28,7 +28,7 @@ _LENGTHS_CAPTION = "Tokens after the chat template; a completion counts its end-
 
 @dataclass(frozen=True)
 class RowCounts:
-    """How many rows of one source were used, and how many were left out. If `source` is empty: of a whole split."""
+    """How many rows were used, and how many were left out, in one source, or in a whole split if `source` is empty."""
 
     split: str
     source: str
@@ -115,7 +115,7 @@ class RenderedSample:
 class DataPage:
     """Everything that the data page shows. All text may come from untrusted data, so it is escaped.
 
-    sources, splits: row counts of each source, and of each whole split.
+    sources, splits: the row counts of each source, and of each split.
     measured: statistics of each whole split, followed by the statistics of its sources.
     max_quarantined_fraction, max_length_tokens: the limits in the recipe.
     samples_note: why there are no samples.
@@ -132,7 +132,7 @@ class DataPage:
 
     @property
     def unaccounted(self) -> int:
-        """Return how many rows are missing from the counts or counted twice: the absolute errors of all sources."""
+        """Return how many rows are missing from the counts or counted twice, added up over all sources."""
         return sum(abs(row.unaccounted) for row in self.sources)
 
     @property
@@ -184,7 +184,7 @@ def token_spans(pieces: Sequence[TextPiece]) -> Markup:
 
 
 def _tiles(page: DataPage) -> list[tuple[str, str, str]]:
-    """List the most important figures of the data as (label, value, note)."""
+    """List the most important numbers about the data as (label, value, note)."""
     if not page.splits:
         return []
     rows, admitted, faults, rules, duplicates = (

@@ -65,7 +65,7 @@ def write_data_page(plan: Plan, tokens: Artifact, page: DataPage) -> str:
 
 
 def tokenizer_of(plan: Plan) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """Return the run's tokenizer and "". If its model is gone, return None and the reason: the page works without it."""
+    """Return the run's tokenizer and "". If the model is gone, return None and the reason; the page needs none."""
     try:
         return load_tokenizer(str(model_directory(plan.recipe.model))), ""
     except DpoRayError as error:

@@ -12,7 +12,7 @@ _MAX_SOURCES = 6
 
 
 def bias_words(bias: Mapping[str, float | None] | None) -> str:
-    """Explain in words the length bias of pairs, given as `length_bias` of their statistics."""
+    """Explain in words the length bias of pairs; `bias` is the field `length_bias` of their statistics."""
     if bias is None:
         return "There are no pairs, so there is no length bias between chosen and rejected."
     pairs, difference = bias["pairs"] or 0, bias["mean_difference_tokens"] or 0.0

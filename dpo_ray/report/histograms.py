@@ -39,7 +39,7 @@ class Counted:
         return int(self.edges[min(i, len(self.counts) - 1)])
 
     def within(self, edges: np.ndarray) -> np.ndarray:
-        """Estimate the counts in other bins, whose edges are float64 [n], as if numbers were spread evenly in a bin."""
+        """Estimate the counts in other bins with edges float64 [n], if values are spread evenly within a bin."""
         upto = np.concatenate([[0], np.cumsum(self.counts)])
         return np.diff(np.interp(edges, self.edges - 0.5, upto))
 
@@ -65,7 +65,7 @@ def heldout_plots(rewards: Mapping[str, Sequence[float]], kl_per_sample: Sequenc
 
 
 def counted_plot(key: str, title: str, caption: str, x_label: str, parts: Mapping[str, Counted]) -> Plot:
-    """Draw histograms of whole numbers, such as lengths in tokens, on one axis; empty parts are left out."""
+    """Draw histograms of whole numbers, such as lengths in tokens, on one axis; leave out histograms without values."""
     kept = {colour: part for colour, part in parts.items() if part.total}
     if not kept:
         return Plot(key, title, caption)
@@ -87,7 +87,7 @@ def counted_plot(key: str, title: str, caption: str, x_label: str, parts: Mappin
 
 
 def _edges_of_whole_numbers(low: int, high: int, ends: Sequence[tuple[int, int]], largest: int) -> np.ndarray:
-    """Return edges of bins that all have the same whole width. Far outliers are outside, so that the bins stay narrow."""
+    """Return edges of bins of equal width, a whole number. Far outliers are outside, so that the bins stay narrow."""
     inner_low, inner_high = min(e[0] for e in ends), max(e[1] for e in ends)
     slack = max(8, inner_high - inner_low)
     low, high = max(low, inner_low - slack // 10), min(high, inner_high + slack // 10)

@@ -26,7 +26,7 @@ _CONTROLS |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xF
 def render_page(template: str, **values: Any) -> str:
     """Return a page as HTML that can be encoded as UTF-8. The same values give the same bytes.
 
-    Raises KeyError or jinja2.UndefinedError if a value has not all fields that the template shows.
+    Raises KeyError or jinja2.UndefinedError if a value lacks a field that the template shows.
     """
     html = _environment().get_template(template).render(generator=f"dpo_ray {__version__}", **values)
     # A lone surrogate, which broken input can contain, cannot be encoded as UTF-8: the file could not be written.

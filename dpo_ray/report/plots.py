@@ -1,4 +1,4 @@
-"""Curves of a run as SVG elements in the page, which take their light or dark colours from its style sheet."""
+"""Curves of a run as SVG elements, which take their light or dark colours from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of a page. If there is no `svg`, `instead` says why. `legend` has (label, CSS class) pairs."""
+    """One plot of a page. If there is no `svg`, `instead` says why. `legend` has (label, CSS class) pairs."""
 
     key: str
     title: str
@@ -168,7 +168,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def with_losses(caption: str, not_finite: int) -> str:
-    """Return the caption of a plot. If values are not finite and so not drawn, add their number."""
+    """Return the caption of a plot. Values that are not finite are not drawn; the caption says how many."""
     return f"{caption} Left out as not finite: {not_finite:,}." if not_finite else caption
 
 
@@ -182,7 +182,7 @@ def _describe(label: str, found: _Values) -> str:
 
 
 def dress(axis: Axes, y_label: str, bounds: tuple[float | None, float | None], ticks: int) -> None:
-    """Set the label, the ticks and the bounds of a plot's y axis; a bound of None is left to matplotlib."""
+    """Set the label, the ticks and the bounds of a plot's y axis; if a bound is None, matplotlib chooses it."""
     axis.set_ylabel(y_label)
     axis.yaxis.set_major_formatter(FuncFormatter(_tick))
     axis.xaxis.set_major_formatter(FuncFormatter(_tick))

@@ -22,7 +22,7 @@ class Scoring:
     sequences: sequences (prompt with completion) whose log-probs were computed.
     found: sequences whose log-probs were already stored.
     tokens: tokens of the computed sequences; a prompt counts once for each sequence.
-    cached_tokens: how many of these tokens were read from the prompt cache.
+    cached_tokens: tokens of the computed sequences that were read from the prompt cache.
     tokens_per_second: speed of one engine.
     rescored: sequences that were computed again without the cache.
     """

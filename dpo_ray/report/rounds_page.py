@@ -22,7 +22,7 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRow:
-    """The figures of one round. A figure is None if it was not measured, or not yet.
+    """The metrics of one round. A metric is None if it was not measured, or not measured yet.
 
     number: the number of the round, from 1.
     starts_from: the number of the round whose policy this round starts from; None: the recipe's model.
@@ -75,7 +75,7 @@ class RoundsPage:
     """Everything that the page of rounds shows. All text may come from untrusted data, so it is escaped; samples are cut.
 
     name, created, what: name of the run, its time (ISO 8601), and one sentence about it.
-    initial: the known figures of the initial policy: `kl`, `true_reward`, `mean_tokens`, `distinct_2`, `entropy`,
+    initial: the measured metrics of the initial policy: `kl`, `true_reward`, `mean_tokens`, `distinct_2`, `entropy`,
     `truncated_fraction`.
     stopped: why the rounds ended; empty if they have not ended.
     """
@@ -91,7 +91,7 @@ class RoundsPage:
 
     @property
     def policy(self) -> RoundRow | None:
-        """Return the newest round whose policy was promoted, or None if no policy was."""
+        """Return the newest round whose policy was promoted, or None if no policy was promoted."""
         return next((row for row in reversed(self.rows) if row.decision == "promoted"), None)
 
 
@@ -255,7 +255,7 @@ def _cut_in_three(sample: RoundSample) -> dict[str, Any]:
 
 
 def _totals(rows: Sequence[RoundRow]) -> dict[str, Any]:
-    """Return the sums of figures over all rounds. A sum is None if no round has measured the figure."""
+    """Return the sums of metrics over all rounds. A sum is None if the metric was measured in no round."""
 
     def whole(values: list[float | None]) -> Any:
         known = [v for v in values if v is not None]

@@ -1,4 +1,4 @@
-"""Plots of online rounds: reward over KL divergence, figures by round, and bars with the cost of each stage."""
+"""Plots of online rounds: reward over KL divergence, metrics by round, and bars with the cost of each stage."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def frontier_plot(given: Sequence[Point], y_label: str, level: float | None = No
 def by_round_plot(
     key: str, title: str, caption: str, y_label: str, given: Sequence[Point], level: float | None = None
 ) -> Plot:
-    """Draw one figure of each round's policy over the rounds. If `level` is set, draw a dotted line there."""
+    """Draw one metric of each round's policy over the rounds. If `level` is set, draw a dotted line there."""
     points = [p for p in given if p.finite]
     caption = with_losses(caption, len(given) - len(points))
     if not points:
@@ -95,7 +95,8 @@ def by_round_plot(
 def stage_colours(*given: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
     """Assign colours to stages, so that a stage has the same colour in every plot.
 
-    If there are too few colours, the stages of the first plot get theirs first, and in each plot the largest stages.
+    If there are too few colours, stages of earlier plots come first, and within a plot the stages with the largest
+    amounts.
 
     Args:
         given: for each plot, the amounts by round and stage.
@@ -172,7 +173,7 @@ def _draw_points(axis: Axes, points: Sequence[Point]) -> None:
 
 
 def _number_points(axis: Axes, points: Sequence[Point]) -> bool:
-    """Write each round's number next to its point, where no other text is. Return whether all numbers had a free place.
+    """Write each round's number next to its point, without overlaps; return whether all numbers had enough space.
 
     Promoted rounds are numbered first, and later rounds before earlier ones.
     """

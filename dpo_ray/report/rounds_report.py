@@ -1,4 +1,4 @@
-"""Building of the page of online rounds, and of their figures, only from committed artifacts."""
+"""Building of the page of online rounds, and of their metrics, only from committed artifacts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_page(rounds: Rounds) -> str:
 
 
 def figures(rounds: Rounds) -> dict[str, Any]:
-    """Return the figures for the last line that `dpo-ray run` prints for an online run."""
+    """Return the metrics for the last line that `dpo-ray run` prints for an online run."""
     decided = [r for r in rounds.rounds if r.committed.promoted is not None]
     best = rounds.promoted.artifact
     last = next((r for r in decided if r.trained.key == rounds.promoted.key), None)

@@ -18,7 +18,7 @@ MAX_SAMPLES = 40
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure at the top of the report. A number is formatted; a string is shown unchanged."""
+    """One value at the top of the report. A number is formatted; a string is shown unchanged."""
 
     label: str
     value: str | float
@@ -32,8 +32,8 @@ class ReportData:
     All text may come from untrusted data. It is escaped, and samples and examples are cut to a length that fits a page.
 
     name, created, what: name of the run, its time (ISO 8601), and one sentence about it.
-    headline: the figures at the top.
-    comparison: rows of (measure, value of the reference, value of the policy).
+    headline: the values at the top.
+    comparison: rows of (measure, value of the reference model, value of the policy).
     train_metrics, eval_metrics: one row for each measured step, with `step` and metrics by TRL's names; a row may have
     only some metrics.
     best_step: the step whose weights were kept, if the recipe sets train.best.

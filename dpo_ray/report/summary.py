@@ -1,4 +1,4 @@
-"""Results of a finished run: the line of figures for scripts, the table for people, and the report."""
+"""Results of a finished run: the line of metrics for scripts, the table for people, and the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPORT = "report.html"
 
 
 def figures(run: Finished) -> dict[str, Any]:
-    """Return the figures for the last line that `dpo-ray run` prints for an offline run."""
+    """Return the metrics for the last line that `dpo-ray run` prints for an offline run."""
     rows, trained, evaluated = run.prepare.manifest.rows, run.train.manifest.figures, run.evaluate.manifest.figures
     scoring, left_out = (run.reference.manifest.figures, run.reference.manifest.rows) if run.reference else ({}, {})
     heldout = evaluated.get("heldout", {})
@@ -58,7 +58,7 @@ def audit_in_a_word(run: Finished) -> str:
 
 
 def line(values: dict[str, Any]) -> str:
-    """Return the figures as one line of key=value, for scripts."""
+    """Return the metrics as one line of key=value, for scripts."""
     return " ".join(f"{k}={_plain(v)}" for k, v in values.items())
 
 
@@ -84,7 +84,7 @@ def print_comparison(run: Finished, console: Console) -> None:
 
 
 def comparison(run: Finished) -> list[tuple[str, str, str]]:
-    """List rows of (measure, value of the reference, value of the policy), in words for readers new to training."""
+    """List rows of (measure, value of the reference model, value of the policy) in words that newcomers understand."""
     sampled, heldout = (
         run.evaluate.manifest.figures.get("samples", {}),
         run.evaluate.manifest.figures.get("heldout", {}),

@@ -71,11 +71,11 @@ class RunContext:
 
     @cached_property
     def reference_store(self) -> ReferenceStore:
-        """Open the stored log-probs of this run's reference model, computed in the way of this run's engine."""
+        """Open the stored log-probs of this run's model, as computed with this run's engine, data type and device."""
         return ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
 
     def find(self, stage: str) -> Artifact | None:
-        """Return a stage's artifact if it is committed and the recipe accepts it; otherwise return None."""
+        """Return a stage's committed artifact, or None if there is none, or its audit exceeds the recipe's limits."""
         return planning.found(self.plan, stage)
 
     def begin(self, stage: str) -> Staging:

@@ -51,7 +51,7 @@ def offline(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tup
     """Run the stages of a recipe that are not done; return all artifacts, and whether anything had to run.
 
     Raises:
-        DpoRayError: one of its subclasses, with what is wrong, where, and what to do. Committed work is kept.
+        DpoRayError: a subclass that says what is wrong, where, and what to do. Committed work is kept.
     """
     recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)
@@ -79,7 +79,7 @@ def prepared(recipe: Recipe, reporter: Reporter, *, verbose: bool = False) -> tu
     """Run only the stage `prepare`, if it is not done; return the plan and the artifact with the tokens.
 
     Raises:
-        DpoRayError: as for `offline`. But too many invalid rows are not an error here, so that they can be inspected.
+        DpoRayError: as for `offline`, except that too many invalid rows are no error, so that they can be inspected.
     """
     recipe = resolve_hardware(recipe, verbose=verbose)
     plan = planning.make_plan(recipe)

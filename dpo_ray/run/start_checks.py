@@ -1,7 +1,7 @@
-"""The checks of what only a start needs: packages, room and free space on this machine, and the first rows of the data.
+"""Checks of what stages need to run: packages, CPUs, GPUs, memory, disk space, and valid first rows of the data.
 
-`validate`, `plan` and `run` make them alike, for the stages that are not done. What depends on the nodes of a cluster is
-checked when the run is connected to it (`cluster/placement.py`).
+`validate` makes these checks for all stages, `plan` and `run` for the stages that are not done. The nodes of a cluster
+are checked after the connection to it (`cluster/placement.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def check_start(recipe: Recipe, checked: Checked, stages: Collection[str] | None = None) -> None:
-    """Check what the stages need that are to run now; by default, all of the recipe.
+    """Check what the given stages need to run; by default, all stages of the recipe.
 
     Raises:
         ConfigError, DataError, InfrastructureError: the first problem that is found.
@@ -55,10 +55,10 @@ def check_start(recipe: Recipe, checked: Checked, stages: Collection[str] | None
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Check that the packages are installed that only some recipes need.
+    """Check that the optional packages that this recipe needs are installed.
 
     Raises:
-        InfrastructureError: one is not installed; the message names it.
+        InfrastructureError: a package is not installed; the message names it.
     """
     scores = uses_reference(recipe.train.objective) and recipe.reference.engine == "vllm"
     if (scores or recipe.evaluate.sample_prompts or recipe.online) and find_spec("vllm") is None:
@@ -77,7 +77,7 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def _check_processes(recipe: Recipe) -> None:
-    """Raise an error for more processes than this machine's memory can hold, however small the model is."""
+    """Raise ConfigError if the processes do not fit in this machine's memory, even with a tiny model."""
     judge = recipe.cluster.roles.judge.count or 0
     most = local_memory_bytes() // PROCESS_BYTES
     for field, count in {
@@ -89,7 +89,7 @@ def _check_processes(recipe: Recipe) -> None:
             raise ConfigError(
                 f"{count:,} processes do not fit in the memory of this machine, which holds at most {most:,}",
                 where=f"{field}={count}",
-                fix="lower it, or name a cluster in ray.address",
+                fix="lower this number, or name a cluster in ray.address",
             )
 
 
@@ -100,12 +100,12 @@ def _check_room(recipe: Recipe, stages: Collection[str]) -> None:
         raise ConfigError(
             "this machine can never hold what the recipe requests: " + "; ".join(lack.what for lack in lacks),
             where=", ".join(dict.fromkeys(lack.field for lack in lacks)),
-            fix="lower the cpus, gpus or memory_gib there; or name a cluster in ray.address",
+            fix="lower the cpus, gpus or memory_gib in these sections; or name a cluster in ray.address",
         )
 
 
 def _check_free_space(recipe: Recipe, checked: Checked) -> None:
-    """Raise an error if not even one checkpoint and the policy fit on the disk of the output."""
+    """Raise InfrastructureError if one checkpoint and the policy do not fit on the disk of the output."""
     if checked.parameters is None or checked.trained is None:
         return
     t, place = recipe.train, run_storage(recipe)
@@ -128,7 +128,7 @@ def _require_free(directory: Path, needed_bytes: int, where: str) -> None:
 
 
 def _check_first_rows(recipe: Recipe, checked: Checked) -> None:
-    """Render and tokenize the first rows of each source: a template or format that does not fit shows at once."""
+    """Render and tokenize the first rows of each source, to find a wrong chat template or data format at once."""
     task = PrepareTask(str(model_directory(recipe.model)), checked.template, recipe.data, checked.filters)
     found = list(first_rows(checked.shards, task))
     check_admitted(found, recipe.data.max_quarantined_fraction)

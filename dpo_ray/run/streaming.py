@@ -42,11 +42,11 @@ T = TypeVar("T")
 def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, Artifact, Artifact] | None:
     """Run the stages `reference`, `schedule` and `train` at the same time; return their artifacts.
 
-    Return None if the recipe does not ask for this, or if a group's log-probs cannot be computed. In the second case the
-    checkpoints of the training so far are deleted.
+    Return None if the recipe does not set this mode, or if a group's log-probs cannot be computed. In the second case
+    the checkpoints of the training so far are deleted.
 
     Raises:
-        DpoRayError: scoring or training failed. The other of the two has ended by then.
+        DpoRayError: scoring or training failed. Both have ended before the error is raised.
     """
     if not _is_wanted(run):
         return None
@@ -63,7 +63,7 @@ def score_while_training(run: RunContext, tokens: Artifact) -> tuple[Artifact, A
 
 
 def _is_wanted(run: RunContext) -> bool:
-    """Return whether to run the stages at the same time: the recipe asks for it, and `reference`, `train` are not done."""
+    """Return whether to run the stages at once: the mode is `streaming`, and `reference` and `train` are not done."""
     reference = run.recipe.reference
     if "reference" not in run.plan.stages or reference.mode != "streaming" or reference.engine != "vllm":
         return False
@@ -161,7 +161,7 @@ def run_side_by_side(
         fail: called with the reason if `score` fails, so that `train` ends.
 
     Raises:
-        The error of `score`; if `score` has not failed, the error of `train`. Both functions have ended by then.
+        The error of `score` or, if `score` has not failed, the error of `train`. Both functions have ended before.
     """
     began, stop, scoring = threading.Event(), threading.Event(), Future()
 

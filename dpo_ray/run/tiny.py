@@ -74,13 +74,13 @@ TEMPLATE = (  # Zephyr's: turns that end with EOS
 
 
 def tiny_recipe(recipe: Recipe) -> Recipe:
-    """Shrink a recipe: another name, a tiny model of the same family, synthetic data, few steps, only this machine.
+    """Shrink a recipe: a new name, a tiny model of the same family, synthetic data, few steps, and only this machine.
 
     The objective, shaping, optimizer, adapters, sharding mode, layout, data types, chat template and limits of the audit
     stay the same. The tiny model is built in $XDG_CACHE_HOME/dpo_ray/tiny if it is not there yet.
 
     Raises:
-        ConfigError: the family of the recipe's model is not known, or the model's directory is not valid.
+        ConfigError: the family of the recipe's model is not supported, or the model's directory is not valid.
     """
     family, template = _family(recipe.model), _template(recipe.model)
     values = recipe.model_dump(mode="json")
@@ -150,7 +150,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
 def _online(online: OnlineConfig) -> dict[str, Any]:
     """Return the section `online` with few, small rounds, and a judge that needs no endpoint or reward model.
 
-    The judge uses a known reward of the synthetic data.
+    The judge uses the true reward of the synthetic data.
     """
     sampling = online.sampling.model_dump(mode="json")
     samples = min(online.sampling.samples_per_prompt, SAMPLES_PER_PROMPT)

@@ -106,7 +106,7 @@ def test_what_the_cluster_refuses_is_one_line_for_every_command(cluster: Cluster
     assert "the cluster requires a token, and there is none on this machine" in err
     code, _, err = cluster.call("list", "--address", f"http://127.0.0.1:{free_port()}")
     assert code == 9
-    assert "nothing listens there" in err
+    assert "nothing listens at the address" in err
     for command in (["status", "x"], ["logs", "x"], ["logs", "x", "-f"], ["stop", "x"]):
         code, out, err = cluster.call(*command)
         assert (code, out) == (2, "")

@@ -175,7 +175,9 @@ def _make_room(cluster: DynamicClient, manifest: Json, replace: bool) -> None:
             fix = (
                 f"kubectl describe {kind.lower()} {metadata['name']} -n {metadata['namespace']} shows what it waits for"
             )
-            raise InfrastructureError(f"it still exists {GONE_SECONDS} s after its deletion", where=where, fix=fix)
+            raise InfrastructureError(
+                f"the object still exists {GONE_SECONDS} s after its deletion", where=where, fix=fix
+            )
         time.sleep(1)
 
 
@@ -203,14 +205,14 @@ def _answers(where: str) -> Iterator[None]:
         yield
     except ResourceNotFoundError:
         fix = "install its operator: KubeRay, or that of Prometheus for a PodMonitor (cluster/kuberay/README.md)"
-        raise InfrastructureError("the cluster does not know this kind", where=where, fix=fix) from None
+        raise InfrastructureError("the cluster does not know this kind of object", where=where, fix=fix) from None
     except ApiException as error:  # raised by both clients
         fixes = {
             401: "log in again: the kubeconfig's credentials are not accepted",
             403: "request the permissions that cluster/kuberay/README.md lists",
             404: "create the namespace first: kubectl create namespace NAME",
         }
-        what = f"refused with {error.status}: {_message(error.body) or error.reason}"
+        what = f"the API server refused the request with {error.status}: {_message(error.body) or error.reason}"
         fix = fixes.get(error.status or 0, "correct what the message names")
         raise InfrastructureError(what, where=where, fix=fix) from None
     except (HTTPError, OSError) as error:

@@ -24,7 +24,7 @@ CPUS_FOR_DATA = 4  # of a CPU pod, if the recipe does not set it
 
 @dataclass(frozen=True)
 class Demand:
-    """Workers of one kind: the resources that one worker requests from Ray, their number, and the largest number."""
+    """Workers of one kind: the resources that each requests from Ray, their number, and their largest number."""
 
     what: str
     cpus: float
@@ -53,7 +53,8 @@ class PodGroup:
 class Gpus:
     """The GPUs of one training worker and of one engine.
 
-    The recipe on the cluster sets both numbers, because the driver runs in a pod without a GPU and could not detect any.
+    The recipe for the cluster contains both numbers, because its driver runs in a pod without a GPU, and could not
+    detect the GPUs.
     """
 
     train: float
@@ -61,8 +62,10 @@ class Gpus:
 
 
 def gpus(recipe: Recipe) -> Gpus:
-    """Return the GPUs of a training worker and of an engine. Numbers that the recipe does not set in cluster.roles depend
-    on whether the pods in cluster.kubernetes have GPUs."""
+    """Return the GPUs of a training worker and of an engine.
+
+    Numbers that the recipe does not set in cluster.roles depend on whether the pods in cluster.kubernetes have GPUs.
+    """
     profile = recipe.cluster.kubernetes
     roles = recipe.cluster.roles
     train = roles.train.gpus
@@ -77,7 +80,7 @@ def gpus(recipe: Recipe) -> Gpus:
 
 
 def engine_labels(recipe: Recipe) -> dict[str, str]:
-    """Return the labels of Ray nodes that engines request. By default there are none if engines share training pods."""
+    """Return the labels of Ray nodes that engines request. By default, engines in training pods request none."""
     own = recipe.cluster.roles.reference.node_labels
     if own or recipe.cluster.kubernetes.engines is None:
         return dict(own)
@@ -218,7 +221,9 @@ def _sized(
 
 
 def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, int]:
-    """Return the CPUs and GPUs of one pod. What the recipe does not set is chosen so that whole workers fit exactly.
+    """Return the CPUs and GPUs of one pod.
+
+    A number that the recipe does not set is chosen so that a whole number of workers fills the pod.
 
     Raises:
         ConfigError: a worker requests more than a pod has.
@@ -235,7 +240,7 @@ def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, 
             has = group.cpus if lacking == "cpus" else group.gpus
             asks = demand.cpus if lacking == "cpus" else demand.gpus
             raise ConfigError(
-                f"{demand.what} requests {asks:g} {lacking[:-1].upper()}s, but a pod has {has}: it would wait forever",
+                f"{demand.what} requests {asks:g} {lacking[:-1].upper()}s, but a pod has {has}: the worker would wait forever",
                 where=f"{where}.{lacking}={has}",
                 fix=f"set at least {math.ceil(asks)}, or request less in the recipe",
             )
@@ -247,7 +252,10 @@ def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, 
 
 
 def _pods(demand: Demand, cpus: int, gpu_count: int, count: int) -> float:
-    """Return how many pods `count` workers fill. A partly filled pod counts as a fraction: other workers may use the rest."""
+    """Return how many pods `count` workers fill.
+
+    A partly filled pod counts as a fraction, because other workers may use its free CPUs and GPUs.
+    """
     fits = math.floor(cpus / demand.cpus)
     if demand.gpus:
         fits = min(fits, math.floor(gpu_count / demand.gpus))

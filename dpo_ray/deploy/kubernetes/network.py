@@ -1,4 +1,4 @@
-"""The ports to which the pods of a run may connect outside the run, besides DNS."""
+"""The ports that pods of a run may use, besides DNS, to connect to servers outside of the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OBJECT_STORES = ("s3", "gs", "hf")
 
 
 def egress_ports(recipe: Recipe) -> list[int]:
-    """Return the allowed ports: those that the recipe sets, or else those that the run needs; and those of the judges.
+    """Return the allowed ports: the judges' ports, and the ports in the recipe (default: the ports that the run needs).
 
     A run needs the hub's port if it reads a model or data there, the port of each object store and URL that it uses, and the
     ports of the Kubernetes API server if the cluster scales by itself.
@@ -59,7 +59,7 @@ def _model_paths(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _hub_sources(value: Any) -> Iterator[bool]:
-    """Yield True for every data source of the hub."""
+    """Yield True for every data source that is on the hub."""
     if isinstance(value, dict):
         if value.get("type") == "hub":
             yield True

@@ -40,7 +40,9 @@ def config_map_files(recipe: Recipe) -> dict[str, str]:
     files[RECIPE_FILE] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if sum(len(text.encode()) for text in files.values()) > MAX_CONFIG_MAP_BYTES:
         raise ConfigError(
-            "the recipe and the chat template are larger than 1 MiB", where=recipe.name, fix="move data out of them"
+            "the recipe and the chat template are larger than 1 MiB",
+            where=recipe.name,
+            fix="remove data from these two files",
         )
     return files
 
@@ -85,14 +87,14 @@ def _seen_by_all(path: str, field: str, mount: str | None) -> str:
     """Return the path by which every pod can access a file or directory. A relative path is on the shared volume.
 
     Raises:
-        ConfigError: the path would not be on the shared volume, or there is none.
+        ConfigError: the path is not on the shared volume, or the pods have no shared volume.
     """
     if "://" in path or path.startswith("builtin:"):
         return path
     if field not in MADE_BY_THE_RUN and (posixpath.isabs(path) or _is_hub_model(path, field)):
         return path  # it is on the volume, in the image or on the hub
     if mount is None:
-        fix = f"{field}=s3://bucket/prefix or gs://bucket/prefix, or set cluster.kubernetes.storage"
+        fix = f"set {field}=s3://bucket/prefix or gs://bucket/prefix, or set cluster.kubernetes.storage"
         raise ConfigError(
             "the pods have no shared volume, and this path is not in an object store", where=f"{field}={path}", fix=fix
         )
@@ -114,5 +116,7 @@ def _template_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot be read: {error}", where=f"data.chat_template={path}", fix="allowed: auto, plain, or a file's path"
+            f"the chat template cannot be read: {error}",
+            where=f"data.chat_template={path}",
+            fix="set auto, plain, or the path of a file",
         ) from None

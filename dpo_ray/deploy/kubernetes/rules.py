@@ -238,7 +238,7 @@ def _autoscaler(spec: Json, where: str) -> Iterator[Violation]:
     options = spec.get("autoscalerOptions") or {}
     own = _environment(spec["headGroupSpec"])
     if not spec.get("enableInTreeAutoscaling") and own.get(AUTOSCALER_V2) in ("1", "true"):
-        yield Violation(f"{where}.enableInTreeAutoscaling", f"{AUTOSCALER_V2} is set: set this to true")
+        yield Violation(f"{where}.enableInTreeAutoscaling", f"must be true, because {AUTOSCALER_V2} is set")
     if spec.get("enableInTreeAutoscaling") and "version" in options and AUTOSCALER_V2 in own:
         yield Violation(
             f"{where}.autoscalerOptions.version", f"the head's {AUTOSCALER_V2} sets it as well: leave that variable out"

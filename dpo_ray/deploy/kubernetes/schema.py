@@ -33,7 +33,7 @@ class Violation(NamedTuple):
 
 
 def schema_violations(manifest: Json) -> list[Violation]:
-    """List every field of a manifest that its schema does not know, that has a wrong value, or that is missing."""
+    """List every field of a manifest that is not in the schema, has a wrong value, or is missing."""
     kind = (manifest.get("apiVersion"), manifest.get("kind"))
     if kind not in SCHEMAS:
         known = ", ".join(f"{k} ({version})" for version, k in SCHEMAS)

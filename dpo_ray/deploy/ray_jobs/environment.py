@@ -49,7 +49,9 @@ def _requirements(given: str, where: str) -> list[str]:
         try:
             lines = Path(given).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read: {error}", where=where, fix="name a requirements file") from None
+            raise ConfigError(
+                f"the file cannot be read: {error}", where=where, fix="name a requirements file"
+            ) from None
     requirements = [line.split(" #")[0].strip() for line in lines]
     requirements = [line for line in requirements if line and not line.startswith("#")]
     for line in requirements:

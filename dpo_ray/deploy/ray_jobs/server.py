@@ -78,7 +78,7 @@ def dashboard_url(address: str) -> str:
 def answers(place: str, job: str = "") -> Iterator[None]:
     """Convert exceptions of Ray's client to errors that say where they happened and what to do.
 
-    `job` is the job that the request is about, if it is about one.
+    `job` is the id of the job that the request concerns, or "" if it concerns no job.
     """
     try:
         yield
@@ -114,10 +114,10 @@ def _version(place: str, headers: dict[str, str]) -> requests.Response:
         raise InfrastructureError(f"TLS fails: {str(error)[:200]}", where=place, fix=fix) from error
     except requests.exceptions.Timeout as error:
         fix = "check the address, and that no firewall blocks its port"
-        raise InfrastructureError(f"no answer within {PROBE_SECONDS} s", where=place, fix=fix) from error
+        raise InfrastructureError(f"there is no answer within {PROBE_SECONDS} s", where=place, fix=fix) from error
     except requests.exceptions.RequestException as error:
         fix = "check the address (the dashboard's, port 8265 by default); from outside: ssh -L 8265:127.0.0.1:8265 HEAD"
-        raise InfrastructureError("nothing listens there", where=place, fix=fix) from error
+        raise InfrastructureError("nothing listens at the address", where=place, fix=fix) from error
 
 
 def _ray_version(answer: requests.Response, place: str) -> str:
@@ -135,13 +135,13 @@ def _ray_version(answer: requests.Response, place: str) -> str:
 def _same_ray(theirs: str, place: str) -> None:
     ours = version("ray")
     if ours.split(".")[:2] != theirs.split(".")[:2]:
-        what = f"the cluster runs Ray {theirs}, this machine has Ray {ours}"
+        what = f"the cluster runs Ray {theirs}, but this machine has Ray {ours}"
         fix = f"use an image with ray=={ours} on the cluster, or a dpo-ray for Ray {theirs} here"
         raise InfrastructureError(what, where=place, fix=fix)
 
 
 def _token(place: str) -> tuple[str, str]:
-    """Return the token for the cluster, and where it was found. It is looked for in the same places as Ray does.
+    """Return the token for the cluster, and where it was found. Ray looks for tokens in the same order.
 
     Raises:
         InfrastructureError: there is no token on this machine.

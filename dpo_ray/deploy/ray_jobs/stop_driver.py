@@ -21,8 +21,10 @@ NOT_FOUND = 3
 
 
 def driver_of(job: str) -> int | None:
-    """Return the process id of a job's driver, or None. The driver runs `dpo_ray`, and Ray put the job's name into its
-    environment."""
+    """Return the process id of a job's driver, or None.
+
+    The driver runs `dpo_ray`, and Ray has put the job's name into its environment.
+    """
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda p: int(p.name)):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")

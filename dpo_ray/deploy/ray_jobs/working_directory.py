@@ -97,8 +97,8 @@ def code_files(directory: Path) -> list[str]:
     if total > MAX_BYTES:
         largest = sorted(_by_entry(sizes).items(), key=lambda item: -item[1])[:NAMED_IN_REFUSALS]
         named = ", ".join(f"{entry} ({text.size(bytes_)})" for entry, bytes_ in largest)
-        what = f"{text.size(total)} to upload, but the limit is {text.size(MAX_BYTES)}; the largest: {named}"
-        fix = "add them to its .rayignore; models and data belong on storage that all nodes can access"
+        what = f"the upload would have {text.size(total)}, but the limit is {text.size(MAX_BYTES)}; the largest entries: {named}"
+        fix = "add the largest entries to .rayignore in this directory; models and data belong on storage that all nodes can access"
         raise ConfigError(what, where=where, fix=fix)
     return sorted(sizes)
 
@@ -166,4 +166,6 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", where=str(path), fix="name a file of UTF-8 text") from None
+        raise ConfigError(
+            f"the file cannot be read: {error}", where=str(path), fix="name a file of UTF-8 text"
+        ) from None

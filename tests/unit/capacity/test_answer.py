@@ -139,11 +139,11 @@ def test_a_cluster_is_nodes_gpus_and_a_card(text: str, nodes: int, gpus: int, na
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("8H100", "not the shape of a cluster"),
-        ("", "not the shape of a cluster"),
-        ("4x8", "not the shape of a cluster"),
+        ("8H100", "does not describe a cluster"),
+        ("", "does not describe a cluster"),
+        ("4x8", "does not describe a cluster"),
         ("4x8xH100x2", "the GPU `H100x2` is not known"),
-        ("-1x8xH100", "not the shape of a cluster"),
+        ("-1x8xH100", "does not describe a cluster"),
         ("1x8xV100", "the GPU `V100` is not known"),
         ("0x8xH100", "this cluster is empty"),
         ("1x8xH100:0", "this cluster is empty"),
@@ -207,7 +207,7 @@ def test_the_command_prints_it_and_gives_it_as_json(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--cluster", "1x8"])
     assert stopped.value.code == 2
-    assert "not the shape of a cluster" in capsys.readouterr().err
+    assert "does not describe a cluster" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

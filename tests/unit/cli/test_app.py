@@ -178,7 +178,7 @@ def test_store_verify_names_what_is_damaged_and_gc_mends_it(
     assert code == 4
     assert second in out
     assert first not in out
-    assert "1 fault in the reference store" in err
+    assert "the reference store has 1 fault" in err
     code, out, _ = call(capsys, "store", "verify", place, "--json")
     assert code == 4
     assert [fault["where"] for fault in json.loads(out)] == [str(path)]

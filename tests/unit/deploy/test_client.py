@@ -110,7 +110,7 @@ def test_a_cluster_without_the_operator(server):
 def test_a_refusal_is_one_line_with_the_servers_own_words(server, code, fix):
     server.refuse = (code, 'serviceaccounts "run" is forbidden')
     with pytest.raises(
-        InfrastructureError, match=f'refused with {code}: serviceaccounts "run" is forbidden'
+        InfrastructureError, match=f'refused the request with {code}: serviceaccounts "run" is forbidden'
     ) as refused:
         list(client.apply(client.connect(), manifests()))
     assert fix in refused.value.fix

@@ -78,8 +78,8 @@ def test_nothing_listens_there() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert refused(f"http://127.0.0.1:{port}") == "nothing listens there"
-    assert refused("http://no-such-host.invalid:8265") == "nothing listens there"
+    assert refused(f"http://127.0.0.1:{port}") == "nothing listens at the address"
+    assert refused("http://no-such-host.invalid:8265") == "nothing listens at the address"
 
 
 def test_a_server_that_takes_connections_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_a_server_that_takes_connections_and_says_nothing(monkeypatch: pytest.Mo
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        assert refused(f"http://127.0.0.1:{silent.getsockname()[1]}") == "no answer within 0.3 s"
+        assert refused(f"http://127.0.0.1:{silent.getsockname()[1]}") == "there is no answer within 0.3 s"
 
 
 @pytest.mark.parametrize(

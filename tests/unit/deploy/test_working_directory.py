@@ -47,7 +47,7 @@ def test_the_chat_template_goes_with_it_and_is_found_beside_it(tmp_path: Path) -
 
 def test_a_template_that_is_not_there_is_named(tmp_path: Path) -> None:
     recipe = load_recipe(PIPELINES / "quickstart.yaml", [SHARED, "data.chat_template=none.jinja"])
-    with pytest.raises(ConfigError, match=r"none\.jinja: cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.jinja: the file cannot be read"):
         fill(tmp_path, recipe, None)
 
 
@@ -139,7 +139,7 @@ def test_too_much_is_refused_before_anything_is_sent_and_the_largest_are_named(
     written(tmp_path, {"weights/a": mib, "weights/b": mib, "data.bin": mib, "code.py": "x", "tiny/x": "x"})
     with pytest.raises(ConfigError) as refused:
         code_files(tmp_path)
-    assert "3.0 MiB to upload, but the limit is 3.0 MiB" in refused.value.what
+    assert "the upload would have 3.0 MiB, but the limit is 3.0 MiB" in refused.value.what
     assert "weights/ (2.0 MiB), data.bin (1.0 MiB)" in refused.value.what
     written(tmp_path, {".rayignore": "weights\n"})
     assert code_files(tmp_path) == ["code.py", "data.bin", "tiny/x"]

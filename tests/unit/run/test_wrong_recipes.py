@@ -229,12 +229,12 @@ KINDS = [
     override(
         "no room for a prompt",
         "evaluate.max_new_tokens=4096",
-        says=("evaluate.max_new_tokens=4096", "no prompt has room"),
+        says=("evaluate.max_new_tokens=4096", "leave no room for a prompt"),
     ),
     override(
         "more memory than there is",
         "cluster.roles.reference.memory_gib=100000",
-        says=("cluster.roles.reference", "1 engines are needed", "room for 0"),
+        says=("cluster.roles.reference", "1 engines are needed", "the nodes can hold only 0"),
     ),
     override(
         "more processes than fit", "train.workers=99999", says=("train.workers=99999", "do not fit in the memory")
