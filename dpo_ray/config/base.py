@@ -26,7 +26,7 @@ def field_error(field: str, what: str) -> PydanticCustomError:
 
 
 class StrictModel(BaseModel):
-    """A model that refuses unknown keys, NaN and later changes. The string below a field is the field's description."""
+    """A model that refuses unknown keys and NaN, and cannot be changed later. The string below a field describes it."""
 
     model_config = ConfigDict(
         frozen=True,

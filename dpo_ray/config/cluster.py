@@ -27,15 +27,15 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Toleration(StrictModel):
-    """A Kubernetes toleration: it allows pods on nodes with this taint."""
+    """A Kubernetes toleration, which allows pods to run on nodes with a taint."""
 
     key: str = Field(min_length=1)
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = None
-    """Only for operator=Equal: the value of the taint."""
+    """The value of the taint. Required for operator=Equal, and not allowed otherwise."""
 
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """The effect of the taint; null: any effect."""
+    """The effect of the taint. null: the pods tolerate every effect."""
 
     @model_validator(mode="after")
     def _value_is_of_equal(self) -> Toleration:
@@ -45,7 +45,7 @@ class Toleration(StrictModel):
 
 
 class PlacementConfig(StrictModel):
-    """The nodes on which the pods of one group (identical pods) may run."""
+    """The conditions for the nodes on which the pods of one group run."""
 
     node_selector: dict[Label, LabelValue] = Field(default_factory=dict)
     """Labels of Kubernetes nodes, such as {cloud.google.com/gke-accelerator: nvidia-h100-80gb}."""
@@ -57,7 +57,7 @@ class PlacementConfig(StrictModel):
 
 
 class HeadConfig(StrictModel):
-    """The pod of Ray's head. It also runs the driver, but no work of the stages."""
+    """The pod of Ray's head node. It also runs the driver, but no data tasks, engines, judges or training workers."""
 
     cpus: Count = 2
     memory_gib: Count = 8
@@ -68,13 +68,14 @@ class GroupConfig(StrictModel):
     """A group of identical pods. The defaults are derived from what the recipe requests."""
 
     replicas: Count | None = None
-    """Number of pods. Default: as many as the recipe's workers need."""
+    """Number of pods. Default: the number that the recipe's workers need."""
 
     min_replicas: int | None = Field(default=None, ge=0)
     """Autoscaling only: number of pods that are kept while there is no work. Default: 0."""
 
     max_replicas: Count | None = None
-    """Autoscaling only: largest number of pods. Default: replicas, or more if the recipe lets its engines grow in number."""
+    """Autoscaling only: largest number of pods. Default: the value of `replicas`, or more if the recipe allows a
+    growing number of engines."""
 
     cpus: Count | None = None
     """CPUs of one pod. Default: what the recipe's workers on this pod need."""
@@ -83,7 +84,7 @@ class GroupConfig(StrictModel):
     """Memory of one pod in GiB, of which up to half may be shared memory. Default: 4 for each CPU and 64 for each GPU."""
 
     gpus: int | None = Field(default=None, ge=0)
-    """GPUs of one pod. Default: what the recipe's workers on this pod need, up to 8."""
+    """GPUs of one pod. Default: the number that the recipe's workers on this pod need, but at most 8."""
 
     devices: dict[Label, Count] = Field(default_factory=dict)
     """Further devices of one pod, as {resource name of the device plugin: number of devices}, such as {rdma/ib: 8} or
@@ -104,14 +105,15 @@ class GroupConfig(StrictModel):
 
 
 class StorageConfig(StrictModel):
-    """A persistent volume that every pod mounts (ReadWriteMany). A relative `output` of a recipe is a path on it."""
+    """A persistent volume that every pod mounts (ReadWriteMany). It holds `output`, if that is a relative path."""
 
     claim: ObjectName = "dpo-ray"
     """The name of the PersistentVolumeClaim."""
 
     mount: str = Field(default="/mnt/shared", pattern=r"^/[\w.-]+(/[\w.-]+)*$")
     create_gib: Count | None = None
-    """Size of a new claim, which is rendered with the other manifests; null: the claim already exists."""
+    """Size in GiB of a new claim, whose manifest is rendered with the other manifests. null: the claim already
+    exists."""
 
     storage_class: ObjectName | None = None
     """Storage class of a new claim. Default: the default storage class of the cluster."""
@@ -156,9 +158,10 @@ class NetworkConfig(StrictModel):
     """Namespace of Prometheus, which reads the metrics from the pods."""
 
     egress_ports: tuple[Annotated[int, Field(gt=0, lt=65536)], ...] | None = None
-    """Ports outside the run to which its pods may connect. The ports of the recipe's LLM judges are added. Default: what the
-    run needs, which is 443 for the Hugging Face hub and object stores, the ports of data URLs, and 443 and 6443 (the
-    Kubernetes API server) with `autoscaling`. Set it for an object store with another port."""
+    """Ports to which the pods of the run may connect outside the run. The ports of the recipe's LLM judges are always
+    added. Default: the ports that the run needs. These are 443 for the Hugging Face hub and object stores, the ports of
+    data URLs, and with `autoscaling` 443 and 6443 for the Kubernetes API server. Set this field if an object store uses
+    another port."""
 
 
 class KubernetesConfig(StrictModel):
@@ -174,15 +177,15 @@ class KubernetesConfig(StrictModel):
     image_pull_secrets: tuple[ObjectName, ...] = ()
     service_account: ObjectName | None = None
     """An existing service account, such as one with access to an object store. Default: a new account for the run. Only
-    the container of the autoscaler gets the token of the account."""
+    the container of the autoscaler can read the token of the account."""
 
     head: HeadConfig = HeadConfig()
     cpu: GroupConfig = GroupConfig()
     """Pods that prepare data and run judges without GPUs."""
 
     engines: GroupConfig | None = GroupConfig()
-    """Pods of the engines, which compute the reference's log-probs and sample completions. null: engines run on the pods
-    of `training`."""
+    """Pods of the engines, which compute the reference's log-probs and sample completions. null: the engines run on the
+    pods of `training`."""
 
     training: GroupConfig = GroupConfig()
     """Pods that train. Their number is fixed, and they start together."""
@@ -214,7 +217,7 @@ class KubernetesConfig(StrictModel):
     """How often a failed run is restarted on a new Ray cluster. A restart continues from the committed work."""
 
     ttl_seconds: int = Field(default=3600, ge=0)
-    """Time from the end of the run until its Ray cluster is deleted. Until then the dashboard shows the logs."""
+    """Time from the end of the run until the run's Ray cluster is deleted. Until then the dashboard shows the logs."""
 
     deadline_seconds: Count | None = None
     """The run is stopped after this time. Default: never."""
@@ -228,7 +231,7 @@ class KubernetesConfig(StrictModel):
             if getattr(self.training, field) is not None:
                 raise field_error(f"training.{field}", "the number of training pods is fixed: set training.replicas")
         if self.queue is not None and self.queue.type == "kueue" and self.autoscaling:
-            raise field_error("autoscaling", "Kueue admits a fixed number of pods: set it to false")
+            raise field_error("autoscaling", "Kueue admits a fixed number of pods: set autoscaling to false")
         if not self.autoscaling:
             groups = {"cpu": self.cpu, "engines": self.engines}
             for name, group in groups.items():

@@ -17,7 +17,7 @@ TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 def names_no_file(chat_template: str) -> bool:
-    """Return whether `data.chat_template` is anything else than the path of a file."""
+    """Return whether this value of `data.chat_template` is a keyword (such as `auto`), and not the path of a file."""
     return chat_template in ("auto", "plain") or NAMED_TEMPLATE.fullmatch(chat_template) is not None
 
 
@@ -30,7 +30,8 @@ class PairingConfig(StrictModel):
     for objectives that learn from lists."""
 
     min_margin: float = Field(default=0.0, ge=0)
-    """Smallest difference between the two scores of a pair. Two equal scores are always a tie."""
+    """Smallest difference between the two scores of a pair. Pairs with a smaller difference are dropped. Two equal
+    scores are always a tie."""
 
     ties: Literal["drop", "keep"] = "drop"
     """Rows with two equally good completions. drop: leave the row out. keep: train on it with the label 1/2, the
@@ -46,7 +47,7 @@ ControlCharacters = Literal["quarantine", "clean", "keep"]
 
 
 class RulesConfig(StrictModel):
-    """Rules that leave out rows although they are valid. The data report counts these rows under a code for each rule."""
+    """Rules that leave out rows although they are valid. The data report counts these rows for each rule separately."""
 
     special_tokens: Literal["quarantine", "allow"] = "quarantine"
     """Rows whose text contains the spelling of a special token, which the tokenizer would read as that token."""
@@ -57,7 +58,7 @@ class RulesConfig(StrictModel):
 
     control_characters: ControlCharacters = "quarantine"
     """Rows whose text contains control characters, such as form feeds or escape sequences of a terminal. clean: remove
-    them, and make a line end of a form feed or a vertical tab. keep: train on them."""
+    the characters, but replace form feeds and vertical tabs by line ends. keep: train on the text as it is."""
 
     conflicts: Literal["drop", "keep"] = "drop"
     """Pairs that the data also contains with chosen and rejected swapped. drop: leave out both pairs."""
@@ -96,8 +97,8 @@ class DataConfig(StrictModel):
     held-out data no held-out accuracy is measured."""
 
     chat_template: str = "auto"
-    """auto: the tokenizer's own template. name:NAME: that of its templates, if it has several. plain: the text as it is,
-    without a template. Otherwise the path of a Jinja file."""
+    """auto: the tokenizer's own template. name:NAME: the template NAME, if the tokenizer has several templates. plain:
+    no template; the text is used as it is. Any other value is the path of a Jinja file."""
 
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Further variables for the template, such as enable_thinking. Variables that a row sets take precedence."""
@@ -109,8 +110,8 @@ class DataConfig(StrictModel):
     """Largest number of tokens of prompt and completion together."""
 
     max_prompt_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
-    """Largest number of tokens of a prompt; null: no limit. If a prompt is longer, truncation=keep_end keeps its end, and
-    the other values of truncation leave the row out."""
+    """Largest number of tokens of a prompt; null: no limit. With truncation=keep_end, the start of a longer prompt is
+    cut off. With the other values of truncation, rows with a longer prompt are left out."""
 
     truncation: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     """Rows that are too long. keep_start: cut off the end of the completion. keep_end: cut off the start of the prompt.
@@ -138,11 +139,14 @@ class DataConfig(StrictModel):
         for name in ("messages", "tools", "add_generation_prompt"):
             if name in self.chat_template_kwargs:
                 raise field_error(
-                    f"chat_template_kwargs.{name}", "this is part of the conversation and is set by the rows"
+                    f"chat_template_kwargs.{name}", "the rows set this variable, which is part of the conversation"
                 )
         for split, sources in {"train": self.train, **self.eval_sets}.items():
             if not sources:
                 raise field_error(split.replace("_", ".", 1), "no source is set")
             if len({source.weight is None for source in sources}) > 1:
-                raise field_error(split.replace("_", ".", 1), "some sources have a weight and others have none")
+                raise field_error(
+                    split.replace("_", ".", 1),
+                    "some sources have a weight and others have none: set a weight for all or none",
+                )
         return self

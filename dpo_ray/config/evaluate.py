@@ -16,7 +16,8 @@ class EvaluateConfig(StrictModel):
 
     max_new_tokens: int = Field(default=128, gt=0, le=MOST_TOKENS)
     temperature: float = Field(default=1.0, ge=0.01, le=100)
-    """Sampling temperature. Only at 1 do samples follow the policy's own distribution, so the KL estimate is unbiased."""
+    """Sampling temperature. The KL estimate is unbiased only at 1, because samples then follow the distribution of the
+    policy."""
 
     shown_samples: int = Field(default=8, ge=0, le=1_000_000)
     """Number of prompts for which the report shows the completions of policy and reference side by side."""

@@ -74,7 +74,9 @@ def installed_configs(group: str, built_in: Collection[str], implementations: st
             raise ConfigError(f"`{name}` has a configuration, but no implementation", where=group, fix=fix)
         if config.model_fields["type"].default != name:
             fix = "use the same name for the entry point and for the `type` of the configuration"
-            raise ConfigError(f"the configuration of `{name}` has another `type`", where=group, fix=fix)
+            raise ConfigError(
+                f"the `type` in the configuration of `{name}` is not the name of its entry point", where=group, fix=fix
+            )
     return tuple(configs.values())
 
 
@@ -97,7 +99,7 @@ def installed_names(group: str, built_in: Collection[str] = ()) -> tuple[str, ..
 
 
 def packages_of(group: str, names: Collection[str]) -> list[str]:
-    """List the packages that add these names to a group of entry points, with versions: their code affects results."""
+    """List the packages, with their versions, that add these names to a group of entry points."""
     return sorted({_package(entry) for entry in _entries(group) if entry.name in names})
 
 
@@ -110,7 +112,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 class ObjectiveConfig(StrictModel):
-    """The base class of all objectives. Its class variables are facts about the loss that other modules depend on."""
+    """The base class of all objectives. The class variables describe properties of the loss that other modules need."""
 
     uses_reference: ClassVar[bool] = True
     """True: the loss needs the reference model's log-probs. False: the stage `reference` is skipped."""
@@ -126,32 +128,33 @@ class ObjectiveConfig(StrictModel):
     """True: the loss of one completion depends on other completions of the same step."""
 
     diverges: ClassVar[bool] = False
-    """True: a recipe may combine this loss with another f-divergence than the reverse KL."""
+    """True: a recipe may combine this loss with other f-divergences than the reverse KL."""
 
     weighable: ClassVar[bool] = True
-    """True: WPO can weigh the pairs of this loss."""
+    """True: the loss of each pair can be multiplied by the pair's WPO weight."""
 
     compares_lengths: ClassVar[bool] = True
-    """True: LD-DPO can weigh the tokens of the two completions by their lengths."""
+    """True: LD-DPO can reduce the weight of the tokens by which one completion of a pair is longer than the other."""
 
     takes_soft_labels: ClassVar[bool] = False
-    """True: the function of the loss uses `preference_probability` itself. False: the loss is mixed with the loss of the
-    swapped pair."""
+    """True: the loss function itself uses `preference_probability` p. False: two losses are averaged, that of the pair with
+    weight p, and that of the swapped pair with weight 1 - p."""
 
 
 class JudgeConfig(StrictModel):
-    """The base class of all judge configurations: how many processes a judge has, and what a process needs."""
+    """The base class of all judge configurations: how many processes a judge has, and what one process needs."""
 
     replicas: int = Field(default=1, gt=0, le=MOST_PROCESSES)
     cpus_per_replica: float = Field(default=1.0, ge=0.001, le=MOST_CPUS)
     questions_per_batch: int = Field(default=64, gt=0, le=1_000_000)
-    """Questions in one call of the judge; a question is a prompt with its completions."""
+    """Number of prompts, each with its completions, in one call of the judge."""
 
     not_in_digest: ClassVar[frozenset[str]] = frozenset({"replicas", "cpus_per_replica", "questions_per_batch"})
     """Fields that cannot change the judge's verdicts. Stored verdicts stay valid if these fields change."""
 
     loads_weights: ClassVar[bool] = False
-    """True: the judge loads model weights, which takes long. So a run does not build it as a check at the start."""
+    """True: the judge loads model weights, which takes long. So the checks at the start of a run do not construct this
+    judge."""
 
     def gpus(self) -> float:
         """Return how many GPUs each process of the judge requests."""
@@ -162,9 +165,9 @@ class JudgeConfig(StrictModel):
         return set()
 
     def urls(self) -> set[str]:
-        """Return the addresses that the judge's processes call; the network rules of a cluster must allow them."""
+        """Return the URLs that the judge's processes call. The network rules of a cluster must allow these calls."""
         return set()
 
     def identity(self) -> dict[str, Any]:
-        """Return what the verdicts depend on besides the fields of this class, such as the digest of a file."""
+        """Return what the verdicts depend on besides the fields of this class, for example the digest of a file."""
         return {}

@@ -49,11 +49,11 @@ class RewardModelJudge(JudgeConfig):
 
 
 class LlmJudge(JudgeConfig):
-    """A language model behind an OpenAI-compatible endpoint. It is asked for preferences or for scores."""
+    """A language model behind an OpenAI-compatible endpoint. It returns preferences between completions, or scores."""
 
     type: Literal["llm"] = "llm"
     base_url: str = Field(pattern=r"^https?://")
-    """Address of the endpoint, including the version: `http://127.0.0.1:8000/v1`."""
+    """Address of the endpoint, including the API version, such as `http://127.0.0.1:8000/v1`."""
 
     model: str = Field(min_length=1)
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
@@ -64,19 +64,19 @@ class LlmJudge(JudgeConfig):
     model scores each completion from 1 to 10."""
 
     rubric: str = "helpful, correct, clear and harmless"
-    """What makes an answer good. This text is part of the judge's prompt."""
+    """The criteria by which completions are judged. This text is part of the judge's prompt."""
 
     max_tokens: int = Field(default=256, gt=0, le=MOST_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=100)
     structured_output: Literal["json_schema", "none"] = "json_schema"
-    """json_schema: ask the endpoint for an answer that follows a JSON schema (`response_format`). none: for endpoints that
-    do not support this."""
+    """json_schema: ask the endpoint for an answer that follows a JSON schema (`response_format`). none: do not ask for
+    this, because the endpoint does not support it."""
 
     concurrency: int = Field(default=8, gt=0, le=10_000)
     """Calls that each replica has open at the same time."""
 
     requests_per_minute: float | None = Field(default=None, gt=0)
-    """Limit for all replicas together; null: only the endpoint's own limit."""
+    """Largest number of calls per minute by all replicas together. null: no limit, except that of the endpoint."""
 
     timeout_seconds: float = Field(default=60.0, gt=0, le=MOST_SECONDS)
     max_retries: int = Field(default=6, ge=0, le=10_000)
@@ -86,8 +86,8 @@ class LlmJudge(JudgeConfig):
     usd_per_million_input_tokens: float = Field(default=0.0, ge=0)
     usd_per_million_output_tokens: float = Field(default=0.0, ge=0)
     max_usd: float | None = Field(default=None, gt=0)
-    """Budget of one round. When it is spent, the run stops and keeps all answers. The costs of all members of an ensemble
-    are added up."""
+    """Budget of one round in US dollars, for all members of an ensemble together. When it is spent, the run stops; all
+    answers so far are kept."""
 
     cpus_per_replica: float = Field(default=0.5, ge=0.001, le=MOST_CPUS)
     questions_per_batch: int = Field(default=16, gt=0, le=1_000_000)
@@ -123,10 +123,10 @@ class VerifierJudge(JudgeConfig):
 
     type: Literal["verifier"] = "verifier"
     check: Literal["exact", "numeric", "regex", "unit_test"]
-    """exact: both texts are equal, apart from white space and case. numeric: the last number of the completion differs
-    from the answer by at most `tolerance`. regex: the answer is a pattern that the completion must contain. unit_test:
-    the completion is Python code that must pass the answer's assertions; the code and the tests run in two separate
-    processes."""
+    """exact: the completion equals the answer, apart from white space and case. numeric: the last number of the
+    completion differs from the answer by at most `tolerance`. regex: the answer is a regular expression that must match
+    somewhere in the completion. unit_test: the completion is Python code, and the answer is assertions that the code
+    must pass. The code and the assertions run in two separate processes."""
 
     extract: str | None = None
     """A regular expression with one group, which is the part of the completion to check; the last match counts. null: the
@@ -138,8 +138,8 @@ class VerifierJudge(JudgeConfig):
     """unit_test: memory limit of each of the two processes."""
 
     allow_unconfined: bool = False
-    """unit_test: run the code even if this machine cannot confine it to its own namespaces. The code can then access the
-    network and other processes, so use this only on a machine that you can afford to lose."""
+    """unit_test: run the code even if this machine cannot confine it to its own namespaces. The code can then access
+    the network and other processes. So use this only on a machine without anything of value."""
 
 
 BuiltIn = FunctionJudge | RewardModelJudge | LlmJudge | VerifierJudge
@@ -158,7 +158,7 @@ class Member(StrictModel):
 
 
 class EnsembleJudge(StrictModel):
-    """Several judges. Each judge ranks a prompt's completions by its scores; the weighted mean of the ranks counts."""
+    """Several judges. Each one ranks a prompt's completions. A completion's score is the weighted mean of its ranks."""
 
     type: Literal["ensemble"] = "ensemble"
     members: tuple[Member, ...] = Field(min_length=2)
@@ -166,7 +166,7 @@ class EnsembleJudge(StrictModel):
     @model_validator(mode="after")
     def _members_differ(self) -> EnsembleJudge:
         if len({m.judge.model_dump_json() for m in self.members}) < len(self.members):
-            raise field_error("members", "two members are the same judge: give one of them more weight instead")
+            raise field_error("members", "two members are the same judge: keep one of them, and increase its weight")
         return self
 
 
@@ -174,12 +174,12 @@ Judge = Annotated[SingleJudge | EnsembleJudge, Field(discriminator="type")]
 
 
 def members_of(judge: Judge) -> list[SingleJudge]:
-    """List the members of a judge that is an ensemble; any other judge is its own only member."""
+    """List the members of a judge that is an ensemble. For any other judge, list only the judge itself."""
     return [member.judge for member in judge.members] if isinstance(judge, EnsembleJudge) else [judge]
 
 
 def replicas_of(judge: Judge, role: JudgeRole) -> int:
-    """Return the number of a judge's processes. Each process has all members of an ensemble; one works at a time."""
+    """Return the number of a judge's processes. A process of an ensemble holds all members, and runs one at a time."""
     return role.count or max(m.replicas for m in members_of(judge))
 
 

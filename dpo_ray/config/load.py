@@ -52,7 +52,7 @@ def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
 
 
 def _construct_text(loader: _StrictLoader, node: yaml.ScalarNode) -> str:
-    """Return a text; refuse NUL and lone surrogates, which YAML's escapes can write but no file, name or model can hold."""
+    """Return the text of a YAML node. Refuse NUL and lone surrogates, which no file, name or model can contain."""
     text = str(loader.construct_scalar(node))
     if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
         what = "the text contains NUL or a lone surrogate, which nothing accepts"
@@ -97,7 +97,9 @@ def _parse_yaml(text: str, where: str) -> Any:
             fix="a recipe is a short file: check that this is not a data file",
         ) from None
     except ValueError as error:  # raised by YAML's constructors: an invalid date, a number of thousands of digits
-        raise ConfigError(f"a value cannot be read: {error}", where=where, fix="quote it if it is text") from None
+        raise ConfigError(
+            f"a value cannot be read: {error}", where=where, fix="quote the value if it is text"
+        ) from None
 
 
 def read_recipe_values(path: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def read_recipe_values(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(
-            f"a recipe must be a mapping of sections, this is {kind}",
+            f"a recipe must be a mapping of sections, but this file is {kind}",
             where=where,
             fix="start with `name:`, `model:`, `data:`",
         )
@@ -124,7 +126,7 @@ def _read_text(path: Path, where: str) -> str:
             "no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented recipe to start with"
         )
     if path.is_dir():
-        raise ConfigError("this is a directory, not a recipe", where=where, fix="name a YAML file in it")
+        raise ConfigError("this path is a directory, not a recipe", where=where, fix="name a YAML file")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise ConfigError(
             f"the file is larger than {MAX_RECIPE_BYTES} bytes",
@@ -134,9 +136,13 @@ def _read_text(path: Path, where: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text (byte {error.start})", where=where, fix="save the file as UTF-8") from None
+        raise ConfigError(
+            f"the file is not UTF-8 text (byte {error.start})", where=where, fix="save the file as UTF-8"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=where, fix="check its permissions") from None
+        raise ConfigError(
+            f"the file cannot be read: {error.strerror}", where=where, fix="check its permissions"
+        ) from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -152,7 +158,9 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         parts = key.strip().split(".")
         if not sign or not all(parts):
             raise ConfigError(
-                f"`{override}` is not KEY.PATH=VALUE", where="command line", fix="for example train.objective.beta=0.1"
+                f"`{override}` is not KEY.PATH=VALUE",
+                where="command line",
+                fix="write for example train.objective.beta=0.1",
             )
         section = result
         for depth, part in enumerate(parts[:-1]):
@@ -164,7 +172,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
                 raise ConfigError(
                     f"`{place}` is {below!r}, not a section",
                     where=f"command line, {key}",
-                    fix=f"set {place}=... as a whole",
+                    fix=f"set {place}=VALUE itself",
                 )
             section = below
         section[parts[-1]] = _parse_yaml(text, f"command line, {key}")
@@ -182,7 +190,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 
 def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Build a Recipe from plain values. Raises ConfigError as `load_recipe` does; `where` is the place in its message."""
+    """Build a Recipe from plain values. Raise ConfigError as `load_recipe` does, with `where` in its message."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

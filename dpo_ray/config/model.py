@@ -1,4 +1,4 @@
-"""The recipe section `model`: the model that is trained. Its original weights are the reference model."""
+"""The recipe section `model`: the model that is trained. Before training, this model is also the reference model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class ModelConfig(StrictModel):
     """A directory in Hugging Face format (config.json, *.safetensors, tokenizer), a hub name, or `builtin:NAME`."""
 
     revision: str | None = None
-    """Hub names only: a branch, a tag or, preferably, a commit of 40 hex digits."""
+    """Only for models of the hub: a branch, a tag or, preferably, a commit of 40 hex digits."""
 
     adapter: str | None = Field(default=None, min_length=1)
-    """A directory with a LoRA adapter in PEFT's format. If it is set, policy and reference start as the model with this
-    adapter."""
+    """A directory with a LoRA adapter in PEFT's format. If it is set, policy and reference are at first the model with
+    this adapter merged into its weights."""
 
     dtype: DType = "auto"
     """Data type in which policy and reference model compute. auto: bfloat16 on a GPU, float32 on a CPU. The weights that

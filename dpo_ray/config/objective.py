@@ -338,7 +338,7 @@ class Term(StrictModel):
 
 
 class SumObjective(StrictModel):
-    """A weighted sum of objectives, such as MPO's: sigmoid, bco_pair and sft. The beta of the first scales the rewards."""
+    """A weighted sum of objectives, such as MPO's: sigmoid, bco_pair and sft. Reported rewards use the first beta."""
 
     type: Literal["sum"] = "sum"
     terms: tuple[Term, ...] = Field(min_length=1)

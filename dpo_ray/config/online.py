@@ -24,8 +24,8 @@ class SamplingConfig(StrictModel):
     """Tokens that end a completion, in addition to the end-of-turn tokens of the model and the data."""
 
     prompts_per_granule: int = Field(default=64, gt=0, le=10_000_000)
-    """Prompts of one unit of work (granule), whose completions are committed together. An engine that dies loses only
-    its unfinished units."""
+    """Number of prompts in one unit of work (granule) of an engine. The completions of a granule are committed
+    together. If an engine dies, only its unfinished granules are lost."""
 
     pair_truncated: bool = False
     """Also make pairs with completions that were cut off at max_new_tokens."""
@@ -37,7 +37,7 @@ class RoundPairingConfig(StrictModel):
     pairs: Literal["best_worst", "best_random", "top_bottom", "margin", "list"] = "best_worst"
     """best_worst: the best and the worst completion. best_random: the best and a random worse one. top_bottom: each of
     the best `k` with each of the worst `k`. margin: every two completions whose scores differ by more than
-    `min_margin`. list: the whole ranked list as one group, for objectives that learn from lists."""
+    `min_margin`. list: no pairs, but all completions as one ranked list, for objectives that learn from lists."""
 
     k: int = Field(default=2, gt=0, le=10_000)
     """Only for pairs=top_bottom: how many of the best and of the worst completions are paired."""
@@ -46,20 +46,23 @@ class RoundPairingConfig(StrictModel):
     """A pair is dropped if its two scores differ by this value or less. With 0, only ties are dropped."""
 
     min_agreement: float = Field(default=0.0, ge=0, le=1)
-    """A prompt is dropped if the judges agree less than this about its completions. 1 is full agreement."""
+    """A prompt is dropped if the agreement of the judges about the prompt's completions is below this value. 1 is full
+    agreement."""
 
     length_penalty: float = Field(default=0.0, ge=0)
-    """Subtracted from a completion's score for each of its tokens. So the shorter of two equally good completions wins."""
+    """This value, times the number of tokens of a completion, is subtracted from the completion's score. So the shorter
+    of two equally good completions wins."""
 
     max_length_ratio: float | None = Field(default=None, gt=1)
     """A pair is dropped if one completion is more than this many times as long as the other."""
 
     labels: Literal["hard", "bradley_terry"] = "hard"
     """The probability that the better completion of a pair is preferred. hard: 1. bradley_terry: sigmoid(better score -
-    worse score), for scores that are log-odds, as reward models learn them; only for best_worst and best_random."""
+    worse score). Use it only if scores are log-odds, as those of most reward models are, and only with pairs=best_worst
+    or best_random."""
 
     min_pairs: int = Field(default=1, gt=0)
-    """A round that makes fewer pairs than this stops and reports the reasons."""
+    """If a round makes fewer pairs than this, the run stops and reports why pairs were dropped."""
 
     @model_validator(mode="after")
     def _labels_are_of_one_pair(self) -> RoundPairingConfig:
@@ -71,10 +74,10 @@ class RoundPairingConfig(StrictModel):
 
 
 class MixConfig(StrictModel):
-    """What a round trains on besides its own pairs, as shares of all preference groups of its training."""
+    """Data that a round trains on besides its new pairs, as shares of all preference groups of the training."""
 
     offline: float = Field(default=0.0, ge=0, lt=1)
-    """Share of preference data from data.train. Each round selects new data at random, from the recipe's seed."""
+    """Share of preference groups from data.train. Each round selects other groups at random, with the recipe's seed."""
 
     earlier_rounds: float = Field(default=0.0, ge=0, lt=1)
 
@@ -82,7 +85,7 @@ class MixConfig(StrictModel):
     def _leaves_room(self) -> MixConfig:
         if self.offline + self.earlier_rounds >= 1:
             raise field_error(
-                "offline", "together with earlier_rounds it is 1 or more: leave a share for the round's own pairs"
+                "offline", "offline + earlier_rounds must be less than 1: leave a share for the new pairs of the round"
             )
         return self
 
@@ -95,14 +98,14 @@ class RoundEvaluationConfig(StrictModel):
     completion."""
 
     judge: Judge | None = None
-    """The judge that compares these completions; null: the judge of the rounds."""
+    """The judge that scores these completions. null: the judge of the rounds (`online.judge`)."""
 
     bootstrap_samples: int = Field(default=2000, gt=0, le=1_000_000)
     confidence: float = Field(default=0.95, gt=0, lt=1)
 
 
 class PromotionConfig(StrictModel):
-    """The conditions for promoting a round's policy, which means that the next round starts from it.
+    """The conditions for promoting a round's policy. The next round starts from the policy that was promoted last.
 
     All conditions that are set must hold. If none is set, every policy is promoted.
     """
@@ -110,14 +113,16 @@ class PromotionConfig(StrictModel):
     min_win_rate_against_previous: float | None = Field(default=None, ge=0, le=1)
     min_win_rate_against_initial: float | None = Field(default=None, ge=0, le=1)
     min_true_reward_gain: float | None = None
-    """Smallest gain in true reward over the previous policy; only for data whose true reward is known."""
+    """Smallest gain in true reward over the previous policy. Only for data whose true reward can be computed
+    (`synthetic`)."""
 
     max_kl: float | None = Field(default=None, gt=0)
     """Largest KL divergence from the initial policy, in nats per completion."""
 
     min_heldout_accuracy: float | None = Field(default=None, ge=0, le=1)
     max_length_growth: float | None = Field(default=None, gt=1)
-    """Largest mean length of completions, in tokens, divided by the mean length for the initial policy."""
+    """Largest ratio of two mean completion lengths, in tokens: that of the new policy divided by that of the initial
+    policy."""
 
 
 class StopConfig(StrictModel):
@@ -128,8 +133,8 @@ class StopConfig(StrictModel):
     completion."""
 
     rounds_without_gain: int | None = Field(default=None, gt=0)
-    """End after this many rounds in a row without gain: the round was rejected, or its win rate against the previous
-    policy is at most 1/2."""
+    """End after this many rounds in a row without gain. A round is without gain if its policy is not promoted, or has a
+    win rate of at most 1/2 against the previous policy."""
 
     target_win_rate: float | None = Field(default=None, gt=0, le=1)
     """End when the win rate against the initial policy reaches this."""
@@ -142,12 +147,12 @@ class OnlineConfig(StrictModel):
     """Number of rounds. If you increase it, a finished run continues with further rounds."""
 
     prompts: Sources | None = None
-    """The source of prompts, in the formats of data.train. Of each row only the prompt is used, and `answer` by a
-    verifier. null: the prompts of data.train."""
+    """The source of prompts, in the formats of data.train. Only the prompt of each row is used; a verifier also uses
+    `answer`. null: the prompts of data.train."""
 
     prompts_per_round: int = Field(default=512, gt=0, le=MOST_ROWS)
-    """Number of prompts in a round. Each round selects new ones at random, from the recipe's seed; a prompt is repeated
-    only after all prompts have been used."""
+    """Number of prompts in a round. Each round selects other prompts at random, with the recipe's seed. A prompt is
+    used again only after all prompts have been used."""
 
     sampling: SamplingConfig = SamplingConfig()
     judge: Judge
@@ -161,8 +166,8 @@ class OnlineConfig(StrictModel):
     """Only for reference=ema: after each promotion the mean becomes decay * mean + (1 - decay) * policy."""
 
     optimizer: Literal["restart", "carry"] = "restart"
-    """restart: the optimizer of each round starts anew. carry: it starts with the moments (running averages of gradients)
-    of the previous round."""
+    """restart: each round starts with a new optimizer. carry: each round continues with the moments (running averages
+    of gradients) of the previous round."""
 
     evaluate: RoundEvaluationConfig = RoundEvaluationConfig()
     promote_if: PromotionConfig = PromotionConfig()
@@ -181,6 +186,6 @@ class OnlineConfig(StrictModel):
         return sum(cpus_of(judge, role) for judge in self.named_judges().values())
 
     def named_judges(self) -> dict[str, Judge]:
-        """Return the judge of the rounds and, if it is a different one, that of the evaluation, by their fields."""
+        """Return the different judges, by their fields in the recipe: `online.judge` and `online.evaluate.judge`."""
         other = self.evaluate.judge
         return {"online.judge": self.judge} | ({} if other in (None, self.judge) else {"online.evaluate.judge": other})

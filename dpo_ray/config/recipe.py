@@ -66,7 +66,7 @@ class Recipe(StrictModel):
     """Rounds of sampling, judging, pairing and training, instead of one training on data.train."""
 
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers in addition to metrics.jsonl, which is always written."""
+    """The tools that also receive the metrics. The file metrics.jsonl is always written."""
 
     ray: RayConfig = RayConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -74,7 +74,9 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
         if self.name in RESERVED_NAMES:
-            raise field_error("name", f"`{self.name}` is the name of a directory that all runs share; choose another")
+            raise field_error(
+                "name", f"`{self.name}` is the name of a directory that all runs share: choose another name"
+            )
         if not self.data.eval and "sample_prompts" not in self.evaluate.model_fields_set:
             # There are no prompts. A frozen model can be completed only like this, and only while it is validated.
             object.__setattr__(self, "evaluate", self.evaluate.model_copy(update={"sample_prompts": 0}))
@@ -91,7 +93,7 @@ class Recipe(StrictModel):
         if self.model.adapter is not None and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
                 "train.lora.merge",
-                "an adapter on top of another one (model.adapter) cannot be exported alone: set it to true",
+                "an adapter that is trained on top of model.adapter cannot be exported alone: set merge to true",
             )
         if self.train.quantization and uses_reference(self.train.objective) and self.reference.engine != "trainer":
             raise field_error(
@@ -118,33 +120,37 @@ class Recipe(StrictModel):
             )
         if self.reference.mode != "ahead":
             raise field_error(
-                "reference.mode", "must be ahead: the pairs of a round are complete before its training starts"
+                "reference.mode", "must be ahead: the training of a round starts only when all its pairs are known"
             )
         if self.reference.audit.on_drift == "use_trainer":
             raise field_error(
-                "reference.audit.on_drift", "rounds need the log-probs of the engines: set it to stop or warn"
+                "reference.audit.on_drift", "rounds need the log-probs of the engines: set on_drift to stop or warn"
             )
         if self.train.quantization is not None:
-            raise field_error("train.quantization", "engines cannot sample from the quantized model: leave it out")
+            raise field_error(
+                "train.quantization", "engines cannot sample from a quantized model: leave out train.quantization"
+            )
         if online.prompts is None and isinstance(online.judge, VerifierJudge):
             raise field_error(
-                "online.prompts", "a verifier compares with reference answers, which data.train does not have: set it"
+                "online.prompts",
+                "a verifier needs reference answers, which data.train does not have: set online.prompts",
             )
         kinds = kinds_of_groups(self.train.objective)
         if online.pairing.pairs == "list" and kinds != {"lists"}:
             what = (
                 f"the objective {self.train.objective.type} learns from {' and '.join(sorted(kinds))}, not from lists"
             )
-            raise field_error("online.pairing.pairs", f"{what}: choose another, or the objective listwise")
+            raise field_error("online.pairing.pairs", f"{what}: choose another value, or the objective listwise")
         if online.reference == "ema" and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
                 "online.reference",
-                "ema needs whole weights, as the mean of adapters is not an adapter: set train.lora.merge=true, or "
+                "ema needs merged weights, because a mean of adapters is not an adapter: set train.lora.merge=true, or "
                 "online.reference to initial or previous",
             )
         if online.optimizer == "carry" and self.train.optimizer.type not in ("adamw", "rmsprop"):
             raise field_error(
-                "online.optimizer", "only the moments of adamw and rmsprop can be carried over: set it to restart"
+                "online.optimizer",
+                "only the moments of adamw and rmsprop can be carried over: set optimizer to restart",
             )
 
     def cpus_needed(self) -> int:

@@ -13,8 +13,8 @@ class AuditConfig(StrictModel):
     """The audit before step 1: stored reference log-probs are compared with the training workers' own forward pass."""
 
     groups: int = Field(default=64, ge=0, le=MOST_ROWS)
-    """Number of preference groups whose log-probs the training workers compute again: the first groups in the random
-    order of training, rounded up to whole steps. 0: no audit."""
+    """Number of preference groups whose log-probs the training workers compute again. These are the groups of the first
+    training steps, so the number is rounded up to full steps. 0: no audit."""
 
     max_token_drift: float | None = Field(default=None, gt=0)
     """Largest |difference| between the two log-probs of a token, in nats. Default: 1e-3 in float32, 0.5 in bfloat16."""
@@ -23,20 +23,20 @@ class AuditConfig(StrictModel):
     """Largest mean of |difference| over all tokens, in nats. Default: 1e-4 in float32, 0.05 in bfloat16."""
 
     max_bias: float | None = Field(default=None, gt=0)
-    """Largest |mean difference| per token, in nats. Such a bias adds up over tokens, so it rewards length. Default: 5e-5
-    in float32, 2e-3 in bfloat16. Needs 16 groups or more."""
+    """Largest |mean of the difference| over all tokens, in nats. Such a bias adds up over tokens, so it rewards or
+    punishes length. Default: 5e-5 in float32, 2e-3 in bfloat16. Needs 16 groups or more."""
 
     max_margin_error: float | None = Field(default=None, gt=0)
-    """Largest beta * standard deviation of the errors in the pairs' margins. Default: 1e-3 in float32, 0.1 in bfloat16.
-    Needs 16 pairs or more."""
+    """Largest value of beta * (standard deviation, over pairs, of the error in the reference margin). Default: 1e-3 in
+    float32, 0.1 in bfloat16. Needs 16 pairs or more."""
 
     on_drift: Literal["stop", "use_trainer", "warn"] = "stop"
-    """What happens if a limit is exceeded. stop: the run stops before the first update. use_trainer: the trainer computes
-    all log-probs again, which are then exact. warn: the run continues with a warning."""
+    """What happens if a limit is exceeded. stop: the run stops before step 1. use_trainer: the trainer computes all
+    reference log-probs again, so they agree with training. warn: the run continues with a warning."""
 
 
 class ReferenceConfig(StrictModel):
-    """Which engine computes the reference log-probs, how many engines there are, and where their results are stored."""
+    """Which engine computes the reference log-probs, how many engines there are, and where the log-probs are stored."""
 
     engine: Literal["vllm", "trainer"] = "vllm"
     """What computes the log-probs. vllm: a pool of vLLM engines. trainer: the training workers, with their own sharded
@@ -58,21 +58,23 @@ class ReferenceConfig(StrictModel):
     on one GPU."""
 
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
-    """Share of a GPU's memory that an engine plans to use. The rest is needed for logits, which vLLM does not plan for."""
+    """Share of a GPU's memory that vLLM reserves. The logits must fit in the remaining memory, because vLLM does not
+    count them."""
 
     max_batched_tokens: int | None = Field(default=None, gt=0, le=MOST_TOKENS)
-    """Largest number of tokens in one forward pass of an engine. Default: as many as the memory for their logits allows."""
+    """Largest number of tokens in one forward pass of an engine. Default: the largest number whose logits fit in
+    memory."""
 
     share_prompt: bool = True
-    """Reuse the KV cache of a prompt for all its completions. If a cache hit extends into a completion, its log-probs are
-    computed again without the cache."""
+    """Reuse the KV cache of a prompt for all its completions. If a cache hit extends into a completion, the log-probs
+    of this completion are computed again without the cache."""
 
     store: str | None = None
     """The directory or URI where all runs store their reference log-probs. Default: OUTPUT/reference-store."""
 
     groups_per_granule: int = Field(default=1024, gt=0, le=10_000_000)
-    """Preference groups of one unit of work (granule), whose log-probs are committed together. An engine that dies loses
-    only its unfinished units."""
+    """Number of preference groups in one unit of work (granule) of an engine. The log-probs of a granule are committed
+    together. If an engine dies, only its unfinished granules are lost."""
 
     audit: AuditConfig = AuditConfig()
 

@@ -31,8 +31,8 @@ class TrainRole(StrictModel):
 
     cpus: Cpus = 1
     gpus: Gpus | None = None
-    """Default: 1 if there are GPUs, 0 otherwise. They are looked for on the machine that runs the command, or in the
-    cluster at `ray.address`."""
+    """Number of GPUs of each worker. Default: 1 if the cluster at `ray.address` (or this machine, with address=local)
+    has GPUs, 0 otherwise."""
 
     memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each worker; using more is not prevented."""
@@ -49,7 +49,8 @@ class ReferenceRole(StrictModel):
 
     cpus: Cpus = 1
     gpus: Gpus | None = None
-    """Default: `reference.tensor_parallel` if training workers have GPUs, 0 otherwise."""
+    """Number of GPUs of each engine. Default: `reference.tensor_parallel` if training workers have GPUs, 0
+    otherwise."""
 
     memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     """Memory that Ray reserves for each engine; using more is not prevented."""
@@ -61,7 +62,8 @@ class ReferenceRole(StrictModel):
 class SampleRole(StrictModel):
     """The resources that each engine requests when it samples for an evaluation.
 
-    The defaults are the values in `reference`. The number of engines and their GPUs are always the same as there.
+    The defaults are the values in `cluster.roles.reference`. The number of engines and of their GPUs is always the same
+    as for the role `reference`.
     """
 
     cpus: Cpus | None = None
@@ -128,4 +130,4 @@ MOVED_KEYS = {
     "cluster.roles.sample.count": "reference.replicas",
     "cluster.roles.sample.gpus": "cluster.roles.reference.gpus",
 }
-"""Keys that a recipe cannot have, and the key to set instead, which the error message names."""
+"""Keys that a recipe cannot have, each with the key to set instead. The error message names this other key."""

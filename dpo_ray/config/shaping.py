@@ -58,12 +58,12 @@ class ShapingConfig(StrictModel):
     {type: alpha, alpha: 0.5}. Wang et al. 2023 (2309.16240), table 1."""
 
     ld_alpha: float = Field(default=1.0, ge=0, le=1)
-    """Weight of those tokens of the longer completion in a pair that lie beyond the length of the shorter one. It is used
-    for policy and reference. Liu et al. 2024 (LD-DPO, 2409.06411), eq. 10."""
+    """In each pair, the tokens by which one completion is longer than the other get this weight, in the log-probs of
+    policy and reference. All other tokens have weight 1. Liu et al. 2024 (LD-DPO, 2409.06411), eq. 10."""
 
     wpo: bool = False
-    """Weigh each pair by how likely the policy is to write its completions. Zhou et al. 2024 (WPO, 2406.11827), eq. 3
-    and 4."""
+    """Multiply the loss of each pair by a weight: the larger the policy's probability of the two completions, the
+    larger the weight. Zhou et al. 2024 (WPO, 2406.11827), eq. 3 and 4."""
 
     def problems(self, objective: Objective) -> Iterator[tuple[str, str]]:
         """Yield each field of this section that the objective does not support, with the reason."""

@@ -33,7 +33,7 @@ else:
 
 
 class Columns(StrictModel):
-    """The names of a source's columns, where they differ from the names in its format. null: the name in the format."""
+    """The names of a source's columns, if they differ from the usual names of the format. null: the usual name."""
 
     prompt: str | None = None
     chosen: str | None = None
@@ -48,8 +48,8 @@ class Columns(StrictModel):
     """Unpaired rows: whether the completion is good."""
 
     scores: str | tuple[str, ...] | None = None
-    """The column with the list of scores; or the key of the score within each completion; or a list of columns, one for
-    each completion."""
+    """The column with the list of scores; or the key of the score, if each completion is a mapping; or a list of
+    columns, one for each completion."""
 
     ranks: str | None = None
     """Like `scores`, but for ranks: the lowest rank is the best."""
@@ -58,9 +58,9 @@ class Columns(StrictModel):
     """Columns, each with one annotator's verdict: 0 is a tie, 1 or 2 is the better completion, null is no verdict."""
 
     preference: str | None = None
-    """Compared rows: which of the two completions is better. In a column whose name ends with _id, the value is 0 or 1. In
-    preference_strength and overall_preference, it is negative if the first one is better. In other columns, it is a
-    word such as model_a, b or tie."""
+    """Compared rows: the column that names the better of the two completions. If the column's name ends with _id, its
+    values are 0 or 1. In preference_strength and overall_preference, a negative value means that the first completion
+    is better. In any other column, the values are words such as model_a, b or tie."""
 
     query: str | None = None
     """Swift rows without messages: the user's last turn."""
@@ -70,23 +70,24 @@ class Columns(StrictModel):
     """Alpaca rows: earlier turns, as a list of [user, assistant]."""
 
     input: str | None = None
-    """Alpaca and verdict rows: text that belongs to the instruction."""
+    """Alpaca and verdict rows: additional text for the instruction."""
 
     tools: str | None = None
-    """JSON schemas of the tools that the chat template lists, as a list or as JSON text."""
+    """The column with the JSON schemas of tools, as a list or as JSON text. The chat template writes them into the
+    prompt."""
 
     chat_template_kwargs: str | None = None
-    """A mapping of further variables for the chat template."""
+    """The column with further variables for the chat template, as a mapping."""
 
 
 class RowSource(StrictModel):
     """The fields of every source that reads rows: its name, the format of its rows, and how many of them are used."""
 
     name: str | None = Field(default=None, min_length=1)
-    """Name of this source in reports and metrics. null: each file has its own name there."""
+    """Name of this source in reports and metrics. null: reports and metrics name each file separately."""
 
     format: RowFormat = "auto"
-    """Layout of the rows. auto: the format of every row is recognised separately. docs/recipes.md shows a row of each
+    """Format of the rows. auto: the format of each row is recognised separately. docs/recipes.md shows a row of each
     format."""
 
     columns: Columns = Columns()
@@ -96,11 +97,13 @@ class RowSource(StrictModel):
     overall score is used."""
 
     weight: float | None = Field(default=None, gt=0)
-    """Weight of this source in the mixture of all sources in its set; either all sources of a set have a weight or none.
-    As many groups are used as these proportions allow without using a group twice. null: all groups are used."""
+    """Weight of this source in the mixture. Either all sources of a set have a weight, or none has. The groups of the
+    sources are used in proportion to the weights: as many as possible without using a group twice. null: all groups are
+    used."""
 
     max_groups: int | None = Field(default=None, gt=0)
-    """Largest number of groups that are used: a fair sample of the source, which is the same in every run."""
+    """Largest number of groups that are used. If the source has more, a random sample is used, which is the same in
+    every run."""
 
 
 class FilesSource(RowSource):
@@ -130,7 +133,7 @@ class HubSource(RowSource):
 
 
 class SyntheticSource(StrictModel):
-    """Synthetic reviews from a small grammar, without a network. A known reward labels them by the Bradley-Terry model."""
+    """Synthetic reviews, made from a small grammar. Labels follow a Bradley-Terry model with a known reward."""
 
     type: Literal["synthetic"] = "synthetic"
     pairs: int = Field(default=2000, gt=0, le=100_000_000)
@@ -139,7 +142,7 @@ class SyntheticSource(StrictModel):
     seed: int = 0
     name: str | None = Field(default=None, min_length=1)
     weight: float | None = Field(default=None, gt=0)
-    """Weight of this source in a mixture, as for a source of files."""
+    """Weight of this source in the mixture, with the same meaning as for a source of files."""
 
     max_groups: int | None = Field(default=None, gt=0)
 

@@ -22,7 +22,7 @@ STATE_BYTES = {
     "rmsprop": 4.0,
     "adafactor": 0.0,
 }
-"""Of the optimizer's state, by its type."""
+"""Bytes of optimizer state per trained parameter, by the type of the optimizer."""
 
 
 class OptimizerConfig(StrictModel):
@@ -30,8 +30,9 @@ class OptimizerConfig(StrictModel):
 
     type: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "rmsprop", "adafactor"] = "adamw"
     """..._8bit: the state needs a quarter of AdamW's memory. paged_...: the state moves between GPU and CPU memory as
-    space allows. Both use bitsandbytes. rmsprop: the optimizer of the DPO paper, with half of AdamW's state. adafactor:
-    almost no state; its learning rate is relative to the size of a weight, so use a larger one, such as 1e-4."""
+    space allows. Both use bitsandbytes. rmsprop: the optimizer of the DPO paper; its state has half the size of
+    AdamW's. adafactor: almost no state. Its learning rate is relative to the size of the weights, so use a larger
+    learning rate, such as 1e-4."""
 
     learning_rate: float = Field(default=5e-7, gt=0, le=100)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
@@ -88,7 +89,7 @@ class LoraConfig(StrictModel):
     include the dropout."""
 
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear layers that get an adapter, such as q_proj; all-linear: all except the head."""
+    """Names of the linear layers that get an adapter, such as q_proj. all-linear: all linear layers except the head."""
 
     merge: bool = False
     """true: export the model with the adapter added to its weights. false: export only the adapter."""
@@ -106,16 +107,16 @@ class BestConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """What the training optimises, in which steps, and on which hardware."""
+    """The settings of training: objective, steps, optimizer, workers, evaluations and checkpoints."""
 
     workers: int = Field(default=1, gt=0, le=MOST_PROCESSES)
     """Number of training processes (one per GPU). The result does not depend on this number. `cluster.roles.train` sets
     what each process requests."""
 
     min_workers: int | None = Field(default=None, gt=0)
-    """Smallest number of workers that may train if nodes are lost or the cluster has too few free resources. Training
-    uses more workers again as soon as possible; its steps stay the same. Default: the value of workers, so training
-    waits until all of them can run."""
+    """Smallest number of workers that may train if nodes are lost or the cluster has too few free resources. As soon as
+    possible, training uses more workers again. The contents of the steps do not change. Default: the value of
+    `workers`, so training waits until all workers can run."""
 
     objective: Objective = SigmoidObjective()
     shaping: ShapingConfig = ShapingConfig()
@@ -130,7 +131,8 @@ class TrainConfig(StrictModel):
     """Number of preference groups (usually pairs) in one optimizer step, over all workers."""
 
     tokens_per_micro_batch: int = Field(default=8192, gt=0, le=MOST_TOKENS)
-    """Largest number of tokens in one forward pass of one worker. It limits memory and never changes the result."""
+    """Largest number of tokens in one forward pass of one worker. This limits the memory, and does not change the
+    result."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     sharding: ShardingConfig = ShardingConfig()
@@ -138,9 +140,9 @@ class TrainConfig(StrictModel):
     """Train an adapter instead of all weights; null: train all weights."""
 
     quantization: Literal["nf4"] | None = None
-    """nf4: store each frozen weight in 4 bits (QLoRA, by bitsandbytes), with a full copy on every worker. It needs
-    train.lora. Policy and reference both use these weights, so the trainer must compute the reference's log-probs, and
-    only the adapter is exported."""
+    """nf4: store each frozen weight in 4 bits (QLoRA, by bitsandbytes); each worker holds a full copy. This needs
+    train.lora. Policy and reference both use the 4-bit weights, so the trainer must compute the reference's log-probs.
+    Only the adapter is exported."""
 
     layout: Literal["shared", "packed", "padded"] = "shared"
     """shared: compute a prompt once for all its completions. packed: compute the prompt again for each completion,
@@ -148,8 +150,9 @@ class TrainConfig(StrictModel):
     not support shared, another layout is used, and a log line reports it."""
 
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again to save memory. full: each whole block, which needs a third more compute and
-    much less memory. selective: each block without its matrix products and attention."""
+    """What the backward pass computes again, so that less memory is needed. full: all of each transformer block, which
+    needs a third more compute and much less memory. selective: each block except its matrix products and its
+    attention."""
 
     compile: bool = False
     """Compile each block with torch.compile. This takes about a minute and makes training on GPUs faster."""
@@ -161,7 +164,8 @@ class TrainConfig(StrictModel):
     """Number of completion tokens whose logits are in memory at the same time."""
 
     entropy_every_steps: int | None = Field(default=10, gt=0)
-    """Measure the policy's entropy every N steps; each time costs a pass over the logits. null: only at evaluations."""
+    """Measure the policy's entropy every N steps. Each measurement needs a further pass over the logits. null: only at
+    evaluations."""
 
     eval_every_steps: int | None = Field(default=None, gt=0)
     """Evaluate on the held-out data every N steps; null: only at the end."""
@@ -179,7 +183,8 @@ class TrainConfig(StrictModel):
     """How often the workers may be restarted from the newest checkpoint after one of them has died."""
 
     hang_seconds: float = Field(default=1800, gt=0, le=MOST_SECONDS)
-    """If a collective operation of the workers takes longer than this, it counts as hung and the workers are restarted."""
+    """If a collective operation of the workers takes longer than this, the workers are treated as hung and are
+    restarted."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:
@@ -197,7 +202,7 @@ class TrainConfig(StrictModel):
             raise field_error("min_workers", f"at most workers={self.workers} is expected")
         if self.min_workers is not None and shard is not None and self.min_workers < shard:
             raise field_error(
-                "min_workers", f"fewer workers than shard_workers={shard} cannot hold the model: increase it"
+                "min_workers", f"fewer workers than shard_workers={shard} cannot hold the model: increase min_workers"
             )
         for field, problem in self.shaping.problems(self.objective):
             raise field_error(f"shaping.{field}", problem)

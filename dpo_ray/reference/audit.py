@@ -1,7 +1,7 @@
 """The audit: it measures how much the stored reference log-probs differ from the trainer's own forward pass.
 
-The measurement depends neither on the recipe's limits nor on its beta. If these change, the stored measurement is
-compared with the new limits (`audit_limits.py`).
+The measurement depends neither on the recipe's limits nor on the recipe's beta. If these change, the stored measurement
+is compared with the new limits (`audit_limits.py`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
     """Compute statistics of d = (stored log-prob - the trainer's own log-prob), in nats, over a sample of groups.
 
     A group (a prompt with its completions) that occurs twice counts once. The order of the sample does not matter. The
-    error of a pair is the sum of d over its chosen completion minus the sum of d over its rejected completion. It is
-    the error of the pair's reference margin in training.
+    error of a pair is the sum of d over its chosen completion minus the sum of d over its rejected completion. This is
+    the error of the reference margin with which training uses the pair.
 
     Returns:
         JSON values by name.
         - Counts: `groups`, `paired_groups` (groups with pairs), `pairs`, `tokens`.
         - Over tokens: `mean_token_drift` and `max_token_drift` (mean and maximum of |d|), `signed_bias` (mean of d),
-          `signed_bias_error` (standard error of that mean, with groups and not tokens taken as independent; None for
-          a single group), and `multiplicative_error` (mean of exp |d|).
+          `signed_bias_error` (standard error of this mean, where groups count as independent, not tokens; None for a
+          single group), and `multiplicative_error` (mean of exp |d|).
         - Over pairs: `margin_error_nats` (standard deviation of the error), `margin_error_nats_per_token` (the same,
           with means of d in place of sums), and `length_correlation` (correlation of the error with the difference in
           length).
@@ -76,7 +76,7 @@ def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
 
 
 def _drift(group: ComparedGroup) -> list[np.ndarray]:
-    """Compute d = (stored log-prob - own log-prob) for each completion of a group: K x float64 [completion tokens]."""
+    """Compute d = (stored - trainer's log-prob) for each completion of a group: float64 [completion tokens]."""
     drift = [s.astype(np.float64) - o.astype(np.float64) for s, o in zip(group.stored, group.own, strict=True)]
     if not all(np.isfinite(d).all() for d in drift):
         owner = "trainer" if not all(np.isfinite(o).all() for o in group.own) else "stored reference"

@@ -1,4 +1,4 @@
-"""Comparison of the audit's measurement with limits, and what a statistic above its limit usually means."""
+"""Comparison of the audit's measurement with limits, and the usual causes if a statistic is above its limit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Verdict = Literal["within", "over", "too few", "not judged"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One statistic of the audit, its limit, and the verdict: whether it is within this limit."""
+    """One statistic of the audit with its limit, and the verdict: whether the statistic is within the limit."""
 
     name: str
     value: float
@@ -78,17 +78,17 @@ class Judgement:
 def judge(measured: Mapping[str, Any], config: AuditConfig, dtype: str, beta: float, per_token: bool) -> Judgement:
     """Compare a measurement (the result of `audit.measure`) with limits.
 
-    The limits are those of the recipe; where it sets none, the defaults for `dtype` apply.
+    The limits are those that the recipe sets, and for all others the defaults for `dtype`.
 
-    Token drift is judged on any sample, because even one wrong token is a fact. Bias and margin error are estimates.
-    Their sampling error is taken as three standard errors, and as infinite for fewer than 16 groups. If the estimate is
-    above the limit by more than the sampling error, the verdict is "over". Otherwise, if the sampling error is larger
-    than the limit, it is "too few" (groups). In all other cases the estimate itself is compared with the limit. So a
-    tiny sample does not fail by chance, and its verdict shows that it proves little.
+    Token drift is judged on any sample, because even one wrong token is a fault. Bias and margin error are estimates.
+    Their sampling error counts as three standard errors, or as infinite with fewer than 16 groups. If an estimate is
+    above its limit by more than the sampling error, the verdict is "over". Otherwise, if the sampling error is larger
+    than the limit, the verdict is "too few" (groups). In all other cases the estimate itself is compared with the
+    limit. So a small sample does not fail by chance, and the verdict shows that the sample is too small.
 
     Args:
         dtype: the compute dtype.
-        per_token: whether the objective uses log-ratios per token; then the margin error is also taken per token.
+        per_token: True if the objective uses log-ratios per token. The margin error is then also per token.
     """
     m = measured
     limits = DEFAULT_LIMITS[dtype] | config.model_dump(include=set(DEFAULT_LIMITS[dtype]), exclude_none=True)
@@ -121,7 +121,7 @@ def _verdict(size: float, limit: float, chance: float) -> Verdict:
 
 
 def goes_on(config: AuditConfig, dtype: str, beta: float, per_token: bool, measured: Mapping[str, Any]) -> bool:
-    """Return whether training may start after the measurement `measured`.
+    """Return whether training may start: the measurement `measured` passes, or `on_drift` is "warn".
 
     This module imports no torch, because Ray Train's controller unpickles this function.
     """
@@ -144,11 +144,11 @@ MEANINGS = {
 
 
 def check_drift(judgement: Judgement, config: AuditConfig, engine: str) -> None:
-    """Check that the measurement passes. If `on_drift` is "warn", check nothing.
+    """Check that the measurement passed. If `on_drift` is "warn", do nothing.
 
     Raises:
-        AuditError: a statistic is over its limit, or no tokens were compared. The error lists each such statistic with
-            its value, its limit and the usual cause, and the groups with the largest drift.
+        AuditError: a statistic is over its limit, or no tokens were compared. The error lists each statistic that is
+            over its limit, with value, limit and usual cause, and the groups with the largest drift.
     """
     if judgement.passed or config.on_drift == "warn":
         return
@@ -166,7 +166,11 @@ def check_drift(judgement: Judgement, config: AuditConfig, engine: str) -> None:
 
 
 def described(judgement: Judgement) -> list[str]:
-    """Describe a judgement in lines: what was compared, and each statistic over its limit with the usual cause."""
+    """Describe a judgement as lines.
+
+    The lines state what was compared, each statistic over its limit with the usual cause, and the groups with the
+    largest drift.
+    """
     m = judgement.measured
     lines = [f"compared: {m['groups']:,} groups, {m['pairs']:,} pairs, {m['tokens']:,} completion tokens"]
     shown = list(judgement.over)

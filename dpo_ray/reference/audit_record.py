@@ -1,14 +1,14 @@
 """Records of failed audits, so that later runs know that an engine's log-probs differ from the trainer's.
 
-If a measurement is over its limits, it is committed as an artifact `audit` (the record). With `on_drift: use_trainer`,
-a later plan that finds a record lets the trainer score instead of the engine, without measuring again. The record holds
-the measurement and not the verdict, because a recipe with other limits, or another beta, must judge it again.
+A measurement that is over its limits is committed as an artifact `audit` (the record). If a later plan with `on_drift:
+use_trainer` finds a record, the trainer scores instead of the engine, and nothing is measured again. The record holds
+the measurement and not the verdict, because other limits or another beta can lead to another verdict.
 
 A record applies to one committed artifact `reference`, identified by its key and by the attempt that created it. So the
 record no longer applies when data, model, engine, version, dtype or parallelism change, or when the artifact is deleted
-and created again. With streaming, a record may be written before the artifact is committed; it then contains only the
-key, because the commit may happen while training is already stopping. No record applies after the trainer's libraries
-have changed.
+and created again. With streaming, a record may be written before the artifact `reference` is committed. Such a record
+contains only the key, because the commit may happen while training is already stopping. No record applies after the
+trainer's libraries have changed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def remember(
     Args:
         reference_key: key of the artifact `reference` that was measured.
         trainer: version of the trainer's forward pass, with which the stored log-probs were compared.
-        run: name of the run that measured.
+        run: name of the run that made the measurement.
         versions: version of each library, for the manifest.
     """
     config = {"trainer": trainer}

@@ -1,4 +1,4 @@
-"""Completions for evaluations: a pool of engines samples them, and computes their log-probs under a model."""
+"""Completions for evaluations: a pool of engines samples them, and computes their log-probs under any model."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def sample_completions(
         groups_per_granule: number of prompts that an engine gets at once.
 
     Raises:
-        EngineError: some prompt has no completion, because every engine died while it sampled for this prompt.
+        EngineError: a prompt has no completion, because engines died repeatedly while they sampled for this prompt.
     """
     pool.load(model.settings, model.store)
     by_prompt: dict[bytes, SampledCompletion] = {}
     for answer in pool.sample((ray.put(granule) for granule in cut([table], groups_per_granule)), sampling):
         if not isinstance(answer, Sampled):
             raise EngineError(
-                f"{answer.groups} held-out prompts have no completion: every engine died while it sampled for them",
+                f"{answer.groups} held-out prompts have no completion: engines died repeatedly while they sampled for these prompts",
                 where=model.settings.model_dir,
                 fix="remove their rows from data.eval, or give the engines more memory; --verbose shows their logs",
             )
@@ -68,7 +68,8 @@ def completion_logps(
         float64 [prompts], in nats: the sum over the tokens of each completion; 0 for an empty completion.
 
     Raises:
-        EngineError: the model gives no finite log-probs for a completion.
+        EngineError: there are no log-probs of a completion, because the model gives none that are finite or engines
+            died.
     """
     rows = [i for i, completion in enumerate(completions) if len(completion)]
     columns = {

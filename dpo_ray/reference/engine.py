@@ -1,4 +1,4 @@
-"""One engine of the pool. It scores granules (batches of groups), and stores one while it scores the next."""
+"""One engine of the pool. It scores granules (batches of groups), and stores one granule while it scores the next."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class _Computed:
 class Engine:
     """A scorer, and the store to which it writes its log-probs.
 
-    Two calls of `score` may run concurrently: one computes while the other writes. The scorer always runs in the same
-    thread, because torch keeps some settings, such as the number of compute threads, for each thread.
+    Two calls of `score` may run concurrently: one computes while the other writes. All computations run in the same
+    thread, because torch has separate settings for each thread, such as the number of compute threads.
     """
 
     def __init__(self, name: str, settings: ScorerSettings, store: ReferenceStore, start: StartScorer) -> None:
@@ -96,7 +96,7 @@ class Engine:
         return Sampled(sampled, tokens, time.monotonic() - began, self._name)
 
     def alive(self) -> bool:
-        """Return True. A call that fails shows that this process has ended."""
+        """Return True. If a call fails, the process of this engine has ended."""
         return True
 
     def score(self, granule: pa.Table, first: int, last: int | None, known: Sequence[str] | None) -> Scored:
@@ -104,9 +104,10 @@ class Engine:
 
         Args:
             last: exclusive; None means to the end.
-            known: None for a granule that no engine had before. If an engine died with this granule, it may have
-                committed some log-probs already. Then `known` lists the older segments (files) of the store; only the
-                newer ones are searched for these log-probs, and only those that are missing are computed.
+            known: None if no other engine has worked on this granule. Otherwise an engine died with this granule, and
+                may have committed some of its log-probs. `known` then lists the segments (files) that the store had
+                when the granule was made. Only newer segments are searched, and only log-probs that are still missing
+                are computed.
 
         Raises:
             EngineError: the scorer returned a wrong result, such as log-probs of other tokens.
@@ -153,7 +154,8 @@ class Engine:
         """Build one request for each distinct sequence (a prompt and a completion).
 
         Returns:
-            The requests; for each request, the rows of the groups that contain its sequence; and its key in the store.
+            The requests. For each request, the rows of the groups that contain the sequence. For each request, the key
+            of the sequence in the store.
         """
         keys = self._store.keys(table)
         firsts: dict[bytes, int] = {}  # by key, the number of its request

@@ -28,16 +28,16 @@ class Place:
 
 
 def place_of_this_process() -> Place:
-    """Return the process id, node and GPUs of the current process. Call this inside an actor."""
+    """Return the process id, node and GPUs of the current process. Call this in an engine's actor."""
     context = ray.get_runtime_context()
     return Place(os.getpid(), context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ())))
 
 
 def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until Ray has marked the killed actors as dead. Only then can others use the resources of these actors.
+    """Wait until Ray has marked the killed actors as dead. Only then are the resources of these actors free.
 
     Args:
-        actors: killed actors; each has a method `alive`.
+        actors: the killed actors, whose class must have a method `alive`.
 
     Raises:
         InfrastructureError: an actor is not dead before the deadline.
@@ -97,7 +97,7 @@ def wait_until_memory_is_free(
 def _least_free_share(gpus: Sequence[str], share: float, deadline_seconds: float) -> float:
     """Wait until each of this node's `gpus` has the fraction `share` of its memory free, or until the deadline.
 
-    Return the smallest fraction of free memory that was found at the end.
+    Return the smallest fraction of free memory among these GPUs at the end of the wait.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     import torch

@@ -1,4 +1,4 @@
-"""The join of the reference store to the groups. Log-probs are found by key, never by position in a file."""
+"""The join of groups with their log-probs in the reference store, by key and never by position in a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFERENCE = pa.schema(
 
 @dataclass(frozen=True)
 class JoinedPart:
-    """The file of reference log-probs for one file of the tokens artifact, and its groups without log-probs."""
+    """The file of reference log-probs for one file of the tokens artifact, and the groups that have no log-probs."""
 
     entry: FileEntry
     quarantine: pa.Table  # of schema QUARANTINE
@@ -79,7 +79,7 @@ def fetch_token_logps(table: pa.Table, store: ReferenceStore, index: StoreIndex)
     """Fetch the log-probs of all completions of a table from the store, by key.
 
     Returns:
-        For each group a list with, for each completion, the float32 log-probs of its tokens.
+        One list per group. It contains one list per completion: the float32 log-probs of the completion's tokens.
 
     Raises:
         ArtifactError: a completion has no log-probs, or their number differs from its number of tokens.

@@ -21,8 +21,8 @@ def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> t
         table: one group per row, with the columns group_id, prompt_ids and completion_ids; other columns are ignored.
 
     Returns:
-        A table of schema GRANULE: the groups with missing completions, in the order of the rows, each with only its
-        missing completions. And the number of completions that the store has.
+        First, a table of schema GRANULE: the groups with missing completions, in the order of the rows. Each group
+        contains only its missing completions. Second, the number of completions that the store has.
     """
     groups = table.select(GRANULE.names).combine_chunks().cast(GRANULE)
     if not len(groups):
@@ -45,7 +45,7 @@ def find_missing(table: pa.Table, store: ReferenceStore, index: StoreIndex) -> t
 
 
 def cut(tables: Iterable[pa.Table], groups: int) -> Iterator[pa.Table]:
-    """Concatenate tables, and cut the result into tables of `groups` rows. The last may be shorter, but not empty."""
+    """Concatenate tables, and cut the result into tables of `groups` rows. The last table may have fewer rows."""
     buffer: list[pa.Table] = []
     rows = 0
     for table in tables:
@@ -61,7 +61,7 @@ def cut(tables: Iterable[pa.Table], groups: int) -> Iterator[pa.Table]:
 
 @dataclass(frozen=True)
 class LookupProgress:
-    """Counts of a look-up since its previous report."""
+    """Counts of a look-up since the previous LookupProgress."""
 
     known_groups: int  # groups whose completions are all in the store
     found: int  # completions that the store has
@@ -73,7 +73,8 @@ def look_up(
 ) -> Iterator[LookupProgress | pa.Table]:
     """Look up all groups of `tables` in the store, and yield granules of the missing completions.
 
-    Before each granule, and once more at the end, a LookupProgress is yielded with the counts since the last one.
+    Before each granule, and once more at the end, yield a LookupProgress with the counts since the previous
+    LookupProgress.
     """
     known_groups = found = 0
 

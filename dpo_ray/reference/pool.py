@@ -39,7 +39,7 @@ CLOSING_SECONDS = 30.0
 
 @dataclass(frozen=True, order=True)
 class _Work:
-    """A piece of work: consecutive groups of one granule. Pieces are done in the order of their granules."""
+    """A piece of work: consecutive groups of one granule. Engines get the pieces in the order of the granules."""
 
     number: int  # of the granule
     first: int
@@ -51,7 +51,7 @@ class _Work:
 
 @dataclass
 class _Engine:
-    """One engine as the driver sees it: the actor, its state, and the work that it has."""
+    """What the driver keeps about one engine: its actor, its state, and the pieces of work that it is doing."""
 
     name: str
     actor: Any
@@ -68,7 +68,8 @@ class EnginePool:
         resources: what each engine requests from Ray. With tensor parallelism, one engine has several GPUs.
         on_event: called with a message for the user, for example that an engine was lost or a group was left out.
         start: starts the scorer in the process of an engine; must be picklable.
-        living: keep the engines after a run. They then stop only at `close`, or if a run is interrupted during work.
+        living: keep the engines after a call of `run` or `sample`. They stop only at `close`, or if that call is
+            interrupted.
     """
 
     def __init__(
@@ -126,8 +127,8 @@ class EnginePool:
         When a result is yielded, its log-probs are in the store. A granule that was split has several results.
 
         Args:
-            granules: references to tables of schema GRANULE. They are taken only when engines can use them, and are
-                given to engines in this order.
+            granules: references to tables of schema GRANULE. A granule is taken from the iterator only when an engine
+                can use it. Engines get the granules in this order.
 
         Raises:
             EngineError: an engine does not start, or returned a wrong result.
@@ -139,7 +140,8 @@ class EnginePool:
     def sample(self, granules: Iterable[ray.ObjectRef], sampling: Sampling) -> Generator[Sampled | Scored, None, None]:
         """Sample completions for granules of prompts; yield the result of each granule as soon as it is finished.
 
-        If a single prompt kills engines, it is left out, and a `Scored` with the prompt in `unscored` is yielded.
+        If engines die repeatedly with a single prompt, this prompt is left out: a `Scored` that lists it in `unscored`
+        is yielded.
 
         Args:
             granules: references to tables of schema PROMPTS.
@@ -150,7 +152,9 @@ class EnginePool:
         yield from self._run(granules, sampling)
 
     def load(self, settings: ScorerSettings, store: ReferenceStore) -> None:
-        """Switch all engines, also those that start later, to another model. Its log-probs are written to `store`.
+        """Switch all engines to another model, whose log-probs are written to `store`.
+
+        Engines that start later also load this model.
 
         Raises:
             EngineError: an engine cannot load the model.
@@ -208,7 +212,7 @@ class EnginePool:
     # ---- sending work to engines
 
     def _place_work(self) -> None:
-        """Take as many granules as the pool can use, start engines, give them granules, and stop surplus engines."""
+        """Take as many granules as the pool can use, start engines, send granules, and stop engines without work."""
         self._grow()
         self._hand_out()
         while self._source is not None and len(self._waiting) <= self._most:
@@ -224,7 +228,9 @@ class EnginePool:
             self._shrink()
 
     def _grow(self) -> None:
-        """Start engines while more granules wait than engines are free: up to `replicas`; if many wait, `max_replicas`.
+        """Start engines while more granules wait than engines are free.
+
+        The largest number of engines is `replicas`, or `max_replicas` if many granules wait.
 
         An actor that fits on no node stays pending, which makes Ray's autoscaler add a node.
         """
@@ -239,7 +245,7 @@ class EnginePool:
             self._engines.append(_Engine(name, actor, actor.__ray_call__.remote(_start)))
 
     def _hand_out(self) -> None:
-        """Send each idle engine a granule. If many granules wait, also send busy engines their next one in advance."""
+        """Send a granule to each idle engine. If many granules wait, also send a second one to each busy engine."""
         for engine in self._in("idle"):
             if self._waiting:
                 self._give(engine)
@@ -270,7 +276,7 @@ class EnginePool:
     # ---- receiving results from engines
 
     def _answers(self) -> Iterator[Sampled | Scored]:
-        """Wait until a call of some engine returns; handle it, and yield the finished results."""
+        """Wait until the call of an engine returns. Handle what it returned, and yield the finished results."""
         awaited: dict[ray.ObjectRef, _Engine] = {}
         for engine in self._in("starting", "busy", "leaving"):
             awaited |= dict.fromkeys(engine.work or [engine.awaited], engine)
@@ -317,9 +323,10 @@ class EnginePool:
     # ---- handling engine deaths
 
     def _lost(self, engine: _Engine, why: str) -> Iterator[Sampled | Scored]:
-        """Handle the death of an engine: yield the results that it had returned, and queue its other work again.
+        """Handle the death of an engine: yield the results that it has returned, and queue its unfinished work again.
 
-        The next engine looks up this work in the store first, because the lost engine may have committed some of it.
+        The next engine first looks for these log-probs in the store, because the lost engine may have committed some of
+        them.
         """
         state, place = engine.state, engine.place
         for answer in ray.wait(list(engine.work), num_returns=len(engine.work), timeout=0)[0] if engine.work else ():
@@ -345,16 +352,16 @@ class EnginePool:
                 yield from self._split(retry, engine, why)
 
     def _split(self, work: _Work, engine: _Engine, why: str) -> Iterator[Scored]:
-        """Split a piece of work with which two engines have died into smaller pieces.
+        """Split a piece of work into smaller pieces, because two engines have died with it.
 
-        If it is a single group, leave this group out instead, and yield a result that says so.
+        If the piece is a single group, leave out this group instead, and yield a result that lists it in `unscored`.
         """
         table = ray.get(work.table)
         last = len(table) if work.last is None else work.last
         if last - work.first == 1:
             group = table["group_id"][work.first].as_py()
             self._on_event(
-                f"{DEATHS_OF_A_GRANULE} engines died while they processed only the group {group.hex()}: it is left out"
+                f"{DEATHS_OF_A_GRANULE} engines died while they processed the group {group.hex()} alone: it is left out"
             )
             yield Scored(1, 0, 0, 0, 0, 0.0, engine.name, (Unscored(group, "kills_engine", why),), work.number)
             return
@@ -394,7 +401,7 @@ class EnginePool:
 
 
 def _start(engine: Engine) -> Place:
-    """Start the scorer of an engine, in the engine's process; return the process, its node and its GPUs."""
+    """Start the scorer of an engine, in the process of the engine. Return the process id, the node and the GPUs."""
     engine.start()
     return place_of_this_process()
 

@@ -63,7 +63,7 @@ def prompt_key(ids: Sequence[int]) -> bytes:
 
 
 def prompt_table(prompts: Sequence[Sequence[int]], seed: int, number: int, samples: int) -> pa.Table:
-    """Build the table (schema PROMPTS) that asks engines for `samples` completions of each prompt.
+    """Build the table (schema PROMPTS) from which engines sample `samples` completions of each prompt.
 
     Args:
         number: number of the round, which determines the seeds; 0 for samples that are used to evaluate policies.

@@ -39,7 +39,8 @@ class ScorerSettings:
 class Scorer(Protocol):
     """An object that holds a frozen model and scores completions with it. `close` frees the model.
 
-    The two counters start at 0 and only grow. To get the count of one call, subtract the count before the call.
+    `cached_tokens` and `rescored` start at 0 and only grow. To get the count of one call, subtract the count before the
+    call.
     """
 
     # Prompt tokens that were read from a cache instead of being computed again, summed over all sequences.
@@ -49,8 +50,8 @@ class Scorer(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
         """Return the log-probs of the completion of each request, in the same order: float32 [completion tokens].
 
-        All log-probs are finite and at most 0. The result of a request is None if the model gives no finite log-probs
-        for it; this does not affect the other requests.
+        All log-probs are finite and at most 0. If the model gives no finite log-probs for a request, the result of this
+        request is None; the other requests are not affected.
 
         Raises:
             EngineError: a prompt or completion is empty, both together are longer than `max_length_tokens`, or the

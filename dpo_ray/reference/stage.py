@@ -81,7 +81,7 @@ class ScoringTally:
 
 
 def token_parts(tokens: Artifact) -> list[str]:
-    """List the files of a tokens artifact that hold groups. Files of training data come first."""
+    """List the files with groups of a tokens artifact. Files of training data come first."""
     return [name for split in splits(tokens) for name in tokens.names(f"{split}/")]
 
 
@@ -100,10 +100,11 @@ def score(
     """Score all completions that the store lacks. If the store lacks none, no engine is started.
 
     Args:
-        request: the resources that each engine requests from Ray; or each training worker, if the trainer scores.
-        advance: called with the number of groups done since the last call, and a description of the totals.
+        request: the resources that each engine requests from Ray. If the trainer scores, those of each training worker.
+        advance: called with the number of groups that are done since the last call, and with a description of the
+            totals.
         say: called with messages about the engines and about the groups that are left out.
-        pool: running engines, which load the model; None: this call starts its own engines, and stops them at the end.
+        pool: running engines, which load the model. None: this function starts engines, and stops them at the end.
 
     Raises:
         DataError: more than the fraction `max_unscored_fraction` of all groups cannot be scored.
@@ -136,10 +137,10 @@ def score(
 
 
 def check_unscored(tally: ScoringTally, limit: float) -> None:
-    """Check that the groups without log-probs are at most the fraction `limit` of all groups.
+    """Check that at most the fraction `limit` of all groups has no log-probs.
 
     Raises:
-        DataError: there are more; the error lists the reasons.
+        DataError: more groups have no log-probs. The error lists the reasons.
     """
     count = len(tally.unscored)
     if count > limit * tally.groups:
@@ -162,8 +163,8 @@ def look_up_all(
 ) -> Iterator[ray.ObjectRef]:
     """Look up all groups in the store, in Ray tasks, and yield granules of the completions that the store lacks.
 
-    The granules are in the order of the groups. Each task produces a few granules in advance, then waits until they
-    are taken.
+    The granules are in the order of the groups. Each task produces a few granules in advance, then waits until the
+    caller has taken them.
 
     Args:
         engine_cpus: CPUs that each engine requests, which the tasks must leave free.

@@ -1,4 +1,4 @@
-"""Scoring in the order of training (`reference.mode: streaming`), so that training starts before all groups are scored.
+"""Scoring in the order of training (`reference.mode: streaming`). Training starts before all groups are scored.
 
 The schedule's steps are divided into buckets (ranges of steps). The files of a bucket are written as soon as its groups
 are scored. A turn is the groups of one bucket, or groups that no step uses.
@@ -131,7 +131,7 @@ class InOrder:
     def _write_scored(self) -> None:
         """Start writing the turns that are scored, in order.
 
-        The order matters because a group that occurs in two turns is scored with the earlier one.
+        The order matters, because a group that occurs in two turns is scored with the earlier turn.
         """
         while (number := len(self._writes)) < self._handed_out and not self._groups_left[number]:
             self._writes.append(self._writer.submit(self._write, self._turns[number]))
@@ -173,7 +173,7 @@ class InOrder:
 
 
 def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield all items, but take the next item from `items` before yielding the current one."""
+    """Yield all items. Before each item is yielded, the next item is already taken from `items`."""
     buffer: list[Item] = []
     for item in items:
         buffer.append(item)
@@ -194,7 +194,8 @@ def _look_up(
 ) -> Iterator[tuple[int, int, list[int]] | pa.Table]:
     """Look up one turn's groups; yield a tuple of counts, then the granules of the missing completions.
 
-    The counts are: completions in the store, groups whose completions are all in the store, and each granule's size.
+    The counts are: the number of completions in the store, the number of groups whose completions are all in the store,
+    and a list of the granules' sizes.
     """
     missing, found = find_missing(table, store, index)
     size = min(granule_groups, max(1, ceil(len(missing) / engines)))
@@ -207,6 +208,6 @@ def _look_up(
 def _join_and_write(
     bucket: Bucket, table: pa.Table, store: ReferenceStore, index: StoreIndex, packing: Packing, staging: Staging
 ) -> list[FileEntry]:
-    """Fetch the log-probs of a bucket's groups from the store, pack the groups into micro-batches, write the files."""
+    """Fetch the log-probs of a bucket's groups from the store, pack the groups into micro-batches, and write these."""
     table = table.append_column("token_logps", fetch_token_logps(table, store, store.index(known=index)))
     return write_bucket(bucket, table, packing, staging)

@@ -52,18 +52,18 @@ def score_with_trainer(
 ) -> Generator[Scored, None, None]:
     """Score granules on `train.workers` training workers. Yield the result of each granule once, when it is ready.
 
-    By then the log-probs of the granule are in the store. If a worker dies, all workers start again and score what the
-    store still lacks, so only the current granule is lost. Without granules nothing is started. If the iterator is
-    closed early, the workers end after their current granule.
+    When a result is yielded, the log-probs of its granule are in the store. If a worker dies, all workers start again
+    and score what the store still lacks, so only the current granule is computed again. If there are no granules, no
+    worker is started. If the caller closes this generator early, the workers end after their current granule.
 
     Args:
         request: the resources that each worker requests from Ray.
         granules: references to tables of schema GRANULE, with completions that the store lacks.
-        say: called with messages about lost workers, and about what the run waits for.
+        say: called with messages about lost workers and missing resources.
 
     Raises:
         TrainError: the workers died more often than train.max_failures allows.
-        ConfigError, ArtifactError: as raised in the workers.
+        ConfigError, ArtifactError: raised by the workers.
     """
     if not granules:
         return
@@ -90,7 +90,7 @@ def score_with_trainer(
 def _in_background(
     task: ScoringTask, request: Resources, say: Callable[[str], None], unwanted: threading.Event
 ) -> Future[ConfigError | None]:
-    """Run the workers from a new thread, because the driver's own thread reads their results meanwhile.
+    """Run the workers from a new thread, because the main thread of the driver reads their results at the same time.
 
     Return a future for the result of `score_worker`.
     """

@@ -1,4 +1,4 @@
-"""Scoring with the trainer's own forward pass, without gradients. It agrees with training, but is slower than vLLM."""
+"""Scoring with the forward pass of training, without gradients. The log-probs agree with training; vLLM is faster."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class TrainerScorer:
         """Score this rank's share of the groups. Collective: all ranks must call this with the same groups.
 
         Returns:
-            By index into `groups`: the log-probs of each completion, float32 [completion tokens]. Together, the ranks
-                return each group once.
+            A mapping from index into `groups` to the log-probs of each completion, float32 [completion tokens]. Each
+                group is in the result of exactly one rank.
         """
         tokens = [g.tokens for g in groups]
         work = [estimate_work(len(g.prompt_ids), [len(c) for c in g.completion_ids]) for g in groups]
@@ -120,10 +120,10 @@ def score_granules(
     groups and commits it as one segment (file). Completions that a previous attempt has committed are not scored again.
 
     Args:
-        known: segments of the store that contain no completion of these granules, so that they need not be searched.
+        known: segments of the store that contain no completion of these granules. They are not searched.
         granules: tables of schema GRANULE.
-        report: called on rank 0 for each granule when all its log-probs are in the store. If it returns False, nobody
-            needs further results, and all ranks return.
+        report: called on rank 0 for each granule when all its log-probs are in the store. If `report` returns False, no
+            further results are needed, and all ranks return.
 
     Raises:
         ArtifactError: the store cannot be read or written.

@@ -1,4 +1,4 @@
-"""Inspection of a reference store: it counts the contents, and checks whether they are valid.
+"""Inspection of a reference store: functions that count its contents, and check whether the contents are valid.
 
 A partition is the directory of the store for one model and its numerics (engine, version, device, dtypes).
 """
@@ -36,7 +36,8 @@ READERS = 4  # maximum number of complete segments (files) in memory at once
 COMPARED_AT_ONCE = 16_384  # number of repeated entries that are compared at once
 AGREEMENT = {"float32": 1e-4}
 ROUGH_AGREEMENT = 0.5
-"""Largest allowed difference (nats) between two computations of the same log-prob: in float32, and in other dtypes."""
+"""Largest allowed difference (nats) between two computations of the same log-prob: AGREEMENT in float32, this value in
+other dtypes."""
 _PARTITION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
 
 
@@ -65,7 +66,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Contradictions:
-    """Keys that occur twice with different log-probs. One of the two entries is wrong, and it is unknown which."""
+    """Keys that occur twice with different log-probs. One of the two entries is wrong, but which one is unknown."""
 
     keys: np.ndarray  # KEY [m]
     segment: np.ndarray  # int64 [m], the segment of the later entry: its position among the compared segments
@@ -83,13 +84,13 @@ def stats(root: Storage) -> list[PartitionStats]:
 
 
 def verify(root: Storage) -> Iterator[Fault]:
-    """Read a whole store and yield all faults: damaged files, values that are no log-probs, contradicting entries."""
+    """Read a complete store and yield all faults: damaged files, invalid log-probs, and contradicting entries."""
     for name in partitions(root):
         partition = root.child(name)
         try:
             about = read_about(partition)
             if about and partition_name(about["model_digest"], about["numerics"]) != name:
-                yield Fault(partition.full_path(ABOUT), "it describes another partition")
+                yield Fault(partition.full_path(ABOUT), "the file describes another partition")
         except ArtifactError as error:
             yield Fault(error.where, error.what)
         keys, damaged = check_segments(partition)
@@ -97,7 +98,7 @@ def verify(root: Storage) -> Iterator[Fault]:
         names, conflicts = list(keys), contradictions(partition, keys)
         pairs = Counter(zip(conflicts.segment.tolist(), conflicts.against.tolist(), strict=True))
         for (segment, against), count in sorted(pairs.items()):
-            what = f"{count:,} of its sequences have other log-probs than in {names[against]}"
+            what = f"{count:,} sequences of this file have other log-probs in {names[against]}"
             yield Fault(partition.full_path(names[segment]), what)
 
 
@@ -110,7 +111,7 @@ def read_about(partition: Storage) -> dict[str, Any]:
     try:
         about = json.loads(partition.read_bytes(ABOUT))
         if not (isinstance(about["model_digest"], str) and isinstance(about["numerics"], dict)):
-            raise ValueError("its fields have the wrong types")
+            raise ValueError("the fields have the wrong types")
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -123,7 +124,7 @@ def read_about(partition: Storage) -> dict[str, Any]:
 
 
 def last_used_unix_seconds(partition: Storage) -> float | None:
-    """Return the Unix time when a partition was last used, accurate to one hour; None if it is not known."""
+    """Return the Unix time when a partition was last used, accurate to one hour. Return None if it is unknown."""
     stamps = [stamp_nanoseconds(name) or 0 for name in list_partition(partition)[0]]
     known = [marked_unix_seconds(partition) or 0.0, max(stamps, default=0) / 1e9]
     return max(known) or None

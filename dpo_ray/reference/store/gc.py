@@ -25,7 +25,8 @@ from .segment import key_column, new_name, stamp_nanoseconds, to_bytes
 from .store import ABOUT, MARK_SECONDS, USED, StoreIndex, list_partition, read_places, vanished
 
 IN_USE_SECONDS = 3600 + MARK_SECONDS
-"""A partition counts as in use if its mark of use is younger: one hour, plus the time by which a mark may be late."""
+"""A partition counts as in use if its mark (the time of last use) is younger than this: one hour, plus the largest
+delay of a mark."""
 MERGED_BYTES = 64 << 20
 """Maximum size of a merged segment: large enough that there are few files, small enough to hold one in memory."""
 SMALL_BYTES = MERGED_BYTES // 2
@@ -34,7 +35,7 @@ DEAD_SECONDS = 3600  # if a file stays unfinished for this time, its writer has 
 
 @dataclass(frozen=True)
 class Cleared:
-    """One action of the clean-up on files of a partition, which was done or (with `dry_run`) would be done."""
+    """One action of the clean-up on the files of a partition. With `dry_run`, it was not done, but would be done."""
 
     partition: str
     action: Literal["left alone", "deleted", "merged"]
@@ -61,13 +62,13 @@ def clear(
     deleted. A partition that was used in the last hour is left alone.
 
     Args:
-        unused_days: delete partitions that no run has used for so many days.
-        force: also clean up partitions that are in use. A run that reads there lists the segments again if some are
-            gone.
+        unused_days: delete partitions that no run has used for this number of days. None: keep them.
+        force: also clean up partitions that are in use. If a run is reading there and a segment is gone, the run lists
+            the segments again.
         dry_run: change nothing, and return what would be done.
 
     Raises:
-        LeaseError: another process is cleaning up this store, or has taken over while this one was stopped.
+        LeaseError: another process is cleaning up this store, or has begun to do so while this process was suspended.
     """
     names = partitions(root)
     # Two such processes could destroy data: one could delete a segment into which the other has just merged entries.
@@ -121,7 +122,7 @@ def _merge(partition: Storage, name: str, keys: dict[str, np.ndarray], dry_run: 
 def _plan(
     partition: Storage, index: StoreIndex, keys: dict[str, np.ndarray], sizes: Sequence[int]
 ) -> tuple[list[int], list[_Merge]]:
-    """Choose the segments to delete, because other segments contain all their entries; and the segments to merge.
+    """Choose the segments to delete, whose entries are all in other segments, and the segments to merge.
 
     Returns:
         The positions of the segments to delete, and the merges.
@@ -145,7 +146,7 @@ def _plan(
 
 
 def _batches(segments: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Cut a list of segments into batches of at most MERGED_BYTES, without a change of the order."""
+    """Divide a list of segments into batches of at most MERGED_BYTES. The order does not change."""
     batch, total = [], 0
     for segment in segments:
         if batch and total + sizes[segment] > MERGED_BYTES:
@@ -172,7 +173,7 @@ def _write_merged(partition: Storage, index: StoreIndex, merge: _Merge) -> None:
 
 
 def _drop(partition: Storage, name: str, segments: Sequence[str], why: str, dry_run: bool) -> Cleared:
-    """Delete a partition of which `segments` are all; files that are not the store's, and what a run has added, stay."""
+    """Delete all `segments` of a partition. Then delete the partition, unless there are other or new files in it."""
     bytes_of = partition.file_sizes()
     if not dry_run:
         for file in segments:

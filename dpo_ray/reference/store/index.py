@@ -27,13 +27,13 @@ def as_keys(keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
 
 
 def halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split each key into two halves: KEY [n] becomes two arrays uint64 [n], which NumPy can sort and search fast."""
+    """Split each key into two halves: KEY [n] becomes two arrays uint64 [n]. NumPy sorts and searches these fast."""
     both = np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 2)
     return both[:, 0], both[:, 1]
 
 
 def first_of_equal(keys: np.ndarray) -> np.ndarray:
-    """Return for each key of an array whether it occurs there for the first time: bool [n]."""
+    """Return for each key of an array whether no earlier position of the array has the same key: bool [n]."""
     first, second = halves(keys)
     order = _order(first, second)
     is_first = np.empty(len(keys), bool)
@@ -91,7 +91,7 @@ class StoreIndex:
         return len(self.first)
 
     def find(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Return for each key whether the index contains it; then the store has its log-probs: bool [n]."""
+        """Return for each key whether the index contains it, so that the store has its log-probs: bool [n]."""
         return self.positions(keys) >= 0
 
     def positions(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ def _sorted(
 
 
 def _order(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the indices that sort keys by both halves. Equal keys keep their order (the sort is stable)."""
+    """Return the indices that sort keys by the first half, then by the second. Equal keys keep their order."""
     order = np.argsort(first)  # several times as fast as a stable sort by both halves
     equal = first[order[1:]] == first[order[:-1]]
     tied = np.flatnonzero(np.append(equal, False) | np.insert(equal, 0, False))

@@ -102,7 +102,7 @@ def read_whole(partition: Storage, name: str) -> tuple[np.ndarray, pa.ListArray]
         table = file.read()
         values = _list_array(table["token_logps"])
         if not are_logps(values.values.to_numpy()):
-            raise ValueError("it contains values that cannot be log-probs")
+            raise ValueError("the file contains values that cannot be log-probs")
         return key_array(table["key"]), values
 
     return _decoded(partition, name, io.BytesIO(data), decode)
@@ -150,7 +150,7 @@ def _values(file: pq.ParquetFile, rows: np.ndarray) -> pa.ListArray:
     footer = file.metadata
     ends = np.cumsum([footer.row_group(g).num_rows for g in range(footer.num_row_groups)])
     if len(rows) and (not len(ends) or rows[-1] >= ends[-1]):
-        raise ValueError("it has fewer rows than before")
+        raise ValueError("the file has fewer rows than before")
     group_of_row = np.searchsorted(ends, rows, side="right")
     groups = np.unique(group_of_row)
     sizes = np.diff(ends, prepend=0)[groups]
@@ -176,7 +176,7 @@ def _decoded(partition: Storage, name: str, stream: BinaryIO, decode: Callable[[
     try:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         if not file.schema_arrow.equals(SEGMENT):
-            raise ValueError(f"its columns are {file.schema_arrow.names}")
+            raise ValueError(f"the file has the wrong columns: {file.schema_arrow.names}")
         return decode(file)
     except (FileNotFoundError, DpoRayError):
         raise
@@ -196,9 +196,9 @@ def _decoded(partition: Storage, name: str, stream: BinaryIO, decode: Callable[[
 
 
 def _is_damage(error: Exception) -> bool:
-    """Return whether an error means that the file's bytes are damaged.
+    """Return whether an error of reading a file means that the file's bytes are damaged.
 
-    Otherwise the disk or the network failed: such errors have an error number, or are timeouts.
+    All other errors mean that the disk or the network failed. They have an error number, or are timeouts.
     """
     if isinstance(error, OSError):
         return type(error) is OSError and error.errno is None

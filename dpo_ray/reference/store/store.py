@@ -61,7 +61,7 @@ class Numerics:
 
 @dataclass(frozen=True)
 class ReferenceStore:
-    """The part of the store for one model and its numerics (its partition, one directory). Can be pickled.
+    """The log-probs of one model with its numerics: one directory of the store (a partition). Can be pickled.
 
     A partition consists of segments: Parquet files that are written completely or not at all, and are never changed. So
     writers do not conflict, and readers need no lock. If two writers work at the same time, a key may be in several
@@ -98,7 +98,7 @@ class ReferenceStore:
         for batch in table.select(["prompt_ids", "completion_ids"]).to_batches(max_chunksize=GROUPS_AT_ONCE):
             completion_ids = batch["completion_ids"]
             if completion_ids.null_count:
-                raise ValueError("keys cannot be computed of a group with nulls")
+                raise ValueError("no key can be computed for a group with nulls")
             prompts, prompt_ends = _hashable(batch["prompt_ids"])
             completions, completion_ends = _hashable(completion_ids.flatten())
             begin, c, at = 0, 0, 0  # start of the next prompt's bytes; next completion; start of its bytes
@@ -125,7 +125,7 @@ class ReferenceStore:
 
         Args:
             segments: read only these segments; None: read all.
-            known: an existing index. Only segments that it lacks are read, and the result is both together.
+            known: an existing index. Only segments that are not in it are read, and the result contains its keys, too.
 
         Raises:
             ArtifactError: another process keeps deleting segments during the reading.
@@ -149,8 +149,8 @@ class ReferenceStore:
     def fetch(self, index: StoreIndex, keys: Sequence[bytes] | np.ndarray) -> pa.ListArray:
         """Read the log-probs of each key: lists of float32 [n], in the order of `keys`. A key may occur twice.
 
-        Each segment is read at most once, and only the row groups that contain some of the keys. If a segment has been
-        deleted since the index was built, a new index is built, and all is read once more.
+        Each segment is read at most once, and of each segment only the row groups with these keys. If a segment has
+        been deleted since the index was built, a new index is built, and all keys are read again.
 
         Raises:
             ArtifactError: a key is not in the store, or its segment is damaged.
@@ -168,7 +168,7 @@ class ReferenceStore:
     def append(self, keys: Sequence[bytes] | np.ndarray, token_logps: Sequence[np.ndarray] | pa.ListArray) -> str:
         """Write log-probs to the store, as one new segment (file); return the name of the segment.
 
-        When this returns, the segment survives a crash.
+        When this method returns, the segment is committed and survives a crash.
 
         Args:
             keys: [n], the key of each completion.
@@ -252,7 +252,7 @@ def read_index(partition: Storage, names: Sequence[str]) -> StoreIndex:
 
 
 def read_places(partition: Storage, segments: Sequence[str], segment: np.ndarray, row: np.ndarray) -> pa.ListArray:
-    """Read the log-probs at given places of the store; return them in the order of the places.
+    """Read the log-probs at places of the store (a segment and a row each). Return them in the order of the places.
 
     Args:
         segments: names of segments.
@@ -291,7 +291,7 @@ def mark_used(partition: Storage) -> None:
 
 
 def marked_unix_seconds(partition: Storage) -> float | None:
-    """Return the Unix time that `mark_used` recorded last; None if there is none, or if it cannot be read."""
+    """Return the Unix time that `mark_used` recorded last; None if no time was recorded, or if it cannot be read."""
     try:
         return float(json.loads(partition.read_bytes(USED))["unix_seconds"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
@@ -307,6 +307,6 @@ def _hashable(lists: pa.ListArray) -> tuple[memoryview, list[int]]:
     offsets, values = lists.offsets.to_numpy(), lists.flatten().to_numpy()
     lengths = np.diff(offsets)
     if lists.null_count or len(values) != offsets[-1] - offsets[0]:
-        raise ValueError("keys cannot be computed of token ids with nulls")
+        raise ValueError("no key can be computed for token ids with nulls")
     content = np.insert(values.astype(np.int32, copy=False), offsets[:-1] - offsets[0], lengths.astype(np.int32))
     return content.data.cast("B"), (content.itemsize * np.cumsum(lengths + 1)).tolist()

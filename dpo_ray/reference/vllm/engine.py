@@ -31,7 +31,7 @@ OUTSIDE_LAYERS = ("lm_head", "embed", "wte", "wpe")  # embed_tokens, embed_in, e
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """Facts from vLLM about the model and the device, which determine the engine's step size and KV cache size."""
+    """Facts about the model and the device from vLLM, which determine the step size and the KV cache size."""
 
     vocabulary: int
     value_bytes: int  # size of one logit, and of one number in the KV cache
@@ -67,7 +67,7 @@ def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> 
 
 @contextmanager
 def start_errors(settings: ScorerSettings) -> Iterator[None]:
-    """Convert the exceptions that vLLM raises in this context, while it starts, to an EngineError."""
+    """Convert any exception that vLLM raises inside the `with` block, in which it starts, to an EngineError."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
@@ -154,8 +154,8 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
 def lora_options(adapter: Adapter) -> dict[str, Any]:
     """Build the options that prepare an engine for one LoRA adapter.
 
-    Only the modules that the adapter changes are prepared. By default vLLM would also prepare the output head. That
-    breaks the log-probs of prompts even if the adapter does not change the head, because vLLM then treats each row of a
+    Only the modules that the adapter changes are prepared. By default vLLM would also prepare the output head. Then the
+    log-probs of prompts are wrong even if the adapter does not change the head, because vLLM treats each row of a
     prompt as a separate sequence.
 
     Raises:
@@ -181,7 +181,7 @@ def lora_options(adapter: Adapter) -> dict[str, Any]:
 def _sizes(settings: ScorerSettings, vllm_config: Any) -> dict[str, Any]:
     """Choose the number of tokens in one engine step and, on CPU, the size of the KV cache.
 
-    On a GPU, the cache gets the remaining memory.
+    On a GPU, the KV cache gets all memory that vLLM may still use.
     """
     facts = _facts(settings, vllm_config)
     tokens = settings.max_batched_tokens or step_tokens(facts, settings)
@@ -225,7 +225,7 @@ def step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
         raise ConfigError(
             f"the logits of {MIN_STEP_TOKENS} tokens do not fit in the GPU memory that is left free",
             where=f"reference.gpu_memory_fraction={settings.gpu_memory_fraction}",
-            fix="decrease it (the default is 0.85), or set reference.max_batched_tokens explicitly",
+            fix="decrease gpu_memory_fraction (the default is 0.85), or set reference.max_batched_tokens",
         )
     return rows // 64 * 64
 
@@ -236,8 +236,8 @@ def logits_bytes_per_row(facts: EngineFacts) -> int:
     vLLM's V1 runner loops over requests, its V2 runner over chunks of 1024 rows. The tensors of one iteration are freed
     only after the next iteration has created its own. So at the peak, the V1 runner holds the logits, their float32
     log-softmax, and the log-softmax of the previous iteration. The V2 runner holds the logits of this and of the
-    previous iteration, because its kernel outputs only the requested tokens. With tensor parallelism, there is also a
-    second copy of the gathered shards while they are put in order.
+    previous iteration, because its kernel outputs only the requested tokens. With tensor parallelism, a second copy of
+    the gathered shards exists while they are put in order.
     """
     logits = facts.value_bytes * (1 if facts.tensor_parallel == 1 else 2)
     return facts.vocabulary * (logits + (facts.value_bytes if facts.v2_runner else 4 + 4))
@@ -252,14 +252,16 @@ def logits_room_bytes(facts: EngineFacts, settings: ScorerSettings) -> int:
 
 
 def most_step_tokens(facts: EngineFacts, settings: ScorerSettings) -> int:
-    """Return the largest useful number of tokens in one step. These values are vLLM's defaults for offline batches."""
+    """Return the largest useful number of tokens in one engine step: vLLM's default for offline batches."""
     if settings.device == "cpu":
         return 4096
     return 16384 if facts.device_bytes >= 70 << 30 else 8192
 
 
 def kv_cache_bytes(facts: EngineFacts, longest_tokens: int, step: int) -> int:
-    """Compute the size of the KV cache on CPU, in bytes. It must keep a prompt until all its completions have used it.
+    """Compute the size of the KV cache on CPU, in bytes.
+
+    The cache must hold a prompt until all its completions are computed.
 
     The completions of a group are adjacent, so a prompt is needed again in the same step or in the next one. Memory for
     four steps and some sequences of the full length is more than enough. The size is at least 256 MiB, so that small

@@ -27,8 +27,8 @@ SHARING_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 class VllmScorer:
     """A scorer with one vLLM engine.
 
-    The completions of one prompt are scored directly after each other, so that vLLM computes the prompt only once and
-    finds it in its prefix cache afterwards.
+    The completions of one prompt are scored directly after each other. So vLLM computes the prompt only for the first
+    one, and finds it in the prefix cache for the others.
     """
 
     share_prompt: bool  # whether the prefix cache is used: True if the settings say so and a check at the start passed
@@ -55,8 +55,8 @@ class VllmScorer:
 
         The result of a request is None if vLLM returned values that cannot be log-probs.
 
-        A hit in the prefix cache is valid only if it ends inside the prompt. If it reaches into the completion, vLLM
-        returns no log-probs for the cached tokens (V2 runner), or uninitialised memory (V1 runner). Such sequences are
+        A hit in the prefix cache is valid only if it ends inside the prompt. If a hit reaches into the completion, the
+        values for the cached tokens are missing (V2 runner) or are uninitialised memory (V1 runner). Such sequences are
         scored again without reading the cache.
 
         Raises:
@@ -69,7 +69,7 @@ class VllmScorer:
             if not (len(request.prompt_ids) and len(request.completion_ids) and len(sequence) <= self._longest):
                 raise EngineError(
                     f"cannot score {len(request.completion_ids)} tokens after a prompt of {len(request.prompt_ids)} tokens",
-                    fix=f"neither may be empty, and the engine was started for at most {self._longest} tokens together",
+                    fix=f"neither may be empty, and both together may have at most {self._longest} tokens",
                 )
         scores: list[np.ndarray | None] = [None] * len(requests)
         pending = side_by_side(requests)
@@ -176,7 +176,7 @@ class VllmScorer:
         return np.minimum(logps, 0.0)
 
     def _sharing_fault(self, tolerance: float) -> str | None:
-        """Check the prefix cache: score one artificial group with and without it, and compare the results.
+        """Check the prefix cache: score one artificial group with and without the cache, and compare the log-probs.
 
         Return what is wrong with the cache, or None.
         """
@@ -193,8 +193,8 @@ class VllmScorer:
 def pack_head(worker: Any) -> None:
     """Convert the weight of the output head again to the layout of the CPU kernels. This runs in vLLM's worker.
 
-    vLLM converts it when it loads the weight of the head. But a head that is tied to the embedding is never loaded
-    itself, so the old converted weight would stay in use.
+    vLLM converts the weight when it loads the head. But a head that is tied to the embedding is never loaded, so vLLM
+    would continue to use the old converted weight.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -204,7 +204,7 @@ def pack_head(worker: Any) -> None:
 
 
 def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
-    """Return the indices of the requests in the order of scoring: long groups first, each group's requests together."""
+    """Return the indices of the requests in the order of scoring: group by group, groups with long sequences first."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in requests]
     longest: dict[int, int] = {}
     for request, length in zip(requests, lengths, strict=True):
@@ -215,7 +215,7 @@ def side_by_side(requests: Sequence[ScoreRequest]) -> list[int]:
 def probe_group(block_tokens: int, longest_tokens: int, vocabulary: int) -> list[ScoreRequest]:
     """Build two requests to test the prefix cache: one prompt, and two completions that differ in the first token.
 
-    The prompt fills a few blocks of the cache. Return [] if that is too long for the engine.
+    The prompt fills a few blocks of the cache. Return [] if such a prompt is too long for the engine.
     """
     tokens = min(8, longest_tokens // 4)
     prompt_tokens = min(3 * block_tokens + block_tokens // 2, longest_tokens - tokens)
@@ -285,7 +285,7 @@ def read_flat(answer: Any, ids: list[int], tokens: int) -> np.ndarray:
 def read_token_ids(answer: Any, ids: list[int], tokens: int) -> np.ndarray | None:
     """Read the log-probs of a completion from a result of vLLM's V2 runner: float32 [tokens].
 
-    Return None if the result has no log-probs because a cache hit covers some of the tokens.
+    Return None if the result has no log-probs, because a cache hit covers some of the completion's tokens.
 
     Raises:
         EngineError: the result belongs to other tokens, or has another number of log-probs.

@@ -138,7 +138,7 @@ def test_a_description_of_another_partition_is_a_fault(store: ReferenceStore) ->
     about = json.loads(path_of(store, "about.json").read_text())
     about["numerics"]["dtype"] = "bfloat16"
     path_of(store, "about.json").write_text(json.dumps(about))
-    assert faults_of(store) == [("about.json", "it describes another partition")]
+    assert faults_of(store) == [("about.json", "the file describes another partition")]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_duplicates_must_agree(dtype: str, off: float, is_fault: bool, tmp_path:
     first = append(store, range(4))
     second = append(store, range(2, 6), value=-1.0 - off)
     third = append(store, range(4, 6), value=-1.0 - off)  # agrees with the second
-    what = f"2 of its sequences have other log-probs than in {first}"
+    what = f"2 sequences of this file have other log-probs in {first}"
     assert faults_of(store) == ([(second, what)] if is_fault else [])
     assert third not in str(faults_of(store))
 
@@ -159,7 +159,7 @@ def test_duplicates_of_other_lengths_contradict_each_other(store: ReferenceStore
     monkeypatch.setattr(care, "COMPARED_AT_ONCE", 3)
     first = append(store, range(10), tokens=3)
     second = append(store, range(10), tokens=4)
-    assert faults_of(store) == [(second, f"10 of its sequences have other log-probs than in {first}")]
+    assert faults_of(store) == [(second, f"10 sequences of this file have other log-probs in {first}")]
 
 
 lists = st.lists(st.lists(st.sampled_from([0.0, -0.4, -1.0]), max_size=3), max_size=6)
