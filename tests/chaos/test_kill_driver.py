@@ -82,7 +82,7 @@ MOMENTS = {
     "train": lambda root: exists(root, "chaos/checkpoints/*/step-*.json"),
     "evaluate": lambda root: exists(root, "artifacts/train-*/manifest.json"),
 }
-# In CI: while all is scored, scheduled and trained on concurrently, before and after the first checkpoint.
+# While all is scored, scheduled and trained on concurrently, before and after the first checkpoint.
 FEW_MOMENTS = ("reference", "train")
 
 
@@ -103,9 +103,10 @@ def counts(line: str) -> str:
     return re.sub(r" (scored|known)=\d+", "", line.split(" report=")[0])
 
 
+@pytest.mark.long  # in CI: a driver that is killed in training, in test_fault_matrix.py
 @pytest.mark.parametrize(
     ("mode", "stages"),
-    [("streaming", FEW_MOMENTS), pytest.param("ahead", tuple(MOMENTS), marks=pytest.mark.long)],
+    [("streaming", FEW_MOMENTS), ("ahead", tuple(MOMENTS))],
 )
 def test_a_driver_killed_in_every_stage_ends_as_an_undisturbed_one(
     mode: str, stages: tuple[str, ...], tmp_path: Path

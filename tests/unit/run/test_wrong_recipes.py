@@ -259,7 +259,7 @@ KINDS = [
     Kind("an adapter without weights", adapter_without_weights, ("model.adapter=", "pickled weights are not read")),
     Kind("an adapter that is not LoRA", adapted(peft_type="IA3"), ("model.adapter=", "of type IA3")),
     Kind("more than LoRA", adapted(modules_to_save=["lm_head"]), ("model.adapter=", "modules_to_save=['lm_head']")),
-    Kind("an adapter of another rank", adapted(r=8), ("model.adapter=", "rank 2 (A) and 2 (B)", "says 8")),
+    Kind("an adapter of another rank", adapted(r=8), ("model.adapter=", "rank 2 (A) and 2 (B)", "sets rank 8")),
     Kind("an adapter of the head", adapted(module="lm_head"), ("model.adapter=", "head or the embeddings")),
     Kind(
         "an adapter of another model",

@@ -11,6 +11,7 @@ from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import ArtifactError
 from dpo_ray.train.checkpoint.checkpoint import Checkpoints, Progress
+from dpo_ray.train.checkpoint.claim import Claim
 from dpo_ray.train.checkpoint.manifest import commit, committed_steps, prune
 from tests.unit.train.checkpoint.test_checkpoint import advance, make
 
@@ -60,26 +61,28 @@ def directories(place: Storage) -> list[str]:
 
 
 def test_what_is_newer_than_the_newest_checkpoint_is_left_to_the_attempt_that_writes_it(disk: Storage) -> None:
+    claim = Claim(disk, "this")
     for step in (2, 4, 6):
         committed(disk, step)
     for step in (3, 5, 9):  # no manifest: 3 and 5 were left by attempts that died, 9 may be in the writing
         disk.child(f"step-{step:09d}", "other").write("__0_0.distcp", b"half")
-    prune(disk, 2)
+    prune(disk, 2, claim)
     assert committed_steps(disk) == [4, 6]
     assert directories(disk) == [f"step-{step:09d}" for step in (4, 5, 6, 9)]
-    prune(disk, 1)
+    prune(disk, 1, claim)
     assert committed_steps(disk) == [6]
     assert directories(disk) == ["step-000000006", "step-000000009"]
 
 
 def test_the_best_of_each_kept_checkpoint_is_kept_and_other_files_are_not_touched(disk: Storage) -> None:
+    claim = Claim(disk, "this")
     for step, best in ((1, 1), (2, 2), (3, 1), (4, 2)):
         committed(disk, step, best=best)
     disk.child("notes").write("README.txt", b"mine")
     disk.write("step-000000001.txt", b"mine")
-    prune(disk, 2)
+    prune(disk, 2, claim)
     assert committed_steps(disk) == [1, 2, 3, 4]
-    prune(disk, 1)
+    prune(disk, 1, claim)
     assert committed_steps(disk) == [2, 4]
     assert directories(disk) == ["step-000000002", "step-000000004"]
     assert disk.read_bytes("notes/README.txt") == disk.read_bytes("step-000000001.txt") == b"mine"
