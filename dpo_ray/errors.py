@@ -56,7 +56,7 @@ class LeaseError(DpoRayError):
 
 
 class AuditError(DpoRayError):
-    """The stored log-probs of the reference model differ too much from those that the trainer computes itself."""
+    """The stored log-probs of the reference model differ too much from the log-probs that the trainer computes."""
 
     exit_code = 6
 
@@ -80,7 +80,7 @@ class InfrastructureError(DpoRayError):
 
 
 class StorageFailedError(InfrastructureError):
-    """An object store does not answer, or refuses a request. The client already repeated it; do not repeat it."""
+    """An object store does not answer, or refuses a request. Do not repeat the request: the client already has."""
 
 
 class RayLostError(InfrastructureError):

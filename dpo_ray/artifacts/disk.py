@@ -4,7 +4,7 @@ Every write goes to a temporary file in the same directory. The file is fsynced,
 atomic call. The directory is fsynced too, because the name of a file is stored in the directory, not in the file.
 
 The files hold the user's data, so only the user can access new directories and files, whatever the umask is. People
-share a directory with a group by its set-group-ID bit; below such a directory, the group can access them as well.
+share a directory with a group by its set-group-ID bit. The group can access new files below this directory as well.
 """
 
 from __future__ import annotations

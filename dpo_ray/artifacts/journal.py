@@ -57,5 +57,5 @@ class Journal:
 
 
 def whole_lines(data: bytes) -> list[bytes]:
-    """Split a journal's content into lines, without an unfinished last line."""
+    """Split a journal's content into lines; leave out an unfinished last line."""
     return data.split(b"\n")[:-1]

@@ -23,8 +23,7 @@ CONFLICT_WAIT_SECONDS = 0.2
 
 
 class ObjectStore:
-    """The objects below a prefix of a bucket. Methods raise OSError; the client's exceptions become
-    StorageFailedError."""
+    """The objects below a prefix of a bucket. Methods raise OSError, or StorageFailedError if the client fails."""
 
     def __init__(self, scheme: str, root: str) -> None:
         self.scheme, self.root = scheme, root  # root: bucket/prefix
@@ -75,7 +74,8 @@ class ObjectStore:
         """Write an object that must not exist yet. If several callers try, one succeeds, and all others get FileExistsError.
 
         If the response to a request is lost, the client may send the request again, and the store refuses it because
-        the first request succeeded. So a caller that gets FileExistsError must compare the object with its own data.
+        the first request succeeded. So a caller that gets FileExistsError must compare the object with the data that
+        the caller wrote.
         """
         for attempt in range(CONFLICT_TRIES):
             try:
@@ -159,7 +159,7 @@ def _file_system(scheme: str) -> Any:
 
 
 def _translated(action: str, where: str, call: Callable[[], Any]) -> Any:
-    """Run a client's call; convert its own exceptions, which have no common base class, to StorageFailedError."""
+    """Call the client; convert the client's exceptions, which have no common base class, to StorageFailedError."""
     try:
         return call()
     except (OSError, DpoRayError):

@@ -36,7 +36,7 @@ class Staging:
 
     The object can be pickled. If a name is written twice, the second file replaces the first. A task that may run twice
     must therefore write the same bytes under the same name. Or it uses a new name each time, and the driver passes only
-    one of these files to `commit`.
+    one of the files to `commit`.
     """
 
     root: Storage
@@ -68,9 +68,8 @@ class Staging:
     ) -> Artifact:
         """Commit exactly these files as the artifact, and delete all other files, which dead or repeated tasks left.
 
-        If another driver has already committed the same artifact, delete our files and return that artifact.
-        Raises ArtifactError if a listed file is missing, has another size or is in another place, or if a name is
-        listed twice.
+        If another driver has already committed the same artifact, delete our files and return that artifact. Raises
+        ArtifactError if a listed file is missing, has another size or another path, or if a name is listed twice.
         """
         if theirs := find_artifact(self.root, self.stage, self.key):
             self.abandon()

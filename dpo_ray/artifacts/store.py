@@ -45,7 +45,7 @@ class ArtifactStore:
         return begin_attempt(self.root, stage, key, run)
 
     def manifests(self, stage: str) -> Iterator[Manifest]:
-        """Yield the manifests of all committed artifacts of a stage; a damaged one is skipped with a warning."""
+        """Yield the manifests of all committed artifacts of a stage; a damaged manifest is skipped with a warning."""
         for directory in self.root.list_dirs():
             name, _, key = directory.rpartition("-")
             if name != stage or not key:

@@ -19,6 +19,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(artifact: Artifact, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file of an artifact, checked as in `Artifact.open`; if `columns` is set, read only these."""
+    """Read a Parquet file of an artifact, checked as in `Artifact.open`; read only `columns` if they are set."""
     with artifact.open(name) as stream:
         return pq.ParquetFile(stream).read(columns=list(columns) if columns is not None else None)

@@ -88,7 +88,7 @@ def _overridden(recipe: Recipe, **sections: dict[str, Any]) -> Recipe | None:
 
 
 def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, cluster: Cluster) -> Cluster | None:
-    """Return the smallest cluster of nodes like those of `cluster` on which the recipe fits, or None if there is none.
+    """Return the smallest cluster with the same kind of nodes on which the recipe fits, or None if there is none.
 
     Training uses all GPUs that the engines leave free.
     """
@@ -110,7 +110,7 @@ def nearest_that_fits(recipe: Recipe, sizes: ModelSizes, workload: Workload, clu
 
 
 def _first(fits: Callable[[int], bool], cluster: Cluster) -> Cluster | None:
-    """Return the first cluster that fits among those with 1 to 64 nodes, then 128, 256, ... nodes; None if there is none.
+    """Return the first cluster that fits, of clusters with 1 to 64, then 128, 256, ... nodes; None if there is none.
 
     All numbers of nodes are tried in order, because a rank does not always need less memory on more nodes.
     """

@@ -79,7 +79,7 @@ def parse_cluster(text: str) -> Cluster:
     If a GPU exists with several sizes of memory, `:GB` at the end sets the memory of each GPU: `1x8xH100:94`.
 
     Raises:
-        ConfigError: the text has another form, or the GPU is not known.
+        ConfigError: the text has another form, or the GPU is not in the planner's table.
     """
     where, known = f"--cluster {text}", ", ".join(GPUS)
     match = _SHAPE.fullmatch(text.strip())

@@ -70,9 +70,9 @@ def _is_here(shard: Shard) -> bool:
 
 
 def _rows_of(shard: Shard, batch: Sequence[Any]) -> int | None:
-    """Return the number of rows of a shard, or None if only reading the whole shard would tell.
+    """Return the number of rows of a shard, or None if the whole shard would have to be read to count them.
 
-    For JSON Lines the number is estimated from the mean size of the rows in `batch`, the first rows.
+    For JSON Lines, the number is estimated from the mean size of the first rows, which are in `batch`.
     """
     if shard.kind == SYNTHETIC:
         return json.loads(shard.location)["pairs"]

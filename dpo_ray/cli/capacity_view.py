@@ -40,7 +40,8 @@ def capacity_of(recipe: Recipe, cluster: str, plan: Plan | None = None) -> Capac
             prepared tokens or on a sample; without, they are assumed.
 
     Raises:
-        ConfigError: there is no such cluster or GPU, or the sizes of the model are not known on this machine.
+        ConfigError: the text is not a cluster, the GPU is unknown, or the model's sizes cannot be found on this
+            machine.
     """
     return work_out(recipe, model_sizes(recipe.model), _workload(recipe, plan), parse_cluster(cluster))
 

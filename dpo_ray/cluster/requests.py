@@ -25,7 +25,8 @@ class Lack(NamedTuple):
 def local_cpus(recipe: Recipe) -> int:
     """Return the number of CPUs that a local Ray offers; by default all cores, or more if the recipe needs more.
 
-    Ray only counts CPUs to decide what may run at once. If it offers more CPUs than cores, processes share the cores.
+    Ray uses the number of CPUs only to decide how many processes may run at once. If it offers more CPUs than cores,
+    processes share the cores.
     """
     return recipe.ray.cpus or max(os.cpu_count() or 1, recipe.cpus_needed())
 

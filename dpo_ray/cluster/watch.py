@@ -1,7 +1,8 @@
 """The watch over two processes of Ray, which ends a run with an error if one of them is lost.
 
-The driver needs the head's process and the raylet of its own machine. Without this watch, Ray's own code ends the driver
-with exit code 1 and no message: a minute after the head is lost, or as soon as it needs a raylet that has ended.
+The driver needs the process of Ray's head, and the raylet of the driver's machine. Without this watch, Ray's own code
+ends the driver with exit code 1 and no message: a minute after the head is lost, or as soon as it needs a raylet that
+has ended.
 """
 
 from __future__ import annotations

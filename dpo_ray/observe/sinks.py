@@ -32,7 +32,7 @@ class Tracker(Protocol):
     """Shows the metrics of a run in another program, such as TensorBoard. The driver creates it once for each run."""
 
     def begin(self, known: Sequence[Row]) -> None:
-        """Start with exactly the rows `known`, and drop all other rows; training continues after their steps."""
+        """Replace all rows by the rows `known`; training continues after the last of these rows."""
         ...
 
     def write(self, row: Row) -> None:
@@ -156,7 +156,7 @@ class MetricsSinks:
         return self
 
     def begin(self, known: Sequence[Row]) -> None:
-        """Start with exactly the rows `known`, and drop all other rows. Call this before `write`.
+        """Replace all rows by the rows `known`. Call this before `write`.
 
         Args:
             known: all rows until the checkpoint from which training resumes. They come from the checkpoint, because the

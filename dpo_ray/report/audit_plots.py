@@ -22,7 +22,7 @@ NO_DIFFERENCE = "No difference at all"
 
 
 def drift_plot(histogram: Mapping[str, Any]) -> Plot:
-    """Draw the histogram of token drift: stored minus the trainer's log-prob of each token, in nats.
+    """Draw the histogram of token drift: the stored log-prob of a token minus the trainer's log-prob, in nats.
 
     The axis is from -range_nats to range_nats; `beyond` is the number of tokens outside.
     """

@@ -202,7 +202,7 @@ def _metrics(curve: Curve) -> set[str]:
 def _named(names: Iterable[str]) -> list[Curve]:
     """Build the curves with one line for each source of the data, held-out set, or part of the model.
 
-    `names` are the metrics of the run; their names show which source, set or part each metric belongs to.
+    `names` are the names of all metrics of the run; a name shows which source, set or part the metric belongs to.
     """
     after = {
         p: sorted(n.removeprefix(p) for n in names if n.startswith(p)) for p in ("rewards/accuracies/", "grad_norm/")

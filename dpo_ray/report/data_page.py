@@ -147,7 +147,7 @@ class DataPage:
 
 
 def render_data_page(page: DataPage, *, name: str, created: str, what: str) -> str:
-    """Return the data section as a separate HTML page. The same data gives the same bytes."""
+    """Return the data section as an HTML page of its own. The same data gives the same bytes."""
     return render_page(
         "data.html.jinja", kind="data", name=name, created=created, what=what, **data_section_values(page)
     )

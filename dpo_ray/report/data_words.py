@@ -31,7 +31,7 @@ def bias_words(bias: Mapping[str, float | None] | None) -> str:
 def bias_by_source_words(biases: Sequence[tuple[str, Mapping[str, float | None] | None]]) -> str:
     """Describe in words the length bias of each source, because opposite biases cancel out in the total.
 
-    Return "" if fewer than two sources have a known bias.
+    Return "" if the bias was measured for fewer than two sources.
     """
     known = [(name, r) for name, bias in biases if bias and (r := bias["correlation"]) is not None]
     if len(known) < 2:

@@ -164,7 +164,7 @@ def _draw(
 def _plot(
     key: str, title: str, caption: str, svg: str, sizes_and_means: Mapping[str, tuple[int, float]], beyond: int
 ) -> Plot:
-    """Build the plot with its legend. Its caption gets the number of values, and of values outside of the axis."""
+    """Build the plot with its legend. The caption also has the number of values, in total and off the axis."""
     several = len(sizes_and_means) > 1
     legend = tuple(
         (f"{f'{part}, ' if several else ''}mean {typographic(f'{mean:,.3g}')}", f"bar fill-{_COLOURS.get(part, part)}")

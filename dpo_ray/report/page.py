@@ -49,7 +49,7 @@ def format_number(value: float | str | bool | None) -> str:
 
 
 def format_share(part: float, whole: float) -> str:
-    """Format part / whole as a percentage. It is shown as 0 % or 100 % only if it is exactly that."""
+    """Format part / whole as a percentage. The result is 0 % or 100 % only if the share is exactly 0 or 1."""
     if not whole:
         return "–"
     percent = 100 * part / whole

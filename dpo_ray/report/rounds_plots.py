@@ -76,7 +76,7 @@ def frontier_plot(given: Sequence[Point], y_label: str, level: float | None = No
 def by_round_plot(
     key: str, title: str, caption: str, y_label: str, given: Sequence[Point], level: float | None = None
 ) -> Plot:
-    """Draw one metric of each round's policy over the rounds. If `level` is set, draw a dotted line there."""
+    """Draw one metric of each round's policy over the rounds. If `level` is set, draw a dotted line at this value."""
     points = [p for p in given if p.finite]
     caption = with_losses(caption, len(given) - len(points))
     if not points:

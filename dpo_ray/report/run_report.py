@@ -85,7 +85,7 @@ def _adapted(lora: LoraConfig | None) -> str:
 
 
 def reference_page(plan: Plan, reference: Artifact, measured: Mapping[str, Any]) -> ReferencePage:
-    """Gather what the section on the reference model shows. The audit's limits are those that the recipe sets now."""
+    """Gather what the section on the reference model shows. The limits of the audit come from the current recipe."""
     figures, n = reference.manifest.figures, plan.numerics
     parallel = f", {n.tensor_parallel} GPUs each" if n.tensor_parallel > 1 else ""
     judgement = audit_record.judged(measured, plan.recipe, plan.hardware.dtype) if measured else None

@@ -46,7 +46,7 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 def needs_mismatched(recipe: Recipe) -> bool:
-    """Return whether the objective estimates a KL divergence (as KTO does) from completions of other prompts."""
+    """Return whether the objective, such as KTO, estimates a KL divergence with completions of other prompts."""
     return "completions" in kinds_of_groups(recipe.train.objective)
 
 

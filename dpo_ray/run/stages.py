@@ -201,7 +201,8 @@ def _warn_of_few_steps(run: RunContext, steps: int) -> None:
 def checkpoints(run: RunContext, left_out: int) -> Storage:
     """Return the directory of the training checkpoints.
 
-    It depends on `left_out`, the number of groups without reference log-probs, because the steps do not contain these.
+    It depends on `left_out`, the number of groups without reference log-probs, because the steps do not contain these
+    groups.
     """
     key = run.plan.resume_key
     return run.directory.child("checkpoints", f"{key}-without-{left_out}" if left_out else key)

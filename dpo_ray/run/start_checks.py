@@ -36,7 +36,7 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def check_start(recipe: Recipe, checked: Checked, stages: Collection[str] | None = None) -> None:
-    """Check what the given stages need to run; by default, all stages of the recipe.
+    """Check what `stages` need to run. Default: all stages of the recipe.
 
     Raises:
         ConfigError, DataError, InfrastructureError: the first problem that is found.

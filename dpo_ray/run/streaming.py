@@ -161,7 +161,7 @@ def run_side_by_side(
         fail: called with the reason if `score` fails, so that `train` ends.
 
     Raises:
-        The error of `score` or, if `score` has not failed, the error of `train`. Both functions have ended before.
+        The error of `score` or, if `score` has not failed, the error of `train`. Both functions have ended by then.
     """
     began, stop, scoring = threading.Event(), threading.Event(), Future()
 

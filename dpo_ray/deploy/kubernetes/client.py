@@ -62,7 +62,7 @@ def connect(context: str | None = None) -> DynamicClient:
     """Connect to a Kubernetes cluster as kubectl does: with the kubeconfig, or in a pod with its service account.
 
     Raises:
-        InfrastructureError: the client is not installed, there is no such context, or the API server does not answer.
+        InfrastructureError: the client is not installed, the context does not exist, or the API server does not answer.
     """
     try:
         from kubernetes import client, config, dynamic
@@ -86,7 +86,7 @@ def connect(context: str | None = None) -> DynamicClient:
 
 
 def apply(cluster: DynamicClient, manifests: list[Json], *, replace: bool = False) -> Iterator[str]:
-    """Apply manifests to the cluster in the given order; yield a line of text for each manifest.
+    """Apply manifests to the cluster, in their order in the list; yield a line of text for each manifest.
 
     Args:
         cluster: The client that `connect` returns.
@@ -124,7 +124,7 @@ def watch(cluster: DynamicClient, namespace: str, name: str, poll_seconds: float
     This function polls, because proxies would close a connection that stays open.
 
     Raises:
-        ConfigError: there is no such RayJob.
+        ConfigError: there is no RayJob of this name.
         InfrastructureError: the cluster does not answer, or refuses the request.
     """
     reference = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name, "namespace": namespace}}
@@ -145,7 +145,7 @@ def watch(cluster: DynamicClient, namespace: str, name: str, poll_seconds: float
 
 
 def state_of(ray_job: Json) -> RunState:
-    """Return the state of a RayJob, given the RayJob as the API server returns it."""
+    """Return the state of a RayJob; `ray_job` is the RayJob as the API server returns it."""
     status = ray_job.get("status") or {}
     message = status.get("message") or status.get("reason") or ""
     return RunState(

@@ -80,7 +80,7 @@ def gpus(recipe: Recipe) -> Gpus:
 
 
 def engine_labels(recipe: Recipe) -> dict[str, str]:
-    """Return the labels of Ray nodes that engines request. By default, engines in training pods request none."""
+    """Return the labels of Ray nodes that engines request. By default, engines in training pods request no labels."""
     own = recipe.cluster.roles.reference.node_labels
     if own or recipe.cluster.kubernetes.engines is None:
         return dict(own)
@@ -119,10 +119,10 @@ def groups(recipe: Recipe) -> list[PodGroup]:
 
 
 def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
-    """Check that engines that sample, and judges, request only labels that the pods for them have.
+    """Check that engines that sample, and judges, request only labels of the pods on which they run.
 
     Raises:
-        ConfigError: they request a label that these pods do not have.
+        ConfigError: an engine or a judge requests a label that these pods do not have.
     """
     roles, engines = recipe.cluster.roles, {ROLE: "reference"} | engine_labels(recipe)
     cpu = {ROLE: "cpu"} | dict(roles.prepare.node_labels)

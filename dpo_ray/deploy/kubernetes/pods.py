@@ -166,7 +166,7 @@ def _by_kueue(profile: KubernetesConfig) -> bool:
 def _autoscaler_token() -> Json:
     """Build a volume with the service account's token, which only the container of the autoscaler mounts.
 
-    By default, the kubelet would mount such a volume into every container.
+    By default, the kubelet would mount the token into every container.
     """
     return {
         "name": "autoscaler-token",

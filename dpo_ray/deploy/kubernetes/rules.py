@@ -1,6 +1,6 @@
 """Checks of manifests by the rules of the KubeRay operator that its schemas cannot express.
 
-The rules are those of release 1.7 with the default feature gates.
+The rules are from release 1.7 of the operator, with the default feature gates.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def stop(client: JobSubmissionClient, job: str, grace_seconds: float, say: Calla
 def _signal_driver(client: JobSubmissionClient, job: str) -> bool:
     """Send SIGTERM to a job's driver, only once for each job; return False if there is no driver.
 
-    A separate job sends the signal, because Ray runs jobs on the head, and the drivers run there as well.
+    A second job sends the signal: Ray runs jobs on the head, where the driver runs as well.
     """
     place, signals = client.get_address(), f"{job}-stop"
     with tempfile.TemporaryDirectory(prefix="dpo-ray-stop-") as directory:

@@ -1,4 +1,4 @@
-"""A script that sends SIGTERM to the driver of one Ray job. It runs on the head, as a separate job.
+"""A script that sends SIGTERM to the driver of one Ray job. The script runs on the head, as a job of its own.
 
 It is uploaded as a single file, so it uses only the standard library. Ray's own way to stop a job is not used, because
 it sends SIGKILL three seconds after SIGTERM, which is too soon for a checkpoint.

@@ -40,7 +40,7 @@ SECRETS = (
 """Names of files and directories that may hold secrets, in upper or lower case. They are never uploaded."""
 
 CODE_SUFFIXES = (".py", ".pyi", ".jinja", ".j2")
-"""Files with these endings are code. They are uploaded even if their names look secret, such as `secret_santa.py`."""
+"""Files with these endings are code. They are uploaded even if their names match SECRETS, such as `secret_santa.py`."""
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -104,7 +104,7 @@ def code_files(directory: Path) -> list[str]:
 
 
 def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[str]:
-    """Yield the files below the directory `at`, except those that an ignore file in or above their directory names.
+    """Yield the files below the directory `at`, except files that an ignore file in or above their directory excludes.
 
     Links to directories, and links to files outside of `root`, are skipped.
     """

@@ -108,7 +108,7 @@ def test_another_http_server_is_no_dashboard(page: object, status: int) -> None:
 
 def test_another_ray_is_named_with_both_versions() -> None:
     with served({"/api/version": VERSION | {"ray_version": "2.48.1"}}) as other:
-        assert refused(other.url).startswith("the cluster runs Ray 2.48.1, this machine has Ray 2.60.")
+        assert refused(other.url).startswith("the cluster runs Ray 2.48.1, but this machine has Ray 2.60.")
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://head:10001", "http://", "http://head:many", "s3://b", ""])

@@ -180,7 +180,10 @@ KINDS = [
     override("unsupported data", "data.train=gopher://host/x.jsonl", says=("data.train=gopher://", "gopher")),
     override("fewer CPUs than asked for", "ray.cpus=1", "train.workers=4", says=("ray.cpus: 1", "at least 4")),
     override(
-        "more GPUs than there are", "cluster.roles.train.gpus=1", "train.workers=999", says=("train.workers: requests",)
+        "more GPUs than there are",
+        "cluster.roles.train.gpus=1",
+        "train.workers=999",
+        says=("train.workers: the recipe requests 999 GPUs",),
     ),
     override("no such builtin model", "model.path=builtin:gpt5", says=("'gpt5'", "sentiment_llama")),
     override("no such model", "model.path=./no-such-model", says=("model.path=./no-such-model: no such model",)),
