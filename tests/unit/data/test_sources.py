@@ -160,7 +160,7 @@ def test_a_split_may_be_named_though_the_path_names_it_already(tmp_path: Path):
         with pytest.raises(ConfigError, match="there is no split train"):
             shards_of({"path": f"{root}/{path}", "split": "train"})
         assert len(shards_of({"path": f"{root}/{path}"})) == 1  # a path that names one split is enough
-    with pytest.raises(ConfigError, match="no file is named by a split"):
+    with pytest.raises(ConfigError, match="no name of a file or folder shows a split"):
         shards_of({"path": f"{root}/b.jsonl", "split": "test"})
 
 
