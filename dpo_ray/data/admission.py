@@ -100,7 +100,7 @@ ADVICE: dict[str, str] = {
     "SHARD_ENCODING": "save the file as UTF-8",
     "SHARD_PRETTY": "write each object on one line (JSON Lines: `jq -c . FILE`), or all of them as one JSON list",
     "UNSUPPORTED_MEDIA": "use data that consists of text only, or remove these rows and columns",
-    "CONTROL_CHARS": "set data.rules.control_characters to `clean` (removes these characters) or `keep`, or correct the text",
+    "CONTROL_CHARS": "set data.rules.control_characters=clean (removes these characters) or =keep, or correct the text",
     "SPECIAL_TOKEN_INJECTION": "remove these tokens from the text, or set data.rules.special_tokens=allow",
     "TEMPLATE_ERROR": "set data.chat_template to a template that accepts these conversations",
     "DROPPED_BY_TEMPLATE": "set data.chat_template to a template that writes this part, remove the part from the rows, or set "

@@ -128,7 +128,9 @@ def _load(name: str) -> Filter:
             importlib.invalidate_caches()  # the file may be newer than Python's cached listing of its directory
             spec = importlib.util.find_spec(module_name)
         if spec is None:
-            raise ModuleNotFoundError(f"the module {module_name!r} is neither in this directory nor installed")
+            raise ModuleNotFoundError(
+                f"no module {module_name!r} was found in this directory or among the installed modules"
+            )
         content = Path(spec.origin).read_bytes() if spec.has_location and spec.origin else b""
         module = None
         if spec.has_location and spec.origin and not _is_installed(Path(spec.origin)):

@@ -231,7 +231,7 @@ def test_minhashes_are_read_and_missing_ones_refused():
     assert np.array_equal(read.minhashes, signatures[1:])
     with pytest.raises(ValueError, match="2 of 2 rows have no minhash"):
         candidates([(0, two.append_column("minhash", pa.nulls(2, pa.binary())))])
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="but the rows have none"):
         select(candidates([(0, two)]), None, RulesConfig(near_duplicates=0.8), [None], [None])
 
 

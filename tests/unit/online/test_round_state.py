@@ -88,9 +88,9 @@ def test_no_round_begins_before_the_last_is_decided() -> None:
     undecided = with_stages(ALL.removesuffix(" promote"), number=1)
     assert next_action([undecided], 2) == RunStage(1, "promote")
     assert next_action([undecided, Committed(2)], 2) == RunStage(1, "promote")
-    with pytest.raises(ArtifactError, match=r"round 2: .* round 1 before it is evaluated"):
+    with pytest.raises(ArtifactError, match=r"round 2: .* round 1 before it has no decision .*evaluated"):
         next_action([undecided, with_stages("sample", number=2)], 2)
-    with pytest.raises(ArtifactError, match=r"round 3: .* round 2 before it is planned"):
+    with pytest.raises(ArtifactError, match=r"round 3: .* round 2 before it has no decision .*planned"):
         next_action([decided(1, True), Committed(2), decided(3, True)], 3)
 
 
