@@ -52,7 +52,7 @@ def _copies(gradient: Tensor) -> int:
 
 
 def group_of(name: str) -> str:
-    """Return the part of the model (one of GROUPS) to which a parameter belongs, judged by the parameter's name."""
+    """Return the part of the model (one of GROUPS) to which the parameter with this name belongs."""
     parts = name.lower().split(".")
     if any("embed" in part or part == "wte" for part in parts):
         return "embed"
