@@ -23,7 +23,7 @@ TrueReward = Callable[[str, str], float]
 def heldout_prompts(tokens: Artifact, count: int, longest_tokens: int | None) -> list[list[int]]:
     """Choose up to `count` different prompts from the held-out sets of a tokens artifact.
 
-    The sets take turns: each contributes its next prompt, until it has no prompts left.
+    The sets take turns: each set contributes one prompt at a time, until all its prompts are used.
 
     Args:
         longest_tokens: longer prompts are skipped, because no tokens would be left for a completion; None: no limit.

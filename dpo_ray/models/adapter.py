@@ -97,7 +97,7 @@ def adapter_directory(config: ModelConfig) -> Path | None:
     if not directory.is_dir():
         is_on_hub = is_hub_name(config.adapter)
         raise ConfigError(
-            "no such directory" + (", and adapters are not fetched from the hub" if is_on_hub else ""),
+            "there is no such directory" + (", and adapters are not fetched from the hub" if is_on_hub else ""),
             where=f"model.adapter={config.adapter}",
             fix=f"run `hf download {config.adapter} --local-dir DIRECTORY`, and name that directory"
             if is_on_hub
@@ -282,7 +282,9 @@ def _of_module(config: dict[str, Any], pattern: str, module: str, default: str, 
         matching = (k for k in config.get(pattern) or {} if re.fullmatch(rf"(.*\.)?({k})", module))
         key = next(matching, None)
     except re.error as error:
-        raise ConfigError(f"{CONFIG}, {pattern}: {error}", where=where, fix="correct the pattern") from None
+        raise ConfigError(
+            f"{CONFIG}: {pattern} has an invalid pattern: {error}", where=where, fix="correct the pattern"
+        ) from None
     value = config.get(default) if key is None else config[pattern][key]
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         field = default if key is None else f"{pattern}.{key}"

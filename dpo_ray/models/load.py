@@ -60,7 +60,7 @@ def model_directory(config: ModelConfig) -> Path:
 def _check(directory: Path, where: str) -> None:
     if not directory.is_dir():
         raise ConfigError(
-            "no such model directory",
+            "there is no such model directory",
             where=where,
             fix="name a directory in Hugging Face format, a model of the hub (ORGANISATION/NAME), or builtin:NAME",
         )

@@ -15,7 +15,7 @@ GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 
 
 def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, dict[str, float]]:
-    """Scale all gradients down if their norm over the shards of all ranks is above `max_norm`; None never scales them.
+    """Scale all gradients down if their norm over the shards of all ranks is above `max_norm` (None: no limit).
 
     Collective: all ranks must call this.
 

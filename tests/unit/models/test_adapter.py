@@ -143,7 +143,7 @@ def test_where_there_is_none(tmp_path: Path) -> None:
 
     assert found(None) is None
     assert found(str(tmp_path)) == tmp_path
-    with pytest.raises(ConfigError, match=r"model.adapter=./nothing: no such directory\n"):
+    with pytest.raises(ConfigError, match=r"model.adapter=./nothing: there is no such directory\n"):
         found("./nothing")
     with pytest.raises(ConfigError, match=r"not fetched from the hub\n.*hf download some-one/lora-1"):
         found("some-one/lora-1")

@@ -128,7 +128,11 @@ def rounds(name: str, online: dict[str, object], *, says: tuple[str, ...]) -> Ki
 
 
 KINDS = [
-    Kind("no such file", lambda here: [str(here / "absent.yaml")], ("absent.yaml: no such recipe", "dpo-ray init")),
+    Kind(
+        "no such file",
+        lambda here: [str(here / "absent.yaml")],
+        ("absent.yaml: there is no such recipe", "dpo-ray init"),
+    ),
     Kind("a directory", lambda here: [str(here)], ("this is a directory",)),
     Kind("no argument", lambda here: [], ("missing argument", "recipe")),
     Kind("unknown option", lambda here: [str(here / "good.yaml"), "--frobnicate"], ("no such option", "--frobnicate")),
@@ -210,7 +214,7 @@ KINDS = [
         "train.lora.rank=8",
         says=("reference.engine", "the reference is the quantized model"),
     ),
-    override("no such adapter", "model.adapter=./absent", says=("model.adapter=./absent: no such directory",)),
+    override("no such adapter", "model.adapter=./absent", says=("model.adapter=./absent: there is no such directory",)),
     override(
         "an adapter of the hub", "model.adapter=some/lora", says=("model.adapter=some/lora:", "hf download some/lora")
     ),
