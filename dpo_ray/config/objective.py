@@ -68,8 +68,7 @@ class ExoPairObjective(ObjectiveConfig):
 
 
 class NcaPairObjective(ObjectiveConfig):
-    """NCA: contrasts completions with noise, so that chosen does not become less likely. Chen et al. 2024 (2402.05369),
-    eq. 11."""
+    """NCA: contrasts chosen with noise, so that its likelihood does not fall. Chen et al. 2024 (2402.05369), eq. 11."""
 
     type: Literal["nca_pair"] = "nca_pair"
     beta: Beta = 0.1

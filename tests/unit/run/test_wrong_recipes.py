@@ -185,7 +185,9 @@ KINDS = [
         "more GPUs than there are", "cluster.roles.train.gpus=1", "train.workers=999", says=("train.workers: requests",)
     ),
     override("no such builtin model", "model.path=builtin:gpt5", says=("'gpt5'", "sentiment_llama")),
-    override("no such model", "model.path=./no-such-model", says=("model.path=./no-such-model: no such model",)),
+    override(
+        "no such model", "model.path=./no-such-model", says=("model.path=./no-such-model: there is no such model",)
+    ),
     override("a context that is too short", "data.max_length_tokens=100000", says=("data.max_length_tokens=100000",)),
     override("no such template", "data.chat_template=absent.jinja", says=("data.chat_template=absent.jinja: no such",)),
     override("no chat template", "data.chat_template=auto", says=("data.chat_template=auto:", "no chat template")),
