@@ -71,11 +71,11 @@ class GroupConfig(StrictModel):
     """Number of pods. Default: the number that the recipe's workers need."""
 
     min_replicas: int | None = Field(default=None, ge=0)
-    """Autoscaling only: number of pods that are kept while there is no work. Default: 0."""
+    """Only with autoscaling: the number of pods that are kept while there is no work. Default: 0."""
 
     max_replicas: Count | None = None
-    """Autoscaling only: largest number of pods. Default: the value of `replicas`, or more if the recipe allows a
-    growing number of engines."""
+    """Only with autoscaling: the largest number of pods. Default: the value of `replicas`, or more if the recipe allows
+    a growing number of engines."""
 
     cpus: Count | None = None
     """CPUs of one pod. Default: what the recipe's workers on this pod need."""
@@ -199,7 +199,7 @@ class KubernetesConfig(StrictModel):
     number of pods."""
 
     idle_seconds: Count = 300
-    """Autoscaling only: a pod is removed when it has been idle for this time."""
+    """Only with autoscaling: a pod is removed when it has been idle for this time."""
 
     storage: StorageConfig | None = StorageConfig()
     """The volume that all pods share; null: no volume, so `output` must be at s3:// or gs://."""

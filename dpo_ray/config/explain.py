@@ -64,10 +64,10 @@ def explain(root: type[BaseModel], problem: Any) -> str:
 
 
 def _hint(root: type[BaseModel], model: type[BaseModel] | None, path: list[str]) -> str:
-    """Suggest what the user may have meant by an unknown key, the last part of `path`.
+    """Return a hint for an unknown key, which is the last part of `path`.
 
-    This is the most similar key of the section; if there is none, a field of that name elsewhere in the recipe; if
-    there is none either, all keys of the section.
+    The hint is a similar key of the section. If there is none, it is a field with the same name in another section. If
+    there is none either, it lists all keys of the section.
     """
     key, section = path[-1], ".".join(path[:-1]) or "the recipe"
     known = sorted(model.model_fields) if model else []

@@ -73,7 +73,7 @@ class LlmJudge(JudgeConfig):
     this, because the endpoint does not support it."""
 
     concurrency: int = Field(default=8, gt=0, le=10_000)
-    """Calls that each replica has open at the same time."""
+    """Largest number of calls that each replica makes at the same time."""
 
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Largest number of calls per minute by all replicas together. null: no limit, except that of the endpoint."""
@@ -129,8 +129,8 @@ class VerifierJudge(JudgeConfig):
     must pass. The code and the assertions run in two separate processes."""
 
     extract: str | None = None
-    """A regular expression with one group, which is the part of the completion to check; the last match counts. null: the
-    whole completion is checked."""
+    """A regular expression with one group. Only the text of this group in the last match is checked. null: the complete
+    completion is checked."""
 
     tolerance: float = Field(default=1e-6, ge=0)
     timeout_seconds: float = Field(default=5.0, gt=0, le=MOST_SECONDS)

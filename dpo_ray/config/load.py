@@ -123,7 +123,7 @@ def read_recipe_values(path: Path) -> dict[str, Any]:
 def _read_text(path: Path, where: str) -> str:
     if not os.path.exists(path):
         raise ConfigError(
-            "no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented recipe to start with"
+            "there is no such recipe", where=where, fix="`dpo-ray init RECIPE` writes a commented recipe to start with"
         )
     if path.is_dir():
         raise ConfigError("this path is a directory, not a recipe", where=where, fix="name a YAML file")

@@ -68,7 +68,7 @@ class ExoPairObjective(ObjectiveConfig):
 
 
 class NcaPairObjective(ObjectiveConfig):
-    """NCA: contrasts a completion with noise, so that its likelihood does not fall. Chen et al. 2024 (2402.05369), eq. 11."""
+    """NCA: contrasts chosen with noise, so that its likelihood does not fall. Chen et al. 2024 (2402.05369), eq. 11."""
 
     type: Literal["nca_pair"] = "nca_pair"
     beta: Beta = 0.1
@@ -127,14 +127,14 @@ class AotUnpairedObjective(ObjectiveConfig):
 
 
 class ApoZeroObjective(ObjectiveConfig):
-    """APO-zero: raises the reward of chosen and lowers the other. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
+    """APO-zero: raises the reward of chosen, lowers that of rejected. D'Oosterlinck et al. 2024 (2408.06266), eq. 7."""
 
     type: Literal["apo_zero"] = "apo_zero"
     beta: Beta = 0.1
 
 
 class ApoDownObjective(ObjectiveConfig):
-    """APO-down: lowers both rewards, the rejected one more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
+    """APO-down: lowers both rewards, that of rejected more. D'Oosterlinck et al. 2024 (2408.06266), eq. 8."""
 
     type: Literal["apo_down"] = "apo_down"
     beta: Beta = 0.1
@@ -189,7 +189,7 @@ class RDpoObjective(ObjectiveConfig):
     type: Literal["r_dpo"] = "r_dpo"
     beta: Beta = 0.1
     alpha: float = Field(default=0.01, ge=0)
-    """Correction of the margin, in nats per token by which the two completions differ in length."""
+    """Correction of the margin, in nats: it is multiplied by the number of tokens by which the two lengths differ."""
 
     diverges: ClassVar[bool] = True
 

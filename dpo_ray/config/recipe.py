@@ -158,7 +158,7 @@ class Recipe(StrictModel):
         return self._cpus(self.train.workers)
 
     def least_cpus(self) -> int:
-        """Return the fewest CPUs with which the recipe can run, training with as few workers as it allows.
+        """Return the fewest CPUs with which the recipe can run, if training has the fewest workers that it allows.
 
         With fewer CPUs the recipe would wait forever.
         """

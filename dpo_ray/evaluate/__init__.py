@@ -1,1 +1,1 @@
-"""Evaluation of a trained policy on held-out data: figures, win rates, and the stage `evaluate`."""
+"""Evaluation of a trained policy on held-out data: metrics, win rates, and the stage `evaluate`."""

@@ -1,7 +1,7 @@
 """Measures of the length and variety of a policy's completions.
 
-`distinct_n` and `unigram_entropy` fall when a policy repeats a few phrases. Both depend on the number of tokens, so
-compare policies only on the same prompts.
+`distinct_n` and `unigram_entropy` fall when a policy repeats a few phrases. Both also depend on the number of tokens,
+so compare two policies only on the same prompts.
 """
 
 from __future__ import annotations

@@ -32,11 +32,11 @@ class Comparison:
 
 
 def heldout_by_set(table: pa.Table) -> dict[str, dict[str, float]]:
-    """Compute the figures of each named held-out set. Return them by the name of the set; {} if no set has a name.
+    """Compute the metrics of each named held-out set. Return them by the name of the set; {} if no set has a name.
 
     Args:
-        table: held-out table of training. Its column `split` is `eval_NAME` for pairs of the set NAME, and `eval` for
-            pairs of a set without a name.
+        table: the held-out table that training wrote. The column `split` is `eval_NAME` for pairs of the set NAME, and
+            `eval` for pairs of a set without a name.
     """
     splits = np.array(table["split"].to_pylist())
     return {
@@ -51,8 +51,9 @@ def heldout_figures(table: pa.Table) -> dict[str, float]:
     `longer_wins` is the accuracy of a rule that always prefers the longer completion. It shows how much of the accuracy
     the length alone can explain.
 
-    A row of unpaired data is a single completion, either chosen or rejected; the columns of the other side are NaN.
-    Such data has no accuracy and no `longer_wins`. Its margin is the mean chosen reward minus the mean rejected reward.
+    With unpaired data, a row is a single completion. If the completion is chosen, the columns of rejected are NaN, and
+    vice versa. For unpaired data there is no accuracy and no `longer_wins`, and the margin is the mean chosen reward
+    minus the mean rejected reward.
     """
     column = {name: table[name].to_numpy() for name in table.column_names if name != "split"}
     column["longer"] = np.sign(column["tokens_chosen"] - column["tokens_rejected"]) / 2 + 0.5
@@ -85,8 +86,8 @@ def heldout_figures(table: pa.Table) -> dict[str, float]:
 def sample_figures(comparison: Comparison) -> dict[str, float]:
     """Estimate KL(policy || reference) per completion from the policy's samples; compare both models' lengths.
 
-    KL = E[log pi(y) - log pi_ref(y)], y ~ pi. The estimate is unbiased at temperature 1. If the token limit cuts a
-    completion off, only the sampled part counts. `kl_standard_error` is the standard error of the mean.
+    KL = E[log pi(y) - log pi_ref(y)], y ~ pi. The estimate is unbiased at temperature 1. If a completion was cut off at
+    the token limit, only the sampled tokens count. `kl_standard_error` is the standard error of the mean.
     """
     ratios = np.array([s.policy_logp - s.reference_logp for s in comparison.policy])
     return {

@@ -1,4 +1,4 @@
-"""The stage `evaluate`: figures of the trained policy on held-out data, and a comparison with the reference."""
+"""The stage `evaluate`: metrics of the trained policy on held-out data, and a comparison with the reference."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TrueReward = Callable[[str, str], float]
 def heldout_prompts(tokens: Artifact, count: int, longest_tokens: int | None) -> list[list[int]]:
     """Choose up to `count` different prompts from the held-out sets of a tokens artifact.
 
-    The sets take turns: each contributes its next prompt, until it has no prompts left.
+    The sets take turns: each set contributes one prompt at a time, until all its prompts are used.
 
     Args:
-        longest_tokens: longer prompts are skipped, because they leave no room for a completion; None: no limit.
+        longest_tokens: longer prompts are skipped, because no tokens would be left for a completion; None: no limit.
     """
     prompts: dict[tuple[int, ...], None] = {}
     sets = deque(_prompts(tokens, split) for split in eval_splits(tokens))
@@ -53,12 +53,13 @@ def run(
     staging: Staging,
     provenance: Provenance,
 ) -> Artifact:
-    """Compute all figures and commit the artifact `evaluate`.
+    """Compute all metrics and commit the artifact `evaluate`.
 
     Args:
         trained: the artifact `train`.
         comparison: completions of both models; None: nothing was sampled.
-        true_reward: computes the true reward of a prompt and a completion; None: it is not known.
+        true_reward: a function that computes the true reward from a prompt and a completion; None: there is no such
+            function.
     """
     figures: dict[str, Any] = {}
     entries = []
@@ -84,7 +85,7 @@ def run(
 def sample_rows(
     comparison: Comparison, tokenizer: PreTrainedTokenizerBase, true_reward: TrueReward | None
 ) -> list[dict[str, Any]]:
-    """Build one row per prompt: the texts of the prompt and of both completions, and the true rewards if known."""
+    """Build one row per prompt: the texts of the prompt and of both completions, and if possible the true rewards."""
     rows = []
     for prompt_ids, policy, reference in zip(
         comparison.prompt_ids, comparison.policy, comparison.reference, strict=True

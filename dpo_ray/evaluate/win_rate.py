@@ -13,7 +13,7 @@ VALUES_PER_BLOCK = 4_000_000  # values drawn at once: 32 MB
 
 @dataclass(frozen=True)
 class WinRate:
-    """Counts of the prompts for which our completion wins, ties or loses against the other policy's completion.
+    """Counts of the prompts on which our policy's completion wins, ties or loses against the other policy's completion.
 
     The completion with the higher score wins. The rate and its interval are None if no prompt has both scores.
     """
@@ -29,7 +29,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """The mean of (our score - the other policy's score). It is None, like its interval, if no prompt has both."""
+    """The mean of (our score - the other policy's score). Mean and interval are None if no prompt has both scores."""
 
     prompts: int
     mean: float | None
@@ -46,10 +46,11 @@ def win_rate(
 ) -> WinRate:
     """Count the prompts on which our policy wins, and compute the win rate with a bootstrap interval.
 
-    If all prompts have the same outcome, the interval has width 0, so do not read it without the counts.
+    If all prompts have the same outcome, the interval has width 0 even for few prompts, so read it together with the
+    counts.
 
     Args:
-        ours: the score of our policy's completion of each prompt; None or a number that is not finite: it has no score.
+        ours: the score of our policy's completion for each prompt. None, NaN or infinity means that there is no score.
         theirs: the scores of the other policy for the same prompts.
         bootstrap_samples: number of bootstrap samples.
         confidence: confidence level of the interval, such as 0.95.

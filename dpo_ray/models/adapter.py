@@ -59,7 +59,7 @@ _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.w
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One adapted linear layer of the model: the adapter replaces its weight W by W + scaling * B A."""
+    """One linear layer that the adapter changes: the layer's weight W becomes W + scaling * B A."""
 
     in_features: int
     out_features: int
@@ -78,9 +78,9 @@ class Adapter:
     def identity(self) -> str:
         """Return a digest of the adapter: of the bytes of its weights, and of the scaling of each layer.
 
-        No other field of the configuration is included. Each has either no effect on the result (dropout, the name of the
-        base, the order of the targets, PEFT's version) or is rejected. So two adapters that compute the same function have
-        the same digest, and share the log-probs in the reference store.
+        All other fields of the configuration are left out. They either have no effect on the result (dropout, the name of the
+        base model, the order of the targets, PEFT's version), or adapters that use them are refused. So two adapters that
+        compute the same function have the same digest, and share log-probs in the reference store.
         """
         scaling = {name: layer.scaling for name, layer in self.layers.items()}
         return digest({"weights": cached_file_sha256(self.directory / WEIGHTS), "scaling": scaling})
@@ -98,7 +98,7 @@ def adapter_directory(config: ModelConfig) -> Path | None:
     if not os.path.isdir(directory):
         is_on_hub = is_hub_name(config.adapter)
         raise ConfigError(
-            "no such directory" + (", and adapters are not fetched from the hub" if is_on_hub else ""),
+            "there is no such directory" + (", and adapters are not fetched from the hub" if is_on_hub else ""),
             where=f"model.adapter={config.adapter}",
             fix=f"run `hf download {config.adapter} --local-dir DIRECTORY`, and name that directory"
             if is_on_hub
@@ -123,7 +123,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def check_targets(adapter: Adapter, model_directory: Path) -> None:
-    """Check that the model has each layer that the adapter adapts, with the same shape. No weights are loaded.
+    """Check that the model has each layer that the adapter changes, with the same shape. No weights are loaded.
 
     Raises:
         ConfigError: a layer is missing or has another shape.
@@ -156,10 +156,11 @@ def product(file: Any, adapter: Adapter, name: str) -> torch.Tensor:
 
 
 def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
-    """Return the layers of the model that the adapter adapts, by their names.
+    """Return the layers of the model that the adapter changes, by their names.
 
     Raises:
-        ConfigError: a layer is not in the model, has another shape, or is of a kind that is not supported.
+        ConfigError: a layer is not in the model, has another shape, or cannot have an adapter here (head, embedding, not
+            linear).
     """
     modules = dict(model.named_modules())
     base, merged = "name its base model in model.path", "train the adapter without that layer, or " + MERGE_IT
@@ -169,12 +170,15 @@ def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
         if linear is None:
             problem, fix = f"the model has no module `{name}`", base
         elif linear is model.get_output_embeddings() or linear is model.get_input_embeddings():
-            problem, fix = f"it adapts `{name}`, and adapters of the head or the embeddings are not supported", merged
+            problem, fix = (
+                f"the adapter changes `{name}`, but the head and the embeddings cannot have an adapter",
+                merged,
+            )
         elif not isinstance(linear, nn.Linear):
-            problem, fix = f"it adapts `{name}`, which is not a linear layer", merged
+            problem, fix = f"the adapter changes `{name}`, which is not a linear layer", merged
         elif (linear.in_features, linear.out_features) != (layer.in_features, layer.out_features):
             is_, has = (f"{x.in_features} -> {x.out_features}" for x in (layer, linear))
-            problem, fix = f"it adapts `{name}` with {is_} features, but the model's layer has {has}", base
+            problem, fix = f"the adapter changes `{name}` with {is_} features, but the model's layer has {has}", base
         else:
             layers[name] = linear
             continue
@@ -183,7 +187,7 @@ def targets(model: PreTrainedModel, adapter: Adapter) -> dict[str, nn.Linear]:
 
 
 def _layer(config: dict[str, Any], name: str, a: Shape, b: Shape, where: str) -> AdaptedLayer:
-    """Describe one adapted layer. `a` and `b` are the shapes of its matrices A [rank, in] and B [out, rank]."""
+    """Build the description of one adapted layer from the shapes `a` and `b` of its matrices A [rank, in] and B [out, rank]."""
     rank = _of_module(config, "rank_pattern", name, "r", where)
     alpha = _of_module(config, "alpha_pattern", name, "lora_alpha", where)
     if a[0] != rank or b[1] != rank:
@@ -208,7 +212,7 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
-    """Check that an adapter is plain LoRA. Any other adapter would be merged wrongly, without an error.
+    """Check that an adapter is plain LoRA. Without this check, any other adapter would be merged wrongly.
 
     Raises:
         ConfigError: the adapter is of another type, or uses more than plain LoRA.
@@ -258,7 +262,7 @@ def _read_shapes(path: Path, where: str) -> dict[str, tuple[Shape, Shape]]:
                     )
                 matrices.setdefault(named["module"], {})[named["matrix"]] = shape
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{WEIGHTS} cannot be read: {error}", where=where, fix="copy it again") from None
+        raise ConfigError(f"{WEIGHTS} cannot be read: {error}", where=where, fix="copy this file again") from None
     halves = [module for module, pair in matrices.items() if len(pair) != 2]
     if halves or not matrices:
         raise ConfigError(
@@ -272,14 +276,16 @@ def _read_shapes(path: Path, where: str) -> dict[str, tuple[Shape, Shape]]:
 def _of_module(config: dict[str, Any], pattern: str, module: str, default: str, where: str) -> float:
     """Return the rank or alpha of a module from the configuration.
 
-    It is the value in PEFT's rank_pattern or alpha_pattern for the first key that matches the end of the module's name,
-    or else the value of the field `default`.
+    PEFT's rank_pattern or alpha_pattern (the field `pattern`) maps regular expressions to values. The first one that matches
+    the end of the module's name decides. If none matches, the value of the field `default` is returned.
     """
     try:
         matching = (k for k in config.get(pattern) or {} if re.fullmatch(rf"(.*\.)?({k})", module))
         key = next(matching, None)
     except re.error as error:
-        raise ConfigError(f"{CONFIG}, {pattern}: {error}", where=where, fix="correct the pattern") from None
+        raise ConfigError(
+            f"{CONFIG}: {pattern} has an invalid pattern: {error}", where=where, fix="correct the pattern"
+        ) from None
     value = config.get(default) if key is None else config[pattern][key]
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         field = default if key is None else f"{pattern}.{key}"

@@ -1,4 +1,4 @@
-"""Refuse architectures, by their configuration alone, whose log-probs or exported weights would silently be wrong."""
+"""Refuse architectures whose log-probs or exported weights would be wrong without an error. Only config files are read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _MEDIA = re.compile(r"(^|\.|_)(visual|vision|image|video|audio|multi_modal)", re
 
 
 def check_attention(config: PreTrainedConfig, where: str) -> None:
-    """Check that tokens see all earlier tokens of their own sequence or of a window, and no later ones.
+    """Check that each token sees the earlier tokens of its sequence (all of them, or a window), and no later tokens.
 
     Raises:
-        ConfigError: tokens see later tokens; or each token sees only tokens that a learned index chooses among all tokens
-            of a row (sparse attention of DeepSeek V3.2 and GLM 5), so that log-probs depend on the rest of the row.
+        ConfigError: tokens see later tokens. Or a learned index chooses the tokens that a token sees, among all tokens of a row
+            (sparse attention of DeepSeek V3.2 and GLM 5), so that log-probs depend on other sequences of the row.
     """
     text = config.get_text_config()
     if getattr(text, "use_bidirectional_attention", None) is True:
@@ -36,14 +36,14 @@ def check_attention(config: PreTrainedConfig, where: str) -> None:
 
 
 def check_media_parts(config: PreTrainedConfig, weights: Iterable[str], where: str) -> None:
-    """Check that transformers can load the model for text, and that no part for images or sound is lost by that.
+    """Check that transformers can load the model for text, and that no weights for images or sound are lost by that.
 
     Args:
         weights: the names of all tensors in the model's files.
 
     Raises:
-        ConfigError: there is no causal language model of this architecture; or transformers loads the text part alone and
-            ignores the weights of the other parts.
+        ConfigError: there is no causal language model of this architecture; or transformers loads only the weights for text,
+            and ignores the weights for images or sound.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:

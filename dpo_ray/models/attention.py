@@ -1,8 +1,8 @@
 """Computes attention in a packed row, where all completions of a prompt use the same keys and values of the prompt.
 
-A packed row holds several groups, one after the other. It is cut into segments: each prompt and each completion is one.
-A completion attends to the keys of its prompt, followed by its own keys, with a causal mask that is aligned bottom-right.
-No mask is built for the whole row, and every linear layer computes a prompt only once.
+A packed row holds several groups, one after the other. It is divided into segments: each prompt is a segment, and each
+completion is a segment. A completion attends to the keys of its prompt, followed by the keys of the completion, with a causal
+mask that is aligned bottom-right. No mask is built for the complete row, and every linear layer computes a prompt only once.
 
 `shared_prefix_attention` is registered through transformers' attention interface
 (https://huggingface.co/docs/transformers/attention_interface), so the code of the models is unchanged. It is not
@@ -49,7 +49,7 @@ def shared_prefix_attention(
     Return [1, tokens, heads, head_dim].
 
     Raises:
-        ValueError: the model passes its own mask, or has attention sinks. This function supports neither.
+        ValueError: the model passes an attention mask, or has attention sinks. This function supports neither of the two.
     """
     if s_aux is not None:
         raise ValueError(f"{type(module).__name__} has attention sinks, which packed groups do not support yet")
@@ -103,7 +103,7 @@ def _bias(queries: int, keys: int, window: int | None, dtype: torch.dtype, devic
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Return bool [queries, keys], True where a query may see a key. The last query has the position of the last key.
 
-    A query sees the keys up to its own position; with a window, only the last `window` of them.
+    A query sees the keys up to the query's position. With a window, it sees only the last `window` of these keys.
     """
     q = torch.arange(keys - queries, keys, device=device)[:, None]
     k = torch.arange(keys, device=device)[None, :]
@@ -177,7 +177,7 @@ def flex(
 
 @lru_cache
 def _flex_attention(device_type: str) -> Callable[..., Any]:
-    """Return FlexAttention for a type of device: compiled to a fused kernel on CUDA; not compiled elsewhere, for tests only."""
+    """Return FlexAttention for a type of device: compiled on CUDA, and not compiled (for tests only) on other devices."""
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
@@ -196,7 +196,7 @@ AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)
 
 @dataclass(frozen=True)
 class Varlen:
-    """Arguments of `varlen_attn` (torch.nn.attention.varlen): a sequence of queries and one of keys per prompt or completion."""
+    """Arguments of `varlen_attn` (torch.nn.attention.varlen): the range of queries and the range of keys of each segment."""
 
     keys: Tensor | None  # int64 [keys]: the tokens whose keys are concatenated; None: all tokens in order
     cu_queries: Tensor  # int32 [segments + 1]: start of each sequence, and the end
@@ -231,7 +231,9 @@ class SegmentIndex:
         )
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Build FlexAttention's mask: a token sees the last `window` tokens of its prompt and segment, up to itself.
+        """Build FlexAttention's mask. A token sees the tokens of its prompt and its segment up to itself.
+
+        Of these tokens, it sees only the last `window`.
 
         None for `window` means that there is no limit.
         """
@@ -248,7 +250,7 @@ class SegmentIndex:
 
     @cached_property
     def _of_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three tensors, int32 [tokens]: each token's segment, its prompt's segment, and its position.
+        """Return three tensors int32 [tokens]: the segment of each token, the segment of the token's prompt, and its position.
 
         The position counts from the first token of the prompt.
         """

@@ -29,7 +29,7 @@ def build_policy(
     seed: int = 0,
     trained_adapter: Path | None = None,
 ) -> TokenLogps:
-    """Load the model, sharded over the ranks of the process group. All ranks must call this function together.
+    """Build the policy, sharded over the ranks of the process group. All ranks must call this function together.
 
     Each rank reads only its own rows of the weights from the files. If the files store the weights in another form than
     the model, each rank first loads the whole model into CPU memory, and logs this. Quantized weights are not sharded.
@@ -38,10 +38,10 @@ def build_policy(
         adapter: directory of a LoRA adapter to merge into the model before training.
         dtype: dtype of the forward pass; master weights are float32.
         seed: seed for the initial values of the adapter that `config.lora` trains.
-        trained_adapter: directory of an adapter whose training `config.lora` continues; None starts with a new adapter.
+        trained_adapter: directory of the adapter with whose values training starts; None: with a new adapter.
 
     Raises:
-        ConfigError: for the reasons of `load_policy` and `add_lora`, on all ranks.
+        ConfigError: raised on all ranks, for the same reasons as by `load_policy` and `add_lora`.
     """
     weights = None
     try:

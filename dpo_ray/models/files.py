@@ -33,7 +33,7 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(
-            f"config.json cannot be read: {what}", where=where, fix="the directory must be in Hugging Face format"
+            f"config.json cannot be read: {what}", where=where, fix="name a directory in Hugging Face format"
         ) from None
     if "auto_map" in config:
         raise ConfigError(
@@ -47,8 +47,8 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
 def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> int:
     """Check that the model's architecture can be trained, its weight files are complete, and the tokenizer fits.
 
-    A weight file is complete if its header is sound and fits the size of the file. The tokenizer fits if the embedding has
-    a row for each of its tokens.
+    A weight file is complete if its header is sound and fits the size of the file. The tokenizer fits if the embedding has a
+    row for each token of the tokenizer.
 
     Args:
         tokens: the ids of all tokens of the tokenizer.
@@ -98,7 +98,7 @@ def _architecture(directory: Path, where: str) -> PreTrainedConfig:
         raise ConfigError(
             f"transformers cannot read config.json: {next(iter(str(error).splitlines()), type(error).__name__)}",
             where=where,
-            fix="use a model that this version of transformers knows",
+            fix="use a model that this version of transformers supports",
         ) from None
 
 
@@ -106,7 +106,7 @@ def _weight_files(directory: Path, where: str) -> list[Path]:
     """List the files that hold the weights: the files that the index names or, without an index, all *.safetensors.
 
     Raises:
-        ConfigError: the index cannot be read, or a file is missing that the index names.
+        ConfigError: the index cannot be read, or a file that the index names is missing.
     """
     if not (directory / INDEX).is_file():
         return sorted(directory.glob("*.safetensors"))
@@ -128,7 +128,7 @@ def _weight_files(directory: Path, where: str) -> list[Path]:
 
 
 def _header(file: Path, where: str) -> dict[str, Any]:
-    """Read the header of a safetensors file, and check that its tensors fill the rest of the file exactly.
+    """Read the header of a safetensors file. Check that the file ends where the last tensor ends.
 
     Source: https://huggingface.co/docs/safetensors, "Format".
     """
@@ -144,7 +144,7 @@ def _header(file: Path, where: str) -> dict[str, Any]:
             raise ValueError("a tensor has no valid shape")
         end = _LENGTH_BYTES + length_bytes + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end != size_bytes:
-            raise ValueError(f"its tensors end at byte {end:,}, but the file ends at byte {size_bytes:,}")
+            raise ValueError(f"the tensors end at byte {end:,}, but the file ends at byte {size_bytes:,}")
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file.name} is damaged or incomplete: {error or type(error).__name__}",

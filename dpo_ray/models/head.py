@@ -1,10 +1,10 @@
 """The head of the language model: computes log-probs of target tokens without a matrix of all logits [rows, vocabulary].
 
-Logits exist only for one chunk of rows at a time, in the forward and in the backward pass. The backward pass computes them
-again from the hidden states, except for the last chunk, whose logits are still in memory. It adds up the weight gradient
-chunk by chunk. This follows cut cross-entropy (Wijmans et al. 2024, 2411.09009).
+Logits exist only for one chunk of rows at a time, in the forward and in the backward pass. The backward pass computes the
+logits again from the hidden states, except those of the last chunk, which are still in memory. The weight gradient is the sum
+over the chunks. This follows cut cross-entropy (Wijmans et al. 2024, 2411.09009).
 
-`torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used here, because it:
+`torch.nn.functional.linear_cross_entropy` does the same for plain float32 heads. It is not used here, because this function:
 - rounds log-probs to the weights' type; in bfloat16 two or three digits remain, too few for differences of sums
 - supports no soft caps, scales or entropies
 - is not faster (`benchmarks/head.py`)
@@ -123,7 +123,10 @@ class _Head(torch.autograd.Function):
 
 
 def _buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
-    """Allocate memory for the logits of one chunk. All chunks use it: to allocate it per chunk costs page faults on CPUs."""
+    """Allocate memory for the logits of one chunk.
+
+    All chunks use the same memory, because an allocation for each chunk would cost page faults on CPUs.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=dtype)
 

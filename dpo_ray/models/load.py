@@ -61,9 +61,9 @@ def model_directory(config: ModelConfig) -> Path:
 def _check(directory: Path, where: str) -> None:
     if not os.path.isdir(directory):
         raise ConfigError(
-            "no such model directory",
+            "there is no such model directory",
             where=where,
-            fix="set it to a directory in Hugging Face format, a model of the hub (ORGANISATION/NAME), or builtin:NAME",
+            fix="name a directory in Hugging Face format, a model of the hub (ORGANISATION/NAME), or builtin:NAME",
         )
     if (directory / lora.CONFIG).is_file():  # with PEFT installed, transformers would silently add it
         raise ConfigError(
@@ -125,7 +125,7 @@ def config_file(config: ModelConfig) -> Path | None:
 
 
 def model_identity(config: ModelConfig) -> str:
-    """Return a digest of a model's configuration, weights and adapter. A model of the hub counts by its name and revision."""
+    """Return a digest of a model's configuration, weights and adapter; for a model of the hub, of its name and revision."""
     base, adapter = _base_identity(config), lora.adapter_directory(config)
     return base if adapter is None else digest([base, lora.read_adapter(adapter).identity()])
 
@@ -139,7 +139,7 @@ def _base_identity(config: ModelConfig) -> str:
 
 
 def tokenizer_identity(config: ModelConfig) -> str:
-    """Return a digest of the tokenizer's files. A tokenizer of the hub counts by its name and revision."""
+    """Return a digest of the tokenizer's files; for a tokenizer of the hub, of its name and revision."""
     if is_hub_name(config.path):
         return digest(["hub tokenizer", config.path, config.revision or "main"])
     directory = model_directory(config)
@@ -155,10 +155,10 @@ def tokenizer_files(directory: Path) -> list[str]:
 def context_tokens(directory: Path) -> int | None:
     """Return the model's context length, or None if its configuration does not state one.
 
-    For a model with longrope (Phi) it is the original context length, minus one token. If a context is longer than that, the
-    model rotates all positions differently. Which rotation a sequence gets would then depend on other sequences: on the
-    longest one in the same forward pass, and on the context length with which vLLM was started, which is one token more
-    than the longest sequence.
+    For a model with longrope (Phi), return the original context length minus one token. If the context is longer than the
+    original length, such a model rotates all positions differently. The rotation of a sequence would then depend on other
+    sequences: in training on the longest sequence of the forward pass, in vLLM on the context length of the engine, which is
+    one token more than the longest sequence.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
@@ -181,12 +181,13 @@ def load_policy(
 ) -> TokenLogps:
     """Load a causal language model as a policy that computes token log-probs. Dropout is disabled.
 
-    `layout` is the arrangement of sequences in a forward pass; a simpler one is used if the model does not compute it
-    exactly (`check_segments`). A LoRA adapter is added to the weights in float32, before they are rounded to `dtype`.
+    `layout` is the arrangement of sequences in a forward pass. If the model's log-probs are not exact with this layout, a
+    simpler layout is used (`check_segments`). A LoRA adapter is added to the weights in float32, before they are rounded to
+    `dtype`.
 
     Raises:
-        ConfigError: transformers does not support the architecture; the files do not hold exactly its weights; the model
-            computes wrong log-probs in every layout; or the adapter does not belong to this model.
+        ConfigError: transformers does not support the architecture; the files do not hold exactly the weights of the
+            architecture; the model computes wrong log-probs in every layout; or the adapter does not fit this model.
     """
     model = _load(directory, dtype if adapter is None else torch.float32)
     if adapter is not None:

@@ -1,6 +1,6 @@
 """Adds trainable LoRA adapters to a model with PEFT, and exports them separately or merged into the weights.
 
-Only the parameters of the adapter are trained. At step 0 its product B A is zero, so that policy and reference are the same
+Only the parameters of the adapter are trained. Before step 1 the product B A is zero, so that policy and reference are the same
 model.
 Source: https://huggingface.co/docs/peft/developer_guides/low_level_api (inject_adapter_in_model).
 """
@@ -31,10 +31,11 @@ ADAPTER_FORMAT_PREFIX = "base_model.model."
 def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Add a trainable float32 adapter to the linear layers that `config` names, and freeze all other parameters.
 
-    If the model is on the meta device, the adapter is also there, without values; `first_value` computes them.
+    If the model is on the meta device, so is the adapter. `first_value` later computes the adapter's values.
 
     Raises:
-        ConfigError: no layer has such a name, or the layer is the head, which cannot have an adapter.
+        ConfigError: no layer has one of these names; or a name is that of the head or an embedding, which cannot have an
+            adapter.
     """
     from peft import inject_adapter_in_model
 
@@ -69,11 +70,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def check_targets(config: LoraConfig, directory: Path) -> int:
-    """Check that the model in a directory has layers for the adapter, and count the adapter's parameters. The model is
-    built without weights.
+    """Check that the model in a directory has layers for the adapter, and count the adapter's parameters.
+
+    The model is built without weights.
 
     Raises:
-        ConfigError: as in `add_lora`.
+        ConfigError: for the same reasons as in `add_lora`.
     """
     settings = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):

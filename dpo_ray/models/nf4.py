@@ -1,8 +1,8 @@
 """Stores frozen weights in 4 bits (NF4), below trainable adapters: QLoRA, with the kernels of bitsandbytes.
 
-The linear layers of all blocks store half a byte per weight, and for every 64 weights a scale, which is quantized as well.
-These weights are not sharded: each rank holds all of them, because they are smaller than the weights that FSDP2 would
-gather.
+The linear layers of all transformer blocks store half a byte for each weight, and one scale for every 64 weights; the scales
+are quantized, too. The 4-bit weights are not sharded. Each rank holds all of them, because they are smaller than the weights
+that FSDP2 would gather.
 Source: Dettmers et al. 2023 (2305.14314); https://huggingface.co/docs/bitsandbytes/reference/functional
 """
 
@@ -28,14 +28,14 @@ class Nf4Linear(nn.Linear):
         self._state: Any = None  # the scales of the weight
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """Quantize a weight [out, in], and store it on the same device. `whole` will dequantize it to `dtype`."""
+        """Quantize a weight [out, in], and store the result on the same device. `whole` dequantizes it to `dtype`."""
         from bitsandbytes.functional import quantize_4bit
 
         packed, self._state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def whole(self) -> Tensor:
-        """Return the dequantized weight: [out, in]."""
+        """Dequantize the weight of this layer, and return it: [out, in]."""
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.weight, self._state)

@@ -1,7 +1,7 @@
 """Copies a micro-batch to the device, with the index tensors that attention, head and losses need.
 
-Layouts: `shared` holds a prompt once for all its completions; `packed` repeats the prompt before each completion, in one
-row; `padded` gives each prompt + completion its own padded row.
+Layouts: `shared` is one row with each prompt once, followed by all completions of the prompt. `packed` is one row in which the
+prompt is repeated before each completion. `padded` has a row for each completion with its prompt, padded to equal length.
 """
 
 from __future__ import annotations

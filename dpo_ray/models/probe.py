@@ -2,7 +2,8 @@
 
 Attention by segments (each prompt and completion separately) is exact if tokens interact only in attention, and if positions
 come from `position_ids`. In other models, neighbouring tokens also interact elsewhere (state-space layers, convolutions), or
-positions are counted along the row (ALiBi). Their log-probs would be wrong without any error, so they get a simpler layout.
+positions are counted along the row (ALiBi). The log-probs of these models would be wrong without any error, so a simpler layout
+is used for them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}  # per token; a wron
 
 @torch.no_grad()
 def check_segments(policy: TokenLogps, where: str) -> None:
-    """Set the model's attention so that log-probs in `policy.layout` are exact; if they cannot be, choose a simpler layout.
+    """Set the model's attention so that log-probs in `policy.layout` are exact, or else choose a simpler layout.
 
     Log-probs of a few random tokens are compared with those of the model's own forward pass on each single sequence. Attention
     by segments (each prompt and completion separately) is tried first. If log-probs differ, the model's own attention is
@@ -86,9 +87,10 @@ def check_segments(policy: TokenLogps, where: str) -> None:
 
 
 def _ways(wanted: Layout) -> list[tuple[Layout, bool]]:
-    """List the layouts to try, from the wanted one to the simplest.
+    """List the layouts to try, from the wanted layout to the simplest one.
 
-    The bool shows whether attention is by segments (each prompt and completion separately), or the model's own.
+    The bool of a layout is True for attention by segments (each prompt and completion separately), and False for the model's
+    own attention.
     """
     if wanted == "padded":
         return [("padded", False)]
@@ -98,7 +100,7 @@ def _ways(wanted: Layout) -> list[tuple[Layout, bool]]:
 def _problem(policy: TokenLogps, by_segments: bool, groups: list[Group], expected: Tensor) -> str | None:
     """Compare log-probs in the policy's layout with `expected`, float32 [rows].
 
-    Return None if they match, or else a description of the problem.
+    Return None if the log-probs match, otherwise a description of the problem.
     """
     try:
         _set_attention(policy.model, by_segments)
@@ -112,7 +114,10 @@ def _problem(policy: TokenLogps, by_segments: bool, groups: list[Group], expecte
 
 
 def _set_attention(model: PreTrainedModel, by_segments: bool) -> None:
-    """Set attention by segments, or else the model's own: PyTorch's kernels if they support the model, or eager code."""
+    """Set attention by segments, or the model's own attention.
+
+    The model's own attention uses PyTorch's kernels if they support the model, and eager code otherwise.
+    """
     if by_segments:
         model.set_attn_implementation(attention.IMPLEMENTATION)
         return
@@ -159,7 +164,7 @@ def _alone(policy: TokenLogps, groups: list[Group], where: str) -> Tensor:
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     """Shorten all attention windows inside the `with` block, so that the short sequences of the probe exceed them.
 
-    Otherwise a model that applies its windows only in masks would pass the probe.
+    With the full windows, a model that applies its windows only in masks would wrongly pass the probe.
     """
     holders: list[Any] = [model.config, model.config.get_text_config(), *model.modules()]
     windows = [(h, name, getattr(h, name)) for h in holders for name in WINDOWS if type(getattr(h, name, None)) is int]

@@ -61,8 +61,8 @@ def shard(
     """Shard each transformer block and the root module over the ranks.
 
     Master weights and reductions are in float32, forward passes in `compute_dtype`.
-    If `shard_workers` is set to n, weights are sharded over n neighbouring ranks, and each such set of ranks holds a copy of
-    the model. If the number of ranks is not divisible by n (some are missing), weights are sharded over all ranks.
+    If `shard_workers` is n, weights are sharded over n neighbouring ranks, and every n ranks hold a copy of the model. If the
+    number of ranks is not divisible by n, because some ranks are missing, weights are sharded over all ranks.
     Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html
     """
     config = config or ShardingConfig()
@@ -94,7 +94,7 @@ def shard(
 
 
 def blocks(policy: TokenLogps) -> nn.ModuleList:
-    """Return the transformer blocks of the model. Every decoder in transformers has them in `layers`."""
+    """Return the transformer blocks of the model: the attribute `layers`, which every decoder in transformers has."""
     layers = policy.model.get_decoder().layers
     assert isinstance(layers, nn.ModuleList)  # noqa: S101
     return layers

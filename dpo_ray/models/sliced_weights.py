@@ -1,8 +1,8 @@
 """Loads a sharded model slice by slice: each rank reads only its own rows of the weights from the safetensors files.
 
-The model is first built on the meta device, where weights need no memory. Only its buffers (rotary frequencies) have values,
-initialised as in `from_pretrained`. The model is sharded in this state, and then each rank fills its shards from the files.
-The weights are the same, bit for bit, as those of `load_policy`.
+The model is first built on the meta device, where weights need no memory. Only the buffers (rotary frequencies) have values,
+initialised as in `from_pretrained`. The model is sharded without weights, and then each rank fills its shards from the files.
+The weights are bit for bit those that `load_policy` loads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class WholeModelNeededError(Exception):
-    """Raised if weights cannot be read slice by slice, so that each rank must load the whole model. The message says why."""
+    """Raised if weights cannot be read slice by slice: each rank must then load the complete model. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ def find_slices(directory: Path, adapter_directory: Path | None) -> SlicedWeight
     """Build the model on the meta device and find each of its weights in the files.
 
     Raises:
-        WholeModelNeededError: the caller must use `load_policy`, which raises an error if the model cannot be loaded at all.
+        WholeModelNeededError: the weights cannot be read slice by slice. The caller must use `load_policy` instead, which
+            raises ConfigError if the model cannot be loaded at all.
         ConfigError: the adapter does not belong to this model.
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
-            raise WholeModelNeededError("its weights are quantized")
+            raise WholeModelNeededError("the weights are quantized")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
@@ -86,7 +87,7 @@ def _files(model: PreTrainedModel, directory: Path) -> dict[str, Path]:
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied weights once, under their first name
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - own.keys()
     if missing := sorted(model.state_dict().keys() - own.keys() - tied):
-        raise WholeModelNeededError(f"`{missing[0]}` is not a parameter")
+        raise WholeModelNeededError(f"`{missing[0]}` is a persistent buffer, not a parameter")
     files: dict[str, Path] = {}
     for path in (directory / name for name in sorted(names)):
         if not path.is_file():
@@ -103,7 +104,7 @@ def _files(model: PreTrainedModel, directory: Path) -> dict[str, Path]:
 
 
 def _make_buffers(model: PreTrainedModel) -> None:
-    """Create the buffers that are in no file. As in `from_pretrained`, the model's own code sets their values."""
+    """Create the buffers that are not in the files. The model's code sets their values, as in `from_pretrained`."""
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue] - do not initialise it
     for name, buffer in model.named_non_persistent_buffers():
@@ -117,7 +118,7 @@ def fill_shards(policy: TokenLogps, weights: SlicedWeights, device: torch.device
     """Allocate a sharded policy on `device`, and fill each parameter with the rows that this rank holds.
 
     Args:
-        dtype: dtype of the forward pass, to which quantized weights are dequantized.
+        dtype: dtype of the forward pass; 4-bit weights are dequantized to it.
         seed: seed for the initial values of the adapter that is trained.
 
     Returns:
@@ -162,7 +163,7 @@ def fill_adapter(policy: TokenLogps, directory: Path) -> None:
     """Load the values of a trained adapter in PEFT's format into the adapter of a policy, which may be sharded.
 
     Raises:
-        ConfigError: the trained adapter adapts other layers than the policy's adapter, or has another rank.
+        ConfigError: the trained adapter changes other layers than the policy's adapter, or has another rank.
     """
     with safe_open(directory / lora_files.WEIGHTS, framework="pt") as file:
         names = set(file.keys())
@@ -182,7 +183,7 @@ def fill_adapter(policy: TokenLogps, directory: Path) -> None:
 
 
 def _held(parameter: nn.Parameter) -> tuple[slice, Tensor]:
-    """Return which rows of a parameter this rank holds, and the tensor that contains them."""
+    """Return the range of rows of a parameter that this rank holds, and the tensor with these rows."""
     if not isinstance(parameter, DTensor):
         return slice(0, len(parameter)), parameter
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

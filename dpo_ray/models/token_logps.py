@@ -30,8 +30,8 @@ class TokenScores(NamedTuple):
 class TokenLogps(nn.Module):
     """A causal language model that returns the log-prob of every completion token of a packed micro-batch.
 
-    Model and log-probs are one module, so that FSDP2 gathers the weight of the head (often tied to the embedding) only once
-    per forward pass.
+    The model and the computation of log-probs are one module. So FSDP2 gathers the weight of the head (often tied to the
+    embedding) only once per forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int = 1024, layout: Layout = "shared") -> None:
@@ -95,8 +95,8 @@ class TokenLogps(nn.Module):
 def sum_by_completion(token_logps: Tensor, rows: PackedRows) -> Tensor:
     """Sum token log-probs [rows] over each completion: float32 [completions].
 
-    The running sum is in float64. In float32 it would lose 1e-4 nats over hundreds of tokens. Losses take the difference of
-    two such sums, where this error would be visible.
+    The running sum is in float64. In float32 it would lose 1e-4 nats over hundreds of tokens. Losses use the difference of two
+    sums, in which this error would be visible.
     """
     sums = torch.zeros(len(rows.lengths), dtype=torch.float64, device=token_logps.device)
     return sums.index_add(0, rows.completion_of_row, token_logps.double()).float()

@@ -1,4 +1,4 @@
-"""Counts the work of a micro-batch, to compute throughput: its tokens in each layout, and its floating-point operations."""
+"""Counts the work of a micro-batch, from which throughput is computed: tokens in each layout, and floating-point operations."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class ModelShape:
         return cls(round(frozen), round(trained), head.weight.numel(), head.weight.requires_grad, width)
 
     def flops(self, prompt_tokens: int, completion_tokens: Sequence[int]) -> float:
-        """Count the floating-point operations that a group needs at least, in the forward and the backward pass.
+        """Count the floating-point operations that the forward and the backward pass of a group need at least.
 
-        Each token passes once through the blocks, with two operations per weight. Only completion tokens pass through the
-        head. Attention counts the tokens that each token sees. The backward pass of trained weights costs twice the forward
-        pass; that of frozen weights costs the same as the forward pass. Recomputation, padding and repeated prompts do not
-        count, so a layout that computes more has a lower utilisation.
+        Each token passes once through the blocks, with two operations per weight. Only completion tokens pass through the head.
+        The operations of attention depend on the number of tokens that each token sees. The backward pass of trained weights
+        costs twice the forward pass; that of frozen weights costs the same as the forward pass. Recomputation, padding and
+        repeated prompts do not count, so a layout that computes more has a lower utilisation.
         Source: PaLM, 2204.02311, appendix B (model FLOPs utilisation).
         """
         rows = sum(completion_tokens)
@@ -107,7 +107,7 @@ class Work:
         return work
 
     def __add__(self, other: Work) -> Work:
-        """Add the work of two different sets of groups of one micro-batch."""
+        """Add the work of other groups. No group may be in both."""
         return Work(
             self.shared_tokens + other.shared_tokens,
             self.packed_tokens + other.packed_tokens,

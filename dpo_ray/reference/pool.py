@@ -62,7 +62,7 @@ class _Engine:
 
 
 class EnginePool:
-    """A pool of engines on the cluster. Engines start when the first granule arrives, and stop when the run ends.
+    """A pool of engines on the cluster. Engines start when granules arrive, and stop when no granules are left.
 
     Args:
         resources: what each engine requests from Ray. With tensor parallelism, one engine has several GPUs.

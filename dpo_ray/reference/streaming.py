@@ -37,9 +37,9 @@ class Stopped(Exception):
 
 
 class UnscorableError(Exception):
-    """Raised if some groups cannot be scored. Without these groups, all steps contain other groups than before.
+    """Raised if some groups cannot be scored. They must be left out, which changes the groups of all steps.
 
-    So the training that has run so far cannot be used.
+    So the result of the training so far cannot be used.
     """
 
     def __init__(self, unscored: Sequence[Unscored]) -> None:

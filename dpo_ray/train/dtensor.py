@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 def own_part(value: Tensor) -> Tensor:
     """Return this rank's shard of a tensor; a plain tensor is returned unchanged.
 
-    The result is not a copy, so attributes of the shard (such as `is_paged`) are kept.
+    The result is the shard itself and not a copy, so its attributes (such as `is_paged`) are kept.
     """
     return value._local_tensor if isinstance(value, DTensor) else value
 

@@ -1,4 +1,4 @@
-"""Held-out evaluation during training: the same measures as for a training step, and a table with one row per pair."""
+"""Held-out evaluation during training: the measures of a training step, and a table with one row per pair."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ Heldout = Mapping[str, Callable[[], Iterable[RankStep]]]
 def evaluate(policy: TokenLogps, heldout: Heldout, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Measure the policy on all held-out sets. Collective: all ranks must call this.
 
-    Figures over all sets together have the prefix `eval_`. Figures of a single named set have the prefix `eval_NAME_`.
+    Metrics of all sets together have the prefix `eval_`. Metrics of a single named set have the prefix `eval_NAME_`.
     The loss of a set is the weighted mean of the losses of its steps.
     """
     return heldout_figures({name: heldout_sums(policy, read(), config, device)[0] for name, read in heldout.items()})
 
 
 def heldout_figures(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute the figures of each named set, and of all sets together, from the sums of the sets (`heldout_sums`)."""
+    """Compute the metrics of each named set, and of all sets together, from the sums of each set (`heldout_sums`)."""
     if not sums:
         return {}
     means = _named(EVAL, torch.stack(list(sums.values())).sum(dim=0))
@@ -66,9 +66,9 @@ def heldout_sums(
     """Measure the policy on one held-out set. Collective: all ranks must call this.
 
     Returns:
-        First, the sums over all ranks, in the form that `measures.measure` returns, but with the loss of each step
-        multiplied by the weight of the step. Second, this rank's rows of the held-out table: float64 [pairs, HELDOUT]
-        on the CPU, without fillers (micro-batches of weight 0).
+        First, the sums over all ranks and steps, in the form that `measures.measure` returns. The row of the loss is
+        the sum of (loss * weight) of the steps, and the sum of their weights. Second, this rank's rows of the held-out
+        table: float64 [pairs, HELDOUT] on the CPU, without fillers (micro-batches of weight 0).
     """
     policy.eval()
     total, tables = empty(0), [torch.zeros(0, len(HELDOUT), dtype=torch.float64)]

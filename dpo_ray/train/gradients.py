@@ -15,7 +15,7 @@ GROUPS = ("embed", "attention", "mlp", "norm", "head", "other")
 
 
 def clip_gradients(policy: nn.Module, max_norm: float | None) -> tuple[float, dict[str, float]]:
-    """Scale all gradients down if their norm over the shards of all ranks is above `max_norm`; None never scales them.
+    """Scale all gradients down if their norm over the shards of all ranks is above `max_norm` (None: no limit).
 
     Collective: all ranks must call this.
 
@@ -52,7 +52,7 @@ def _copies(gradient: Tensor) -> int:
 
 
 def group_of(name: str) -> str:
-    """Return the part of the model (one of GROUPS) to which a parameter belongs, judged by the parameter's name."""
+    """Return the part of the model (one of GROUPS) to which the parameter with this name belongs."""
     parts = name.lower().split(".")
     if any("embed" in part or part == "wte" for part in parts):
         return "embed"

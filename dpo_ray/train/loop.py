@@ -37,7 +37,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Wish:
-    """A request to the training loop, which obeys it after a step. All ranks get the same request."""
+    """A request to the training loop, which carries it out after a step. All ranks get the same request."""
 
     checkpoint: bool = False  # write a checkpoint now, because a machine is about to be removed
     stop: bool = False  # write a checkpoint, then stop
@@ -46,7 +46,8 @@ class Wish:
 def epochs_seen(steps: int, config: TrainConfig, groups: int) -> float:
     """Return the number of epochs (with a fraction) that training has finished after `steps` steps.
 
-    Without `config.steps`, the result is at most `config.epochs`: the very last step may be smaller than the others.
+    Without `config.steps`, the result is at most `config.epochs`, because the last step may have fewer groups than the
+    others.
     """
     seen = steps * config.groups_per_step / groups
     return seen if config.steps is not None else min(seen, float(config.epochs))
@@ -72,11 +73,12 @@ def train(
     """Run all steps after `progress`, and commit all checkpoints. Collective: all ranks must call this.
 
     Args:
-        report: called with one row of metrics per step, which includes the held-out figures if they were measured.
+        report: called with one row of metrics per step. The row includes the held-out metrics if they were measured.
         wish: called after every step; returns what the driver or Ray requests.
 
     Raises:
-        TrainError: a loss or gradient is not finite (no checkpoint contains it); or train.best.metric is unknown.
+        TrainError: a loss or gradient is not finite (the update is not made, and no checkpoint contains it); or the
+            evaluation has no metric `train.best.metric`.
         StoppedError: a stop was requested. A checkpoint contains every finished step.
         ArtifactError: a checkpoint could not be written.
     """
@@ -155,7 +157,7 @@ def _step(
 
 
 def _of_divergence(config: TrainConfig) -> str:
-    """Return further advice for a loss that is not finite: some divergences make scores grow exponentially."""
+    """Return additional advice for a loss that is not finite, if the divergence makes scores grow exponentially."""
     kind = config.shaping.divergence.type
     grows = kind in ("forward_kl", "alpha")
     return f", or set train.shaping.divergence (the scores of {kind} grow exponentially)" if grows else ""
@@ -174,16 +176,16 @@ def _timed(steps: Iterable[RankStep]) -> Iterator[tuple[RankStep, float]]:
 
 
 def judged(progress: Progress, found: Mapping[str, float], config: BestConfig | None) -> Progress:
-    """Compare the evaluation at the current step with the best so far; return the progress with the better of the two.
+    """Compare the evaluation at the current step with the best so far. Return the progress with the better evaluation.
 
     If the two values are equal, the earlier evaluation stays the best.
 
     Args:
-        found: the figures of the evaluation at the current step, by name.
-        config: the figure to compare; None: nothing is compared.
+        found: the metrics of the evaluation at the current step, by name.
+        config: the metric to compare; None: nothing is compared.
 
     Raises:
-        TrainError: the evaluation has no figure with the name of `config.metric`.
+        TrainError: the evaluation has no metric with the name `config.metric`.
     """
     if config is None:
         return progress
@@ -202,7 +204,7 @@ def judged(progress: Progress, found: Mapping[str, float], config: BestConfig | 
 
 
 def has_ended(progress: Progress, config: BestConfig | None) -> bool:
-    """Return whether early stopping ends training: none of the last `patience` evaluations was the best so far."""
+    """Return whether early stopping ends training: none of the last `patience` evaluations was a new best."""
     return config is not None and config.patience is not None and (progress.best or Best(0, 0)).since >= config.patience
 
 

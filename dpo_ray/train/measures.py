@@ -1,4 +1,4 @@
-"""The measures of a step. Each is kept as a sum and a weight, so that the measures of all ranks can be added up.
+"""The measures of a step. Each measure is a sum and a weight, so that the measures of all ranks can be added up.
 
 The value of a measure is its sum divided by its weight.
 """
@@ -34,14 +34,14 @@ MEASURES = (
 )
 
 EVALUATED = (*MEASURES, "length_bias")
-"""What an evaluation measures of each held-out set."""
+"""The measures of each held-out set in an evaluation."""
 
 
 def rewards(objective: Objective, logps: StepLogps) -> Tensor:
     """Compute the implicit reward of every completion: float32 [completions].
 
     The reward is beta * (policy log-prob - reference log-prob). If the objective uses no reference, it is beta * policy
-    log-prob; this log-prob is the mean over the tokens if the loss uses the mean, otherwise the sum.
+    log-prob, which is the mean over the tokens if the loss uses the mean, and the sum otherwise.
     """
     beta = reward_beta(objective)
     if uses_reference(objective):
@@ -80,7 +80,7 @@ def accurate(objective: Objective, logps: StepLogps) -> Tensor:
 def measure(
     objective: Objective, loss: Tensor, logps: StepLogps, scores: TokenScores, rows: PackedRows, sources: int
 ) -> Tensor:
-    """Compute a micro-batch's contribution to the step's figures: float64 [measures + sources + 3, 2] on the CPU.
+    """Compute a micro-batch's contribution to the step's measures: float64 [measures + sources + 3, 2] on the CPU.
 
     Each row is a sum and a weight. The first rows are those of MEASURES, the next ones the accuracies of the data
     sources. The last three rows hold the six moments from which `figures` computes the correlation `length_bias`.
@@ -152,7 +152,7 @@ def figures(sums: Tensor, sources: Sequence[str]) -> dict[str, float]:
 
 
 def empty(sources: int) -> Tensor:
-    """Return sums that are all zero, to which those of micro-batches are added: float64 [measures + sources + 3, 2]."""
+    """Return sums of zero, to which the sums of micro-batches are added: float64 [measures + sources + 3, 2]."""
     return torch.zeros(len(MEASURES) + sources + 3, 2, dtype=torch.float64)
 
 

@@ -37,7 +37,7 @@ def train_step(
     groups are packed nor on the number of ranks. Collective: all ranks must call this, with equally many micro-batches.
 
     Args:
-        micro_batches: those of this rank.
+        micro_batches: the micro-batches of this rank.
         sources: names of the data sources; the accuracy of each source is measured.
         with_statistics: also measure the entropy.
 
@@ -68,8 +68,8 @@ def losses(
     """Yield for each micro-batch its contribution to the step's loss, its measures, and its log-probs.
 
     The caller runs the backward pass. If the loss of one pair depends on other pairs of the step, the log-probs of the
-    whole step are gathered. The gathered log-probs of other micro-batches and ranks are constants, so that the
-    gradients of all micro-batches add up to the gradient of the step's loss. Collective: all ranks must call this.
+    whole step are gathered. The gathered log-probs of other micro-batches and ranks have no gradient. So the gradients
+    of all micro-batches add up to the gradient of the step's loss. Collective: all ranks must call this.
     """
     totals = totals_of(over_ranks(torch.stack([weight_sums(rows).cpu() for rows in micro_batches]).sum(dim=0)))
     statistics = with_statistics or config.shaping.wpo

@@ -17,9 +17,9 @@ from dpo_ray.schedule.files import Schedule
 
 @dataclass(frozen=True)
 class AuditTask:
-    """How to audit the reference before step 1: its log-probs are compared with the trainer's own. Can be pickled.
+    """How to audit the reference before step 1: stored log-probs are compared with the trainer's. Can be pickled.
 
-    The functions are passed in, because this package does not import the package `reference`.
+    `measure` and `goes_on` are functions of the package `reference`, which this package must not import.
     """
 
     groups: int  # minimum number of groups to compare; fewer only if the data has fewer

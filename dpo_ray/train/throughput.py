@@ -28,7 +28,7 @@ def work_of_step(micro_batches: Sequence[MicroBatch], shape: ModelShape) -> Tens
 
 
 def throughput(work: Tensor, layout: Layout, seconds: float, peak_flops: float | None) -> dict[str, float]:
-    """Convert a step's work (the result of `work_of_step`) into figures.
+    """Convert a step's work (the result of `work_of_step`) into metrics.
 
     `tflops` counts 10^12 useful operations per second and worker; `mfu` is that rate divided by the device's peak.
     `sharing_saved` is the share of tokens that is saved because a prompt is computed once for all its completions.

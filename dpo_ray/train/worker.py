@@ -52,8 +52,9 @@ def train_and_export(task: TrainTask) -> dict[str, Any]:
     """Train the policy and export it.
 
     Returns:
-        On rank 0, the entries of the artifact's files and the figures of training; on other ranks {}. If all ranks
-        raised the same error, only `error` is returned. If the audit forbids training, only `audit` is returned.
+        On rank 0, a mapping with the manifest entries of the artifact's files and the results of training. On other
+        ranks {}. If all ranks raised the same error, the mapping has only the key `error`. If the audit forbids
+        training, it has only the key `audit`.
 
     Raises:
         TrainError: another rank did not respond in time. Ray Train then stops and restarts all workers.
@@ -142,14 +143,14 @@ def _run(task: TrainTask) -> dict[str, Any]:
 
 
 class _Wishes:
-    """Requests of the driver and of Ray, combined over the ranks so that all ranks obey them after the same step."""
+    """Requests of the driver or Ray to stop or to write a checkpoint. All ranks carry them out after the same step."""
 
     def __init__(self, inbox: Any, rank: int) -> None:
         self._stopped = inbox.stopped.remote() if rank == 0 else None
         self._preemption: Any = None  # the last preemption notice that was handled
 
     def __call__(self) -> Wish:
-        """Return the current request, combined over all ranks. This sends no Ray messages.
+        """Return the current request, which is the same on all ranks. This sends no messages through Ray.
 
         Collective: all ranks must call this.
         """
@@ -164,12 +165,12 @@ class _Wishes:
 
 
 def _audited(policy: TokenLogps, audit: AuditTask, task: TrainTask, rank: int, device: torch.device) -> dict[str, Any]:
-    """Audit the reference: score the first groups of the schedule (a random sample) with the policy before step 1.
+    """Audit the reference: score the first groups of the schedule (a random sample) with the untrained policy.
 
     Collective: all ranks must call this.
 
     Returns:
-        Statistics of the differences between these log-probs and the stored reference log-probs.
+        Statistics of the differences between the policy's log-probs and the stored reference log-probs.
     """
     compared: list[ComparedGroup] = []
     policy.eval()
@@ -204,7 +205,7 @@ def _written(
     """Write the files of the artifact `train` to its staging directory, on rank 0.
 
     Returns:
-        The entries of these files for the manifest, and the figures of training.
+        A mapping with the manifest entries of these files, and with the results of training.
     """
     entries = []
     with tempfile.TemporaryDirectory(prefix="dpo-ray-policy-") as scratch:

@@ -2,7 +2,7 @@
 
     python -m dpo_ray.models.builtin.make_sentiment_llama [output directory]
 
-The model is the reference model of the quickstart, where a real run would use a supervised fine-tuned model. It is trained
+This model is the reference model of the quickstart. A real run would use a supervised fine-tuned model instead. It is trained
 on unlabelled reviews of data/synthetic.py, each followed by EOS, until its loss is close to the entropy of the grammar that
 generates them. The script takes about a minute on two cores.
 """
@@ -141,7 +141,7 @@ def main(directory: Path) -> None:
 
 
 def _learning_rate_factor(step: int) -> float:
-    """Return the factor of the learning rate: it rises during the warm-up, and then falls as a cosine to nearly 0."""
+    """Return the factor of the learning rate at a step. It rises during the warm-up, then falls as a cosine to nearly 0."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)))

@@ -6,9 +6,10 @@
     <place>/metrics/000000000-000000010.jsonl        metrics of the steps since the last checkpoint
 
 Each rank hashes the files that it wrote, and verifies a share of all files before they are loaded. The newest intact
-checkpoint is used; a damaged one is moved to `damaged/`. Loading reshards, so the number of ranks may change.
-Workers that were replaced, but still run, write only in directories of their own attempt, and commit nothing.
-Only files with a recorded digest are ever loaded, and in a way that cannot run code (`reader.py`).
+checkpoint is used; newer checkpoints that are damaged are moved to `damaged/`. Loading reshards the tensors, so the
+number of ranks may change. If workers were replaced but still run, they write only to the directories of their attempt,
+and commit nothing. Only files whose digest is in the manifest are loaded, and in a way that cannot run code
+(`reader.py`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Best:
 class Progress:
     """The position in the data and the running totals.
 
-    A checkpoint stores them besides the weights, the optimizer state and the state of the random generators.
+    A checkpoint stores this progress besides the weights, the optimizer state and the state of the random generators.
     """
 
     step: int = 0  # finished steps == index of the next step
@@ -65,7 +66,7 @@ class Progress:
 
 
 def oldest_step(place: Storage) -> int:
-    """Return the step of the oldest checkpoint; 0 without checkpoints. Training never resumes before that."""
+    """Return the step of the oldest checkpoint; 0 if there is none. Training never resumes before this step."""
     return min(committed_steps(place), default=0)
 
 
@@ -88,13 +89,15 @@ class Checkpoints:
         """Claim `place`, so that no earlier group of workers commits there any more; keep the newest `keep` checkpoints.
 
         Args:
-            attempt: names this training for people who read the claim.
-            identity: digest of all that determines the weights; a checkpoint with another identity is not loaded.
-            seed: seeds the random generators if a checkpoint was written by another number of ranks.
-            hang_seconds: limit of the time that one rank waits for another.
+            attempt: name of this training, which is written to the claim for people who read it.
+            identity: digest of everything that determines the weights. A checkpoint with another identity is not
+                loaded.
+            seed: seed of the random generators, used if a checkpoint was written by another number of ranks.
+            hang_seconds: longest time that one rank waits for another.
 
         Raises:
-            LeaseError: on every rank, if other groups of workers keep claiming the place.
+            LeaseError: raised on every rank, because other groups of workers repeatedly claimed `place` at the same
+                time.
         """
         self._place, self._keep = place, keep
         self._identity, self._seed = identity, seed
@@ -112,9 +115,11 @@ class Checkpoints:
     def save(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, metrics: list[dict[str, float]]
     ) -> None:
-        """Copy the state of all ranks, then write and commit it in the background, after the previous checkpoint.
+        """Copy the state of all ranks, then write and commit the copy in the background.
 
-        `metrics` are the rows of the steps since the last checkpoint, or since the one that was loaded.
+        First wait until the previous checkpoint is committed.
+
+        `metrics` are the rows of all steps since the checkpoint that was last saved or loaded.
 
         Raises:
             ArtifactError, StorageFailedError: the previous checkpoint could not be written.
@@ -161,9 +166,9 @@ class Checkpoints:
         self._claim.check()
 
     def check(self) -> None:
-        """Raise the error of the checkpoint that is being written, if it has already failed.
+        """Raise the error of the checkpoint that is being written, if the writing has already failed.
 
-        This does not wait, and each rank may call it alone.
+        This method does not wait, and each rank may call it without the others.
         """
         if self._in_flight is not None and self._in_flight.done():
             self._wait()
@@ -184,10 +189,11 @@ class Checkpoints:
             raise failed("a checkpoint could not be written", self._place, error, fix) from error
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Restore the newest intact checkpoint and return its progress, which is at step 0 if there is none.
+        """Restore the newest intact checkpoint and return its progress. Without a checkpoint, return that of step 0.
 
-        The random generators are restored too; if the number of ranks has changed, or the checkpoint has no state of
-        each rank (those of an earlier version), they are seeded from seed, rank and step instead.
+        The random generators are restored, too, if the checkpoint has the state of exactly these ranks. Otherwise (the
+        number of ranks has changed, or an earlier version wrote the checkpoint) they are seeded from seed, rank and
+        step.
         """
         manifest = Soundness(self._place, self._identity, self._ranks).newest()
         if self._ranks.rank == 0:
@@ -208,7 +214,8 @@ class Checkpoints:
         """Load weights and optimizer state from the checkpoint of a step. Collective: all ranks must call this.
 
         Raises:
-            ArtifactError: the checkpoint is damaged. All ranks raise it; `load_newest` then loads an earlier checkpoint.
+            ArtifactError: the checkpoint is damaged. All ranks raise this error. A later `load_newest` loads an earlier
+                checkpoint.
         """
         self._restore(policy, optimizer, Soundness(self._place, self._identity, self._ranks).read(step))
 

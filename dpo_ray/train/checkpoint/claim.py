@@ -1,9 +1,10 @@
-"""The claim of a group of workers on the checkpoints of a run: of all groups, only the newest commits and prunes.
+"""The claim of a group of workers on the checkpoints of a run. Only the newest group may commit and prune checkpoints.
 
 <place>/claims/000002.json      the second group; its files are in <place>/step-.../attempt-000002/
 
-A group is restarted when one of its nodes no longer answers, or when its driver does not. Its processes may be alive
-nevertheless, and write on: but only to directories of their own number, which no newer group reads or writes.
+When a node or the driver of a group no longer answers, a new group is started. Processes of the old group may still be
+alive and continue to write. But they write only to directories with the number of the old group, which newer groups
+neither read nor write.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _DIRECTORY = re.compile(r"attempt-(\d{6,})")
 
 
 class Claim:
-    """The right of one group of workers to commit checkpoints, until a newer group claims it."""
+    """The right of one group of workers to commit checkpoints, until a newer group claims this right."""
 
     def __init__(self, place: Storage, attempt: str) -> None:
-        """Claim the next number in `place`. `attempt` names the training for people who read the claim.
+        """Claim the next number in `place`. The name `attempt` of the training is written to the claim, for people.
 
         Raises:
-            LeaseError: other groups keep claiming it.
+            LeaseError: other groups repeatedly claimed the number first.
         """
         self._place = place
         for _ in range(MAX_TRIES):
@@ -41,11 +42,11 @@ class Claim:
 
     @property
     def directory(self) -> str:
-        """Return the name that the group's directories have; no other group writes in them."""
+        """Return the name of this group's directory within the directory of each step. No other group writes there."""
         return f"attempt-{self.number:06d}"
 
     def check(self) -> None:
-        """Raise LeaseError if a newer group of workers has claimed the checkpoints, or they were deleted."""
+        """Raise LeaseError if a newer group of workers has claimed the checkpoints, or the claims were deleted."""
         if _newest(self._place) != self.number:
             raise LeaseError(
                 "these workers were replaced: a newer group of workers continues the training",
@@ -54,7 +55,7 @@ class Claim:
             )
 
     def covers(self, directory: str) -> bool:
-        """Return whether a directory is of this group or an older one; a directory without a number is older."""
+        """Return whether a directory belongs to this group or an older one. A directory without a number is older."""
         found = _DIRECTORY.fullmatch(directory)
         return found is None or int(found[1]) <= self.number
 

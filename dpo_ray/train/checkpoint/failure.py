@@ -1,4 +1,4 @@
-"""The error of a checkpoint that DCP could not write or read, with the first failure of a rank as its cause."""
+"""The error to raise if DCP could not write or read a checkpoint. The cause is the first failure of a rank."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dpo_ray.errors import ArtifactError, DpoRayError, StorageFailedError, Write
 
 
 def failed(what: str, place: Storage, error: BaseException, fix: str) -> DpoRayError:
-    """Build the error to raise for one of DCP's, which contains the errors of all ranks that failed.
+    """Convert an error of DCP, which contains the errors of all ranks that failed, to the error to raise.
 
     Returns:
-        Our own error, if a rank raised one. WriteRefusedError or StorageFailedError, if another attempt would end in the
-        same way; ArtifactError otherwise.
+        The DpoRayError of a rank, if a rank raised one. Otherwise WriteRefusedError or StorageFailedError, if another
+        attempt would fail in the same way. In all other cases ArtifactError.
     """
     of_ranks = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
     causes = of_ranks or [error]

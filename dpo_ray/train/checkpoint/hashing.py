@@ -1,7 +1,7 @@
-"""Digests of a checkpoint's files. Each rank hashes the files that it wrote, so hashing is as parallel as writing.
+"""Digests of a checkpoint's files. Each rank hashes the files that it wrote, so all ranks share the work.
 
-DCP (PyTorch's distributed checkpoint) gathers the write results of all ranks on rank 0. The digests travel with these
-results, so they need no message, file or synchronisation of their own.
+DCP (PyTorch's distributed checkpoint) gathers the write results of all ranks on rank 0. The digests are sent with these
+results, so no further message, file or synchronisation is needed.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class _Digests(WriteResult):
 
 
 class _PrivateFiles(FileSystem):
-    """DCP's way to a disk, with the rights that all our files have."""
+    """A FileSystem of DCP that creates files and directories with the access rights of all other files of dpo_ray."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[Any]]:
-        """Open a file."""
+        """Open a file. If the file is created, it gets the access rights of all other files of dpo_ray."""
         with open(path, mode, opener=private_opener) as stream:
             yield stream
 
@@ -58,7 +58,7 @@ class HashingWriter(FileSystemWriter):
     """A DCP writer for disks. After writing, the same thread reads the files back and hashes them."""
 
     def __init__(self, directory: Storage, own_files: Mapping[str, bytes]) -> None:
-        """Write to `directory`, along with further files of this rank."""
+        """Prepare to write to `directory`. `own_files` are further files that this rank writes, by name."""
         super().__init__(directory.full_path(), sync_files=True)
         if directory.is_local:
             self.fs = _PrivateFiles()
@@ -69,7 +69,8 @@ class HashingWriter(FileSystemWriter):
         """Write this rank's files; return the write results, followed by the digests of the files.
 
         Raises:
-            DpoRayError: the disk or the object store refuses to write. The message is the storage's own and says why.
+            DpoRayError: the disk or the object store refuses to write. The message is that of the storage, and states
+                the reason.
         """
         try:
             results = super().write_data(plan, planner).wait()

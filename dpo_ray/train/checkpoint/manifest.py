@@ -1,4 +1,4 @@
-"""The manifest that commits a training checkpoint, with the digests of its files; pruning and removal of damaged ones.
+"""The manifest that commits a training checkpoint. Old checkpoints are deleted, and damaged ones are moved away.
 
 <place>/step-000000010.json                      the commit
 <place>/step-000000010/attempt-000002/...        its files
@@ -42,8 +42,8 @@ def commit(place: Storage, directory: str, facts: dict[str, Any], digests: dict[
 
     Args:
         facts: further fields of the manifest.
-        digests: digests of files that are known already. All of them are listed in the manifest, even if this rank does
-            not see the file of another rank. Files without a known digest are hashed here.
+        digests: the digests that are already known, by file. The manifest lists all these files, even if this rank does
+            not see a file that another rank wrote. All other files in `directory` are hashed here.
     """
     files = place.child(directory)
     own = {name: digest(files, name) for name in files.list_files() if name not in digests}
@@ -66,19 +66,19 @@ def read_manifest(place: Storage, step: int, identity: str) -> dict[str, Any]:
         if manifest["step"] != step:
             raise ValueError(f"the manifest is of step {manifest['step']}")
         if manifest["identity"] != identity:
-            raise ValueError("it belongs to another configuration")
+            raise ValueError("the checkpoint belongs to another configuration")
     except UNSOUND as error:
         raise ArtifactError(reason_of(error), where=place.full_path(name)) from error
     return manifest
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the text of an error: what is wrong, without where it is or how to fix it."""
+    """Return the text of an error: only what is wrong, without the location and the fix."""
     return error.what if isinstance(error, ArtifactError) else str(error) or repr(error)
 
 
 def set_aside(place: Storage, name: str, reason: str) -> None:
-    """Move a manifest to `damaged/` and write the reason beside it. From then on its checkpoint is ignored."""
+    """Move a manifest to `damaged/`, and write the reason next to it. After that the checkpoint is ignored."""
     place.write(f"damaged/{name}.reason", reason.encode())
     try:
         place.write(f"damaged/{name}.json", place.read_bytes(f"{name}.json"))
@@ -88,9 +88,10 @@ def set_aside(place: Storage, name: str, reason: str) -> None:
 
 
 def prune(place: Storage, keep: int, claim: Claim) -> None:
-    """Delete all checkpoints except the newest `keep` and the best ones that these refer to.
+    """Delete old checkpoints. Keep the newest `keep`, and the best checkpoints to which their manifests refer.
 
-    Files of later steps, and those of newer groups of workers than `claim`, stay: somebody may be writing them.
+    Files of later steps are kept, and so are files of groups of workers newer than `claim`, because they may be
+    incomplete.
     """
     steps = committed_steps(place)
     newest = steps[-keep:]

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 class SharedPlanner(DefaultSavePlanner):
     """DCP's planner, set up to reuse the plans of the previous save if no rank's tensors have changed.
 
-    Reusing them avoids gathering the plans of all ranks. The cached plans take no more memory than making them takes.
+    Reusing them avoids gathering the plans of all ranks. The cached plans need no more memory than the planning itself.
     """
 
     def __init__(self, owner: str) -> None:

@@ -38,7 +38,7 @@ class Ranks:
         return values
 
     def first_does(self, act: Callable[[], T]) -> T:
-        """Run `act` on rank 0 only, and return its result on every rank.
+        """Call `act` on rank 0 only, and return the result on every rank.
 
         If `act` raises a DpoRayError, every rank raises that error.
         """

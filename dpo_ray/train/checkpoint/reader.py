@@ -1,8 +1,9 @@
-"""Reading of a checkpoint's files such that none of them can run code, even where its manifest was forged as well.
+"""Reading of a checkpoint's files without running code from them, even if somebody has forged files and manifest.
 
-DCP's `.metadata` is a pickle, and so is every value that is no tensor. Here `.metadata` is unpickled from the bytes
-that were compared with the manifest's digest, by an unpickler that knows only the classes of DCP's metadata. Values
-that are no tensors are read as weights are, which allows numbers, texts and containers of them.
+In DCP, the file `.metadata` is a pickle, and so is every value that is not a tensor. Here the bytes of `.metadata` are
+compared with the digest in the manifest, and then read by an unpickler that allows only the classes of DCP's metadata.
+Values that are not tensors are read by `torch.load` with `weights_only=True`, which allows numbers, texts and
+containers of them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _CLASSES = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Rebuilds DCP's metadata, and raises ArtifactError for any other class or function."""
+    """An unpickler for DCP's metadata. It raises ArtifactError for any other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -51,14 +52,14 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Storage, digests: dict[str, str]) -> dcp.Metadata:
-    """Read DCP's metadata from the bytes that have the manifest's digest.
+    """Read DCP's metadata, after its bytes have been compared with the digest in the manifest.
 
     Args:
         digests: sha256 of each file of the checkpoint, from its manifest.
 
     Raises:
-        ArtifactError: the manifest does not list the file, its content is another or no metadata, or it refers to files
-            that the manifest does not list.
+        ArtifactError: the manifest does not list the file, the bytes have another digest or are not metadata, or the
+            metadata refers to files that the manifest does not list.
     """
     try:
         data = directory.read_bytes(METADATA)
@@ -76,10 +77,10 @@ def read_metadata(directory: Storage, digests: dict[str, str]) -> dcp.Metadata:
 
 
 class Reader(FileSystemReader):
-    """DCP's reader of a directory on a disk or an object store, with the metadata read as above."""
+    """A DCP reader of a directory on a disk or an object store. It never runs code from the metadata."""
 
     def __init__(self, directory: Storage, digests: dict[str, str]) -> None:
-        """Read a checkpoint whose manifest lists `digests`."""
+        """Prepare to read a checkpoint whose manifest lists `digests`."""
         super().__init__(directory.full_path())
         if not directory.is_local:
             self.fs = ObjectFileSystem()
@@ -87,7 +88,11 @@ class Reader(FileSystemReader):
         self._directory, self._digests = directory, digests
 
     def read_metadata(self, *_: Any, **options: Any) -> dcp.Metadata:
-        """Read the metadata. DCP asks with a `rank` if that fails, for a file of that rank alone: there is none."""
+        """Read the metadata.
+
+        If this fails, DCP calls this method again, with `rank`, to read a metadata file of one rank. There is no such
+        file, so this raises ArtifactError.
+        """
         if options:
             raise ArtifactError(f"{METADATA} cannot be used", where=self._directory.uri)
         metadata = read_metadata(self._directory, self._digests)
@@ -97,9 +102,9 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """DCP's planner, which reads values that are no tensors without running code."""
+    """A DCP planner that reads values that are not tensors without running code."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Place a value in the state that is being loaded."""
+        """Read a value that is not a tensor, and put it into the state that is being loaded."""
         place = self.mappings[read_item.dest_index.fqn]
         set_element(self.original_state_dict, place, torch.load(value, weights_only=True))  # noqa: TID251

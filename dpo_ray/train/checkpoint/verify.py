@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Soundness:
-    """Verifies checkpoints before they are loaded, each one only once.
+    """Verifies checkpoints before they are loaded. Each checkpoint is verified only once.
 
     All ranks must construct this object together, and must call each of its methods together.
     """
@@ -101,8 +101,8 @@ class Soundness:
 def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | None]) -> str | None:
     """Check again, on rank 0, the files that some rank found damaged.
 
-    Return what is wrong with a file; None if no rank found a damaged file. Without this second check, one node with a
-    bad mount would cause every checkpoint to be rejected.
+    Return what is wrong with the first damaged file; None if no rank found a damaged file. Without this second check, a
+    single node with a faulty mount would cause every checkpoint to be rejected.
 
     Args:
         files: digest of each file, by name.
@@ -126,7 +126,7 @@ def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | N
 
 
 def _check_metadata(directory: Storage, digests: dict[str, str]) -> None:
-    """Raise ArtifactError if the metadata cannot be loaded, as where manifest and metadata were forged together."""
+    """Raise ArtifactError if the metadata cannot be loaded, for example if both manifest and metadata were forged."""
     read_metadata(directory, digests)
 
 

@@ -1,4 +1,4 @@
-"""The full (unsharded) optimizer state. One training passes it to the next, whose number of ranks may differ."""
+"""The full (unsharded) optimizer state, which one training passes to the next. The number of ranks may differ."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_where_there_is_none(tmp_path: Path) -> None:
 
     assert found(None) is None
     assert found(str(tmp_path)) == tmp_path
-    with pytest.raises(ConfigError, match=r"model.adapter=./nothing: no such directory\n"):
+    with pytest.raises(ConfigError, match=r"model.adapter=./nothing: there is no such directory\n"):
         found("./nothing")
     with pytest.raises(ConfigError, match=r"not fetched from the hub\n.*hf download some-one/lora-1"):
         found("some-one/lora-1")
@@ -163,7 +163,7 @@ def test_where_there_is_none(tmp_path: Path) -> None:
         ({"some_later_kind": {"x": 1}}, "some_later_kind"),
         ({"r": 5}, "rank 4 (A) and 4 (B), but adapter_config.json sets rank 5"),
         ({"rank_pattern": {"v_proj": 3}}, "self_attn.v_proj` have rank 4"),
-        ({"rank_pattern": {"v_proj(": 3}}, "rank_pattern: "),
+        ({"rank_pattern": {"v_proj(": 3}}, "rank_pattern has an invalid pattern: "),
         ({"r": None}, "r is None"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
         ({"alpha_pattern": {"v_proj": 0}}, "alpha_pattern.v_proj is 0"),

@@ -128,7 +128,11 @@ def rounds(name: str, online: dict[str, object], *, says: tuple[str, ...]) -> Ki
 
 
 KINDS = [
-    Kind("no such file", lambda here: [str(here / "absent.yaml")], ("absent.yaml: no such recipe", "dpo-ray init")),
+    Kind(
+        "no such file",
+        lambda here: [str(here / "absent.yaml")],
+        ("absent.yaml: there is no such recipe", "dpo-ray init"),
+    ),
     Kind("a directory", lambda here: [str(here)], ("this is a directory",)),
     Kind("no argument", lambda here: [], ("missing argument", "recipe")),
     Kind("unknown option", lambda here: [str(here / "good.yaml"), "--frobnicate"], ("no such option", "--frobnicate")),
@@ -186,7 +190,9 @@ KINDS = [
         says=("train.workers: the recipe requests 999 GPUs",),
     ),
     override("no such builtin model", "model.path=builtin:gpt5", says=("'gpt5'", "sentiment_llama")),
-    override("no such model", "model.path=./no-such-model", says=("model.path=./no-such-model: no such model",)),
+    override(
+        "no such model", "model.path=./no-such-model", says=("model.path=./no-such-model: there is no such model",)
+    ),
     override("a context that is too short", "data.max_length_tokens=100000", says=("data.max_length_tokens=100000",)),
     override("no such template", "data.chat_template=absent.jinja", says=("data.chat_template=absent.jinja: no such",)),
     override("no chat template", "data.chat_template=auto", says=("data.chat_template=auto:", "no chat template")),
@@ -215,7 +221,7 @@ KINDS = [
         "train.lora.rank=8",
         says=("reference.engine", "the reference is the quantized model"),
     ),
-    override("no such adapter", "model.adapter=./absent", says=("model.adapter=./absent: no such directory",)),
+    override("no such adapter", "model.adapter=./absent", says=("model.adapter=./absent: there is no such directory",)),
     override(
         "an adapter of the hub", "model.adapter=some/lora", says=("model.adapter=some/lora:", "hf download some/lora")
     ),
