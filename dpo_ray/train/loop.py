@@ -77,8 +77,7 @@ def train(
         wish: called after every step; returns what the driver or Ray requests.
 
     Raises:
-        TrainError: a loss or gradient is not finite (the update is not made, and no checkpoint contains it); or the
-            evaluation has no metric `train.best.metric`.
+        TrainError: a loss or gradient is not finite (no checkpoint contains it), or train.best.metric does not exist.
         StoppedError: a stop was requested. A checkpoint contains every finished step.
         ArtifactError: a checkpoint could not be written.
     """
