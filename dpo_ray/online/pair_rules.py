@@ -59,7 +59,8 @@ def pairs_of(
 ) -> Paired:
     """Pair the completions of one prompt by the rules of the recipe's section `online.pairing`.
 
-    With `pairs: list`, the result is a ranked list without pairs, and the ratio of lengths is not checked.
+    If the recipe sets `pairs: list`, return one ranked list of the completions instead of pairs. The limit on the ratio of
+    the two lengths in a pair does not apply then.
 
     Args:
         scores: score of each completion; higher is better. None or a number that is not finite: the judge abstains.

@@ -47,7 +47,7 @@ REACHED_BY: dict[Stage, State] = {
 
 @dataclass(frozen=True)
 class Committed:
-    """The stages of one round whose artifacts exist, and the decision of the round."""
+    """What is committed of one round: the stages that have an artifact, and whether the round's policy was promoted."""
 
     number: int  # of the round; the first round is 1
     stages: frozenset[Stage] = frozenset()

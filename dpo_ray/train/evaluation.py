@@ -90,11 +90,11 @@ def heldout_sums(
 
 
 def table(config: TrainConfig, logps: StepLogps) -> Tensor:
-    """Build the rows of the held-out table for a micro-batch, without the column `loss`.
+    """Build the rows of a micro-batch for the table of held-out results, without the column `loss`.
 
     Returns:
-        float64 [rows, HELDOUT without loss] on the CPU: one row per pair; or, if there are no pairs, one row per
-        labelled completion. Rows of weight 0 are left out.
+        float64 [rows, columns] on the CPU; the columns are those that `HELDOUT` names, except `loss`. There is one row per
+        pair; or, if there are no pairs, one row per labelled completion. Rows of weight 0 are left out.
     """
     p = logps.pairs
     if len(logps.pair_weight):

@@ -103,7 +103,7 @@ def test_what_the_cluster_refuses_is_one_line_for_every_command(cluster: Cluster
         assert "the cluster refuses the token from RAY_AUTH_TOKEN" in err
     code, _, err = cluster.call("list", **no_home)
     assert code == 9
-    assert "the cluster requires a token, and there is none on this machine" in err
+    assert "the cluster requires a token, and none was found on this machine" in err
     code, _, err = cluster.call("list", "--address", f"http://127.0.0.1:{free_port()}")
     assert code == 9
     assert "nothing listens at the address" in err

@@ -15,7 +15,11 @@ or for response_1, response_2, ..."""
 
 
 class Fields(NamedTuple):
-    """One row, and the names that its columns may have: `names` lists the accepted names for each role."""
+    """One row of data, and the names that its columns may have.
+
+    The role of a column is what it holds: `prompt`, `chosen`, `score`, ... `names` lists the accepted column names for each
+    role.
+    """
 
     row: Mapping[str, Any]
     names: Mapping[str, tuple[str, ...]]
@@ -37,7 +41,7 @@ class Fields(NamedTuple):
         return names[0] if names else role
 
     def get(self, role: str) -> Any:
-        """Return the value of a role's column, or None if the row does not have the column."""
+        """Return the value of the column that holds a role, such as `chosen`; None if the row does not have this column."""
         return self.row.get(self.column(role))
 
     def need(self, role: str, missing: str) -> Any:

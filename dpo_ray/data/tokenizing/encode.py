@@ -126,7 +126,7 @@ def _differ(first: Encoded | Rejected | None, second: Encoded | Rejected) -> boo
 
 
 def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Return the special tokens that the tokenizer puts before a text, such as BOS.
+    """Return the ids of the special tokens that the tokenizer puts before a text, such as BOS, as the bytes of int32.
 
     Special tokens that it puts after a text are not used: they would separate the prompt from the answer.
     """

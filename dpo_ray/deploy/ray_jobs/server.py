@@ -24,7 +24,7 @@ REDIRECTIONS = (
     "RAY_API_SERVER_ADDRESS",
     "RAY_ADDRESS",
 )  # in Ray's client, each takes precedence over the given address
-TOKEN_PLACES = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"  # noqa: S105 - where Ray keeps tokens, no token
+TOKEN_PLACES = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"  # noqa: S105 - no token
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -155,7 +155,7 @@ def _token(place: str) -> tuple[str, str]:
     except (OSError, UnicodeDecodeError):
         token = ""
     if not token:
-        what = "the cluster requires a token, and there is none on this machine" + (
+        what = "the cluster requires a token, and none was found on this machine" + (
             f" ({path} cannot be read)" if named else ""
         )
         raise InfrastructureError(what, where=place, fix=f"put the cluster's token into {TOKEN_PLACES}")

@@ -47,7 +47,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _CLASSES:
-            raise ArtifactError(f"{METADATA} names {module}.{name}, which no checkpoint contains")
+            raise ArtifactError(
+                f"{METADATA} refers to {module}.{name}, which no checkpoint needs: it was not loaded, because this file is "
+                "damaged or was not written by dpo-ray"
+            )
         return super().find_class(module, name)
 
 

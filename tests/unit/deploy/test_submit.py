@@ -158,7 +158,7 @@ def test_a_token_is_found_where_ray_finds_it(
 
 def test_no_token(dashboard: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     dashboard.token = "theirs"
-    assert refused(dashboard.url) == "the cluster requires a token, and there is none on this machine"
+    assert refused(dashboard.url) == "the cluster requires a token, and none was found on this machine"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/none/token")
     assert refused(dashboard.url).endswith("(/none/token cannot be read)")
 

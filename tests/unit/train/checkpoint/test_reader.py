@@ -56,9 +56,9 @@ def forge(root: Path, metadata: object, unlisted: tuple[str, ...] = ()) -> None:
 @pytest.mark.parametrize(
     ("forged", "reason"),
     [
-        (lambda root: forge(root, Touches()), "names posix.system"),
-        (lambda root: forge(root, TouchesInMetadata()), "names posix.system"),
-        (lambda root: forge(root, getattr), "names builtins.getattr"),
+        (lambda root: forge(root, Touches()), "refers to posix.system"),
+        (lambda root: forge(root, TouchesInMetadata()), "refers to posix.system"),
+        (lambda root: forge(root, getattr), "refers to builtins.getattr"),
         (lambda root: forge(root, {"a": 1}), ".metadata cannot be read: AttributeError"),
         (lambda root: forge(root, Touches(), unlisted=(".metadata",)), "is not what was written"),
         (lambda root: forge(root, None, unlisted=("__0_0.distcp",)), "refers to files that are not part of"),
