@@ -47,7 +47,14 @@ class Claim:
 
     def check(self) -> None:
         """Raise LeaseError if a newer group of workers has claimed the checkpoints, or the claims were deleted."""
-        if _newest(self._place) != self.number:
+        newest = _newest(self._place)
+        if newest < self.number:
+            raise LeaseError(
+                "these workers lost the training: their checkpoints' directory was deleted, or its disk is gone",
+                where=self._place.uri,
+                fix="if the training is not finished, mount or restore the storage, and run the same command again",
+            )
+        if newest > self.number:
             raise LeaseError(
                 "these workers were replaced: a newer group of workers continues the training",
                 where=self._place.uri,

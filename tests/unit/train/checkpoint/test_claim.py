@@ -51,7 +51,7 @@ def test_workers_whose_training_was_committed_and_its_checkpoints_deleted_commit
     run(replaced, 0, [2], *late)
     disk.delete_tree()
     replaced.save(*late, Progress(3), [])
-    with pytest.raises(LeaseError):
+    with pytest.raises(LeaseError, match="was deleted, or its disk is gone"):
         replaced.finish()
     assert committed_steps(disk) == []
 
