@@ -200,7 +200,7 @@ def test_head_and_embeddings_are_refused(target: str, family: Callable[[str], Pa
 def test_a_head_that_is_adapted_like_any_layer_is_refused(copy: Path, family: Callable[[str], Path]) -> None:
     head = {"A": torch.ones(4, 32), "B": torch.ones(61, 4)}
     reweigh(copy, lambda w: {f"base_model.model.lm_head.lora_{m}.weight": t for m, t in head.items()})
-    assert "adapters of the head or the embeddings" in refusal(copy, family("llama"))
+    assert "the head and the embeddings cannot have an adapter" in refusal(copy, family("llama"))
 
 
 def test_broken_files_are_refused(copy: Path) -> None:
