@@ -194,7 +194,11 @@ KINDS = [
         "no such model", "model.path=./no-such-model", says=("model.path=./no-such-model: there is no such model",)
     ),
     override("a context that is too short", "data.max_length_tokens=100000", says=("data.max_length_tokens=100000",)),
-    override("no such template", "data.chat_template=absent.jinja", says=("data.chat_template=absent.jinja: no such",)),
+    override(
+        "no such template",
+        "data.chat_template=absent.jinja",
+        says=("data.chat_template=absent.jinja: there is no such",),
+    ),
     override("no chat template", "data.chat_template=auto", says=("data.chat_template=auto:", "no chat template")),
     override("a glob of nothing", "data.train=none/*.jsonl", says=("data.train=none/*.jsonl: no file matches",)),
     Kind(
@@ -269,7 +273,11 @@ KINDS = [
     Kind("an adapter that is not LoRA", adapted(peft_type="IA3"), ("model.adapter=", "of type IA3")),
     Kind("more than LoRA", adapted(modules_to_save=["lm_head"]), ("model.adapter=", "modules_to_save=['lm_head']")),
     Kind("an adapter of another rank", adapted(r=8), ("model.adapter=", "rank 2 (A) and 2 (B)", "sets rank 8")),
-    Kind("an adapter of the head", adapted(module="lm_head"), ("model.adapter=", "head or the embeddings")),
+    Kind(
+        "an adapter of the head",
+        adapted(module="lm_head"),
+        ("model.adapter=", "the head and the embeddings cannot have"),
+    ),
     Kind(
         "an adapter of another model",
         adapted(module="model.layers.2.self_attn.q_proj"),
