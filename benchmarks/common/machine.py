@@ -1,4 +1,4 @@
-"""Say on what machine a figure was measured."""
+"""Describe the machine on which a number was measured."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Side:
             self._process.kill()
 
     def ask(self, task: Any) -> Answer:
-        """Have one task done; returns what was measured.
+        """Run one task, and return its measurements.
 
         Raises:
             SystemExit: the process ended; what it said is in the log.

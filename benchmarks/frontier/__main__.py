@@ -161,7 +161,7 @@ def _name_betas(axis: Axes, points: list[Point], colour: str, *, above: bool) ->
 
 
 def closeness(points: list[Point]) -> str:
-    """Say in one line for each way of DPO how close it came."""
+    """Write one line for each way of DPO: how close it came to the frontier."""
     lines = []
     for method in ("offline DPO", "online DPO"):
         of_method = [p for p in points if p.method == method]

@@ -51,7 +51,7 @@ class World:
         return high * kl + self.optimum(high)
 
     def is_beyond(self, policy: Tensor) -> bool:
-        """Say whether a policy has more reward than the frontier at its divergence: then something is computed wrongly."""
+        """Return whether a policy has more reward than the frontier at its divergence: then something is computed wrongly."""
         return self.reward_of(policy) > self.frontier(self.divergence(policy)) + ROUNDING
 
     def best_of(self, n: int) -> Tensor:

@@ -82,7 +82,7 @@ def _recipe(name: str, args: argparse.Namespace, rows: Sequence[Path]) -> Recipe
 
 
 def _warm_up(args: argparse.Namespace) -> None:
-    """Let every worker import what it needs, and prepare some rows by other files than those that are measured."""
+    """Start every worker: each imports its modules, and prepares rows of files that are not measured."""
     ray.get([_import_in_worker.remote() for _ in range(args.cores)])
     with args.rows[0].open(encoding="utf-8") as stream:
         lines = [line for _, line in zip(range(args.cores * WARM_UP_ROWS), stream, strict=False)]

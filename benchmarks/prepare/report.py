@@ -98,7 +98,7 @@ def _memory_table(memory: dict[int, Result]) -> list[str]:
 
 
 def _notes(m: Measured) -> list[str]:
-    """Say what the figures hold and what they leave out."""
+    """List what the numbers include, and what they leave out."""
     args = m.args
     first = [rounds[0] for sides in m.speed.values() for rounds in sides.values()] + list(m.memory.values())
     versions = {name: version for result in first for name, version in result["versions"].items()}

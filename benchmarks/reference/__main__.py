@@ -95,7 +95,7 @@ def _turns(pairs: list[Pair], args: argparse.Namespace, scratch: Path) -> list[P
 def _measure(
     turns: Sequence[Path], model: Path, trl: Path, args: argparse.Namespace, scratch: Path
 ) -> dict[str, list[Answer]]:
-    """Let the sides take turns; the first turn of each is not counted."""
+    """Run the sides in turns; the first turn of each side is not counted."""
     common = ("--model", model, "--cores", args.cores, "--max-length-tokens", args.max_length_tokens)
     commands = {
         POOL: (sys.executable, "-m", "benchmarks.reference.pool_side", *common, "--scratch", scratch / "pool"),

@@ -60,7 +60,7 @@ class Checkpoint:
 
     @property
     def rank_bytes(self) -> float:
-        """Say what a rank holds of the state, and copies to its host."""
+        """Return the bytes of the state that a rank holds, and copies to its host."""
         return self.model.state_bytes / self.shards
 
     @property
@@ -91,12 +91,12 @@ class Checkpoint:
 
     @property
     def copy_seconds(self) -> float:
-        """Say how long training stands still."""
+        """Return the seconds for which training stands still."""
         return self.rank_bytes / COPY_BYTES_PER_SECOND
 
     @property
     def plan_seconds(self) -> float:
-        """Say how long rank 0 plans, once after a start: the next saves have the same plan."""
+        """Return the seconds in which rank 0 plans. It plans once after a start, because the next saves have the same plan."""
         return self.plan_items * self.measured.plan_seconds
 
     @property
@@ -105,24 +105,24 @@ class Checkpoint:
 
     @property
     def digest_seconds(self) -> float:
-        """Say how long all ranks read a share of the files each and hash it, to commit and before a restore."""
+        """Return the seconds in which each rank reads and hashes its share of the files, to commit and before a restore."""
         together = min(self.ranks * self.measured.digest_bytes_per_second, self._bytes_per_second)
         return self.model.state_bytes / together + self.metadata_bytes / self.measured.digest_bytes_per_second
 
     @property
     def commit_seconds(self) -> float:
-        """Say how long after the copy the checkpoint counts, while training goes on; all but a start's first."""
+        """Return the seconds from the copy to the commit, while training continues; not for the first checkpoint after a start."""
         return self.write_seconds + self.digest_seconds + self.metadata_seconds
 
     @property
     def restart_seconds(self) -> float:
-        """Say how long it takes from a failure until steps are done again: start, verification, reading."""
+        """Return the seconds from a failure to the next step: start, verification, reading."""
         read_bytes = self.rank_bytes * self.ranks  # every copy of a shard is read
         return START_SECONDS + self.digest_seconds + read_bytes / self._bytes_per_second
 
     @property
     def _bytes_per_second(self) -> float:
-        """Say what all nodes together exchange with the storage."""
+        """Return the bytes per second that all nodes together exchange with the storage."""
         return min(-(-self.ranks // GPUS_PER_NODE) * NODE_BYTES_PER_SECOND, STORAGE_BYTES_PER_SECOND)
 
 

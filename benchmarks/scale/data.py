@@ -46,12 +46,12 @@ class Plane:
 
     @property
     def index_bytes(self) -> int:
-        """Say what a node holds of the store's index, once it is made."""
+        """Return the bytes of the store's index that a node holds, once the index is built."""
         return 2 * self.groups * INDEX_BYTES
 
     @property
     def candidate_bytes(self) -> int:
-        """Say what the driver holds while it applies the rules over all rows."""
+        """Return the bytes that the driver holds while it applies the rules over all rows."""
         return self.groups * CANDIDATE_BYTES
 
     @property
@@ -60,7 +60,7 @@ class Plane:
 
     @property
     def bucket_steps(self) -> int:
-        """Say how many steps a bucket has at most."""
+        """Return the largest number of steps in a bucket."""
         return most_bucket_steps([range(self.groups_per_step)])
 
     @property
@@ -79,7 +79,7 @@ class Plane:
 
     @property
     def dealings(self) -> list[int]:
-        """Say to how many files rows are dealt, time after time: to no more at once than may be open."""
+        """Return to how many files rows are dealt in each pass: no more than may be open at once."""
         files: list[int] = []
         left = self.buckets
         while left > MOST_OPEN_FILES:

@@ -23,7 +23,7 @@ class Cost:
 
 
 def cost_of(make: Callable[..., Callable[[], Any]], *args: Any) -> Cost:
-    """Have a fresh process call `make(*args)`, which prepares, and measure the call of what that returns."""
+    """Call `make(*args)` in a fresh process, then measure a call of the function that it returns."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_measured, make, args).result()
 

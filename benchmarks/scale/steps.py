@@ -61,7 +61,7 @@ class Case:
 
     @property
     def steps(self) -> int:
-        """Say how many steps are replayed."""
+        """Return how many steps are replayed."""
         return min(MOST_STEPS, max(LEAST_STEPS, SAMPLED_GROUPS // self.groups_per_step))
 
 

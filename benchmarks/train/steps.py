@@ -88,7 +88,7 @@ def _rows(files: Sequence[Path], model: Path, args: argparse.Namespace, scratch:
 
 
 def _measure(rows: Path, model: Path, trl: Path, args: argparse.Namespace, scratch: Path) -> Measured:
-    """Let the sides take turns, each in a fresh process."""
+    """Run the sides in turns, each in a fresh process."""
     common = [
         *("--rows", rows, "--model", model, "--threads", args.cores, "--pairs-per-step", args.pairs_per_step),
         *("--warm-up-steps", args.warm_up_steps, "--learning-rate", args.learning_rate),
@@ -181,7 +181,7 @@ def _extent(ratios: np.ndarray) -> str:
 
 
 def _agreement(measured: Measured) -> str:
-    """Say how far the losses of all sides agree; ends the run where they did other work."""
+    """Describe how far the losses of all sides agree; end the run if the sides did different work."""
     losses = {side: np.array([answer["losses"] for answer in answers]) for side, answers in measured.items()}
     ours = losses[SHARED][0]
     worst = {side: float(np.abs(each / ours - 1).max()) for side, each in losses.items()}

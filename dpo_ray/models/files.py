@@ -44,8 +44,20 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
     return config
 
 
+def check_architecture(directory: Path, where: str) -> None:
+    """Check, without loading the weights, that a causal language model of this architecture can be trained and exported.
+
+    Raises:
+        ConfigError: transformers has no such model, or its log-probs or exported weights would be wrong.
+    """
+    config = _architecture(directory, where)
+    check_attention(config, where)
+    names = (name for file in _weight_files(directory, where) for name in _header(file, where))
+    check_media_parts(config, names, where)
+
+
 def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> int:
-    """Check that the model's architecture can be trained, its weight files are complete, and the tokenizer fits.
+    """Check that transformers knows the model, its weight files are complete, and the tokenizer fits.
 
     A weight file is complete if its header is sound and fits the size of the file. The tokenizer fits if the embedding has a
     row for each token of the tokenizer.
@@ -60,16 +72,13 @@ def check_weights(directory: Path, tokens: Mapping[str, int], where: str) -> int
         ConfigError: one of these checks fails.
     """
     config = _architecture(directory, where)
-    check_attention(config, where)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    rows, names, count = {}, [], 0
+    rows, count = {}, 0
     for file in _weight_files(directory, where):
         for name, tensor in _header(file, where).items():
-            names.append(name)
             count += math.prod(tensor["shape"])
             if name.endswith(EMBEDDINGS) and len(tensor["shape"]) == 2:
                 rows[name] = tensor["shape"][0]
-    check_media_parts(config, names, where)
     if type(vocabulary) is not int:
         return count
     for name, own in rows.items():

@@ -22,7 +22,7 @@ from dpo_ray.run.preflight import Checked
 
 from .judges.make import make_judge
 from .judges.memory import NoMemory
-from .judges.reward_model import named_by_judge, place_of
+from .judges.reward_model import check_outputs, named_by_judge, place_of
 from .prompt_source import first_prompts
 from .round_plan import online_of
 
@@ -90,7 +90,4 @@ def _check_reward_model(judge: RewardModelJudge) -> None:
     with named_by_judge(judge):
         directory = model_directory(ModelConfig(path=judge.path, revision=judge.revision))
         check_weights(directory, load_tokenizer(str(directory)).get_vocab(), where)
-    outputs = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).num_labels
-    if outputs != 1:
-        fix = "use a reward model: a classifier with one output (num_labels 1)"
-        raise ConfigError(f"the classifier has {outputs} outputs, not 1", where=where, fix=fix)
+    check_outputs(AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True), where)

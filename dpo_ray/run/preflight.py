@@ -28,7 +28,7 @@ from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
 from dpo_ray.errors import ArtifactError, ConfigError
 from dpo_ray.models import lora
 from dpo_ray.models.adapter import adapter_directory, check_targets, read_adapter
-from dpo_ray.models.files import check_weights
+from dpo_ray.models.files import check_architecture, check_weights
 from dpo_ray.models.load import attention_heads, context_tokens, model_directory
 from dpo_ray.reference.vllm.engine import LORA_RANKS, lora_options
 from dpo_ray.train.measures import EVALUATED
@@ -102,6 +102,7 @@ def preflight(recipe: Recipe) -> Checked:
     if directory is None:
         return Checked(shards, resolve_template(recipe.data.chat_template, None), filters)
     tokenizer = load_tokenizer(str(directory))
+    check_architecture(directory, f"model.path={recipe.model.path}")
     parameters = check_weights(directory, tokenizer.get_vocab(), f"model.path={recipe.model.path}")
     trained = parameters if recipe.train.lora is None else lora.check_targets(recipe.train.lora, directory)
     _check_lengths(recipe, context_tokens(directory))

@@ -160,7 +160,7 @@ class Run:
 
 
 def mount_disk(run: Run) -> None:
-    """Give the run a small disk of its own."""
+    """Mount a small disk, which only this run uses, at the output directory."""
     run.mount("-t", "tmpfs", "-o", "size=256m", "output")
 
 

@@ -178,7 +178,7 @@ def make_group(seed: int, prompt: int, completions: list[int], scores: list[floa
 
 
 def trying_groups() -> list[Group]:
-    """Give groups of K = 1 to 5 with ragged lengths, one-token prompts and completions, and common beginnings."""
+    """Return groups of K = 1 to 5 with ragged lengths, one-token prompts and completions, and common beginnings."""
     common = make_group(3, 7, [9, 6, 6])
     first, second, third = (c.copy() for c in common.completion_ids)
     second[:4] = first[:4]

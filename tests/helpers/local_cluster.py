@@ -66,7 +66,7 @@ def free_port() -> int:
 
 @contextmanager
 def local_cluster(directory: Path, *options: str, subnet: str | None = None) -> Iterator[LocalCluster]:
-    """Have a cluster for a while.
+    """Start a cluster for the `with` block.
 
     Args:
         options: of `cluster/local.sh up`.

@@ -47,7 +47,7 @@ def rounds_page(
 
 
 def _start(number: int) -> int | None:
-    """Give the last round before `number` that is promoted."""
+    """Return the last promoted round before `number`."""
     return next((n for n in range(number - 1, 0, -1) if n % 4), None)
 
 

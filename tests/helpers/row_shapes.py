@@ -330,7 +330,7 @@ NAMED = (
 
 
 def rename(pen: Pen, case: Case) -> None:
-    """Give columns other names, which the recipe says."""
+    """Rename columns, and return the recipe's `columns` with the new names."""
     for name in [name for name in NAMED if name in case.row and pen.chance(2)]:
         case.renamed[name] = f"my_{name}"
         case.roles[name] = f"my_{name}"

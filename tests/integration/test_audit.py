@@ -41,7 +41,7 @@ def recipe(output: Path, on_drift: str, *overrides: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def shifted(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give an output where the data is prepared and the engine's store holds every completion, shifted."""
+    """Return an output in which the data is prepared and the engine's store holds every completion with shifted log-probs."""
     output = tmp_path_factory.mktemp("shifted")
     plan, tokens = offline.prepared(recipe(output, "stop"), Reporter())
     assert plan.numerics.engine == "vllm"

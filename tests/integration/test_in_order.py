@@ -74,7 +74,7 @@ def store_of(root: Path) -> ReferenceStore:
 
 
 def score(store: ReferenceStore, granule: pa.Table) -> int:
-    """Give every completion log-probs that are a function of its key, and commit them; returns how many there were."""
+    """Commit log-probs for every completion, computed from its key; return the number of completions."""
     keys = store.keys(granule)
     lengths = [len(ids) for group in granule["completion_ids"].to_pylist() for ids in group]
     seeds = [int.from_bytes(key.tobytes()[:4]) for key in keys]

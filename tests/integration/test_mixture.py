@@ -73,7 +73,7 @@ def test_two_published_formats_mixed_one_to_one(tmp_path: Path, monkeypatch: pyt
 
 
 def _is_tie(row: dict[str, Any]) -> bool:
-    """Say whether the verdicts are balanced; a row without two texts is a fault before that."""
+    """Return whether the verdicts are balanced. A row without two texts is a fault before this is asked."""
     texts = [row[f"response{i}"] for i in (1, 2)]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         return False

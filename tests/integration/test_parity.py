@@ -89,7 +89,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def parity_groups() -> list[Group]:
-    """Give groups on and around all the edges: of the cache's blocks, of prompts, of windows, of the context."""
+    """Return groups on and around all the edges: of the cache's blocks, of prompts, of windows, of the context."""
     rng = np.random.default_rng(7)
 
     def ids(tokens: int) -> np.ndarray:
@@ -161,7 +161,7 @@ def assert_same(actual: Scores, expected: Scores) -> None:
 
 
 def assert_varied(scores: Scores) -> None:
-    """See that these are not the log-probs of a flat distribution, which a wrong model would give as well."""
+    """Check that these are not the log-probs of a flat distribution, which a wrong model could have as well."""
     flat = np.concatenate(scores)
     assert flat.std() > 0.3
     assert flat.max() - flat.min() > 2.0

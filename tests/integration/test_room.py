@@ -35,7 +35,7 @@ STAGES = ("prepare", "reference", "schedule", "train", "evaluate")
 
 @contextmanager
 def held(cpus: int) -> Iterator[None]:
-    """Have somebody else hold CPUs for a while."""
+    """Hold CPUs in another process for the `with` block."""
     group = placement_group([{"CPU": cpus}])
     assert group.wait(30)
     try:

@@ -51,7 +51,7 @@ def lists(rng: np.random.Generator, count: int) -> pa.ListArray:
 
 
 def log_probs(first: int, count: int) -> pa.ListArray:
-    """Give each key two values that tell its number."""
+    """Return two values for each key, from which its number can be told."""
     numbers = np.repeat(np.arange(first, first + count, dtype=np.float32), 2)
     return pa.ListArray.from_arrays(pa.array(np.arange(0, 2 * count + 1, 2, dtype=np.int32)), pa.array(-numbers))
 

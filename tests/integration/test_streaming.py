@@ -58,7 +58,7 @@ def metrics(artifact: Artifact) -> list[dict[str, float]]:
 
 
 def check_same(streamed: offline.Finished, ahead: offline.Finished) -> None:
-    """See that two runs ended with the same bits, in the same artifacts."""
+    """Check that two runs ended with the same bits, in the same artifacts."""
     weights = "policy/model.safetensors"
     assert streamed.train.entry(weights).sha256 == ahead.train.entry(weights).sha256
     assert metrics(streamed.train) == metrics(ahead.train)

@@ -85,7 +85,7 @@ def curve(output: Path) -> list[tuple[float, float]]:
 
 
 def places(cluster: LocalCluster) -> dict[str, set[str]]:
-    """Say on nodes of which role the actors of each class were."""
+    """Return the roles of the nodes on which the actors of each class ran."""
     roles = {node.node_id: node.labels["dpo/role"] for node in list_nodes(cluster.url, detail=True)}
     found: dict[str, set[str]] = {}
     for actor in list_actors(cluster.url, detail=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import urlsplit
 
+from dpo_ray.config.judge import RewardModelJudge
 from dpo_ray.config.model import is_hub_name
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.deploy.shared_paths import named_places
@@ -32,16 +33,25 @@ def judge_ports(recipe: Recipe) -> set[int]:
 
 
 def _needed(recipe: Recipe) -> Iterator[int]:
-    values = recipe.model_dump(mode="json", exclude_none=True)
     if recipe.cluster.kubernetes.autoscaling:
         yield from API_SERVER_PORTS
-    for section, key, _ in named_places(values):
+    if _uses_hub(recipe):
+        yield HTTPS_PORT
+    for section, key, _ in named_places(recipe.model_dump(mode="json", exclude_none=True)):
         place = section[key]
         for path in place if isinstance(place, list) else [place]:
             if urlsplit(path).scheme in (*OBJECT_STORES, "http", "https"):
                 yield _port(path)
-    if any(is_hub_name(path) for path in _model_paths(values)) or any(_hub_sources(values)):
-        yield HTTPS_PORT
+
+
+def _uses_hub(recipe: Recipe) -> bool:
+    """Return whether the policy, a reward model or a data source is downloaded from the Hugging Face hub."""
+    online = recipe.online
+    judges = [] if online is None else online.judges()
+    models = [recipe.model.path, *(judge.path for judge in judges if isinstance(judge, RewardModelJudge))]
+    prompts = () if online is None or online.prompts is None else online.prompts
+    sources = itertools.chain(recipe.data.train, *recipe.data.eval_sets.values(), prompts)
+    return any(map(is_hub_name, models)) or any(source.type == "hub" for source in sources)
 
 
 def _port(url: str) -> int:
@@ -49,21 +59,3 @@ def _port(url: str) -> int:
     if parts.scheme in OBJECT_STORES:
         return HTTPS_PORT
     return parts.port or (HTTPS_PORT if parts.scheme == "https" else HTTP_PORT)
-
-
-def _model_paths(values: dict[str, Any]) -> Iterator[str]:
-    yield values["model"]["path"]
-    for section, key, field in named_places(values.get("online", {})):
-        if field.startswith("judge"):
-            yield section[key]
-
-
-def _hub_sources(value: Any) -> Iterator[bool]:
-    """Yield True for every data source that is on the hub."""
-    if isinstance(value, dict):
-        if value.get("type") == "hub":
-            yield True
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from _hub_sources(part)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_ray.artifacts.digest import digest
@@ -169,10 +169,19 @@ def _load(directory: Path, dtype: torch.dtype, where: str) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):  # transformers would initialise them at random
         fix = "use a reward model: a language model has no head that scores"
         raise ConfigError(f"the files lack `{missing[0]}`", where=where, fix=fix)
-    if model.config.num_labels != 1:
-        fix = "use a reward model: a classifier with one output (num_labels 1)"
-        raise ConfigError(f"the classifier has {model.config.num_labels} outputs, not 1", where=where, fix=fix)
+    check_outputs(model.config, where)
     return model
+
+
+def check_outputs(config: PreTrainedConfig, where: str) -> None:
+    """Check that a classifier has one output, as a reward model does.
+
+    Raises:
+        ConfigError: it has another number of outputs.
+    """
+    if config.num_labels != 1:
+        fix = "use a reward model: a classifier with one output (num_labels 1)"
+        raise ConfigError(f"the classifier has {config.num_labels} outputs, not 1", where=where, fix=fix)
 
 
 def reward_model_identity(config: RewardModelJudge) -> str:

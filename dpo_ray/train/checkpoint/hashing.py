@@ -24,7 +24,7 @@ from dpo_ray.artifacts.disk import make_dirs, private_opener
 from dpo_ray.artifacts.storage import Storage
 
 _CHUNK_BYTES = 1 << 22
-_PROBE_BYTES = 1 << 20
+_PROBE, _PROBE_BYTES = "probe", 1 << 20
 
 
 def digest(directory: Storage, name: str) -> str:
@@ -74,8 +74,9 @@ class HashingWriter(FileSystemWriter):
         """
         try:
             results = super().write_data(plan, planner).wait()
-        except (RuntimeError, OSError):  # on a full disk torch may raise a RuntimeError that does not say so
-            self._directory.write("probe", bytes(_PROBE_BYTES))
+        except (RuntimeError, OSError):  # on a full disk this write fails, too, with an error that says what to do
+            self._directory.write(_PROBE, bytes(_PROBE_BYTES))
+            self._directory.delete(_PROBE)
             raise
         own = {name: self._directory.write(name, data).sha256 for name, data in self._own_files.items()}
         names = sorted({result.storage_data.relative_path for result in results})

@@ -97,7 +97,7 @@ def api_server(kubeconfig: Path) -> Iterator[Server]:
         do_GET = do_PATCH = do_DELETE = _reply
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
+            """Write no log."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -50,7 +50,7 @@ def _equal(directory: Path, family: str, adapted: bool, config: TrainConfig) -> 
 
 
 def _state(policy: TokenLogps) -> dict[str, tuple[str, bool, bytes]]:
-    """Give every parameter and buffer by its bits, this rank's part of the one and all of the other."""
+    """Return the bits of every parameter (the part of this rank) and of every buffer (whole)."""
     held = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in policy.named_parameters()}
     states = {n: (t, policy.get_parameter(n).requires_grad) for n, t in held.items()}
     states |= {n: (b, b.requires_grad) for n, b in policy.named_buffers()}

@@ -70,7 +70,7 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture(params=["disk", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """Give an empty place, once on a disk and once in a bucket."""
+    """Return an empty storage, once on a disk and once in a bucket."""
     if request.param == "disk":
         return Storage(tmp_path / "root")
     request.getfixturevalue("s3_server")
@@ -102,7 +102,7 @@ def commit(staging: Staging, entries: list[FileEntry], **changes: object) -> Art
 
 
 def sent(value: Any) -> Any:
-    """Give what a worker gets when a value is sent to it."""
+    """Return what a worker receives when a value is sent to it."""
     return pickle.loads(pickle.dumps(value))  # noqa: S301
 
 

@@ -114,7 +114,7 @@ def _without_other_ranks(ranks: int) -> Iterator[None]:
 
 @contextmanager
 def _with_cuda_attention() -> Iterator[None]:
-    """Have attention go to the kernel that CUDA has, of which tensors without memory need the shapes alone."""
+    """Use the attention kernel of CUDA, of which tensors without memory need only the shapes."""
 
     def attention(
         module: Any, query: Any, key: Any, value: Any, mask: Any, segments: Any, scaling: Any = None,

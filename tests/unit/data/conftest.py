@@ -88,7 +88,7 @@ class Prepared:
 
 @pytest.fixture
 def prepare(tmp_path: Path, builtin_dir: str) -> Callable[..., Prepared]:
-    """Give a function that prepares sources as the stage does, and checks that every row is accounted for."""
+    """Return a function that prepares sources as the stage does, and checks that every row is accounted for."""
     store = ArtifactStore(Storage(tmp_path / "artifacts"))
     provenance = Provenance(1, {}, {}, {})
 
@@ -129,7 +129,7 @@ def prepare(tmp_path: Path, builtin_dir: str) -> Callable[..., Prepared]:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    """Give a function that writes rows (or lines of bytes as they are) and returns the file's path."""
+    """Return a function that writes rows (or lines of bytes, unchanged) and returns the file's path."""
 
     def write(rows: Iterable[Any], name: str = "rows.jsonl") -> str:
         lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in rows]

@@ -29,7 +29,7 @@ def group(number: int, prompt: list[int], *completions: list[int]) -> dict:
 
 
 def appended(rows: list[dict], room: int = ROOM) -> dict[int, list[int] | None]:
-    """Give each group's completion of another prompt by the group's number, after seeing that all else is as it was."""
+    """Return each group's completion of another prompt by the group's number, after checking that all else is unchanged."""
     found: dict[int, list[int] | None] = {}
     table = with_mismatched(pa.Table.from_pylist(rows, schema=TOKENS), room)
     assert table.schema == TOKENS

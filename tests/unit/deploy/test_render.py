@@ -251,6 +251,7 @@ def test_the_network_is_closed_but_for_the_run():
         (("model.path=HuggingFaceTB/SmolLM2-135M",), [443]),
         (("data.train={type: hub, path: trl-lib/ultrafeedback_binarized}",), [443]),
         (("data.train=https://data.example:8443/pairs.jsonl",), [8443]),
+        (("data.eval={other: hub:trl-lib/ultrafeedback_binarized}",), [443]),
         (("data.train=http://data.example/pairs.jsonl",), [80]),
         (("output=s3://bucket/runs",), [443]),
         (("cluster.kubernetes.network.egress_ports=[9000]", "output=s3://bucket/runs"), [9000]),

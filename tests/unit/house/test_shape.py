@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[3] / "dpo_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+BESIDE = sorted(p for folder in ("tests", "tools", "benchmarks") for p in (PACKAGE.parent / folder).rglob("*.py"))
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 450, 70
 UNCLEAR_VERBS = {"Say", "Give", "Have", "Let", "See", "Tell"}
 
@@ -71,7 +72,7 @@ def test_docstrings_begin_with_a_verb_that_says_what_is_done() -> None:
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     unclear = [
         f"{name_of(path)}: {docstring.splitlines()[0]}"
-        for path in MODULES
+        for path in (*MODULES, *BESIDE)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, nodes) and (docstring := ast.get_docstring(node))
         if docstring.split()[0] in UNCLEAR_VERBS

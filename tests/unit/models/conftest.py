@@ -20,7 +20,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give the directory of a tiny model, made once."""
+    """Return the directory of a tiny model, which is made once."""
     made: dict[str, Path] = {}
 
     def directory(name: str) -> Path:

@@ -37,7 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def write_adapter(model: Path, place: Path, **form: Any) -> Path:
-    """Let PEFT write an adapter with random weights that are felt."""
+    """Write an adapter with PEFT; its random weights are large enough to change log-probs."""
     torch.manual_seed(1)
     adapted = get_peft_model(plain_model(model), LoraConfig(task_type="CAUSAL_LM", **form))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def write_adapter(model: Path, place: Path, **form: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a sound adapter of the tiny Llama; tests that change it take a copy."""
+    """Return a sound adapter of the tiny Llama. Tests that change it use a copy."""
     return write_adapter(family("llama"), tmp_path_factory.mktemp("adapter") / "plain", **FORMS["plain"])
 
 

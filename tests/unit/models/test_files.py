@@ -12,7 +12,7 @@ import pytest
 from dpo_ray.config.train import LoraConfig
 from dpo_ray.errors import ConfigError
 from dpo_ray.models.builtin import builtin_model
-from dpo_ray.models.files import check_weights, read_config
+from dpo_ray.models.files import check_architecture, check_weights, read_config
 from dpo_ray.models.lora import check_targets
 
 SOURCE = builtin_model("sentiment_llama")
@@ -135,6 +135,15 @@ def test_an_architecture_that_would_be_wrong_is_refused_without_its_weights(
     header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ConfigError) as error:
-        check_weights(tmp_path, TOKENS, "model.path=here")
+        check_architecture(tmp_path, "model.path=here")
     assert words in error.value.what
     assert error.value.where == "model.path=here"
+
+
+def test_a_reward_model_need_not_be_a_causal_language_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deberta-v2", "vocab_size": 4}))
+    header = json.dumps({"score.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    assert check_weights(tmp_path, TOKENS, "online.judge.path=here") == 2
+    with pytest.raises(ConfigError, match="no causal language model"):
+        check_architecture(tmp_path, "model.path=here")

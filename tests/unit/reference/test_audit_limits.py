@@ -60,7 +60,7 @@ def test_the_defaults_let_rounding_through_as_it_was_measured() -> None:
 
 
 def lengths(error: float, difference: int) -> list[list[float]]:
-    """Give the d of two completions whose lengths differ, with the error of the pair on the first token."""
+    """Return the differences d of two completions of unlike lengths, with the pair's error on the first token."""
     return [[error] + [0.0] * (19 + difference), [0.0] * 20]
 
 

@@ -18,7 +18,7 @@ USE_TRAINER = "reference.audit.on_drift=use_trainer"
 
 
 def measured(max_token_drift: float = 0.0, margin_error_nats: float = 0.0) -> dict[str, Any]:
-    """Give the figures of an audit of 64 pairs."""
+    """Return the measures of an audit of 64 pairs."""
     return {
         "groups": 64,
         "paired_groups": 64,

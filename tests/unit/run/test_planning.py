@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -22,6 +23,7 @@ from dpo_ray.run import planning
 from dpo_ray.run.context import RunContext
 from dpo_ray.run.planning import STAGES, Plan, make_plan
 from dpo_ray.run.preflight import preflight
+from tests.helpers.good_recipe import GOOD
 
 ALL = set(STAGES)
 FROM_REFERENCE = {"reference", "schedule", "train", "evaluate"}
@@ -32,19 +34,8 @@ NOTHING: set[str] = set()
 
 
 def recipe(output: Path, *overrides: str) -> Recipe:
-    values = {
-        "name": "planned",
-        "output": str(output),
-        "model": {"path": "builtin:sentiment_llama"},
-        "data": {
-            "train": {"type": "synthetic", "pairs": 32},
-            "eval": {"type": "synthetic", "pairs": 8},
-            "chat_template": "plain",
-            "max_length_tokens": 128,
-        },
-        "reference": {"engine": "trainer"},
-    }
-    return validate_recipe(apply_overrides(values, list(overrides)))
+    values = {"name": "planned", "output": str(output), "reference": {"engine": "trainer"}}
+    return validate_recipe(apply_overrides(copy.deepcopy(GOOD) | values, list(overrides)))
 
 
 def commit(plan: Plan, stages: Collection[str] = STAGES) -> None:
@@ -58,7 +49,7 @@ def commit(plan: Plan, stages: Collection[str] = STAGES) -> None:
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
-    """Give a place where the unchanged recipe has run, and its plan."""
+    """Return an output in which the unchanged recipe has run, and its plan."""
     output = tmp_path_factory.mktemp("committed") / "runs"
     plan = make_plan(recipe(output))
     commit(plan)

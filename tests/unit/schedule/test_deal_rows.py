@@ -78,7 +78,7 @@ def test_rows_of_several_parts_are_one_piece(tmp_path: Path) -> None:
 
 @contextmanager
 def few_open_files(more: int) -> Iterator[None]:
-    """Let this process open so many files besides those that it has open."""
+    """Limit how many more files this process may open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(map(int, os.listdir("/dev/fd"))) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, before[1]))

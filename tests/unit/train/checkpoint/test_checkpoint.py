@@ -73,7 +73,7 @@ def run(checkpoints: Checkpoints, start: int, stops: list[int], policy: Policy, 
 
 @pytest.fixture(params=["alone", "gloo"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    """Give an empty place, once without a process group and once in a group of one."""
+    """Return an empty storage, once without a process group and once in a group of one."""
     if request.param == "gloo":
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield Storage(tmp_path / "checkpoints")

@@ -19,7 +19,7 @@ from tests.unit.train.checkpoint.test_checkpoint import advance, make
 
 @contextmanager
 def files_limited(limit_bytes: int) -> Iterator[None]:
-    """Have the kernel refuse larger files, as a full disk refuses them. Python ignores the signal."""
+    """Make the kernel refuse larger files, as a full disk does. Python ignores the signal."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
     try:
