@@ -32,7 +32,7 @@ from dpo_ray.reference.sampling import Sampling, prompt_table
 from dpo_ray.run import planning, stages
 from dpo_ray.run.context import RunContext, is_adapter, open_run, policy_directory, record_recipe
 from dpo_ray.run.start_checks import check_packages, check_start
-from dpo_ray.schedule import stage as schedule_stage
+from dpo_ray.schedule.usable import check_usable
 
 from . import ema, judging, measure, pair_stage, prompt_source
 from .checks import check_judges, check_rounds
@@ -169,7 +169,7 @@ class _Driver:
         self._reporter.say(
             f"round {current.number}: {figures['pairs']:,} pairs{f'; without: {dropped}' if dropped else ''}"
         )
-        schedule_stage.check_usable(paired, self._recipe.train.objective)
+        check_usable(paired, self._recipe.train.objective)
         return paired
 
     @property

@@ -11,7 +11,7 @@ from dpo_ray.cluster.placement import check_room, resolve_hardware
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ArtifactError, AuditError, DataError
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.schedule.stage import check_usable
+from dpo_ray.schedule.usable import check_usable
 
 from . import planning, stages
 from .context import RunContext, open_run, record_recipe

@@ -24,7 +24,7 @@ from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.first_rows import check_admitted, first_rows
 from dpo_ray.errors import ConfigError, InfrastructureError
 from dpo_ray.models.load import model_directory
-from dpo_ray.schedule.stage import check_first_groups
+from dpo_ray.schedule.usable import check_first_groups
 
 from .planning import stages_of
 from .preflight import Checked, hardware, nearest_existing

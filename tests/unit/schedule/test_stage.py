@@ -18,7 +18,7 @@ from dpo_ray.config.objective import IpoObjective, KtoObjective, ListwiseObjecti
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.schemas import TOKENS
 from dpo_ray.errors import DataError
-from dpo_ray.schedule import stage
+from dpo_ray.schedule import stage, usable
 from dpo_ray.schedule.files import heldout_splits, read_steps
 from tests.helpers.schedules import group_id
 
@@ -161,8 +161,8 @@ def with_another(own: dict[str, Any]) -> dict[str, Any]:
 def test_a_completion_of_another_prompt_does_not_count_towards_what_an_objective_learns_from(tmp_path: Path) -> None:
     single, pair, unjudged = row(1, 1, ()), row(2), row(3, 2, ())
     kto, ranked = KtoObjective(), ListwiseObjective()
-    stage.check_usable(tokens_of(tmp_path / "kto", train=[[with_another(single), with_another(pair), single]]), kto)
+    usable.check_usable(tokens_of(tmp_path / "kto", train=[[with_another(single), with_another(pair), single]]), kto)
     with pytest.raises(DataError, match="1 of 2 groups have no completion with a label"):
-        stage.check_usable(tokens_of(tmp_path / "no", train=[[with_another(unjudged), with_another(pair)]]), kto)
+        usable.check_usable(tokens_of(tmp_path / "no", train=[[with_another(unjudged), with_another(pair)]]), kto)
     with pytest.raises(DataError, match="no two completions of different scores"):
-        stage.check_usable(tokens_of(tmp_path / "list", train=[[with_another(single)]]), ranked)
+        usable.check_usable(tokens_of(tmp_path / "list", train=[[with_another(single)]]), ranked)
