@@ -106,6 +106,15 @@ def test_wpo_weighs_a_pair_by_both_of_its_completions() -> None:
     assert weights.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_wpo_weights_are_constants_for_the_gradient() -> None:
+    """WPO, below eq. 4: the weights are not trained; otherwise the policy would gain by making bad pairs unlikely."""
+    token_logps = torch.tensor(TOKEN_LOGPS, requires_grad=True)
+    scores = TokenScores(token_logps, log_collision=torch.zeros(len(TOKEN_LOGPS)))
+    logps = step_logps(scores, packed_rows(pack(GROUPS)), ShapingConfig(wpo=True), TOTALS)
+    assert logps.policy.requires_grad
+    assert not logps.policy_weight.requires_grad
+
+
 def rows_of(*groups: Group) -> PackedRows:
     return packed_rows(pack(groups))
 
