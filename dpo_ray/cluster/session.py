@@ -56,13 +56,16 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         with nullcontext() if verbose else _silent_stderr():
             ray.init(recipe.ray.address, **options)
     except Exception as error:  # Ray raises a bare Exception where its processes take too long to start
+        fix = "check the address, the cluster's Ray version (the same as here), and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
+        if recipe.ray.address == "local":
+            fix = "run the same command again when this machine has less to do; --verbose shows what Ray logs"
         raise InfrastructureError(
             f"Ray does not answer: {next(iter(str(error).strip().splitlines()), type(error).__name__)}",
             where=f"ray.address={recipe.ray.address}",
-            fix="check the address, the cluster's Ray version (the same as here), and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)",
+            fix=fix,
         ) from error
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+    for name in ("ray.data", "ray.train"):  # what they log as an error, with a traceback, they raise as well
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
     try:
         with watched_ray(recipe.ray.address), _causes(), cpu_work_on(recipe.cluster.roles.prepare):
             yield
