@@ -1,4 +1,4 @@
-"""Scoring with the forward pass of training, without gradients. The log-probs agree with training; vLLM is faster."""
+"""Log-probs by the forward pass of training, without gradients. They agree with training; vLLM is faster."""
 
 from __future__ import annotations
 

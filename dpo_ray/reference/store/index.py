@@ -19,10 +19,10 @@ def as_keys(keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
     """
     if isinstance(keys, np.ndarray):
         if keys.dtype != KEY or keys.ndim != 1:
-            raise ValueError(f"an array of keys must be one-dimensional of {KEY}, not {keys.shape} of {keys.dtype}")
+            raise ValueError(f"the array of keys is {keys.dtype} {keys.shape}, not {KEY} [n]")
         return keys
     if any(len(key) != KEY.itemsize for key in keys):
-        raise ValueError(f"a key must have {KEY.itemsize} bytes")
+        raise ValueError(f"a key does not have {KEY.itemsize} bytes")
     return np.frombuffer(b"".join(keys), KEY)
 
 
@@ -91,7 +91,7 @@ class StoreIndex:
         return len(self.first)
 
     def find(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Return for each key whether the index contains it, so that the store has its log-probs: bool [n]."""
+        """Return for each key whether the index contains the key (the store then has its log-probs): bool [n]."""
         return self.positions(keys) >= 0
 
     def positions(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
