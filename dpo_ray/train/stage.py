@@ -48,7 +48,7 @@ def run(
         request: what each worker requests from Ray.
         on_row: called in this process with every row of metrics.
         say: called with a line about lost workers or about missing resources.
-        may_start: called before workers start. It raises an error if another driver has taken over the run.
+        may_start: called before workers start; raises an error if another driver has taken over the run.
 
     Raises:
         TrainError: the workers failed more often than train.max_failures allows.
@@ -99,9 +99,10 @@ def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Prov
 
 @contextmanager
 def _sigterm(stopping: threading.Event) -> Iterator[None]:
-    """Handle SIGTERM inside the `with` block: the first one sets the event `stopping`, a second one ends the process.
+    """Handle SIGTERM in the `with` block: the first SIGTERM sets the event `stopping`, a second one ends the process.
 
-    Ray's own handler would exit at the first SIGTERM. If this is not the main thread, no handler is set.
+    Ray's own handler would exit at the first SIGTERM. Outside of the main thread, no handler is set: the calling program
+    then handles signals itself.
     """
     if threading.current_thread() is not threading.main_thread():  # the calling program handles signals itself
         yield
