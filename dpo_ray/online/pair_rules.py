@@ -39,7 +39,7 @@ def adjusted_scores(
 ) -> list[float | None]:
     """Return the scores by which completions are ranked: each score minus the penalty for the completion's length.
 
-    The result is None for a completion without a finite score, on which the judge abstains.
+    The result is None for a completion without a finite score, because the judge abstains on this completion.
     """
     return [
         None if score is None or not math.isfinite(score) else score - config.length_penalty * length
