@@ -193,8 +193,8 @@ def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
     """Return the committed artifact of a stage and key; return None if there is none, so that the stage has to run.
 
     On a disk, a damaged manifest counts as missing, because the next commit can move the damaged artifact away. An
-    object store cannot move a directory in one step, so there a damaged manifest raises ArtifactError before any work
-    is wasted.
+    object store cannot move a directory in one step. On an object store, a damaged manifest therefore raises
+    ArtifactError, before work is done that could not be committed.
     """
     storage = root.child(artifact_name(stage, key))
     try:
