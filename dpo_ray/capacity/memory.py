@@ -66,7 +66,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers of all and of trained parameters, in a block and in the root (embedding, last norm, head)."""
+    """The numbers of parameters, all and trained ones, of a block and of the root (embedding, last norm, head)."""
 
     block: int  # the sharded parameters of one block
     block_trained: int
