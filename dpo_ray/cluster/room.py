@@ -53,7 +53,7 @@ def wait(
     """Wait until `most` workers can start, or after `patience_seconds` at least `least`; return how many can start.
 
     The workers are requested as a placement group of Ray, so a cluster with an autoscaler adds nodes for them. Every
-    half a minute, `say` reports how many workers fit on the nodes.
+    half minute, `say` reports how many workers fit on the nodes.
 
     Args:
         gives_up: called every few seconds; the wait ends when it returns True.
@@ -146,5 +146,8 @@ def _reserved(request: Resources, count: int) -> Iterator[PlacementGroup]:
 
 
 def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether a node has the wanted labels. Conditions `in(...)` and `!` are assumed to be true."""
+    """Return whether a node has the wanted labels.
+
+    Conditions on a label, `in(...)` (one of these values) and `!...` (not this value), are assumed to be true.
+    """
     return all(v.startswith(("in(", "!")) or labels.get(k) == v for k, v in wanted.items())
