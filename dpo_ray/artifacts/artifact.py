@@ -1,4 +1,4 @@
-"""Committed artifacts. Every file is opened through the manifest, which has its size and digest to check it."""
+"""Committed artifacts. A file is opened through the manifest, and checked by the size and digest in the manifest."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ class Artifact:
         """Return a local directory with the files below a prefix ("" for all files), for libraries that need paths.
 
         If the artifact is on a disk, return the artifact's directory itself; each process checks every file once
-        against its sha256. If it is in an object store, copy the files into a directory below `cache`. Several workers
-        of a machine may share that directory, because a file gets its final name only after its sha256 was checked.
+        against its sha256. If the artifact is in an object store, copy the files into a directory below `cache`.
+        Several workers of a machine may share the copy, because a file gets its final name only after its sha256 was
+        checked.
         """
         prefix = prefix.rstrip("/")
         entries = [entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")]

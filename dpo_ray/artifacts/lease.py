@@ -77,7 +77,7 @@ class Lease:
         to live.
 
         Raises:
-            LeaseError: a driver that is still alive holds the lease; the message names it.
+            LeaseError: a driver that is still alive holds the lease; the message names this driver.
         """
         for _ in range(MAX_TRIES):
             highest = self._highest()

@@ -1,4 +1,4 @@
-"""Free resources on the cluster: counting how many identical workers they are enough for, and waiting for more."""
+"""Free resources on the cluster: counting how many identical workers fit in them, and waiting for more."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def has_room(request: Resources, count: int) -> bool:
 
 @contextmanager
 def given_back(request: Resources, count: int) -> Iterator[None]:
-    """If the `with` block raises, release the resources that it reserved for `count` workers.
+    """If the `with` block raises, release the resources that the block has reserved for `count` workers.
 
     Without this, Ray Train keeps the resources reserved if its workers fail to start.
     """

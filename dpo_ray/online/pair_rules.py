@@ -96,7 +96,7 @@ def _paired(
 
     Args:
         ranked: indices of these completions, best first.
-        values: the score of each completion by which it was ranked.
+        values: for each of these completions, the score by which the completion was ranked.
     """
     best, worst = ranked[0], ranked[-1]
     if values[best] == values[worst]:

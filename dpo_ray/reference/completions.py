@@ -68,7 +68,7 @@ def completion_logps(
         float64 [prompts], in nats: the sum over the tokens of each completion; 0 for an empty completion.
 
     Raises:
-        EngineError: the log-probs of a completion are not finite, or engines died repeatedly while they computed them.
+        EngineError: the log-probs of a completion are not finite, or engines died repeatedly while scoring.
     """
     rows = [i for i, completion in enumerate(completions) if len(completion)]
     columns = {

@@ -1,4 +1,4 @@
-"""The pool of engines. It gives them granules in order, replaces engines that die, and finds groups that kill engines.
+"""The pool of engines. It gives granules to engines, replaces engines that die, and finds groups that kill engines.
 
 A granule is a batch of groups to score, or a batch of prompts for which completions are sampled. A pool with
 `living=True` keeps its engines at the end of a run, so that they can load the next model.

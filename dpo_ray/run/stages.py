@@ -218,7 +218,8 @@ def _audit_task(run: RunContext) -> AuditTask | None:
 def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
     """Compare the measurements of the audit with the recipe's limits; return them with the result.
 
-    If a limit is exceeded, record this for later plans. Then raise an error, or report that training continues.
+    If a limit is exceeded, record the measurements for later plans. Then raise an error, or report that training
+    continues.
 
     Raises:
         AuditError: the measurements exceed a limit, and the recipe does not allow training to continue.

@@ -27,8 +27,8 @@ POLL_SECONDS = 0.5
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
     """Run one training process; return its result (`worker.train_and_export`).
 
-    The import is inside the function because torch and transformers take seconds to import. Ray's controller also
-    unpickles this function, but does not need them.
+    The import of `worker` is inside the function, because `worker` imports torch and transformers, which takes seconds.
+    Ray's controller also unpickles this function, but needs neither of the two libraries.
     """
     from .worker import train_and_export
 
@@ -127,7 +127,7 @@ def _stopped(when: str) -> StoppedError:
 class _following:
     """Context manager that takes rows of metrics from the inbox, in a thread, while training runs and once at its end.
 
-    When the event `stopping` is set, it sends the workers a request to stop.
+    When the event `stopping` is set, the thread sends the workers a request to stop.
     """
 
     def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None], stopping: threading.Event) -> None:

@@ -58,7 +58,7 @@ class JournalMemory:
         self.put_all({key: answer})
 
     def put_all(self, answers: Mapping[str, Any]) -> None:
-        """Store several answers with one write. When this returns, they survive a crash.
+        """Store several answers with one write. When this method returns, they survive a crash.
 
         Raises:
             ArtifactError, InfrastructureError: the answers could not be stored, so they must not be used.

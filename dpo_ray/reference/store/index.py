@@ -45,8 +45,8 @@ def first_of_equal(keys: np.ndarray) -> np.ndarray:
 class StoreIndex:
     """The location of each key's log-probs: 24 bytes per key, sorted by key, each key once.
 
-    `ReferenceStore.index` builds it. It contains only arrays and names, so that Ray can share one copy between all
-    processes of a node.
+    `ReferenceStore.index` builds an index. The index contains only arrays and names, so that Ray can share one copy
+    between all processes of a node.
     """
 
     first: np.ndarray  # uint64 [n], the first half of each key, ascending
@@ -140,7 +140,7 @@ def _order(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _begins_run(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return for each key, in sorted order, whether it differs from the key before it: bool [n]."""
+    """Return for each key of sorted keys whether the key differs from the previous key: bool [n]."""
     begins = np.ones(len(first), bool)
     begins[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
     return begins

@@ -125,7 +125,7 @@ class ReferenceStore:
 
         Args:
             segments: read only these segments; None: read all.
-            known: an existing index. Only segments that are not in it are read, and the result contains its keys, too.
+            known: an existing index. Only segments that are not in `known` are read; the result also has its keys.
 
         Raises:
             ArtifactError: another process keeps deleting segments during the reading.

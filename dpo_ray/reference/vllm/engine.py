@@ -83,7 +83,7 @@ def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
     """Build the object (LoRARequest) with which vLLM's `generate` uses the LoRA adapter; None if there is no adapter.
 
     Args:
-        number: a new number for each adapter that the engine loads, because vLLM's caches identify adapters by it.
+        number: a new number for each adapter that the engine loads, because vLLM's caches identify adapters by number.
     """
     if settings.adapter_dir is None:
         return None
