@@ -80,7 +80,7 @@ class InfrastructureError(DpoRayError):
 
 
 class StorageFailedError(InfrastructureError):
-    """An object store does not answer, or refuses a request. Do not repeat the request: the client already has."""
+    """An object store does not answer, or refuses a request. The client has already repeated the request."""
 
 
 class RayLostError(InfrastructureError):

@@ -1,4 +1,4 @@
-"""Committed artifacts. Every file is opened through the manifest, which has its size and digest to check it."""
+"""Committed artifacts. A file is opened through the manifest, and checked by the size and digest in the manifest."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ class Artifact:
         """Return a local directory with the files below a prefix ("" for all files), for libraries that need paths.
 
         If the artifact is on a disk, return the artifact's directory itself; each process checks every file once
-        against its sha256. If it is in an object store, copy the files into a directory below `cache`. Several workers
-        of a machine may share that directory, because a file gets its final name only after its sha256 was checked.
+        against its sha256. If the artifact is in an object store, copy the files into a directory below `cache`.
+        Several workers of a machine may share the copy, because a file gets its final name only after its sha256 was
+        checked.
         """
         prefix = prefix.rstrip("/")
         entries = [entry for entry in self.manifest.files if not prefix or entry.name.startswith(f"{prefix}/")]
@@ -193,8 +194,8 @@ def find_artifact(root: Storage, stage: str, key: str) -> Artifact | None:
     """Return the committed artifact of a stage and key; return None if there is none, so that the stage has to run.
 
     On a disk, a damaged manifest counts as missing, because the next commit can move the damaged artifact away. An
-    object store cannot move a directory in one step, so there a damaged manifest raises ArtifactError before any work
-    is wasted.
+    object store cannot move a directory in one step. On an object store, a damaged manifest therefore raises
+    ArtifactError, before work is done that could not be committed.
     """
     storage = root.child(artifact_name(stage, key))
     try:

@@ -47,7 +47,7 @@ def _refuse_other_keys(value: Any) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise TypeError(f"JSON keys must be strings, not {type(key).__name__}: {key!r}")
+                raise TypeError(f"a key of the JSON data is not a string, but {type(key).__name__}: {key!r}")
             _refuse_other_keys(item)
     elif isinstance(value, list | tuple):
         for item in value:

@@ -16,7 +16,7 @@ SMALL_BYTES = 4 << 20  # files up to this size are read each time, which is chea
 
 
 def cached_file_sha256(path: Path) -> str:
-    """Return a file's sha256. For a large file it comes from the cache, unless the file has changed.
+    """Return a file's sha256. The sha256 of a large file is taken from the cache, unless the file has changed.
 
     A file counts as unchanged if its path, size, times and inode are the same. The cache is in
     $XDG_CACHE_HOME/dpo_ray/sha256 and may be deleted at any time.

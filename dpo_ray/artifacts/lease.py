@@ -45,7 +45,7 @@ def boot_seconds() -> float:
 
 
 class Lease:
-    """The right to write to a run. Entering the context takes it or raises LeaseError; leaving releases it.
+    """The right to write to a run. Entering the context acquires the lease or raises LeaseError; leaving releases it.
 
     A lease is free in three cases: it was released, its holder was a process of this machine and has ended, or its
     heartbeat did not change for its `ttl_seconds` while a contender watched it.
@@ -73,10 +73,11 @@ class Lease:
     def __enter__(self) -> Lease:
         """Acquire the lease.
 
-        If the holder is on another machine, or does not write its heartbeat, this takes up to the holder's time to live.
+        If the holder is on another machine, or does not write its heartbeat, this method waits up to the holder's time
+        to live.
 
         Raises:
-            LeaseError: a driver that is still alive holds the lease; the message names it.
+            LeaseError: a driver that is still alive holds the lease; the message names this driver.
         """
         for _ in range(MAX_TRIES):
             highest = self._highest()

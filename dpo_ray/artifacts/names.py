@@ -48,9 +48,9 @@ def checked_name(name: str, where: str = "") -> str:
 def artifact_name(stage: str, key: str) -> str:
     """Return the name of an artifact's directory, `<stage>-<key>`. Raises ArtifactError if stage or key is not valid."""
     if not _STAGE.fullmatch(stage):
-        raise ArtifactError(f"the stage name {stage!r} must consist of a-z, 0-9, '_' and '-' and begin with a letter")
+        raise ArtifactError(f"the stage name {stage!r} is not a letter and up to 63 more of a-z, 0-9, '_' and '-'")
     if not _KEY.fullmatch(key):
-        raise ArtifactError(f"the artifact key {key!r} must consist of letters, digits and '_'")
+        raise ArtifactError(f"the artifact key {key!r} is not 1 to 64 letters, digits and '_'")
     return f"{stage}-{key}"
 
 
@@ -58,6 +58,6 @@ def checked_run(run: str) -> str:
     """Return the run's name unchanged; raise ArtifactError if it cannot be the name of a directory."""
     if not _RUN.fullmatch(run):
         raise ArtifactError(
-            f"the run name {run!r} must consist of letters, digits, '.', '_' and '-' and begin with a letter or digit"
+            f"the run name {run!r} is not a letter or digit and up to 127 more letters, digits, '.', '_' and '-'"
         )
     return run

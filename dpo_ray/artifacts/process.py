@@ -67,7 +67,7 @@ def _boot() -> str:
 
 
 def _start_ticks(pid: int) -> str | None:
-    """Return the start time of a process, in the system's ticks, or None if it has ended. A zombie has ended."""
+    """Return the start time of a process, in the system's ticks; None if the process has ended (also as a zombie)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -68,8 +68,9 @@ class Staging:
     ) -> Artifact:
         """Commit exactly these files as the artifact, and delete all other files, which dead or repeated tasks left.
 
-        If another driver has already committed the same artifact, delete our files and return that artifact. Raises
-        ArtifactError if a listed file is missing, has another size or another path, or if a name is listed twice.
+        If another driver has already committed the same artifact, delete the files of this attempt and return that
+        artifact. Raises ArtifactError if a file of `files` is missing, has another size or another path, or if a name
+        occurs twice.
         """
         if theirs := find_artifact(self.root, self.stage, self.key):
             self.abandon()
@@ -156,7 +157,7 @@ class Staging:
                 )
             seen.add(entry.name)
             if entry.name not in sizes:
-                raise ArtifactError("a listed file is missing", where=where, fix="run the same command again")
+                raise ArtifactError("a file of the artifact is missing", where=where, fix="run the same command again")
             if sizes[entry.name] != entry.bytes:
                 what = f"the file has {sizes[entry.name]} bytes, but its entry records {entry.bytes}"
                 raise ArtifactError(what, where=where, fix="run the same command again")
@@ -167,7 +168,7 @@ class Staging:
         return tuple(entries)
 
     def _placed(self, entry: FileEntry) -> FileEntry:
-        """Return a copy of a file's entry in which `path` is set, relative to the artifact's directory."""
+        """Return a copy of a file's entry, with `path` set to the file's path relative to the artifact's directory."""
         path = entry.name if self.root.is_local else f"{self.attempt}/{entry.name}"
         if entry.path not in (entry.name, path):
             raise ArtifactError(
@@ -205,7 +206,7 @@ def begin_attempt(root: Storage, stage: str, key: str, run: str) -> Staging:
 
 
 def discard_attempt(root: Storage, stage: str, key: str, run: str, attempt: str) -> None:
-    """Delete the files of an attempt to make an artifact, unless they are committed, and the attempt's marker file."""
+    """Delete the marker file of an attempt to make an artifact and, unless they are committed, the attempt's files."""
     name = artifact_name(stage, key)
     root.delete(marker_name(stage, key, run, attempt))
     if root.is_local:

@@ -61,7 +61,7 @@ class Storage:
     def child(self, *parts: str) -> Storage:
         """Return the Storage of a directory below this one; the directory need not exist."""
         if not parts:
-            raise ArtifactError("child() needs at least one name", where=self.uri)
+            raise ArtifactError("child() was called without a name", where=self.uri)
         return Storage(self.full_path("/".join(checked_name(part, self.uri) for part in parts)))
 
     def local_path(self, name: str = "") -> Path:
@@ -95,7 +95,7 @@ class Storage:
             return self._place.open_input(checked_name(name, self.uri))
 
     def list_files(self, prefix: str = "") -> list[str]:
-        """List all files below a directory, sorted, with names relative to this storage; [] if it does not exist."""
+        """List all files below a directory, sorted, by names relative to this storage; [] if there is no directory."""
         return sorted(self.file_sizes(prefix))
 
     def file_sizes(self, prefix: str = "") -> dict[str, int]:
@@ -104,7 +104,7 @@ class Storage:
             return self._place.sizes(self._optional(prefix))
 
     def list_dirs(self, prefix: str = "") -> list[str]:
-        """List the names of the directories directly below a directory, sorted; [] if it does not exist."""
+        """List the names of the directories directly below a directory, sorted; [] if there is no such directory."""
         with self._explained("list", prefix):
             return sorted(self._place.list_dirs(self._optional(prefix)))
 
@@ -256,7 +256,7 @@ def _parse(uri: str) -> tuple[str, str]:
     if scheme == "file":
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise ConfigError("a file:// address must be absolute and on this machine", where=uri, fix=fix)
+            raise ConfigError("the file:// address is relative, or names another machine", where=uri, fix=fix)
         return "", os.path.abspath(unquote(parts.path))
     if scheme not in EXTRAS:
         raise ConfigError(f"{scheme}:// storage is not supported", where=uri, fix=fix)

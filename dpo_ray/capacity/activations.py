@@ -26,7 +26,7 @@ class Rows:
 
     @classmethod
     def of(cls, tokens: int, prompt_share: float, completions: float, layout: str) -> Rows:
-        """Estimate these numbers for a micro-batch of `tokens` tokens, of which `prompt_share` are prompt tokens."""
+        """Estimate the numbers for a micro-batch of `tokens` tokens; a share of `prompt_share` are prompt tokens."""
         prompts = tokens * prompt_share
         scored = tokens - prompts
         if layout != "shared":  # each completion has its own copy of the prompt, and keys are not gathered

@@ -95,7 +95,7 @@ def parse_cluster(text: str) -> Cluster:
     if gpu is None:
         raise ConfigError(f"the GPU `{match[3]}` is not known", where=where, fix=f"use one of {known}")
     if not nodes or not gpus or memory == "0":
-        raise ConfigError("this cluster is empty", where=where, fix="set every number to at least 1")
+        raise ConfigError("a number of this cluster is 0", where=where, fix="set every number to at least 1")
     if memory is not None:
         gpu = replace(gpu, memory_bytes=int(memory) * GB)
     return Cluster(nodes, gpus, gpu)

@@ -6,8 +6,8 @@ block is computed. The weights of the root (embedding, last norm, head) are gath
 to the end of the backward pass.
 
 Gradients are reduced once per step, after its last micro-batch (`train/step.py`). If a rank has more than one
-micro-batch, it holds the gradients of the whole model until then, unsharded and in float32. They take four bytes per
-trained parameter, whatever the number of ranks is.
+micro-batch, it holds the gradients of the whole model until then, unsharded and in float32. These gradients take four
+bytes per trained parameter, whatever the number of ranks is.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers of all and of trained parameters, in a block and in the root (embedding, last norm, head)."""
+    """The numbers of parameters, all and trained ones, of a block and of the root (embedding, last norm, head)."""
 
     block: int  # the sharded parameters of one block
     block_trained: int

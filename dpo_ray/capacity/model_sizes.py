@@ -160,8 +160,8 @@ _UNLIKE = (
 def model_sizes(config: ModelConfig) -> ModelSizes:
     """Find a model's sizes without loading it and without a network.
 
-    They are read from the model's config.json if that file is on this machine. Otherwise, a table has the sizes of some
-    models by name.
+    The sizes are read from the model's config.json if this file is on this machine. Otherwise they are taken from a
+    table of some models by name.
 
     Raises:
         ConfigError: the model is only on the hub and its name is not in the table, or its blocks differ from Llama's.

@@ -1,6 +1,6 @@
 """The amount of data in a recipe whose data is on this machine but not yet prepared.
 
-It is estimated from the first rows of some shards, which are tokenized as in the stage `prepare`.
+The amount is estimated from the first rows of some shards, which are tokenized as in the stage `prepare`.
 """
 
 from __future__ import annotations

@@ -82,9 +82,9 @@ def traffic(
     """Compute what FSDP2 sends: weights twice per micro-batch (forward, backward), gradients once per step.
 
     In an all-gather or a reduce-scatter over R ranks, a rank receives (R - 1)/R of all data; in an all-reduce, twice as
-    much. Within a node, this traffic uses the links between GPUs. Across nodes, it can use the whole network of a node,
-    because a node receives the data of the other nodes only once. Traffic between copies of the model is different for
-    each rank, so each rank has only its share of the network.
+    much. Within a node, this traffic uses the links between GPUs. Across nodes, the traffic can use the whole network
+    of a node, because a node receives the data of the other nodes only once. Traffic between copies of the model is
+    different for each rank, so each rank has only its share of the network.
     """
     weights = Weights.of(sizes, recipe.train)
     blocks, trained = sizes.layers * weights.block, weights.trained(sizes.layers)

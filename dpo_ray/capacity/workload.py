@@ -121,8 +121,9 @@ def micro_batches(workload: Workload, groups_per_step: int, ranks: int, budget_t
 
     - A rank with at most k groups has at most k L tokens.
     - A rank with more than k groups had, before its last group, no more work than some rank that ends with at most
-      k - 1 groups. So it had at most (k - 1) W. Its last group has at most the mean work of the k or more groups before
-      it. Because a token is at least one unit of work, the rank has at most (k - 1) (1 + 1/k) W tokens.
+      k - 1 groups. So its work was then at most (k - 1) W. The rank's last group has at most the mean work of the k or
+      more groups before it. Because a token is at least one unit of work, the rank has at most (k - 1) (1 + 1/k) W
+      tokens.
     """
     per_rank, longest = ceil(groups_per_step / ranks), workload.longest_group_tokens
     completions = ceil(workload.completions)

@@ -123,7 +123,7 @@ def _findings(manifest: Any) -> list[str]:
     from dpo_ray.deploy.kubernetes.rules import violations
 
     if not isinstance(manifest, dict):
-        return [f"a manifest must be a mapping, this is a {type(manifest).__name__}"]
+        return [f"this manifest is not a mapping, but a {type(manifest).__name__}"]
     metadata = manifest.get("metadata")
     name = metadata.get("name", "?") if isinstance(metadata, dict) else "?"
     return [f"{manifest.get('kind', '?')}/{name}: {field}: {what}" for field, what in violations(manifest)]

@@ -86,7 +86,8 @@ def store_gc(
     """Clean up a store: delete damaged and leftover files, merge small segments and, if asked, delete unused partitions.
 
     Partitions that were used in the last hour are left alone, because a run may still be writing to them. Intact
-    log-probs are deleted only with unused partitions. A run that needs log-probs that were damaged computes them again.
+    log-probs are deleted only if their whole partition is unused. A run that needs deleted log-probs computes them
+    again.
     """
     from dpo_ray.reference.store.gc import clear
 

@@ -25,5 +25,5 @@ def cpu_work_on(role: PrepareRole) -> Iterator[None]:
 
 
 def cpu_labels() -> dict[str, str] | None:
-    """Return the node labels that `cpu_work_on` has set, for plain Ray tasks that use only CPUs; None if it set none."""
+    """Return the node labels that `cpu_work_on` has set, for plain Ray tasks that use only CPUs; or None."""
     return DataContext.get_current().execution_options.label_selector

@@ -36,5 +36,5 @@ class Inbox:
         self._stop.clear()
 
     async def stopped(self) -> None:
-        """Wait for a request to stop. A worker keeps the reference to this call and sees when it has returned."""
+        """Wait for a request to stop. A worker keeps the reference to this call to see when the call has returned."""
         await self._stop.wait()

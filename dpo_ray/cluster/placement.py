@@ -57,7 +57,7 @@ def check_room(
 ) -> None:
     """Check that the cluster has enough resources for the workers of the stages that have to run.
 
-    If it has not, but an autoscaler may add nodes, only report what the run waits for.
+    If the cluster has too few resources, but an autoscaler may add nodes, only report what the run waits for.
 
     Raises:
         InfrastructureError: the cluster can never have enough resources; the message says what is missing.

@@ -80,7 +80,7 @@ def _requests(
 ) -> list[tuple[str, Resources, int]]:
     """List what the workers of each role request, as (role, request of one worker, smallest number of workers).
 
-    For a pool of engines and for judges this number is 1, because one of them is enough to make progress.
+    For engines and for judges the smallest number is 1, because one engine or one judge is enough to make progress.
     """
     r, t, roles = recipe.reference, recipe.train, recipe.cluster.roles
     listed: list[tuple[str, Resources, int]] = []
@@ -98,7 +98,7 @@ def _requests(
 
 
 def _least_gpus(recipe: Recipe, stages: Collection[str], train_gpus: float, engine_gpus: float) -> float:
-    """Return the fewest GPUs with which scoring and training can run concurrently; 0 if they need not."""
+    """Return the fewest GPUs with which scoring and training can run concurrently; 0 if they run in turn."""
     if recipe.reference.mode != "streaming" or "train" not in stages or "reference" not in stages:
         return 0.0
     return (recipe.train.min_workers or recipe.train.workers) * train_gpus + engine_gpus

@@ -1,4 +1,4 @@
-"""Free resources on the cluster: counting how many identical workers they are enough for, and waiting for more."""
+"""Free resources on the cluster: counting how many identical workers fit in them, and waiting for more."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def wait(
     """Wait until `most` workers can start, or after `patience_seconds` at least `least`; return how many can start.
 
     The workers are requested as a placement group of Ray, so a cluster with an autoscaler adds nodes for them. Every
-    half a minute, `say` reports how many workers fit on the nodes.
+    half minute, `say` reports how many workers fit on the nodes.
 
     Args:
         gives_up: called every few seconds; the wait ends when it returns True.
@@ -96,7 +96,7 @@ def has_room(request: Resources, count: int) -> bool:
 
 @contextmanager
 def given_back(request: Resources, count: int) -> Iterator[None]:
-    """If the `with` block raises, release the resources that it reserved for `count` workers.
+    """If the `with` block raises, release the resources that the block has reserved for `count` workers.
 
     Without this, Ray Train keeps the resources reserved if its workers fail to start.
     """
@@ -146,5 +146,8 @@ def _reserved(request: Resources, count: int) -> Iterator[PlacementGroup]:
 
 
 def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether a node has the wanted labels. Conditions `in(...)` and `!` are assumed to be true."""
+    """Return whether a node has the wanted labels.
+
+    Conditions on a label, `in(...)` (one of these values) and `!...` (not this value), are assumed to be true.
+    """
     return all(v.startswith(("in(", "!")) or labels.get(k) == v for k, v in wanted.items())

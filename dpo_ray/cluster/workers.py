@@ -115,7 +115,7 @@ def run_workers(
 
 @dataclass(frozen=True)
 class _Loss:
-    """The failure of an attempt. `cause` has no traceback, which would keep Ray's controller and resources alive."""
+    """The failure of an attempt. `cause` is without its traceback, which would keep Ray's controller alive."""
 
     cause: BaseException
     is_of_the_cluster: bool  # a preempted machine, or too few resources after all: not the workers' fault
@@ -227,6 +227,6 @@ def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:
 
 
 def _line(cause: BaseException) -> str:
-    """Return the kind and the first sentence of an error; Ray's errors continue with the state of all workers."""
+    """Return the kind and the first sentence of an error. The rest of Ray's errors is the state of all workers."""
     sentence = " ".join(str(cause).split()).split(". ")[0].rstrip(".")
     return f"{type(cause).__name__}: {sentence[:160]}"

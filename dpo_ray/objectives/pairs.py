@@ -76,7 +76,7 @@ class PairLogps:
         return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
 
     def of(self, chosen: Tensor) -> PairLogps:
-        """Return the pairs that a mask (bool [pairs]) selects."""
+        """Return only the pairs for which `chosen` (bool [pairs]) is True."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: t[chosen] for name, t in tensors.items() if isinstance(t, Tensor)})
 

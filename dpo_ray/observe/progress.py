@@ -46,7 +46,7 @@ class Bar:
         self._show()
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Count `amount` more units as done, and show `note` after the numbers. If it is empty, keep the last note."""
+        """Count `amount` more units as done, and show `note` after the numbers; if empty, keep the last note."""
         self._done += amount
         self._note = note or self._note
         self._show()

@@ -56,15 +56,16 @@ def check_rounds(recipe: Recipe, checked: Checked) -> None:
         raise DataError(f"none of the first {rows:,} rows is a valid prompt: {listed}", where="online.prompts", fix=fix)
     if rows and not answers and isinstance(online.judge, VerifierJudge):
         raise DataError(
-            f"none of the first {rows:,} rows has a reference answer, which the verifier compares with",
+            f"none of the first {rows:,} rows has a reference answer, with which the verifier compares",
             where="online.prompts",
             fix="rename the column of the reference answers to `answer`, or use another judge",
         )
 
 
 def check_judges(config: OnlineConfig) -> None:
-    """Check, before anything is sampled, that the judges can be constructed: keys are set, patterns are valid, code can
-    be confined.
+    """Check, before anything is sampled, that the judges can be constructed.
+
+    For example, API keys are set, patterns are valid, and the process that runs code of completions can be isolated.
 
     Raises:
         ConfigError: a judge cannot be constructed.
@@ -78,7 +79,7 @@ def check_judges(config: OnlineConfig) -> None:
 
 @contextmanager
 def _named(field: str) -> Iterator[None]:
-    """Make a ConfigError name the recipe's field of the judge, which the judge itself does not know."""
+    """Put `field`, the recipe's field of a judge, into a ConfigError; the judge itself does not know this field."""
     try:
         yield
     except ConfigError as error:

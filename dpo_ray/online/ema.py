@@ -1,4 +1,4 @@
-"""The stage `ema`: computes the running mean of the promoted policies' weights. The next round uses it as its reference."""
+"""The stage `ema`: the running mean of the promoted policies' weights, which the next round uses as reference model."""
 
 from __future__ import annotations
 

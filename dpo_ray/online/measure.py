@@ -33,7 +33,7 @@ Ask = Callable[[Sequence[Question]], tuple[list[Verdict], Usage]]
 
 @dataclass(frozen=True)
 class PolicySamples:
-    """The completions of all held-out prompts by one policy. All lists are in the order of the prompts."""
+    """The completions that one policy sampled for all held-out prompts. All lists are in the order of the prompts."""
 
     prompt_ids: list[tuple[int, ...]]
     completion_ids: list[tuple[int, ...]]
@@ -60,12 +60,12 @@ def policy_samples(
         reward: computes the true reward of a prompt and a completion; None if there is no such function.
 
     Raises:
-        EngineError: a prompt has no completion, because every engine died while it sampled for this prompt.
+        EngineError: a prompt has no completion, because engines died repeatedly while they sampled for this prompt.
     """
     by_prompt = {p.prompt_ids: p for p in read_samples(sampled)}
     if len(by_prompt) < len(prompts):
         raise EngineError(
-            f"{len(prompts) - len(by_prompt)} held-out prompts have no sample: every engine that tried them died",
+            f"{len(prompts) - len(by_prompt)} held-out prompts have no sample: engines died repeatedly while sampling",
             where="online.evaluate",
             fix="remove the rows of these prompts from data.eval, or give the engines more memory; `--verbose` shows their logs",
         )

@@ -39,7 +39,7 @@ def adjusted_scores(
 ) -> list[float | None]:
     """Return the scores by which completions are ranked: each score minus the penalty for the completion's length.
 
-    The result is None for a completion without a finite score, on which the judge abstains.
+    The result is None for a completion without a finite score, because the judge abstains on this completion.
     """
     return [
         None if score is None or not math.isfinite(score) else score - config.length_penalty * length
@@ -96,7 +96,7 @@ def _paired(
 
     Args:
         ranked: indices of these completions, best first.
-        values: the score of each completion by which it was ranked.
+        values: for each of these completions, the score by which the completion was ranked.
     """
     best, worst = ranked[0], ranked[-1]
     if values[best] == values[worst]:

@@ -120,7 +120,8 @@ def _group(
 ) -> dict[str, Any]:
     """Build the group of a prompt as a row of schema TOKENS.
 
-    It contains the completions that are in a pair or in the ranked list, best first, with the scores that ranked them.
+    It contains the completions that are in a pair or in the ranked list, best first, with the scores by which
+    they were ranked.
     """
     adjusted = adjusted_scores(verdict.scores, [len(ids) for ids in prompt.completion_ids], config)
     scores = {i: score for i, score in enumerate(adjusted) if score is not None}
@@ -144,7 +145,7 @@ def _group(
 def _label(scores: Mapping[int, float], paired: Paired, config: RoundPairingConfig) -> float:
     """Return the label of a group: the probability that the better completion is preferred.
 
-    With hard labels it is 1. Otherwise it follows from the scores of the only pair (Bradley and Terry, 1952).
+    A hard label is 1. Any other label follows from the scores of the group's only pair (Bradley and Terry, 1952).
     """
     if config.labels == "hard":
         return 1.0
@@ -177,7 +178,8 @@ def _parts(artifacts: Sequence[Artifact]) -> list[tuple[Artifact, str]]:
 def _chosen(parts: Sequence[tuple[Artifact, str]], count: int, purpose: str, whole: bool, not_of: str) -> pa.Table:
     """Choose up to `count` groups at random.
 
-    The choice is by a keyed hash of the group ids, so that it depends neither on the files nor on their order.
+    Groups are chosen by a keyed hash of their ids, so the result depends neither on the division into files nor on the
+    order of groups and files.
 
     Args:
         parts: the files of groups to choose from, each with its artifact.

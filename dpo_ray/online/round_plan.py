@@ -30,7 +30,7 @@ from .round_state import Action, Committed, Done, Stage, next_action, stages_of_
 
 VERSIONS = {"prompts": 1, "sample": 2, "judge": 1, "pair": 1, "evaluate": 2, "promote": 1, "ema": 1}
 ARTIFACT_STAGE: dict[Stage, str] = {"evaluate": "measure"}
-"""The artifact's name, for each stage whose artifact is not named as the stage. (`evaluate` is an offline run's artifact.)"""
+"""The name of a stage's artifact, if it differs from the stage's name. (`evaluate` is an artifact of offline runs.)"""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,8 @@ def training_plan(rounds: Rounds, current: Round, start: ModelConfig, *, audited
 
     Args:
         start: location of the policy that the round starts from.
-        audited: whether this policy is the reference model. Only then can training audit the reference log-probs.
+        audited: whether the policy at `start` is the reference model. Only then can training audit the reference
+            log-probs.
     """
     recipe = rounds.plan.recipe
     audit = recipe.reference.audit if audited else recipe.reference.audit.model_copy(update={"groups": 0})

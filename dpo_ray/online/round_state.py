@@ -55,7 +55,9 @@ class Committed:
 
     def __post_init__(self) -> None:
         if ("promote" in self.stages) != (self.promoted is not None):
-            raise ValueError("`promoted` must be given if, and only if, the artifact of `promote` exists")
+            raise ValueError(
+                "`promoted` is None although the artifact of `promote` exists, or is set although it does not"
+            )
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _name(granule: int) -> str:
 def _whole(granule: pa.Table, pieces: Sequence[Sampled]) -> pa.Table:
     """Join the results for the pieces of a granule, in the order of the granule's prompts.
 
-    Prompts on which every engine died are missing in the result.
+    Prompts that were left out, because engines died repeatedly while they sampled for them, are missing in the result.
     """
     table = pa.concat_tables([SAMPLES.empty_table(), *(piece.table for piece in pieces)])
     row = {key: i for i, key in enumerate(table["group_id"].to_pylist())}

@@ -26,7 +26,7 @@ def measure(sample: Sequence[ComparedGroup]) -> dict[str, Any]:
 
     A group (a prompt with its completions) that occurs twice counts once. The order of the sample does not matter. The
     error of a pair is the sum of d over its chosen completion minus the sum of d over its rejected completion. This is
-    the error of the reference margin with which training uses the pair.
+    the error that training makes in the reference margin of the pair.
 
     Returns:
         JSON values by name.

@@ -7,8 +7,8 @@ the measurement and not the verdict, because other limits or another beta can le
 A record applies to one committed artifact `reference`, identified by its key and by the attempt that created it. So the
 record no longer applies when data, model, engine, version, dtype or parallelism change, or when the artifact is deleted
 and created again. With streaming, a record may be written before the artifact `reference` is committed. Such a record
-contains only the key, because the commit may happen while training is already stopping. No record applies after the
-trainer's libraries have changed.
+names no attempt, and applies to every artifact `reference` with its key. No record applies after the trainer's libraries
+have changed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def remember(
 def remembered(store: ArtifactStore, reference_key: str, trainer: str, recipe: Recipe, dtype: str) -> Judgement | None:
     """Find a record for this reference whose measurement is over the recipe's limits; None if there is no such record.
 
-    If there are several, return any of them.
+    Return the comparison with the limits. If several records match, use any of them.
     """
     attempts = (NOT_COMMITTED, _attempt(store, reference_key))
     for m in store.manifests(STAGE):
@@ -86,6 +86,6 @@ def _attempt(store: ArtifactStore, reference_key: str) -> str:
 
 
 def with_trainer(recipe: Recipe) -> Recipe:
-    """Return a copy of the recipe in which the trainer scores the reference, before training starts."""
+    """Return a copy of the recipe in which the trainer computes all reference log-probs before training starts."""
     reference = recipe.reference.model_copy(update={"engine": "trainer", "mode": "ahead", "tensor_parallel": 1})
     return recipe.model_copy(update={"reference": reference})

@@ -68,8 +68,7 @@ def completion_logps(
         float64 [prompts], in nats: the sum over the tokens of each completion; 0 for an empty completion.
 
     Raises:
-        EngineError: there are no log-probs of a completion, because the model gives none that are finite or engines
-            died.
+        EngineError: the log-probs of a completion are not finite, or engines died repeatedly while scoring.
     """
     rows = [i for i, completion in enumerate(completions) if len(completion)]
     columns = {

@@ -96,7 +96,7 @@ class Engine:
         return Sampled(sampled, tokens, time.monotonic() - began, self._name)
 
     def alive(self) -> bool:
-        """Return True. If a call fails, the process of this engine has ended."""
+        """Return True. If a call of this method fails, the process of this engine has ended."""
         return True
 
     def score(self, granule: pa.Table, first: int, last: int | None, known: Sequence[str] | None) -> Scored:
@@ -104,10 +104,10 @@ class Engine:
 
         Args:
             last: exclusive; None means to the end.
-            known: None if no other engine has worked on this granule. Otherwise an engine died with this granule, and
-                may have committed some of its log-probs. `known` then lists the segments (files) that the store had
-                when the granule was made. Only newer segments are searched, and only log-probs that are still missing
-                are computed.
+            known: None if no other engine has worked on this granule. Otherwise another engine died while it scored this
+                granule, and may have committed some of the granule's log-probs. `known` then lists the segments (files)
+                that the store had when the granule was made. Only newer segments are searched, and only log-probs that
+                are still missing are computed.
 
         Raises:
             EngineError: the scorer returned a wrong result, such as log-probs of other tokens.

@@ -53,7 +53,7 @@ def wait_until_dead(actors: Sequence[Any], deadline_seconds: float = DEADLINE_SE
                 break
             if time.monotonic() > end:
                 raise InfrastructureError(
-                    f"an engine that was stopped is still running after {deadline_seconds:.0f} s",
+                    f"{deadline_seconds:.0f} s after an engine was stopped, its process has not ended",
                     where="reference",
                     fix="run the same command again: finished scores are in the store",
                 )

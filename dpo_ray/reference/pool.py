@@ -1,4 +1,4 @@
-"""The pool of engines. It gives them granules in order, replaces engines that die, and finds groups that kill engines.
+"""The pool of engines. It gives granules to engines, replaces engines that die, and finds groups that kill engines.
 
 A granule is a batch of groups to score, or a batch of prompts for which completions are sampled. A pool with
 `living=True` keeps its engines at the end of a run, so that they can load the next model.
@@ -30,7 +30,7 @@ DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 """The exceptions that Ray raises when the process or the node of an actor has died."""
 MAX_FAILED_STARTS = 3  # in a row
 MAX_FRUITLESS_DEATHS = 12  # in a row, with nothing scored in between; plus two for each engine of the pool
-DEATHS_OF_A_GRANULE = 2  # a granule is split after this number of engines have died with it
+DEATHS_OF_A_GRANULE = 2  # a granule is split after this number of engines have died while they worked on it
 PIECES = 8  # number of pieces into which a granule is split
 CALLS_OF_AN_ENGINE = 2  # one call computes while the other writes, or waits for its turn
 SAY_WAITING_SECONDS = 60.0
@@ -46,12 +46,12 @@ class _Work:
     last: int | None = field(compare=False)  # exclusive; None: to the granule's end
     table: ray.ObjectRef = field(compare=False)
     deaths: int = field(default=0, compare=False)  # number of engines that died while they had this work
-    alone: bool = field(default=False, compare=False)  # an engine died with this work: the next one gets no other work
+    alone: bool = field(default=False, compare=False)  # an engine died with this work; the next gets no other
 
 
 @dataclass
 class _Engine:
-    """What the driver keeps about one engine: its actor, its state, and the pieces of work that it is doing."""
+    """The driver's record of one engine: the engine's actor, its state, and the pieces of work that it is doing."""
 
     name: str
     actor: Any
@@ -68,8 +68,8 @@ class EnginePool:
         resources: what each engine requests from Ray. With tensor parallelism, one engine has several GPUs.
         on_event: called with a message for the user, for example that an engine was lost or a group was left out.
         start: starts the scorer in the process of an engine; must be picklable.
-        living: keep the engines after a call of `run` or `sample`. They stop only at `close`, or if that call is
-            interrupted.
+        living: keep the engines after a call of `run` or `sample`. The engines stop only when `close` is called, or when
+            a call of `run` or `sample` is interrupted.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class EnginePool:
 
         Args:
             granules: references to tables of schema GRANULE. A granule is taken from the iterator only when an engine
-                can use it. Engines get the granules in this order.
+                can use it. Engines get the granules in the order of the iterator.
 
         Raises:
             EngineError: an engine does not start, or returned a wrong result.
@@ -140,8 +140,8 @@ class EnginePool:
     def sample(self, granules: Iterable[ray.ObjectRef], sampling: Sampling) -> Generator[Sampled | Scored, None, None]:
         """Sample completions for granules of prompts; yield the result of each granule as soon as it is finished.
 
-        If engines die repeatedly with a single prompt, this prompt is left out: a `Scored` that lists it in `unscored`
-        is yielded.
+        If engines die repeatedly while they sample for a single prompt, this prompt is left out, and a `Scored` that
+        lists the prompt in `unscored` is yielded.
 
         Args:
             granules: references to tables of schema PROMPTS.
@@ -245,7 +245,7 @@ class EnginePool:
             self._engines.append(_Engine(name, actor, actor.__ray_call__.remote(_start)))
 
     def _hand_out(self) -> None:
-        """Send a granule to each idle engine. If many granules wait, also send a second one to each busy engine."""
+        """Send a granule to each idle engine. If many granules wait, also send one to each busy engine."""
         for engine in self._in("idle"):
             if self._waiting:
                 self._give(engine)
@@ -325,8 +325,8 @@ class EnginePool:
     def _lost(self, engine: _Engine, why: str) -> Iterator[Sampled | Scored]:
         """Handle the death of an engine: yield the results that it has returned, and queue its unfinished work again.
 
-        The next engine first looks for these log-probs in the store, because the lost engine may have committed some of
-        them.
+        The engine that gets this work next first searches the store, because the lost engine may have committed some of
+        the log-probs.
         """
         state, place = engine.state, engine.place
         for answer in ray.wait(list(engine.work), num_returns=len(engine.work), timeout=0)[0] if engine.work else ():
@@ -352,7 +352,7 @@ class EnginePool:
                 yield from self._split(retry, engine, why)
 
     def _split(self, work: _Work, engine: _Engine, why: str) -> Iterator[Scored]:
-        """Split a piece of work into smaller pieces, because two engines have died with it.
+        """Split a piece of work into smaller pieces, because two engines have died while they worked on it.
 
         If the piece is a single group, leave out this group instead, and yield a result that lists it in `unscored`.
         """

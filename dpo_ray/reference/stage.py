@@ -100,7 +100,7 @@ def score(
     """Score all completions that the store lacks. If the store lacks none, no engine is started.
 
     Args:
-        request: the resources that each engine requests from Ray. If the trainer scores, those of each training worker.
+        request: the resources that each engine (or each training worker, if the trainer scores) requests from Ray.
         advance: called with the number of groups that are done since the last call, and with a description of the
             totals.
         say: called with messages about the engines and about the groups that are left out.

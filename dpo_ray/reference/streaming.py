@@ -37,9 +37,9 @@ class Stopped(Exception):
 
 
 class UnscorableError(Exception):
-    """Raised if some groups cannot be scored. They must be left out, which changes the groups of all steps.
+    """Raised if some groups cannot be scored. These groups must be left out, which changes the groups of all steps.
 
-    So the result of the training so far cannot be used.
+    So the steps that training has already made cannot be used.
     """
 
     def __init__(self, unscored: Sequence[Unscored]) -> None:
@@ -144,9 +144,9 @@ class InOrder:
             raise Stopped
 
     def _look_ups(self) -> Iterator[Any]:
-        """Start, for each turn, the look-up of the groups that no earlier turn contains. Yield the Ray task's results.
+        """Start, for each turn, a Ray task that looks up the groups that no earlier turn contains; yield its results.
 
-        Yield None for a turn without such groups.
+        Yield None for a turn whose groups are all in earlier turns.
         """
         look_up = ray.remote(num_cpus=0, num_returns="streaming")(_look_up)
         seen: dict[str, np.ndarray] = {}  # by split: bool [rows]

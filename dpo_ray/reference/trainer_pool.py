@@ -121,7 +121,7 @@ def _in_background(
 def score_worker(settings: dict[str, ScoringTask]) -> ConfigError | None:
     """Run one scoring process.
 
-    If the model cannot be loaded, return the error, because it is the same on all ranks and a restart would not help.
+    If the model cannot be loaded, return the error, because all ranks get the same error and a restart would not help.
     Otherwise return None.
     """
     import torch

@@ -1,4 +1,4 @@
-"""Scoring with the forward pass of training, without gradients. The log-probs agree with training; vLLM is faster."""
+"""Log-probs by the forward pass of training, without gradients. They agree with those of training; vLLM is faster."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class TrainerScorer:
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray | None]:
         """Return the log-probs of the completion of each request, in the same order: float32 [completion tokens].
 
-        The result of a request is None if a log-prob is not finite. This implements `Scorer.score`, and works in a
-        single process only.
+        The result of a request is None if a log-prob is not finite. This method implements `Scorer.score`, and
+        works in a single process only.
         """
         members: dict[tuple[int, bytes], list[int]] = {}
         for i, request in enumerate(requests):
@@ -120,7 +120,7 @@ def score_granules(
     groups and commits it as one segment (file). Completions that a previous attempt has committed are not scored again.
 
     Args:
-        known: segments of the store that contain no completion of these granules. They are not searched.
+        known: segments of the store that contain no completion of these granules; these segments are not searched.
         granules: tables of schema GRANULE.
         report: called on rank 0 for each granule when all its log-probs are in the store. If `report` returns False, no
             further results are needed, and all ranks return.

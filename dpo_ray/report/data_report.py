@@ -65,7 +65,10 @@ def write_data_page(plan: Plan, tokens: Artifact, page: DataPage) -> str:
 
 
 def tokenizer_of(plan: Plan) -> tuple[PreTrainedTokenizerBase | None, str]:
-    """Return the run's tokenizer and "". If the model is gone, return None and the reason; the page needs none."""
+    """Return the run's tokenizer and "". If the model is gone, return None and the reason.
+
+    The page can be built without a tokenizer; the page then shows the reason instead of samples.
+    """
     try:
         return load_tokenizer(str(model_directory(plan.recipe.model))), ""
     except DpoRayError as error:

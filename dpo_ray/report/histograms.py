@@ -87,7 +87,7 @@ def counted_plot(key: str, title: str, caption: str, x_label: str, parts: Mappin
 
 
 def _edges_of_whole_numbers(low: int, high: int, ends: Sequence[tuple[int, int]], largest: int) -> np.ndarray:
-    """Return edges of bins of equal width, a whole number. Far outliers are outside, so that the bins stay narrow."""
+    """Return edges of bins whose common width is a whole number. They leave out far outliers, to keep bins narrow."""
     inner_low, inner_high = min(e[0] for e in ends), max(e[1] for e in ends)
     slack = max(8, inner_high - inner_low)
     low, high = max(low, inner_low - slack // 10), min(high, inner_high + slack // 10)
@@ -117,7 +117,7 @@ def _values_plot(key: str, title: str, caption: str, x_label: str, parts: Mappin
 
 
 def _bin_edges(values: np.ndarray, largest_part: int) -> np.ndarray:
-    """Return edges of bins for all values. A few far outliers are outside, so that the bins stay narrow."""
+    """Return edges of bins of equal width. They leave out a few far outliers, if there are any, to keep bins narrow."""
     low, high = float(values.min()), float(values.max())
     inner_low, inner_high = (float(q) for q in np.quantile(values, [_OUTLIERS, 1 - _OUTLIERS]))
     slack = inner_high - inner_low

@@ -168,7 +168,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def with_losses(caption: str, not_finite: int) -> str:
-    """Return the caption of a plot. Values that are not finite are not drawn; the caption says how many."""
+    """Add to a plot's caption how many values were not finite, and are therefore not drawn."""
     return f"{caption} Left out as not finite: {not_finite:,}." if not_finite else caption
 
 

@@ -95,8 +95,8 @@ def by_round_plot(
 def stage_colours(*given: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
     """Assign colours to stages, so that a stage has the same colour in every plot.
 
-    If there are too few colours, stages of earlier plots come first, and within a plot the stages with the largest
-    amounts.
+    If there are too few colours, stages of earlier plots get a colour first and, within a plot, the stages with the
+    largest amounts.
 
     Args:
         given: for each plot, the amounts by round and stage.

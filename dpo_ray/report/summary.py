@@ -48,7 +48,7 @@ def audit_in_a_word(run: Finished) -> str:
     """Return the result of the audit in one word: passed, drifted, trainer or off.
 
     drifted: a limit was exceeded and training continued. trainer: the engine's log-probs exceeded a limit, so the
-    trainer computed them again. off: there was no audit.
+    trainer computed all log-probs again. off: there was no audit.
     """
     if run.plan.drift:
         return "trainer"

@@ -75,7 +75,7 @@ class RunContext:
         return ReferenceStore(reference_root(self.recipe), self.plan.model_digest, self.plan.numerics)
 
     def find(self, stage: str) -> Artifact | None:
-        """Return a stage's committed artifact, or None if there is none, or its audit exceeds the recipe's limits."""
+        """Return a stage's committed artifact, or None if there is none that may be used (see `planning.found`)."""
         return planning.found(self.plan, stage)
 
     def begin(self, stage: str) -> Staging:
@@ -101,7 +101,7 @@ class RunContext:
         return self.provenance_of(planning.VERSIONS[stage], planned.inputs, planned.config)
 
     def provenance_of(self, version: int, inputs: dict[str, str], config: dict[str, Any]) -> Provenance:
-        """Return the provenance of an artifact of this run, which is committed only while the run's lease is held."""
+        """Return the provenance of an artifact of this run. Its commit first checks that the run's lease is held."""
         return Provenance(version, inputs, config, planning.versions(), self.lease.check)
 
     def scorer_settings(self, extra_tokens: int = 0) -> ScorerSettings:

@@ -248,7 +248,7 @@ def _state(
 def _refused(artifact: Artifact, recipe: Recipe, dtype: str) -> str:
     """Return why a policy must not be used although its key matches, or "" if it may be used.
 
-    It must not be used if the audit before its training exceeds the limits that the recipe sets now.
+    A policy must not be used if the audit before its training exceeds the limits that the recipe sets now.
     """
     measured = artifact.manifest.figures.get("audit") if artifact.stage == "train" else None
     if not measured or audit_record.rule(recipe, dtype)(measured):
@@ -281,6 +281,9 @@ def _short(value: Any) -> str:
 
 
 def found(plan: Plan, stage: str) -> Artifact | None:
-    """Return a stage's committed artifact, or None if there is none, or its audit exceeds the recipe's limits."""
+    """Return a stage's committed artifact, or None if there is none.
+
+    A policy counts as missing if the audit before its training exceeds the limits that the recipe sets now.
+    """
     artifact = artifact_store(plan.recipe).find(stage, plan.stages[stage].key)
     return None if artifact is None or _refused(artifact, plan.recipe, plan.hardware.dtype) else artifact

@@ -135,11 +135,12 @@ def train(
         tokens: the artifact with the preference groups that the steps contain.
         before_commit: called when training has ended, before the artifact is committed.
         trained_adapter: a LoRA adapter with which training starts.
-        moments: an artifact of the stage `train`. Training starts with the optimizer's state in it.
-        keep_moments: keep the optimizer's state in the artifact, for the next training.
+        moments: an artifact of the stage `train` that contains the optimizer's state with which training starts.
+        keep_moments: keep the optimizer's state in the artifact, for the training of a later round.
 
     Raises:
-        AuditError: the audit of the reference log-probs exceeds its limits, and the recipe does not allow to continue.
+        AuditError: the audit of the reference log-probs exceeds its limits, and the recipe does not allow training to
+            continue.
         TrainError, StoppedError: raised by the workers.
     """
     recipe, plan = run.recipe, run.plan
@@ -201,8 +202,8 @@ def _warn_of_few_steps(run: RunContext, steps: int) -> None:
 def checkpoints(run: RunContext, left_out: int) -> Storage:
     """Return the directory of the training checkpoints.
 
-    It depends on `left_out`, the number of groups without reference log-probs, because the steps do not contain these
-    groups.
+    The directory depends on `left_out`, the number of groups without reference log-probs, because the steps of training
+    do not contain these groups.
     """
     key = run.plan.resume_key
     return run.directory.child("checkpoints", f"{key}-without-{left_out}" if left_out else key)
@@ -217,7 +218,8 @@ def _audit_task(run: RunContext) -> AuditTask | None:
 def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
     """Compare the measurements of the audit with the recipe's limits; return them with the result.
 
-    If a limit is exceeded, record this for later plans. Then raise an error, or report that training continues.
+    If a limit is exceeded, record the measurements for later plans. Then raise an error, or report that training
+    continues.
 
     Raises:
         AuditError: the measurements exceed a limit, and the recipe does not allow training to continue.

@@ -77,7 +77,7 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def _check_processes(recipe: Recipe) -> None:
-    """Raise ConfigError if the processes do not fit in this machine's memory, even with a tiny model."""
+    """Raise ConfigError if the recipe requests more processes than fit in this machine's memory with a tiny model."""
     judge = recipe.cluster.roles.judge.count or 0
     most = local_memory_bytes() // PROCESS_BYTES
     for field, count in {

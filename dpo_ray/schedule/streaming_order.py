@@ -19,7 +19,10 @@ SPARE_ROWS = 8192  # the maximum number of rows in a turn whose rows are in no s
 
 @dataclass(frozen=True)
 class Turn:
-    """The rows (groups) of one bucket, which are scored together. `file` contains these rows, with the column `row`."""
+    """The groups of one bucket, which are scored together. `file` has one table row for each group.
+
+    Its column `row` is the group's number in the split.
+    """
 
     bucket: Bucket
     file: Path

@@ -66,9 +66,9 @@ def heldout_sums(
     """Measure the policy on one held-out set. Collective: all ranks must call this.
 
     Returns:
-        First, the sums over all ranks and steps, in the form that `measures.measure` returns. The row of the loss is
-        the sum of (loss * weight) of the steps, and the sum of their weights. Second, this rank's rows of the held-out
-        table: float64 [pairs, HELDOUT] on the CPU, without fillers (micro-batches of weight 0).
+        First, the sums over all ranks and steps, in the form that `measures.measure` returns. The row of the loss
+        contains the sum of (loss * weight) over all steps, and the sum of the weights. Second, this rank's rows of the
+        held-out table: float64 [pairs, HELDOUT] on the CPU, without fillers (micro-batches of weight 0).
     """
     policy.eval()
     total, tables = empty(0), [torch.zeros(0, len(HELDOUT), dtype=torch.float64)]

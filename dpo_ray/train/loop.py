@@ -120,7 +120,7 @@ def train(
         if wished.stop:
             checkpoints.finish()
             raise StoppedError(
-                f"training was asked to stop, and has, after step {progress.step} of {plan.total_steps}",
+                f"training was asked to stop, and stopped after step {progress.step} of {plan.total_steps}",
                 where="train",
                 fix="run the same command again: training resumes after that step",
             )
@@ -156,7 +156,7 @@ def _step(
 
 
 def _of_divergence(config: TrainConfig) -> str:
-    """Return additional advice for a loss that is not finite, if the divergence makes scores grow exponentially."""
+    """Return further advice for a loss that is not finite, if the scores of the divergence grow exponentially."""
     kind = config.shaping.divergence.type
     grows = kind in ("forward_kl", "alpha")
     return f", or set train.shaping.divergence (the scores of {kind} grow exponentially)" if grows else ""

@@ -40,8 +40,8 @@ EVALUATED = (*MEASURES, "length_bias")
 def rewards(objective: Objective, logps: StepLogps) -> Tensor:
     """Compute the implicit reward of every completion: float32 [completions].
 
-    The reward is beta * (policy log-prob - reference log-prob). If the objective uses no reference, it is beta * policy
-    log-prob, which is the mean over the tokens if the loss uses the mean, and the sum otherwise.
+    The reward is beta * (policy log-prob - reference log-prob). If the objective uses no reference, the reward is
+    beta * policy log-prob. This log-prob is the mean over the tokens if the loss uses the mean, and the sum otherwise.
     """
     beta = reward_beta(objective)
     if uses_reference(objective):

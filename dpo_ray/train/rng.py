@@ -1,7 +1,7 @@
 """The random generators of a training process: those of Python, numpy, and torch on the CPU and on the GPU.
 
-Dropout draws numbers from them. A checkpoint restores their state, so that a resumed run draws the same numbers as an
-uninterrupted run.
+Dropout draws numbers from these generators. A checkpoint restores their state, so that a resumed run draws the same
+numbers as an uninterrupted run.
 """
 
 from __future__ import annotations

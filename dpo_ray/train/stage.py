@@ -27,8 +27,8 @@ POLL_SECONDS = 0.5
 def train_worker(settings: dict[str, TrainTask]) -> dict[str, Any]:
     """Run one training process; return its result (`worker.train_and_export`).
 
-    The import is inside the function because torch and transformers take seconds to import. Ray's controller also
-    unpickles this function, but does not need them.
+    The import of `worker` is inside the function, because `worker` imports torch and transformers, which takes seconds.
+    Ray's controller also unpickles this function, but needs neither of the two libraries.
     """
     from .worker import train_and_export
 
@@ -48,7 +48,7 @@ def run(
         request: what each worker requests from Ray.
         on_row: called in this process with every row of metrics.
         say: called with a line about lost workers or about missing resources.
-        may_start: called before workers start. It raises an error if another driver has taken over the run.
+        may_start: called before workers start; raises an error if another driver has taken over the run.
 
     Raises:
         TrainError: the workers failed more often than train.max_failures allows.
@@ -99,9 +99,10 @@ def commit(task: TrainTask, account: dict[str, Any], card: str, provenance: Prov
 
 @contextmanager
 def _sigterm(stopping: threading.Event) -> Iterator[None]:
-    """Handle SIGTERM inside the `with` block: the first one sets the event `stopping`, a second one ends the process.
+    """Handle SIGTERM in the `with` block: the first SIGTERM sets the event `stopping`, a second one ends the process.
 
-    Ray's own handler would exit at the first SIGTERM. If this is not the main thread, no handler is set.
+    Ray's own handler would exit at the first SIGTERM. Outside of the main thread, no handler is set: the calling program
+    then handles signals itself.
     """
     if threading.current_thread() is not threading.main_thread():  # the calling program handles signals itself
         yield
@@ -126,7 +127,7 @@ def _stopped(when: str) -> StoppedError:
 class _following:
     """Context manager that takes rows of metrics from the inbox, in a thread, while training runs and once at its end.
 
-    When the event `stopping` is set, it sends the workers a request to stop.
+    When the event `stopping` is set, the thread sends the workers a request to stop.
     """
 
     def __init__(self, inbox: Any, on_row: Callable[[dict[str, Any]], None], stopping: threading.Event) -> None:

@@ -17,7 +17,7 @@ from dpo_ray.schedule.files import Schedule
 
 @dataclass(frozen=True)
 class AuditTask:
-    """How to audit the reference before step 1: stored log-probs are compared with the trainer's. Can be pickled.
+    """The settings of the audit before step 1, which compares stored log-probs with the trainer's. Can be pickled.
 
     `measure` and `goes_on` are functions of the package `reference`, which this package must not import.
     """

@@ -188,7 +188,7 @@ def test_sigterm_ends_the_run_after_a_checkpoint_and_the_same_command_goes_on(wh
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 75, said
-    assert "training was asked to stop, and has, after step" in said
+    assert "training was asked to stop, and stopped after step" in said
     (checkpoints,) = (stopped / "out" / "sigterm" / "checkpoints").iterdir()
     assert newest(checkpoints) >= 10
     if whom == "all":

@@ -20,7 +20,7 @@ from .server import answers, last_line
 
 METADATA = "dpo_ray."  # the prefix of our metadata
 STOPS = f"{METADATA}stops"
-CHECKPOINT_STEP = re.compile(r"asked to stop, and has, after step (\d+) of (\d+)")  # in the last output of a driver
+CHECKPOINT_STEP = re.compile(r"asked to stop, and stopped after step (\d+) of (\d+)")  # in the last output of a driver
 DRIVER_STOPPED = "stopped; the same command goes on"  # a driver's last output; Ray's threads may then abort the process
 ALREADY = "already exists"  # in Ray's error for a second job of the same name
 POLL_SECONDS = 2.0

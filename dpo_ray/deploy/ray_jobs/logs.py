@@ -62,7 +62,7 @@ async def _follow(client: JobSubmissionClient, job: str, write: Callable[[str], 
 async def _one_connection(client: JobSubmissionClient, job: str, write: Callable[[str], None], written: int) -> int:
     """Open one connection, and write new output until the connection ends or is silent for too long.
 
-    `written` is the number of characters that were written before. Return this number with the new characters.
+    `written` is the number of characters that were written before. Return the number of characters written until now.
     """
     passed, lines = 0, cast(AsyncGenerator[str, None], client.tail_job_logs(job))
     try:

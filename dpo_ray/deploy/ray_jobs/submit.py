@@ -37,8 +37,8 @@ class Submitted:
 def submit(client: JobSubmissionClient, recipe: Recipe, environment: dict[str, Any], code: Path | None) -> Submitted:
     """Submit a recipe as a Ray job, which then runs on the cluster's head.
 
-    If an earlier job of this run failed or was stopped, the new job continues from its artifacts. Only the attempt's
-    number is new, which is at the end of the job's id.
+    If an earlier job of this run failed or was stopped, the new job continues from the artifacts of the earlier job.
+    The ids of the jobs differ only in their last part, the number of the attempt.
 
     Args:
         environment: Ray's runtime environment, without a working directory.

@@ -148,7 +148,7 @@ class Endpoint:
             return Trouble(str(error), with_answer=True)
 
     def _shown(self, text: str) -> str:
-        """Shorten a text from the endpoint to one line, and hide the API key, which some endpoints send back."""
+        """Cut a text that the endpoint sent to one short line; hide the API key, which some endpoints send back."""
         line = " ".join(text.split())
         return (line.replace(self._key, "***") if self._key else line)[:SHOWN_CHARACTERS]
 
@@ -178,14 +178,15 @@ def _key(config: LlmJudge) -> str | None:
     if not key:
         raise ConfigError("the environment variable is not set, or empty", where=where, fix=fix)
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigError("the value of the environment variable cannot be a key", where=where, fix=fix)
+        what = "the value of the environment variable cannot be a key: it has a space, or is not printable ASCII"
+        raise ConfigError(what, where=where, fix=fix)
     return key
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Return the seconds to wait that the header `retry-after` requests, as a number or as a date.
+    """Return how many seconds the header `retry-after` asks to wait. It has a number of seconds, or a date.
 
-    Return 0 if there is no such header, or if it cannot be read.
+    Return 0 if there is no such header, or if it has another form.
     """
     value = response.headers.get("retry-after", "")
     try:

@@ -1,4 +1,4 @@
-"""The limits of the cost and of the rate of a judge's calls, which several threads share."""
+"""Limits of the cost and of the rate of a judge's calls. Several threads may share one limit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pace:
             return moment - now
 
     def hold(self, seconds: float) -> None:
-        """Delay all calls that are reserved from now on until at least `seconds` have passed."""
+        """Delay all calls that are reserved later: none of them may start before `seconds` have passed."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 

@@ -24,8 +24,8 @@ class JournalMemory:
 
     Each process writes separate files. When a process opens the memory, it reads the files of all processes, but not the
     answers that other processes write later. So two processes may store different answers to one question. When the
-    memory is opened again, the answer that was written first counts, by the clocks of the machines. Several threads may
-    use one object; the answers that they put at the same time are written together.
+    memory is opened again, the answer that was written first counts (by the clocks of the machines). Several threads
+    may use one object; answers that several threads put at the same time are written together.
     """
 
     def __init__(self, storage: Storage, digest: str, writer: str) -> None:
@@ -50,7 +50,7 @@ class JournalMemory:
         return len(self._answers)
 
     def get(self, key: str) -> Any | None:
-        """Return the stored answer to a question with this key; None if there is no answer or it is not stored yet."""
+        """Return the stored answer to the question with this key; None if no answer is stored yet."""
         return self._answers.get(key)
 
     def put(self, key: str, answer: Any) -> None:
@@ -58,7 +58,7 @@ class JournalMemory:
         self.put_all({key: answer})
 
     def put_all(self, answers: Mapping[str, Any]) -> None:
-        """Store several answers with one write. When this returns, they survive a crash.
+        """Store several answers with one write. When this method returns, they survive a crash.
 
         Raises:
             ArtifactError, InfrastructureError: the answers could not be stored, so they must not be used.
@@ -109,7 +109,7 @@ def _read(place: Storage) -> dict[str, Any]:
 
 
 class NoMemory:
-    """A memory that stores nothing, for a judge that is constructed only as a check of its settings."""
+    """A memory that stores nothing, for a judge that is constructed only to check the judge's settings."""
 
     def get(self, key: str) -> Any | None:
         return None

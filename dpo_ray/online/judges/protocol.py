@@ -75,7 +75,7 @@ class Spending:
 
 
 class Judge(Protocol):
-    """Scores completions. `dpo_ray.online.judges.make.make_judge` constructs it in the process in which it works."""
+    """Scores completions. `dpo_ray.online.judges.make.make_judge` constructs a judge in the process where it works."""
 
     @property
     def usage(self) -> Usage:

@@ -29,7 +29,7 @@ from .protocol import Memory, Question, Usage, Verdict
 class JudgeByRewardModel:
     """A judge that holds a reward model.
 
-    The score of a completion depends only on its prompt and itself, not on the other completions in the batch.
+    The score of a completion depends only on the prompt and the completion, not on the other completions in the batch.
     """
 
     def __init__(self, config: RewardModelJudge, memory: Memory, device: str) -> None:
@@ -84,8 +84,8 @@ class JudgeByRewardModel:
     def _token_ids(self, conversations: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Tokenize conversations of a prompt and a completion.
 
-        If the model has a chat template, the template is used. Otherwise both are joined to one text, except for an encoder
-        (such as BERT), whose tokenizer joins them with its separator token.
+        If the model has a chat template, the template is used. Otherwise prompt and completion are joined to one text.
+        For an encoder such as BERT, the tokenizer puts its separator token between prompt and completion.
 
         Raises:
             JudgeError: the template cannot render a conversation.
@@ -177,7 +177,7 @@ def check_outputs(config: PreTrainedConfig, where: str) -> None:
     """Check that a classifier has one output, as a reward model does.
 
     Raises:
-        ConfigError: it has another number of outputs.
+        ConfigError: the classifier has another number of outputs.
     """
     if config.num_labels != 1:
         fix = "use a reward model: a classifier with one output (num_labels 1)"
@@ -187,7 +187,8 @@ def check_outputs(config: PreTrainedConfig, where: str) -> None:
 def reward_model_identity(config: RewardModelJudge) -> str:
     """Return a digest of the reward model and its tokenizer.
 
-    It is computed from their files, or from name and revision for a hub model that is not on this machine.
+    The digest is computed from the files of both. For a hub model that is not on this machine, it is computed from the
+    model's name and revision.
     """
     model = ModelConfig(path=config.path, revision=config.revision)
     with named_by_judge(config):
@@ -196,7 +197,7 @@ def reward_model_identity(config: RewardModelJudge) -> str:
 
 @contextmanager
 def named_by_judge(config: RewardModelJudge) -> Iterator[None]:
-    """Make a ConfigError name the recipe's field of the judge, because the code that loads models names the policy's field."""
+    """Put the recipe's field of the judge into a ConfigError: the code that loads models names the policy's field."""
     try:
         yield
     except ConfigError as error:

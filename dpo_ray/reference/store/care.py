@@ -79,7 +79,7 @@ def partitions(root: Storage) -> list[str]:
 
 
 def stats(root: Storage) -> list[PartitionStats]:
-    """Return the contents of each partition of a store. This reads no log-probs, only the footers of the files."""
+    """Return the contents of each partition of a store. Only the footers of the files are read, no log-probs."""
     return [_stats(root.child(name), name) for name in partitions(root)]
 
 

@@ -35,7 +35,7 @@ DEAD_SECONDS = 3600  # if a file stays unfinished for this time, its writer has 
 
 @dataclass(frozen=True)
 class Cleared:
-    """One action of the clean-up on the files of a partition. With `dry_run`, it was not done, but would be done."""
+    """One action of the clean-up on the files of a partition. With `dry_run`, the action was only planned."""
 
     partition: str
     action: Literal["left alone", "deleted", "merged"]
@@ -63,8 +63,8 @@ def clear(
 
     Args:
         unused_days: delete partitions that no run has used for this number of days. None: keep them.
-        force: also clean up partitions that are in use. If a run is reading there and a segment is gone, the run lists
-            the segments again.
+        force: also clean up partitions that are in use. A run that is reading such a partition, and does not find a
+            segment any more, lists the segments again.
         dry_run: change nothing, and return what would be done.
 
     Raises:

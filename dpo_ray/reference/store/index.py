@@ -19,10 +19,10 @@ def as_keys(keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
     """
     if isinstance(keys, np.ndarray):
         if keys.dtype != KEY or keys.ndim != 1:
-            raise ValueError(f"an array of keys must be one-dimensional of {KEY}, not {keys.shape} of {keys.dtype}")
+            raise ValueError(f"the array of keys is {keys.dtype} {keys.shape}, not {KEY} [n]")
         return keys
     if any(len(key) != KEY.itemsize for key in keys):
-        raise ValueError(f"a key must have {KEY.itemsize} bytes")
+        raise ValueError(f"a key does not have {KEY.itemsize} bytes")
     return np.frombuffer(b"".join(keys), KEY)
 
 
@@ -45,8 +45,8 @@ def first_of_equal(keys: np.ndarray) -> np.ndarray:
 class StoreIndex:
     """The location of each key's log-probs: 24 bytes per key, sorted by key, each key once.
 
-    `ReferenceStore.index` builds it. It contains only arrays and names, so that Ray can share one copy between all
-    processes of a node.
+    `ReferenceStore.index` builds an index. The index contains only arrays and names, so that Ray can share one copy
+    between all processes of a node.
     """
 
     first: np.ndarray  # uint64 [n], the first half of each key, ascending
@@ -91,7 +91,7 @@ class StoreIndex:
         return len(self.first)
 
     def find(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
-        """Return for each key whether the index contains it, so that the store has its log-probs: bool [n]."""
+        """Return for each key whether the index contains the key (the store then has its log-probs): bool [n]."""
         return self.positions(keys) >= 0
 
     def positions(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def _order(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _begins_run(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return for each key, in sorted order, whether it differs from the key before it: bool [n]."""
+    """Return for each key of sorted keys whether the key differs from the previous key: bool [n]."""
     begins = np.ones(len(first), bool)
     begins[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
     return begins

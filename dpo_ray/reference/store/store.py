@@ -125,7 +125,7 @@ class ReferenceStore:
 
         Args:
             segments: read only these segments; None: read all.
-            known: an existing index. Only segments that are not in it are read, and the result contains its keys, too.
+            known: an existing index. Only segments that are not in `known` are read; the result also has its keys.
 
         Raises:
             ArtifactError: another process keeps deleting segments during the reading.
@@ -215,7 +215,7 @@ def partition_name(model_digest: str, numerics: dict[str, str | int]) -> str:
 
 
 def list_partition(partition: Storage) -> tuple[list[str], list[str]]:
-    """List a partition's segments, oldest first, and the files that do not belong to the store."""
+    """Return two lists: a partition's segments, oldest first; and the files that do not belong to the store."""
     names = partition.list_files()
     segments = [name for name in names if stamp_nanoseconds(name) is not None]
     return segments, sorted(set(names) - {*segments, ABOUT, USED})
@@ -282,7 +282,10 @@ def as_lists(token_logps: Sequence[np.ndarray] | pa.ListArray) -> pa.ListArray:
 
 
 def mark_used(partition: Storage) -> None:
-    """Record that the partition is used now, at most once an hour. If that is not possible, log a warning."""
+    """Record the current time as the partition's last use, unless a time was recorded in the last hour.
+
+    If the time cannot be written, log a warning.
+    """
     try:
         if time.time() - (marked_unix_seconds(partition) or 0.0) >= MARK_SECONDS:
             partition.write(USED, json.dumps({"unix_seconds": time.time()}).encode())

@@ -67,7 +67,7 @@ def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> 
 
 @contextmanager
 def start_errors(settings: ScorerSettings) -> Iterator[None]:
-    """Convert any exception that vLLM raises inside the `with` block, in which it starts, to an EngineError."""
+    """Convert any exception that vLLM raises while it starts inside the `with` block to an EngineError."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
@@ -83,7 +83,7 @@ def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
     """Build the object (LoRARequest) with which vLLM's `generate` uses the LoRA adapter; None if there is no adapter.
 
     Args:
-        number: a new number for each adapter that the engine loads, because vLLM's caches identify adapters by it.
+        number: a new number for each adapter that the engine loads, because vLLM's caches identify adapters by number.
     """
     if settings.adapter_dir is None:
         return None
@@ -154,9 +154,9 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
 def lora_options(adapter: Adapter) -> dict[str, Any]:
     """Build the options that prepare an engine for one LoRA adapter.
 
-    Only the modules that the adapter changes are prepared. By default vLLM would also prepare the output head. Then the
-    log-probs of prompts are wrong even if the adapter does not change the head, because vLLM treats each row of a
-    prompt as a separate sequence.
+    Only the modules that the adapter changes are prepared. By default vLLM would also prepare the output head. The
+    log-probs of prompts would then be wrong even if the adapter does not change the head, because vLLM's head treats
+    each row of a prompt as a separate sequence.
 
     Raises:
         ConfigError: the adapter changes the output head or the embeddings, or its rank is above vLLM's limit.

@@ -61,8 +61,8 @@ class VllmScorer:
 
         Raises:
             EngineError: a prompt or completion is empty, both together are longer than the engine's limit, or vLLM's
-                result has other tokens or another shape. Other exceptions from vLLM are not caught; after them the
-                engine is unusable.
+                result has other tokens or another shape. Other exceptions from vLLM are not caught; after such
+                an exception the engine is unusable.
         """
         ids = [np.concatenate((r.prompt_ids, r.completion_ids)).tolist() for r in requests]
         for request, sequence in zip(requests, ids, strict=True):

@@ -138,7 +138,9 @@ class Checkpoints:
             async_stager=self._stager,
         )
         if not isinstance(written, Future):
-            raise TypeError(f"a synchronous stager must return a future, not {type(written).__name__}")
+            raise TypeError(
+                f"DCP returned {type(written).__name__}, not the future that it returns with a synchronous stager"
+            )
         if self._ranks.rank:
             self._in_flight = written
         else:  # rank 0's write ends after those of all ranks: DCP's coordinator gathers their results and digests
@@ -189,11 +191,11 @@ class Checkpoints:
             raise failed("a checkpoint could not be written", self._place, error, fix) from error
 
     def load_newest(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Restore the newest intact checkpoint and return its progress. Without a checkpoint, return that of step 0.
+        """Restore the newest intact checkpoint and return its progress; without a checkpoint, the initial progress.
 
         The random generators are restored, too, if the checkpoint has the state of exactly these ranks. Otherwise (the
-        number of ranks has changed, or an earlier version wrote the checkpoint) they are seeded from seed, rank and
-        step.
+        number of ranks has changed, or an earlier version wrote the checkpoint) the generators are seeded from seed,
+        rank and step.
         """
         manifest = Soundness(self._place, self._identity, self._ranks).newest()
         if self._ranks.rank == 0:
@@ -248,7 +250,7 @@ class Checkpoints:
         return [rows[step] for step in sorted(rows)]
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Delete the metrics of all steps after `step`. These steps run again, and their files may get other names."""
+        """Delete the files with metrics of steps after `step`. These steps run again, with new files of other names."""
         for start, stop in self._segments():
             if stop > step:
                 self._place.delete(f"metrics/{start:09d}-{stop:09d}.jsonl")

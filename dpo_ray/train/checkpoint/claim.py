@@ -62,7 +62,7 @@ class Claim:
             )
 
     def covers(self, directory: str) -> bool:
-        """Return whether a directory belongs to this group or an older one. A directory without a number is older."""
+        """Return whether a directory belongs to this group or an older one. Without a number, it counts as older."""
         found = _DIRECTORY.fullmatch(directory)
         return found is None or int(found[1]) <= self.number
 

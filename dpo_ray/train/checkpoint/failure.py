@@ -9,7 +9,7 @@ from dpo_ray.errors import ArtifactError, DpoRayError, StorageFailedError, Write
 
 
 def failed(what: str, place: Storage, error: BaseException, fix: str) -> DpoRayError:
-    """Convert an error of DCP, which contains the errors of all ranks that failed, to the error to raise.
+    """Convert an error of DCP to the error to raise. The error of DCP contains the errors of all ranks that failed.
 
     Returns:
         The DpoRayError of a rank, if a rank raised one. Otherwise WriteRefusedError or StorageFailedError, if another

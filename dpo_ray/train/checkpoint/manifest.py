@@ -90,8 +90,8 @@ def set_aside(place: Storage, name: str, reason: str) -> None:
 def prune(place: Storage, keep: int, claim: Claim) -> None:
     """Delete old checkpoints. Keep the newest `keep`, and the best checkpoints to which their manifests refer.
 
-    Files of later steps are kept, and so are files of groups of workers newer than `claim`, because they may be
-    incomplete.
+    Files that may be incomplete, because they are still being written, are kept as well: files of steps later than the
+    first of the newest `keep`, and files of groups of workers that are newer than `claim`.
     """
     steps = committed_steps(place)
     newest = steps[-keep:]

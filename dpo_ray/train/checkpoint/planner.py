@@ -1,4 +1,4 @@
-"""DCP's plans, which list the tensors that each rank writes. Rank 0 makes them for all ranks, once in a run."""
+"""DCP's plans, which list the tensors that each rank writes. Rank 0 makes the plans of all ranks, once in a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 class SharedPlanner(DefaultSavePlanner):
     """DCP's planner, set up to reuse the plans of the previous save if no rank's tensors have changed.
 
-    Reusing them avoids gathering the plans of all ranks. The cached plans need no more memory than the planning itself.
+    If plans are reused, they need not be gathered from all ranks. The cached plans need no more memory than the
+    planning.
     """
 
     def __init__(self, owner: str) -> None:

@@ -106,10 +106,10 @@ def _confirmed(directory: Storage, files: dict[str, str], suspects: list[str | N
 
     Args:
         files: digest of each file, by name.
-        suspects: for each rank, the name of the first file that it found damaged, or None.
+        suspects: for each rank, the name of the first file that this rank found damaged, or None.
 
     Raises:
-        InfrastructureError: rank 0 finds nothing wrong with these files.
+        InfrastructureError: some rank found a damaged file, but rank 0 finds nothing wrong with that file.
     """
     rank_of = {name: rank for rank, name in enumerate(suspects) if name is not None}
     for name in rank_of:

@@ -68,7 +68,7 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Set the learning rate of `step` and return it. It depends only on the step, so checkpoints do not store it."""
+    """Set the learning rate of `step` and return the rate. Checkpoints do not store it: it depends only on the step."""
     rate = config.learning_rate * learning_rate_factor(step, total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate

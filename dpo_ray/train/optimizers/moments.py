@@ -1,4 +1,7 @@
-"""The full (unsharded) optimizer state, which one training passes to the next. The number of ranks may differ."""
+"""The full (unsharded) optimizer state. The training of one round passes it to the training of a later round.
+
+The two may have different numbers of ranks.
+"""
 
 from __future__ import annotations
 

@@ -145,8 +145,8 @@ def test_a_cluster_is_nodes_gpus_and_a_card(text: str, nodes: int, gpus: int, na
         ("4x8xH100x2", "the GPU `H100x2` is not known"),
         ("-1x8xH100", "does not describe a cluster"),
         ("1x8xV100", "the GPU `V100` is not known"),
-        ("0x8xH100", "this cluster is empty"),
-        ("1x8xH100:0", "this cluster is empty"),
+        ("0x8xH100", "a number of this cluster is 0"),
+        ("1x8xH100:0", "a number of this cluster is 0"),
     ],
 )
 def test_a_wrong_cluster_is_one_clear_error(text: str, what: str) -> None:

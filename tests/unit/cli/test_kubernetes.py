@@ -45,7 +45,7 @@ def test_every_wrong_field_is_named_with_its_file_and_object(tmp_path):
     ("text", "what"),
     [
         ("a: [b", "not valid YAML"),
-        ("- a\n", "a manifest must be a mapping"),
+        ("- a\n", "this manifest is not a mapping"),
         ("{}", "kind"),
         (b"\xff\xfe", "cannot be read"),
     ],

@@ -23,7 +23,9 @@ from tests.helpers.fakes.http_server import Served, served
 
 PIPELINES = Path(__file__).resolve().parents[3] / "pipelines"
 VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": "c", "session_name": "s"}
-LAST_WORDS = "...\nerror: train: training was asked to stop, and has, after step 7 of 90\n  -> the same command goes on"
+LAST_WORDS = (
+    "...\nerror: train: training was asked to stop, and stopped after step 7 of 90\n  -> the same command goes on"
+)
 RUNS = {
     "type": "SUBMISSION",
     "submission_id": "quickstart-3",

@@ -25,9 +25,9 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def confine() -> bool:
-    """Enter new namespaces, and return True in a new process, which is the first one in them.
+    """Enter new namespaces, start a child as the first process in these namespaces, and return True in the child.
 
-    Return False if the machine refuses this.
+    The parent process waits for the child, and then ends. Return False if the machine does not allow new namespaces.
     """
     libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

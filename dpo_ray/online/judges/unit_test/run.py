@@ -97,7 +97,10 @@ def _started(program: str, arguments: Sequence[str], directory: Path, *descripto
 
 @functools.cache
 def _text(*names: str) -> str:
-    """Join the text of some files of this folder to one program, without the imports of dpo_ray."""
+    """Join the text of some files of this folder to one program.
+
+    The files' imports from dpo_ray are left out, because the program contains the code that they import.
+    """
     lines = [line for name in names for line in (_HERE / name).read_text(encoding="utf-8").splitlines()]
     own = [line for line in lines if not line.startswith(("from __future__ import", "from dpo_ray."))]
     return "\n".join(["from __future__ import annotations", *own, ""])
