@@ -126,7 +126,7 @@ def test_other_settings_take_in_all_what_is_planned(config: PreTrainedConfig, op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_mistral_7b_on_eight_ranks_takes_what_is_planned(micro_batches: int) -> None:
     measured, planned, _ = compared(
         ZEPHYR, 8, micro_batches, groups=16, prompt=200, completion=400, activation_checkpointing="full"
