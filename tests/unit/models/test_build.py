@@ -90,8 +90,11 @@ def test_files_that_are_not_the_models_are_refused(
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16]
+)  # of the forward pass; the master weights are float32
 def test_names_that_transformers_converts_are_loaded_as_a_whole(
-    family: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dtype: torch.dtype, family: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Here those of a model that was saved without its head's module around it."""
     place = Path(shutil.copytree(family("qwen2"), tmp_path / "model"))
@@ -100,7 +103,15 @@ def test_names_that_transformers_converts_are_loaded_as_a_whole(
     bare = {name.removeprefix("model."): weight for name, weight in weights.items()}
     save_file(bare, place / "model.safetensors", metadata={"format": "pt"})
     with caplog.at_level(logging.INFO, "dpo_ray"):
-        policy = build_policy(place, None, TrainConfig(), torch.float32, CPU)
+        policy = build_policy(place, None, TrainConfig(), dtype, CPU)
     assert "each rank loads the whole model" in caplog.text
     for name, weight in weights.items():
-        assert torch.equal(policy.model.get_parameter(name).to_local(), weight)
+        own = policy.model.get_parameter(name).to_local()
+        assert own.dtype == torch.float32
+        assert torch.equal(own, weight)
+
+
+@pytest.mark.usefixtures("alone")
+def test_master_weights_are_float32_where_rows_are_read(family: Callable[[str], Path]) -> None:
+    policy = build_policy(family("llama"), None, TrainConfig(), torch.bfloat16, CPU)
+    assert {p.to_local().dtype for p in policy.model.parameters()} == {torch.float32}
