@@ -58,6 +58,8 @@ def _print_error(text: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command of the command line, and exit with its exit code. Print errors of dpo-ray without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Ray reads this when it is imported. Otherwise a call after a session's end would start another Ray, and wait for it.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         code: Any = app(arguments, standalone_mode=False, prog_name="dpo-ray")
     except DpoRayError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -59,18 +60,19 @@ def sample(
     tokens, seconds, without = 0, 0.0, 0
     pieces: dict[int, list[Sampled]] = {}
     left = {i: len(granules[i]) for i in todo}
-    for answer in pool.sample((ray.put(granules[i]) for i in todo), sampling):
-        number = todo[answer.granule]
-        if isinstance(answer, Sampled):
-            pieces.setdefault(number, []).append(answer)
-            tokens, seconds, rows = tokens + answer.tokens, seconds + answer.seconds, len(answer.table)
-        else:
-            without, rows = without + answer.groups, answer.groups
-        left[number] -= rows
-        if not left[number]:
-            kept.write(_name(number), parquet_bytes(_whole(granules[number], pieces.pop(number, []))))
-        speed = f"{tokens / seconds:,.0f} tokens/s per engine" if seconds else ""
-        bar.advance(rows, f"{speed}, engines {pool.ready}/{pool.size}")
+    with closing(pool.sample((ray.put(granules[i]) for i in todo), sampling)) as answers:
+        for answer in answers:
+            number = todo[answer.granule]
+            if isinstance(answer, Sampled):
+                pieces.setdefault(number, []).append(answer)
+                tokens, seconds, rows = tokens + answer.tokens, seconds + answer.seconds, len(answer.table)
+            else:
+                without, rows = without + answer.groups, answer.groups
+            left[number] -= rows
+            if not left[number]:
+                kept.write(_name(number), parquet_bytes(_whole(granules[number], pieces.pop(number, []))))
+            speed = f"{tokens / seconds:,.0f} tokens/s per engine" if seconds else ""
+            bar.advance(rows, f"{speed}, engines {pool.ready}/{pool.size}")
     tables = [pq.read_table(io.BytesIO(kept.read_bytes(_name(i)))) for i in range(len(granules))]
     entries = [staging.write(f"samples/{_name(i)}", parquet_bytes(t), rows=len(t)) for i, t in enumerate(tables)]
     rows = {"prompts": sum(map(len, tables)), PROMPTS_WITHOUT: len(prompts) - sum(map(len, tables))}

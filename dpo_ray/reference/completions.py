@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,15 +44,16 @@ def sample_completions(
     """
     pool.load(model.settings, model.store)
     by_prompt: dict[bytes, SampledCompletion] = {}
-    for answer in pool.sample((ray.put(granule) for granule in cut([table], groups_per_granule)), sampling):
-        if not isinstance(answer, Sampled):
-            raise EngineError(
-                f"{answer.groups} held-out prompts have no completion: engines died repeatedly while they sampled for these prompts",
-                where=model.settings.model_dir,
-                fix="remove their rows from data.eval, or give the engines more memory; --verbose shows their logs",
-            )
-        for row in answer.table.to_pylist():
-            by_prompt[row["group_id"]] = tuple(row["completion_ids"][0]), row["ended"][0]
+    with closing(pool.sample(_put([table], groups_per_granule), sampling)) as answers:
+        for answer in answers:
+            if not isinstance(answer, Sampled):
+                raise EngineError(
+                    f"{answer.groups} held-out prompts have no completion: engines died repeatedly while they sampled for these prompts",
+                    where=model.settings.model_dir,
+                    fix="remove their rows from data.eval, or give the engines more memory; --verbose shows their logs",
+                )
+            for row in answer.table.to_pylist():
+                by_prompt[row["group_id"]] = tuple(row["completion_ids"][0]), row["ended"][0]
     return [by_prompt[prompt_key(ids)] for ids in table["prompt_ids"].to_pylist()]
 
 
@@ -80,13 +82,19 @@ def completion_logps(
     missing, _ = find_missing(table, store, store.index())
     if len(missing):
         pool.load(model.settings, store)
-        for scored in pool.run(ray.put(granule) for granule in cut([missing], groups_per_granule)):
-            if scored.unscored:
-                raise EngineError(
-                    f"a sampled completion has no log-probs ({scored.unscored[0].detail})",
-                    where=model.settings.model_dir,
-                    fix="check the model: training may have broken it",
-                )
+        with closing(pool.run(_put([missing], groups_per_granule))) as answers:
+            for scored in answers:
+                if scored.unscored:
+                    raise EngineError(
+                        f"a sampled completion has no log-probs ({scored.unscored[0].detail})",
+                        where=model.settings.model_dir,
+                        fix="check the model: training may have broken it",
+                    )
     for row, logps in zip(rows, store.fetch(store.index(), store.keys(table)).to_pylist(), strict=True):
         sums[row] = np.sum(np.array(logps, np.float64))
     return sums
+
+
+def _put(tables: Iterable[pa.Table], groups_per_granule: int) -> Iterator[ray.ObjectRef]:
+    """Cut tables into granules, and yield a reference to each granule."""
+    return (ray.put(granule) for granule in cut(tables, groups_per_granule))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,22 +117,23 @@ def score(
         tally.done += news.known_groups
         advance(news.known_groups, tally.describe())
 
-    granules = look_up_all(tokens, store, config, request.cpus, on_lookup)
-    if config.engine == "trainer":
-        pool, answers = None, score_with_trainer(settings, store, train, list(granules), request, say)
-    elif pool is None:
-        pool = EnginePool(settings, store, config, request, say)
-        answers = pool.run(granules)
-    else:
-        pool.load(settings, store)
-        answers = pool.run(granules)
-    with closing(answers):
-        for scored in answers:
-            tally.add(scored)
-            for group in scored.unscored:
-                say(f"the group {group.group_id.hex()} is left out: {REASONS[group.reason]}")
-            check_unscored(tally, max_unscored_fraction)
-            advance(scored.groups, tally.describe() + (f", engines {pool.ready}/{pool.size}" if pool else ""))
+    # Both are closed here, also after an error: a generator that is closed later finds no Ray any more.
+    with closing(look_up_all(tokens, store, config, request.cpus, on_lookup)) as granules:
+        if config.engine == "trainer":
+            pool, answers = None, score_with_trainer(settings, store, train, list(granules), request, say)
+        elif pool is None:
+            pool = EnginePool(settings, store, config, request, say)
+            answers = pool.run(granules)
+        else:
+            pool.load(settings, store)
+            answers = pool.run(granules)
+        with closing(answers):
+            for scored in answers:
+                tally.add(scored)
+                for group in scored.unscored:
+                    say(f"the group {group.group_id.hex()} is left out: {REASONS[group.reason]}")
+                check_unscored(tally, max_unscored_fraction)
+                advance(scored.groups, tally.describe() + (f", engines {pool.ready}/{pool.size}" if pool else ""))
     return tally
 
 
@@ -160,7 +161,7 @@ def look_up_all(
     config: ReferenceConfig,
     engine_cpus: float,
     on_lookup: Callable[[LookupProgress], None],
-) -> Iterator[ray.ObjectRef]:
+) -> Generator[ray.ObjectRef, None, None]:
     """Look up all groups in the store, in Ray tasks, and yield granules of the completions that the store lacks.
 
     The granules are in the order of the groups. Each task produces a few granules in advance, then waits until the

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
-from dpo_ray.errors import DataError
+from dpo_ray.cluster.resources import Resources
+from dpo_ray.config.reference import ReferenceConfig
+from dpo_ray.config.train import TrainConfig
+from dpo_ray.errors import ArtifactError, DataError
+from dpo_ray.reference import stage
 from dpo_ray.reference.granule import Scored, Unscored
+from dpo_ray.reference.pool import EnginePool
 from dpo_ray.reference.stage import ScoringTally, check_unscored, token_parts
 
 
@@ -65,3 +72,48 @@ def test_nothing_may_be_left_out_where_the_recipe_says_so() -> None:
     account.add(Scored(1, 0, 0, 0, 0, 0.0, "engine 1", left_out(1)))
     with pytest.raises(DataError):
         check_unscored(account, 0.0)
+
+
+class RefusingPool:
+    """A pool whose store cannot be written."""
+
+    ready = size = 1
+
+    def load(self, settings: object, store: object) -> None:
+        pass
+
+    def run(self, granules: Iterator[None]) -> Iterator[Scored]:
+        next(granules)
+        raise ArtifactError("cannot write: Read-only file system")
+        yield
+
+
+def test_an_error_closes_the_look_up_while_ray_is_still_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    closed = []
+
+    def look_up(*_: object) -> Iterator[None]:
+        try:
+            yield None
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(stage, "look_up_all", look_up)
+    staging = ArtifactStore(Storage(tmp_path)).begin("prepare", "k", "run")
+    entries = [staging.write("train/0.parquet", b"x")]
+    tokens = Provenance(1, {}, {}, {}).commit(staging, entries, rows={"train/admitted": 1}, figures={})
+    unused: Any = None
+    with pytest.raises(ArtifactError) as raised:
+        stage.score(
+            tokens,
+            unused,
+            unused,
+            ReferenceConfig(),
+            TrainConfig(),
+            Resources("engines", 1.0),
+            0.0,
+            lambda done, text: None,
+            lambda text: None,
+            cast("EnginePool", RefusingPool()),
+        )
+    assert raised.tb is not None  # which keeps the generator alive, as it does until the command has printed its error
+    assert closed == [True]
