@@ -77,7 +77,7 @@ class Artifact:
         try:
             data = self.storage.read_bytes(entry.path)
         except FileNotFoundError as error:
-            raise self._damaged(entry, "is missing") from error
+            raise self._missing(entry) from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise self._damaged(entry, "differs from the manifest's sha256")
         return data
@@ -117,7 +117,7 @@ class Artifact:
         sizes = self.storage.file_sizes()
         for entry in self.manifest.files:
             if entry.path not in sizes:
-                raise self._damaged(entry, "is missing")
+                raise self._missing(entry)
             if self.storage.is_local:
                 self.storage.local_path(entry.path)  # refuses symbolic links
             self._check_size(entry, sizes[entry.path])
@@ -143,7 +143,7 @@ class Artifact:
                 raise self._damaged(entry, "differs from the manifest's sha256")
             unchecked.replace(target)
         except FileNotFoundError as error:
-            raise self._damaged(entry, "is missing") from error
+            raise self._missing(entry) from error
         finally:
             unchecked.unlink(missing_ok=True)
 
@@ -151,7 +151,7 @@ class Artifact:
         try:
             size = self.storage.size(entry.path) if size is None else size
         except FileNotFoundError as error:
-            raise self._damaged(entry, "is missing") from error
+            raise self._missing(entry) from error
         if size != entry.bytes:
             raise self._damaged(entry, f"has {size} bytes, but the manifest records {entry.bytes}")
 
@@ -169,6 +169,13 @@ class Artifact:
             while chunk := file.read(COPY_CHUNK_BYTES):
                 sha256.update(chunk)
         return sha256.hexdigest()
+
+    def _missing(self, entry: FileEntry) -> ArtifactError:
+        """Return the error for a file that does not exist: damage to the artifact, or the whole artifact is gone."""
+        if self.storage.exists(MANIFEST_NAME):
+            return self._damaged(entry, "is missing")
+        fix = "if its disk was unmounted, mount it again; then run the same command again, which makes again what is missing"
+        return ArtifactError("the whole artifact is gone, with its manifest", where=self.storage.uri, fix=fix)
 
     def _damaged(self, entry: FileEntry, what: str) -> ArtifactError:
         return ArtifactError(f"the file {entry.name!r} {what}", where=self.storage.full_path(entry.path), fix=_RERUN)

@@ -63,13 +63,13 @@ ONLINE = {
     "evaluate": {"prompts": 12},
 }
 ORDER = ("shard", "prepare", "reference", "schedule", "train", "evaluate")
-# What shows that a stage is under way.
+# What shows that a stage is under way: files below the output directory, or a line on the terminal.
 STAGES = {
     "prepare": "artifacts/.staging/matrix/shard-*/groups/*.parquet",
     "reference": "reference-store/*/segment-*.parquet",
     "schedule": "artifacts/.staging/matrix/schedule-*",
     "train": "matrix/checkpoints/*/step-*.json",
-    "evaluate": "artifacts/.staging/matrix/evaluate-*",
+    "evaluate": "evaluate: started",
     "round": "matrix/samples/*/*",
 }
 
@@ -300,7 +300,8 @@ def test_a_fault_in_a_stage_ends_in_one_error_and_the_same_command_goes_on(
 def wait_for(run: Run, process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait until the stage is under way."""
     deadline = time.monotonic() + 300
-    while not any(run.out.glob(STAGES[run.stage])):
+    sign = STAGES[run.stage]
+    while not (any(run.out.glob(sign)) or sign in log.read_text()):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -242,6 +243,22 @@ def test_verify_finds_flipped_bits_truncations_missing_and_extra_files(disk: Sto
         (path.parent / "extra").unlink(missing_ok=True)
     assert found == 400
     artifact.verify()
+
+
+def test_an_artifact_whose_disk_is_gone_is_not_called_damaged(disk: Storage) -> None:
+    """Who unmounts a disk by mistake must not be told to delete what is on it."""
+    staging = ArtifactStore(disk).begin("tokens", "k1", "run")
+    artifact = commit(staging, write_all(staging, FILES))
+    (artifact.storage.local_path() / "part-0.parquet").unlink()
+    with pytest.raises(ArtifactError, match=r"'part-0.parquet' is missing") as damaged:
+        artifact.open("part-0.parquet")
+    assert "delete the artifact's directory" in damaged.value.fix
+    shutil.rmtree(artifact.storage.local_path())
+    for read in (artifact.open, artifact.read_bytes, lambda name: artifact.local_dir("", disk.local_path("cache"))):
+        with pytest.raises(ArtifactError, match="the whole artifact is gone") as gone:
+            read("part-0.parquet")
+        assert "mount it again" in gone.value.fix
+        assert "delete" not in gone.value.fix
 
 
 def test_shallow_verify_looks_at_sizes_alone(disk: Storage) -> None:
