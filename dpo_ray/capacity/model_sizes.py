@@ -201,7 +201,7 @@ def sizes_of_config(values: dict[str, Any], where: str) -> ModelSizes:
         raise ConfigError(
             f"the planner does not support the architecture `{kind}`",
             where=where,
-            fix="supported are Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma, Phi-3, and models with the same blocks",
+            fix="use Llama, Mistral, Mixtral, Qwen 2 or 3, Gemma, Phi-3, or a model with the same blocks as one of these",
         )
     gemma, heads = kind in _GEMMAS, values["num_attention_heads"]
     experts = values.get("num_local_experts") or values.get("num_experts") or 0

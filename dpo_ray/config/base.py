@@ -21,12 +21,15 @@ MOST_SECONDS = 100_000_000  # three years
 
 
 def field_error(field: str, what: str) -> PydanticCustomError:
-    """Build the error that the validator of a recipe section raises about one field (`a.b` for a nested field)."""
+    """Build the error that a validator raises: `field` (`a.b` for a nested field) is wrong, and `what` states why."""
     return PydanticCustomError("field_error", "{what}", {"field": field, "what": what})
 
 
 class StrictModel(BaseModel):
-    """A model that refuses unknown keys and NaN, and cannot be changed later. The string below a field describes it."""
+    """A pydantic model that refuses unknown keys and NaN, and whose values cannot be changed.
+
+    The string below a field in the code becomes the description of this field in the schema.
+    """
 
     model_config = ConfigDict(
         frozen=True,

@@ -57,7 +57,8 @@ class PlacementConfig(StrictModel):
 
 
 class HeadConfig(StrictModel):
-    """The pod of Ray's head node. It also runs the driver, but no data tasks, engines, judges or training workers."""
+    """The pod of Ray's head node. The driver also runs on this pod, but data tasks, engines, judges and training
+    workers do not."""
 
     cpus: Count = 2
     memory_gib: Count = 8
@@ -74,14 +75,15 @@ class GroupConfig(StrictModel):
     """Only with autoscaling: the number of pods that are kept while there is no work. Default: 0."""
 
     max_replicas: Count | None = None
-    """Only with autoscaling: the largest number of pods. Default: the value of `replicas`, or more if the recipe allows
-    a growing number of engines."""
+    """Only with autoscaling: the largest number of pods. Default: the value of `replicas`; a larger number if
+    reference.max_replicas allows more engines."""
 
     cpus: Count | None = None
     """CPUs of one pod. Default: what the recipe's workers on this pod need."""
 
     memory_gib: Count | None = None
-    """Memory of one pod in GiB, of which up to half may be shared memory. Default: 4 for each CPU and 64 for each GPU."""
+    """Memory of one pod in GiB, of which up to half may be shared memory. Default: 4 GiB per CPU, plus 64 GiB per
+    GPU."""
 
     gpus: int | None = Field(default=None, ge=0)
     """GPUs of one pod. Default: the number that the recipe's workers on this pod need, but at most 8."""
@@ -96,16 +98,18 @@ class GroupConfig(StrictModel):
     def _bounds_are_in_order(self) -> GroupConfig:
         low, high = self.min_replicas or 0, self.max_replicas
         if self.replicas is not None and self.replicas < low:
-            raise field_error("replicas", f"at least min_replicas={low} is expected")
+            raise field_error("replicas", f"{self.replicas} is less than min_replicas={low}")
         if high is not None and high < max(self.replicas or 0, low):
             raise field_error(
-                "max_replicas", f"at least {max(self.replicas or 0, low)} is expected, the number of pods"
+                "max_replicas",
+                f"{high} is less than {max(self.replicas or 0, low)}, the larger of replicas and min_replicas",
             )
         return self
 
 
 class StorageConfig(StrictModel):
-    """A persistent volume that every pod mounts (ReadWriteMany). It holds `output`, if that is a relative path."""
+    """A persistent volume that every pod mounts (ReadWriteMany). If the recipe's `output` is a relative path, this
+    path is on the volume."""
 
     claim: ObjectName = "dpo-ray"
     """The name of the PersistentVolumeClaim."""
@@ -148,8 +152,8 @@ class NetworkConfig(StrictModel):
     """The network connections that the pods of the run may have."""
 
     policy: bool = True
-    """Render a NetworkPolicy. It allows connections among the pods of the run, from the KubeRay operator and Prometheus,
-    to DNS, and to `egress_ports` of any address."""
+    """Render a NetworkPolicy, which allows only these connections of the run's pods: to each other, from the KubeRay
+    operator, from Prometheus, to DNS, and to the ports `egress_ports` of any address."""
 
     operator_namespace: Name = "kuberay-system"
     """Namespace of the KubeRay operator, which submits the job."""

@@ -17,7 +17,7 @@ TEMPLATE_DATE = datetime.date(2024, 7, 26)
 
 
 def names_no_file(chat_template: str) -> bool:
-    """Return whether this value of `data.chat_template` is a keyword (such as `auto`), and not the path of a file."""
+    """Return whether a recipe's `chat_template` is a keyword such as `auto`, and not the path of a file."""
     return chat_template in ("auto", "plain") or NAMED_TEMPLATE.fullmatch(chat_template) is not None
 
 
@@ -104,7 +104,8 @@ class DataConfig(StrictModel):
     """Further variables for the template, such as enable_thinking. Variables that a row sets take precedence."""
 
     chat_template_date: datetime.date = TEMPLATE_DATE
-    """The date for templates that use today's date, so that the same data gives the same tokens on every day."""
+    """The date that a template gets when it asks for today's date. The date is fixed, so that the same data gives the
+    same tokens on every day."""
 
     max_length_tokens: int = Field(default=1024, gt=1, le=MOST_TOKENS)
     """Largest number of tokens of prompt and completion together."""
@@ -139,7 +140,8 @@ class DataConfig(StrictModel):
         for name in ("messages", "tools", "add_generation_prompt"):
             if name in self.chat_template_kwargs:
                 raise field_error(
-                    f"chat_template_kwargs.{name}", "the rows set this variable, which is part of the conversation"
+                    f"chat_template_kwargs.{name}",
+                    "each row sets this variable by itself, so no value for all rows is possible: remove it",
                 )
         for split, sources in {"train": self.train, **self.eval_sets}.items():
             if not sources:

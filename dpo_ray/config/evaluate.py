@@ -11,8 +11,8 @@ class EvaluateConfig(StrictModel):
     """How completions are sampled from the policy and from the reference model on held-out prompts, to compare both."""
 
     sample_prompts: int = Field(default=64, ge=0, le=MOST_ROWS)
-    """Number of held-out prompts for which completions are sampled. 0, the default without data.eval: nothing is sampled,
-    so there is no KL estimate and no comparison of samples."""
+    """Number of held-out prompts for which completions are sampled. 0: nothing is sampled, so there is no KL
+    estimate and no comparison of samples. Without data.eval, the default is 0."""
 
     max_new_tokens: int = Field(default=128, gt=0, le=MOST_TOKENS)
     temperature: float = Field(default=1.0, ge=0.01, le=100)

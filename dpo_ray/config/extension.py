@@ -36,10 +36,10 @@ def _all_entries() -> Any:  # the type differs between versions of Python; all h
 def installed(group: str, built_in: Collection[str] = ()) -> dict[str, Any]:
     """Import all objects that installed packages add to a group of entry points; return them by name.
 
-    Ray's workers need the same packages.
+    The packages must also be installed where Ray's workers run, because the workers import the same objects.
 
     Args:
-        built_in: names that dpo_ray itself uses. A package that adds one of them is an error.
+        built_in: the names that dpo_ray itself uses. If a package adds one of these names, ConfigError is raised.
 
     Raises:
         ConfigError: a name is already taken, or an object cannot be imported.
@@ -60,7 +60,7 @@ def installed_configs(group: str, built_in: Collection[str], implementations: st
 
     Args:
         group: the entry points of the configuration classes.
-        built_in: names that dpo_ray itself uses. A package that adds one of them is an error.
+        built_in: the names that dpo_ray itself uses. If a package adds one of these names, ConfigError is raised.
         implementations: another group of entry points, which must have an entry with the same name for every class.
 
     Raises:
@@ -84,7 +84,7 @@ def installed_names(group: str, built_in: Collection[str] = ()) -> tuple[str, ..
     """List the names that installed packages add to a group of entry points, sorted, without importing anything.
 
     Args:
-        built_in: names that dpo_ray itself uses. A package that adds one of them is an error.
+        built_in: the names that dpo_ray itself uses. If a package adds one of these names, ConfigError is raised.
 
     Raises:
         ConfigError: a package adds a name that dpo_ray or another package already uses.
@@ -131,14 +131,15 @@ class ObjectiveConfig(StrictModel):
     """True: a recipe may combine this loss with other f-divergences than the reverse KL."""
 
     weighable: ClassVar[bool] = True
-    """True: the loss of each pair can be multiplied by the pair's WPO weight."""
+    """True: the loss of each pair can be multiplied by the pair's WPO weight (`train.shaping.wpo`)."""
 
     compares_lengths: ClassVar[bool] = True
-    """True: LD-DPO can reduce the weight of the tokens by which one completion of a pair is longer than the other."""
+    """True: LD-DPO (`train.shaping.ld_alpha`) can reduce the weight of the last tokens of the longer completion of a
+    pair, those beyond the length of the shorter one."""
 
     takes_soft_labels: ClassVar[bool] = False
-    """True: the loss function itself uses `preference_probability` p. False: two losses are averaged, that of the pair with
-    weight p, and that of the swapped pair with weight 1 - p."""
+    """True: the loss function itself uses `preference_probability` p. False: the loss is
+    p * (loss of the pair) + (1 - p) * (loss of the pair with chosen and rejected swapped)."""
 
 
 class JudgeConfig(StrictModel):

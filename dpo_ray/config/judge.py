@@ -69,8 +69,8 @@ class LlmJudge(JudgeConfig):
     max_tokens: int = Field(default=256, gt=0, le=MOST_TOKENS)
     temperature: float = Field(default=0.0, ge=0, le=100)
     structured_output: Literal["json_schema", "none"] = "json_schema"
-    """json_schema: ask the endpoint for an answer that follows a JSON schema (`response_format`). none: do not ask for
-    this, because the endpoint does not support it."""
+    """json_schema: ask the endpoint for an answer that follows a JSON schema (`response_format`). none: leave the
+    schema out, for an endpoint that does not support schemas."""
 
     concurrency: int = Field(default=8, gt=0, le=10_000)
     """Largest number of calls that each replica makes at the same time."""
@@ -179,7 +179,7 @@ def members_of(judge: Judge) -> list[SingleJudge]:
 
 
 def replicas_of(judge: Judge, role: JudgeRole) -> int:
-    """Return the number of a judge's processes. A process of an ensemble holds all members, and runs one at a time."""
+    """Return how many processes a judge has. Each process of an ensemble holds all members, and runs one at a time."""
     return role.count or max(m.replicas for m in members_of(judge))
 
 

@@ -1,4 +1,4 @@
-"""Loading of a recipe: YAML, then `key.path=value` overrides, then validation with errors that explain the fix."""
+"""Loads a recipe: reads its YAML, applies `key.path=value` overrides, and validates the result."""
 
 from __future__ import annotations
 
@@ -190,7 +190,11 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 
 def validate_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Build a Recipe from plain values. Raise ConfigError as `load_recipe` does, with `where` in its message."""
+    """Build a Recipe from plain values. `where` names the source of the values in the message of an error.
+
+    Raises:
+        ConfigError: fields are wrong.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -20,7 +20,8 @@ class ModelConfig(StrictModel):
     """The model to train. Before step 1 it is both the policy, which is then trained, and the reference, which is frozen."""
 
     path: str = Field(min_length=1)
-    """A directory in Hugging Face format (config.json, *.safetensors, tokenizer), a hub name, or `builtin:NAME`."""
+    """A directory in Hugging Face format (config.json, *.safetensors, tokenizer); the name of a model on the Hugging
+    Face hub; or `builtin:NAME` for a model of this package."""
 
     revision: str | None = None
     """Only for models of the hub: a branch, a tag or, preferably, a commit of 40 hex digits."""

@@ -68,7 +68,10 @@ class ExoPairObjective(ObjectiveConfig):
 
 
 class NcaPairObjective(ObjectiveConfig):
-    """NCA: contrasts chosen with noise, so that its likelihood does not fall. Chen et al. 2024 (2402.05369), eq. 11."""
+    """NCA: contrasts completions with noise, so that the likelihood of chosen does not fall.
+
+    Chen et al. 2024 (2402.05369), eq. 11.
+    """
 
     type: Literal["nca_pair"] = "nca_pair"
     beta: Beta = 0.1
@@ -85,7 +88,10 @@ class RobustObjective(ObjectiveConfig):
 
 
 class BcoPairObjective(ObjectiveConfig):
-    """BCO: the reward classifies chosen and rejected. Jung et al. 2024 (2404.04656), eq. 8, without its reward shift."""
+    """BCO: a logistic classifier of chosen against rejected, whose logit is the reward.
+
+    Jung et al. 2024 (2404.04656), eq. 8, without the reward shift of that paper.
+    """
 
     type: Literal["bco_pair"] = "bco_pair"
     beta: Beta = 0.1
@@ -189,7 +195,7 @@ class RDpoObjective(ObjectiveConfig):
     type: Literal["r_dpo"] = "r_dpo"
     beta: Beta = 0.1
     alpha: float = Field(default=0.01, ge=0)
-    """Correction of the margin, in nats: it is multiplied by the number of tokens by which the two lengths differ."""
+    """Correction in nats per token. alpha * (tokens of chosen - tokens of rejected) is added to beta * margin."""
 
     diverges: ClassVar[bool] = True
 
@@ -338,7 +344,8 @@ class Term(StrictModel):
 
 
 class SumObjective(StrictModel):
-    """A weighted sum of objectives, such as MPO's: sigmoid, bco_pair and sft. Reported rewards use the first beta."""
+    """A weighted sum of objectives, such as MPO's: sigmoid, bco_pair and sft. The beta of the first one
+    scales the reported rewards."""
 
     type: Literal["sum"] = "sum"
     terms: tuple[Term, ...] = Field(min_length=1)

@@ -68,7 +68,9 @@ class RoundPairingConfig(StrictModel):
     def _labels_are_of_one_pair(self) -> RoundPairingConfig:
         if self.labels == "bradley_terry" and self.pairs not in ("best_worst", "best_random"):
             raise field_error(
-                "labels", f"pairs={self.pairs} makes several pairs for a prompt: set labels=hard, or pairs=best_worst"
+                "labels",
+                f"bradley_terry needs one pair per prompt, but pairs={self.pairs} makes several: set labels=hard, or "
+                "pairs=best_worst",
             )
         return self
 
@@ -85,7 +87,8 @@ class MixConfig(StrictModel):
     def _leaves_room(self) -> MixConfig:
         if self.offline + self.earlier_rounds >= 1:
             raise field_error(
-                "offline", "offline + earlier_rounds must be less than 1: leave a share for the new pairs of the round"
+                "offline",
+                "offline + earlier_rounds is 1 or more, so no share is left for the new pairs: lower one of the two",
             )
         return self
 
@@ -137,7 +140,7 @@ class StopConfig(StrictModel):
     win rate of at most 1/2 against the previous policy."""
 
     target_win_rate: float | None = Field(default=None, gt=0, le=1)
-    """End when the win rate against the initial policy reaches this."""
+    """End when the win rate against the initial policy reaches this value."""
 
 
 class OnlineConfig(StrictModel):

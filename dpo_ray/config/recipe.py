@@ -32,8 +32,8 @@ class RayConfig(StrictModel):
     """The Ray cluster on which the work runs."""
 
     address: str = "local"
-    """local: start a new Ray on this machine. Otherwise the address of a running cluster, or `auto` on one of its
-    nodes."""
+    """local: start a new Ray cluster on this machine. auto: use the running cluster of which this machine is a node.
+    HOST:PORT: use the running cluster at this address."""
 
     @field_validator("address")
     @classmethod
@@ -88,7 +88,7 @@ class Recipe(StrictModel):
         parallel, engine_gpus = self.reference.tensor_parallel, self.cluster.roles.reference.gpus
         if engine_gpus and engine_gpus < parallel:
             raise field_error(
-                "cluster.roles.reference.gpus", f"at least reference.tensor_parallel={parallel} is expected"
+                "cluster.roles.reference.gpus", f"{engine_gpus:g} is less than reference.tensor_parallel={parallel}"
             )
         if self.model.adapter is not None and self.train.lora is not None and not self.train.lora.merge:
             raise field_error(
@@ -98,7 +98,8 @@ class Recipe(StrictModel):
         if self.train.quantization and uses_reference(self.train.objective) and self.reference.engine != "trainer":
             raise field_error(
                 "reference.engine",
-                "must be trainer: with train.quantization the reference is the quantized model, with which engines cannot compute",
+                "with train.quantization the reference is the quantized model, which vllm cannot run: set engine to "
+                "trainer",
             )
         if self.online is not None:
             self._check_online(self.online)
@@ -120,7 +121,8 @@ class Recipe(StrictModel):
             )
         if self.reference.mode != "ahead":
             raise field_error(
-                "reference.mode", "must be ahead: the training of a round starts only when all its pairs are known"
+                "reference.mode",
+                "streaming is not possible, as a round trains only when all its pairs are known: set mode to ahead",
             )
         if self.reference.audit.on_drift == "use_trainer":
             raise field_error(
@@ -158,9 +160,9 @@ class Recipe(StrictModel):
         return self._cpus(self.train.workers)
 
     def least_cpus(self) -> int:
-        """Return the fewest CPUs with which the recipe can run, if training has the fewest workers that it allows.
+        """Return how many CPUs the recipe requests if training runs with the fewest workers (`train.min_workers`).
 
-        With fewer CPUs the recipe would wait forever.
+        If Ray has fewer CPUs than that, the run would wait for CPUs forever.
         """
         return self._cpus(self.train.min_workers or self.train.workers)
 

@@ -81,11 +81,14 @@ class ReferenceConfig(StrictModel):
     @model_validator(mode="after")
     def _fields_agree(self) -> ReferenceConfig:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise field_error("max_replicas", f"at least replicas={self.replicas} is expected")
+            raise field_error("max_replicas", f"{self.max_replicas} is less than replicas={self.replicas}")
         if self.mode == "streaming" and self.engine == "trainer":
             raise field_error(
                 "mode", "the trainer cannot compute log-probs while it trains: use mode=ahead, or engine=vllm"
             )
         if self.tensor_parallel > 1 and self.engine == "trainer":
-            raise field_error("tensor_parallel", "is only for engine=vllm; the trainer shards over train.workers")
+            raise field_error(
+                "tensor_parallel",
+                "is only for engine=vllm, as the trainer shards the model over train.workers: leave it out",
+            )
         return self

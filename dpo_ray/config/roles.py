@@ -35,10 +35,11 @@ class TrainRole(StrictModel):
     has GPUs, 0 otherwise."""
 
     memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
-    """Memory that Ray reserves for each worker; using more is not prevented."""
+    """Memory that Ray reserves for each worker. Ray does not stop a worker that uses more."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
-    """Place workers only on nodes with these Ray labels, such as {dpo/role: train}. A local Ray ignores them."""
+    """Place workers only on nodes with these Ray labels, such as {dpo/role: train}. With ray.address=local, labels are
+    ignored."""
 
 
 class ReferenceRole(StrictModel):
@@ -53,10 +54,11 @@ class ReferenceRole(StrictModel):
     otherwise."""
 
     memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
-    """Memory that Ray reserves for each engine; using more is not prevented."""
+    """Memory that Ray reserves for each engine. Ray does not stop an engine that uses more."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
-    """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}. A local Ray ignores them."""
+    """Place engines only on nodes with these Ray labels, such as {dpo/role: reference}. With ray.address=local, labels
+    are ignored."""
 
 
 class SampleRole(StrictModel):
@@ -72,17 +74,20 @@ class SampleRole(StrictModel):
 
 
 class PrepareRole(StrictModel):
-    """The resources that each data task requests: tasks that read, tokenize, look up or join data. None uses a GPU."""
+    """The resources that each data task requests: tasks that read, tokenize, look up or join data.
+
+    None of these tasks uses a GPU.
+    """
 
     count: int | None = Field(default=None, gt=0, le=MOST_PROCESSES)
     """Tokenizing tasks that run at the same time. Default: as many as there are CPUs."""
 
     cpus: Cpus = 1
     memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
-    """Memory that Ray reserves for each task; using more is not prevented."""
+    """Memory that Ray reserves for each task. Ray does not stop a task that uses more."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
-    """Run tasks only on nodes with these Ray labels. A local Ray ignores them."""
+    """Run tasks only on nodes with these Ray labels. With ray.address=local, labels are ignored."""
 
 
 class JudgeRole(StrictModel):
@@ -94,10 +99,10 @@ class JudgeRole(StrictModel):
     cpus: Cpus | None = None
     gpus: Gpus | None = None
     memory_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
-    """Memory that Ray reserves for each process; using more is not prevented."""
+    """Memory that Ray reserves for each process. Ray does not stop a process that uses more."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
-    """Place processes only on nodes with these Ray labels. A local Ray ignores them."""
+    """Place processes only on nodes with these Ray labels. With ray.address=local, labels are ignored."""
 
 
 class RolesConfig(StrictModel):

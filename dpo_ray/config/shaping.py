@@ -74,7 +74,7 @@ class ShapingConfig(StrictModel):
             if self.ld_alpha != 1.0 and not single.compares_lengths:
                 yield (
                     "ld_alpha",
-                    f"`{name}` does not support it: its loss uses more than the log-ratios of the two completions",
+                    f"`{name}` does not support ld_alpha, as the loss uses more than the log-ratios of the completions",
                 )
             if self.wpo and not single.weighable:
-                yield "wpo", f"`{name}` does not support it: it has no separate loss for each pair"
+                yield "wpo", f"`{name}` does not support wpo, because the objective has no separate loss for each pair"

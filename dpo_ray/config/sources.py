@@ -39,38 +39,38 @@ class Columns(StrictModel):
     chosen: str | None = None
     rejected: str | None = None
     completion: str | None = None
-    """Unpaired rows: the single completion."""
+    """The column with the only completion of an unpaired row."""
 
     completions: str | tuple[str, ...] | None = None
     """The column with the list of completions; or a list of columns, one for each completion, as in PandaLM's data."""
 
     label: str | None = None
-    """Unpaired rows: whether the completion is good."""
+    """The column that states whether the completion of an unpaired row is good."""
 
     scores: str | tuple[str, ...] | None = None
     """The column with the list of scores; or the key of the score, if each completion is a mapping; or a list of
     columns, one for each completion."""
 
     ranks: str | None = None
-    """Like `scores`, but for ranks: the lowest rank is the best."""
+    """Like `scores`, but for ranks instead of scores. The completion with the lowest rank is the best."""
 
     annotators: tuple[str, ...] | None = None
     """Columns, each with one annotator's verdict: 0 is a tie, 1 or 2 is the better completion, null is no verdict."""
 
     preference: str | None = None
-    """Compared rows: the column that names the better of the two completions. If the column's name ends with _id, its
-    values are 0 or 1. In preference_strength and overall_preference, a negative value means that the first completion
-    is better. In any other column, the values are words such as model_a, b or tie."""
+    """The column that names the better of the two completions of a compared row. If the column's name ends with _id,
+    its values are 0 or 1. In preference_strength and overall_preference, a negative value means that the first
+    completion is better. In any other column, the values are words such as model_a, b or tie."""
 
     query: str | None = None
-    """Swift rows without messages: the user's last turn."""
+    """The column with the user's last turn, in a row of the format swift that has no messages."""
 
     system: str | None = None
     history: str | None = None
-    """Alpaca rows: earlier turns, as a list of [user, assistant]."""
+    """The column with the earlier turns of an Alpaca row, as a list of [user, assistant]."""
 
     input: str | None = None
-    """Alpaca and verdict rows: additional text for the instruction."""
+    """The column with additional text for the instruction, in an Alpaca row or a row with verdicts."""
 
     tools: str | None = None
     """The column with the JSON schemas of tools, as a list or as JSON text. The chat template writes them into the
@@ -112,15 +112,20 @@ class FilesSource(RowSource):
 
     type: Literal["files"] = "files"
     path: str | tuple[str, ...]
-    """A file, a glob or a directory, on a disk or at s3://, gs:// or hf://datasets/NAME@REVISION/; one file at https://;
-    or a list of these. The ending of a file's name determines its kind; a directory may contain several kinds."""
+    """A file, a glob or a directory, each on a disk or at s3://, gs:// or hf://datasets/NAME@REVISION/; or one file at
+    https://; or a list of these. The ending of a file's name determines the kind of the file. A directory may contain
+    files of several kinds."""
 
     split: Literal["train", "validation", "test"] | None = None
-    """If the files or folders of a directory are named by their split (train.jsonl, test/...): read only this split."""
+    """Read only the files of this split. The split of a file is shown by a word in the name of the file or of its
+    folder, such as train.jsonl or test/. null: read all files, which must then not belong to several splits."""
 
 
 class HubSource(RowSource):
-    """A data set of the Hugging Face hub. It is downloaded as a whole first; to read single files, use a path at hf://."""
+    """A data set of the Hugging Face hub. The whole data set is downloaded before its first row is read.
+
+    To download only some files of a data set, use `type: files` with a `path` that begins with hf://datasets/.
+    """
 
     type: Literal["hub"] = "hub"
     path: str = Field(min_length=1)
@@ -148,7 +153,10 @@ class SyntheticSource(StrictModel):
 
 
 def _source_from_string(value: Any) -> Any:
-    """Turn a string into a source: `synthetic`, `hub:NAME`, or otherwise the path of files. Add a missing `type`, too."""
+    """Convert a string to the fields of a source: `synthetic`, `hub:NAME`, or otherwise the path of files.
+
+    Add `type: files` to a mapping that has a `path`, but no `type`.
+    """
     if isinstance(value, str):
         if value == "synthetic":
             return {"type": "synthetic"}

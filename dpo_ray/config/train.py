@@ -30,9 +30,9 @@ class OptimizerConfig(StrictModel):
 
     type: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "rmsprop", "adafactor"] = "adamw"
     """..._8bit: the state needs a quarter of AdamW's memory. paged_...: the state moves between GPU and CPU memory as
-    space allows. Both use bitsandbytes. rmsprop: the optimizer of the DPO paper; its state has half the size of
-    AdamW's. adafactor: almost no state. Its learning rate is relative to the size of the weights, so use a larger
-    learning rate, such as 1e-4."""
+    space allows. ..._8bit and paged_... use bitsandbytes. rmsprop: the optimizer of the DPO paper; its state has half
+    the size of AdamW's. adafactor: almost no state. Its learning rate is relative to the size of the weights, so use a
+    larger learning rate, such as 1e-4."""
 
     learning_rate: float = Field(default=5e-7, gt=0, le=100)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
@@ -78,7 +78,7 @@ class ShardingConfig(StrictModel):
 
 
 class LoraConfig(StrictModel):
-    """LoRA: train a low-rank adapter while the model itself is frozen (by PEFT). Hu et al. 2021 (2106.09685)."""
+    """LoRA (with PEFT): train a low-rank adapter, and freeze the model itself. Hu et al. 2021 (2106.09685)."""
 
     rank: int = Field(default=16, gt=0, le=100_000)
     alpha: float = Field(default=16, gt=0)
@@ -189,17 +189,17 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _fields_agree(self) -> TrainConfig:
         if self.best is not None and self.eval_every_steps is None:
-            raise field_error("best", "needs evaluations to compare: set train.eval_every_steps")
+            raise field_error("best", "there are no evaluations to compare: set train.eval_every_steps")
         if self.quantization is not None and (self.lora is None or self.lora.merge or self.sharding.cpu_offload):
             raise field_error(
                 "quantization",
-                "needs an adapter to train: set train.lora, without merge and without sharding.cpu_offload",
+                "needs an adapter to train: set train.lora, with merge=false, and set train.sharding.cpu_offload=false",
             )
         shard = self.sharding.shard_workers
         if shard is not None and self.workers % shard:
             raise field_error("sharding.shard_workers", f"{shard} does not divide train.workers={self.workers}")
         if self.min_workers is not None and self.min_workers > self.workers:
-            raise field_error("min_workers", f"at most workers={self.workers} is expected")
+            raise field_error("min_workers", f"{self.min_workers} is more than workers={self.workers}")
         if self.min_workers is not None and shard is not None and self.min_workers < shard:
             raise field_error(
                 "min_workers", f"fewer workers than shard_workers={shard} cannot hold the model: increase min_workers"

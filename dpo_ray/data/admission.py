@@ -119,14 +119,18 @@ ADVICE: dict[str, str] = {
     "OVER_CAP": "raise max_groups of the source",
     "OUTSIDE_MIXTURE": "change the weights of the sources",
 }
-"""Advice by reason code: what the user can do if most rows are excluded for this reason. Codes about the layout have none."""
+"""Advice by reason code: what the user can do if most rows are excluded for this reason. Codes about the layout
+have no advice."""
 
 SAMPLE_CHARACTERS = 200
 DETAIL_CHARACTERS = 300
 
 
 class Rejected(Exception):
-    """Raised, or returned, if a data row is rejected. It holds the reason code (a key of REASONS), and a text about this row."""
+    """Raised, or returned, if a data row is rejected.
+
+    `reason` is the reason code (a key of REASONS), and `detail` is a text about this row.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason  # noqa: S101 - codes are stable and listed
@@ -144,7 +148,7 @@ def sample_of(row: object) -> str:
 
 
 def printable(text: str, limit_characters: int) -> str:
-    """Shorten a text that may contain input data, and replace the characters that a terminal or UTF-8 does not accept."""
+    """Shorten a text to `limit_characters`, and replace the characters that a terminal or UTF-8 does not accept."""
     text = text[: limit_characters * 2].encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= limit_characters else text[: limit_characters - 1] + "…"

@@ -82,7 +82,10 @@ def prepare_piece(piece: Piece, staging: Staging, task: PrepareTask) -> Iterator
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Disable Python's cyclic garbage collector inside the `with` block. New objects there stay in use: it could free none."""
+    """Disable Python's cyclic garbage collector inside the `with` block.
+
+    The objects that the block creates stay in use, so the collector would cost time and free none of them.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

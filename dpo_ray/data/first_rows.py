@@ -64,13 +64,14 @@ def first_of_shard(shard: Shard, rows: int, task: PrepareTask) -> tuple[list[Tok
 def check_admitted(found: Sequence[FirstRows], limit: float) -> None:
     """Check that the first rows of a source, and of a split, are not all rejected.
 
-    A source may have only rows that a setting of the recipe excludes, if the split has groups from other sources.
+    A source passes this check if a row is admitted, if no row is unsound (settings of the recipe exclude all rows), or
+    if `limit` is 1. A split passes if a row is admitted.
 
     Args:
-        limit: data.max_quarantined_fraction. If it is 1, each source may also have only unsound rows.
+        limit: data.max_quarantined_fraction.
 
     Raises:
-        DataError: all first rows are rejected. The error contains the reasons, and advice.
+        DataError: a source or a split does not pass. The error contains the reasons, and advice.
     """
     for source in found:
         faults = [r for r in source.rejected if REASONS[r.reason].kind == "fault"]

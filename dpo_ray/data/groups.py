@@ -22,7 +22,8 @@ Conversation = tuple[Message, ...]
 class TextGroup:
     """One prompt and its completions, best first, before rendering.
 
-    `prompt` is text or messages. A completion is the assistant's text, or the assistant's message if that contains more.
+    `prompt` is text or messages. A completion is the assistant's text, or the assistant's message if the message
+    contains more than text.
     If the text of `prompt` is a transcript of a conversation (as in HH-RLHF), `messages` holds its turns, for use with a
     chat template. The white space between prompt and completion then belongs to the format, not to the conversation.
 
@@ -63,7 +64,7 @@ class TokenGroup:
     def group_id(self) -> bytes:
         """Return a hash (16 bytes) of the prompt and the completions in their order of preference.
 
-        It does not depend on the scores, with one exception: for a single completion, it depends on the label.
+        The hash does not depend on the scores, with one exception: for a single completion, it depends on the label.
         """
         return _group_id(self.prompt_ids, self.completion_ids, self.scores)
 

@@ -1,4 +1,5 @@
-"""Adds a mismatched completion, that is, a completion of another prompt, to each group. KTO estimates the KL divergence with it.
+"""Adds a mismatched completion, that is, a completion of another prompt, to each group. KTO estimates the KL
+divergence from these completions.
 
 A mismatched completion is part of the data, so the reference model scores it like any other completion, once for all
 runs, and the computation of the prompt is shared. Its score is NaN, so that no pair and no label uses this completion.
@@ -13,11 +14,12 @@ MOST_TRIED = 16  # so many following groups are tried; if none fits, a group get
 
 
 def with_mismatched(groups: pa.Table, max_length_tokens: int) -> pa.Table:
-    """Append to each group (schema TOKENS) the first completion of the next group in the order of group ids.
+    """Append to each group (schema TOKENS) the first completion of another group.
 
-    The order does not depend on how the groups are spread over files. A next group is skipped if it has the same prompt,
-    or if prompt and completion together would exceed `max_length_tokens`. If MOST_TRIED groups are skipped, the group
-    stays unchanged.
+    The groups are sorted by group id, so that their order does not depend on how they are spread over files. Each group
+    gets the completion of the nearest following group that has another prompt, and whose completion fits: the group's
+    prompt and this completion have at most `max_length_tokens` tokens. A group stays unchanged if none of the
+    next 16 groups (MOST_TRIED) is suitable.
     """
     ids = groups["group_id"].to_pylist()
     prompts = [ids.values.to_numpy() for ids in groups["prompt_ids"]]

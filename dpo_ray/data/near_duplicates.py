@@ -101,9 +101,9 @@ def near_duplicates(minhashes: np.ndarray, order: np.ndarray, threshold: float) 
 
     Two rows are similar if their signatures have the same value at a share of at least `threshold` of the positions. A
     band is a range of positions. Two rows are only compared if they have the same values at all positions of a band
-    (locality-sensitive hashing). In this way a pair whose similarity is exactly the threshold is found with a probability
-    of at least RECALL, and a more similar pair with a higher probability. An excluded row is similar to an earlier row;
-    that row may itself be excluded because it is similar to a still earlier row.
+    (locality-sensitive hashing). In this way a pair whose similarity is exactly the threshold is found with a
+    probability of at least 98% (RECALL), and a more similar pair with a higher probability. An excluded row is similar
+    to an earlier row; that row may itself be excluded because it is similar to a still earlier row.
 
     Args:
         minhashes: [n, PERMUTATIONS] of SIGNATURE_DTYPE.
@@ -127,7 +127,8 @@ def near_duplicates(minhashes: np.ndarray, order: np.ndarray, threshold: float) 
 def band_width(threshold: float) -> int:
     """Return how many positions of the signatures form a band.
 
-    It is the largest number for which the search still finds the share RECALL of all pairs with a similarity of `threshold`.
+    The result is the largest number for which the search still finds 98% (RECALL) of all pairs whose similarity is
+    exactly `threshold`.
     """
     for width in range(PERMUTATIONS, 1, -1):
         if 1 - (1 - threshold**width) ** (PERMUTATIONS // width) >= RECALL:

@@ -26,7 +26,7 @@ def paired(group: TextGroup, config: PairingConfig) -> TextGroup:
 
 
 def _by_verdicts(group: TextGroup, config: PairingConfig) -> TextGroup:
-    """Build a pair from two completions that annotators compared. The scores only show which completion is chosen."""
+    """Build a pair from two completions that annotators compared. The scores are 1 for chosen and 0 for rejected."""
     probability = _probability(group.verdicts, config)
     if probability == TIE:
         if config.ties == "drop":

@@ -136,7 +136,7 @@ def select(
         everything: all rows of the split.
         held_out_prompts: ID_DTYPE, prompt hashes that must not be in this split; None if the split itself is held out.
         caps: for each source, the maximum number of groups to keep, or None.
-        weights: for each source, its share relative to the other sources. If they are None, all groups are kept.
+        weights: for each source, its share relative to the other sources. If the weights are None, all groups are kept.
 
     Returns:
         [n] uint8, an Outcome for each row.

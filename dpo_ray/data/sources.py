@@ -131,9 +131,10 @@ def _expand(path: str, where: str) -> list[str]:
 def one_split(files: Sequence[str], root: str, wanted: str | None, where: str) -> list[str]:
     """Return the files of the split `wanted`; if it is None, return all files, which must not belong to several splits.
 
-    The split of a file is shown by a word in its name, or in the name of a folder below `root`. If the two differ, the folder
-    decides: `train/test-cases.jsonl` is training data. But the names of files decide if they show several splits, and the
-    names of folders at most one. If no name shows a split, the name of `root`, or of the folder around it, decides.
+    The split of a file is shown by a word (SPLIT_WORDS) in its name, or in the name of a folder below `root`:
+    - If file and folder show different splits, the folder decides: `train/test-cases.jsonl` is training data.
+    - But if the names of files show several splits, and the names of folders at most one, the names of files decide.
+    - If none of these names shows a split, the name of `root`, or of the folder that contains `root`, decides.
 
     Raises:
         ConfigError: the files belong to several splits and `wanted` is None, or no file belongs to the split `wanted`.

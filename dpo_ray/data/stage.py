@@ -43,7 +43,7 @@ def prepare_shards(
     advance: Callable[[int], None],
     role: PrepareRole,
 ) -> dict[str, Artifact]:
-    """Tokenize the shards (input files) whose artifacts are missing, in one streaming execution.
+    """Tokenize the shards (input files) whose artifacts are missing, in one streaming execution of Ray Data.
 
     Return the artifacts of all shards by key. A shard is committed as soon as its last piece is done, so that a restart
     reads only the unfinished shards again.

@@ -84,7 +84,7 @@ def heldout_figures(table: pa.Table) -> dict[str, float]:
 
 
 def sample_figures(comparison: Comparison) -> dict[str, float]:
-    """Estimate KL(policy || reference) per completion from the policy's samples; compare both models' lengths.
+    """Estimate KL(policy || reference) per completion, and compute the lengths of both models' completions.
 
     KL = E[log pi(y) - log pi_ref(y)], y ~ pi. The estimate is unbiased at temperature 1. If a completion was cut off at
     the token limit, only the sampled tokens count. `kl_standard_error` is the standard error of the mean.

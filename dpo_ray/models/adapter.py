@@ -207,7 +207,7 @@ def _read_config(path: Path, where: str) -> dict[str, Any]:
             f"{CONFIG} cannot be read: {error}", where=where, fix="name a directory that PEFT's save_pretrained wrote"
         ) from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{CONFIG} is not a mapping", where=where, fix="save the adapter again with PEFT")
+        raise ConfigError(f"{CONFIG} is not a JSON object", where=where, fix="save the adapter again with PEFT")
     return config
 
 
@@ -276,8 +276,9 @@ def _read_shapes(path: Path, where: str) -> dict[str, tuple[Shape, Shape]]:
 def _of_module(config: dict[str, Any], pattern: str, module: str, default: str, where: str) -> float:
     """Return the rank or alpha of a module from the configuration.
 
-    PEFT's rank_pattern or alpha_pattern (the field `pattern`) maps regular expressions to values. The first one that matches
-    the end of the module's name decides. If none matches, the value of the field `default` is returned.
+    PEFT's rank_pattern or alpha_pattern (the field `pattern`) maps regular expressions to values. The first expression
+    that matches the end of the module's name decides. If no expression matches, the value of the field `default` is
+    returned.
     """
     try:
         matching = (k for k in config.get(pattern) or {} if re.fullmatch(rf"(.*\.)?({k})", module))

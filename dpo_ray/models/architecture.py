@@ -1,4 +1,7 @@
-"""Refuse architectures whose log-probs or exported weights would be wrong without an error. Only config files are read."""
+"""Refuses architectures whose log-probs or exported weights would be wrong without an error.
+
+Only config files and the names of weights are read.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ def check_attention(config: PreTrainedConfig, where: str) -> None:
     """Check that each token sees the earlier tokens of its sequence (all of them, or a window), and no later tokens.
 
     Raises:
-        ConfigError: tokens see later tokens. Or a learned index chooses the tokens that a token sees, among all tokens of a row
-            (sparse attention of DeepSeek V3.2 and GLM 5), so that log-probs depend on other sequences of the row.
+        ConfigError: tokens see later tokens; or the attention is sparse, and a learned index chooses the tokens that a
+            token sees among all tokens of a packed row (DeepSeek V3.2, GLM 5). The log-probs of a sequence would then
+            depend on other sequences of the row.
     """
     text = config.get_text_config()
     if getattr(text, "use_bidirectional_attention", None) is True:

@@ -206,7 +206,7 @@ class Varlen:
 
 
 class SegmentIndex:
-    """The segments (prompts and completions) of one packed row, which fill it without gaps.
+    """The segments (prompts and completions) of one packed row. The segments fill the row without gaps.
 
     Index tensors are created on `device` when they are first used.
     """
@@ -233,9 +233,8 @@ class SegmentIndex:
     def block_mask(self, window: int | None) -> BlockMask:
         """Build FlexAttention's mask. A token sees the tokens of its prompt and its segment up to itself.
 
-        Of these tokens, it sees only the last `window`.
-
-        None for `window` means that there is no limit.
+        Args:
+            window: a token sees only the last `window` of these tokens; None: it sees all of them.
         """
         if window not in self._block_masks:
             tokens = self.segments[-1].stop

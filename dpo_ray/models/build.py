@@ -38,7 +38,8 @@ def build_policy(
         adapter: directory of a LoRA adapter to merge into the model before training.
         dtype: dtype of the forward pass; master weights are float32.
         seed: seed for the initial values of the adapter that `config.lora` trains.
-        trained_adapter: directory of the adapter with whose values training starts; None: with a new adapter.
+        trained_adapter: directory of a trained adapter whose training continues; None: training starts with a new
+            adapter.
 
     Raises:
         ConfigError: raised on all ranks, for the same reasons as by `load_policy` and `add_lora`.

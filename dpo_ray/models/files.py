@@ -29,7 +29,7 @@ def read_config(directory: Path, where: str) -> dict[str, Any]:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError(f"the file holds {type(config).__name__}, not an object")
+            raise ValueError(f"the file is not a JSON object, but a JSON value of the type {type(config).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(

@@ -34,8 +34,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     If the model is on the meta device, so is the adapter. `first_value` later computes the adapter's values.
 
     Raises:
-        ConfigError: no layer has one of these names; or a name is that of the head or an embedding, which cannot have an
-            adapter.
+        ConfigError: no layer has a name that `config` lists; or `config` lists the head or an embedding, which cannot
+            have an adapter.
     """
     from peft import inject_adapter_in_model
 

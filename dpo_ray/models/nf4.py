@@ -28,7 +28,7 @@ class Nf4Linear(nn.Linear):
         self._state: Any = None  # the scales of the weight
 
     def hold(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """Quantize a weight [out, in], and store the result on the same device. `whole` dequantizes it to `dtype`."""
+        """Quantize a weight [out, in], and store the result on the same device. `whole` then returns it in `dtype`."""
         from bitsandbytes.functional import quantize_4bit
 
         packed, self._state = quantize_4bit(weight.to(dtype), quant_type="nf4", compress_statistics=True)
@@ -58,7 +58,10 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_blocks(layers: nn.ModuleList, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace every linear layer of the blocks by a 4-bit layer. If a layer is on the meta device, its weight is set later."""
+    """Replace every linear layer of the blocks by a 4-bit layer.
+
+    If a layer is on the meta device, `fill_shards` sets its weight later.
+    """
     linear = [(name, m) for name, m in layers.named_modules() if type(m) is nn.Linear]
     for name, module in linear:
         parent, _, leaf = name.rpartition(".")

@@ -32,7 +32,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The tensors of one forward pass. In their shapes, `rows` are completion tokens, in the order of the micro-batch."""
+    """The tensors of one forward pass, in the order of the micro-batch. `rows` is the number of completion tokens."""
 
     input_ids: Tensor  # int64 [1, tokens]; padded: [completions, longest]
     position_ids: Tensor  # the same shape

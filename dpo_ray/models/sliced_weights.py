@@ -97,7 +97,9 @@ def _files(model: PreTrainedModel, directory: Path) -> dict[str, Path]:
                 if key in own and own[key] == tuple(file.get_slice(key).get_shape()):
                     files[key] = path
                 else:
-                    raise WholeModelNeededError(f"`{key}` in the files differs from the model")
+                    raise WholeModelNeededError(
+                        f"`{key}` in the files is not a weight of the model, or has another shape"
+                    )
     if missing := sorted(own.keys() - files.keys()):
         raise WholeModelNeededError(f"`{missing[0]}` is not in the files under this name")
     return files

@@ -83,9 +83,10 @@ class TokenLogps(nn.Module):
         return self.model.get_decoder()(**inputs)
 
     def _balance(self, router_logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
-        """Compute the model's own load-balancing loss from the logits of its routers, one [tokens, experts] per layer.
+        """Compute the model's own load-balancing loss. `router_logits` has a tensor [tokens, experts] for each layer.
 
-        Padding does not count, and a shared prompt counts once. Source: equations 4 to 6 of Fedus et al. 2021 (2101.03961).
+        Padding tokens do not count, and the tokens of a shared prompt count once. Source: equations 4 to 6 of Fedus et
+        al. 2021 (2101.03961).
         """
         model: Any = self.model
         assert self._router_loss is not None  # noqa: S101

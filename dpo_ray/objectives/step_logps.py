@@ -115,9 +115,9 @@ def step_logps(scores: TokenScores, rows: PackedRows, shaping: ShapingConfig, to
 def labels(rows: PackedRows) -> Tensor:
     """Compute the label of each completion, 1 desirable, -1 undesirable, 0 neither: float32 [completions].
 
-    If a group has pairs, a completion is desirable if pairs only choose it, and undesirable if pairs only reject it. In a
-    ranking without pairs, the best completion is desirable and the worst undesirable, unless all scores are equal. The label
-    of a single completion follows from its score.
+    If a group has pairs, a completion is desirable if it is chosen in a pair and rejected in none, and undesirable if
+    it is rejected in a pair and chosen in none. In a ranking without pairs, the best completion is desirable and the
+    worst undesirable, unless all scores are equal. The label of a single completion follows from its score.
     """
     label = torch.zeros_like(rows.scores)
     judged = ~rows.scores.isnan()

@@ -33,7 +33,7 @@ def aot_unpaired(pairs: PairLogps, o: AotUnpairedObjective) -> Tensor:
 
 
 def kl_estimate(logratio: Tensor, weight: Tensor, is_mismatched: Tensor) -> Tensor:
-    """Estimate KTO's KL term z0: the weighted mean log-ratio of mismatched completions, or 0 if it is negative.
+    """Estimate KTO's KL term z0: the weighted mean log-ratio of mismatched completions, or 0 if the mean is negative.
 
     A mismatched completion belongs to another prompt. The estimate has no gradient.
 

@@ -102,7 +102,10 @@ def _deal(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Seque
 
 
 def _deal_twice(tables: Iterable[pa.Table], wanted: Sequence[np.ndarray], files: Sequence[Path]) -> None:
-    """Write rows to files in two passes: first to intermediate files for several of the files each, which are then split."""
+    """Write rows to more files than a process can keep open, in two passes.
+
+    The first pass writes a few intermediate files, each with the rows of several files. The second pass splits them.
+    """
     size = math.ceil(len(files) / MOST_OPEN_FILES)
     runs = [slice(first, first + size) for first in range(0, len(files), size)]
     shared = [files[run][0].with_name(f"{files[run][0].stem}-of-{size}.arrow") for run in runs]

@@ -25,9 +25,9 @@ MOVE_SECONDS = 60.0  # how long to look for a file that a commit has moved to an
 class Feed:
     """A Ray actor that records which files of the schedule are ready, and where they are.
 
-    It runs on the driver's node, so it is lost only if the run is lost as well. If scoring fails, all ranks stop at the same
-    bucket (range of steps). A bucket stays available to all ranks if at least one rank has already received its file of this
-    bucket. All other buckets become unavailable.
+    The feed runs on the driver's node, so it is lost only if the run is lost as well. If scoring fails, all ranks stop
+    at the same bucket (range of steps). A bucket stays available to all ranks if at least one rank has already received
+    its file of this bucket. All other buckets become unavailable.
     """
 
     def __init__(self, staging: Storage) -> None:
@@ -51,7 +51,7 @@ class Feed:
             self._changed.notify_all()
 
     async def fail(self, reason: str) -> None:
-        """Record that scoring has failed. Training must then end after the bucket that it is reading."""
+        """Record that scoring has failed. Training then ends after the bucket that it is reading."""
         async with self._changed:
             self._failure = reason
             self._ready = {name for name in self._ready if _bucket(name) in self._given}
@@ -92,7 +92,7 @@ class LiveSchedule:
 
     @classmethod
     def start(cls, rows: Mapping[str, int], staging: Storage, inbox: Any) -> LiveSchedule:
-        """Start the feed as an actor on the driver's node. It ends when the driver ends."""
+        """Start the feed as an actor on the driver's node. The actor ends when the driver ends."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": MOST_WAITING}
         return cls(rows, ray.remote(Feed).options(**options).remote(staging), inbox)

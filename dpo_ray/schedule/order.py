@@ -20,7 +20,7 @@ ATTENTION_SCALE = 8192 * 12
 
 
 def epoch_order(group_ids: Sequence[bytes], seed: int, epoch: int) -> list[int]:
-    """Shuffle the groups for one epoch: sort them by a hash of seed, epoch and group id.
+    """Shuffle the groups for one epoch: sort the groups by a hash of seed, epoch and group id.
 
     So the result does not depend on the order of the groups in the files.
 

@@ -33,7 +33,7 @@ def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every
     """Sort the buckets of all splits in the order in which training reads them if it begins at `start_step`.
 
     The held-out splits come before the training steps that follow the first evaluation. Buckets before `start_step` come
-    last: training that resumes from a checkpoint does not read them, but the artifact still needs them.
+    last: training that resumes from a checkpoint does not read these buckets, but the artifact still needs them.
     """
     evaluation = None if eval_every_steps is None else (start_step // eval_every_steps + 1) * eval_every_steps
     behind = [b for b in buckets["train"] if b.stop_step <= start_step]
@@ -44,7 +44,10 @@ def in_turn(buckets: Mapping[str, Sequence[Bucket]], start_step: int, eval_every
 
 
 def spare_rows(split: str, steps: Steps, groups: int) -> list[Bucket]:
-    """Build buckets of the rows that are in no step. There are some if `train.steps` ends training within the first epoch."""
+    """Build buckets of the rows that are in no step.
+
+    There are such rows if `train.steps` ends training within the first epoch.
+    """
     in_steps = np.zeros(groups, bool)
     for step in steps:
         in_steps[np.asarray(step, np.int64)] = True

@@ -68,8 +68,8 @@ def group_ids(tokens: Artifact, split: str, names: Sequence[str], objective: Obj
 def _usable(table: pa.Table, kinds: set[str]) -> np.ndarray:
     """Return bool [groups], True for each group that an objective can use.
 
-    `kinds` are the kinds of data that the objective learns from. A sum of objectives has several kinds, and can only use
-    groups that are usable for all of them.
+    `kinds` are the kinds of data that the objective learns from. A sum of objectives has several kinds, and can use a
+    group only if the group is usable for each of these kinds.
     """
     pairs = _lengths(table["chosen"]) > 0
     usable = np.ones(len(table), bool)

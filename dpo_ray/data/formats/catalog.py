@@ -24,7 +24,10 @@ FORMATS: dict[str, Format] = installed(ADDED, {*_BUILT_IN, "auto"}) | _BUILT_IN
 
 
 def fields_of(row: Mapping[str, Any], row_format: str, columns: Columns) -> Fields:
-    """Combine a row with the accepted column names of each role: those that the recipe sets, otherwise those of the format."""
+    """Combine a row with the column names that are accepted for each role (`prompt`, `chosen`, ...).
+
+    These are the names that the recipe sets for the role, or else the names of the format.
+    """
     names = _names(columns)[row_format]  # pyright: ignore[reportArgumentType] - pydantic hashes frozen models
     return Fields(row, names, columns)
 
@@ -54,7 +57,7 @@ def named_columns(columns: Columns) -> frozenset[str]:
 def wanted(names: Sequence[str], columns: Columns) -> list[str]:
     """Return those columns of a table that at least one format reads.
 
-    If the table lacks columns for every format, return all columns of the table, so that the error can list them.
+    If no format finds the columns that it needs, return all columns of the table, so that the error can list them.
     """
     accepted: dict[str, set[str]] = {}
     for each in FORMATS.values():

@@ -22,7 +22,7 @@ from .pandalm import two_completions
 from .soundness import require, sound_text
 
 SIDES = ("conversation_a", "conversation_b")
-"""Two columns, each with a conversation with a different model. The last turns of the two conversations are compared."""
+"""The two columns that hold conversations: each one with another model. The last turns of the two are compared."""
 
 _WORDS = {
     **dict.fromkeys(("model_a", "a", "left", "first"), 1),
@@ -41,7 +41,9 @@ def compared(fields: Fields) -> TextGroup:
 
 
 def _agreed_verdict(fields: Fields) -> int:
-    """Return the verdict of the first column that has a verdict. No other column of verdicts may contradict it, except SAFER.
+    """Return the verdict of the first column that has a verdict.
+
+    The row is rejected if another column contradicts this verdict, except the column SAFER (verdict on safety).
 
     Raises:
         Rejected: BAD_LABEL or NULL_FIELD.
@@ -73,7 +75,10 @@ def _battle(fields: Fields) -> tuple[str | Conversation, tuple[str | Message, ..
 
 
 def _words(fields: Fields) -> dict[str, int]:
-    """Return the verdict that each word tells: it may name a completion's column, or the number at the end of that."""
+    """Return the verdict that each known word stands for: 1 first, 2 second, 0 a tie.
+
+    Besides the usual words, these are the names of the completions' columns, and the numbers at the end of these names.
+    """
     columns = [name for name in fields.spread("completions") if fields.row.get(name) is not None]
     numbers = [match[0] for name in columns if (match := re.search(r"[0-9]+$", name))]
     numbers = numbers if len(numbers) == len(columns) == 2 else ["1", "2"]
@@ -101,7 +106,8 @@ def _verdict(value: Any, name: str, words: Mapping[str, int]) -> int:
 
 STRENGTHS = ("preference_strength", "overall_preference")
 SAFER = "safer_response_id"
-"""The column with the verdict on safety. It may differ from the verdict on overall quality in another column."""
+"""The column with the verdict on safety. This verdict may differ from the verdict on overall quality
+in another column."""
 
 FORMATS = (
     Format(

@@ -66,10 +66,10 @@ class Fields(NamedTuple):
     def several(self, role: str, missing: str) -> list[Any] | None:
         """Return the values of a role, if it has one column per completion or per annotator (response1, response2, ...).
 
-        Return None if the role has a single column, or if the row has none of its columns.
+        Return None if the role has a single column, or if the row has no column of this role.
 
         Raises:
-            Rejected: with the reason `missing` if the row does not have a column that the recipe names.
+            Rejected: with the reason `missing` if the recipe names a column that the row does not have.
         """
         columns = self.spread(role)
         absent = next((name for name in columns if name not in self.row), None)

@@ -16,7 +16,7 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # white space at the ve
 
 
 def hh_pair(chosen: str, rejected: str, system: str = "") -> TextGroup:
-    """Split each dialogue before the assistant's last answer. The text before that answer is the prompt.
+    """Build a group from two dialogues. The assistant's last turns are the answers, and the text before is the prompt.
 
     The prompt must be the same in both dialogues. A system text, if there is one, is put before the prompt.
     """

@@ -18,10 +18,11 @@ KEPT = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 """The keys of a message that chat templates read, besides role, content and tool calls."""
 
 UNREAD = ("tools", "functions", "documents", "refusal")
-"""Keys of a message whose values no template receives. A message that has one of them is rejected."""
+"""Keys of a message whose values templates do not get. A message that has one of these keys is rejected."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""If the content of a message is a list of parts: the types of text parts, in chat templates and OpenAI's Responses API."""
+"""The types of a part that is text, if the content of a message is a list of parts. `text` is the type in chat
+templates, and the others are types in OpenAI's Responses API."""
 
 # ShareGPT's roles as LLaMA-Factory defines them (data/README.md there, "tags"), and the usual names.
 _SHAREGPT_ROLES = {
@@ -35,14 +36,14 @@ _SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
 }
 CALLS = ("function_call", "tool_call")
-"""The speakers, in the layouts of ShareGPT and ms-swift, whose text is a tool call as JSON."""
+"""The speakers (values of `from`) whose text is a tool call as JSON, in the layouts of ShareGPT and ms-swift."""
 
 
 def conversation(value: Any, name: str) -> Conversation:
     """Read a list of messages, each of the form `{role, content}` or `{from, value}`.
 
     Raises:
-        Rejected: WRONG_TYPE, BAD_MESSAGE, BAD_ROLE or UNSUPPORTED_MEDIA, or a reason of `sound_text`.
+        Rejected: WRONG_TYPE, BAD_MESSAGE, BAD_ROLE, UNSUPPORTED_MEDIA or INVALID_UTF8.
     """
     if not isinstance(value, list | tuple):
         raise Rejected("WRONG_TYPE", f"`{name}` is {type(value).__name__}, not a list of messages")
@@ -145,7 +146,10 @@ def only_turn(turns: Conversation, name: str) -> str | Message:
 
 
 def last_turn(turns: Conversation, name: str) -> str | Message:
-    """Return the completion at the end of a conversation: the text of the last message, or the message if it contains more."""
+    """Return the completion at the end of a conversation: the text of the last message.
+
+    If the last message contains more than text, such as tool calls, return the whole message.
+    """
     if not turns:
         raise Rejected(f"EMPTY_{name.upper()}", f"`{name}` has no messages")
     last = turns[-1]

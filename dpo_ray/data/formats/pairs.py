@@ -81,8 +81,8 @@ def preference(prompt: str | Conversation, chosen: Any, rejected: Any, fields: F
 def _implicit_messages(prompt: Any, chosen: Any, rejected: Any, fields: Fields) -> TextGroup:
     """Build a group from two conversations that end with the answers.
 
-    The turns before the answers are the prompt, and must be the same in both conversations. If each conversation is only
-    an answer, the text `prompt` is the prompt.
+    The turns before the answers are the prompt, and must be the same in both conversations. If each conversation has
+    only one turn, which is the answer, the text `prompt` is the prompt.
     """
     if prompt is not None and not isinstance(prompt, str):
         raise Rejected("WRONG_TYPE", f"`prompt` is {type(prompt).__name__}, neither text nor a list of messages")

@@ -18,7 +18,7 @@ from .soundness import require, sound_text
 
 
 def verdicts(fields: Fields) -> TextGroup:
-    """Read two completions and the annotators' verdicts. Null values are skipped: these annotators gave no verdict."""
+    """Read two completions and the annotators' verdicts. An annotator whose value is null gave no verdict."""
     completions = two_completions(fields)
     values = fields.several("annotators", "BAD_LABEL") or []
     votes = tuple(_verdict(value) for value in values if value is not None)
@@ -32,7 +32,9 @@ def two_completions(fields: Fields) -> tuple[str | Message, ...]:
     require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")
     if len(items) > 2:
         items = [item for item in items if item is not None]  # columns of other layouts in the same table are null
-    require(len(items) > 1, "MISSING_COMPLETION", "a verdict needs two completions")
+    require(
+        len(items) > 1, "MISSING_COMPLETION", f"the number of completions is {len(items)}, but a verdict compares two"
+    )
     require(len(items) == 2, "WRONG_TYPE", f"there are {len(items)} completions, but a verdict compares two")
     require(None not in items, "NULL_FIELD", "a completion is null")
     return tuple(answer(item, "completion") for item in items)
@@ -47,7 +49,11 @@ def _prompt(fields: Fields):
         return f"{prompt}\n\n{more}" if prompt.strip() else more
     if not prompt:
         return more
-    require(prompt[-1]["role"] == "user", "PROMPT_MISMATCH", "the input follows no turn of the user")
+    require(
+        prompt[-1]["role"] == "user",
+        "PROMPT_MISMATCH",
+        "the row has an input, but the last turn is not the user's",
+    )
     *before, last = prompt
     return (*before, {**last, "content": f"{last['content']}\n\n{more}"})
 

@@ -32,12 +32,13 @@ def text_group(
     criteria: Mapping[str, float],
     controls: ControlCharacters = "quarantine",
 ) -> TextGroup:
-    """Read one row as a group. The completions keep the order of the row; pairs of them are built later (`pairing`).
+    """Read one row as a group. The completions keep the order of the row; `pairing` builds the pairs later.
 
     Args:
         row_format: the name of the format; `auto` recognises the format from the row's columns.
         columns: the column names that the recipe sets instead of the format's names.
-        criteria: the weights by which several ratings of a completion become one score; empty to use its overall score.
+        criteria: the weights by which several ratings of a completion become one score. Empty: its overall score is
+            used.
         controls: whether control characters in the text reject the row, are removed, or stay.
 
     Raises:
@@ -115,6 +116,9 @@ def _decoded(fields: Fields, role: str) -> Any:
 
 
 def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tool as {type, function}, as chat templates expect it. In data for LLaMA-Factory, a tool is only the function."""
+    """Return a tool as {type, function}, as chat templates expect it.
+
+    In data for LLaMA-Factory, a tool is the function alone.
+    """
     bare = "name" in tool and not {"type", "function"} & tool.keys()
     return {"type": "function", "function": tool} if bare else tool

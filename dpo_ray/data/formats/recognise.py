@@ -111,7 +111,7 @@ def _trl(prompt: Any, has_prompt: bool, chosen: Any, rejected: Any) -> str:
 
 
 def check_context(fields: Fields, row_format: str) -> None:
-    """Check that the recognised format reads the columns beside the prompt, such as `history` or `input`: no text may be lost.
+    """Check that the recognised format reads columns such as `history` or `input`, so that no text of the row is lost.
 
     Nothing is checked if the prompt is a list of messages, if the completions contain the prompt, or if the recipe names
     the column of the prompt.

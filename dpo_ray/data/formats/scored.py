@@ -23,7 +23,8 @@ TEXTS = ("response", "answer", "completion", "text")
 SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 RANKS = ("rank",)
 RATINGS = ("annotations", "ratings", "scores")
-"""Possible names of the fields of a completion, for its text, its score, its rank, and its ratings by several criteria."""
+"""TEXTS, SCORES, RANKS, RATINGS: the possible names of the fields of a completion that hold its text, its score, its
+rank, and its ratings by several criteria."""
 
 LARGEST = 3.4e38  # the largest float32; scores are stored as float32
 
@@ -32,7 +33,7 @@ def scored(fields: Fields, criteria: Mapping[str, float]) -> TextGroup:
     """Read a prompt, and its completions in the row's order with their scores. Ranks are converted to scores.
 
     Args:
-        criteria: the weights of the ratings whose weighted mean is the score; empty to use the scores of the row.
+        criteria: the weights of the ratings whose weighted mean is the score. Empty: the scores of the row are used.
     """
     items = fields.several("completions", "MISSING_COMPLETION") or fields.need("completions", "MISSING_COMPLETION")
     require(isinstance(items, list | tuple), "WRONG_TYPE", "the completions are not a list")

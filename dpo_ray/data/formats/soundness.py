@@ -36,7 +36,8 @@ def sound_value(value: Any, name: str, reason: str, depth: int = 0) -> Any:
     """Copy a nested value of a message or a tool, and check all text in it.
 
     Raises:
-        Rejected: a reason of `sound_text` for a text in the value; `reason` if the value has more than DEEPEST levels.
+        Rejected: WRONG_TYPE, if a key is not text; INVALID_UTF8, if a text contains a lone surrogate; `reason`, if the
+            value is nested too deeply.
     """
     require(depth < DEEPEST, reason, f"`{name}` is nested deeper than {DEEPEST} levels")
     if isinstance(value, str):

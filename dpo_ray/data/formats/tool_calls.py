@@ -16,7 +16,7 @@ def tool_calls(message: Mapping[str, Any], where: str) -> list[Message]:
     """Return the calls of a message: its `tool_calls`, or the single `function_call` of OpenAI's earlier interface.
 
     Raises:
-        Rejected: BAD_MESSAGE, or a reason of `sound_text` for a text in the calls.
+        Rejected: BAD_MESSAGE, WRONG_TYPE or INVALID_UTF8.
     """
     calls, single = message.get("tool_calls"), message.get("function_call")
     if single:
@@ -46,9 +46,10 @@ def calls_of_text(value: Any, where: str) -> list[Message]:
 
 
 def _with_arguments(call: Mapping[str, Any], where: str) -> Message:
-    """Return a tool call whose arguments are an object. vLLM does the same before it renders a template.
+    """Return a tool call whose arguments are an object, and not JSON text.
 
-    vLLM: vllm/renderers/chat_utils.py, `_postprocess_messages`. In some rows the call itself is the function.
+    In some rows, name and arguments are keys of the call itself, and not of its `function`. vLLM decodes arguments in
+    the same way before it renders a template: vllm/renderers/chat_utils.py, `_postprocess_messages`.
     """
     if isinstance(function := call.get("function"), Mapping):
         return {**call, "function": _function(function, where)}

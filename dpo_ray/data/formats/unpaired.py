@@ -19,7 +19,7 @@ _LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0
 
 
 def unpaired(fields: Fields) -> TextGroup:
-    """Read a row with one completion. The prompt is in a separate column, or is the completion without its last turn."""
+    """Read a row with one completion. The prompt has its own column, or is before the last turn of `completion`."""
     completion = fields.need("completion", "MISSING_COMPLETION")
     implicit = isinstance(completion, list | tuple) and len(completion) > 1
     if implicit and fields.get("prompt") is None:

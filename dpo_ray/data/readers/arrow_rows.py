@@ -111,7 +111,7 @@ def _check_ends(raw: Any, begins: tuple[bytes, ...], ends: tuple[bytes, ...]) ->
 
 
 def _damaged(error: Exception) -> Exception:
-    """Convert an error of the decoder to Rejected. Return a read error, which has an errno, unchanged."""
+    """Convert an error of the decoder to Rejected. Return a read error (an error with an errno) unchanged."""
     return error if getattr(error, "errno", None) is not None else Rejected("SHARD_DAMAGED", str(error))
 
 
@@ -180,7 +180,7 @@ def _check_structure(batch: pa.RecordBatch) -> None:
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """Replace text types by byte types within a type; the memory layout stays the same."""
+    """Return the type `kind`, in which each text type is replaced by the byte type with the same memory layout."""
     if pa.types.is_string(kind):
         return pa.binary()
     if pa.types.is_large_string(kind):

@@ -25,7 +25,7 @@ def csv_rows(
 
     Raises:
         Rejected: SHARD_EMPTY, SHARD_DUPLICATE_COLUMN, SHARD_DAMAGED if the header holds zero bytes, or SHARD_UNREADABLE if
-            it cannot be read.
+            the header cannot be read.
     """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))  # the default limits fields; here rows are limited
     rows = _rows(chunks, delimiter)
@@ -118,7 +118,7 @@ class _Lines:
     def give_back(self) -> None:
         """Put the lines of this row, except the first, back into the input, so that they are read again.
 
-        Do nothing if more than RETRY_BYTES of the file would then have been read again.
+        At most RETRY_BYTES of a file are read again. Do nothing if this row would exceed that limit.
         """
         if self._retry_bytes >= self.size:
             self._retry_bytes -= self.size

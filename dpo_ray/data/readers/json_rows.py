@@ -86,7 +86,8 @@ def _filled(items: Iterable[tuple[bytes | Rejected, int]]) -> Iterator[tuple[byt
 def _list_items(chunks: Iterator[bytes]) -> Iterator[tuple[bytes | Rejected, int]]:
     """Split the text of a JSON list into the texts of its elements. Text after the list is split into lines.
 
-    Only strings and brackets are parsed here. The current element begins at `start`, and is parsed up to `position`.
+    Only strings and brackets are parsed here, to find the end of each element. The current element begins at `start`,
+    and is parsed up to `position`.
     """
     text, start, position = next(chunks), 1, 1
     closers: list[int] = []  # the closing brackets that must follow before the element ends

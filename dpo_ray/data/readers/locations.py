@@ -105,7 +105,7 @@ def opened(location: str, *, at_random: bool = False) -> Iterator[Any]:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a remote storage. An error while reading it is an error of the storage, so no row is rejected for it."""
+    """A file on a remote storage. If reading fails, InfrastructureError is raised, because the rows may be sound."""
 
     def __init__(self, raw: Any, location: str) -> None:
         self._raw, self._location = raw, location

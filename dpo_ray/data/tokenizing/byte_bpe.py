@@ -34,14 +34,18 @@ _ALL_ODD_SPACES = (
     *"\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000",
     *map(chr, range(0x2000, 0x200B)),
 )
-"""One or two plain spaces between other text always begin a word. Near the spaces listed here, a word may begin elsewhere."""
+"""Where one or two plain spaces stand between other text, a word begins at each of these spaces. Near the spaces listed
+here, a word may begin elsewhere."""
 
 _CLASS = re.compile(r"\\p\{([LNM][a-z]?)\}|\\s|\\S")
 _PROBES, _PROBE_CHARACTERS = 96, 160
 
 
 class _Cache(dict[str, bytes]):
-    """A cache of the ids (int32) of pieces of text. A piece is encoded at its first lookup. Entries of `fixed` always stay."""
+    """A cache of the ids (int32) of pieces of text. A piece is encoded at its first lookup.
+
+    When the cache is full, all entries except those of `fixed` are removed.
+    """
 
     def __init__(self, encode: Callable[[str], bytes], fixed: Mapping[str, bytes] | None = None) -> None:
         super().__init__(fixed or {})
@@ -178,7 +182,10 @@ def _letters_of_bytes() -> dict[int, str]:
 
 
 def _pattern(backend: Tokenizer) -> str | None:
-    """Return the regular expression by which the tokenizer splits text into words; None if this expression is not enough."""
+    """Return the regular expression by which the tokenizer splits text into words.
+
+    Return None if the tokenizer also uses other rules, or if `_is_local` does not hold for the expression.
+    """
     if backend.pre_tokenizer is None:
         return None
     state = json.loads(backend.pre_tokenizer.__getstate__())

@@ -19,9 +19,9 @@ class DropCheck:
     """Checks that a template leaves out no part of a conversation.
 
     The text of each message, and the texts of its name, reasoning and tool calls must occur in the rendered text. In
-    addition, one conversation of each shape (`_shape`) is rendered again for each kind of part: tools, tool calls, names,
-    reasoning. Before that, the parts of this kind are changed. If the rendered text stays the same, the template leaves
-    them out.
+    addition, one conversation of each shape (`_shape`) is rendered again for each kind of part (tools, tool calls,
+    names, reasoning), after all parts of this kind were changed. If the rendered text stays the same, the template
+    leaves out the parts of this kind.
 
     Args:
         template: the name of the template, shown in the detail of a rejection.
@@ -45,7 +45,7 @@ class DropCheck:
         """
         for message in unseen:
             if not _is_written(message["content"], whole):
-                raise self._rejected(f"the text of a turn of the {message['role']}")
+                raise self._rejected(f"the text of a message with the role {message['role']}")
         if tools or max(map(len, messages)) > 2:
             shape = _shape(messages, tools)
             if shape not in self._dropped:
@@ -114,7 +114,10 @@ def _first_dropped(messages: Sequence[Message], tools: Tools, whole: str, render
 
 
 def _changes(messages: Sequence[Message], tools: Tools) -> Iterator[tuple[str, Sequence[Message], Tools]]:
-    """Yield (name, messages, tools) for each kind of part in the conversation; in messages and tools, these parts are changed."""
+    """Yield (name, messages, tools) for each kind of part in the conversation.
+
+    `name` is the kind of part. In `messages` and `tools`, the parts of this kind are changed.
+    """
     *before, answer = messages
     if tools:
         yield "the tools", messages, [_changed_function(tool) for tool in tools]
@@ -140,7 +143,7 @@ def _with_calls(message: Message, change: Callable[[Mapping[str, Any]], dict[str
 
 
 def _within_function(call: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Apply `change` to the function of a tool call or tool. In some rows the call itself is the function."""
+    """Apply `change` to the function of a tool call or tool. One without the key `function` is itself the function."""
     return {**call, "function": change(call["function"])} if isinstance(call.get("function"), Mapping) else change(call)
 
 

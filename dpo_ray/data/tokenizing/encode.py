@@ -67,7 +67,7 @@ class Encoder:
         return [next(others) if group is None else group for group in by_words]
 
     def _by_words(self, words: Words, rendered: Rendered) -> Encoded | Rejected | None:
-        """Encode a group word by word; return None if only the tokenizer can encode it."""
+        """Encode a group with `words` instead of the tokenizer. Return None if `words` cannot encode the texts."""
         cut = words.settled(rendered.prompt) or self._last_cut(rendered.prompt)
         head, tail = words.encode(rendered.prompt[:cut]), words.encode(rendered.prompt[cut:])
         if head is None or tail is None:
@@ -128,7 +128,7 @@ def _differ(first: Encoded | Rejected | None, second: Encoded | Rejected) -> boo
 def _ids_before(tokenizer: PreTrainedTokenizerBase) -> bytes:
     """Return the ids of the special tokens that the tokenizer puts before a text, such as BOS, as the bytes of int32.
 
-    Special tokens that it puts after a text are not used: they would separate the prompt from the answer.
+    Special tokens that the tokenizer puts after a text are not used: they would separate the prompt from the answer.
     """
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     dressed: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]

@@ -24,7 +24,8 @@ from .sandbox import MAX_CHARACTERS
 from .template_program import DONE, ENDS, ERROR, LIMIT, MEMORY_BYTES, OUT_OF_MEMORY, REPLY, REQUEST, TEXT_SECONDS
 
 WAIT_SECONDS = 60.0
-"""The process is killed after this wall-clock time without an answer. The limit is for templates that use no CPU time."""
+"""If the process gives no answer within this wall-clock time, it is killed. The limit of CPU time does not stop a
+template that waits, but this one does."""
 
 REQUEST_BYTES = 2**18  # of groups that are sent at once
 _PROGRAM = "dpo_ray.data.tokenizing.template_program"
@@ -76,7 +77,7 @@ class TemplateProcess:
             self._end()
 
     def fault(self, template: str, date: datetime.date) -> str:
-        """Compile a template. Return the reason if that is not possible, otherwise "".
+        """Compile a template. Return the reason why it cannot be compiled, or "" if it can.
 
         Raises:
             InfrastructureError: the process does not start.
@@ -130,7 +131,7 @@ class TemplateProcess:
 
         Raises:
             EOFError: the process has ended.
-            ValueError, TypeError, LookupError: it wrote something else than a reply.
+            ValueError, TypeError, LookupError: the process wrote something else than a reply.
         """
         head_bytes, body_bytes = REPLY.unpack(self._read(REPLY.size))
         counts = [1 + len(group.conversations) for group in groups]
@@ -138,7 +139,7 @@ class TemplateProcess:
         if head_bytes > 2 + 16 * sum(counts, len(counts)) or body_bytes > 4 * MAX_CHARACTERS * (
             1 + max(counts, default=0)
         ):
-            raise ValueError("too long")
+            raise ValueError("the reply is too long")
         return _parsed(self._read(head_bytes), self._read(body_bytes), counts)
 
     def _read(self, size_bytes: int) -> bytes:
@@ -233,13 +234,13 @@ def _parsed(head: bytes, body: bytes, counts: Sequence[int]) -> list[Answer]:
     """Parse a reply. A template may have taken control of the process that wrote the reply, so every value is checked.
 
     Raises:
-        ValueError, TypeError, LookupError: it is none.
+        ValueError, TypeError, LookupError: `head` and `body` are not a reply.
     """
     heads, text = json.loads(head), body.decode("utf-8", "surrogatepass")
     answers, begin = [], 0
     for (end, *lengths), count in zip(heads, counts, strict=False):
         if end not in ENDS or not 1 <= len(lengths) <= count:
-            raise ValueError("no answer to this group")
+            raise ValueError("the reply has no valid answer to a group")
         texts: list[str] = []  # the detail, and then the texts
         for length in lengths:
             follows_first = length < 0
@@ -249,5 +250,5 @@ def _parsed(head: bytes, body: bytes, counts: Sequence[int]) -> list[Answer]:
             begin += size
         answers.append(Answer(texts[1:], end, texts[0]))
     if counts and not answers:
-        raise ValueError("no answer")
+        raise ValueError("the reply has no answers")
     return answers

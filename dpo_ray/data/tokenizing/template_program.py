@@ -67,7 +67,10 @@ def _limit_resources() -> None:
 
 
 def _reply(request: bytes) -> bytes:
-    """Render the groups of a request, and return the reply. Stop after a group that exceeds a limit, or at a long reply."""
+    """Render the groups of a request, and return the reply.
+
+    Stop after a group that exceeds a limit, or when the reply is longer than MAX_CHARACTERS.
+    """
     templates, date, shared, groups = pickle.loads(request)  # noqa: S301 - as above
     heads: list[list[Any]] = []
     texts: list[str] = []
@@ -113,9 +116,11 @@ def _render(
 
 
 def _packed(heads: Sequence[Sequence[Any]], texts: Sequence[str]) -> bytes:
-    """Write a reply: for each group how it ends and the lengths of its detail and its texts; then these as one text.
+    """Build a reply from a head and a body. The body is all texts, one after the other.
 
-    A negative length, -n - 1, is that of the n characters which follow the group's first text.
+    The head lists for each group how it ended, and the lengths (in characters) of its detail and of its rendered texts.
+    A rendered text that begins with the group's first text (the prompt) is sent without this beginning. If n characters
+    remain, the length in the head is -n - 1.
     """
     head, body = json.dumps(heads).encode(), "".join(texts).encode("utf-8", "surrogatepass")
     return REPLY.pack(len(head), len(body)) + head + body

@@ -12,7 +12,7 @@ _ID_BYTES = np.dtype(np.int32).itemsize
 
 
 class TurnEnding:
-    """The tokens that can end a turn. With a chat template this is any special token, and with plain text only EOS."""
+    """The tokens that can end a turn: with a chat template every special token, and with plain text only EOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> None:
         self._tokenizer = tokenizer
@@ -37,8 +37,8 @@ class TurnEnding:
         The candidates are the end tokens at the end of the completion that are followed only by end tokens and white
         space, as in `answer<|im_end|>\\n` or `answer<|end|>\\n<|endoftext|>`. The end-of-turn token is the first
         candidate that the template writes itself (`own_id`), because the answer may also end with a special token
-        (`</think><|im_end|>`). If the template writes none of them, it is the first candidate. If there is no candidate,
-        EOS is appended.
+        (`</think><|im_end|>`). If the template writes none of the candidates, the first candidate is the end-of-turn
+        token. If there is no candidate, EOS is appended.
         """
         own = b"" if self.own_id is None else _as_bytes(self.own_id)
         first = end = None

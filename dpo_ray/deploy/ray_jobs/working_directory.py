@@ -104,9 +104,10 @@ def code_files(directory: Path) -> list[str]:
 
 
 def _walk(root: Path, at: str, rules: list[tuple[str, PathSpec]]) -> Iterator[str]:
-    """Yield the files below the directory `at`, except files that an ignore file in or above their directory excludes.
+    """Yield the files below the directory `at`, except those that an ignore file excludes.
 
-    Links to directories, and links to files outside of `root`, are skipped.
+    An ignore file excludes files in its own directory and in the directories below it. Links to directories, and links
+    to files outside of `root`, are skipped.
     """
     here = root / at
     for name in IGNORE_FILES:

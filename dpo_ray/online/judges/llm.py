@@ -161,7 +161,7 @@ class _Asking:
                 return Unanswered(outcome.what)
             self._pace.hold(outcome.wait_seconds)
             await asyncio.sleep(0 if outcome.with_answer else outcome.wait_seconds + _back_off(attempt))
-        raise AssertionError("the last attempt returned or raised")
+        raise AssertionError("unreachable: the last attempt always returns or raises")
 
     async def _sent(self, key: str, request: dict[str, Any]) -> Outcome | Trouble:
         outcome = await self._endpoint.call(self._client, request)

@@ -150,7 +150,7 @@ def _values(file: pq.ParquetFile, rows: np.ndarray) -> pa.ListArray:
     footer = file.metadata
     ends = np.cumsum([footer.row_group(g).num_rows for g in range(footer.num_row_groups)])
     if len(rows) and (not len(ends) or rows[-1] >= ends[-1]):
-        raise ValueError("the file has fewer rows than before")
+        raise ValueError("the file has fewer rows than when its keys were read")
     group_of_row = np.searchsorted(ends, rows, side="right")
     groups = np.unique(group_of_row)
     sizes = np.diff(ends, prepend=0)[groups]

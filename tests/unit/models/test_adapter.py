@@ -217,7 +217,7 @@ def test_broken_files_are_refused(copy: Path) -> None:
     (copy / CONFIG).write_text("{")
     assert "cannot be read" in refusal(copy)
     (copy / CONFIG).write_text("[]")
-    assert "not a mapping" in refusal(copy)
+    assert "not a JSON object" in refusal(copy)
     (copy / CONFIG).unlink()
     assert "adapter_config.json cannot be read" in refusal(copy)
 
