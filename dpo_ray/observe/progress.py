@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from dpo_ray.observe.metrics import STAGE_ACTIVE
+from dpo_ray.observe.recorder import record
 from dpo_ray.observe.text import duration
 
 LOG_EVERY_SECONDS = 5.0
@@ -108,6 +110,16 @@ class Reporter:
             total: number of units; None if it is not known.
             beside: print lines instead of a live bar, because another stage runs at the same time and uses the bar.
         """
+        name = title.rpartition(": ")[2]  # without the number of the round, so that there are few names
+        record(STAGE_ACTIVE, 1, stage=name)
+        try:
+            with self._shown(title, unit, total, beside=beside) as bar:
+                yield bar
+        finally:
+            record(STAGE_ACTIVE, 0, stage=name)
+
+    @contextmanager
+    def _shown(self, title: str, unit: str, total: int | None, *, beside: bool) -> Iterator[Bar]:
         if beside or not self.console.is_terminal:
             self.console.print(f"{title}: started", highlight=False, soft_wrap=True)
             every_seconds = BESIDE_EVERY_SECONDS if self.console.is_terminal else LOG_EVERY_SECONDS

@@ -18,7 +18,9 @@ from dpo_ray.config.extension import TRACKERS as ADDED
 from dpo_ray.config.extension import installed
 from dpo_ray.errors import DpoRayError
 
+from .metrics import TRAIN_NOT_FINITE, TRAIN_STARTS
 from .progress import Bar
+from .recorder import count, record_row
 
 logger = logging.getLogger(__name__)
 MOST_PENDING_CALLS = 10_000  # a tracker that is further behind training is stopped
@@ -191,12 +193,14 @@ class MetricsSinks:
 
 
 def follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
-    """Handle one row from the training workers: write its metrics and show them in the progress bar.
+    """Handle one row from the training workers: write its metrics, record them, and show them in the progress bar.
 
-    Two kinds of rows are not metrics. The first row of every attempt (`restored_step`) tells at which step training
-    starts. A row `waiting_for` tells that training waits for reference log-probs.
+    Three kinds of rows are not metrics. The first row of every attempt (`restored_step`) tells at which step training
+    starts. A row `waiting_for` tells that training waits for reference log-probs. A row `not_finite_step` tells that
+    training ends with an error.
     """
     if "restored_step" in row:
+        count(TRAIN_STARTS)
         sinks.begin(row["known"])
         bar.begin_at(row["restored_step"])
         if row["restored_step"]:
@@ -208,6 +212,10 @@ def follow(sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
         )
         bar.say(f"training waits until {what} is scored")
         return
+    if "not_finite_step" in row:
+        count(TRAIN_NOT_FINITE)
+        return
+    record_row(row)
     sinks.write(row)
     heldout = f", held-out accuracy {row['eval_rewards/accuracies']:.3f}" if "eval_rewards/accuracies" in row else ""
     shown = {"loss": ".4f", "rewards/margins": "+.3f", "rewards/accuracies": ".2f"}  # unpaired data has fewer

@@ -38,6 +38,7 @@ from . import ema, judging, measure, pair_stage, prompt_source
 from .checks import check_judges, check_rounds
 from .measure import PolicySamples
 from .promotion import decide
+from .recorded import record_rounds
 from .round_plan import (
     ARTIFACT_STAGE,
     VERSIONS,
@@ -109,10 +110,12 @@ class _Driver:
             "promote": self._promote,
         }
         while not isinstance(action := self._rounds.action, Done):
+            record_rounds(self._rounds)
             if action.stage == "sample":
                 self._spent_usd = 0.0
             steps[action.stage](self._rounds.rounds[-1])
             self._rounds = derive_from(self._plan, self._rounds.outside)
+        record_rounds(self._rounds)
         self._reporter.say(f"the rounds end: {action.reason}")
         return self._rounds
 

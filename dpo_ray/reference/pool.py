@@ -18,6 +18,8 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTa
 from dpo_ray.cluster.resources import Resources
 from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.errors import DpoRayError, InfrastructureError
+from dpo_ray.observe.metrics import ENGINE_DEATHS, ENGINES, SAMPLED_TOKENS
+from dpo_ray.observe.recorder import count, record
 from dpo_ray.reference.store.store import ReferenceStore
 
 from .engine import Engine, StartScorer, start_vllm
@@ -186,6 +188,7 @@ class EnginePool:
                 self._waiting, self._source = [], None
                 for engine in self._in("starting"):  # no granule is left for it
                     self._drop(engine)
+                self._record_engines()
             else:
                 self.close()
 
@@ -202,12 +205,17 @@ class EnginePool:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSING_SECONDS)
         for engine in engines:
             ray.kill(engine.actor)
+        self._record_engines()
         wait_until_dead([e.actor for e in engines])
         places, self._places = self._places, []
         wait_until_memory_is_free(places, self._settings.gpu_memory_fraction)
 
     def _in(self, *states: str) -> list[_Engine]:
         return [e for e in self._engines if e.state in states]
+
+    def _record_engines(self) -> None:
+        for state in ("starting", "idle", "busy"):
+            record(ENGINES, len(self._in(state)), state=state)
 
     # ---- sending work to engines
 
@@ -226,6 +234,7 @@ class EnginePool:
             self._hand_out()
         if self._source is None and not self._living:
             self._shrink()
+        self._record_engines()
 
     def _grow(self) -> None:
         """Start engines while more granules wait than engines are free.
@@ -318,6 +327,8 @@ class EnginePool:
         work = engine.work.pop(answer)
         engine.state = "busy" if engine.work else "idle"
         self._fruitless_deaths = 0
+        if isinstance(scored, Sampled):
+            count(SAMPLED_TOKENS, scored.tokens)
         return replace(scored, granule=work.number)
 
     # ---- handling engine deaths
@@ -339,6 +350,7 @@ class EnginePool:
             return
         location = f" (process {place.pid} on node {place.node[:8]})" if place else ""
         self._lost_engines += 1
+        count(ENGINE_DEATHS, during="start" if state == "starting" else "work")
         self._on_event(f"{engine.name}{location} was lost: {why}")
         if state == "starting":
             self._count_failed_start(why)

@@ -22,6 +22,14 @@ from dpo_ray.config.reference import ReferenceConfig
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.schemas import splits
 from dpo_ray.errors import DataError
+from dpo_ray.observe.metrics import (
+    REFERENCE_COMPLETIONS,
+    REFERENCE_GROUPS,
+    REFERENCE_LEFT_OUT,
+    REFERENCE_SECONDS,
+    REFERENCE_TOKENS,
+)
+from dpo_ray.observe.recorder import count, record
 from dpo_ray.reference.store.store import ReferenceStore, StoreIndex
 
 from .granule import GRANULE, REASONS, Scored, Unscored
@@ -52,6 +60,13 @@ class ScoringTally:
     engines: set[str] = field(default_factory=set)
     unscored: dict[bytes, Unscored] = field(default_factory=dict)
 
+    def add_known(self, completions: int, groups: int) -> None:
+        """Add what a look-up found in the store: completions, and groups whose completions it all found."""
+        self.found += completions
+        self.done += groups
+        count(REFERENCE_COMPLETIONS, completions, source="store")
+        self._record_groups()
+
     def add(self, scored: Scored) -> None:
         """Add the counts of one scored granule (a batch of groups)."""
         self.done += scored.groups
@@ -60,6 +75,15 @@ class ScoringTally:
         if scored.tokens:
             self.engines.add(scored.engine)
         self.unscored |= {group.group_id: group for group in scored.unscored}
+        count(REFERENCE_COMPLETIONS, scored.sequences, source="engine")
+        count(REFERENCE_TOKENS, scored.tokens)
+        count(REFERENCE_SECONDS, scored.seconds)
+        count(REFERENCE_LEFT_OUT, len(scored.unscored))
+        self._record_groups()
+
+    def _record_groups(self) -> None:
+        record(REFERENCE_GROUPS, self.done, state="done")
+        record(REFERENCE_GROUPS, self.groups - self.done, state="waiting")
 
     @property
     def tokens_per_second(self) -> float:
@@ -113,8 +137,7 @@ def score(
     tally = ScoringTally(sum(tokens.manifest.rows[f"{split}/admitted"] for split in splits(tokens)))
 
     def on_lookup(news: LookupProgress) -> None:
-        tally.found += news.found
-        tally.done += news.known_groups
+        tally.add_known(news.found, news.known_groups)
         advance(news.known_groups, tally.describe())
 
     # Both are closed here, also after an error: a generator that is closed later finds no Ray any more.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.cluster.ray_metrics import RayExporter
 from dpo_ray.cluster.session import session
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.readers.locations import shown
+from dpo_ray.errors import StoppedError
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import model_directory, model_identity
+from dpo_ray.observe.metrics import LEASE_HELD, LEASE_TOKEN, OUTPUT_FREE, OUTPUT_SIZE, RUN_FAILURES
 from dpo_ray.observe.progress import Reporter
+from dpo_ray.observe.recorder import count, record, recording
 from dpo_ray.reference.completions import EngineModel
 from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import ReferenceStore
@@ -150,15 +155,45 @@ class RunContext:
 def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -> Iterator[RunContext]:
     """Open a run for the `with` block: acquire its lease, connect to Ray, and delete what previous attempts left.
 
+    The metrics of the run are exported meanwhile.
+
     Raises:
         LeaseError: another driver holds the lease.
         InfrastructureError: Ray does not answer, or the output cannot be written.
     """
     directory = run_storage(recipe)
     directory.check_writable()
-    with Lease(directory) as lease, session(recipe, verbose=verbose):
+    with (
+        Lease(directory) as lease,
+        session(recipe, verbose=verbose),
+        recording(recipe.name, RayExporter(), partial(_look, lease, directory)),
+        _counted_failure(),
+    ):
         artifact_store(recipe).sweep(recipe.name)
         yield RunContext(plan, reporter, lease)
+
+
+def _look(lease: Lease, directory: Storage) -> None:
+    """Record what nobody reports: whether the lease is held, and the free space of the output."""
+    record(LEASE_HELD, not lease.lost)
+    record(LEASE_TOKEN, lease.token)
+    if directory.is_local:
+        with suppress(OSError):
+            usage = shutil.disk_usage(directory.local_path())
+            record(OUTPUT_FREE, usage.free)
+            record(OUTPUT_SIZE, usage.total)
+
+
+@contextmanager
+def _counted_failure() -> Iterator[None]:
+    """Count an error that ends the run, by its kind. A stop that was asked for is no failure."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except Exception as error:
+        count(RUN_FAILURES, error=type(error).__name__)
+        raise
 
 
 def record_recipe(run: RunContext, recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,22 @@ from dpo_ray.data.tokenizing.chat import load_tokenizer, resolve_template
 from dpo_ray.data.tokenizing.tokenize import stop_tokens
 from dpo_ray.evaluate import stage as evaluate_stage
 from dpo_ray.models.load import BUILTIN, context_tokens
+from dpo_ray.observe.metrics import (
+    AUDIT_DRIFT,
+    AUDIT_MARGIN_ERROR,
+    AUDIT_PASSED,
+    DATA_ROWS,
+    TRAIN_PROGRESS_TIME,
+    TRAIN_STEPS_PLANNED,
+)
 from dpo_ray.observe.model_card import model_card
+from dpo_ray.observe.progress import Bar
+from dpo_ray.observe.recorder import record
 from dpo_ray.observe.sinks import MetricsSinks, follow
 from dpo_ray.reference import audit_record
 from dpo_ray.reference import stage as reference_stage
 from dpo_ray.reference.audit import measure
-from dpo_ray.reference.audit_limits import check_drift
+from dpo_ray.reference.audit_limits import Judgement, check_drift
 from dpo_ray.schedule import stage as schedule_stage
 from dpo_ray.schedule.files import Schedule
 from dpo_ray.schedule.live import LiveSchedule
@@ -48,6 +59,9 @@ def prepare(run: RunContext) -> Artifact:
         DataError: more rows are invalid than `data.max_quarantined_fraction` allows.
     """
     tokens = run.find("prepare") or _prepare(run)
+    for split in splits(tokens):
+        for outcome, rows in _rows(tokens, split).items():
+            record(DATA_ROWS, rows, split=split, outcome=outcome)
     check_quarantined(tokens, run.recipe.data.max_quarantined_fraction)
     return tokens
 
@@ -73,17 +87,28 @@ def _prepare(run: RunContext) -> Artifact:
         staging = run.begin("prepare")
         tokens = prepare_stage.merge(shards, data, staging, provenance, role, with_mismatched=with_mismatched)
     for split in splits(tokens):
-        rows_in, admitted, quarantined, duplicates = (
-            tokens.manifest.rows[f"{split}/{what}"] for what in ("rows_in", "admitted", "quarantined", "duplicates")
-        )
-        by_rules = left_out_by_rules(tokens, split)
+        rows = _rows(tokens, split)
         run.reporter.say(
-            f"prepare, {split} data: {rows_in:,} rows in, {admitted:,} admitted, {quarantined - by_rules:,} quarantined, "
-            f"{by_rules:,} left out by rules, {duplicates:,} duplicates"
+            f"prepare, {split} data: {tokens.manifest.rows[f'{split}/rows_in']:,} rows in, {rows['admitted']:,} admitted, "
+            f"{rows['quarantined']:,} quarantined, {rows['left_out']:,} left out by rules, {rows['duplicate']:,} duplicates"
         )
     for broken in broken_shards(tokens):
         run.reporter.say(f"[bold yellow]prepare[/bold yellow]: {escape(broken)}")
     return tokens
+
+
+def _rows(tokens: Artifact, split: str) -> dict[str, int]:
+    """Count the rows of a split by outcome."""
+    admitted, quarantined, duplicates = (
+        tokens.manifest.rows[f"{split}/{what}"] for what in ("admitted", "quarantined", "duplicates")
+    )
+    left_out = left_out_by_rules(tokens, split)
+    return {
+        "admitted": admitted,
+        "quarantined": quarantined - left_out,
+        "left_out": left_out,
+        "duplicate": duplicates,
+    }
 
 
 def reference(run: RunContext, tokens: Artifact) -> Artifact:
@@ -151,7 +176,7 @@ def train(
     if (refused := run.artifacts.find("train", plan.stages["train"].key)) is not None:
         judge_audit(run, refused.manifest.figures["audit"])
     provenance, steps = run.provenance("train"), scheduled.rows["train/steps"]
-    _warn_of_few_steps(run, steps)
+    _announce_steps(run, steps)
     task = TrainTask(
         model=_model_for_workers(run),
         config=recipe.train,
@@ -172,7 +197,8 @@ def train(
     )
     bar_of_steps = run.reporter.stage("train", "steps", steps)
     with bar_of_steps as bar, MetricsSinks(run.directory, recipe.trackers, bar.say) as sinks:
-        result = train_stage.run(task, plan.hardware.worker, partial(follow, sinks, bar), bar.say, run.lease.check)
+        on_row = partial(_follow, run, sinks, bar)
+        result = train_stage.run(task, plan.hardware.worker, on_row, bar.say, run.lease.check)
     if result["audit"]:
         result["audit"] = judge_audit(run, result["audit"])
     card = model_card(
@@ -190,7 +216,26 @@ def train(
     return train_stage.commit(task, result, card, provenance)
 
 
-def _warn_of_few_steps(run: RunContext, steps: int) -> None:
+def _follow(run: RunContext, sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
+    """Handle one row from the training workers, and record when it came. The first one has the figures of the audit."""
+    record(TRAIN_PROGRESS_TIME, time.time())
+    if row.get("audit"):
+        _record_audit(audit_record.judged(row["audit"], run.recipe, run.plan.hardware.dtype))
+    follow(sinks, bar, row)
+
+
+def _record_audit(judgement: Judgement) -> None:
+    figures = judgement.figures()
+    record(AUDIT_DRIFT, figures["mean_token_drift"], statistic="mean")
+    record(AUDIT_DRIFT, figures["max_token_drift"], statistic="max")
+    record(AUDIT_MARGIN_ERROR, figures["margin_error_nats"])
+    record(AUDIT_PASSED, judgement.passed)
+
+
+def _announce_steps(run: RunContext, steps: int) -> None:
+    """Record the number of steps, and warn if there are few."""
+    record(TRAIN_STEPS_PLANNED, steps)
+    record(TRAIN_PROGRESS_TIME, time.time())
     if steps < FEW_STEPS:
         run.reporter.say(
             f"[bold yellow]train[/bold yellow]: there {'is' if steps == 1 else 'are'} only {steps} optimizer "
@@ -226,6 +271,7 @@ def judge_audit(run: RunContext, measured: dict[str, Any]) -> dict[str, Any]:
     """
     recipe, plan = run.recipe, run.plan
     judgement = audit_record.judged(measured, recipe, plan.hardware.dtype)
+    _record_audit(judgement)
     if not judgement.passed:
         reference_key, trainer = plan.stages["reference"].key, planning.engine_version("trainer")
         audit_record.remember(run.artifacts, reference_key, trainer, recipe.name, measured, planning.versions())

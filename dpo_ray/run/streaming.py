@@ -119,8 +119,7 @@ def _score(
     tally = ScoringTally(sum(order.groups for order in orders))
 
     def on_lookup(found: int, known_groups: int) -> None:
-        tally.found += found
-        tally.done += known_groups
+        tally.add_known(found, known_groups)
         bar.advance(known_groups, tally.describe())
 
     def announce(entries: Sequence[FileEntry]) -> None:

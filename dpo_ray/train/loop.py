@@ -73,7 +73,7 @@ def train(
     """Run all steps after `progress`, and commit all checkpoints. Collective: all ranks must call this.
 
     Args:
-        report: called with one row of metrics per step. The row includes the held-out metrics if they were measured.
+        report: called with one row of metrics per step, held-out ones included, or with the step of an error (`_step`).
         wish: called after every step; returns what the driver or Ray requests.
 
     Raises:
@@ -86,7 +86,7 @@ def train(
     began = time.monotonic()
     for share, waited in _timed(() if has_ended(progress, config.best) else steps):
         try:
-            measured = _step(policy, optimizer, share, plan, config)
+            measured = _step(policy, optimizer, share, plan, config, report)
         except TrainError:
             checkpoints.finish()  # a collective call: all ranks raise this error
             raise
@@ -135,9 +135,17 @@ def _is_best(progress: Progress) -> bool:
 
 
 def _step(
-    policy: TokenLogps, optimizer: torch.optim.Optimizer, share: RankStep, plan: Extent, config: TrainConfig
+    policy: TokenLogps,
+    optimizer: torch.optim.Optimizer,
+    share: RankStep,
+    plan: Extent,
+    config: TrainConfig,
+    report: Callable[[dict[str, float]], None],
 ) -> dict[str, float]:
-    """Update the policy and return the step's metrics. An error lists the ids of the groups in the step."""
+    """Update the policy and return the step's metrics.
+
+    An error lists the ids of the step's groups. It is also reported, as a row that has only `not_finite_step`.
+    """
     learning_rate = set_learning_rate(optimizer, share.step, plan.total_steps, config.optimizer)
     micro_batches = [packed_rows(m, plan.device, policy.layout, plan.sources) for m in share.micro_batches]
     every = config.entropy_every_steps
@@ -145,6 +153,7 @@ def _step(
     try:
         measured = train_step(policy, micro_batches, config, optimizer, plan.sources, with_statistics=with_statistics)
     except TrainError as error:
+        report({"not_finite_step": share.step + 1})
         groups = ", ".join(g.hex() for m in share.micro_batches if m.weight.any() for g in m.group_ids)
         raise TrainError(
             error.what,

@@ -110,7 +110,8 @@ def _run(task: TrainTask) -> dict[str, Any]:
         progress = replace(progress, figures=_audited(policy, task.audit, task, rank, device))
     if task.audit is not None and progress.figures is not None and not task.audit.goes_on(progress.figures):
         return {"audit": progress.figures}
-    report({"restored_step": progress.step, "known": checkpoints.metrics(progress.step) if rank == 0 else []})
+    known = checkpoints.metrics(progress.step) if rank == 0 else []
+    report({"restored_step": progress.step, "known": known, "audit": progress.figures})
     share = partial(read_share, task.schedule, rank=rank, ranks=dist.get_world_size(), packed_ranks=config.workers)
     steps = prefetched(share(split="train", start_step=progress.step))
     heldout = {name: partial(share, split=name) for name in heldout_splits(task.schedule)}
