@@ -69,7 +69,7 @@ class Artifact:
         self._check_size(entry)
         if self.storage.is_local:
             self._check_digest(entry)
-        return self.storage.open_input(entry.path)
+        return self._open(entry)
 
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file and check its digest."""
@@ -165,10 +165,16 @@ class Artifact:
 
     def _sha256(self, entry: FileEntry) -> str:
         sha256 = hashlib.sha256()
-        with self.storage.open_input(entry.path) as file:
+        with self._open(entry) as file:
             while chunk := file.read(COPY_CHUNK_BYTES):
                 sha256.update(chunk)
         return sha256.hexdigest()
+
+    def _open(self, entry: FileEntry) -> BinaryIO:
+        try:
+            return self.storage.open_input(entry.path)
+        except FileNotFoundError as error:  # it may have disappeared since its size was checked
+            raise self._missing(entry) from error
 
     def _missing(self, entry: FileEntry) -> ArtifactError:
         """Return the error for a file that does not exist: damage to the artifact, or the whole artifact is gone."""

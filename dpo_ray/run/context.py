@@ -25,7 +25,7 @@ from dpo_ray.cluster.session import session
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.data.readers.locations import shown
-from dpo_ray.errors import StoppedError
+from dpo_ray.errors import ArtifactError, StoppedError
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import model_directory, model_identity
@@ -168,6 +168,7 @@ def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -
         session(recipe, verbose=verbose),
         recording(recipe.name, RayExporter(), partial(_look, lease, directory)),
         _counted_failure(),
+        lost_files_named(recipe.output),
     ):
         artifact_store(recipe).sweep(recipe.name)
         yield RunContext(plan, reporter, lease)
@@ -194,6 +195,19 @@ def _counted_failure() -> Iterator[None]:
     except Exception as error:
         count(RUN_FAILURES, error=type(error).__name__)
         raise
+
+
+@contextmanager
+def lost_files_named(output: str) -> Iterator[None]:
+    """Turn a FileNotFoundError for a file below the output directory into an ArtifactError that says what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        name = str(error.filename or "")
+        if not Path(name).is_relative_to(Path(output).absolute()):
+            raise
+        fix = "if its disk was unmounted, mount it again; then run the same command again, which makes again what is missing"
+        raise ArtifactError("a file of this run is gone", where=name, fix=fix) from error
 
 
 def record_recipe(run: RunContext, recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.disk import Disk
 from dpo_ray.artifacts.manifest import FileEntry
 from dpo_ray.artifacts.storage import Storage
@@ -259,6 +260,20 @@ def test_an_artifact_whose_disk_is_gone_is_not_called_damaged(disk: Storage) -> 
             read("part-0.parquet")
         assert "mount it again" in gone.value.fix
         assert "delete" not in gone.value.fix
+
+
+def test_a_disk_that_goes_between_two_checks_is_no_other_error(disk: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = ArtifactStore(disk).begin("tokens", "k1", "run")
+    artifact = commit(staging, write_all(staging, FILES))
+    check_size = Artifact._check_size
+
+    def then_unmount(self: Artifact, entry: FileEntry, size: int | None = None) -> None:
+        check_size(self, entry, size)
+        shutil.rmtree(artifact.storage.local_path(), ignore_errors=True)
+
+    monkeypatch.setattr(Artifact, "_check_size", then_unmount)
+    with pytest.raises(ArtifactError, match="the whole artifact is gone"):
+        artifact.open("part-0.parquet")
 
 
 def test_shallow_verify_looks_at_sizes_alone(disk: Storage) -> None:

@@ -53,8 +53,9 @@ def test_a_flipped_bit_is_found_when_the_file_is_read(read: Callable[[Artifact],
     read(artifact)
     artifact_module._CHECKED.clear()
     flip(tmp_path)
-    with pytest.raises(ArtifactError, match=r"'policy/b\.bin' differs from the manifest's sha256"):
-        read(artifact)
+    for _ in range(2):  # a file that was found damaged does not count as checked
+        with pytest.raises(ArtifactError, match=r"'policy/b\.bin' differs from the manifest's sha256"):
+            read(artifact)
     assert artifact.open("policy/a.bin").read() == FILES["policy/a.bin"]
 
 

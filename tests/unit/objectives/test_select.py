@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from dpo_ray.config import objective as o
-from dpo_ray.config.objective import Objective, SumObjective, Term
+from dpo_ray.config.objective import Objective, Single, SumObjective, Term
 from dpo_ray.config.shaping import ShapingConfig
 
 OBJECTIVES: list[Objective] = [cls() for cls in get_args(get_args(o.Single)[0])]
@@ -31,6 +31,10 @@ def test_every_name_that_trl_has_is_there() -> None:
     assert {objective.type for objective in OBJECTIVES} == {*trl.split(), *others.split()}
 
 
+def sum_of(*objectives: Single) -> SumObjective:
+    return SumObjective(type="sum", terms=tuple(Term(objective=objective) for objective in objectives))
+
+
 def test_a_sum_is_what_its_terms_are() -> None:
     mpo = SumObjective(
         type="sum", terms=(Term(weight=0.8, objective=o.SftObjective(beta=0.3)), Term(objective=o.KtoObjective()))
@@ -51,6 +55,8 @@ def test_a_sum_is_what_its_terms_are() -> None:
         ({"ld_alpha": 0.5}, o.RpoObjective(), "ld_alpha"),
         ({"wpo": True}, o.AotObjective(), "wpo"),
         ({"wpo": True}, o.ListwiseObjective(), "wpo"),
+        ({"wpo": True}, sum_of(o.SigmoidObjective(), o.AotObjective()), "wpo"),
+        ({"ld_alpha": 0.5}, sum_of(o.RpoObjective(), o.SigmoidObjective()), "ld_alpha"),
     ],
 )
 def test_what_an_objective_cannot_honour_is_refused(shaping: dict, objective: Objective, field: str) -> None:

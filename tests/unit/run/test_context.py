@@ -12,9 +12,9 @@ from dpo_ray.artifacts.places import run_storage
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
 from dpo_ray.config.load import validate_recipe
-from dpo_ray.errors import LeaseError
+from dpo_ray.errors import ArtifactError, LeaseError
 from dpo_ray.observe.progress import Reporter
-from dpo_ray.run.context import RunContext, open_run
+from dpo_ray.run.context import RunContext, lost_files_named, open_run
 from dpo_ray.run.planning import Plan
 
 
@@ -59,3 +59,12 @@ def test_of_two_recipes_of_one_name_the_second_is_refused_and_changes_nothing(tm
             pass
         assert directory.list_files() == before
         assert directory.read_bytes("recipe.yaml") == b"seed: 1"
+
+
+def test_a_file_that_disappears_below_the_output_is_no_bug(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="a file of this run is gone") as gone, lost_files_named(str(tmp_path)):
+        (tmp_path / "artifacts/train-k/manifest.json").read_bytes()
+    assert gone.value.where == str(tmp_path / "artifacts/train-k/manifest.json")
+    assert "mount it again" in gone.value.fix
+    with pytest.raises(FileNotFoundError), lost_files_named(str(tmp_path)):
+        (tmp_path.parent / "elsewhere").read_bytes()
