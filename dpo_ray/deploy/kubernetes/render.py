@@ -16,8 +16,9 @@ from dpo_ray.errors import ConfigError
 
 from .groups import ROLE, PodGroup, groups
 from .network import egress_ports
-from .pods import RUN, Json, autoscaler_options, head_template, worker_template
+from .pods import RUN, Json, autoscaler_options, by_kueue, head_template, worker_template
 from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files
+from .rules import ELASTIC_JOB
 
 RAY_VERSION = "2.60.0"
 DASHBOARD_PORT, METRICS_PORT, DNS_PORT = 8265, 8080, 53
@@ -72,7 +73,7 @@ def _ray_object(recipe: Recipe, name: str, kind: Kind) -> Json:
     return {
         "apiVersion": "ray.io/v1",
         "kind": kind,
-        "metadata": {"name": name, "labels": _labels(name) | _queue_labels(name, queue)},
+        "metadata": {"name": name, "labels": _labels(name) | _queue_labels(name, queue), **_elastic(recipe)},
         "spec": _job_spec(recipe, name) if job else _cluster_spec(recipe, name) | _suspended(queue),
     }
 
@@ -146,6 +147,14 @@ def _queue_labels(name: str, queue: QueueConfig | None) -> dict[str, str]:
         "yunikorn.apache.org/queue": queue.name,
         "ray.io/gang-scheduling-enabled": "true",
     } | priority
+
+
+def _elastic(recipe: Recipe) -> Json:
+    """Return the annotation with which Kueue admits more pods of a run while it runs; return {} if it needs none."""
+    profile = recipe.cluster.kubernetes
+    if not (by_kueue(profile) and profile.autoscaling):
+        return {}
+    return {"annotations": {ELASTIC_JOB: "true"}}
 
 
 def _service_account(name: str) -> Json:
