@@ -81,7 +81,9 @@ class GroupConfig(StrictModel):
     """CPUs of one pod. Default: what the recipe's workers on this pod need."""
 
     memory_gib: Count | None = None
-    """Memory of one pod in GiB, of which up to half may be shared memory. Default: 4 for each CPU and 64 for each GPU."""
+    """Memory of one pod in GiB, of which up to half may be shared memory. Default: what the planner computes for the
+    workers on the pod, but at least 64 for each GPU. If the size of the model is not known where the manifests are
+    rendered, and for pods that prepare data: 4 for each CPU and 64 for each GPU."""
 
     gpus: int | None = Field(default=None, ge=0)
     """GPUs of one pod. Default: the number that the recipe's workers on this pod need, but at most 8."""

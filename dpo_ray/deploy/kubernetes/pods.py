@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_ray import __version__
+from dpo_ray.cluster.node_groups import ROLE, VARIABLE, as_text
 from dpo_ray.config.cluster import KubernetesConfig, PlacementConfig
 from dpo_ray.config.recipe import Recipe
 
-from .groups import ROLE, PodGroup, groups
+from .groups import PodGroup, groups, node_groups
 from .recipe import RECIPE_DIRECTORY
 
 Json = dict[str, Any]
@@ -54,6 +55,7 @@ def head_template(recipe: Recipe, name: str) -> Json:
         {"name": "metrics", "containerPort": 8080},
     ]
     container["env"].append({"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_SECONDS)})
+    container["env"].append({"name": VARIABLE, "value": as_text(node_groups(recipe))})
     container["volumeMounts"].append({"name": "recipe", "mountPath": RECIPE_DIRECTORY, "readOnly": True})
     spec = _spec(profile, name, "head", container, head.placement, head.memory_gib)
     spec["volumes"].append({"name": "recipe", "configMap": {"name": f"{name}-recipe"}})

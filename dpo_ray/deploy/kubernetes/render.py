@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import yaml
 
+from dpo_ray.cluster.node_groups import ROLE
 from dpo_ray.config.cluster import MAX_RAYJOB_NAME, QueueConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 
-from .groups import ROLE, PodGroup, groups
+from .groups import PodGroup, groups
 from .network import egress_ports
 from .pods import RUN, Json, autoscaler_options, by_kueue, head_template, worker_template
 from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from dpo_ray.cluster.node_groups import VARIABLE, node_groups
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.deploy.kubernetes.groups import groups
 from dpo_ray.deploy.kubernetes.render import render, text
@@ -180,6 +181,19 @@ def test_engines_ask_for_the_label_that_their_pods_have():
     assert shared.cluster.roles.reference.node_labels == {}
 
 
+def test_the_head_names_the_groups_for_recipes_that_are_submitted(monkeypatch):
+    manifests = made("zephyr_7b_dpo", (), "RayCluster")
+    spec = manifests["RayCluster"]["spec"]
+    environment = {e["name"]: e.get("value") for e in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    monkeypatch.setenv(VARIABLE, environment[VARIABLE])
+    for group, rendered in zip(node_groups(), spec["workerGroupSpecs"], strict=True):
+        own = limits(rendered)
+        assert (group.name, group.most) == (rendered["groupName"], rendered["maxReplicas"])
+        assert (f"{group.cpus}", f"{group.memory_gib}Gi") == (own["cpu"], own["memory"])
+        assert group.gpus == int(own.get("nvidia.com/gpu", 0))
+        assert group.labels == rendered["labels"]
+
+
 def test_gpus_are_said_outright_because_the_driver_sees_none():
     manifests = made("quickstart", ON_GPUS)
     there = validate_recipe(yaml.safe_load(manifests["ConfigMap"]["data"]["recipe.yaml"]))
@@ -205,6 +219,39 @@ def test_gpus_are_said_outright_because_the_driver_sees_none():
 def test_pods_follow_from_workers(overrides, name, replicas, gpus, cpus):
     group = next(g for g in groups(recipe("tulu3_70b_dpo", *overrides)) if g.name == name)
     assert (group.replicas, group.gpus, group.cpus) == (replicas, gpus, cpus)
+
+
+def memory(name, pipeline, *overrides):
+    group = next(g for g in groups(recipe(pipeline, *overrides)) if g.name == name)
+    return group.memory_gib
+
+
+ON_CPUS = (".training={gpus: 0}", ".engines={gpus: 0}", "cluster.roles.train.gpus=0", "cluster.roles.reference.gpus=0")
+
+
+def test_memory_follows_from_the_model_where_it_is_known():
+    # 7.2 billion parameters with gradients and Adam's two moments in float32 take 108 GiB, a copy of the state more
+    assert 108 < memory("training", "zephyr_7b_dpo", *ON_CPUS, "train.workers=1") < 500
+    assert 27 < memory("engines", "zephyr_7b_dpo", *ON_CPUS, "reference.replicas=1") < 108
+    unknown = ("model.path=example/unheard-of", *ON_CPUS, "train.workers=1", "cluster.roles.train.cpus=3")
+    assert memory("training", "zephyr_7b_dpo", *unknown) == 4 * 3
+    assert memory("training", "zephyr_7b_dpo", *ON_CPUS, ".training.memory_gib=9") == 9
+    assert memory("cpu", "zephyr_7b_dpo", *ON_CPUS) == 16
+
+
+def test_a_pod_with_gpus_has_what_is_offloaded_and_at_least_64_gib_for_each():
+    assert memory("training", "zephyr_7b_dpo") == 8 * 64
+    offloaded = ("train.workers=8", "train.sharding={cpu_offload: true, shard_workers: null}")
+    assert memory("training", "tulu3_70b_dpo", *offloaded) > 8 * 16 * 70 / 8  # bytes per parameter, in billions
+    unknown = memory("training", "zephyr_7b_dpo", "model.path=example/unheard-of", ".training={cpus: 32}")
+    assert unknown == 4 * 32 + 64 * 8
+
+
+def test_engines_beside_training_have_memory_of_their_own():
+    shared = (".engines=null", ".training.cpus=8")
+    one_after_the_other = memory("training", "quickstart", *shared)
+    assert one_after_the_other == memory("training", "quickstart", ".training.cpus=8")
+    assert memory("training", "quickstart", *shared, "reference.mode=streaming") > one_after_the_other
 
 
 def test_engines_scale_to_nothing_and_training_never_does():
