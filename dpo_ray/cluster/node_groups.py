@@ -72,6 +72,6 @@ def with_labels(roles: RolesConfig, groups: Sequence[NodeGroup]) -> RolesConfig:
     filled = {}
     for name, labels in DEFAULT_LABELS.items():
         role = getattr(roles, name)
-        if "node_labels" not in role.model_fields_set and any(has_labels(g.labels, labels) for g in groups):
+        if not role.node_labels and any(has_labels(g.labels, labels) for g in groups):
             filled[name] = role.model_copy(update={"node_labels": dict(labels)})
     return roles.model_copy(update=filled)

@@ -61,5 +61,6 @@ def test_workers_get_the_labels_of_the_group_that_is_meant_for_them() -> None:
 
 
 def test_labels_of_the_recipe_stay() -> None:
-    roles = RolesConfig.model_validate({"train": {"node_labels": {}}, "reference": {"node_labels": {"card": "l40s"}}})
+    own = {"train": {"node_labels": {"dpo/role": "!cpu"}}, "reference": {"node_labels": {"card": "l40s"}}}
+    roles = RolesConfig.model_validate(own)
     assert with_labels(roles, [CPU, ENGINES, TRAINING]) == roles
