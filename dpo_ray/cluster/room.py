@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from dpo_ray.errors import StoppedError
 
+from .node_groups import capacity_of, has_labels, node_groups
 from .requests import fitting
 from .resources import Resources
 
@@ -27,14 +28,23 @@ ASK_SECONDS = 10.0
 
 def capacity(request: Resources) -> int:
     """Return how many workers with this request fit on the present nodes if nothing else runs there."""
-    nodes = [n for n in ray.nodes() if n["Alive"] and _has(n.get("Labels") or {}, request.labels)]
+    nodes = [n for n in ray.nodes() if n["Alive"] and has_labels(n.get("Labels") or {}, request.labels)]
     return sum(fitting(request, node["Resources"]) for node in nodes)
+
+
+def later_capacity(request: Resources) -> int:
+    """Return how many workers with this request fit on the present nodes, or on those that the cluster may ever have.
+
+    The second number is 0 if the cluster does not name its groups of nodes.
+    """
+    return max(capacity(request), capacity_of(node_groups(), request))
 
 
 def scales() -> bool:
     """Return whether an autoscaler (Ray's version 2, as on Kubernetes) is alive and adds nodes for waiting requests.
 
-    An autoscaler does not report which nodes it can add. So workers that do not fit now may fit later.
+    An autoscaler does not report which nodes it can add. So workers that do not fit now may fit later, unless the
+    cluster names its groups of nodes (`node_groups`).
     """
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue] - generated
@@ -143,11 +153,3 @@ def _reserved(request: Resources, count: int) -> Iterator[PlacementGroup]:
         yield group
     finally:
         remove_placement_group(group)
-
-
-def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Return whether a node has the wanted labels.
-
-    Conditions on a label, `in(...)` (one of these values) and `!...` (not this value), are assumed to be true.
-    """
-    return all(v.startswith(("in(", "!")) or labels.get(k) == v for k, v in wanted.items())

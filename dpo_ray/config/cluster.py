@@ -82,8 +82,9 @@ class GroupConfig(StrictModel):
     """CPUs of one pod. Default: what the recipe's workers on this pod need."""
 
     memory_gib: Count | None = None
-    """Memory of one pod in GiB, of which up to half may be shared memory. Default: 4 GiB per CPU, plus 64 GiB per
-    GPU."""
+    """Memory of one pod in GiB, of which up to half may be shared memory. Default: what the planner computes for the
+    workers on the pod, but at least 64 for each GPU. If the size of the model is not known where the manifests are
+    rendered, and for pods that prepare data: 4 for each CPU and 64 for each GPU."""
 
     gpus: int | None = Field(default=None, ge=0)
     """GPUs of one pod. Default: the number that the recipe's workers on this pod need, but at most 8."""
@@ -196,11 +197,19 @@ class KubernetesConfig(StrictModel):
 
     gpu_resource: Label = "nvidia.com/gpu"
     scratch_gib: Count = 32
-    """Local disk of each pod, for Ray's logs, spilled objects and caches."""
+    """The most local disk that a pod may use, for Ray's logs, spilled objects and caches."""
+
+    reserve_scratch: bool = False
+    """Also request `scratch_gib` of each pod's node (ephemeral-storage), so that pods start only on nodes that have it.
+    With Kueue, the ClusterQueue must then cover this resource, which is not usual."""
+
+    lost_node_seconds: int = Field(default=30, ge=0)
+    """Replace a worker pod this long after Kubernetes has found that its node does not answer. Without it, Kubernetes
+    waits for 300 seconds, as it does for the pod of the head, because replacing the head ends the work of all pods."""
 
     autoscaling: bool = True
-    """Add and remove pods of `engines` and `cpu` as the work requires. Not possible with Kueue, which admits a fixed
-    number of pods."""
+    """Add and remove pods of `engines` and `cpu` as the work requires. With Kueue this needs its elastic workloads
+    (feature gate ElasticJobsViaWorkloadSlices, on by default since Kueue 0.18)."""
 
     idle_seconds: Count = 300
     """Only with autoscaling: a pod is removed when it has been idle for this time."""
@@ -235,7 +244,7 @@ class KubernetesConfig(StrictModel):
             if getattr(self.training, field) is not None:
                 raise field_error(f"training.{field}", "the number of training pods is fixed: set training.replicas")
         if self.queue is not None and self.queue.type == "kueue" and self.autoscaling:
-            raise field_error("autoscaling", "Kueue admits a fixed number of pods: set autoscaling to false")
+            self._check_elastic()
         if not self.autoscaling:
             groups = {"cpu": self.cpu, "engines": self.engines}
             for name, group in groups.items():
@@ -248,6 +257,16 @@ class KubernetesConfig(StrictModel):
         if twice:
             raise field_error("environment", f"{sorted(twice)[0]} is also one of `secrets`: set it only once")
         return self
+
+    def _check_elastic(self) -> None:
+        """Check that Kueue can admit a run whose number of pods changes: it then places no group by topology."""
+        groups = {"head": self.head, "cpu": self.cpu, "engines": self.engines, "training": self.training}
+        for name, group in groups.items():
+            if group is not None and group.placement.topology_key is not None:
+                raise field_error(
+                    f"{name}.placement.topology_key",
+                    "Kueue places pods by topology only if their number is fixed: set autoscaling to false",
+                )
 
 
 class ClusterConfig(StrictModel):

@@ -104,14 +104,22 @@ def test_a_run_does_not_turn_to_cpus_in_silence(tmp_path: Path) -> None:
 
 
 ON_A_CLUSTER_THAT_SCALES = """
-import sys, pytest, ray
+import os, sys, pytest, ray
+from dataclasses import replace
 from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
+from dpo_ray.cluster.node_groups import VARIABLE, NodeGroup, as_text
 from dpo_ray.cluster.placement import check_room, resolve_hardware
 from dpo_ray.cluster.room import scales
 from dpo_ray.config.load import load_recipe
 from dpo_ray.errors import InfrastructureError
 from pathlib import Path
+
+CPUS = NodeGroup("training", 2, 0, 8, {"dpo/role": "training"}, 4)
+
+def named(recipe, groups):
+    os.environ[VARIABLE] = as_text(groups)
+    return recipe
 
 ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
 assert not scales()
@@ -122,6 +130,16 @@ recipe = load_recipe(Path(sys.argv[1]), ["train.workers=8", "ray.address=auto"])
 check_room(recipe, ("train",), 0.0, 0.0, print)
 with pytest.raises(InfrastructureError, match="no node has a GPU"):
     resolve_hardware(recipe)
+
+# From here on the cluster names its groups, as one does that dpo-ray has rendered.
+roles = resolve_hardware(named(recipe, [CPUS])).cluster.roles
+assert (roles.train.gpus, roles.train.node_labels) == (0.0, {"dpo/role": "training"})
+assert roles.reference.node_labels == {}
+labelled = resolve_hardware(named(recipe, [CPUS]))
+check_room(labelled, ("train",), 0.0, 0.0, print)
+with pytest.raises(InfrastructureError, match="8 training workers are needed .* can hold only 6"):
+    check_room(named(labelled, [replace(CPUS, most=3)]), ("train",), 0.0, 0.0, print)
+assert resolve_hardware(named(recipe, [replace(CPUS, gpus=1)])).cluster.roles.train.gpus == 1.0
 """
 
 
@@ -133,6 +151,10 @@ def test_what_scaling_may_bring_is_waited_for_and_not_refused(tmp_path: Path) ->
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert "8 training workers are needed (each: 1 CPU), but the nodes can hold only 4" in done.stdout
+    labelled = (
+        "8 training workers are needed (each: 1 CPU, a node with dpo/role=training), but the nodes can hold only 0"
+    )
+    assert f"the run waits until it has more nodes: {labelled}" in done.stdout
 
 
 @pytest.mark.usefixtures("quick")

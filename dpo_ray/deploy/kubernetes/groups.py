@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpo_ray.capacity.host_memory import engine_bytes, export_bytes, node_gib, training_worker_bytes
+from dpo_ray.capacity.model_sizes import known_sizes
+from dpo_ray.cluster.node_groups import ROLE, NodeGroup
 from dpo_ray.cluster.resources import judge_resources
 from dpo_ray.config.cluster import GroupConfig, PlacementConfig
 from dpo_ray.config.judge import replicas_of
@@ -16,7 +19,6 @@ from dpo_ray.config.objective import uses_reference
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 
-ROLE = "dpo/role"  # a label of Ray nodes; KubeRay puts it on their pods as well
 WORKERS_PER_POD = 8  # at most, if the recipe does not set it: the usual number of GPUs in a node
 MEMORY_GIB_PER_CPU, MEMORY_GIB_PER_GPU = 4, 64
 CPUS_FOR_DATA = 4  # of a CPU pod, if the recipe does not set it
@@ -31,6 +33,8 @@ class Demand:
     gpus: float
     count: int
     most: int
+    memory_bytes: float | None = None  # of one worker, if the planner knows it
+    once_bytes: float = 0.0  # in addition, of one worker on each pod
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,11 @@ def groups(recipe: Recipe) -> list[PodGroup]:
     return sized
 
 
+def node_groups(recipe: Recipe) -> list[NodeGroup]:
+    """Return the groups as a driver on the cluster sees them: what a node has for Ray, and how many there may be."""
+    return [NodeGroup(g.name, g.cpus, g.gpus, g.memory_gib, g.labels, g.max_replicas) for g in groups(recipe)]
+
+
 def _check_labels(recipe: Recipe, judges_on_gpus: list[Demand]) -> None:
     """Check that engines that sample, and judges, request only labels of the pods on which they run.
 
@@ -143,7 +152,12 @@ def _ours(labels: dict[str, str]) -> dict[str, str]:
 
 def _trainer(recipe: Recipe) -> Demand:
     cpus, workers = recipe.cluster.roles.train.cpus, recipe.train.workers
-    return Demand("a training worker", cpus, gpus(recipe).train, workers, workers)
+    each, sizes = gpus(recipe).train, known_sizes(recipe.model)
+    if sizes is None:
+        return Demand("a training worker", cpus, each, workers, workers)
+    memory = training_worker_bytes(recipe, sizes, on_gpu=each > 0)
+    export = export_bytes(recipe, sizes, on_gpu=each > 0)
+    return Demand("a training worker", cpus, each, workers, workers, memory, export)
 
 
 def _engines(recipe: Recipe) -> list[Demand]:
@@ -152,7 +166,9 @@ def _engines(recipe: Recipe) -> list[Demand]:
     count = reference.replicas if scores or recipe.online is not None else int(recipe.evaluate.sample_prompts > 0)
     most = max(count, reference.max_replicas or 0) if count else 0
     cpus = max(roles.reference.cpus, roles.sample.cpus or 0)
-    return [Demand("an engine", cpus, gpus(recipe).engine, count, most)] if count else []
+    each, sizes = gpus(recipe).engine, known_sizes(recipe.model)
+    memory = None if sizes is None else engine_bytes(recipe, sizes, on_gpu=each > 0)
+    return [Demand("an engine", cpus, each, count, most, memory)] if count else []
 
 
 def _judges(recipe: Recipe) -> tuple[list[Demand], list[Demand]]:
@@ -205,7 +221,7 @@ def _sized(
             fix=f"set at least {own}, make the pods larger, or request less in the recipe",
         )
     low = (group.min_replicas or 0) if scales else replicas
-    memory = group.memory_gib or MEMORY_GIB_PER_CPU * cpus + MEMORY_GIB_PER_GPU * gpu_count
+    memory = group.memory_gib or _memory_gib(demands, guests, side_by_side, cpus, gpu_count)
     return PodGroup(
         name,
         labels,
@@ -251,14 +267,40 @@ def _shape(group: GroupConfig, demands: list[Demand], where: str) -> tuple[int, 
     return max(cpus, 1), gpu_count
 
 
+def _memory_gib(
+    demands: Sequence[Demand], guests: Sequence[Demand], side_by_side: bool, cpus: int, gpu_count: int
+) -> int:
+    """Return the memory of one pod: what the planner computes for as many workers as fit on it.
+
+    A pod with GPUs has 64 GiB for each at least, as most nodes with GPUs have. If the memory of some workers is not
+    known, a pod has 4 GiB for each CPU and 64 GiB for each GPU.
+    """
+    least = MEMORY_GIB_PER_GPU * gpu_count
+    own, visiting = ([_bytes_on_pod(d, cpus, gpu_count) for d in each] for each in (demands, guests))
+    if None in (*own, *visiting):
+        return MEMORY_GIB_PER_CPU * cpus + least
+    together = sum if side_by_side else max
+    return max(node_gib(together((sum(filter(None, own)), sum(filter(None, visiting))))), least)
+
+
+def _bytes_on_pod(demand: Demand, cpus: int, gpu_count: int) -> float | None:
+    if demand.memory_bytes is None:
+        return None
+    return min(demand.most, _fits(demand, cpus, gpu_count)) * demand.memory_bytes + demand.once_bytes
+
+
+def _fits(demand: Demand, cpus: int, gpu_count: int) -> int:
+    """Return how many workers fit on one pod by their CPUs and GPUs."""
+    fits = math.floor(cpus / demand.cpus)
+    return min(fits, math.floor(gpu_count / demand.gpus)) if demand.gpus else fits
+
+
 def _pods(demand: Demand, cpus: int, gpu_count: int, count: int) -> float:
     """Return how many pods `count` workers fill.
 
     A partly filled pod counts as a fraction, because other workers may use its free CPUs and GPUs.
     """
-    fits = math.floor(cpus / demand.cpus)
-    if demand.gpus:
-        fits = min(fits, math.floor(gpu_count / demand.gpus))
+    fits = _fits(demand, cpus, gpu_count)
     full, rest = divmod(count, fits)
     return full + rest / fits
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_ray import __version__
+from dpo_ray.cluster.node_groups import ROLE, VARIABLE, as_text
 from dpo_ray.config.cluster import KubernetesConfig, PlacementConfig
 from dpo_ray.config.recipe import Recipe
 
-from .groups import ROLE, PodGroup, groups
+from .groups import PodGroup, groups, node_groups
 from .recipe import RECIPE_DIRECTORY
 
 Json = dict[str, Any]
@@ -18,6 +19,7 @@ USER = 1000  # the user id in the image
 STOP_SECONDS = 600  # a stopped driver first commits a checkpoint; the default of Ray is 3
 GRACE_SECONDS = 120
 TOKEN_DIRECTORY = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - where the API's clients look
+LOST_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 SCRATCH = {"name": "scratch", "mountPath": "/tmp"}  # noqa: S108 - Ray's logs and spilled objects are there
 
 POD_SECURITY: Json = {
@@ -53,6 +55,7 @@ def head_template(recipe: Recipe, name: str) -> Json:
         {"name": "metrics", "containerPort": 8080},
     ]
     container["env"].append({"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_SECONDS)})
+    container["env"].append({"name": VARIABLE, "value": as_text(node_groups(recipe))})
     container["volumeMounts"].append({"name": "recipe", "mountPath": RECIPE_DIRECTORY, "readOnly": True})
     spec = _spec(profile, name, "head", container, head.placement, head.memory_gib)
     spec["volumes"].append({"name": "recipe", "configMap": {"name": f"{name}-recipe"}})
@@ -72,6 +75,7 @@ def worker_template(recipe: Recipe, name: str, group: PodGroup) -> Json:
     for part in container["resources"].values():
         part |= {device: str(count) for device, count in devices.items()}
     spec = _spec(profile, name, group.labels[ROLE], container, group.placement, group.memory_gib)
+    spec["tolerations"] = [*spec.get("tolerations", ()), *_lost_node(profile, group.placement)]
     return _template(profile, name, group.labels[ROLE], spec, group.placement)
 
 
@@ -105,7 +109,9 @@ def _container(recipe: Recipe, name: str, cpus: int, memory_gib: int) -> Json:
     secrets = [
         {"name": s.variable, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key}}} for s in profile.secrets
     ]
-    amounts = {"cpu": str(cpus), "memory": f"{memory_gib}Gi", "ephemeral-storage": f"{profile.scratch_gib}Gi"}
+    amounts = {"cpu": str(cpus), "memory": f"{memory_gib}Gi"}
+    if profile.reserve_scratch:  # a limit alone would be a request as well, for which few queues have a quota
+        amounts["ephemeral-storage"] = f"{profile.scratch_gib}Gi"
     mounts: list[Json] = [dict(SCRATCH), {"name": "shared-memory", "mountPath": "/dev/shm"}]  # noqa: S108
     if profile.storage is not None:
         mounts.append({"name": "storage", "mountPath": profile.storage.mount})
@@ -146,20 +152,30 @@ def _spec(
         spec["nodeSelector"] = dict(placement.node_selector)
     if placement.tolerations:
         spec["tolerations"] = [t.model_dump(exclude_none=True) for t in placement.tolerations]
-    if placement.topology_key is not None and not _by_kueue(profile):
+    if placement.topology_key is not None and not by_kueue(profile):
         term = {"topologyKey": placement.topology_key, "labelSelector": {"matchLabels": {RUN: name, ROLE: role}}}
         spec["affinity"] = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
     return spec
 
 
+def _lost_node(profile: KubernetesConfig, placement: PlacementConfig) -> list[Json]:
+    """Return the tolerations after whose time Kubernetes replaces a pod of a lost node, except those that are set."""
+    own = {toleration.key for toleration in placement.tolerations}
+    return [
+        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": profile.lost_node_seconds}
+        for key in LOST_NODE_TAINTS
+        if key not in own
+    ]
+
+
 def _template(profile: KubernetesConfig, name: str, role: str, spec: Json, placement: PlacementConfig) -> Json:
     metadata: Json = {"labels": {RUN: name, ROLE: role}}
-    if placement.topology_key is not None and _by_kueue(profile):
+    if placement.topology_key is not None and by_kueue(profile):
         metadata["annotations"] = {"kueue.x-k8s.io/podset-required-topology": placement.topology_key}
     return {"metadata": metadata, "spec": spec}
 
 
-def _by_kueue(profile: KubernetesConfig) -> bool:
+def by_kueue(profile: KubernetesConfig) -> bool:
     return profile.queue is not None and profile.queue.type == "kueue"
 
 

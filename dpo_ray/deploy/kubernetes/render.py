@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 import yaml
 
+from dpo_ray.cluster.node_groups import ROLE
 from dpo_ray.config.cluster import MAX_RAYJOB_NAME, QueueConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
 
-from .groups import ROLE, PodGroup, groups
+from .groups import PodGroup, groups
 from .network import egress_ports
-from .pods import RUN, Json, autoscaler_options, head_template, worker_template
+from .pods import RUN, Json, autoscaler_options, by_kueue, head_template, worker_template
 from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files
+from .rules import ELASTIC_JOB
 
 RAY_VERSION = "2.60.0"
 DASHBOARD_PORT, METRICS_PORT, DNS_PORT = 8265, 8080, 53
@@ -72,7 +74,7 @@ def _ray_object(recipe: Recipe, name: str, kind: Kind) -> Json:
     return {
         "apiVersion": "ray.io/v1",
         "kind": kind,
-        "metadata": {"name": name, "labels": _labels(name) | _queue_labels(name, queue)},
+        "metadata": {"name": name, "labels": _labels(name) | _queue_labels(name, queue), **_elastic(recipe)},
         "spec": _job_spec(recipe, name) if job else _cluster_spec(recipe, name) | _suspended(queue),
     }
 
@@ -146,6 +148,14 @@ def _queue_labels(name: str, queue: QueueConfig | None) -> dict[str, str]:
         "yunikorn.apache.org/queue": queue.name,
         "ray.io/gang-scheduling-enabled": "true",
     } | priority
+
+
+def _elastic(recipe: Recipe) -> Json:
+    """Return the annotation with which Kueue admits more pods of a run while it runs; return {} if it needs none."""
+    profile = recipe.cluster.kubernetes
+    if not (by_kueue(profile) and profile.autoscaling):
+        return {}
+    return {"annotations": {ELASTIC_JOB: "true"}}
 
 
 def _service_account(name: str) -> Json:

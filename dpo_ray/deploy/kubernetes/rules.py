@@ -27,6 +27,9 @@ FEATURE_GATES = {  # disabled unless the operator is installed with them
     "tlsOptions": "RayClusterMTLS",
     "historyServerOptions": "RayClusterHistoryServer",
 }
+KUEUE_QUEUE, ELASTIC_JOB = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/elastic-job"
+KUEUE_TOPOLOGY = ("kueue.x-k8s.io/podset-required-topology", "kueue.x-k8s.io/podset-preferred-topology")
+MAX_KUEUE_GROUPS = 7  # of workers: Kueue admits eight sets of pods at most, and one of them is the head
 DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_KEY = re.compile(
@@ -57,17 +60,13 @@ def _ray_job(manifest: Json) -> Iterator[Violation]:
     yield from _deletion(spec)
     if _is_token_of_kubernetes(spec.get("rayClusterSpec") or {}):
         yield Violation("spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "is not supported for a RayJob")
-    queue = (metadata.get("labels") or {}).get("kueue.x-k8s.io/queue-name")
-    if queue and (spec.get("rayClusterSpec") or {}).get("enableInTreeAutoscaling"):
-        yield Violation(
-            "spec.rayClusterSpec.enableInTreeAutoscaling", "Kueue admits a fixed number of pods: set it to false"
-        )
-    if queue and not spec.get("shutdownAfterJobFinishes"):
+    if (metadata.get("labels") or {}).get(KUEUE_QUEUE) and not spec.get("shutdownAfterJobFinishes"):
         yield Violation(
             "spec.shutdownAfterJobFinishes", "Kueue releases the quota only of a job that shuts down: set it to true"
         )
     if spec.get("rayClusterSpec"):
         yield from _cluster(spec["rayClusterSpec"], metadata.get("annotations") or {}, "spec.rayClusterSpec")
+        yield from _kueue(metadata, spec["rayClusterSpec"], "spec.rayClusterSpec")
 
 
 def _submission(spec: Json) -> Iterator[Violation]:
@@ -172,6 +171,32 @@ def _deletion_policy(spec: Json, policy: str | None, where: str, scales: bool) -
 def _ray_cluster(manifest: Json) -> Iterator[Violation]:
     yield from _name(manifest["metadata"].get("name"), MAX_RAYCLUSTER_NAME)
     yield from _cluster(manifest["spec"], manifest["metadata"].get("annotations") or {}, "spec")
+    yield from _kueue(manifest["metadata"], manifest["spec"], "spec")
+
+
+def _kueue(metadata: Json, spec: Json, where: str) -> Iterator[Violation]:
+    """Check what the webhooks of Kueue 0.17 require of a cluster in a queue."""
+    if not (metadata.get("labels") or {}).get(KUEUE_QUEUE):
+        return
+    workers = spec.get("workerGroupSpecs") or []
+    if len(workers) > MAX_KUEUE_GROUPS:
+        yield Violation(f"{where}.workerGroupSpecs", f"{len(workers)} groups: Kueue admits at most {MAX_KUEUE_GROUPS}")
+    for number, group in enumerate(workers):
+        if group["groupName"] == "head":
+            yield Violation(f"{where}.workerGroupSpecs[{number}].groupName", "Kueue uses this name for Ray's head")
+    elastic = (metadata.get("annotations") or {}).get(ELASTIC_JOB) == "true"
+    if spec.get("enableInTreeAutoscaling") and not elastic:
+        yield Violation(
+            f"{where}.enableInTreeAutoscaling",
+            f"Kueue admits a changing number of pods only with the annotation {ELASTIC_JOB}: 'true'",
+        )
+    groups = {"headGroupSpec": spec["headGroupSpec"]}
+    groups |= {f"workerGroupSpecs[{number}]": group for number, group in enumerate(workers)}
+    for at, group in groups.items() if elastic else ():
+        annotations = (group["template"].get("metadata") or {}).get("annotations") or {}
+        for key in KUEUE_TOPOLOGY:
+            if key in annotations:
+                yield Violation(f"{where}.{at}.template.metadata.annotations.{key}", "not allowed in an elastic job")
 
 
 def _cluster(spec: Json, annotations: dict[str, str], where: str) -> Iterator[Violation]:

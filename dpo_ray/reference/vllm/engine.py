@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from dpo_ray.errors import ConfigError, EngineError
-from dpo_ray.models.adapter import Adapter, read_adapter
+from dpo_ray.errors import ConfigError, DpoRayError, EngineError
+from dpo_ray.reference.native_libraries import how_to_fix, library_faults, what_is_wrong
 from dpo_ray.reference.scorer import ScorerSettings
+
+if TYPE_CHECKING:
+    from dpo_ray.models.adapter import Adapter
 
 # vLLM reads these when it is imported. They keep the engine's core in the actor's own process. So its schedule depends
 # only on the requests, and it ends together with the actor.
@@ -55,10 +58,10 @@ def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> 
     os.environ.update(ENVIRONMENT | (CPU_ENVIRONMENT if settings.device == "cpu" else {}))
     # Failures are raised as exceptions; vLLM's warnings concern options set here on purpose, some at every request.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
-
     with start_errors(settings):
+        from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
+
         llm = LLM(**options, **_sizes(settings, EngineArgs(**options).create_engine_config()))
         if (adapter := adapter_request(settings)) is not None:
             llm.llm_engine.add_lora(adapter)
@@ -67,16 +70,21 @@ def start_engine(settings: ScorerSettings, *, enable_sampling: bool = False) -> 
 
 @contextmanager
 def start_errors(settings: ScorerSettings) -> Iterator[None]:
-    """Convert any exception that vLLM raises while it starts inside the `with` block to an EngineError."""
+    """Convert any exception that vLLM raises inside the `with` block, in which it starts, to an EngineError.
+
+    If this machine cannot load a native library of vLLM, the error names that library, because vLLM's exception does not.
+    """
     try:
         yield
-    except (RuntimeError, ValueError, AssertionError, OSError) as error:
+    except DpoRayError:
+        raise
+    except Exception as error:
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise EngineError(
-            f"vLLM does not start: {(text.strip() or repr(error)).splitlines()[0]}",
-            where=settings.model_dir,
-            fix="see the engine's log above; `dpo-ray doctor` checks the installation; reference.engine=trainer needs no vLLM",
-        ) from error
+        what = f"vLLM does not start: {(text.strip() or repr(error)).splitlines()[0]}"
+        fix = "see the engine's log above; `dpo-ray doctor` checks the installation; reference.engine=trainer needs no vLLM"
+        if faults := library_faults():
+            what, fix = f"vLLM does not start: {what_is_wrong(faults)}", how_to_fix(faults)
+        raise EngineError(what, where=settings.model_dir, fix=fix) from error
 
 
 def adapter_request(settings: ScorerSettings, number: int = 1) -> Any | None:
@@ -113,6 +121,8 @@ def can_load(started: ScorerSettings, now: ScorerSettings, wanted: ScorerSetting
 
 
 def _room(adapter_dir: str) -> dict[str, Any]:
+    from dpo_ray.models.adapter import read_adapter  # it imports torch, which who only asks for sizes does not need
+
     return lora_options(read_adapter(Path(adapter_dir)))
 
 
@@ -147,7 +157,7 @@ def _options(settings: ScorerSettings, enable_sampling: bool) -> dict[str, Any]:
     else:
         options["gpu_memory_utilization"] = settings.gpu_memory_fraction
     if settings.adapter_dir is not None:
-        options |= lora_options(read_adapter(Path(settings.adapter_dir)))
+        options |= _room(settings.adapter_dir)
     return options
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from dpo_ray.cluster.node_groups import VARIABLE, node_groups
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.deploy.kubernetes.groups import groups
 from dpo_ray.deploy.kubernetes.render import render, text
@@ -21,6 +22,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "an image of a registry": (".image=registry.example.org/dpo-ray:0.1.0", ".image_pull_secrets=[registry]"),
     "a namespace": (".namespace=research", ".name=first-run"),
     "Kueue": (".queue={type: kueue, name: research}", ".autoscaling=false"),
+    "Kueue with elastic engines": (".queue={type: kueue, name: research}", ".engines={max_replicas: 8}"),
     "Kueue with a priority": (".queue={type: kueue, name: research, priority_class: high}", ".autoscaling=false"),
     "Kueue with a topology": (
         ".queue={type: kueue, name: research}",
@@ -50,6 +52,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "deadlines": (".deadline_seconds=172800", ".start_deadline_seconds=7200", ".ttl_seconds=0", ".retries=0"),
     "a large head": (".head={cpus: 8, memory_gib: 64, placement: {node_selector: {pool: heads}}}",),
     "more disk": (".scratch_gib=500",),
+    "disk that is reserved": (".scratch_gib=500", ".reserve_scratch=true"),
+    "lost nodes that are waited for": (".lost_node_seconds=300",),
     "many engines": ("reference.replicas=6", "reference.max_replicas=24"),
     "streaming": ("reference.mode=streaming",),
 }
@@ -177,6 +181,19 @@ def test_engines_ask_for_the_label_that_their_pods_have():
     assert shared.cluster.roles.reference.node_labels == {}
 
 
+def test_the_head_names_the_groups_for_recipes_that_are_submitted(monkeypatch):
+    manifests = made("zephyr_7b_dpo", (), "RayCluster")
+    spec = manifests["RayCluster"]["spec"]
+    environment = {e["name"]: e.get("value") for e in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    monkeypatch.setenv(VARIABLE, environment[VARIABLE])
+    for group, rendered in zip(node_groups(), spec["workerGroupSpecs"], strict=True):
+        own = limits(rendered)
+        assert (group.name, group.most) == (rendered["groupName"], rendered["maxReplicas"])
+        assert (f"{group.cpus}", f"{group.memory_gib}Gi") == (own["cpu"], own["memory"])
+        assert group.gpus == int(own.get("nvidia.com/gpu", 0))
+        assert group.labels == rendered["labels"]
+
+
 def test_gpus_are_said_outright_because_the_driver_sees_none():
     manifests = made("quickstart", ON_GPUS)
     there = validate_recipe(yaml.safe_load(manifests["ConfigMap"]["data"]["recipe.yaml"]))
@@ -202,6 +219,39 @@ def test_gpus_are_said_outright_because_the_driver_sees_none():
 def test_pods_follow_from_workers(overrides, name, replicas, gpus, cpus):
     group = next(g for g in groups(recipe("tulu3_70b_dpo", *overrides)) if g.name == name)
     assert (group.replicas, group.gpus, group.cpus) == (replicas, gpus, cpus)
+
+
+def memory(name, pipeline, *overrides):
+    group = next(g for g in groups(recipe(pipeline, *overrides)) if g.name == name)
+    return group.memory_gib
+
+
+ON_CPUS = (".training={gpus: 0}", ".engines={gpus: 0}", "cluster.roles.train.gpus=0", "cluster.roles.reference.gpus=0")
+
+
+def test_memory_follows_from_the_model_where_it_is_known():
+    # 7.2 billion parameters with gradients and Adam's two moments in float32 take 108 GiB, a copy of the state more
+    assert 108 < memory("training", "zephyr_7b_dpo", *ON_CPUS, "train.workers=1") < 500
+    assert 27 < memory("engines", "zephyr_7b_dpo", *ON_CPUS, "reference.replicas=1") < 108
+    unknown = ("model.path=example/unheard-of", *ON_CPUS, "train.workers=1", "cluster.roles.train.cpus=3")
+    assert memory("training", "zephyr_7b_dpo", *unknown) == 4 * 3
+    assert memory("training", "zephyr_7b_dpo", *ON_CPUS, ".training.memory_gib=9") == 9
+    assert memory("cpu", "zephyr_7b_dpo", *ON_CPUS) == 16
+
+
+def test_a_pod_with_gpus_has_what_is_offloaded_and_at_least_64_gib_for_each():
+    assert memory("training", "zephyr_7b_dpo") == 8 * 64
+    offloaded = ("train.workers=8", "train.sharding={cpu_offload: true, shard_workers: null}")
+    assert memory("training", "tulu3_70b_dpo", *offloaded) > 8 * 16 * 70 / 8  # bytes per parameter, in billions
+    unknown = memory("training", "zephyr_7b_dpo", "model.path=example/unheard-of", ".training={cpus: 32}")
+    assert unknown == 4 * 32 + 64 * 8
+
+
+def test_engines_beside_training_have_memory_of_their_own():
+    shared = (".engines=null", ".training.cpus=8")
+    one_after_the_other = memory("training", "quickstart", *shared)
+    assert one_after_the_other == memory("training", "quickstart", ".training.cpus=8")
+    assert memory("training", "quickstart", *shared, "reference.mode=streaming") > one_after_the_other
 
 
 def test_engines_scale_to_nothing_and_training_never_does():
@@ -338,7 +388,7 @@ def test_what_can_never_run_is_refused(overrides, field):
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        (".queue={type: kueue, name: research}", "autoscaling"),
+        (".lost_node_seconds=-1", "lost_node_seconds"),
         (".queue={type: slurm, name: research}", "queue.type"),
         (".training={max_replicas: 4}", "training.max_replicas"),
         (".engines={replicas: 4, max_replicas: 2}", "engines.max_replicas"),
@@ -357,6 +407,52 @@ def test_what_can_never_run_is_refused(overrides, field):
 def test_a_wrong_profile_is_refused_with_the_field(override, field):
     with pytest.raises(ConfigError, match=f"cluster.kubernetes.*{field.replace('[', '.').split('.')[-1]}"):
         recipe("quickstart", override)
+
+
+def test_kueue_admits_a_changing_number_of_engines_but_places_them_by_topology_only_if_it_is_fixed():
+    queue = ".queue={type: kueue, name: research}"
+    elastic = made("quickstart", (queue, "reference.replicas=4", "reference.max_replicas=40"))
+    assert elastic["RayJob"]["metadata"]["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
+    assert cluster_spec(elastic)["enableInTreeAutoscaling"] is True
+    assert [worker(elastic, name)["minReplicas"] for name in ("engines", "training")] == [0, 1]
+    assert [worker(elastic, name)["maxReplicas"] for name in ("engines", "training")] == [10, 1]
+    assert "annotations" not in made("quickstart", (queue, ".autoscaling=false"))["RayJob"]["metadata"]
+    assert "annotations" not in made("quickstart")["RayJob"]["metadata"]
+    with pytest.raises(ConfigError, match="only if their number is fixed: set autoscaling to false") as refused:
+        recipe("quickstart", queue, ".training={placement: {topology_key: cloud.google.com/gce-topology-block}}")
+    assert "training.placement.topology_key" in str(refused.value)
+
+
+def test_local_disk_is_requested_only_where_the_profile_asks_for_it():
+    assert "ephemeral-storage" not in json.dumps(made("quickstart"))
+    reserved = made("quickstart", OPTIONS["disk that is reserved"])
+    for template in templates(reserved):
+        resources = template["spec"]["containers"][0]["resources"]
+        assert [part["ephemeral-storage"] for part in resources.values()] == ["500Gi", "500Gi"]
+
+
+def test_the_pods_of_a_lost_node_are_replaced_soon_but_not_the_head():
+    def seconds(template):
+        taints = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+        found = {t["key"]: t for t in template["spec"].get("tolerations", ()) if t["key"] in taints}
+        assert all(t["operator"] == "Exists" and t["effect"] == "NoExecute" for t in found.values())
+        return [found[key]["tolerationSeconds"] for key in taints if key in found]
+
+    head, *workers = templates(made("quickstart"))
+    assert seconds(head) == []
+    assert [seconds(template) for template in workers] == [[30, 30]] * 3
+    assert seconds(templates(made("quickstart", (".lost_node_seconds=0",)))[1]) == [0, 0]
+    own = (
+        ".training.placement={tolerations: ["
+        + TOLERATION
+        + ", {key: node.kubernetes.io/unreachable, effect: NoExecute}]}"
+    )
+    tolerations = worker(made("quickstart", (own,)), "training")["template"]["spec"]["tolerations"]
+    assert [(t["key"], t.get("tolerationSeconds")) for t in tolerations] == [
+        ("nvidia.com/gpu", None),
+        ("node.kubernetes.io/unreachable", None),
+        ("node.kubernetes.io/not-ready", 30),
+    ]
 
 
 EXAMPLE_OVERRIDES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -126,6 +126,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def queued(annotations):
+    """Return the changes that put a sound RayJob into a queue of Kueue."""
+    return {"metadata.labels": {"kueue.x-k8s.io/queue-name": "research"}, "metadata.annotations": annotations}
+
+
+ELASTIC = {"kueue.x-k8s.io/elastic-job": "true"}
+
+
 @pytest.mark.parametrize("manifest", [sound_ray_job(), sound_ray_cluster()], ids=["RayJob", "RayCluster"])
 def test_sound_manifests_pass(manifest):
     assert violations(manifest) == []
@@ -137,6 +145,36 @@ def test_broken_manifests_are_refused_with_the_field_named(changes, field):
     for path, value in changes.items():
         changed(manifest, path, value)
     assert field in [finding.field for finding in violations(manifest)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({}, None),
+        ({"metadata.annotations": {"kueue.x-k8s.io/elastic-job": "yes"}}, f"{CLUSTER}.enableInTreeAutoscaling"),
+        ({"spec.shutdownAfterJobFinishes": False, "spec.ttlSecondsAfterFinished": 0}, "spec.shutdownAfterJobFinishes"),
+        ({f"{TRAIN}.groupName": "head"}, f"{TRAIN}.groupName"),
+        (
+            {f"{TRAIN}.template.metadata": {"annotations": {"kueue.x-k8s.io/podset-required-topology": "block"}}},
+            f"{TRAIN}.template.metadata.annotations.kueue.x-k8s.io/podset-required-topology",
+        ),
+    ],
+)
+def test_what_kueue_requires_of_a_job_whose_pods_change_in_number(changes, field):
+    manifest = sound_ray_job()
+    for path, value in (queued(ELASTIC) | changes).items():
+        changed(manifest, path, value)
+    assert [finding.field for finding in violations(manifest)] == ([] if field is None else [field])
+
+
+def test_kueue_admits_seven_groups_of_workers():
+    cluster = sound_ray_cluster()
+    cluster["metadata"] |= {"labels": {"kueue.x-k8s.io/queue-name": "research"}, "annotations": ELASTIC}
+    group = cluster["spec"]["workerGroupSpecs"][0]
+    cluster["spec"]["workerGroupSpecs"] = [group | {"groupName": f"data-{number}"} for number in range(7)]
+    assert violations(cluster) == []
+    cluster["spec"]["workerGroupSpecs"].append(group | {"groupName": "data-7"})
+    assert [finding.field for finding in violations(cluster)] == ["spec.workerGroupSpecs"]
 
 
 def test_deletion_rules_keep_their_order():
