@@ -1,4 +1,4 @@
-"""The commands that run a recipe on Kubernetes: render, validate, apply, watch."""
+"""The commands that run a recipe on Kubernetes: render, validate, apply, watch; those for its runs are registered here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dpo_ray.errors import ConfigError, LostSightError
+
+from .kubernetes_runs import delete, list_runs, logs, stop
 
 if TYPE_CHECKING:
     from dpo_ray.config.recipe import Recipe
@@ -116,6 +118,11 @@ def watch(
 
     cluster = Cluster(context, patience_seconds=outage_seconds, say=_say)
     _follow(cluster, recipe, _loaded(recipe, overrides), from_start=False, head_lost_seconds=head_lost_seconds)
+
+
+kubernetes.command("list")(list_runs)
+for command in (stop, delete, logs):
+    kubernetes.command()(command)
 
 
 def _follow(cluster: Any, file: Path, recipe: Recipe, *, from_start: bool, head_lost_seconds: float) -> None:

@@ -42,6 +42,8 @@ class Server:
         self.steps: list[Callable[[Server], None]] = []  # what happens at each question about a RayJob
         self.failures: list[int] = []  # the next answers; 0: the connection is cut
         self.token: str | None = None  # the only login that is accepted
+        self.cascades = True  # the pods of a RayJob are deleted with it
+        self.phase = "Running"  # of pods that are created
         self.pod_root: Path | None = None  # stands for the root directory of every pod
 
     def answer(self, method: str, target: str, body: Any) -> tuple[int, Any]:
@@ -56,6 +58,7 @@ class Server:
         if method == "GET" and plural in self.forbidden:
             return 403, _status(403, f"{plural} is forbidden")
         if method == "POST":
+            body.setdefault("status", {"phase": self.phase} if kind == "Pod" else {})
             return 201, self.objects.setdefault((kind, body["metadata"]["name"]), body)
         if not rest:
             return 200, {"kind": f"{kind}List", "items": self._listed(kind, parse_qs(url.query))}
@@ -73,6 +76,9 @@ class Server:
         if key not in self.objects:
             return 404, _status(404, f"{plural} {key[1]!r} not found")
         if method == "DELETE":
+            if key[0] == "RayJob" and self.cascades:
+                for pod in self._listed("Pod", {"labelSelector": [f"dpo-ray/run={key[1]}"]}):
+                    del self.objects["Pod", pod["metadata"]["name"]]
             return 200, self.objects.pop(key)
         found = dict(self.objects[key])
         if key[0] == "RayJob" and self.states:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import struct
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -26,6 +27,8 @@ def run_command(handler: BaseHTTPRequestHandler, query: dict[str, list[str]], ro
     handler.send_header("Sec-WebSocket-Protocol", "v4.channel.k8s.io")
     handler.end_headers()
     command = [_inside(word, root) for word in query["command"]]
+    if command[0] == "python":
+        command[0] = sys.executable
     given = query.get("stdin") == ["True"]
     process = subprocess.Popen(
         command,

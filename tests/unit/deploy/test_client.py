@@ -58,7 +58,7 @@ def test_replacing_names_the_pods_that_are_waited_for(server, monkeypatch):
     monkeypatch.setattr("dpo_ray.deploy.kubernetes.apply.TOLD_EVERY_SECONDS", 0.0)
     server.objects["RayJob", "run"] = {"metadata": {"name": "run"}}
     head = {"metadata": {"name": "run-head", "labels": {"dpo-ray/run": "run"}, "deletionGracePeriodSeconds": 120}}
-    server.objects["Pod", "run-head"] = head
+    server.objects["Pod", "run-head"], server.cascades = head, False
     lines = []
     for line in apply(Cluster(), manifests(), replace=True):
         lines.append(line)
