@@ -39,7 +39,7 @@ def list_runs(namespace: Namespace = None, context: Context = None, as_json: Jso
     from dpo_ray.deploy.kubernetes.runs import every
 
     place = namespace or default_namespace(context)
-    runs = every(_cluster(context), place)
+    runs = every(cluster_of(context), place)
     if as_json:
         typer.echo(json.dumps([run._asdict() for run in runs]))
         return
@@ -74,7 +74,7 @@ def stop(
 
     where, run = _named(name, namespace, context)
     try:
-        runs.stop(_cluster(context), where, run, grace_seconds, _say, typer.echo)
+        runs.stop(cluster_of(context), where, run, grace_seconds, say, typer.echo)
     except KeyboardInterrupt:
         again = f"dpo-ray kubernetes stop {run} --namespace {where}"
         typer.echo(f"\n{run}: if its driver was asked to stop, it still does; to wait again: {again}", err=True)
@@ -97,7 +97,7 @@ def delete(
     from dpo_ray.deploy.kubernetes import runs
 
     where, run = _named(name, namespace, context)
-    cluster = _cluster(context)
+    cluster = cluster_of(context)
     place = _place(cluster, name, namespace, context) if results else None
     if place is not None and not yes:
         typer.confirm(f"delete {place.directory} on the volume at {place.mount}?", abort=True)
@@ -106,7 +106,7 @@ def delete(
     if place is not None:
         from dpo_ray.deploy.kubernetes.stored_files import delete_directory
 
-        with _files_pod(cluster, place) as pod:
+        with opened_files_pod(cluster, place) as pod:
             delete_directory(cluster, place, pod)
         kept = f"{place.recipe['output']}/artifacts"
         typer.echo(f"{place.directory}: deleted; other runs share {kept}, which stays")
@@ -132,7 +132,7 @@ def logs(
     from dpo_ray.deploy.kubernetes.runs import live_log
 
     where, run = _named(name, namespace, context)
-    cluster = _cluster(context)
+    cluster = cluster_of(context)
     if attempt is None and file is None:
         if follow:
             _follow(cluster, where, run)
@@ -146,7 +146,7 @@ def logs(
 def _print_stored(cluster: Cluster, place: Place, attempt: int | None, file: str | None) -> None:
     from dpo_ray.deploy.kubernetes import stored_files
 
-    with _files_pod(cluster, place) as pod:
+    with opened_files_pod(cluster, place) as pod:
         found = stored_files.logs(cluster, place, pod)
         number = stored_files.chosen(found, attempt)
         others = [each for each in found[number] if each != stored_files.DRIVER_LOG]
@@ -167,7 +167,7 @@ def _follow(cluster: Cluster, namespace: str, name: str) -> None:
     from dpo_ray.deploy.kubernetes.watch import watch
 
     try:
-        state = watch(cluster, namespace, name, _say, typer.echo, from_start=True)
+        state = watch(cluster, namespace, name, say, typer.echo, from_start=True)
     except KeyboardInterrupt:
         typer.echo(
             f"\nthe run goes on without this command; to look again: dpo-ray kubernetes logs {name} -f", err=True
@@ -177,18 +177,20 @@ def _follow(cluster: Cluster, namespace: str, name: str) -> None:
 
 
 @contextmanager
-def _files_pod(cluster: Cluster, place: Place) -> Iterator[str]:
+def opened_files_pod(cluster: Cluster, place: Place) -> Iterator[str]:
+    """Start a pod that mounts the volume of a run, and delete it at the end of the `with` block; yield its name."""
     from dpo_ray.deploy.kubernetes.files_pod import files_pod
 
     typer.echo(f"{place.name}: starting a small pod that mounts the volume", err=True)
-    with files_pod(cluster, place, _say) as pod:
+    with files_pod(cluster, place, say) as pod:
         yield pod
 
 
-def _cluster(context: str | None) -> Cluster:
+def cluster_of(context: str | None) -> Cluster:
+    """Return a connection to a cluster, which reports outages on standard error."""
     from dpo_ray.deploy.kubernetes.client import Cluster
 
-    return Cluster(context, say=_say)
+    return Cluster(context, say=say)
 
 
 def _named(target: str, namespace: str | None, context: str | None) -> tuple[str, str]:
@@ -226,6 +228,6 @@ def _loaded(target: str) -> Any:
     return load_recipe(Path(target), [])
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print what happens, with the time, to standard error: standard output has the log alone."""
     typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
