@@ -96,6 +96,12 @@ class JudgeError(DpoRayError):
     exit_code = 10
 
 
+class LostSightError(DpoRayError):
+    """The Kubernetes API server does not answer. A run there goes on, and how it ends is not known."""
+
+    exit_code = 11
+
+
 class StoppedError(DpoRayError):
     """Stopped by SIGTERM; the same command continues from the committed work."""
 
@@ -116,6 +122,7 @@ EXIT_CODES = {
             EngineError,
             InfrastructureError,
             JudgeError,
+            LostSightError,
             StoppedError,
         )
     },

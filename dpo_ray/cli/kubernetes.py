@@ -1,14 +1,19 @@
-"""The commands that run a recipe on Kubernetes: render, validate, apply, watch."""
+"""The commands that run a recipe on Kubernetes: render, validate, apply, watch; those for its runs are registered here."""
 
 from __future__ import annotations
 
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dpo_ray.errors import ConfigError
+from dpo_ray.errors import ConfigError, LostSightError
+
+from .kubernetes_files import upload
+from .kubernetes_runs import delete, list_runs, logs, stop
 
 if TYPE_CHECKING:
     from dpo_ray.config.recipe import Recipe
@@ -30,6 +35,16 @@ Kind = Annotated[
 ]
 Context = Annotated[
     str | None, typer.Option(metavar="NAME", help="A context of the kubeconfig. Default: its current context.")
+]
+
+OUTAGE_SECONDS, HEAD_LOST_SECONDS = 600.0, 600.0
+Outage = Annotated[
+    float,
+    typer.Option(min=0, help="How long to wait for an API server that no longer answers. The run does not need it."),
+]
+HeadLost = Annotated[
+    float,
+    typer.Option(min=0, help="How long a head that was lost may be away before the command ends with exit code 9."),
 ]
 
 
@@ -72,35 +87,73 @@ def apply(
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow the RayJob until it ends, and exit with its exit code.")
     ] = False,
+    outage_seconds: Outage = OUTAGE_SECONDS,
+    head_lost_seconds: HeadLost = HEAD_LOST_SECONDS,
 ) -> None:
     """Render a recipe's manifests, check them, and apply them to a cluster."""
-    from dpo_ray.deploy.kubernetes import client
+    from dpo_ray.deploy.kubernetes.apply import apply as applied
+    from dpo_ray.deploy.kubernetes.client import Cluster
 
     loaded = _loaded(recipe, overrides)
     manifests = _rendered(loaded, kind)
-    cluster = client.connect(context)
-    for line in client.apply(cluster, manifests, replace=replace):
+    cluster = Cluster(context, patience_seconds=outage_seconds, say=_say)
+    for line in applied(cluster, manifests, replace=replace):
         typer.echo(line)
     if wait and kind == "RayJob":
-        _follow(cluster, loaded)
+        _follow(cluster, recipe, loaded, from_start=True, head_lost_seconds=head_lost_seconds)
 
 
 @kubernetes.command()
-def watch(recipe: RecipeFile, overrides: Overrides = None, context: Context = None) -> None:
-    """Follow a recipe's RayJob until it has finished, and exit with its exit code."""
-    from dpo_ray.deploy.kubernetes import client
+def watch(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    context: Context = None,
+    outage_seconds: Outage = OUTAGE_SECONDS,
+    head_lost_seconds: HeadLost = HEAD_LOST_SECONDS,
+) -> None:
+    """Follow a recipe's RayJob until it has finished, and exit with its exit code.
 
-    _follow(client.connect(context), _loaded(recipe, overrides))
+    It shows why the run waits, what its driver writes, and which pods are lost. Ctrl-C ends only this command, not the run.
+    """
+    from dpo_ray.deploy.kubernetes.client import Cluster
+
+    cluster = Cluster(context, patience_seconds=outage_seconds, say=_say)
+    _follow(cluster, recipe, _loaded(recipe, overrides), from_start=False, head_lost_seconds=head_lost_seconds)
 
 
-def _follow(cluster: Any, recipe: Recipe) -> None:
-    from dpo_ray.deploy.kubernetes import client
+kubernetes.command("list")(list_runs)
+for command in (stop, delete, logs, upload):
+    kubernetes.command()(command)
+
+
+def _follow(cluster: Any, file: Path, recipe: Recipe, *, from_start: bool, head_lost_seconds: float) -> None:
+    """Follow a run, and exit with its exit code. Neither Ctrl-C nor a lost API server stops the run."""
     from dpo_ray.deploy.kubernetes.render import run_name
+    from dpo_ray.deploy.kubernetes.state import failure_of
+    from dpo_ray.deploy.kubernetes.watch import watch as watched
 
-    state = None
-    for state in client.watch(cluster, recipe.cluster.kubernetes.namespace, run_name(recipe)):
-        typer.echo(str(state))
-    raise typer.Exit(state.exit_code if state is not None else client.FAILED_CODE)
+    namespace, name = recipe.cluster.kubernetes.namespace, run_name(recipe)
+    again = (
+        f"dpo-ray kubernetes watch {shlex.quote(str(file))}, or dpo-ray kubernetes logs {name} --namespace {namespace}"
+    )
+    try:
+        state = watched(
+            cluster, namespace, name, _say, typer.echo, from_start=from_start, head_lost_seconds=head_lost_seconds
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"\nthe run goes on without this command; to look again: {again}", err=True)
+        raise typer.Exit(130) from None
+    except LostSightError as error:
+        fix = f"the run goes on, and how it ends is not known; to look again: {again}"
+        raise LostSightError(error.what, where=error.where, fix=fix) from error
+    if state.exit_code != 0:
+        typer.echo("\n".join(failure_of(state)), err=True)
+    raise typer.Exit(state.exit_code)
+
+
+def _say(text: str) -> None:
+    """Print what happens to a run, with the time, so that it differs from the lines of its driver."""
+    typer.echo(f"{time.strftime('%H:%M:%S')} {text}")
 
 
 def _loaded(recipe: Path, overrides: list[str] | None) -> Recipe:

@@ -67,7 +67,7 @@ def _on_cluster(recipe: Recipe) -> dict[str, Any]:
     mount = storage.mount if storage is not None else None
     for section, key, field in list(named_places(values)):
         paths = section[key] if isinstance(section[key], list) else [section[key]]
-        seen = [_seen_by_all(path, field, mount) for path in paths]
+        seen = [path_in_pods(path, field, mount) for path in paths]
         section[key] = seen if isinstance(section[key], list) else seen[0]
     values["ray"] = {"address": "auto"}
     values["cluster"] = {"roles": _roles_on_cluster(recipe)}
@@ -83,7 +83,7 @@ def _roles_on_cluster(recipe: Recipe) -> dict[str, Any]:
     return roles | {"reference": roles.get("reference", {}) | engine, "train": roles.get("train", {}) | worker}
 
 
-def _seen_by_all(path: str, field: str, mount: str | None) -> str:
+def path_in_pods(path: str, field: str, mount: str | None) -> str:
     """Return the path by which every pod can access a file or directory. A relative path is on the shared volume.
 
     Raises:

@@ -31,9 +31,16 @@ def driver_of(job: str) -> int | None:
             variables = (process / "environ").read_bytes().split(b"\0")
         except OSError:  # the process has ended, or belongs to another user
             continue
-        if words[1:4] == [b"-m", b"dpo_ray", b"run"] and _job_of(variables) == job:
+        if _runs_a_recipe(words) and _job_of(variables) == job:
             return int(process.name)
     return None
+
+
+def _runs_a_recipe(words: list[bytes]) -> bool:
+    """Return whether this is the command line of a driver: `python -m dpo_ray run`, or the script `dpo-ray run`."""
+    return words[1:4] == [b"-m", b"dpo_ray", b"run"] or (
+        words[1:2] != [] and words[1].rpartition(b"/")[2] == b"dpo-ray" and words[2:3] == [b"run"]
+    )
 
 
 def _job_of(variables: list[bytes]) -> str | None:
