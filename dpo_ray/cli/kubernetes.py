@@ -75,9 +75,10 @@ def apply(
 ) -> None:
     """Render a recipe's manifests, check them, and apply them to a cluster."""
     from dpo_ray.deploy.kubernetes import client
+    from dpo_ray.deploy.kubernetes.render import stamped
 
     loaded = _loaded(recipe, overrides)
-    manifests = _rendered(loaded, kind)
+    manifests = stamped(_rendered(loaded, kind))
     cluster = client.connect(context)
     for line in client.apply(cluster, manifests, replace=replace):
         typer.echo(line)
