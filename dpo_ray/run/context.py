@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.lease import Lease
@@ -32,6 +33,7 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import ReferenceStore
 
 from . import planning
+from .job import driver_job, pod_name
 from .planning import Plan
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
@@ -156,7 +158,12 @@ def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -
     """
     directory = run_storage(recipe)
     directory.check_writable()
-    with Lease(directory) as lease, session(recipe, verbose=verbose):
+    job = driver_job()
+    following = {"job": job.rayjob if job else "", "pod": pod_name()}
+    with (
+        Lease(directory, **following, say=lambda line: reporter.say(escape(line))) as lease,
+        session(recipe, verbose=verbose),
+    ):
         artifact_store(recipe).sweep(recipe.name)
         yield RunContext(plan, reporter, lease)
 
