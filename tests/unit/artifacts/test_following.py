@@ -107,6 +107,5 @@ def test_the_former_driver_stays_fenced(disk: Storage) -> None:
     clock = Clock()
     with Lease(disk, job=JOB, clock=clock) as former:
         _rewrite(disk, 1, process=ELSEWHERE)
-        with follower(disk, clock):
-            with pytest.raises(LeaseError, match="lost the run"):
-                former.check()
+        with follower(disk, clock), pytest.raises(LeaseError, match="lost the run"):
+            former.check()
