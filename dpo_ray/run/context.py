@@ -159,11 +159,9 @@ def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -
     directory = run_storage(recipe)
     directory.check_writable()
     job = driver_job()
-    following = {"job": job.rayjob if job else "", "pod": pod_name()}
-    with (
-        Lease(directory, **following, say=lambda line: reporter.say(escape(line))) as lease,
-        session(recipe, verbose=verbose),
-    ):
+    rayjob = job.rayjob if job is not None else ""
+    held = Lease(directory, job=rayjob, pod=pod_name(), say=lambda line: reporter.say(escape(line)))
+    with held as lease, session(recipe, verbose=verbose):
         artifact_store(recipe).sweep(recipe.name)
         yield RunContext(plan, reporter, lease)
 
