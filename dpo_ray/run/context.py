@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +19,10 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.cluster.pod import pod_name
 from dpo_ray.cluster.session import session
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data.readers.locations import shown
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.load import model_directory, model_identity
@@ -33,10 +32,9 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import ReferenceStore
 
 from . import planning
-from .job import driver_job, pod_name
+from .job import driver_job
 from .planning import Plan
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+from .redact import without_secrets
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def _without_secrets(value: Any) -> Any:
         return {_without_secrets(k): _without_secrets(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_without_secrets(v) for v in value]
-    return URL.sub(lambda found: shown(found[0]), value) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def policy_directory(trained: Artifact) -> Path:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 METADATA = "dpo_ray."  # the prefix of our metadata
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job server sets it for the driver
-POD_VARIABLE = "RAY_CLOUD_INSTANCE_ID"  # the KubeRay operator sets it in every pod: the pod's name
-NAMESPACE_VARIABLE = "RAY_CLUSTER_NAMESPACE"  # also of the operator
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,3 @@ def driver_job(environment: Mapping[str, str] = os.environ) -> DriverJob | None:
         int(retries) if retries.isdecimal() else 0,
         ours.get("recipe_sha256", ""),
     )
-
-
-def pod_name(environment: Mapping[str, str] = os.environ) -> str:
-    """Return NAMESPACE/NAME of the pod in which this process runs, or "" outside of a pod of the KubeRay operator."""
-    name = environment.get(POD_VARIABLE, "")
-    return f"{environment.get(NAMESPACE_VARIABLE, '')}/{name}" if name else ""

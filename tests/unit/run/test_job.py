@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dpo_ray.run.job import JOB_VARIABLE, METADATA, DriverJob, driver_job, pod_name
+from dpo_ray.run.job import JOB_VARIABLE, METADATA, DriverJob, driver_job
 
 
 def environment(**ours: object) -> dict[str, str]:
@@ -33,11 +33,3 @@ def test_a_number_of_retries_that_is_none_counts_as_none() -> None:
     made = driver_job(environment(rayjob="a/b", retries="many"))
     assert made is not None
     assert made.retries == 0
-
-
-def test_a_pod_is_known_by_its_namespace_and_name() -> None:
-    assert (
-        pod_name({"RAY_CLOUD_INSTANCE_ID": "aligned-head", "RAY_CLUSTER_NAMESPACE": "research"})
-        == "research/aligned-head"
-    )
-    assert pod_name({}) == ""
