@@ -6,10 +6,12 @@ from __future__ import annotations
 class DpoRayError(Exception):
     """The base class of all errors that a user sees: what is wrong, where it was found, and how to fix it.
 
-    `exit_code` is what the command line returns; the codes are documented in docs/operations.md.
+    `exit_code` is what the command line returns; the codes are documented in docs/operations.md. `is_final` tells whether
+    the same recipe would end with the same error on other machines, too, so that a retry on a new cluster cannot help.
     """
 
     exit_code = 1
+    is_final = False
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         super().__init__(what, where, fix)  # all three in `args`, so that the error survives pickling by Ray
@@ -31,12 +33,14 @@ class ConfigError(DpoRayError):
     """A recipe or a command-line value is wrong. Nothing was started."""
 
     exit_code = 2
+    is_final = True
 
 
 class DataError(DpoRayError):
     """The input data cannot be used; for example, no row is usable, or too many rows are invalid."""
 
     exit_code = 3
+    is_final = True
 
 
 class ArtifactError(DpoRayError):
@@ -47,6 +51,8 @@ class ArtifactError(DpoRayError):
 
 class WriteRefusedError(ArtifactError):
     """A disk refuses to write: it is full or read-only, or the user has no permission. Only a person can solve this."""
+
+    is_final = True
 
 
 class LeaseError(DpoRayError):
@@ -59,24 +65,43 @@ class AuditError(DpoRayError):
     """The stored log-probs of the reference model differ too much from the log-probs that the trainer computes."""
 
     exit_code = 6
+    is_final = True
 
 
 class TrainError(DpoRayError):
     """Training stopped because a loss or a gradient was not finite, or because the workers failed too often."""
 
     exit_code = 7
+    is_final = True
+
+
+class WorkersLostError(TrainError):
+    """The training workers failed or hung too often, for reasons that other machines may not have."""
+
+    is_final = False
 
 
 class EngineError(DpoRayError):
     """An inference engine could not start, or returned an invalid result."""
 
     exit_code = 8
+    is_final = True
 
 
 class InfrastructureError(DpoRayError):
     """Ray, the storage or a package is not available or cannot be used."""
 
     exit_code = 9
+
+
+class SetupError(InfrastructureError):
+    """What is installed or how large the machines are is not enough: a package, a library or memory is missing."""
+
+    is_final = True
+
+
+class MemoryLimitError(SetupError):
+    """Workers were killed for lack of memory. The error names the machine or pod, its limit, and the field to change."""
 
 
 class StorageFailedError(InfrastructureError):
@@ -94,6 +119,13 @@ class JudgeError(DpoRayError):
     """A judge, which scores completions in online rounds, cannot work or has spent its budget."""
 
     exit_code = 10
+    is_final = True
+
+
+class JudgeLostError(JudgeError):
+    """A judge does not answer now: its endpoint is away, or its processes die."""
+
+    is_final = False
 
 
 class LostSightError(DpoRayError):

@@ -8,6 +8,9 @@ No wall clock decides anything: clocks of machines differ, and may be set at any
 holder's file changes during the lease's whole time to live, measured by the contender's clock. It need not watch in
 three cases: the holder has released the lease, the holder was a process of this machine and has ended, or the holder
 runs on this machine and has just written its heartbeat.
+
+A holder that is alive is an error, with one exception: a driver that follows another driver of the same job (a RayJob
+that starts again) waits, because whoever started it also ends the former one.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 MAX_TRIES = 20
 MOST_SECONDS = 1e12
 LOOKS_PER_TTL = 20  # how often a contender that watches a heartbeat reads it
+FOLLOW_SECONDS = 900.0  # how long a driver waits for a living former driver of its job; a pod is killed long before
+SAY_SECONDS = 20.0  # between two lines of a driver that waits
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _FILE = re.compile(r"lease-(\d{6,})\.json")
 
@@ -47,8 +52,8 @@ def boot_seconds() -> float:
 class Lease:
     """The right to write to a run. Entering the context acquires the lease or raises LeaseError; leaving releases it.
 
-    A lease is free in three cases: it was released, its holder was a process of this machine and has ended, or its
-    heartbeat did not change for its `ttl_seconds` while a contender watched it.
+    A lease is free in three cases: it was released, its holder was a process of this machine (or pod) and has ended, or
+    its heartbeat did not change for its `ttl_seconds` while a contender watched it.
     """
 
     def __init__(
@@ -58,12 +63,24 @@ class Lease:
         ttl_seconds: float = 60.0,
         clock: Callable[[], float] = boot_seconds,
         sleep: Callable[[float], object] = time.sleep,
+        *,
+        job: str = "",
+        pod: str = "",
+        say: Callable[[str], object] = logger.warning,
     ) -> None:
-        """Prepare a lease with files in `storage`. Other drivers' errors show `holder` (default: user, host, pid)."""
+        """Prepare a lease with files in `storage`.
+
+        Args:
+            holder: what other drivers' errors show of this driver; default: user, host, pid.
+            job: the job that starts this driver again if it ends; a former driver of the same job is waited for.
+            pod: the name of this driver's pod; of two drivers in pods of one name, the former has ended.
+            say: called with a line while this driver waits.
+        """
         self.storage, self.ttl_seconds = storage, ttl_seconds
         self.token = 0  # grows with every acquisition; 0 before the first
         self.lost = False
         self._holder, self._clock, self._sleep = holder, clock, sleep
+        self._job, self._pod, self._say = job, pod, say
         self._record: dict[str, Any] = {}
         self._pid = 0
         self._lock = threading.Lock()
@@ -135,24 +152,44 @@ class Lease:
         )
 
     def _wait_until_free(self, number: int) -> None:
-        """Wait until the lease may be taken over; raise LeaseError if its holder is alive."""
+        """Wait until the lease may be taken over; raise LeaseError if its holder is alive and will not be ended."""
         record = self._read(number)
-        if record is None or is_free(record):
+        if record is None or is_free(record) or self._ended_in_this_pod(record):
             return
         ttl_seconds, began = _seconds(record, "ttl_seconds"), self._clock()
-        if self._is_fresh(record):
+        is_followed = bool(self._job) and record.get("job") == self._job
+        if self._is_fresh(record) and not is_followed:
             raise self._held(number, record)
-        logger.warning("the run is held by %s: watching its heartbeat for %g s", record.get("holder"), ttl_seconds)
+        whose = "the former driver of this job, " if is_followed else ""
+        self._say(f"the run is held by {whose}{record.get('holder')}: watching its heartbeat for {ttl_seconds:g} s")
+        silent_since = said = began
         while True:
-            is_over = self._clock() - began >= ttl_seconds  # before the look: the last look comes after the whole time
+            now = self._clock()  # before the look: the last look comes after the whole time
             found = self._read(number)
             if found is None or is_free(found):
                 return
             if found != record:
-                raise self._held(number, found)
-            if is_over:
+                if not is_followed or now - began >= FOLLOW_SECONDS:
+                    raise self._held(number, found)
+                record, silent_since = found, self._clock()
+            elif now - silent_since >= ttl_seconds:
                 return
+            if now - said >= SAY_SECONDS:
+                said = now
+                self._say(
+                    f"waiting for {record.get('holder')}: its heartbeat has been silent for {now - silent_since:.0f} s, "
+                    f"and after {ttl_seconds:g} s the run is free"
+                )
             self._sleep(ttl_seconds / LOOKS_PER_TTL)
+
+    def _ended_in_this_pod(self, record: dict[str, Any]) -> bool:
+        """Return whether the holder ran in an earlier container of this driver's pod, or in a pod that this one replaces.
+
+        A pod has one name for all its containers in turn, and a name is given again only when its pod is gone.
+        """
+        process = Process.from_json(record.get("process"))
+        is_here = bool(self._pod) and record.get("pod") == self._pod
+        return is_here and process is not None and process.boot != Process.current().boot
 
     def _is_fresh(self, record: dict[str, Any]) -> bool:
         """Return whether the holder runs on this machine, and wrote its heartbeat within its time to live."""
@@ -173,6 +210,8 @@ class Lease:
         self._record = {
             "holder": self._holder or f"{user_name()}@{process.host} pid {process.pid} since {since}",
             "process": dataclasses.asdict(process),
+            "job": self._job,
+            "pod": self._pod,
             "nonce": secrets.token_hex(8),
             "ttl_seconds": self.ttl_seconds,
             "heartbeats": 0,

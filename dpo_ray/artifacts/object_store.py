@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from dpo_ray.errors import DpoRayError, InfrastructureError, StorageFailedError
+from dpo_ray.errors import DpoRayError, SetupError, StorageFailedError
 
 from .disk import copy_and_hash
 from .names import TEMPORARY_PREFIX
@@ -151,7 +151,7 @@ def _file_system(scheme: str) -> Any:
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError as error:
-        raise InfrastructureError(
+        raise SetupError(
             f"{scheme}:// needs a package that is not installed ({error})",
             where=f"{scheme}://",
             fix=f"pip install 'dpo-ray[{EXTRAS[scheme]}]'",

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from dpo_ray.errors import EXIT_CODES, DpoRayError, RayLostError, StoppedError
+from dpo_ray.observe.ray_output import discard_ray_output, ray_output
 from dpo_ray.observe.text import harmless
 
 from .artifacts import artifacts
@@ -51,6 +52,10 @@ app.add_typer(kubernetes, name="kubernetes")
 
 def _print_error(text: str) -> None:
     """Print an error in red. Its text may quote file names and data, so control characters in it are replaced."""
+    if (path := ray_output()) is not None:
+        print(f"what Ray itself printed is in {path}", file=sys.stderr)
+    else:
+        discard_ray_output()
     lines = "\n".join(harmless(line) for line in f"error: {text}".split("\n"))
     Console(stderr=True, soft_wrap=True).print(lines, style="red", highlight=False, markup=False)
 

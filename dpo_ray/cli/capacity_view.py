@@ -43,7 +43,7 @@ def capacity_of(recipe: Recipe, cluster: str, plan: Plan | None = None) -> Capac
         ConfigError: the text is not a cluster, the GPU is unknown, or the model's sizes cannot be found on this
             machine.
     """
-    return work_out(recipe, model_sizes(recipe.model), _workload(recipe, plan), parse_cluster(cluster))
+    return work_out(recipe, model_sizes(recipe.model), workload_of(recipe, plan), parse_cluster(cluster))
 
 
 def plan_if_possible(recipe: Recipe) -> tuple[Plan | None, str]:
@@ -54,7 +54,8 @@ def plan_if_possible(recipe: Recipe) -> tuple[Plan | None, str]:
         return None, f"{error.where}: {error.what}" if error.where else error.what
 
 
-def _workload(recipe: Recipe, plan: Plan | None) -> Workload:
+def workload_of(recipe: Recipe, plan: Plan | None) -> Workload:
+    """Return the amount of data: measured on the prepared tokens or on a sample, or else assumed."""
     tokens = None if plan is None else found(plan, "prepare")
     statistics = {} if tokens is None else tokens.manifest.figures["statistics"].get("train", {})
     if any(part["groups"] for part in statistics.values()):

@@ -28,11 +28,14 @@ def inspect_data(
     Runs the stage `prepare` first if it is not done yet. Starts no engine.
     """
     from dpo_ray.observe.progress import Reporter
+    from dpo_ray.observe.ray_output import discard_ray_output, divert_ray_output
     from dpo_ray.report import data_report
     from dpo_ray.run import offline
 
     from . import data_view
 
+    if not verbose:
+        divert_ray_output()
     made, tokens = offline.prepared(load(recipe, overrides, tiny=tiny), Reporter(), verbose=verbose)
     page = data_report.data_page(made, tokens, sample)
     place = data_report.write_data_page(made, tokens, page)
@@ -40,3 +43,4 @@ def inspect_data(
         typer.echo(json.dumps(data_view.figures(page, place)))
     else:
         data_view.print_account(page, made.recipe.name, place, console())
+    discard_ray_output()

@@ -93,9 +93,10 @@ def apply(
     """Render a recipe's manifests, check them, and apply them to a cluster."""
     from dpo_ray.deploy.kubernetes.apply import apply as applied
     from dpo_ray.deploy.kubernetes.client import Cluster
+    from dpo_ray.deploy.kubernetes.render import stamped
 
     loaded = _loaded(recipe, overrides)
-    manifests = _rendered(loaded, kind)
+    manifests = stamped(_rendered(loaded, kind))
     cluster = Cluster(context, patience_seconds=outage_seconds, say=_say)
     for line in applied(cluster, manifests, replace=replace):
         typer.echo(line)

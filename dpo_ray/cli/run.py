@@ -6,6 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
+
+from dpo_ray.errors import MemoryLimitError
 
 from .options import Json, Overrides, RecipeFile, Tiny, Verbose, console, load
 
@@ -26,14 +29,27 @@ def run(
     You can stop a run at any moment and by any means. The same command then continues from the committed work.
     """
     from dpo_ray.observe.progress import Reporter
+    from dpo_ray.observe.ray_output import discard_ray_output, divert_ray_output
+    from dpo_ray.run.attempt import attempt
+
+    ray_output = None if verbose else divert_ray_output()
+    reporter, loaded = Reporter(), load(recipe, overrides, tiny=tiny)
+    with attempt(loaded, lambda line: reporter.say(escape(line)), ray_output):
+        run_all = _run_stages if loaded.online is None else _run_rounds
+        try:
+            run_all(loaded, reporter, as_json=as_json, verbose=verbose)
+        except MemoryLimitError as error:
+            from .memory_advice import with_expectation
+
+            raise with_expectation(loaded, error) from error
+    discard_ray_output()
+
+
+def _run_stages(recipe: Recipe, reporter: Reporter, *, as_json: bool, verbose: bool) -> None:
     from dpo_ray.report import summary
     from dpo_ray.run import offline
 
-    reporter, loaded = Reporter(), load(recipe, overrides, tiny=tiny)
-    if loaded.online is not None:
-        _run_rounds(loaded, reporter, as_json=as_json, verbose=verbose)
-        return
-    finished, ran = offline.offline(loaded, reporter, verbose=verbose)
+    finished, ran = offline.offline(recipe, reporter, verbose=verbose)
     if not ran:
         reporter.say("every stage is done: nothing to run")
     summary.write_report(finished)

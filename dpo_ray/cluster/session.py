@@ -14,10 +14,13 @@ import ray.exceptions
 from dpo_ray import errors
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import DpoRayError, InfrastructureError, RayLostError
+from dpo_ray.observe.ray_output import divert_ray_loggers
 
 from .cpu_work import cpu_work_on
+from .memory_losses import count_kills_here
 from .requests import local_cpus, local_memory_bytes
 from .watch import watched_ray
+from .worker_logs import saved_at_the_end
 
 OBJECT_STORE_BYTES = 1 << 30  # local only: blocks are small, and laptops are too
 DRIVER_ENVIRONMENT = {"RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_DEDUP_LOGS": "0"}
@@ -66,8 +69,15 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         ) from error
     for name in ("ray.data", "ray.train"):  # what they log as an error, with a traceback, they raise as well
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.CRITICAL)
+    divert_ray_loggers()
+    count_kills_here()
     try:
-        with watched_ray(recipe.ray.address), _causes(), cpu_work_on(recipe.cluster.roles.prepare):
+        with (
+            watched_ray(recipe.ray.address),
+            _causes(),
+            saved_at_the_end(),
+            cpu_work_on(recipe.cluster.roles.prepare),
+        ):
             yield
     except RayLostError:  # ray.shutdown would wait for the lost process
         raise

@@ -20,25 +20,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.config.train import TrainConfig
-from dpo_ray.errors import (
-    ConfigError,
-    DataError,
-    DpoRayError,
-    EngineError,
-    StoppedError,
-    StorageFailedError,
-    TrainError,
-    WriteRefusedError,
-)
+from dpo_ray.errors import DpoRayError, StoppedError, StorageFailedError, WorkersLostError
 
 from .inbox import Inbox
+from .memory_losses import lack_of_memory
 from .resources import Resources
 from .room import given_back, has_room, wait
+from .worker_logs import save_after_a_loss
 
 logger = logging.getLogger(__name__)
 GROW_SECONDS = 30.0  # between two checks for free resources for missing workers
-# Another attempt would end with the same error.
-LASTING = (ConfigError, DataError, EngineError, StorageFailedError, WriteRefusedError)
 
 
 def start_inbox() -> Any:
@@ -81,7 +72,7 @@ def run_workers(
 
     Raises:
         StoppedError: `gives_up` returned True while the run waited for resources.
-        TrainError: the workers failed more often than config.max_failures allows. Its text has `where`, the name of the
+        WorkersLostError: the workers failed more often than config.max_failures allows. Its text has `where`, the name of the
             stage, and `goes_on`, which says from where the same command continues.
         DpoRayError: the error that a worker raised.
     """
@@ -93,14 +84,16 @@ def run_workers(
         with _watch_for_room(request, pause if workers < config.workers else None) as paused:
             result = _attempt(function, task, config, request, workers, f"{name}-{attempt}")
         if isinstance(result, _Loss):
+            save_after_a_loss()
             failures += not result.is_of_the_cluster
-            may_mend = not isinstance(result.cause, LASTING)
-            if may_mend and failures <= config.max_failures and not gives_up():
+            if may_mend(result.cause) and failures <= config.max_failures and not gives_up():
                 say(f"training workers were lost ({_line(result.cause)}): all workers start again {goes_on}")
                 continue
             if isinstance(result.cause, DpoRayError):
                 raise result.cause
-            raise TrainError(
+            if (lack := lack_of_memory(request.what, "train", result.cause)) is not None:
+                raise lack from result.cause
+            raise WorkersLostError(
                 f"the workers failed: {type(result.cause).__name__}: {result.cause}",
                 where=where,
                 fix=f"fix the cause and run the same command: it continues {goes_on}; --verbose shows the workers' logs",
@@ -215,6 +208,11 @@ def first_cause(error: ray.train.TrainingFailedError) -> BaseException:
     failures = getattr(error, "worker_failures", {}).values()
     causes = [getattr(failure, "_base_exc", failure) for failure in failures] or [error]
     return next((cause for cause in causes if isinstance(cause, DpoRayError)), causes[0])
+
+
+def may_mend(cause: BaseException) -> bool:
+    """Return whether the workers may succeed when they start again; the client of an object store has tried enough."""
+    return not (isinstance(cause, DpoRayError) and (cause.is_final or isinstance(cause, StorageFailedError)))
 
 
 def _is_of_the_cluster(error: ray.train.TrainingFailedError) -> bool:

@@ -19,7 +19,7 @@ from dpo_ray.artifacts.tables import parquet_bytes, read_table
 from dpo_ray.cluster.resources import judge_resources
 from dpo_ray.config.judge import Judge, members_of, replicas_of
 from dpo_ray.config.roles import JudgeRole
-from dpo_ray.errors import DpoRayError, JudgeError
+from dpo_ray.errors import DpoRayError, JudgeLostError
 from dpo_ray.online.judges.make import judge_digest, make_judge
 from dpo_ray.online.judges.memory import JournalMemory
 from dpo_ray.online.judges.protocol import Question, Spending, Usage, Verdict
@@ -105,7 +105,7 @@ class Judges:
             spent_usd: USD that this round has already spent on all judges.
 
         Raises:
-            JudgeError: the judge cannot work, or its processes die again and again.
+            JudgeError: the judge cannot work, or (JudgeLostError) its processes die again and again.
         """
         chunks = [(i, questions[i : i + self._batch]) for i in range(0, len(questions), self._batch)]
         waiting, running, verdicts = deque(chunks), {}, dict[int, Verdict]()
@@ -132,7 +132,7 @@ class Judges:
             except DEATHS as error:
                 deaths += 1
                 if deaths > MAX_DEATHS:
-                    raise JudgeError(
+                    raise JudgeLostError(
                         f"the judge's processes died {deaths} times in a row; last error: {str(error).splitlines()[0]}",
                         where=f"online.judge (type {self._config.type})",
                         fix="read the judge's log (--verbose), correct the cause, and run again: stored verdicts are kept",

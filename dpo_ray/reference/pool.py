@@ -7,7 +7,8 @@ A granule is a batch of groups to score, or a batch of prompts for which complet
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Generator, Iterable, Iterator
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Literal
@@ -15,9 +16,11 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
+from dpo_ray.cluster.memory_losses import lack_of_memory
 from dpo_ray.cluster.resources import Resources
+from dpo_ray.cluster.worker_logs import save_after_a_loss
 from dpo_ray.config.reference import ReferenceConfig
-from dpo_ray.errors import DpoRayError, InfrastructureError
+from dpo_ray.errors import DpoRayError, InfrastructureError, SetupError
 from dpo_ray.observe.metrics import ENGINE_DEATHS, ENGINES, SAMPLED_TOKENS
 from dpo_ray.observe.recorder import count, record
 from dpo_ray.reference.store.store import ReferenceStore
@@ -31,6 +34,8 @@ from .scorer import ScorerSettings
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 """The exceptions that Ray raises when the process or the node of an actor has died."""
 MAX_FAILED_STARTS = 3  # in a row
+NUMBER = re.compile(r"\b(0x)?[0-9a-f]*\d[0-9a-f]*\b")  # also an id in hexadecimal digits
+OF_A_NODE = ("node was", "node has", "node is", "preempted")  # in what Ray says of an actor whose node is lost
 MAX_FRUITLESS_DEATHS = 12  # in a row, with nothing scored in between; plus two for each engine of the pool
 DEATHS_OF_A_GRANULE = 2  # a granule is split after this number of engines have died while they worked on it
 PIECES = 8  # number of pieces into which a granule is split
@@ -101,7 +106,8 @@ class EnginePool:
         self._waiting: list[_Work] = []  # a heap
         self._source: Iterator[ray.ObjectRef] | None = None
         self._known: tuple[str, ...] = ()  # segments that existed when the granules were looked up
-        self._named = self._granules = self._failed_starts = self._fruitless_deaths = self._lost_engines = 0
+        self._named = self._granules = self._fruitless_deaths = self._lost_engines = 0
+        self._failed_starts: list[str] = []  # why the last engines died as they started
 
     @property
     def ready(self) -> int:
@@ -320,7 +326,7 @@ class EnginePool:
         if self._lost_engines:
             self._lost_engines -= 1
             self._on_event(f"{engine.name} is ready and replaces an engine that was lost")
-        engine.state, engine.place, self._failed_starts = "idle", place, 0
+        engine.state, engine.place, self._failed_starts = "idle", place, []
         self._places.append(place)
 
     def _done(self, engine: _Engine, answer: ray.ObjectRef, scored: Sampled | Scored) -> Sampled | Scored:
@@ -351,6 +357,7 @@ class EnginePool:
         location = f" (process {place.pid} on node {place.node[:8]})" if place else ""
         self._lost_engines += 1
         count(ENGINE_DEATHS, during="start" if state == "starting" else "work")
+        save_after_a_loss()
         self._on_event(f"{engine.name}{location} was lost: {why}")
         if state == "starting":
             self._count_failed_start(why)
@@ -392,10 +399,12 @@ class EnginePool:
         self._engines.remove(engine)
 
     def _count_failed_start(self, why: str) -> None:
-        self._failed_starts += 1
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            raise InfrastructureError(
-                f"{self._failed_starts} engines in a row died while they started; the last one: {why}",
+        self._failed_starts.append(why)
+        if len(self._failed_starts) >= MAX_FAILED_STARTS:
+            self._check_memory(why)
+            kind = SetupError if died_alike(self._failed_starts) else InfrastructureError
+            raise kind(
+                f"{len(self._failed_starts)} engines in a row died while they started; the last one: {why}",
                 where="reference",
                 fix="see the engines' logs (--verbose); the usual cause is memory: change reference.gpu_memory_fraction, "
                 "cluster.roles.reference.cpus or reference.tensor_parallel, then run again",
@@ -404,6 +413,7 @@ class EnginePool:
     def _count_fruitless_death(self, why: str) -> None:
         self._fruitless_deaths += 1
         if self._fruitless_deaths > MAX_FRUITLESS_DEATHS + 2 * self._most:
+            self._check_memory(why)
             raise InfrastructureError(
                 f"{self._fruitless_deaths} engines in a row died, and nothing was scored in between; the last one: {why}",
                 where="reference",
@@ -411,11 +421,22 @@ class EnginePool:
                 "or set reference.engine=trainer",
             )
 
+    def _check_memory(self, why: str) -> None:
+        """Raise MemoryLimitError if engines were killed for lack of memory."""
+        if (lack := lack_of_memory(self._resources.what, "reference", why)) is not None:
+            raise lack
+
 
 def _start(engine: Engine) -> Place:
     """Start the scorer of an engine, in the process of the engine. Return the process id, the node and the GPUs."""
     engine.start()
     return place_of_this_process()
+
+
+def died_alike(causes: Sequence[str]) -> bool:
+    """Return whether engines died of the same cause, which is not the loss of their nodes. Numbers and ids may differ."""
+    kinds = {NUMBER.sub("#", cause) for cause in causes}
+    return len(kinds) == 1 and not any(word in causes[0].lower() for word in OF_A_NODE)
 
 
 def _why(error: Exception) -> str:

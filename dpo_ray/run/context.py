@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.lease import Lease
@@ -20,11 +20,11 @@ from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.artifacts.staging import Staging
 from dpo_ray.artifacts.storage import Storage
 from dpo_ray.artifacts.store import ArtifactStore
+from dpo_ray.cluster.pod import pod_name
 from dpo_ray.cluster.ray_metrics import RayExporter
 from dpo_ray.cluster.session import session
 from dpo_ray.config.model import ModelConfig
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.data.readers.locations import shown
 from dpo_ray.errors import ArtifactError, StoppedError
 from dpo_ray.models.adapter import CONFIG as ADAPTER_CONFIG
 from dpo_ray.models.adapter import adapter_directory
@@ -37,9 +37,9 @@ from dpo_ray.reference.scorer import ScorerSettings
 from dpo_ray.reference.store.store import ReferenceStore
 
 from . import planning
+from .job import driver_job
 from .planning import Plan
-
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+from .redact import without_secrets
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,11 @@ def open_run(recipe: Recipe, plan: Plan, reporter: Reporter, *, verbose: bool) -
     """
     directory = run_storage(recipe)
     directory.check_writable()
+    job = driver_job()
+    rayjob = job.rayjob if job is not None else ""
+    held = Lease(directory, job=rayjob, pod=pod_name(), say=lambda line: reporter.say(escape(line)))
     with (
-        Lease(directory) as lease,
+        held as lease,
         session(recipe, verbose=verbose),
         recording(recipe.name, RayExporter(), partial(_look, lease, directory)),
         _counted_failure(),
@@ -225,7 +228,7 @@ def _without_secrets(value: Any) -> Any:
         return {_without_secrets(k): _without_secrets(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_without_secrets(v) for v in value]
-    return URL.sub(lambda found: shown(found[0]), value) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def policy_directory(trained: Artifact) -> Path:

@@ -22,7 +22,7 @@ from dpo_ray.config.recipe import Recipe
 from dpo_ray.config.train import STATE_BYTES
 from dpo_ray.data.first_pass import PrepareTask
 from dpo_ray.data.first_rows import check_admitted, first_rows
-from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.errors import ConfigError, SetupError
 from dpo_ray.models.load import model_directory
 from dpo_ray.schedule.usable import check_first_groups
 
@@ -39,7 +39,7 @@ def check_start(recipe: Recipe, checked: Checked, stages: Collection[str] | None
     """Check what `stages` need to run. Default: all stages of the recipe.
 
     Raises:
-        ConfigError, DataError, InfrastructureError: the first problem that is found.
+        ConfigError, DataError, SetupError: the first problem that is found.
     """
     wanted = stages_of(recipe) if stages is None else stages
     if not wanted:
@@ -58,18 +58,18 @@ def check_packages(recipe: Recipe) -> None:
     """Check that the optional packages that this recipe needs are installed.
 
     Raises:
-        InfrastructureError: a package is not installed; the message names it.
+        SetupError: a package is not installed; the message names it.
     """
     scores = uses_reference(recipe.train.objective) and recipe.reference.engine == "vllm"
     if (scores or recipe.evaluate.sample_prompts or recipe.online) and find_spec("vllm") is None:
-        raise InfrastructureError(
+        raise SetupError(
             "vLLM is not installed",
             where="reference.engine, evaluate.sample_prompts",
             fix="pip install 'dpo-ray[cpu]' or 'dpo-ray[gpu]'; or set reference.engine=trainer and evaluate.sample_prompts=0",
         )
     by_bitsandbytes = recipe.train.quantization or recipe.train.optimizer.type in BITSANDBYTES
     if by_bitsandbytes and find_spec("bitsandbytes") is None:
-        raise InfrastructureError(
+        raise SetupError(
             "bitsandbytes is not installed",
             where=f"train.optimizer.type={recipe.train.optimizer.type}, train.quantization={recipe.train.quantization}",
             fix="pip install 'dpo-ray[quantized]'; or use another optimizer and no quantization",
@@ -105,7 +105,7 @@ def _check_room(recipe: Recipe, stages: Collection[str]) -> None:
 
 
 def _check_free_space(recipe: Recipe, checked: Checked) -> None:
-    """Raise InfrastructureError if one checkpoint and the policy do not fit on the disk of the output."""
+    """Raise SetupError if one checkpoint and the policy do not fit on the disk of the output."""
     if checked.parameters is None or checked.trained is None:
         return
     t, place = recipe.train, run_storage(recipe)
@@ -120,7 +120,7 @@ def _check_free_space(recipe: Recipe, checked: Checked) -> None:
 def _require_free(directory: Path, needed_bytes: int, where: str) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
-        raise InfrastructureError(
+        raise SetupError(
             f"a checkpoint and the policy take {needed_bytes / 1e9:,.1f} GB, and `{directory}` has {free / 1e9:,.1f} GB free",
             where=where,
             fix="free space there, or choose another disk",

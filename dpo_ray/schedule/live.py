@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.artifacts.artifact import Artifact
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.errors import TrainError
+from dpo_ray.errors import WorkersLostError
 
 from .files import parse_file_name
 
@@ -57,10 +57,10 @@ class Feed:
             self._ready = {name for name in self._ready if _bucket(name) in self._given}
             self._changed.notify_all()
 
-    async def locate(self, name: str, wait_seconds: float) -> Storage | Artifact | TrainError | None:
+    async def locate(self, name: str, wait_seconds: float) -> Storage | Artifact | WorkersLostError | None:
         """Wait at most `wait_seconds` for a file, and return where it is; return None if it is not ready by then.
 
-        If scoring has failed and the file is not available, return a TrainError for the caller to raise.
+        If scoring has failed and the file is not available, return a WorkersLostError for the caller to raise.
         """
         async with self._changed:
             if name not in self._ready and not self._failure:
@@ -72,7 +72,7 @@ class Feed:
             if name in self._ready:
                 self._given.add(_bucket(name))
                 return self._place
-            return TrainError(
+            return WorkersLostError(
                 f"scoring has failed, so the next steps are not available: {self._failure}", where="reference"
             )
 
@@ -113,7 +113,7 @@ class LiveSchedule:
         """Open a file as soon as it is ready.
 
         Raises:
-            TrainError: the file will never be written, because scoring has failed. All ranks get this error at the same
+            WorkersLostError: the file will never be written, because scoring has failed. All ranks get this error at the same
                 bucket.
             ArtifactError: the file was written, but is lost.
         """
@@ -133,7 +133,7 @@ class LiveSchedule:
         is_reported = rank != 0
         while True:
             place: Any = ray.get(self.feed.locate.remote(name, ASK_SECONDS))
-            if isinstance(place, TrainError):
+            if isinstance(place, WorkersLostError):
                 raise place
             if place is not None:
                 return place

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from dpo_ray.artifacts.tables import parquet_bytes
-from dpo_ray.errors import AuditError, StoppedError, TrainError
+from dpo_ray.errors import AuditError, StoppedError, TrainError, WorkersLostError
 from dpo_ray.models.adapter import adapter_directory
 from dpo_ray.models.build import build_policy
 from dpo_ray.models.load import model_directory
@@ -57,7 +57,7 @@ def train_and_export(task: TrainTask) -> dict[str, Any]:
         training, it has only the key `audit`.
 
     Raises:
-        TrainError: another rank did not respond in time. Ray Train then stops and restarts all workers.
+        WorkersLostError: another rank did not respond in time. Ray Train then stops and restarts all workers.
     """
     try:
         return _run(task)
@@ -66,7 +66,7 @@ def train_and_export(task: TrainTask) -> dict[str, Any]:
     except RuntimeError as error:  # raised by gloo; with NCCL the watchdog ends the process
         if "timed out" not in str(error).lower():
             raise
-        raise TrainError(
+        raise WorkersLostError(
             f"rank {dist.get_rank()} waited {task.config.hang_seconds:g} s for another rank: {error}",
             where="train",
             fix="find out what blocks a worker; train.hang_seconds limits how long a rank waits",

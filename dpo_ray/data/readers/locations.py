@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
-from dpo_ray.errors import InfrastructureError
+from dpo_ray.errors import InfrastructureError, SetupError
 
 BUFFER_BYTES = 1 << 20
 HTTP = ("http://", "https://")
@@ -23,7 +23,7 @@ def file_system(location: str) -> tuple[Any, str]:
     """Return the file system of a path or URI, and the path within this file system.
 
     Raises:
-        InfrastructureError: the package that accesses this file system is not installed.
+        SetupError: the package that accesses this file system is not installed.
         ValueError: the protocol is not known.
     """
     try:
@@ -31,7 +31,7 @@ def file_system(location: str) -> tuple[Any, str]:
     except ImportError as error:
         extra = _EXTRAS.get(location.partition("://")[0])
         fix = f"install the extra: pip install '{extra}'" if extra else "install that package next to dpo-ray"
-        raise InfrastructureError(
+        raise SetupError(
             f"the package that reads this location is missing: {error}", where=shown(location), fix=fix
         ) from None
     return fs, str(path)

@@ -47,6 +47,16 @@ def config_map_files(recipe: Recipe) -> dict[str, str]:
     return files
 
 
+def output_on_cluster(recipe: Recipe) -> str:
+    """Return the recipe's output as every pod sees it.
+
+    Raises:
+        ConfigError: not all pods can access it.
+    """
+    storage = recipe.cluster.kubernetes.storage
+    return path_in_pods(recipe.output, "output", storage.mount if storage is not None else None)
+
+
 def secret_variables_missing(recipe: Recipe) -> list[str]:
     """List the environment variables that judges need but that are in no entry of cluster.kubernetes.secrets."""
     needed = recipe.online.judge_environment() if recipe.online is not None else set()

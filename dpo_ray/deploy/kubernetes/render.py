@@ -5,20 +5,25 @@ A RayJob runs the recipe. A recipe is submitted to a RayCluster with `dpo-ray su
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import uuid
 from typing import Any, Literal
 
 import yaml
 
+from dpo_ray import __version__
 from dpo_ray.cluster.node_groups import ROLE
 from dpo_ray.config.cluster import MAX_RAYJOB_NAME, QueueConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import ConfigError
+from dpo_ray.run.job import METADATA
 
 from .groups import PodGroup, groups
 from .network import egress_ports
 from .pods import RUN, Json, autoscaler_options, by_kueue, head_template, worker_template
-from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files
+from .recipe import RECIPE_DIRECTORY, RECIPE_FILE, config_map_files, output_on_cluster
 from .rules import ELASTIC_JOB
 
 RAY_VERSION = "2.60.0"
@@ -85,6 +90,7 @@ def _job_spec(recipe: Recipe, name: str) -> Json:
         # The operator posts the job to the dashboard, without a second pod whose connection may break.
         "submissionMode": "HTTPMode",
         "entrypoint": f"dpo-ray run {RECIPE_DIRECTORY}/{RECIPE_FILE}",
+        "metadata": _metadata(recipe, name),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": profile.ttl_seconds,
         "backoffLimit": profile.retries,
@@ -96,6 +102,32 @@ def _job_spec(recipe: Recipe, name: str) -> Json:
     spec |= _suspended(profile.queue)
     spec["rayClusterSpec"] = _cluster_spec(recipe, name)
     return spec
+
+
+def _metadata(recipe: Recipe, name: str) -> dict[str, str]:
+    """Return the metadata of the Ray job, from which the driver and `dpo-ray list` know which run it is."""
+    profile = recipe.cluster.kubernetes
+    values = json.dumps(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=True)
+    about = {
+        "recipe": recipe.name,
+        "output": output_on_cluster(recipe),
+        "version": __version__,
+        "recipe_sha256": hashlib.sha256(values.encode()).hexdigest(),
+        "rayjob": f"{profile.namespace}/{name}",
+        "retries": str(profile.retries),
+    }
+    return {f"{METADATA}{key}": value for key, value in about.items()}
+
+
+def stamped(manifests: list[Json]) -> list[Json]:
+    """Mark a RayJob as newly applied, because its pods cannot read its uid; return the manifests.
+
+    The driver then knows whether an earlier attempt was one of the same RayJob, or of a former one with the same name.
+    """
+    for manifest in manifests:
+        if manifest["kind"] == "RayJob":
+            manifest["spec"]["metadata"][f"{METADATA}applied"] = uuid.uuid4().hex
+    return manifests
 
 
 def _suspended(queue: QueueConfig | None) -> Json:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_ray.errors import ConfigError
+from dpo_ray.run.redact import SECRET_NAME
 
-SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|SECRET|PG?PASS(WORD|WD|PHRASE)?|CREDENTIALS?|CONNECTION_STRING|\w*KEY)(_|$)", re.IGNORECASE
-)
 VARIABLE = re.compile(r"^[A-Za-z_]\w*$")
 LOCAL_REQUIREMENT = re.compile(r"^(-e\b|--editable\b|\.|/|file:)")
 PASSWORD_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")

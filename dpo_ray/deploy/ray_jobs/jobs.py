@@ -14,12 +14,13 @@ from pathlib import Path
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from dpo_ray.errors import EXIT_CODES, InfrastructureError, StoppedError
+from dpo_ray.run.job import METADATA
 
 from . import stop_driver
 from .server import answers, last_line
 
-METADATA = "dpo_ray."  # the prefix of our metadata
 STOPS = f"{METADATA}stops"
+RUNS = re.compile(r"dpo[-_]ray run ")  # in the entrypoint of a job that runs a recipe
 CHECKPOINT_STEP = re.compile(r"asked to stop, and stopped after step (\d+) of (\d+)")  # in the last output of a driver
 DRIVER_STOPPED = "stopped; the same command goes on"  # a driver's last output; Ray's threads may then abort the process
 ALREADY = "already exists"  # in Ray's error for a second job of the same name
@@ -91,10 +92,10 @@ def look(client: JobSubmissionClient, job: str) -> Job:
 
 
 def every(client: JobSubmissionClient) -> list[Job]:
-    """List all jobs that run recipes, the newest first."""
+    """List all jobs that run recipes, the newest first: those that `submit` made, and those that the operator made."""
     with answers(client.get_address()):
         every_job = client.list_jobs()
-    ours = [_job(details) for details in every_job if f"{METADATA}recipe" in (details.metadata or {})]
+    ours = [_job(details) for details in every_job if _runs_a_recipe(details)]
     return sorted(ours, key=lambda job: (-(job.started or 0), job.id))
 
 
@@ -159,9 +160,14 @@ def _until_over(client: JobSubmissionClient, job: str, seconds: float) -> Job:
     return state
 
 
+def _runs_a_recipe(details: JobDetails) -> bool:
+    """Return whether a job runs a recipe; a RayJob that another version has rendered is known by its command."""
+    return f"{METADATA}recipe" in (details.metadata or {}) or bool(RUNS.search(details.entrypoint or ""))
+
+
 def _job(details: JobDetails) -> Job:
     ours = {name.removeprefix(METADATA): value for name, value in (details.metadata or {}).items()}
-    attempt = re.search(r"-(\d+)$", details.submission_id or "")
+    attempt = None if "rayjob" in ours else re.search(r"-(\d+)$", details.submission_id or "")
     return Job(
         id=details.submission_id or details.job_id or "",
         status=details.status.value,

@@ -15,8 +15,9 @@ from ray.job_submission import JobSubmissionClient
 from dpo_ray import __version__
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import InfrastructureError, LeaseError
+from dpo_ray.run.job import METADATA
 
-from .jobs import ALREADY, METADATA, Job, every
+from .jobs import ALREADY, Job, every
 from .server import answers
 from .working_directory import RECIPE_FILE, fill
 

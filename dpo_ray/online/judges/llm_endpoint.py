@@ -13,7 +13,7 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from dpo_ray.config.judge import LlmJudge
-from dpo_ray.errors import ConfigError, JudgeError
+from dpo_ray.errors import ConfigError, JudgeError, JudgeLostError
 
 from .llm_answers import Answer, Unparsable, parsed
 from .llm_limits import Budget
@@ -121,13 +121,13 @@ class Endpoint:
             headers = {name: value for name, value in reply.headers.items() if name not in OF_THE_TRANSFER}
             return httpx.Response(reply.status_code, headers=headers, content=bytes(body), request=reply.request)
 
-    def given_up(self, trouble: Trouble, retries: int) -> JudgeError:
+    def given_up(self, trouble: Trouble, retries: int) -> JudgeLostError:
         """Build the error that is raised when no retry is left, or when the endpoint asks for too long a wait."""
         what = f"the endpoint gave no answer after {retries} retries; the last failure: {trouble.what}"
         if trouble.wait_seconds:
             what = f"{what}; the endpoint asks to wait {trouble.wait_seconds:.0f} s"
         fix = "check that the endpoint runs; if it is slow, raise timeout_seconds or max_retries, or lower concurrency"
-        return JudgeError(what, where=self._where, fix=f"{fix}. All answers up to now are stored")
+        return JudgeLostError(what, where=self._where, fix=f"{fix}. All answers up to now are stored")
 
     def _read(self, response: httpx.Response) -> Answer | Trouble:
         try:

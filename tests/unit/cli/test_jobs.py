@@ -66,6 +66,25 @@ def test_without_an_address_it_is_asked_for_and_ray_address_is_none(
     assert "DPO_RAY_ADDRESS" in err
 
 
+def test_list_knows_the_jobs_that_the_operator_made(dashboard: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """With our metadata, which the manifest holds, or only known by their command."""
+    rendered = OURS | {
+        "submission_id": "small-24652",  # the operator's suffix, which may consist of digits
+        "entrypoint": "dpo-ray run /etc/dpo-ray/recipe.yaml",
+        "metadata": {
+            "dpo_ray.recipe": "small",
+            "dpo_ray.output": "/mnt/shared/runs",
+            "dpo_ray.rayjob": "default/small",
+        },
+    }
+    older = rendered | {"submission_id": "small-x7k2p", "metadata": {}, "start_time": 1_600_000_000_000}
+    dashboard.pages["/api/jobs/"] = (200, json.dumps([older, THEIRS, rendered]))
+    code, out, _ = call(capsys, "list", "--json")
+    listed = {job["id"]: job for job in json.loads(out)}
+    assert (code, list(listed)) == (0, ["small-24652", "small-x7k2p"])
+    assert (listed["small-24652"]["output"], listed["small-24652"]["attempt"]) == ("/mnt/shared/runs", 0)
+
+
 def test_list_shows_runs_alone_and_the_newest_first(dashboard: Served, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "list", "--json")
     listed = json.loads(out)

@@ -8,7 +8,7 @@ import yaml
 from dpo_ray.cluster.node_groups import VARIABLE, node_groups
 from dpo_ray.config.load import validate_recipe
 from dpo_ray.deploy.kubernetes.groups import groups
-from dpo_ray.deploy.kubernetes.render import render, text
+from dpo_ray.deploy.kubernetes.render import render, stamped, text
 from dpo_ray.deploy.kubernetes.rules import violations
 from dpo_ray.errors import ConfigError
 from tests.helpers.manifests import PIPELINES, ROOT, recipe
@@ -104,6 +104,23 @@ def test_what_is_rendered_keeps_schemas_rules_and_restrictions(pipeline, overrid
         check_mounts(template["spec"])
     training = worker(manifests, "training")
     assert training["minReplicas"] == training["replicas"] == training["maxReplicas"]
+
+
+def test_the_job_knows_its_run_and_its_rayjob():
+    metadata = made("quickstart", (".namespace=research", ".retries=2"))["RayJob"]["spec"]["metadata"]
+    assert metadata["dpo_ray.recipe"] == "quickstart"
+    assert metadata["dpo_ray.output"] == "/mnt/shared/runs"
+    assert metadata["dpo_ray.rayjob"] == "research/quickstart"
+    assert metadata["dpo_ray.retries"] == "2"
+    more_memory = made("quickstart", (".namespace=research", ".retries=2", ".training={memory_gib: 32}"))
+    assert more_memory["RayJob"]["spec"]["metadata"]["dpo_ray.recipe_sha256"] != metadata["dpo_ray.recipe_sha256"]
+
+
+def test_each_application_is_marked_so_that_a_new_rayjob_is_not_taken_for_a_former_one():
+    marks = {stamped(list(made("quickstart").values()))[-1]["spec"]["metadata"]["dpo_ray.applied"] for _ in range(2)}
+    assert len(marks) == 2
+    assert violations(stamped(list(made("quickstart").values()))[-1]) == []
+    stamped(list(made("quickstart", kind="RayCluster").values()))  # has no job
 
 
 def check_restricted(spec):

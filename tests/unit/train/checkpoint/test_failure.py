@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ray.artifacts.storage import Storage
-from dpo_ray.cluster.workers import LASTING
+from dpo_ray.cluster.workers import may_mend
 from dpo_ray.errors import StorageFailedError, WriteRefusedError
 from dpo_ray.train.checkpoint.checkpoint import Checkpoints, Progress
 from tests.unit.train.checkpoint.test_checkpoint import advance, make
@@ -40,7 +40,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(limit_bytes: int, tmp
     checkpoints = Checkpoints(Storage(tmp_path), "a-1", 2)
     with pytest.raises(WriteRefusedError, match="File too large") as caught, files_limited(limit_bytes):
         save(checkpoints)
-    assert isinstance(caught.value, LASTING)
+    assert not may_mend(caught.value)
     assert str(tmp_path) in caught.value.where
     assert "Traceback" not in str(caught.value)
 
@@ -57,7 +57,7 @@ def test_an_object_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     server.stop()
     with pytest.raises(StorageFailedError) as caught:
         save(checkpoints)
-    assert isinstance(caught.value, LASTING)
+    assert not may_mend(caught.value)
     assert caught.value.where.startswith("s3://gone/here")
     assert "Could not connect" in caught.value.what
     assert "Traceback" not in str(caught.value)
