@@ -201,7 +201,15 @@ def train(
         result = train_stage.run(task, plan.hardware.worker, on_row, bar.say, run.lease.check)
     if result["audit"]:
         result["audit"] = judge_audit(run, result["audit"])
-    card = model_card(
+    card = _card(run, tokens, result)
+    before_commit()
+    return train_stage.commit(task, result, card, provenance)
+
+
+def _card(run: RunContext, tokens: Artifact, result: dict[str, Any]) -> str:
+    """Return the text of the policy's model card, from the result of training."""
+    recipe = run.recipe
+    return model_card(
         recipe.name,
         recipe.model,
         recipe.train,
@@ -212,8 +220,6 @@ def train(
         recipe_yaml(recipe),
         planning.versions(),
     )
-    before_commit()
-    return train_stage.commit(task, result, card, provenance)
 
 
 def _follow(run: RunContext, sinks: MetricsSinks, bar: Bar, row: dict[str, Any]) -> None:
