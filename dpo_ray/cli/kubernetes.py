@@ -12,7 +12,7 @@ import typer
 
 from dpo_ray.errors import ConfigError, LostSightError
 
-from .kubernetes_files import upload
+from .kubernetes_files import download, upload
 from .kubernetes_runs import delete, list_runs, logs, stop
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def watch(
 
 
 kubernetes.command("list")(list_runs)
-for command in (stop, delete, logs, upload):
+for command in (stop, delete, logs, upload, download):
     kubernetes.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""The command that copies what a recipe names onto the volume of its pods."""
+"""The commands that copy files to and from the volume of a run: upload and download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .kubernetes_runs import Context, cluster_of, opened_files_pod, say
+from .kubernetes_runs import Context, Namespace, Target, cluster_of, opened_files_pod, place_of, say
 
 
 def upload(
@@ -41,3 +41,26 @@ def upload(
         for file in plan.files:
             done = transfer.upload(cluster, place, pod, file, say, overwrite=overwrite)
             typer.echo(f"{file.remote}: {done}")
+
+
+def download(
+    name: Target,
+    namespace: Namespace = None,
+    context: Context = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The directory for the files. Default: the name of the run.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files here that differ.")] = False,
+) -> None:
+    """Copy the report and the policy of a run that has ended from its volume to this machine.
+
+    A small pod reads them. Files that are here already are compared and left; repeat the command to resume.
+    """
+    from dpo_ray.deploy.kubernetes import results
+
+    cluster = cluster_of(context)
+    place = place_of(cluster, name, namespace, context)
+    with opened_files_pod(cluster, place) as pod:
+        for file in results.result_files(cluster, place, pod, to or Path(place.recipe["name"])):
+            done = results.download(cluster, place, pod, file, say, overwrite=overwrite)
+            typer.echo(f"{file.local}: {done}")

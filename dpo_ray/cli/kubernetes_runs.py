@@ -98,7 +98,7 @@ def delete(
 
     where, run = _named(name, namespace, context)
     cluster = cluster_of(context)
-    place = _place(cluster, name, namespace, context) if results else None
+    place = place_of(cluster, name, namespace, context) if results else None
     if place is not None and not yes:
         typer.confirm(f"delete {place.directory} on the volume at {place.mount}?", abort=True)
     for line in runs.delete(cluster, where, run):
@@ -140,7 +140,7 @@ def logs(
         if lines is not None:
             typer.echo("\n".join(lines))
             return
-    _print_stored(cluster, _place(cluster, name, namespace, context), attempt, file)
+    _print_stored(cluster, place_of(cluster, name, namespace, context), attempt, file)
 
 
 def _print_stored(cluster: Cluster, place: Place, attempt: int | None, file: str | None) -> None:
@@ -204,7 +204,7 @@ def _named(target: str, namespace: str | None, context: str | None) -> tuple[str
     return namespace or recipe.cluster.kubernetes.namespace, run_name(recipe)
 
 
-def _place(cluster: Cluster, target: str, namespace: str | None, context: str | None) -> Place:
+def place_of(cluster: Cluster, target: str, namespace: str | None, context: str | None) -> Place:
     """Return where a run keeps its files, given by its name or by its recipe."""
     from dpo_ray.deploy.kubernetes.files_pod import place_of_recipe, place_of_run
 

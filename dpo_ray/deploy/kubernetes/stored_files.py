@@ -55,14 +55,13 @@ def chosen(files: dict[int, list[str]], attempt: int | None) -> int:
     return number
 
 
-def content(cluster: Cluster, place: Place, pod: str, path: str) -> Iterator[bytes]:
-    """Yield the content of a file piece by piece.
+def content(cluster: Cluster, place: Place, pod: str, path: str, first: int = 0) -> Iterator[bytes]:
+    """Yield the content of a file piece by piece, from the byte with the number `first` on.
 
     Raises:
         ConfigError: there is no such file.
         InfrastructureError: the volume cannot be read.
     """
-    first = 0
     while True:
         done = _shell(cluster, place, pod, READ, path, str(first), str(PIECE_BYTES))
         if done.code == MISSING:

@@ -90,19 +90,19 @@ def upload(
     total, part = file.local.stat().st_size, file.remote + PART
     there, partial = _sizes(cluster, place, pod, file.remote)
     if there >= 0:
-        if there == total and _remote_hash(cluster, place, pod, file.remote) == _hash(file.local):
+        if there == total and remote_hash(cluster, place, pod, file.remote) == file_hash(file.local):
             return "is there already"
         if not overwrite:
             fix = "--overwrite replaces it; a run that uses it would then prepare its data again"
             raise WriteRefusedError("the volume has another file of this name", where=file.remote, fix=fix)
     done = 0
-    if 0 < partial <= total and _remote_hash(cluster, place, pod, part) == _hash(file.local, partial):
+    if 0 < partial <= total and remote_hash(cluster, place, pod, part) == file_hash(file.local, partial):
         done = partial
         say(f"{file.remote}: goes on after {size(done)}")
     else:
         _checked(_shell(cluster, place, pod, BEGIN, part), part)
     _send(cluster, place, pod, file, done, say)
-    if _remote_hash(cluster, place, pod, part) != _hash(file.local):
+    if remote_hash(cluster, place, pod, part) != file_hash(file.local):
         fix = "repeat the command; if it comes again, check the volume"
         raise InfrastructureError("what arrived differs from the file", where=file.remote, fix=fix)
     _checked(_shell(cluster, place, pod, COMMIT, part, file.remote), file.remote)
@@ -162,11 +162,16 @@ def _sizes(cluster: Cluster, place: Place, pod: str, path: str) -> tuple[int, in
     return int(there), int(partial)
 
 
-def _remote_hash(cluster: Cluster, place: Place, pod: str, path: str) -> str:
+def remote_hash(cluster: Cluster, place: Place, pod: str, path: str) -> str:
+    """Return the SHA-256 of a file on the volume.
+
+    Raises:
+        InfrastructureError: it cannot be read.
+    """
     return _checked(_shell(cluster, place, pod, HASH, path, seconds=HASH_SECONDS), path).output.split()[0].decode()
 
 
-def _hash(file: Path, count: int | None = None) -> str:
+def file_hash(file: Path, count: int | None = None) -> str:
     """Return the SHA-256 of a file, or of its first `count` bytes."""
     digest, left = hashlib.sha256(), file.stat().st_size if count is None else count
     with file.open("rb") as content:

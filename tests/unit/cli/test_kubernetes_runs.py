@@ -14,7 +14,7 @@ pytest.importorskip("kubernetes", reason="the extra `kubernetes` is not installe
 from dpo_ray.cli.kubernetes import kubernetes
 from dpo_ray.config.load import load_recipe
 from dpo_ray.deploy.kubernetes.render import render
-from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.errors import ConfigError, InfrastructureError, WriteRefusedError
 from tests.helpers.fakes.api_server import api_server
 from tests.helpers.kubernetes import CLUSTER, RUN, pod, ray_cluster, ray_job, unscheduled
 from tests.helpers.manifests import PIPELINES
@@ -51,7 +51,7 @@ def server(tmp_path, monkeypatch):
 
 def run(*arguments, code=0, text=None):
     result = CliRunner().invoke(kubernetes, list(arguments), input=text)
-    if isinstance(result.exception, ConfigError | InfrastructureError):
+    if isinstance(result.exception, ConfigError | InfrastructureError | WriteRefusedError):
         raise result.exception
     assert result.exit_code == code, (result.output, result.exception)
     return result
@@ -200,3 +200,35 @@ def test_the_small_pod_is_the_runs_image_with_its_volume_and_no_rights(server):
     assert spec["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert next(v.get("persistentVolumeClaim") for v in spec["volumes"]) == {"claimName": "dpo-ray"}
     assert "dpo-ray/run" not in made["metadata"]["labels"]  # it is no pod of the run
+
+
+def test_download_brings_the_report_and_the_policy_compared(server, tmp_path):
+    applied(server, namespace="lab")
+    runs = server.pod_root / "runs"
+    for file in (
+        "quickstart/report.html",
+        "quickstart/lease-000001.json",
+        "artifacts/policy-1/policy/model.safetensors",
+    ):
+        (runs / file).parent.mkdir(parents=True, exist_ok=True)
+        (runs / file).write_text(file)
+    log = runs / "quickstart/logs/attempt-1/driver.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("train: 20 steps\n")
+    target = tmp_path / "here"
+    with pytest.raises(ConfigError, match="not ended with a policy"):
+        run("download", "quickstart", "--to", str(target))
+    log.write_text("train: 20 steps\naccuracy=0.79 policy=/mnt/shared/runs/artifacts/policy-1/policy\n")
+    (target / "policy").mkdir(parents=True)
+    (target / "policy" / "model.safetensors.dpo-ray-part").write_text("artifacts/pol")
+    result = run("download", "quickstart", "--to", str(target))
+    assert "goes on after 13 B" in result.stderr
+    files = {p.relative_to(target).as_posix(): p.read_text() for p in target.rglob("*") if p.is_file()}
+    assert files == {
+        "report.html": "quickstart/report.html",
+        "policy/model.safetensors": "artifacts/policy-1/policy/model.safetensors",
+    }
+    assert run("download", "quickstart", "--to", str(target)).stdout.count("is there already") == 2
+    (target / "report.html").write_text("mine")
+    with pytest.raises(WriteRefusedError, match="another file of this name"):
+        run("download", "quickstart", "--to", str(target))
