@@ -294,6 +294,10 @@ def test_a_fault_in_a_stage_ends_in_one_error_and_the_same_command_goes_on(
         fault.mend(run)
         if code:
             run.finish()
+        if code > 0:  # Kubernetes keeps the last lines alone, so nothing of Ray may come after them, however late
+            error, advice = (tmp_path / "log").read_text().splitlines()[-2:]
+            assert error.startswith("error:"), said
+            assert advice.startswith("  -> "), said
         assert run.policy() == undisturbed.policy()
 
 

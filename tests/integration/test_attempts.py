@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -104,28 +100,3 @@ def test_an_error_that_would_come_again_is_found_once(cluster: LocalCluster, tmp
     assert third[-1] == first[-1]
     attempts = sorted(p.name for p in (tmp_path / "runs/small/logs").iterdir())
     assert attempts == ["attempt-1", "attempt-2"], "the attempt that was not made leaves no logs"
-
-
-@pytest.mark.parametrize("struck", ["raylet", "gcs_server"])
-def test_a_lost_process_of_ray_ends_the_output_with_one_error(tmp_path: Path, struck: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    log = tmp_path / "log"
-    with log.open("wb") as stream:
-        command = [sys.executable, "-m", "dpo_ray", "run", str(write_recipe(tmp_path))]
-        driver = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-    until = time.monotonic() + 600
-    while "prepare: started" not in log.read_text():
-        assert driver.poll() is None, log.read_text()
-        assert time.monotonic() < until
-        time.sleep(0.5)
-    time.sleep(3)  # tasks are running
-    (victim,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if struck in p.name()]
-    os.kill(victim.pid, signal.SIGKILL)
-    assert driver.wait(120) == 9
-    time.sleep(5)  # what is left of Ray may still print
-    lines = log.read_text().splitlines()
-    assert lines[-2].startswith("error: ray.address=local: Ray's"), lines[-12:]
-    assert lines[-1].startswith("  -> find out why"), lines[-12:]
-    assert sum(line.startswith("error:") for line in lines) == 1
-    ours = ("prepare", "schedule", "train", "evaluate", "what Ray itself printed", "error:", "  ->", "WARNING dpo_ray")
-    assert [line for line in lines if not line.startswith(ours)] == []
