@@ -96,7 +96,7 @@ def draw(server: str, run: str, begin: float, end: float, out: Path) -> None:
             ]
             pad = 0.8 / rows
             place = (left + 0.035, top - height + 1.4 * pad, width - 0.05, height - 2.6 * pad)
-            _draw_panel(figure.add_axes(place), panel, found, begin, run)
+            _draw_panel(figure.add_axes(place), panel, found, (begin, end), run)
         figure.savefig(out, format="svg", metadata={"Date": None})
     out.write_text("".join(f"{line.rstrip()}\n" for line in out.read_text().splitlines()))
 
@@ -112,7 +112,9 @@ def _legend(text: str, labels: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: labels.get(found[1], ""), text)
 
 
-def _draw_panel(axis: Axes, panel: Panel, found: Sequence[tuple[str, list[list[Any]]]], begin: float, run: str) -> None:
+def _draw_panel(
+    axis: Axes, panel: Panel, found: Sequence[tuple[str, list[list[Any]]]], period: tuple[float, float], run: str
+) -> None:
     axis.set_title(panel.title, loc="left", fontsize=9)
     if panel.kind == "stat":
         axis.set_axis_off()
@@ -121,14 +123,18 @@ def _draw_panel(axis: Axes, panel: Panel, found: Sequence[tuple[str, list[list[A
         axis.text(0.5, 0.45, text, ha="center", va="center", fontsize=20, transform=axis.transAxes)
         return
     for colour, (legend, values) in zip(COLOURS * 3, found, strict=False):
-        times, numbers = [float(t) - begin for t, _ in values], [float(v) for _, v in values]
+        times, numbers = [float(t) - period[0] for t, _ in values], [float(v) for _, v in values]
         marker = "." if len(values) < 3 else None
         axis.plot(times, numbers, color=colour, marker=marker, label=legend.removeprefix(run).strip())
     if not found:
         axis.text(0.5, 0.5, "no data", ha="center", va="center", color="#6b7280", transform=axis.transAxes)
-    elif len(found) > 1:
+        axis.set_yticks([])
+        axis.set_xticks([])
+        return
+    if len(found) > 1:
         axis.legend(frameon=False, fontsize=7, ncols=2)
-    forms = {"percentunit": PercentFormatter(1.0), "bytes": FuncFormatter(lambda v, _: f"{v / 2**30:g} GiB")}
+    axis.set_xlim(0, period[1] - period[0])
+    forms = {"percentunit": PercentFormatter(1.0), "bytes": FuncFormatter(lambda v, _: f"{v / 2**30:.3g} GiB")}
     axis.yaxis.set_major_formatter(forms.get(panel.unit, FuncFormatter(lambda v, _: f"{v:.6g}")))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} s"))
