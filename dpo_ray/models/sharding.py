@@ -61,8 +61,8 @@ def shard(
     """Shard each transformer block and the root module over the ranks.
 
     Master weights and reductions are in float32, forward passes in `compute_dtype`.
-    If `shard_workers` is n, weights are sharded over n neighbouring ranks, and every n ranks hold a copy of the model. If the
-    number of ranks is not divisible by n, because some ranks are missing, weights are sharded over all ranks.
+    If `shard_workers` is n, each group of n neighbouring ranks holds one copy of the model, which is sharded over the group. If
+    the number of ranks is not divisible by n, because some ranks are missing, weights are sharded over all ranks.
     Source: https://docs.pytorch.org/docs/2.13/distributed.fsdp.fully_shard.html
     """
     config = config or ShardingConfig()

@@ -77,10 +77,10 @@ class Judges:
         device: str,
         on_event: Callable[[str], None],
     ) -> None:
-        """Create a pool without starting an actor.
+        """Create a pool of judges. No actor is started yet.
 
         Args:
-            memory: where answers are stored; all runs share it.
+            memory: storage of the judges' answers; all runs share it.
             run: unique name of this run, so that no other run writes to the same files of `memory`.
             device: device of reward models.
             on_event: called with messages for the user.

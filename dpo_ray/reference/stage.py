@@ -161,10 +161,10 @@ def score(
 
 
 def check_unscored(tally: ScoringTally, limit: float) -> None:
-    """Check that at most the fraction `limit` of all groups has no log-probs.
+    """Check that the fraction of groups without log-probs is not above `limit`.
 
     Raises:
-        DataError: more groups have no log-probs. The error lists the reasons.
+        DataError: the fraction is above `limit`. The error lists why log-probs are missing.
     """
     count = len(tally.unscored)
     if count > limit * tally.groups:

@@ -164,7 +164,7 @@ def _draw(
 def _plot(
     key: str, title: str, caption: str, svg: str, sizes_and_means: Mapping[str, tuple[int, float]], beyond: int
 ) -> Plot:
-    """Build the plot with its legend. The caption also has the number of values, in total and off the axis."""
+    """Build the plot with its legend. The caption states how many values there are, and how many are beyond the axis."""
     several = len(sizes_and_means) > 1
     legend = tuple(
         (f"{f'{part}, ' if several else ''}mean {typographic(f'{mean:,.3g}')}", f"bar fill-{_COLOURS.get(part, part)}")

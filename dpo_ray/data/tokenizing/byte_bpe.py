@@ -99,7 +99,10 @@ class Words:
         return words if words._agrees_with(backend.pre_tokenizer) else None
 
     def encode(self, text: str) -> bytes | None:
-        """Encode text that may contain added tokens, as int32 ids; return None for text that needs the tokenizer itself."""
+        """Encode a text to token ids, and return the ids as int32 bytes. The text may contain added tokens.
+
+        Return None if only the original tokenizer can encode the text.
+        """
         encoded: list[bytes] = []
         odd_spaces: list[str] | None = None  # the odd spaces in the text; None until they are searched for
         for part in self._added.split(text):  # text, token, text, ..., text
@@ -255,10 +258,11 @@ def _ranges(name: str, ascii_only: bool) -> str:
 
 @functools.cache
 def _stable() -> Callable[[str], object]:
-    """Return a matcher for text whose characters have the same class in every version of Unicode.
+    """Return a function that matches a text if every version of Unicode splits it into the same words.
 
-    These are the characters whose class has not changed since Unicode 3.2, and newer symbols such as emoji. An old version
-    of Unicode does not know a newer symbol, but no version treats it as a letter, digit, mark or space.
+    It accepts characters that have been letters, digits, marks, spaces or symbols since Unicode 3.2. It also accepts newer
+    symbols such as emoji: an old version does not know them, but it does not count them as letters, digits, marks or
+    spaces either.
     """
     old, codes = unicodedata.ucd_3_2_0, []
     for code in (*range(65536), *range(0x1F300, 0x1FB00)):

@@ -82,7 +82,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _is_written(text: str, whole: str) -> bool:
-    """Return whether `whole` contains `text`: unchanged, in the form that JSON or Python writes, or with other white space."""
+    """Return whether `whole` contains `text`: unchanged, escaped as in a JSON or Python string, or with other white space."""
     text = text.strip()
     if text in whole:
         return True

@@ -54,7 +54,10 @@ class InjectionScan:
 
 
 class Spelled:
-    """Searches a text for written-out tokens, from left to right. If several match at one position, the longest counts."""
+    """Searches a text, from left to right, for special tokens that are spelled as plain text, such as `<|im_end|>`.
+
+    If several match at one position, the longest is taken.
+    """
 
     def __init__(self, tokens: Iterable[str]) -> None:
         longest_first = sorted(tokens, key=lambda token: (-len(token), token))

@@ -161,7 +161,7 @@ def _until_over(client: JobSubmissionClient, job: str, seconds: float) -> Job:
 
 
 def _runs_a_recipe(details: JobDetails) -> bool:
-    """Return whether a job runs a recipe; a RayJob that another version has rendered is known by its command."""
+    """Return whether a job runs a recipe. A RayJob that an older dpo-ray has rendered is recognised by its command."""
     return f"{METADATA}recipe" in (details.metadata or {}) or bool(RUNS.search(details.entrypoint or ""))
 
 

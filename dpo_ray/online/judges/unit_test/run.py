@@ -33,7 +33,7 @@ def passes(code: str, tests: str, timeout_seconds: float, memory_mib: int, *, co
         tests: the code of the tests, which use the names that `code` defines.
         timeout_seconds: limit of the wall-clock time of the tests. Rounded up, it also limits each process's CPU time.
         memory_mib: limit of the address space of each process, and of the size of each file that it writes.
-        confined: if True, and the process of the code cannot be confined, run nothing and return False.
+        confined: if True, run the code only in a sandbox. If no sandbox can be set up, run nothing and return False.
     """
     token = secrets.token_hex(16).encode()
     limits = [str(int(timeout_seconds) + 1), str(memory_mib << 20)]
