@@ -55,6 +55,7 @@ def session(recipe: Recipe, *, verbose: bool = False) -> Iterator[None]:
         }
     else:
         options |= {"runtime_env": {"env_vars": of_workers}}
+    divert_ray_loggers()  # and again below: the start makes more of them
     try:
         with nullcontext() if verbose else _silent_stderr():
             ray.init(recipe.ray.address, **options)

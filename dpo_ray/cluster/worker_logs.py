@@ -92,8 +92,8 @@ def ends_of_logs(directory: Path, job: str) -> list[tuple[str, bytes]]:
 
     A name begins with that of the worker's actor, or with `tasks`.
     """
-    files = [*directory.glob(f"worker-*-{job}-*.out"), *directory.glob(f"worker-*-{job}-*.err")]
-    written = [(status.st_mtime, file) for file in files if (status := file.stat()).st_size]
+    files = [*directory.glob("worker-*.out"), *directory.glob("worker-*.err")]
+    written = [(status.st_mtime, file) for file in files if (status := file.stat()).st_size and _is_of(job, file)]
     newest = [file for _, file in sorted(written, reverse=True)[:MOST_FILES]]
     ends = [(_name(file), _end(file)) for file in newest]
     ends += [(name, _end(directory / name)) for name in OF_RAY if (directory / name).exists()]
@@ -129,11 +129,20 @@ def _directory() -> Path:
     return Path(node.get_logs_dir_path())
 
 
+def _is_of(job: str, file: Path) -> bool:
+    """Return whether a worker belongs to a job. A worker that was started in advance names its job only in the file."""
+    return f"-{job}-" in file.name or _marks(file).get(b"job_id") == job.encode()
+
+
+def _marks(file: Path) -> dict[bytes, bytes]:
+    """Return what Ray has written about a worker at the beginning of its file."""
+    with file.open("rb") as stream:
+        return dict(_MARK.findall(stream.read(1024)))
+
+
 def _name(file: Path) -> str:
     """Return a name such as `Engine-1234.err` for a worker's file `worker-<id>-<job>-<process id>.err`."""
-    with file.open("rb") as stream:
-        marks = dict(_MARK.findall(stream.read(1024)))
-    actor = re.sub(r"[^\w.-]", "_", marks.get(b"actor_name", b"tasks").decode(errors="replace"))
+    actor = re.sub(r"[^\w.-]", "_", _marks(file).get(b"actor_name", b"tasks").decode(errors="replace"))
     return f"{actor}-{file.stem.rpartition('-')[2]}{file.suffix}"
 
 
