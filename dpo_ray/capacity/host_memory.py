@@ -14,7 +14,7 @@ from dpo_ray.config.train import STATE_BYTES
 from .activations import Rows
 from .memory import FLOAT32_BYTES, Setup, Weights, training_memory
 from .model_sizes import ModelSizes
-from .workload import assumed_workload, micro_batches
+from .workload import Workload, micro_batches
 
 GIB = 1 << 30
 NODE_BYTES = 2 * GIB  # Ray's own processes on a node, and processes of workers that have no work
@@ -23,12 +23,12 @@ PROCESS_BYTES = {"cpu": 1.5 * GIB, "cuda": 6 * GIB}  # libraries; on GPUs also C
 READ_BYTES = 5 * GIB  # one file of weights while it is copied to a GPU; the export writes files of this size
 
 
-def training_worker_bytes(recipe: Recipe, sizes: ModelSizes, *, on_gpu: bool) -> float:
+def training_worker_bytes(recipe: Recipe, sizes: ModelSizes, workload: Workload, *, on_gpu: bool) -> float:
     """Return the bytes of a training worker in the memory of its node.
 
     If the model is a mixture of experts, each worker reads all weights once, and not only its own rows.
     """
-    train, workload = recipe.train, assumed_workload(recipe)
+    train = recipe.train
     batches = micro_batches(workload, train.groups_per_step, train.workers, train.tokens_per_micro_batch)
     rows = Rows.of(batches.tokens, workload.prompt_share, workload.completions, train.layout)
     shard = train.sharding.shard_workers or train.workers

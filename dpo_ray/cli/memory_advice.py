@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_ray.capacity.host import engine_host_bytes, worker_host_bytes
+from dpo_ray.capacity.host_memory import engine_bytes, training_worker_bytes
 from dpo_ray.capacity.model_sizes import model_sizes
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.errors import DpoRayError, MemoryLimitError
@@ -10,8 +10,6 @@ from dpo_ray.observe.text import size
 from dpo_ray.run.preflight import hardware
 
 from .capacity_view import plan_if_possible, workload_of
-
-VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def with_expectation(recipe: Recipe, error: MemoryLimitError) -> MemoryLimitError:
@@ -24,15 +22,12 @@ def with_expectation(recipe: Recipe, error: MemoryLimitError) -> MemoryLimitErro
 
 
 def _expected(recipe: Recipe, where: str) -> str:
-    found = hardware(recipe)
-    value_bytes = VALUE_BYTES[found.dtype]
+    found, sizes = hardware(recipe), model_sizes(recipe.model)
     if ".train" in where:
         plan, _ = plan_if_possible(recipe)
-        workload = workload_of(recipe, plan)
-        on_gpu = found.worker.gpus > 0
-        each = worker_host_bytes(recipe, model_sizes(recipe.model), workload, value_bytes, on_gpu=on_gpu)
+        each = training_worker_bytes(recipe, sizes, workload_of(recipe, plan), on_gpu=found.worker.gpus > 0)
         return f"; the planner expects {size(round(each))} for each of {recipe.train.workers} training workers"
     if ".engines" in where or ".reference" in where:
-        each = engine_host_bytes(recipe, model_sizes(recipe.model), value_bytes, on_gpu=found.engine.gpus > 0)
+        each = engine_bytes(recipe, sizes, on_gpu=found.engine.gpus > 0)
         return f"; the planner expects {size(round(each))} for each engine"
     return ""

@@ -96,7 +96,10 @@ def _scores(fields: Fields, items: Sequence[Any]) -> tuple[float, ...]:
             values = [_number(item.get(name)) if isinstance(item, Mapping) else None for item in items]
             if None not in values:
                 return _best_highest(tuple(v for v in values if v is not None), signed)
-    raise Rejected("BAD_SCORE", f"the {len(items)} completions have no field (score or rank) in which each of them has a finite number")
+    raise Rejected(
+        "BAD_SCORE",
+        f"the {len(items)} completions have no field (score or rank) in which each of them has a finite number",
+    )
 
 
 def _beside(values: Any, items: Sequence[Any]) -> tuple[float, ...]:

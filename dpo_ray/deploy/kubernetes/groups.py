@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dpo_ray.capacity.host_memory import engine_bytes, export_bytes, node_gib, training_worker_bytes
 from dpo_ray.capacity.model_sizes import known_sizes
+from dpo_ray.capacity.workload import assumed_workload
 from dpo_ray.cluster.node_groups import ROLE, NodeGroup
 from dpo_ray.cluster.resources import judge_resources
 from dpo_ray.config.cluster import GroupConfig, PlacementConfig
@@ -155,7 +156,7 @@ def _trainer(recipe: Recipe) -> Demand:
     each, sizes = gpus(recipe).train, known_sizes(recipe.model)
     if sizes is None:
         return Demand("a training worker", cpus, each, workers, workers)
-    memory = training_worker_bytes(recipe, sizes, on_gpu=each > 0)
+    memory = training_worker_bytes(recipe, sizes, assumed_workload(recipe), on_gpu=each > 0)
     export = export_bytes(recipe, sizes, on_gpu=each > 0)
     return Demand("a training worker", cpus, each, workers, workers, memory, export)
 

@@ -8,6 +8,7 @@ import pytest
 
 from dpo_ray.capacity.host_memory import GIB, engine_bytes, export_bytes, node_gib, training_worker_bytes
 from dpo_ray.capacity.model_sizes import KNOWN, ModelSizes
+from dpo_ray.capacity.workload import assumed_workload
 from tests.helpers.manifests import recipe
 
 MISTRAL = next(sizes for names, sizes in KNOWN if "zephyr-7b" in names)
@@ -15,7 +16,8 @@ PARAMETERS = 7_241_732_096  # of mistralai/Mistral-7B-v0.1, by the index of its 
 
 
 def workers(*overrides: str, on_gpu: bool, sizes: ModelSizes = MISTRAL) -> float:
-    return training_worker_bytes(recipe("zephyr_7b_dpo", *overrides), sizes, on_gpu=on_gpu)
+    made = recipe("zephyr_7b_dpo", *overrides)
+    return training_worker_bytes(made, sizes, assumed_workload(made), on_gpu=on_gpu)
 
 
 def test_a_worker_on_cpus_holds_weights_state_and_gradients() -> None:
