@@ -28,6 +28,7 @@ FINAL = {
     "ArtifactError": False,  # the storage may be away
     "WriteRefusedError": True,
     "LeaseError": False,
+    "LostSightError": False,
     "AuditError": True,
     "TrainError": True,
     "WorkersLostError": False,

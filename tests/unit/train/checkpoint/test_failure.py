@@ -46,7 +46,8 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(limit_bytes: int, tmp
 
 
 def test_an_object_store_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # of a server of another test, whose address it would keep
     boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     settings = {"ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()), "DEFAULT_REGION": "us-east-1"}
