@@ -18,7 +18,7 @@ from dpo_ray.deploy.ray_jobs.server import connect
 from tests.helpers.local_cluster import LocalCluster, local_cluster
 from tests.integration.conftest import small_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 WITHOUT_ENGINES = ("train.objective={type: simpo}", "train.steps=1000", "train.max_failures=0")
 
 
@@ -53,8 +53,15 @@ def about(directory: Path, attempt: int) -> dict[str, Any]:
     return json.loads((directory / f"runs/small/logs/attempt-{attempt}/attempt.json").read_text())
 
 
-def kill_training_worker() -> None:
-    workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())]
+def kill_training_worker(cluster: LocalCluster) -> None:
+    """Kill a training worker of this cluster; on a shared machine there may be those of others."""
+    place = cluster.environment["DPO_RAY_LOCAL_STATE"]
+    workers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or ())
+        and any(place in " ".join(parent.cmdline()) for parent in process.parents())
+    ]
     assert workers
     workers[0].kill()
 
@@ -63,7 +70,7 @@ def test_the_logs_of_a_failed_attempt_stay_on_the_storage(cluster: LocalCluster,
     recipe = write_recipe(tmp_path)
     job = submit(cluster, recipe)
     cluster.wait_for(r"train: [1-9]\d*/", job)
-    kill_training_worker()
+    kill_training_worker(cluster)
     code, lines = end(cluster, job)
     assert code == 7, lines
     assert lines[-2].startswith("error: train: the workers failed"), lines[-12:]

@@ -21,7 +21,7 @@ from tests.helpers.prometheus import Prometheus, Scrapes, prometheus_server
 from tests.integration.conftest import small_recipe
 from tools.dashboard import DASHBOARD, expression, panels
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 STEPS = 60
 STARTS = 4  # Ray gives up after 30 s, which is too short on a busy machine
 
