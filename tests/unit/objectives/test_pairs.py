@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.config.objective import IpoObjective, SigmoidObjective
+from dpo_ray.config.objective import IpoObjective, RDpoObjective, SigmoidObjective
 from dpo_ray.objectives.pairs import PairLogps
 from dpo_ray.objectives.select import pair_losses
 
@@ -137,3 +137,13 @@ def test_gradient_of_sigmoid_is_the_papers() -> None:
     sigmoid(PairLogps(*leaves, *fixed), 0.1).sum().backward()
     weight = 0.1 / (1 + math.exp(0.15))
     assert [leaf.grad.item() for leaf in leaves] == pytest.approx([-weight, weight], rel=1e-5)
+
+
+def test_the_flipped_half_of_a_soft_label_has_the_lengths_of_the_other_side() -> None:
+    """R-DPO, with p = 0.3: 0.3 of the loss of the pair as it is, and 0.7 of the loss of the pair the other way round."""
+    objective = RDpoObjective(beta=0.1, alpha=0.05)
+    expected = []
+    for pc, pr, rc, rr, tokens_c, tokens_r in ROWS:
+        margin = 0.1 * ((pc - rc) - (pr - rr)) + 0.05 * (tokens_c - tokens_r)
+        expected.append(0.3 * math.log1p(math.exp(-margin)) + 0.7 * math.log1p(math.exp(margin)))
+    assert pair_losses(objective, pairs_of(ROWS, 0.3)).tolist() == pytest.approx(expected, rel=1e-5)

@@ -105,6 +105,22 @@ def test_a_held_out_split_that_was_read_stays_open_after_a_failure() -> None:
     asyncio.run(follow())
 
 
+def test_a_bucket_that_no_rank_has_begun_is_closed_to_all_by_a_failure() -> None:
+    """Otherwise one rank would train a step for which others get no file, and they would wait for one another."""
+
+    async def follow() -> None:
+        feed = Feed(STAGING)
+        first, second = (bucket.start for bucket in bucket_ranges(100)[:2])
+        for start in (first, second):
+            await feed.announce(names(start))
+        assert await feed.locate(names(first)[0], 0) == STAGING
+        await feed.fail("no engine starts")
+        assert [await feed.locate(name, 0) for name in names(first)] == [STAGING] * RANKS
+        assert all([isinstance(await feed.locate(name, 0), TrainError) for name in names(second)])
+
+    asyncio.run(follow())
+
+
 def test_a_commit_moves_the_files(tmp_path: Path) -> None:
     staging = ArtifactStore(Storage(tmp_path)).begin("schedule", "k", "run")
     entries = [staging.write(name, b"content") for name in names(0)]
