@@ -30,6 +30,7 @@ from .worker_logs import save_after_a_loss
 
 logger = logging.getLogger(__name__)
 GROW_SECONDS = 30.0  # between two checks for free resources for missing workers
+LONGEST = 600  # characters of a cause in an error: what Ray says of a dead worker goes on for screens
 
 
 def start_inbox() -> Any:
@@ -94,7 +95,7 @@ def run_workers(
             if (lack := lack_of_memory(request.what, "train", result.cause)) is not None:
                 raise lack from result.cause
             raise WorkersLostError(
-                f"the workers failed: {type(result.cause).__name__}: {result.cause}",
+                f"the workers failed: {type(result.cause).__name__}: {' '.join(str(result.cause).split())[:LONGEST]}",
                 where=where,
                 fix=f"fix the cause and run the same command: it continues {goes_on}; --verbose shows the workers' logs",
             ) from result.cause

@@ -101,7 +101,8 @@ def test_an_error_that_would_come_again_is_found_once(cluster: LocalCluster, tmp
     assert (
         second[-1] == f"{first[-1]}; attempt 1 has found this, and so this attempt was not made: apply the RayJob again"
     )
-    assert len(second) == 2, second
+    ours = [line for line in second if "job_manager" not in line and not line.startswith("Running entrypoint")]
+    assert len(ours) == 2, second
     print(f"the second attempt took {time.monotonic() - began:.1f} s with its job")
     _, third = end(cluster, submit(cluster, recipe, applied="two"))
     assert third[-1] == first[-1]

@@ -75,7 +75,7 @@ def test_stopped_by_way_of_a_checkpoint_and_gone_on_with(cluster: Cluster) -> No
     code, out, _ = cluster.call("status", "long-1", "--json")
     assert (json.loads(out)["exit_code"], json.loads(out)["code"]) == (75, 75)
     code, out, err = cluster.call("logs", "long-1", "-f")
-    stopped = re.search(rf"has, after step (\d+) of {STEPS}", out)
+    stopped = re.search(rf"and stopped after step (\d+) of {STEPS}", out)
     assert stopped
     assert (code, stopped[1]) == (75, words[1])
 
