@@ -126,14 +126,6 @@ def test_gauges_end_with_the_driver_and_counters_stay(observed: Observed, rows: 
     assert not observed.scrapes.values("run_failures_total", run="small")
 
 
-def test_a_loss_that_is_not_finite_is_counted_although_the_driver_ends(observed: Observed) -> None:
-    code, out = observed.run("broken", "train.objective={type: simpo}", "train.optimizer.learning_rate=1e30")
-    assert code == 7, out
-    time.sleep(3)
-    assert observed.scrapes.values("train_not_finite_total", run="broken")[-1] == 1
-    assert observed.scrapes.values("run_failures_total", run="broken", error="TrainError")[-1] == 1
-
-
 def test_prometheus_answers_the_queries_of_the_dashboard(observed: Observed, rows: list[dict[str, float]]) -> None:
     if observed.prometheus is None:
         pytest.skip("there is no program `prometheus` here (Debian's package prometheus)")
