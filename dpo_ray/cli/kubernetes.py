@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dpo_ray.errors import ConfigError, LostSightError
+from dpo_ray.errors import ConfigError
 
+from .kubernetes_cluster import HEAD_LOST_SECONDS, Context, follow_run, say
 from .kubernetes_files import download, upload
 from .kubernetes_runs import delete, list_runs, logs, stop
 
 if TYPE_CHECKING:
     from dpo_ray.config.recipe import Recipe
+    from dpo_ray.deploy.kubernetes.client import Cluster
 
 kubernetes = typer.Typer(help="Run recipes on Kubernetes with the KubeRay operator.", no_args_is_help=True)
 
@@ -33,11 +34,7 @@ Kind = Annotated[
         help="RayJob: a cluster that runs the recipe and is then deleted. RayCluster: one that stays, for `dpo-ray submit`."
     ),
 ]
-Context = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A context of the kubeconfig. Default: its current context.")
-]
-
-OUTAGE_SECONDS, HEAD_LOST_SECONDS = 600.0, 600.0
+OUTAGE_SECONDS = 600.0
 Outage = Annotated[
     float,
     typer.Option(min=0, help="How long to wait for an API server that no longer answers. The run does not need it."),
@@ -127,34 +124,19 @@ for command in (stop, delete, logs, upload, download):
     kubernetes.command()(command)
 
 
-def _follow(cluster: Any, file: Path, recipe: Recipe, *, from_start: bool, head_lost_seconds: float) -> None:
-    """Follow a run, and exit with its exit code. Neither Ctrl-C nor a lost API server stops the run."""
+def _follow(cluster: Cluster, file: Path, recipe: Recipe, *, from_start: bool, head_lost_seconds: float) -> None:
     from dpo_ray.deploy.kubernetes.render import run_name
-    from dpo_ray.deploy.kubernetes.state import failure_of
-    from dpo_ray.deploy.kubernetes.watch import watch as watched
 
     namespace, name = recipe.cluster.kubernetes.namespace, run_name(recipe)
     again = (
         f"dpo-ray kubernetes watch {shlex.quote(str(file))}, or dpo-ray kubernetes logs {name} --namespace {namespace}"
     )
-    try:
-        state = watched(
-            cluster, namespace, name, _say, typer.echo, from_start=from_start, head_lost_seconds=head_lost_seconds
-        )
-    except KeyboardInterrupt:
-        typer.echo(f"\nthe run goes on without this command; to look again: {again}", err=True)
-        raise typer.Exit(130) from None
-    except LostSightError as error:
-        fix = f"the run goes on, and how it ends is not known; to look again: {again}"
-        raise LostSightError(error.what, where=error.where, fix=fix) from error
-    if state.exit_code != 0:
-        typer.echo("\n".join(failure_of(state)), err=True)
-    raise typer.Exit(state.exit_code)
+    follow_run(cluster, namespace, name, again, _say, from_start=from_start, head_lost_seconds=head_lost_seconds)
 
 
 def _say(text: str) -> None:
-    """Print what happens to a run, with the time, so that it differs from the lines of its driver."""
-    typer.echo(f"{time.strftime('%H:%M:%S')} {text}")
+    """Print what happens to a run among the lines of its driver."""
+    say(text, err=False)
 
 
 def _loaded(recipe: Path, overrides: list[str] | None) -> Recipe:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .kubernetes_runs import Context, Namespace, Target, cluster_of, opened_files_pod, place_of, say
+from .kubernetes_cluster import Context, Namespace, Target, cluster_of, opened_files_pod, say, volume_of
 
 
 def upload(
@@ -26,20 +26,20 @@ def upload(
     """
     from dpo_ray.config.load import load_recipe
     from dpo_ray.deploy.kubernetes import transfer
-    from dpo_ray.deploy.kubernetes.files_pod import place_of_recipe
+    from dpo_ray.deploy.kubernetes.files_pod import volume_of_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    place = place_of_recipe(loaded)
-    plan = transfer.plan(loaded, place.mount)
-    for line in plan.left:
+    volume = volume_of_recipe(loaded)
+    selected = transfer.select_files(loaded, volume.mount)
+    for line in selected.left:
         typer.echo(line)
-    if not plan.files:
+    if not selected.files:
         typer.echo("nothing to copy: the recipe names no files of this machine")
         return
     cluster = cluster_of(context)
-    with opened_files_pod(cluster, place) as pod:
-        for file in plan.files:
-            done = transfer.upload(cluster, place, pod, file, say, overwrite=overwrite)
+    with opened_files_pod(cluster, volume) as pod:
+        for file in selected.files:
+            done = transfer.upload(cluster, volume, pod, file, say, overwrite=overwrite)
             typer.echo(f"{file.remote}: {done}")
 
 
@@ -59,8 +59,8 @@ def download(
     from dpo_ray.deploy.kubernetes import results
 
     cluster = cluster_of(context)
-    place = place_of(cluster, name, namespace, context)
-    with opened_files_pod(cluster, place) as pod:
-        for file in results.result_files(cluster, place, pod, to or Path(place.recipe["name"])):
-            done = results.download(cluster, place, pod, file, say, overwrite=overwrite)
+    volume = volume_of(cluster, name, namespace, context)
+    with opened_files_pod(cluster, volume) as pod:
+        for file in results.result_files(cluster, volume, pod, to or Path(volume.recipe["name"])):
+            done = results.download(cluster, volume, pod, file, say, overwrite=overwrite)
             typer.echo(f"{file.local}: {done}")

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from dpo_ray.errors import ConfigError
 from dpo_ray.observe.text import duration, harmless
 
+from .kubernetes_cluster import (
+    Context,
+    Namespace,
+    Target,
+    cluster_of,
+    follow_run,
+    named_run,
+    opened_files_pod,
+    say,
+    volume_of,
+)
 from .options import Json, console
 
 if TYPE_CHECKING:
     from dpo_ray.deploy.kubernetes.client import Cluster
-    from dpo_ray.deploy.kubernetes.files_pod import Place
-
-Context = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A context of the kubeconfig. Default: its current context.")
-]
-Namespace = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="The namespace. Default: that of the recipe, or of the kubeconfig's context."),
-]
-Target = Annotated[
-    str, typer.Argument(metavar="NAME", help="The name of the RayJob, as `list` shows it, or its recipe, a YAML file.")
-]
+    from dpo_ray.deploy.kubernetes.files_pod import RunVolume
 
 
 def list_runs(namespace: Namespace = None, context: Context = None, as_json: Json = False) -> None:
@@ -38,13 +33,13 @@ def list_runs(namespace: Namespace = None, context: Context = None, as_json: Jso
     from dpo_ray.deploy.kubernetes.client import default_namespace
     from dpo_ray.deploy.kubernetes.runs import every
 
-    place = namespace or default_namespace(context)
-    runs = every(cluster_of(context), place)
+    namespace = namespace or default_namespace(context)
+    runs = every(cluster_of(context), namespace)
     if as_json:
         typer.echo(json.dumps([run._asdict() for run in runs]))
         return
     if not runs:
-        typer.echo(f"the namespace {place} has no runs")
+        typer.echo(f"the namespace {namespace} has no runs")
         return
     table = Table()
     for column in ("run", "state", "attempt", "since", "waits for"):
@@ -72,7 +67,7 @@ def stop(
     """
     from dpo_ray.deploy.kubernetes import runs
 
-    where, run = _named(name, namespace, context)
+    where, run = named_run(name, namespace, context)
     try:
         runs.stop(cluster_of(context), where, run, grace_seconds, say, typer.echo)
     except KeyboardInterrupt:
@@ -96,20 +91,20 @@ def delete(
     """
     from dpo_ray.deploy.kubernetes import runs
 
-    where, run = _named(name, namespace, context)
+    where, run = named_run(name, namespace, context)
     cluster = cluster_of(context)
-    place = place_of(cluster, name, namespace, context) if results else None
-    if place is not None and not yes:
-        typer.confirm(f"delete {place.directory} on the volume at {place.mount}?", abort=True)
+    volume = volume_of(cluster, name, namespace, context) if results else None
+    if volume is not None and not yes:
+        typer.confirm(f"delete {volume.directory} on the volume at {volume.mount}?", abort=True)
     for line in runs.delete(cluster, where, run):
         typer.echo(line)
-    if place is not None:
+    if volume is not None:
         from dpo_ray.deploy.kubernetes.stored_files import delete_directory
 
-        with opened_files_pod(cluster, place) as pod:
-            delete_directory(cluster, place, pod)
-        kept = f"{place.recipe['output']}/artifacts"
-        typer.echo(f"{place.directory}: deleted; other runs share {kept}, which stays")
+        with opened_files_pod(cluster, volume) as pod:
+            delete_directory(cluster, volume, pod)
+        kept = f"{volume.recipe['output']}/artifacts"
+        typer.echo(f"{volume.directory}: deleted; other runs share {kept}, which stays")
 
 
 def logs(
@@ -131,103 +126,35 @@ def logs(
     """Print the log of a run's driver: of the driver that runs, or what its last attempt left on the storage."""
     from dpo_ray.deploy.kubernetes.runs import live_log
 
-    where, run = _named(name, namespace, context)
+    where, run = named_run(name, namespace, context)
     cluster = cluster_of(context)
     if attempt is None and file is None:
         if follow:
-            _follow(cluster, where, run)
+            follow_run(
+                cluster, where, run, f"dpo-ray kubernetes logs {run} -f --namespace {where}", say, from_start=True
+            )
         lines = live_log(cluster, where, run)
         if lines is not None:
             typer.echo("\n".join(lines))
             return
-    _print_stored(cluster, place_of(cluster, name, namespace, context), attempt, file)
+    _print_stored(cluster, volume_of(cluster, name, namespace, context), attempt, file)
 
 
-def _print_stored(cluster: Cluster, place: Place, attempt: int | None, file: str | None) -> None:
+def _print_stored(cluster: Cluster, volume: RunVolume, attempt: int | None, file: str | None) -> None:
     from dpo_ray.deploy.kubernetes import stored_files
 
-    with opened_files_pod(cluster, place) as pod:
-        found = stored_files.logs(cluster, place, pod)
+    with opened_files_pod(cluster, volume) as pod:
+        found = stored_files.logs(cluster, volume, pod)
         number = stored_files.chosen(found, attempt)
         others = [each for each in found[number] if each != stored_files.DRIVER_LOG]
         typer.echo(
             f"attempt {number} of {', '.join(map(str, found))}; other files of it: {', '.join(others)}", err=True
         )
-        path = f"{place.directory}/logs/attempt-{number}/{file or stored_files.DRIVER_LOG}"
+        path = f"{volume.directory}/logs/attempt-{number}/{file or stored_files.DRIVER_LOG}"
         rest = b""
-        for piece in stored_files.content(cluster, place, pod, path):
+        for piece in stored_files.content(cluster, volume, pod, path):
             whole, _, rest = (rest + piece).rpartition(b"\n")
             for line in whole.decode(errors="replace").split("\n") if whole else ():
                 typer.echo(harmless(line))
         if rest:
             typer.echo(harmless(rest.decode(errors="replace")))
-
-
-def _follow(cluster: Cluster, namespace: str, name: str) -> None:
-    from dpo_ray.deploy.kubernetes.watch import watch
-
-    try:
-        state = watch(cluster, namespace, name, say, typer.echo, from_start=True)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"\nthe run goes on without this command; to look again: dpo-ray kubernetes logs {name} -f", err=True
-        )
-        raise typer.Exit(130) from None
-    raise typer.Exit(state.exit_code)
-
-
-@contextmanager
-def opened_files_pod(cluster: Cluster, place: Place) -> Iterator[str]:
-    """Start a pod that mounts the volume of a run, and delete it at the end of the `with` block; yield its name."""
-    from dpo_ray.deploy.kubernetes.files_pod import files_pod
-
-    typer.echo(f"{place.name}: starting a small pod that mounts the volume", err=True)
-    with files_pod(cluster, place, say) as pod:
-        yield pod
-
-
-def cluster_of(context: str | None) -> Cluster:
-    """Return a connection to a cluster, which reports outages on standard error."""
-    from dpo_ray.deploy.kubernetes.client import Cluster
-
-    return Cluster(context, say=say)
-
-
-def _named(target: str, namespace: str | None, context: str | None) -> tuple[str, str]:
-    """Return the namespace and the name of a run, given by its name or by its recipe."""
-    from dpo_ray.deploy.kubernetes.client import default_namespace
-    from dpo_ray.deploy.kubernetes.render import run_name
-
-    if not _is_file(target):
-        return namespace or default_namespace(context), target
-    recipe = _loaded(target)
-    return namespace or recipe.cluster.kubernetes.namespace, run_name(recipe)
-
-
-def place_of(cluster: Cluster, target: str, namespace: str | None, context: str | None) -> Place:
-    """Return where a run keeps its files, given by its name or by its recipe."""
-    from dpo_ray.deploy.kubernetes.files_pod import place_of_recipe, place_of_run
-
-    where, name = _named(target, namespace, context)
-    if _is_file(target):
-        return place_of_recipe(_loaded(target))._replace(namespace=where)
-    return place_of_run(cluster, where, name)
-
-
-def _is_file(target: str) -> bool:
-    return target.endswith((".yaml", ".yml"))
-
-
-def _loaded(target: str) -> Any:
-    from dpo_ray.config.load import load_recipe
-
-    if not Path(target).is_file():
-        raise ConfigError(
-            "there is no such recipe", where=target, fix="use the name of a run or the path of its recipe"
-        )
-    return load_recipe(Path(target), [])
-
-
-def say(text: str) -> None:
-    """Print what happens, with the time, to standard error: standard output has the log alone."""
-    typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)

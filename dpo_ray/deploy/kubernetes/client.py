@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from dpo_ray.errors import InfrastructureError, LostSightError
+from dpo_ray.errors import ConfigError, InfrastructureError, LostSightError
 from dpo_ray.observe.text import duration
 
 if TYPE_CHECKING:
@@ -227,6 +227,12 @@ def default_namespace(context: str | None = None) -> str:
     contexts, current = listed
     chosen = next((c for c in contexts if c["name"] == context), current) or {}
     return chosen.get("context", {}).get("namespace") or "default"
+
+
+def no_such_run(namespace: str, name: str, what: str = "there is no such RayJob") -> ConfigError:
+    """Return the error for a run that does not exist."""
+    fix = f"`dpo-ray kubernetes list --namespace {namespace}` lists the runs"
+    return ConfigError(what, where=f"{namespace}/{name}", fix=fix)
 
 
 def refused(error: ApiException, where: str) -> InfrastructureError:

@@ -26,7 +26,7 @@ tail -c "+$((from + 1))" "$log" | head -c "$3"
 """
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """How far a driver's log has been read. Another pod, or another job, has another log."""
 
     pod: str = ""
@@ -34,37 +34,37 @@ class Place(NamedTuple):
     first_byte: int = 0
 
 
-class Piece(NamedTuple):
+class NewLines(NamedTuple):
     """New lines of a log, where to go on reading, and why nothing can be read, or ""."""
 
     lines: list[str]
-    place: Place
+    position: Position
     problem: str = ""
 
 
-def read(cluster: Cluster, namespace: str, head: Json, job: str, place: Place) -> Piece:
-    """Read the whole lines that the driver of a job wrote after `place`. A problem is returned, because it may pass."""
+def read(cluster: Cluster, namespace: str, head: Json, job: str, position: Position) -> NewLines:
+    """Read the whole lines that the driver of a job wrote after `position`. A problem is returned, because it may pass."""
     pod = head["metadata"]
-    if (place.pod, place.job) != (pod["uid"], job):
-        place = Place(pod["uid"], job, place.first_byte if not place.pod else 0)
+    if (position.pod, position.job) != (pod["uid"], job):
+        position = Position(pod["uid"], job, position.first_byte if not position.pod else 0)
     if not job:
-        return Piece([], place)
+        return NewLines([], position)
     lines: list[str] = []
     while True:
-        command = ["sh", "-c", READ, "sh", job, str(place.first_byte), str(PIECE_BYTES)]
+        command = ["sh", "-c", READ, "sh", job, str(position.first_byte), str(PIECE_BYTES)]
         done = execute(cluster, namespace, pod["name"], HEAD_CONTAINER, command)
         if done.code == 3:  # the driver has not written anything yet
-            return Piece(lines, place)
+            return NewLines(lines, position)
         if done.code != 0:
-            return Piece(lines, place, done.errors)
+            return NewLines(lines, position, done.errors)
         first, _, text = done.output.partition(b"\n")
         whole, newline, rest = text.rpartition(b"\n")
         if not newline and len(text) >= PIECE_BYTES:  # an endless line
             whole, newline, rest = text, b"\n", b""
-        if place.first_byte < 0 and int(first):  # the first line is not whole
+        if position.first_byte < 0 and int(first):  # the first line is not whole
             whole = whole.partition(b"\n")[2]
         if newline:
             lines += [harmless(COLOURS.sub("", line)) for line in whole.decode(errors="replace").split("\n")]
-        place = place._replace(first_byte=int(first) + len(text) - len(rest))
+        position = position._replace(first_byte=int(first) + len(text) - len(rest))
         if len(text) < PIECE_BYTES:
-            return Piece(lines, place)
+            return NewLines(lines, position)

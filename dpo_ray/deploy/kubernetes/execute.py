@@ -6,7 +6,7 @@ import re
 import time
 from typing import Any, NamedTuple
 
-from .client import ANSWER_SECONDS, Cluster
+from .client import ANSWER_SECONDS, Cluster, message_of
 
 OUTPUT, ERRORS, RESULT = 1, 2, 3  # the channels of the connection
 CHUNK_BYTES = 256 << 10  # of what is written to a command; API servers refuse frames that are much larger
@@ -91,7 +91,6 @@ def _ended(connection: Any, output: bytes, text: str) -> Executed:
 def _refusal(reason: str) -> str:
     """Return in short why the API server did not open the connection."""
     status = re.search(r"Handshake status (\d+) ([\w ]+)", reason)
-    message = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', reason.replace('\\"', "'"))
-    if status and message:
-        return f"{status[1]}: {message[1][:300]}"
+    if status and '"message"' in reason:
+        return f"{status[1]}: {message_of(reason)}"
     return f"{status[1]} {status[2].strip()}" if status else reason.splitlines()[0][:200] if reason else "no connection"

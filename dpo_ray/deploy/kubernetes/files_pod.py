@@ -15,6 +15,7 @@ from dpo_ray.errors import ConfigError, InfrastructureError
 
 from .causes import Surroundings, causes
 from .client import CONFIG_MAP, EVENT, POD, RAY_JOB, Cluster, Json
+from .execute import Executed, execute
 from .pods import CONTAINER_SECURITY, POD_SECURITY, SCRATCH, head_template
 from .recipe import RECIPE_FILE, config_map_files
 from .render import run_name
@@ -23,11 +24,12 @@ CONTAINER = "files"
 LIFE_SECONDS = 6 * 3600  # of a pod whose owner was lost
 START_SECONDS = 600.0
 POLL_SECONDS = 1.0
+SHELL_SECONDS = 60.0
 SMALL = {"cpu": "500m", "memory": "512Mi"}
 
 
-class Place(NamedTuple):
-    """Where a run keeps its files: its head's pod template, which names volume and image, and its recipe on the cluster."""
+class RunVolume(NamedTuple):
+    """The shared volume of a run: its head's pod template, which names volume and image, and its recipe on the cluster."""
 
     namespace: str
     name: str
@@ -55,14 +57,14 @@ class Place(NamedTuple):
         return f"{self.recipe['output']}/{self.recipe['name']}"
 
 
-def place_of_recipe(recipe: Recipe) -> Place:
+def volume_of_recipe(recipe: Recipe) -> RunVolume:
     """Return where a recipe's run keeps its files, whether or not it has been applied."""
     name = run_name(recipe)
     values = yaml.safe_load(config_map_files(recipe)[RECIPE_FILE])
-    return Place(recipe.cluster.kubernetes.namespace, name, head_template(recipe, name), values)
+    return RunVolume(recipe.cluster.kubernetes.namespace, name, head_template(recipe, name), values)
 
 
-def place_of_run(cluster: Cluster, namespace: str, name: str) -> Place:
+def volume_of_run(cluster: Cluster, namespace: str, name: str) -> RunVolume:
     """Return where a run keeps its files, as its RayJob and its ConfigMap tell.
 
     Raises:
@@ -71,33 +73,47 @@ def place_of_run(cluster: Cluster, namespace: str, name: str) -> Place:
     run, config = cluster.get(RAY_JOB, namespace, name), cluster.get(CONFIG_MAP, namespace, f"{name}-recipe")
     if run is None or config is None:
         missing = "RayJob" if run is None else "ConfigMap"
-        fix = "use the recipe file in place of the name: it says the same"
+        fix = "use the recipe file in volume of the name: it says the same"
         raise ConfigError(f"there is no such {missing}", where=f"{namespace}/{name}", fix=fix)
     template = run["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
-    return Place(namespace, name, template, yaml.safe_load(config["data"][RECIPE_FILE]))
+    return RunVolume(namespace, name, template, yaml.safe_load(config["data"][RECIPE_FILE]))
 
 
 @contextmanager
-def files_pod(cluster: Cluster, place: Place, say: Callable[[str], None]) -> Iterator[str]:
+def files_pod(cluster: Cluster, volume: RunVolume, say: Callable[[str], None]) -> Iterator[str]:
     """Start a pod that mounts the volume, and delete it at the end of the `with` block; yield its name.
 
     Raises:
         ConfigError: the run has no shared volume.
         InfrastructureError: the pod does not start; the message says why.
     """
-    manifest = pod_manifest(place, f"{place.name[:40]}-files-{secrets.token_hex(3)}")
+    manifest = pod_manifest(volume, f"{volume.name[:40]}-files-{secrets.token_hex(3)}")
     name = manifest["metadata"]["name"]
     cluster.create(manifest)
     try:
-        _wait_until_running(cluster, place.namespace, name, say)
+        _wait_until_running(cluster, volume.namespace, name, say)
         yield name
     finally:
-        cluster.delete(POD, place.namespace, name, grace_seconds=0)
+        cluster.delete(POD, volume.namespace, name, grace_seconds=0)
 
 
-def pod_manifest(place: Place, name: str) -> Json:
+def shell(
+    cluster: Cluster,
+    volume: RunVolume,
+    pod: str,
+    script: str,
+    *arguments: str,
+    given: bytes | None = None,
+    seconds: float = SHELL_SECONDS,
+) -> Executed:
+    """Run a shell script in the pod; the script finds the arguments as $1, $2 and so on."""
+    command = ["sh", "-c", script, "sh", *arguments]
+    return execute(cluster, volume.namespace, pod, CONTAINER, command, given=given, seconds=seconds)
+
+
+def pod_manifest(volume: RunVolume, name: str) -> Json:
     """Build the pod: the run's own image, which is on the nodes already, its volume, and the placement of its head."""
-    mount, spec = place.mount, place.template["spec"]
+    mount, spec = volume.mount, volume.template["spec"]
     kept = ("imagePullSecrets", "nodeSelector", "tolerations")
     storage = [v for v in spec["volumes"] if v["name"] == "storage"]
     container = {
@@ -115,8 +131,8 @@ def pod_manifest(place: Place, name: str) -> Json:
         "kind": "Pod",
         "metadata": {
             "name": name,
-            "namespace": place.namespace,
-            "labels": {"app.kubernetes.io/part-of": "dpo-ray", "dpo-ray/files-of": place.name},
+            "namespace": volume.namespace,
+            "labels": {"app.kubernetes.io/part-of": "dpo-ray", "dpo-ray/files-of": volume.name},
         },
         "spec": {
             "restartPolicy": "Never",

@@ -12,8 +12,7 @@ from dpo_ray.observe.text import size
 
 from . import stored_files
 from .client import Cluster
-from .execute import execute
-from .files_pod import CONTAINER, Place
+from .files_pod import RunVolume, shell
 from .transfer import PART, LocalFile, file_hash, remote_hash
 
 LIST = 'cd "$1" && find . -maxdepth "$2" -type f | sort'
@@ -21,38 +20,44 @@ DEPTH_OF_A_POLICY = 8
 POLICY = re.compile(r"\bpolicy=(/\S+)")  # in the last line that a driver writes
 
 
-def result_files(cluster: Cluster, place: Place, pod: str, target: Path) -> list[LocalFile]:
+def result_files(cluster: Cluster, volume: RunVolume, pod: str, target: Path) -> list[LocalFile]:
     """List the files of a run's directory itself, such as the report, and those of its policy, with their places here.
 
     Raises:
         ConfigError: the run has no directory, or its last attempt has not written a policy.
         InfrastructureError: the volume cannot be read.
     """
-    own = _listed(cluster, place, pod, place.directory, 1)
-    files = [LocalFile(target / name, f"{place.directory}/{name}") for name in own if not name.startswith("lease-")]
-    policy = policy_of(cluster, place, pod)
-    inside = _listed(cluster, place, pod, policy, DEPTH_OF_A_POLICY)
+    own = _listed(cluster, volume, pod, volume.directory, 1)
+    files = [LocalFile(target / name, f"{volume.directory}/{name}") for name in own if not name.startswith("lease-")]
+    policy = policy_of(cluster, volume, pod)
+    inside = _listed(cluster, volume, pod, policy, DEPTH_OF_A_POLICY)
     return files + [LocalFile(target / "policy" / name, f"{policy}/{name}") for name in inside]
 
 
-def policy_of(cluster: Cluster, place: Place, pod: str) -> str:
+def policy_of(cluster: Cluster, volume: RunVolume, pod: str) -> str:
     """Return the directory of the policy, which the driver of the last attempt named in its last line.
 
     Raises:
         ConfigError: no attempt has ended with a policy.
     """
-    found = stored_files.logs(cluster, place, pod)
-    log = f"{place.directory}/logs/attempt-{max(found)}/{stored_files.DRIVER_LOG}"
-    text = b"".join(stored_files.content(cluster, place, pod, log)).decode(errors="replace")
+    found = stored_files.logs(cluster, volume, pod)
+    log = f"{volume.directory}/logs/attempt-{max(found)}/{stored_files.DRIVER_LOG}"
+    text = b"".join(stored_files.content(cluster, volume, pod, log)).decode(errors="replace")
     policies = POLICY.findall(text)
     if not policies:
         fix = "download again when `dpo-ray kubernetes list` says that the run is done"
-        raise ConfigError("the run's last attempt has not ended with a policy", where=place.directory, fix=fix)
+        raise ConfigError("the run's last attempt has not ended with a policy", where=volume.directory, fix=fix)
     return policies[-1]
 
 
 def download(
-    cluster: Cluster, place: Place, pod: str, file: LocalFile, say: Callable[[str], None], *, overwrite: bool = False
+    cluster: Cluster,
+    volume: RunVolume,
+    pod: str,
+    file: LocalFile,
+    say: Callable[[str], None],
+    *,
+    overwrite: bool = False,
 ) -> str:
     """Copy one file from the volume, resuming what an earlier download left; return what was done, in words.
 
@@ -60,7 +65,7 @@ def download(
         WriteRefusedError: there is another file here, and `overwrite` is False.
         InfrastructureError: the volume cannot be read, or what arrived differs.
     """
-    expected = remote_hash(cluster, place, pod, file.remote)
+    expected = remote_hash(cluster, volume, pod, file.remote)
     if file.local.exists():
         if file_hash(file.local) == expected:
             return "is there already"
@@ -73,7 +78,7 @@ def download(
     if first:
         say(f"{file.remote}: goes on after {size(first)}")
     with part.open("ab") as output:
-        for piece in stored_files.content(cluster, place, pod, file.remote, first):
+        for piece in stored_files.content(cluster, volume, pod, file.remote, first):
             output.write(piece)
     if file_hash(part) != expected:
         part.unlink()
@@ -83,8 +88,8 @@ def download(
     return f"{size(file.local.stat().st_size)} copied and compared"
 
 
-def _listed(cluster: Cluster, place: Place, pod: str, directory: str, depth: int) -> list[str]:
-    done = execute(cluster, place.namespace, pod, CONTAINER, ["sh", "-c", LIST, "sh", directory, str(depth)])
+def _listed(cluster: Cluster, volume: RunVolume, pod: str, directory: str, depth: int) -> list[str]:
+    done = shell(cluster, volume, pod, LIST, directory, str(depth))
     if done.code is None:
         raise InfrastructureError(f"the volume cannot be read: {done.errors}", where=directory, fix="try again")
     if done.code != 0:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import NamedTuple
 
-from dpo_ray.errors import ConfigError, InfrastructureError
+from dpo_ray.errors import InfrastructureError
 from dpo_ray.observe.text import duration
 
 from . import driver_log
 from .apply import remove
 from .causes import causes
-from .client import RAY_CLUSTER, RAY_JOB, Cluster, Json, Resource
+from .client import RAY_CLUSTER, RAY_JOB, Cluster, Json, Resource, no_such_run
 from .driver_log import HEAD_CONTAINER
 from .execute import execute
 from .pods import RUN
@@ -34,7 +34,7 @@ COMPANIONS = (
 """What `apply` creates beside a run. The claim is not among them: deleting a run keeps the results of all runs."""
 
 
-class Run(NamedTuple):
+class ListedRun(NamedTuple):
     """A run as the list shows it; `since` is the time in seconds since its state began, or None."""
 
     name: str
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     waits: str
 
 
-def every(cluster: Cluster, namespace: str) -> list[Run]:
+def every(cluster: Cluster, namespace: str) -> list[ListedRun]:
     """List the runs of a namespace, the newest first, each with the first reason why it waits.
 
     Raises:
@@ -64,8 +64,7 @@ def existing(cluster: Cluster, namespace: str, name: str) -> Json:
     """
     run = cluster.get(RAY_JOB, namespace, name)
     if run is None:
-        fix = f"`dpo-ray kubernetes list --namespace {namespace}` lists the runs"
-        raise ConfigError("there is no such RayJob", where=f"{namespace}/{name}", fix=fix)
+        raise no_such_run(namespace, name)
     return run
 
 
@@ -117,7 +116,7 @@ def live_log(cluster: Cluster, namespace: str, name: str) -> list[str] | None:
     head = head_of(pods_of(cluster, namespace, name, state.cluster) or [])
     if head is None:
         return None
-    piece = driver_log.read(cluster, namespace, head, state.job_id, driver_log.Place())
+    piece = driver_log.read(cluster, namespace, head, state.job_id, driver_log.Position())
     if piece.problem:
         fix = "it needs the right to `create` and `get` pods/exec; with --attempt N, a small pod reads the storage"
         raise InfrastructureError(f"the log cannot be read: {piece.problem}", where=f"{namespace}/{name}", fix=fix)
@@ -140,8 +139,7 @@ def delete(cluster: Cluster, namespace: str, name: str) -> Iterator[str]:
             found = True
             yield _delete_companion(cluster, resource, namespace, companion["metadata"]["name"])
     if not found:
-        fix = f"`dpo-ray kubernetes list --namespace {namespace}` lists the runs"
-        raise ConfigError("there is no run of this name", where=f"{namespace}/{name}", fix=fix)
+        raise no_such_run(namespace, name, "there is no run of this name")
 
 
 def _delete_companion(cluster: Cluster, resource: Resource, namespace: str, name: str) -> str:
@@ -181,13 +179,13 @@ def _wait_for_end(
     cluster: Cluster, namespace: str, name: str, head: Json, grace_seconds: float, write: Callable[[str], None]
 ) -> bool:
     """Write the driver's lines until it has ended; return False if it has not within the time."""
-    place, until = driver_log.Place(first_byte=-driver_log.LAST_BYTES // 4), time.monotonic() + grace_seconds
+    position, until = driver_log.Position(first_byte=-driver_log.LAST_BYTES // 4), time.monotonic() + grace_seconds
     while True:
         run = cluster.get(RAY_JOB, namespace, name)
         state = state_of(run) if run else None
         if run and state and state.job_id:
-            piece = driver_log.read(cluster, namespace, head, state.job_id, place)
-            place = piece.place
+            piece = driver_log.read(cluster, namespace, head, state.job_id, position)
+            position = piece.position
             for line in piece.lines:
                 write(line)
         if state is None or state.finished or state.job in ("FAILED", "STOPPED", "SUCCEEDED"):
@@ -197,7 +195,7 @@ def _wait_for_end(
         time.sleep(POLL_SECONDS)
 
 
-def _listed(cluster: Cluster, namespace: str, run: Json) -> Run:
+def _listed(cluster: Cluster, namespace: str, run: Json) -> ListedRun:
     state, status = state_of(run), run.get("status") or {}
     began = status.get("endTime") if state.finished else status.get("startTime")
     began = began or run["metadata"].get("creationTimestamp")
@@ -205,4 +203,4 @@ def _listed(cluster: Cluster, namespace: str, run: Json) -> Run:
     words = "is being deleted" if run["metadata"].get("deletionTimestamp") else str(state)
     found = [] if state.finished else causes(surroundings(cluster, namespace, run))
     waits = f"{found[0].whom}: {found[0].what}" if found else ""
-    return Run(run["metadata"]["name"], words, state.attempt, since, waits)
+    return ListedRun(run["metadata"]["name"], words, state.attempt, since, waits)

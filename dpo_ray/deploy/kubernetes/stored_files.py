@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dpo_ray.errors import ConfigError, InfrastructureError
 
 from .client import Cluster
-from .execute import Executed, execute
-from .files_pod import CONTAINER, Place
+from .files_pod import RunVolume, shell
 
 DRIVER_LOG = "driver.log"
 PIECE_BYTES = 1 << 20
@@ -20,16 +19,16 @@ LIST = 'cd "$1/logs" 2>/dev/null || exit 3; find . -type f -size +0 | sort'
 READ = 'test -f "$1" || exit 3; tail -c "+$(($2 + 1))" "$1" | head -c "$3"'
 
 
-def logs(cluster: Cluster, place: Place, pod: str) -> dict[int, list[str]]:
+def logs(cluster: Cluster, volume: RunVolume, pod: str) -> dict[int, list[str]]:
     """List the files with logs that the attempts of a run have left, by the number of the attempt.
 
     Raises:
         ConfigError: the run has left none.
         InfrastructureError: the volume cannot be read.
     """
-    done = _shell(cluster, place, pod, LIST, place.directory)
+    done = shell(cluster, volume, pod, LIST, volume.directory)
     if done.code not in (0, MISSING):
-        raise _failed(place.directory, done.errors)
+        raise _failed(volume.directory, done.errors)
     files: dict[int, list[str]] = {}
     for line in done.output.decode(errors="replace").splitlines():
         if match := re.fullmatch(r"\./attempt-(\d+)/(.+)", line):
@@ -38,7 +37,7 @@ def logs(cluster: Cluster, place: Place, pod: str) -> dict[int, list[str]]:
         fix = (
             "a run leaves logs as soon as its driver starts; before that, `dpo-ray kubernetes watch` says why it waits"
         )
-        raise ConfigError("no attempt has left logs", where=f"{place.directory}/logs", fix=fix)
+        raise ConfigError("no attempt has left logs", where=f"{volume.directory}/logs", fix=fix)
     return dict(sorted(files.items()))
 
 
@@ -55,7 +54,7 @@ def chosen(files: dict[int, list[str]], attempt: int | None) -> int:
     return number
 
 
-def content(cluster: Cluster, place: Place, pod: str, path: str, first: int = 0) -> Iterator[bytes]:
+def content(cluster: Cluster, volume: RunVolume, pod: str, path: str, first: int = 0) -> Iterator[bytes]:
     """Yield the content of a file piece by piece, from the byte with the number `first` on.
 
     Raises:
@@ -63,7 +62,7 @@ def content(cluster: Cluster, place: Place, pod: str, path: str, first: int = 0)
         InfrastructureError: the volume cannot be read.
     """
     while True:
-        done = _shell(cluster, place, pod, READ, path, str(first), str(PIECE_BYTES))
+        done = shell(cluster, volume, pod, READ, path, str(first), str(PIECE_BYTES))
         if done.code == MISSING:
             raise ConfigError("there is no such file", where=path, fix="choose one of those that the run has left")
         if done.code != 0:
@@ -74,24 +73,19 @@ def content(cluster: Cluster, place: Place, pod: str, path: str, first: int = 0)
             return
 
 
-def delete_directory(cluster: Cluster, place: Place, pod: str) -> None:
+def delete_directory(cluster: Cluster, volume: RunVolume, pod: str) -> None:
     """Delete the run's own directory on the volume.
 
     Raises:
         ConfigError: it is not a directory below the volume's.
         InfrastructureError: it cannot be deleted.
     """
-    parts = place.directory.removeprefix(f"{place.mount}/").split("/")
-    if not place.directory.startswith(f"{place.mount}/") or "" in parts or ".." in parts:
-        raise ConfigError("this is no directory of a run", where=place.directory, fix="delete it by hand")
-    done = _shell(cluster, place, pod, 'rm -rf -- "$1"', place.directory, seconds=DELETE_SECONDS)
+    parts = volume.directory.removeprefix(f"{volume.mount}/").split("/")
+    if not volume.directory.startswith(f"{volume.mount}/") or "" in parts or ".." in parts:
+        raise ConfigError("this is no directory of a run", where=volume.directory, fix="delete it by hand")
+    done = shell(cluster, volume, pod, 'rm -rf -- "$1"', volume.directory, seconds=DELETE_SECONDS)
     if done.code != 0:
-        raise _failed(place.directory, done.errors)
-
-
-def _shell(cluster: Cluster, place: Place, pod: str, script: str, *arguments: str, seconds: float = 30) -> Executed:
-    command = ["sh", "-c", script, "sh", *arguments]
-    return execute(cluster, place.namespace, pod, CONTAINER, command, seconds=seconds)
+        raise _failed(volume.directory, done.errors)
 
 
 def _failed(where: str, why: str) -> InfrastructureError:

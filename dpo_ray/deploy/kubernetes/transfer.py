@@ -17,8 +17,8 @@ from dpo_ray.errors import ConfigError, InfrastructureError, WriteRefusedError
 from dpo_ray.observe.text import duration, size
 
 from .client import Cluster
-from .execute import Executed, execute
-from .files_pod import CONTAINER, Place
+from .execute import Executed
+from .files_pod import RunVolume, shell
 from .recipe import path_in_pods
 
 PIECE_BYTES = 8 << 20
@@ -43,14 +43,14 @@ class LocalFile(NamedTuple):
     remote: str
 
 
-class Plan(NamedTuple):
-    """What is copied, and what is not, with the reason."""
+class Selection(NamedTuple):
+    """The files that are copied, and what is not copied, with the reason."""
 
     files: list[LocalFile]
     left: list[str]
 
 
-def plan(recipe: Recipe, mount: str) -> Plan:
+def select_files(recipe: Recipe, mount: str) -> Selection:
     """Find the files of this machine that a recipe names, and where its pods look for them.
 
     Hub names, URIs and built-in data are not copied. Neither is a path on the volume of which this machine has nothing.
@@ -75,11 +75,17 @@ def plan(recipe: Recipe, mount: str) -> Plan:
                 raise ConfigError("there is no such file or directory here", where=f"{field}={path}", fix=fix)
             left += [] if found else [f"{field}={path}: not on this machine; it must be on the volume already"]
             files += found
-    return Plan(list(dict.fromkeys(files)), left)
+    return Selection(list(dict.fromkeys(files)), left)
 
 
 def upload(
-    cluster: Cluster, place: Place, pod: str, file: LocalFile, say: Callable[[str], None], *, overwrite: bool = False
+    cluster: Cluster,
+    volume: RunVolume,
+    pod: str,
+    file: LocalFile,
+    say: Callable[[str], None],
+    *,
+    overwrite: bool = False,
 ) -> str:
     """Copy one file, resuming what an earlier upload left; return what was done, in words.
 
@@ -88,29 +94,29 @@ def upload(
         InfrastructureError: the pod cannot be reached, or what arrived differs.
     """
     total, part = file.local.stat().st_size, file.remote + PART
-    there, partial = _sizes(cluster, place, pod, file.remote)
+    there, partial = _sizes(cluster, volume, pod, file.remote)
     if there >= 0:
-        if there == total and remote_hash(cluster, place, pod, file.remote) == file_hash(file.local):
+        if there == total and remote_hash(cluster, volume, pod, file.remote) == file_hash(file.local):
             return "is there already"
         if not overwrite:
             fix = "--overwrite replaces it; a run that uses it would then prepare its data again"
             raise WriteRefusedError("the volume has another file of this name", where=file.remote, fix=fix)
     done = 0
-    if 0 < partial <= total and remote_hash(cluster, place, pod, part) == file_hash(file.local, partial):
+    if 0 < partial <= total and remote_hash(cluster, volume, pod, part) == file_hash(file.local, partial):
         done = partial
         say(f"{file.remote}: goes on after {size(done)}")
     else:
-        _checked(_shell(cluster, place, pod, BEGIN, part), part)
-    _send(cluster, place, pod, file, done, say)
-    if remote_hash(cluster, place, pod, part) != file_hash(file.local):
+        _checked(shell(cluster, volume, pod, BEGIN, part), part)
+    _send(cluster, volume, pod, file, done, say)
+    if remote_hash(cluster, volume, pod, part) != file_hash(file.local):
         fix = "repeat the command; if it comes again, check the volume"
         raise InfrastructureError("what arrived differs from the file", where=file.remote, fix=fix)
-    _checked(_shell(cluster, place, pod, COMMIT, part, file.remote), file.remote)
+    _checked(shell(cluster, volume, pod, COMMIT, part, file.remote), file.remote)
     return f"{size(total)} copied and compared"
 
 
 def _files(path: str, remote: str) -> Iterator[LocalFile]:
-    """Yield the files that a path, a pattern or a directory names here, each with its place on the volume."""
+    """Yield the files that a path, a pattern or a directory names here, each with its path on the volume."""
     for found in sorted(glob.glob(path, recursive=True)):
         target = remote if found == path else _beside(path, remote, found)
         if os.path.isdir(found):
@@ -121,7 +127,7 @@ def _files(path: str, remote: str) -> Iterator[LocalFile]:
 
 
 def _beside(path: str, remote: str, found: str) -> str:
-    """Return where a file that a pattern names lies on the volume, beside the pattern's own place there."""
+    """Return where a file that a pattern names lies on the volume, beside the pattern's own path there."""
     path = posixpath.normpath(path)
     root = posixpath.dirname(path[: next((n for n, c in enumerate(path) if c in "*?["), len(path))])
     depth = len(path.split("/")) - len(root.split("/") if root else [])
@@ -129,14 +135,16 @@ def _beside(path: str, remote: str, found: str) -> str:
     return posixpath.join(base, posixpath.relpath(found, root or "."))
 
 
-def _send(cluster: Cluster, place: Place, pod: str, file: LocalFile, done: int, say: Callable[[str], None]) -> None:
+def _send(
+    cluster: Cluster, volume: RunVolume, pod: str, file: LocalFile, done: int, say: Callable[[str], None]
+) -> None:
     part, total, pause, tries = file.remote + PART, file.local.stat().st_size, FIRST_PAUSE_SECONDS, 0
     began, told, first = time.monotonic(), time.monotonic(), done
     with file.local.open("rb") as content:
         while done < total:
             content.seek(done)
             piece = content.read(PIECE_BYTES)
-            sent = _shell(cluster, place, pod, APPEND, part, str(len(piece)), given=piece, seconds=PIECE_SECONDS)
+            sent = shell(cluster, volume, pod, APPEND, part, str(len(piece)), given=piece, seconds=PIECE_SECONDS)
             if sent.code == 0 and int(sent.output or b"-1") == done + len(piece):
                 done, tries, pause = done + len(piece), 0, FIRST_PAUSE_SECONDS
             else:
@@ -145,9 +153,9 @@ def _send(cluster: Cluster, place: Place, pod: str, file: LocalFile, done: int, 
                     _checked(sent._replace(code=None), file.remote)
                 time.sleep(pause)
                 pause *= 2
-                _, arrived = _sizes(cluster, place, pod, file.remote)
+                _, arrived = _sizes(cluster, volume, pod, file.remote)
                 if arrived != done:  # a part of a piece cannot be trusted: begin again
-                    _checked(_shell(cluster, place, pod, BEGIN, part), part)
+                    _checked(shell(cluster, volume, pod, BEGIN, part), part)
                     done = first = 0
             if time.monotonic() - told >= TOLD_EVERY_SECONDS:
                 told = time.monotonic()
@@ -155,20 +163,20 @@ def _send(cluster: Cluster, place: Place, pod: str, file: LocalFile, done: int, 
                 say(f"{file.remote}: {size(done)} of {size(total)} in {duration(told - began)}, {rate}/s")
 
 
-def _sizes(cluster: Cluster, place: Place, pod: str, path: str) -> tuple[int, int]:
+def _sizes(cluster: Cluster, volume: RunVolume, pod: str, path: str) -> tuple[int, int]:
     """Return the size of a file on the volume, and of what an unfinished upload of it left; -1 for what is not there."""
-    done = _checked(_shell(cluster, place, pod, STATE, path, PART), path)
+    done = _checked(shell(cluster, volume, pod, STATE, path, PART), path)
     there, partial = done.output.split()
     return int(there), int(partial)
 
 
-def remote_hash(cluster: Cluster, place: Place, pod: str, path: str) -> str:
+def remote_hash(cluster: Cluster, volume: RunVolume, pod: str, path: str) -> str:
     """Return the SHA-256 of a file on the volume.
 
     Raises:
         InfrastructureError: it cannot be read.
     """
-    return _checked(_shell(cluster, place, pod, HASH, path, seconds=HASH_SECONDS), path).output.split()[0].decode()
+    return _checked(shell(cluster, volume, pod, HASH, path, seconds=HASH_SECONDS), path).output.split()[0].decode()
 
 
 def file_hash(file: Path, count: int | None = None) -> str:
@@ -179,19 +187,6 @@ def file_hash(file: Path, count: int | None = None) -> str:
             digest.update(piece)
             left -= len(piece)
     return digest.hexdigest()
-
-
-def _shell(
-    cluster: Cluster,
-    place: Place,
-    pod: str,
-    script: str,
-    *arguments: str,
-    given: bytes | None = None,
-    seconds: float = 60,
-) -> Executed:
-    command = ["sh", "-c", script, "sh", *arguments]
-    return execute(cluster, place.namespace, pod, CONTAINER, command, given=given, seconds=seconds)
 
 
 def _checked(done: Executed, where: str) -> Executed:

@@ -11,7 +11,7 @@ from dpo_ray.observe.text import duration
 
 from . import driver_log, pod_changes
 from .causes import QUEUE, Cause, Surroundings, causes, claims_of, group_of, waits
-from .client import CLAIM, EVENT, POD, RAY_CLUSTER, RAY_JOB, WORKLOADS, Cluster, Json
+from .client import CLAIM, EVENT, POD, RAY_CLUSTER, RAY_JOB, WORKLOADS, Cluster, Json, no_such_run
 from .pods import RUN
 from .state import RunState, failure_of, state_of
 
@@ -33,7 +33,7 @@ class Seen:
     told_at: float = 0.0
     waiting_since: float | None = None
     pods: pod_changes.PodsSeen = field(default_factory=pod_changes.PodsSeen)
-    log: driver_log.Place = field(default_factory=driver_log.Place)
+    log: driver_log.Position = field(default_factory=driver_log.Position)
     log_problem: str = ""
     had_head: bool = False
     head_gone_since: float | None = None
@@ -66,7 +66,7 @@ def watch(
         InfrastructureError: the head was lost and does not come back, or the API server refuses a request.
         LostSightError: the API server does not answer.
     """
-    seen = Seen(log=driver_log.Place(first_byte=0 if from_start else -driver_log.LAST_BYTES))
+    seen = Seen(log=driver_log.Position(first_byte=0 if from_start else -driver_log.LAST_BYTES))
     while True:
         run = cluster.get(RAY_JOB, namespace, name)
         if run is None:
@@ -146,12 +146,11 @@ def _workloads(cluster: Cluster, namespace: str, uid: str | None) -> list[Json] 
 
 
 def _absent(namespace: str, name: str, seen: Seen) -> ConfigError | StoppedError:
-    where = f"{namespace}/{name}"
     if seen.uid:
         fix = "apply the recipe again: the run continues from what was committed"
-        return StoppedError("the RayJob was deleted before it had finished", where=where, fix=fix)
-    fix = f"`dpo-ray kubernetes list --namespace {namespace}` lists the runs"
-    return ConfigError("there is no such RayJob", where=where, fix=fix)
+        what = "the RayJob was deleted before it had finished"
+        return StoppedError(what, where=f"{namespace}/{name}", fix=fix)
+    return no_such_run(namespace, name)
 
 
 def _write_log(
@@ -169,7 +168,7 @@ def _write_log(
     piece = driver_log.read(cluster, namespace, head, state.job_id, seen.log)
     for line in piece.lines:
         write(line)
-    seen.log = piece.place
+    seen.log = piece.position
     refused = "403" in piece.problem and piece.problem != seen.log_problem
     if refused:
         say(f"the driver's log cannot be read ({piece.problem}); it needs the right to `create` and `get` pods/exec")

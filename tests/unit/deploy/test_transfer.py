@@ -8,8 +8,8 @@ pytest.importorskip("kubernetes", reason="the extra `kubernetes` is not installe
 from dpo_ray.cli.kubernetes import kubernetes
 from dpo_ray.config.load import load_recipe
 from dpo_ray.deploy.kubernetes.client import Cluster
-from dpo_ray.deploy.kubernetes.files_pod import place_of_recipe
-from dpo_ray.deploy.kubernetes.transfer import PART, LocalFile, plan, upload
+from dpo_ray.deploy.kubernetes.files_pod import volume_of_recipe
+from dpo_ray.deploy.kubernetes.transfer import PART, LocalFile, select_files, upload
 from dpo_ray.errors import ConfigError, InfrastructureError, WriteRefusedError
 from tests.helpers.kubernetes import pod
 from tests.helpers.manifests import PIPELINES
@@ -44,7 +44,7 @@ def volume(server, tmp_path, monkeypatch):
 
 
 def test_relative_paths_patterns_and_directories_have_their_places(here):
-    found = plan(load_recipe(here / "recipe.yaml", []), "/mnt/shared")
+    found = select_files(load_recipe(here / "recipe.yaml", []), "/mnt/shared")
     assert {str(f.local): f.remote for f in found.files} == {
         "models/sft/config.json": "/mnt/shared/models/sft/config.json",
         "models/sft/sub/weights": "/mnt/shared/models/sft/sub/weights",
@@ -57,15 +57,15 @@ def test_relative_paths_patterns_and_directories_have_their_places(here):
 
 def test_what_is_elsewhere_is_said_and_what_is_missing_refused(here):
     changes = ["model.path=/mnt/shared/models/x", "data.eval=/data/eval.jsonl", "data.train=s3://bucket/train.jsonl"]
-    found = plan(load_recipe(here / "recipe.yaml", changes), "/mnt/shared")
+    found = select_files(load_recipe(here / "recipe.yaml", changes), "/mnt/shared")
     assert found.files == []
     assert [line.split(": ")[1].split(",")[0] for line in found.left] == [
         "not on this machine; it must be on the volume already",
         "not on the volume",
     ]
     with pytest.raises(ConfigError, match="no such file or directory here"):
-        plan(load_recipe(here / "recipe.yaml", ["data.eval=data/none.jsonl"]), "/mnt/shared")
-    assert plan(load_recipe(PIPELINES / "quickstart.yaml", []), "/mnt/shared") == ([], [])
+        select_files(load_recipe(here / "recipe.yaml", ["data.eval=data/none.jsonl"]), "/mnt/shared")
+    assert select_files(load_recipe(PIPELINES / "quickstart.yaml", []), "/mnt/shared") == ([], [])
 
 
 def test_files_arrive_whole_and_a_second_time_nothing_is_sent(here, volume, server):
@@ -83,31 +83,31 @@ def test_files_arrive_whole_and_a_second_time_nothing_is_sent(here, volume, serv
 
 def test_an_unfinished_upload_goes_on_and_a_damaged_one_begins_again(here, volume, monkeypatch):
     monkeypatch.setattr("dpo_ray.deploy.kubernetes.transfer.PIECE_BYTES", 100)
-    cluster, place = Cluster(), place_of_recipe(load_recipe(here / "recipe.yaml", []))
+    cluster, target = Cluster(), volume_of_recipe(load_recipe(here / "recipe.yaml", []))
     file = LocalFile(here / "data/train-1.jsonl", "/mnt/shared/data/train-1.jsonl")
     content, told = file.local.read_bytes(), []
     (volume / "data").mkdir()
     (volume / f"data/train-1.jsonl{PART}").write_bytes(content[:150])
-    upload(cluster, place, "files", file, told.append)
+    upload(cluster, target, "files", file, told.append)
     assert told == ["/mnt/shared/data/train-1.jsonl: goes on after 150 B"]
     assert (volume / "data/train-1.jsonl").read_bytes() == content
     other = file._replace(remote="/mnt/shared/other.jsonl")
     (volume / f"other.jsonl{PART}").write_bytes(b"x" * 150)
-    upload(cluster, place, "files", other, told.append)
+    upload(cluster, target, "files", other, told.append)
     assert len(told) == 1
     assert (volume / "other.jsonl").read_bytes() == content
 
 
 def test_another_file_of_the_name_is_overwritten_only_by_request(here, volume, server):
-    cluster, place = Cluster(), place_of_recipe(load_recipe(here / "recipe.yaml", []))
+    cluster, target = Cluster(), volume_of_recipe(load_recipe(here / "recipe.yaml", []))
     file = LocalFile(here / "data/eval.jsonl", "/mnt/shared/data/eval.jsonl")
     (volume / "data").mkdir()
     (volume / "data/eval.jsonl").write_text("[]\n")  # of the same size
     with pytest.raises(WriteRefusedError, match="another file of this name"):
-        upload(cluster, place, "files", file, print)
+        upload(cluster, target, "files", file, print)
     assert (volume / "data/eval.jsonl").read_text() == "[]\n"
-    upload(cluster, place, "files", file, print, overwrite=True)
+    upload(cluster, target, "files", file, print, overwrite=True)
     assert (volume / "data/eval.jsonl").read_text() == "{}\n"
     server.forbidden = {"exec"}
     with pytest.raises(InfrastructureError, match="403"):
-        upload(cluster, place, "files", file, print)
+        upload(cluster, target, "files", file, print)

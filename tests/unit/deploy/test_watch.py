@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_ray.deploy.kubernetes.client import Cluster
-from dpo_ray.deploy.kubernetes.driver_log import Place, read
+from dpo_ray.deploy.kubernetes.driver_log import Position, read
 from dpo_ray.deploy.kubernetes.watch import watch
 from dpo_ray.errors import ConfigError, InfrastructureError, LostSightError, StoppedError
 from tests.helpers.kubernetes import (
@@ -261,10 +261,10 @@ def test_a_log_is_read_in_pieces_and_every_byte_once(lab, monkeypatch):
     lines = [f"zeile {n} ü" * (n % 3 + 1) for n in range(40)]
     writes("\n".join(lines) + "\nhalf a li")(lab)
     cluster = Cluster()
-    piece = read(cluster, "lab", head, "run-1", Place())
+    piece = read(cluster, "lab", head, "run-1", Position())
     assert piece.lines == lines
     writes("ne\n")(lab)
-    assert read(cluster, "lab", head, "run-1", piece.place).lines == ["half a line"]
+    assert read(cluster, "lab", head, "run-1", piece.position).lines == ["half a line"]
     writes("x" * 200 + "\n")(lab)
-    assert "".join(read(cluster, "lab", head, "run-1", piece.place).lines) == "half a line" + "x" * 200
-    assert read(cluster, "lab", head, "other", Place()).lines == []
+    assert "".join(read(cluster, "lab", head, "run-1", piece.position).lines) == "half a line" + "x" * 200
+    assert read(cluster, "lab", head, "other", Position()).lines == []
