@@ -155,6 +155,22 @@ def test_a_group_without_log_probs_is_left_out(tmp_path: Path) -> None:
     assert events == []
 
 
+@pytest.mark.slow
+def test_deaths_with_progress_in_between_never_end_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_ray.reference.pool.MAX_FRUITLESS_DEATHS", 0)  # and two for the one engine of this pool
+    rng = np.random.default_rng(0)
+    tables = [
+        table
+        for first in (0, 100, 200)
+        for table in (granule(first, 1, rng, g0=DEADLY), granule(first + 1, 4, rng))  # one that kills, and progress
+    ]
+    start, events = Start(tmp_path), []
+    results = run(pool_of(store_in(tmp_path), start, events, replicas=1), tables)
+    assert len([u for s in results for u in s.unscored]) == 3
+    assert sum(s.sequences for s in results) == 3 * 4 * 2
+    assert sum("was lost: " in e for e in events) > 2  # more than may be lost in a row
+
+
 def test_without_granules_no_engine_starts(tmp_path: Path) -> None:
     start = Start(tmp_path)
     assert run(pool_of(store_in(tmp_path), start, []), []) == []
