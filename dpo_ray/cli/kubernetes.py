@@ -12,7 +12,7 @@ import typer
 from dpo_ray.errors import ConfigError
 
 from .kubernetes_cluster import HEAD_LOST_SECONDS, Context, follow_run, say
-from .kubernetes_files import download, upload
+from .kubernetes_files import check_named_files, download, upload
 from .kubernetes_runs import delete, list_runs, logs, stop
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def apply(
     loaded = _loaded(recipe, overrides)
     manifests = stamped(_rendered(loaded, kind))
     cluster = Cluster(context, patience_seconds=outage_seconds, say=_say)
+    check_named_files(cluster, loaded)
     for line in applied(cluster, manifests, replace=replace):
         typer.echo(line)
     if wait and kind == "RayJob":

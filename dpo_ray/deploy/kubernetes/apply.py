@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dpo_ray.errors import InfrastructureError, LeaseError
 from dpo_ray.observe.text import duration
 
-from .client import POD, Cluster, Json, Resource
+from .client import CLAIM, POD, Cluster, Json, Resource
 from .pods import RUN
 
 RUNNABLE = ("RayJob", "RayCluster")
@@ -34,13 +34,16 @@ def apply(cluster: Cluster, manifests: list[Json], *, replace: bool = False) -> 
     for manifest in runs:  # before anything is changed
         yield from _make_room(cluster, manifest, replace)
     for manifest in manifests:
-        kind, metadata = manifest["kind"], manifest["metadata"]
-        resource = Resource(manifest["apiVersion"], kind)
-        if kind == "PersistentVolumeClaim" and cluster.get(resource, metadata["namespace"], metadata["name"]):
-            yield f"{kind}/{metadata['name']}: exists already, and is left as it is"
-            continue
-        cluster.apply(manifest)
-        yield f"{kind}/{metadata['name']}: applied"
+        yield apply_object(cluster, manifest)
+
+
+def apply_object(cluster: Cluster, manifest: Json) -> str:
+    """Apply a manifest, but leave a claim that exists as it is; return in words what was done."""
+    resource, metadata = Resource(manifest["apiVersion"], manifest["kind"]), manifest["metadata"]
+    if resource == CLAIM and cluster.get(CLAIM, metadata["namespace"], metadata["name"]):
+        return f"{CLAIM.kind}/{metadata['name']}: exists already, and is left as it is"
+    cluster.apply(manifest)
+    return f"{resource.kind}/{metadata['name']}: applied"
 
 
 def remove(cluster: Cluster, resource: Resource, namespace: str, name: str) -> Iterator[str]:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_ray.config.recipe import Recipe
-from dpo_ray.deploy.shared_paths import MADE_BY_THE_RUN, named_places
 from dpo_ray.errors import ConfigError, InfrastructureError, WriteRefusedError
 from dpo_ray.observe.text import duration, size
 
 from .client import Cluster
 from .execute import Executed
 from .files_pod import RunVolume, shell
-from .recipe import path_in_pods
+from .named_files import named_files
 
 PIECE_BYTES = 8 << 20
 TRIES = 6  # of one piece, with growing pauses, before the command ends; the next one resumes
@@ -59,22 +58,16 @@ def select_files(recipe: Recipe, mount: str) -> Selection:
         ConfigError: a relative path names nothing here.
     """
     files, left = [], []
-    values = recipe.model_dump(mode="json", exclude_unset=True, exclude={"cluster"})
-    for section, key, field in named_places(values):
-        paths = section[key] if isinstance(section[key], list) else [section[key]]
-        for path in paths if field not in MADE_BY_THE_RUN else ():
-            remote = path_in_pods(path, field, mount)
-            if "://" in remote or not posixpath.isabs(remote):
-                continue
-            if not remote.startswith(f"{mount}/"):
-                left.append(f"{field}={path}: not on the volume, which pods see at {mount}")
-                continue
-            found = list(_files(path, remote))
-            if not found and not posixpath.isabs(path):
-                fix = "run the command where the recipe's relative paths are right"
-                raise ConfigError("there is no such file or directory here", where=f"{field}={path}", fix=fix)
-            left += [] if found else [f"{field}={path}: not on this machine; it must be on the volume already"]
-            files += found
+    for place in named_files(recipe, mount):
+        if not place.remote.startswith(f"{mount}/"):
+            left.append(f"{place}: not on the volume, which pods see at {mount}")
+            continue
+        found = list(_files(place.path, place.remote))
+        if not found and not posixpath.isabs(place.path):
+            fix = "run the command where the recipe's relative paths are right"
+            raise ConfigError("there is no such file or directory here", where=str(place), fix=fix)
+        left += [] if found else [f"{place}: not on this machine; it must be on the volume already"]
+        files += found
     return Selection(list(dict.fromkeys(files)), left)
 
 

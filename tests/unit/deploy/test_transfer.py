@@ -111,3 +111,40 @@ def test_another_file_of_the_name_is_overwritten_only_by_request(here, volume, s
     server.forbidden = {"exec"}
     with pytest.raises(InfrastructureError, match="403"):
         upload(cluster, target, "files", file, print)
+
+
+def test_apply_names_the_files_that_are_not_on_the_volume_and_starts_nothing(here, volume, server):
+    server.objects["PersistentVolumeClaim", "dpo-ray"] = {"metadata": {"name": "dpo-ray"}}
+    CliRunner().invoke(kubernetes, ["upload", "recipe.yaml"], catch_exceptions=False)
+    (volume / "data/train-1.jsonl").unlink()  # the pattern still names another one
+    (volume / "data/eval.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"a file that the volume does not have:\n    data\.eval") as refused:
+        CliRunner().invoke(kubernetes, ["apply", "recipe.yaml"], catch_exceptions=False)
+    assert "upload RECIPE" in refused.value.fix
+    assert ("RayJob", "mine") not in server.objects
+    CliRunner().invoke(kubernetes, ["upload", "recipe.yaml"], catch_exceptions=False)
+    applied = CliRunner().invoke(kubernetes, ["apply", "recipe.yaml"], catch_exceptions=False)
+    assert applied.exit_code == 0
+    assert ("RayJob", "mine") in server.objects
+
+
+def test_a_claim_that_is_not_there_is_named_or_made(here, volume, server):
+    with pytest.raises(ConfigError, match="no such PersistentVolumeClaim"):
+        CliRunner().invoke(kubernetes, ["apply", "recipe.yaml"], catch_exceptions=False)
+    new = "cluster.kubernetes.storage={create_gib: 1}"
+    with pytest.raises(ConfigError, match="names 3 files that the volume does not have"):
+        CliRunner().invoke(kubernetes, ["apply", "recipe.yaml", new], catch_exceptions=False)
+    assert ("RayJob", "mine") not in server.objects
+    uploaded = CliRunner().invoke(kubernetes, ["upload", "recipe.yaml", new], catch_exceptions=False)
+    assert "PersistentVolumeClaim/dpo-ray: applied" in uploaded.stdout
+    applied = CliRunner().invoke(kubernetes, ["apply", "recipe.yaml", new], catch_exceptions=False)
+    assert applied.exit_code == 0
+
+
+def test_who_may_not_start_a_pod_is_told_that_nothing_was_checked(here, volume, server):
+    server.objects["PersistentVolumeClaim", "dpo-ray"] = {"metadata": {"name": "dpo-ray"}}
+    server.forbidden = {"exec"}
+    applied = CliRunner().invoke(kubernetes, ["apply", "recipe.yaml"], catch_exceptions=False)
+    assert applied.exit_code == 0
+    assert "was not checked: the volume cannot be read" in applied.stderr
+    assert ("RayJob", "mine") in server.objects
