@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed-$(ENGINE)
 # number of tests a long one would come last, beside an idle process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-.PHONY: help install quickstart test test-slow test-long mutation lint lock audit bench-prepare bench-reference bench-train bench-online bench-scale clean
+.PHONY: help install quickstart test test-slow test-long test-kubernetes mutation lint lock audit bench-prepare bench-reference bench-train bench-online bench-scale clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ test-slow: $(STAMP) ## what takes minutes or kills processes
 
 test-long: $(STAMP) ## more cases of what the others test: every recipe in miniature, every model family
 	@$(BIN)/pytest -m long
+
+test-kubernetes: $(STAMP) ## the tests on a real Kubernetes cluster with the KubeRay operator, which KUBECONFIG names
+	@$(BIN)/pytest tests/kubernetes -m kubernetes
 
 # mutmut is a tool of few: it is installed when it is needed. MODULE: one file; without it all of tools/mutation.py.
 mutation: $(STAMP) ## list small faults in MODULE=dpo_ray/... that no test sees (all modules take hours)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from dpo_ray.errors import ConfigError
 from dpo_ray.observe.text import duration, harmless
 
 from .kubernetes_cluster import (
@@ -96,8 +97,13 @@ def delete(
     volume = volume_of(cluster, name, namespace, context) if results else None
     if volume is not None and not yes:
         typer.confirm(f"delete {volume.directory} on the volume at {volume.mount}?", abort=True)
-    for line in runs.delete(cluster, where, run):
-        typer.echo(line)
+    try:
+        for line in runs.delete(cluster, where, run):
+            typer.echo(line)
+    except ConfigError as error:
+        if volume is None:
+            raise
+        typer.echo(f"{run}: {error.what}; only its directory is deleted")
     if volume is not None:
         from dpo_ray.deploy.kubernetes.stored_files import delete_directory
 

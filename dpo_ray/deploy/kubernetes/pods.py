@@ -18,6 +18,9 @@ RUN = "dpo-ray/run"  # a label of every object that belongs to a run
 USER = 1000  # the user id in the image
 STOP_SECONDS = 600  # a stopped driver first commits a checkpoint; the default of Ray is 3
 GRACE_SECONDS = 120
+HEAD_GRACE_SECONDS = 30  # Ray's own processes end at once, and the driver with them
+# As the first process of its container, the autoscaler would ignore SIGTERM, and the pod would end only after its grace.
+AUTOSCALER = 'trap "kill %1" TERM INT; $KUBERAY_GEN_AUTOSCALER_START_CMD & wait %1'
 TOKEN_DIRECTORY = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - where the API's clients look
 LOST_NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 SCRATCH = {"name": "scratch", "mountPath": "/tmp"}  # noqa: S108 - Ray's logs and spilled objects are there
@@ -29,6 +32,15 @@ POD_SECURITY: Json = {
     "fsGroup": USER,
     "fsGroupChangePolicy": "OnRootMismatch",
     "seccompProfile": {"type": "RuntimeDefault"},
+}
+# Ray's own check of a node. The operator's default waits 10 s and looks every 5 s, and it starts no driver before every pod
+# is ready. A pod counts as lost after 50 s without an answer, as by default.
+READINESS: Json = {
+    "httpGet": {"path": "/api/healthz", "port": 52365},
+    "initialDelaySeconds": 1,
+    "periodSeconds": 2,
+    "timeoutSeconds": 5,
+    "failureThreshold": 25,
 }
 CONTAINER_SECURITY: Json = {
     "allowPrivilegeEscalation": False,
@@ -58,6 +70,7 @@ def head_template(recipe: Recipe, name: str) -> Json:
     container["env"].append({"name": VARIABLE, "value": as_text(node_groups(recipe))})
     container["volumeMounts"].append({"name": "recipe", "mountPath": RECIPE_DIRECTORY, "readOnly": True})
     spec = _spec(profile, name, "head", container, head.placement, head.memory_gib)
+    spec["terminationGracePeriodSeconds"] = HEAD_GRACE_SECONDS
     spec["volumes"].append({"name": "recipe", "configMap": {"name": f"{name}-recipe"}})
     if profile.autoscaling:
         spec["volumes"].append(_autoscaler_token())
@@ -89,6 +102,7 @@ def autoscaler_options(profile: KubernetesConfig) -> Json:
         "version": "v2",
         "idleTimeoutSeconds": profile.idle_seconds,
         "upscalingMode": "Default",
+        "args": [AUTOSCALER],
         "resources": {"limits": resources, "requests": dict(resources)},
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": [
@@ -121,6 +135,7 @@ def _container(recipe: Recipe, name: str, cpus: int, memory_gib: int) -> Json:
         "imagePullPolicy": "IfNotPresent",
         "env": [*({"name": key, "value": value} for key, value in plain.items()), *secrets],
         "resources": {"limits": amounts, "requests": dict(amounts)},
+        "readinessProbe": READINESS,
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": mounts,
     }

@@ -10,58 +10,9 @@ from dpo_ray.config.load import validate_recipe
 from dpo_ray.deploy.kubernetes.render import render, stamped, text
 from dpo_ray.deploy.kubernetes.rules import violations
 from dpo_ray.errors import ConfigError
-from tests.helpers.manifests import PIPELINES, ROOT, recipe
+from tests.helpers.manifests import MATRIX, MATRIX_IDS, ON_GPUS, OPTIONS, PIPELINES, ROOT, SECRET, TOLERATION, recipe
 
 EXAMPLES = ROOT / "cluster" / "kuberay"
-ON_GPUS = (".training={gpus: 8, cpus: 64, memory_gib: 900}", ".engines={gpus: 8, cpus: 64, memory_gib: 900}")
-TOLERATION = "{key: nvidia.com/gpu, effect: NoSchedule}"
-SECRET = "{variable: HF_TOKEN, secret: hugging-face, key: token}"
-
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "an image of a registry": (".image=registry.example.org/dpo-ray:0.1.0", ".image_pull_secrets=[registry]"),
-    "a namespace": (".namespace=research", ".name=first-run"),
-    "Kueue": (".queue={type: kueue, name: research}", ".autoscaling=false"),
-    "Kueue with elastic engines": (".queue={type: kueue, name: research}", ".engines={max_replicas: 8}"),
-    "Kueue with a priority": (".queue={type: kueue, name: research, priority_class: high}", ".autoscaling=false"),
-    "Kueue with a topology": (
-        ".queue={type: kueue, name: research}",
-        ".autoscaling=false",
-        ".training.placement={topology_key: cloud.google.com/gce-topology-block}",
-    ),
-    "Volcano": (".queue={type: volcano, name: research, priority_class: high}",),
-    "YuniKorn": (".queue={type: yunikorn, name: root.research}",),
-    "no autoscaling": (".autoscaling=false",),
-    "bounds of autoscaling": (".cpu={replicas: 2, min_replicas: 1, max_replicas: 32}", ".idle_seconds=60"),
-    "engines on the training pods": (".engines=null",),
-    "engines of another label": ("cluster.roles.reference.node_labels={accelerator: l40s}",),
-    "a volume that is made": (".storage={create_gib: 500, storage_class: filestore}",),
-    "a volume elsewhere": (".storage={claim: results, mount: /data}",),
-    "an object store": (".storage=null", "output=s3://bucket/runs", ".service_account=bucket-reader"),
-    "a store of its own": (".storage=null", "output=gs://bucket/runs", "reference.store=gs://bucket/store"),
-    "secrets": (f".secrets=[{SECRET}]",),
-    "an environment": (".environment={NCCL_SOCKET_IFNAME: eth0, NCCL_DEBUG: WARN}",),
-    "node selectors": (".training.placement={node_selector: {pool: train}, tolerations: [" + TOLERATION + "]}",),
-    "a topology": (".training.placement={topology_key: topology.kubernetes.io/zone}",),
-    "RDMA": (".training={devices: {rdma/ib: 8}}",),
-    "EFA": (".training={devices: {vpc.amazonaws.com/efa: 4}}",),
-    "other accelerators": (".gpu_resource=amd.com/gpu", *ON_GPUS),
-    "metrics": (".pod_monitor=true", ".network={monitoring_namespace: observability}"),
-    "an open network": (".network={policy: false}",),
-    "few ways out": (".network={egress_ports: [443], operator_namespace: kuberay-operator}",),
-    "deadlines": (".deadline_seconds=172800", ".start_deadline_seconds=7200", ".ttl_seconds=0", ".retries=0"),
-    "a large head": (".head={cpus: 8, memory_gib: 64, placement: {node_selector: {pool: heads}}}",),
-    "more disk": (".scratch_gib=500",),
-    "disk that is reserved": (".scratch_gib=500", ".reserve_scratch=true"),
-    "lost nodes that are waited for": (".lost_node_seconds=300",),
-    "many engines": ("reference.replicas=6", "reference.max_replicas=24"),
-    "streaming": ("reference.mode=streaming",),
-}
-MATRIX = [
-    *((path.stem, ()) for path in sorted(PIPELINES.glob("*.yaml"))),
-    *(("quickstart", overrides) for overrides in OPTIONS.values()),
-    *(("zephyr_7b_dpo", (*overrides,)) for name, overrides in OPTIONS.items() if "volume" not in name),
-]
-IDS = [f"{name}: {' '.join(overrides)[:60] or 'as it is'}" for name, overrides in MATRIX]
 
 
 def made(pipeline, overrides=(), kind="RayJob"):
@@ -92,7 +43,7 @@ def test_the_matrix_is_wide_enough():
     assert len(MATRIX) >= 30
 
 
-@pytest.mark.parametrize(("pipeline", "overrides"), MATRIX, ids=IDS)
+@pytest.mark.parametrize(("pipeline", "overrides"), MATRIX, ids=MATRIX_IDS)
 def test_what_is_rendered_keeps_schemas_rules_and_restrictions(pipeline, overrides):
     manifests = made(pipeline, overrides)
     for kind, manifest in manifests.items():
