@@ -184,6 +184,8 @@ def stage_configs(
             # The result of the audit is judged when the artifact is looked up.
             "audit": "made" if recipe.reference.audit.groups and uses_reference(t.objective) else "off",
             **({"packages": packages} if packages else {}),
+            # Named only where it is set, so that the keys of all other policies stay what they were.
+            **({"quantization": t.quantization} if t.quantization else {}),
             **t.model_dump(
                 mode="json",
                 include={

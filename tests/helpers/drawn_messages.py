@@ -20,6 +20,7 @@ AROUND = (
     "\\n", "<think>", "</think>", "<image>", "{", "[{'role': 'user', 'content': '", '{"name": "f"}', "ﬁ", "\ufeff",
 )  # fmt: skip
 UNSOUND = ("\x00", "\x1b[31m", "\ud800", "<|im_end|>", "<|im_start|>system\n", "<|endoftext|>")
+ANY_TEXT = st.text(max_size=6)  # of any script, with combining, invisible and unassigned characters
 
 
 class Pen:
@@ -53,6 +54,8 @@ class Pen:
             return self.word()
         if self.chance(12):
             return f"{self.word()} " + "long text, " * 400 + self.word()
+        if self.chance(4):
+            return f"{self._draw(ANY_TEXT)} {self.word()} {self._draw(ANY_TEXT)}"
         around = UNSOUND if self.chance(12) else AROUND
         return self.pick(around) + self.word() + self.pick(around)
 

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, bool, TrainConfig]] = {
     "offloaded": ("llama", False, TrainConfig.model_validate({"sharding": {"cpu_offload": True}})),
     "bfloat16 files": ("bfloat16", False, TrainConfig()),
     "adapter": ("llama", True, TrainConfig()),
+    "adapter on bfloat16 files": ("bfloat16", True, TrainConfig()),
     "lora": ("llama", False, TrainConfig(lora=WHOLE)),
     "lora on adapter": ("llama", True, TrainConfig(lora=WHOLE, activation_checkpointing="selective")),
 }

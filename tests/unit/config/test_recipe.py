@@ -10,6 +10,7 @@ import pytest
 
 from dpo_ray.config.load import apply_overrides, validate_recipe
 from dpo_ray.config.objective import IpoObjective, SigmoidObjective
+from dpo_ray.config.online import MixConfig
 from dpo_ray.config.recipe import Recipe
 from dpo_ray.config.sources import FilesSource, HubSource, SyntheticSource
 from dpo_ray.errors import ConfigError
@@ -96,6 +97,13 @@ def test_sections_agree() -> None:
     with pytest.raises(ConfigError, match=r"train\.eval_every_steps: there is no held-out data"):
         recipe("train.eval_every_steps=5")
     assert recipe("train.eval_every_steps=5", "data.eval=x").train.eval_every_steps == 5
+
+
+@pytest.mark.parametrize("earlier_rounds", [0.5, 0.75])
+def test_a_round_has_room_for_its_new_pairs(earlier_rounds: float) -> None:
+    assert MixConfig(offline=0.5, earlier_rounds=0.25).earlier_rounds == 0.25
+    with pytest.raises(ValueError, match="no share is left for the new pairs"):
+        MixConfig(offline=0.5, earlier_rounds=earlier_rounds)
 
 
 def test_a_local_ray_has_the_cpus_that_the_recipe_asks_for() -> None:

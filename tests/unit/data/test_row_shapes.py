@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 
 from dpo_ray.config.data import DataConfig
 from dpo_ray.config.sources import Columns
@@ -132,11 +132,12 @@ def content(case: Case) -> dict[str, set[str]]:
     return said
 
 
-def check(case: Case, tokenizer, template: str = WRITES_ALL) -> None:
+def check(case: Case, tokenizer, template: str = WRITES_ALL) -> str:
+    """Check one row; return what became of it, which `--hypothesis-show-statistics` counts."""
     result = trained_on(case, tokenizer, template)
     if isinstance(result, Rejected):
         assert f"| `{result.reason}` |" in PAGE
-        return
+        return result.reason
     said, texts = content(case), [words(text) for text in texts_of(result, tokenizer)]
     assert set().union(*said.values()) <= set().union(*texts)
     if "chosen" in said and "rejected" in said and len(texts) == 2:
@@ -145,6 +146,7 @@ def check(case: Case, tokenizer, template: str = WRITES_ALL) -> None:
         assert not texts[1] & (said["chosen"] - both)
     for text in texts:
         assert sum(bool(text & own) for own in completions(case)) <= 1
+    return "admitted"
 
 
 def completions(case: Case) -> list[set[str]]:
@@ -157,21 +159,22 @@ def completions(case: Case) -> list[set[str]]:
 @settings(max_examples=300)
 @given(case=cases())
 def test_a_row_of_any_shape_is_admitted_with_all_that_it_says_or_has_a_reason(case: Case, tokenizer) -> None:
-    check(case, tokenizer)
+    event(check(case, tokenizer))
 
 
 @settings(max_examples=100)
 @given(case=cases())
 def test_a_template_of_role_and_content_alone_is_given_nothing_else(case: Case, tokenizer) -> None:
-    check(case, tokenizer, CHATML)
+    event(check(case, tokenizer, CHATML))
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # two minutes on a core of its own
 @settings(max_examples=10_000)
 @given(case=cases())
 def test_so_are_many_more(case: Case, tokenizer) -> None:
-    check(case, tokenizer)
-    check(case, tokenizer, CHATML)
+    event(check(case, tokenizer))
+    event(f"{check(case, tokenizer, CHATML)}, by a template of role and content")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from dpo_ray.config.train import TrainConfig
 from dpo_ray.errors import ConfigError
 from dpo_ray.models.build import build_policy
+from dpo_ray.models.load import load_policy
 from dpo_ray.models.sliced_weights import INDEX
 from tests.helpers.families import plain_model
 from tests.helpers.processes.build import CASES, CPU, build_rank
@@ -115,3 +116,12 @@ def test_names_that_transformers_converts_are_loaded_as_a_whole(
 def test_master_weights_are_float32_where_rows_are_read(family: Callable[[str], Path]) -> None:
     policy = build_policy(family("llama"), None, TrainConfig(), torch.bfloat16, CPU)
     assert {p.to_local().dtype for p in policy.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("files", ["llama", "bfloat16"])
+def test_an_adapter_is_added_in_float32_whatever_the_files_are_in(files: str, models: Path) -> None:
+    policy = build_policy(models / files, models / "adapter", TrainConfig(), torch.float32, CPU)
+    whole = load_policy(models / files, torch.float32, 1024, models / "adapter")
+    for name, weight in whole.named_parameters():
+        assert torch.equal(policy.get_parameter(name).to_local(), weight), name

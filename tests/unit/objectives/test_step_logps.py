@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_ray.config.objective import AotObjective, AotUnpairedObjective
 from dpo_ray.config.shaping import ForwardKl, ShapingConfig
 from dpo_ray.data.groups import Group
 from dpo_ray.models.packed_rows import PackedRows, packed_rows
 from dpo_ray.models.token_logps import TokenScores
+from dpo_ray.objectives.select import step_loss
 from dpo_ray.objectives.step_logps import StepLogps, Totals, joined, labels, step_logps, weight_sums
 from dpo_ray.schedule.micro_batch import pack
 
@@ -214,3 +216,15 @@ def test_a_completion_of_another_prompt_is_one_without_a_score() -> None:
     rows = rows_of(group(1, PAIR, [1, NAN]))
     logps = step_logps(TokenScores(torch.tensor([-1.0] * 4)), rows, ShapingConfig(), TOTALS)
     assert logps.is_mismatched.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("objective", [AotObjective(beta=0.5), AotUnpairedObjective(beta=0.5)], ids=lambda o: o.type)
+def test_a_filler_is_not_among_the_pairs_of_a_loss_over_the_step(
+    objective: AotObjective | AotUnpairedObjective,
+) -> None:
+    """Ranks without a group compute fillers, so how many there are depends on the number of workers."""
+    filler = group(9, ([[0.0], [0.0]], [[0.0], [0.0]]), [1, 0], ((0, 1),), weight=0.0)
+    scores = TokenScores(torch.tensor([*TOKEN_LOGPS, 0.0, 0.0]))
+    padded = step_logps(scores, rows_of(*GROUPS, filler), ShapingConfig(), TOTALS)
+    assert len(padded.pair_weight) == 4
+    assert step_loss(objective, padded, TOTALS).item() == step_loss(objective, logps_of(), TOTALS).item()

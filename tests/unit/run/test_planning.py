@@ -16,6 +16,7 @@ from dpo_ray.artifacts.places import run_storage
 from dpo_ray.artifacts.provenance import Provenance
 from dpo_ray.config.load import apply_overrides, validate_recipe
 from dpo_ray.config.recipe import Recipe
+from dpo_ray.config.train import TrainConfig
 from dpo_ray.data.keys import shard_key
 from dpo_ray.models.builtin import builtin_model
 from dpo_ray.observe.progress import Reporter
@@ -104,6 +105,13 @@ def template(directory: Path) -> str:
         ("train.optimizer.betas=[0.9, 0.95]", FROM_TRAIN),
         ("train.optimizer.max_grad_norm=null", FROM_TRAIN),
         ("train.eval_every_steps=5", FROM_TRAIN),
+        ("train.shaping.wpo=true", FROM_TRAIN),
+        ("train.shaping.ld_alpha=0.5", FROM_TRAIN),
+        ("train.lora={rank: 4}", FROM_TRAIN),
+        ("train.layout=packed", FROM_TRAIN),
+        ("train.router_aux_loss=0.1", FROM_TRAIN),
+        ("train.hang_seconds=60", NOTHING),
+        ("train.sharding.cpu_offload=true", NOTHING),
         ("evaluate.sample_prompts=5", EVALUATE),
         ("evaluate.max_new_tokens=5", EVALUATE),
         ("evaluate.temperature=0.5", EVALUATE),
@@ -138,6 +146,31 @@ def test_a_field_changes_exactly_the_stages_below_it(
     assert {s for s in STAGES if after.stages[s].state == "stale"} == changed
     assert {s for s in STAGES if after.stages[s].state == "done"} == ALL - changed
     assert after.done == (not changed)
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "orpo"])
+def test_a_quantized_model_is_trained_anew_with_a_reference_and_without(objective: str, tmp_path: Path) -> None:
+    adapter = f"train.objective={{type: {objective}}}", "train.lora={rank: 4}"
+    plan = make_plan(recipe(tmp_path, *adapter))
+    commit(plan, plan.stages)
+    quantized = make_plan(recipe(tmp_path, *adapter, "train.quantization=nf4"))
+    assert quantized.stages["train"].state == "stale"
+    assert "train.quantization: None -> nf4" in quantized.stages["train"].reason
+    assert quantized.resume_key != plan.resume_key
+
+
+def test_a_field_of_training_is_in_a_key_or_changes_no_weights(tmp_path: Path) -> None:
+    stages = make_plan(recipe(tmp_path, "train.lora={rank: 4}", "train.quantization=nf4")).stages
+    in_keys = stages["train"].config.keys() | stages["schedule"].config.keys()
+    how_it_runs = {
+        "min_workers",
+        "max_failures",
+        "hang_seconds",
+        "sharding",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+    }
+    assert TrainConfig.model_fields.keys() - in_keys == how_it_runs
 
 
 @pytest.mark.parametrize(
