@@ -59,6 +59,7 @@ def remove(cluster: Cluster, resource: Resource, namespace: str, name: str) -> I
     told = began
     while True:
         pods = cluster.readable(POD, namespace, labels=f"{RUN}={name}") or []
+        _end_waiting(cluster, namespace, pods)
         if not pods and cluster.get(resource, namespace, name) is None:
             break
         now = time.monotonic()
@@ -71,6 +72,20 @@ def remove(cluster: Cluster, resource: Resource, namespace: str, name: str) -> I
             yield f"{resource.kind}/{name}: since {duration(now - began)} waiting for {_names(pods)}"
         time.sleep(POLL_SECONDS)
     yield f"{resource.kind}/{name}: deleted, with its pods, in {duration(time.monotonic() - began)}"
+
+
+def _end_waiting(cluster: Cluster, namespace: str, pods: list[Json]) -> None:
+    """Delete at once the pods that end before their work began: the operator's container that waits for the head ignores SIGTERM.
+
+    Whoever may not delete pods waits for the end of their grace.
+    """
+    for pod in pods:
+        metadata, phase = pod["metadata"], (pod.get("status") or {}).get("phase")
+        if phase == "Pending" and metadata.get("deletionTimestamp") and metadata.get("deletionGracePeriodSeconds"):
+            try:
+                cluster.delete(POD, namespace, metadata["name"], grace_seconds=0)
+            except InfrastructureError:
+                return
 
 
 def _make_room(cluster: Cluster, manifest: Json, replace: bool) -> Iterator[str]:

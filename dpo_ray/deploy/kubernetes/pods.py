@@ -17,7 +17,7 @@ Json = dict[str, Any]
 RUN = "dpo-ray/run"  # a label of every object that belongs to a run
 USER = 1000  # the user id in the image
 STOP_SECONDS = 600  # a stopped driver first commits a checkpoint; the default of Ray is 3
-GRACE_SECONDS = 120
+GRACE_SECONDS = 120  # in which training writes a checkpoint
 HEAD_GRACE_SECONDS = 30  # Ray's own processes end at once, and the driver with them
 # As the first process of its container, the autoscaler would ignore SIGTERM, and the pod would end only after its grace.
 AUTOSCALER = 'trap "kill %1" TERM INT; $KUBERAY_GEN_AUTOSCALER_START_CMD & wait %1'

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("kubernetes", reason="the extra `kubernetes` is not installed")
 
-from dpo_ray.deploy.kubernetes.apply import apply
+from dpo_ray.deploy.kubernetes.apply import apply, remove
 from dpo_ray.deploy.kubernetes.client import POD, RAY_JOB, Cluster, default_namespace
 from dpo_ray.errors import InfrastructureError, LeaseError, LostSightError
 from tests.helpers.fakes.api_server import KINDS, api_server, write_kubeconfig
@@ -66,6 +66,21 @@ def test_replacing_names_the_pods_that_are_waited_for(server, monkeypatch):
             server.objects.pop(("Pod", "run-head"), None)
     assert any("waiting for run-head; Kubernetes kills what has not ended after 120 s" in line for line in lines)
     assert any(line.startswith("RayJob/run: deleted, with its pods, in ") for line in lines)
+
+
+def test_a_pod_that_ends_before_its_work_began_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr("dpo_ray.deploy.kubernetes.apply.POLL_SECONDS", 0.01)
+    server.objects["RayJob", "run"], server.cascades = {"metadata": {"name": "run"}}, False
+    for name, phase in (("starts", "Pending"), ("works", "Running")):
+        metadata = {"name": name, "labels": {"dpo-ray/run": "run"}}
+        metadata |= {"deletionGracePeriodSeconds": 120, "deletionTimestamp": "2026-12-01T00:00:00Z"}
+        server.objects["Pod", name] = {"metadata": metadata, "status": {"phase": phase}}
+    removing = remove(Cluster(), RAY_JOB, "lab", "run")
+    monkeypatch.setattr("dpo_ray.deploy.kubernetes.apply.TOLD_EVERY_SECONDS", 0.0)
+    assert next(removing).endswith("its pods end first")
+    assert "waiting for" in next(removing)
+    assert ("Pod", "starts") not in server.objects
+    assert ("Pod", "works") in server.objects
 
 
 def test_replacing_needs_no_right_to_see_pods(server):
