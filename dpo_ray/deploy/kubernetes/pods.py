@@ -17,8 +17,8 @@ Json = dict[str, Any]
 RUN = "dpo-ray/run"  # a label of every object that belongs to a run
 USER = 1000  # the user id in the image
 STOP_SECONDS = 600  # a stopped driver first commits a checkpoint; the default of Ray is 3
-GRACE_SECONDS = 120  # in which training writes a checkpoint
-HEAD_GRACE_SECONDS = 30  # Ray's own processes end at once, and the driver with them
+GRACE_SECONDS = 30  # Ray's own processes end at once, and with the head's the driver
+TRAINING_GRACE_SECONDS = 120  # in which training writes a checkpoint
 # As the first process of its container, the autoscaler would ignore SIGTERM, and the pod would end only after its grace.
 AUTOSCALER = 'trap "kill %1" TERM INT; $KUBERAY_GEN_AUTOSCALER_START_CMD & wait %1'
 TOKEN_DIRECTORY = "/var/run/secrets/kubernetes.io/serviceaccount"  # noqa: S105 - where the API's clients look
@@ -70,7 +70,6 @@ def head_template(recipe: Recipe, name: str) -> Json:
     container["env"].append({"name": VARIABLE, "value": as_text(node_groups(recipe))})
     container["volumeMounts"].append({"name": "recipe", "mountPath": RECIPE_DIRECTORY, "readOnly": True})
     spec = _spec(profile, name, "head", container, head.placement, head.memory_gib)
-    spec["terminationGracePeriodSeconds"] = HEAD_GRACE_SECONDS
     spec["volumes"].append({"name": "recipe", "configMap": {"name": f"{name}-recipe"}})
     if profile.autoscaling:
         spec["volumes"].append(_autoscaler_token())
@@ -88,6 +87,8 @@ def worker_template(recipe: Recipe, name: str, group: PodGroup) -> Json:
     for part in container["resources"].values():
         part |= {device: str(count) for device, count in devices.items()}
     spec = _spec(profile, name, group.labels[ROLE], container, group.placement, group.memory_gib)
+    if group.name == "training":
+        spec["terminationGracePeriodSeconds"] = TRAINING_GRACE_SECONDS
     spec["tolerations"] = [*spec.get("tolerations", ()), *_lost_node(profile, group.placement)]
     return _template(profile, name, group.labels[ROLE], spec, group.placement)
 
