@@ -99,7 +99,6 @@ class RealCluster:
             "image": self.image,
             "storage": "{" + storage + "}",
             "ttl_seconds": "600",
-            "idle_seconds": "60",
         }
         # An output for each run, as runs with one output share what they have prepared and scored.
         own = (f"name={name}", f"output={self.namespace}/{name}")

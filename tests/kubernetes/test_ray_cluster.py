@@ -15,6 +15,7 @@ from tests.helpers.local_cluster import free_port
 from tests.helpers.real_cluster import ROOT, SMALL, RealCluster, until
 
 NAME = "stays"
+IDLE = "cluster.kubernetes.idle_seconds=60"
 RECIPE = str(ROOT / "pipelines" / "quickstart.yaml")
 
 
@@ -25,7 +26,7 @@ def client_environment(here: RealCluster) -> Iterator[dict[str, str]]:
 
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl, which forwards the port, is not installed")
-    done = here.dpo_ray("kubernetes", "apply", RECIPE, *here.overrides(NAME, *SMALL), "--kind", "RayCluster")
+    done = here.dpo_ray("kubernetes", "apply", RECIPE, *here.overrides(NAME, *SMALL), IDLE, "--kind", "RayCluster")
     assert done.returncode == 0, done.stderr
     try:
         until("the head is ready", lambda: _head_is_ready(here), 180)
