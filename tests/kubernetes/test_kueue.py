@@ -69,12 +69,12 @@ def _queue(here: RealCluster, queue: str, priority: str) -> str:
 
 def test_an_urgent_run_takes_the_place_of_another_which_comes_back(here: RealCluster, queue: str) -> None:
     with here.run("usual", *LONG, *QUEUED, _queue(here, queue, "usual")) as usual:
-        usual.wait_for("train: [1-9][0-9]+/", 400)
+        usual.wait_for("train: [1-9][0-9]+/", 600)
         with here.run("urgent", *SMALL, *QUEUED, _queue(here, queue, "urgent")) as urgent:
             usual.wait_for("suspend", 120)
             usual.wait_for("Kueue took its place away", 60)
             assert urgent.end(600) == 0, urgent.text
-        usual.wait_for("resuming from the checkpoint of step [1-9]", 300)
+        usual.wait_for("resuming from the checkpoint of step [1-9]", 600)
         assert here.job("usual")["status"].get("failed", 0) == 0
 
 

@@ -43,7 +43,7 @@ def test_the_api_server_accepts_it_without_a_warning(
 
 
 def _dry_run(connection: Cluster, manifest: Json) -> list[str]:
-    """Let the API server check an object without keeping it; return its warnings. A refusal raises."""
+    """Ask the API server to check an object without keeping it; return its warnings. A refusal raises."""
     metadata = manifest["metadata"]
     path = Resource(manifest["apiVersion"], manifest["kind"]).path(metadata["namespace"], metadata["name"])
     _, _, headers = connection.client().call_api(

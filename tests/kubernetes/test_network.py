@@ -26,7 +26,7 @@ for port in sys.argv[2:]:
 @pytest.fixture(scope="module")
 def run(here: RealCluster) -> Iterator[Command]:
     with here.run(NAME, *LONG) as command:
-        command.wait_for("prepare: started", 300)
+        command.wait_for("prepare: started", 600)
         yield command
 
 

@@ -22,7 +22,7 @@ def test_the_operator_restarts(here: RealCluster) -> None:
     if not found:
         pytest.skip("the operator is not a pod with the label of its Helm chart")
     with here.run("operator", *SMALL) as run:
-        run.wait_for("train: started", 400)
+        run.wait_for("train: started", 600)
         for pod in found:
             core.delete_namespaced_pod(pod.metadata.name, pod.metadata.namespace, grace_period_seconds=0)
         assert run.end(600) == 0, run.text
@@ -34,7 +34,7 @@ def test_the_api_server_restarts_and_the_watcher_waits_for_it(here: RealCluster)
     if not restart:
         pytest.skip("DPO_RAY_TEST_RESTART_API names no command that restarts the API server")
     with here.run("outage", *SMALL) as run:
-        run.wait_for("train: started", 400)
+        run.wait_for("train: started", 600)
         subprocess.run(["bash", "-c", restart], check=True, timeout=300)
         assert run.end(600) == 0, run.text
         assert "the API server does not answer" in run.text
@@ -52,13 +52,13 @@ def test_ctrl_c_ends_the_command_and_not_the_run(here: RealCluster) -> None:
     import signal
 
     with here.run("left-alone", *LONG) as run:
-        run.wait_for("prepare: started", 300)
+        run.wait_for("prepare: started", 600)
         run.process.send_signal(signal.SIGINT)
         assert run.end(30) == 130
         assert "the run goes on without this command" in run.text
         time.sleep(5)
         assert here.job("left-alone")["status"]["jobStatus"] == "RUNNING"
         watching = here.start("kubernetes", "logs", "left-alone", "-f", "--namespace", here.namespace)
-        watching.wait_for("train: started", 300)
+        watching.wait_for("train: started", 600)
         watching.process.kill()
         until("it still runs", lambda: here.job("left-alone")["status"]["jobStatus"] == "RUNNING", 5)
