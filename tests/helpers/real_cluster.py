@@ -35,6 +35,10 @@ LONG = (
     "train.epochs=16",
 )
 
+HAS_CHECKPOINT = (
+    r"train: (?:[3-9]\d|\d{3}|\d,\d{3})/"  # a line that LONG writes after its first checkpoint is committed
+)
+
 
 @dataclass
 class Command:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.deploy.kubernetes.client import Resource
-from tests.helpers.real_cluster import LONG, SMALL, RealCluster
+from tests.helpers.real_cluster import HAS_CHECKPOINT, LONG, SMALL, RealCluster
 
 VERSION = "v1beta2"
 PODS_OF_A_RUN = 5
@@ -69,7 +69,7 @@ def _queue(here: RealCluster, queue: str, priority: str) -> str:
 
 def test_an_urgent_run_takes_the_place_of_another_which_comes_back(here: RealCluster, queue: str) -> None:
     with here.run("usual", *LONG, *QUEUED, _queue(here, queue, "usual")) as usual:
-        usual.wait_for("train: [1-9][0-9]+/", 600)
+        usual.wait_for(HAS_CHECKPOINT, 600)
         with here.run("urgent", *SMALL, *QUEUED, _queue(here, queue, "urgent")) as urgent:
             usual.wait_for("suspend", 120)
             usual.wait_for("Kueue took its place away", 60)
