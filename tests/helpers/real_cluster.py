@@ -132,12 +132,10 @@ class RealCluster:
         return Command(process)
 
     @contextmanager
-    def run(
-        self, name: str, *overrides: str, recipe: str = "quickstart", apply: tuple[str, ...] = ()
-    ) -> Iterator[Command]:
-        """Apply a recipe and follow it; delete the run at the end of the `with` block."""
-        file = str(ROOT / "pipelines" / f"{recipe}.yaml")
-        command = self.start("kubernetes", "apply", file, *self.overrides(name, *overrides), "--wait", *apply)
+    def run(self, name: str, *overrides: str) -> Iterator[Command]:
+        """Apply the quickstart and follow it; delete the run at the end of the `with` block."""
+        file = str(ROOT / "pipelines" / "quickstart.yaml")
+        command = self.start("kubernetes", "apply", file, *self.overrides(name, *overrides), "--wait")
         try:
             yield command
         finally:

@@ -71,7 +71,7 @@ def test_a_quota(here: RealCluster) -> None:
     )
     try:
         with applied(here, "no-quota") as run:
-            assert told(run, "the quota `few-pods` is exceeded") < 2 * WITHIN_SECONDS  # the head must start first
+            assert told(run, "the quota `few-pods` is exceeded") < WITHIN_SECONDS
     finally:
         core.delete_namespaced_resource_quota("few-pods", here.namespace)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 
@@ -49,8 +50,6 @@ def test_two_runs_at_once_share_the_volume(here: RealCluster) -> None:
 
 
 def test_ctrl_c_ends_the_command_and_not_the_run(here: RealCluster) -> None:
-    import signal
-
     with here.run("left-alone", *LONG) as run:
         run.wait_for("prepare: started", 600)
         run.process.send_signal(signal.SIGINT)

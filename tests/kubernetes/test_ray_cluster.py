@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -57,9 +56,7 @@ def test_a_recipe_is_submitted_and_runs_to_its_end(here: RealCluster, client_env
 
 
 def test_its_engines_leave_when_they_are_idle(here: RealCluster, client_environment: dict[str, str]) -> None:
-    began = time.monotonic()
     until("no engine", lambda: not here.pods(NAME, "engines"), 180, pause=2)
-    assert time.monotonic() - began < 180
     assert here.pods(NAME, "training")
 
 
