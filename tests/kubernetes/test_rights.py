@@ -24,25 +24,15 @@ WATCH = [
 
 
 def test_the_listed_rights_are_enough_to_apply_and_to_follow(here: RealCluster, tmp_path: Path) -> None:
-    user = _user(here, tmp_path, "listed", [*APPLY, *WATCH])
-    command = user.start("kubernetes", "apply", RECIPE, *user.overrides("listed", *SMALL), "--wait")
-    try:
-        assert command.end(600) == 0, command.text
-        assert "train: started" in command.text
-        assert "cannot be read" not in command.text
-    finally:
-        here.dpo_ray("kubernetes", "delete", "listed", "--namespace", here.namespace)
+    text = _followed(here, _user(here, tmp_path, "listed", [*APPLY, *WATCH]), "listed")
+    assert "train: started" in text
+    assert "cannot be read" not in text
 
 
 def test_without_the_right_to_see_pods_the_states_are_shown(here: RealCluster, tmp_path: Path) -> None:
-    user = _user(here, tmp_path, "blind", APPLY)
-    command = user.start("kubernetes", "apply", RECIPE, *user.overrides("blind", *SMALL), "--wait")
-    try:
-        assert command.end(600) == 0, command.text
-        assert "the pods cannot be read, only the run's state; it needs the right to `list` pods" in command.text
-        assert "train: started" not in command.text
-    finally:
-        here.dpo_ray("kubernetes", "delete", "blind", "--namespace", here.namespace)
+    text = _followed(here, _user(here, tmp_path, "blind", APPLY), "blind")
+    assert "the pods cannot be read, only the run's state; it needs the right to `list` pods" in text
+    assert "train: started" not in text
 
 
 def test_without_any_right_the_refusal_names_the_page(here: RealCluster, tmp_path: Path) -> None:
@@ -51,6 +41,16 @@ def test_without_any_right_the_refusal_names_the_page(here: RealCluster, tmp_pat
     assert done.returncode == 9
     assert "403" in done.stderr
     assert "cluster/kuberay/README.md" in done.stderr
+
+
+def _followed(here: RealCluster, user: RealCluster, name: str) -> str:
+    """Apply a recipe as this user and follow it to its end; return what was printed."""
+    command = user.start("kubernetes", "apply", RECIPE, *user.overrides(name, *SMALL), "--wait")
+    try:
+        assert command.end(600) == 0, command.text
+        return command.text
+    finally:
+        here.dpo_ray("kubernetes", "delete", name, "--namespace", here.namespace)
 
 
 def _user(here: RealCluster, directory: Path, name: str, rules: list[dict[str, Any]]) -> RealCluster:
